@@ -1,0 +1,3 @@
+"""What did post-training change in this model?"""
+
+__version__ = "0.1.0"

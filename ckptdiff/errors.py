@@ -1,0 +1,110 @@
+"""The error tree: catch the root, read the leaf.
+
+::
+
+    CkptdiffError
+    ├── OptionError           an option or argument that cannot be used
+    ├── CheckpointError       a checkpoint that cannot be read
+    │   ├── HeaderError       a shard whose header breaks the safetensors format
+    │   ├── IndexFileError    an index.json that its shards contradict
+    │   └── ChangedFileError  a shard that changed while it was read
+    ├── PairingError          two checkpoints with nothing to compare
+    ├── PlanError             work that does not fit the memory it may use
+    └── RunFileError          a run file that cannot be read or written
+"""
+
+from __future__ import annotations
+
+import os
+
+__all__ = [
+    "ChangedFileError",
+    "CheckpointError",
+    "CkptdiffError",
+    "HeaderError",
+    "IndexFileError",
+    "OptionError",
+    "PairingError",
+    "PlanError",
+    "RunFileError",
+]
+
+
+class CkptdiffError(Exception):
+    """Root of every error ckptdiff raises on purpose.
+
+    Parameters
+    ----------
+    problem : str
+        What is wrong, in one sentence without a full stop.
+    file : path-like, optional
+        The file it is about.
+    tensor : str, optional
+        The tensor it is about.
+    expected, found : object, optional
+        What a correct input would hold, and what this one holds.
+    hint : str, optional
+        What the user can do next.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        file: str | os.PathLike[str] | None = None,
+        tensor: str | None = None,
+        expected: object = None,
+        found: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.problem = problem
+        self.file = None if file is None else os.fspath(file)
+        self.tensor = tensor
+        self.expected = expected
+        self.found = found
+        self.hint = hint
+        super().__init__(problem)
+
+    def __str__(self) -> str:
+        facts = [
+            ("file", self.file),
+            ("tensor", self.tensor),
+            ("expected", self.expected),
+            ("found", self.found),
+            ("try", self.hint),
+        ]
+        lines = [self.problem]
+        lines += [f"  {label + ':':<10}{value}" for label, value in facts if value is not None]
+        return "\n".join(lines)
+
+
+class OptionError(CkptdiffError):
+    """An option or argument that cannot be used."""
+
+
+class CheckpointError(CkptdiffError):
+    """A checkpoint that cannot be read."""
+
+
+class HeaderError(CheckpointError):
+    """A shard whose header breaks the safetensors format."""
+
+
+class IndexFileError(CheckpointError):
+    """An ``index.json`` that its shards contradict."""
+
+
+class ChangedFileError(CheckpointError):
+    """A shard that changed, shrank or vanished while it was read."""
+
+
+class PairingError(CkptdiffError):
+    """Two checkpoints with nothing to compare."""
+
+
+class PlanError(CkptdiffError):
+    """Work that does not fit the memory it may use."""
+
+
+class RunFileError(CkptdiffError):
+    """A run file that cannot be read or written."""
