@@ -1,0 +1,64 @@
+"""What the engine tells while it runs. It knows no screen; a progress display or a library user listens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from ckptdiff.result import Diff
+
+__all__ = ["Event", "Finished", "Listener", "Note", "Progress", "Started", "TensorDone"]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The plan is made and the first read comes next."""
+
+    tensors: int
+    total_bytes: int
+    """Bytes to read, both sides."""
+    diff: Diff
+    """The result so far: every fact that needs no data, with columns of length zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """More data went through."""
+
+    bytes_done: int
+    tensor: str
+    compared: int
+    """Coordinates compared so far, floating tensors only."""
+    unchanged: int
+    """Of those, equal after the cast."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDone:
+    """A tensor and all before it in plan order are done."""
+
+    index: int
+    diff: Diff
+    """A result that holds this tensor alone (one fact, columns of length one)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something the user may want to know; shown with ``-v``, or always if ``warning``."""
+
+    text: str
+    warning: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The run is complete and the run file, if any, is in place."""
+
+    diff: Diff
+    seconds: float
+
+
+Event: TypeAlias = Started | Progress | TensorDone | Note | Finished
+Listener: TypeAlias = Callable[[Event], None]

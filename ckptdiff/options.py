@@ -1,0 +1,155 @@
+"""What a run is asked to do: one frozen record, validated when it is made."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+from ckptdiff.errors import OptionError
+
+__all__ = ["Compare", "Device", "Io", "MaskRule", "Options", "parse_size"]
+
+Compare: TypeAlias = Literal["bf16", "stored"]
+Device: TypeAlias = Literal["auto", "cpu", "reference"]
+Io: TypeAlias = Literal["auto", "mmap", "pread"]
+RuleKind: TypeAlias = Literal["bitwise", "abs", "eta", "rel", "top", "none"]
+
+_MEANING = {
+    "abs": "a threshold such as abs:1e-5",
+    "eta": "a relative threshold such as eta:1e-3",
+    "rel": "a threshold in units of RMS(W0) such as rel:1e-3",
+    "top": "a percentage such as top:20",
+}
+_SUFFIX = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+@dataclass(frozen=True, slots=True)
+class MaskRule:
+    """Which coordinates belong to the mask.
+
+    ``bitwise``, ``abs:EPS``, ``eta:ETA``, ``rel:TAU`` (in units of RMS(W0)), ``top:PERCENT``, or ``none``.
+    """
+
+    kind: RuleKind
+    value: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> MaskRule:
+        """Read a rule such as ``abs:1e-5``.
+
+        Raises
+        ------
+        OptionError
+            If the rule is unknown or its number is missing, negative, not finite, or over 100 for ``top``.
+        """
+        kind, _, number = text.partition(":")
+        if kind in ("bitwise", "none") and not number and ":" not in text:
+            return cls(cast(RuleKind, kind))
+        if kind not in _MEANING:
+            raise OptionError(
+                "unknown mask rule",
+                expected="bitwise, abs:EPS, eta:ETA, rel:TAU, top:PERCENT or none",
+                found=text,
+            )
+        try:
+            value = float(number)
+        except ValueError:
+            raise OptionError("mask rule without its number", expected=_MEANING[kind], found=text) from None
+        if not 0 <= value < float("inf") or (kind == "top" and not 0 < value <= 100):
+            raise OptionError("mask rule with a number out of range", expected=_MEANING[kind], found=text)
+        return cls(cast(RuleKind, kind), value)
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.value:g}" if self.kind in _MEANING else self.kind
+
+
+def parse_size(text: str) -> int:
+    """Read a size in bytes such as ``400M``, ``2GiB`` or ``1.5g`` (powers of 1024).
+
+    Raises
+    ------
+    OptionError
+        If the text is not a positive number with an optional K, M, G or T.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * _SUFFIX[match[2].lower()]) if match else 0
+    if size <= 0:
+        raise OptionError("not a size", expected="a size such as 400M or 2G", found=text)
+    return size
+
+
+def default_threads() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Options of one run, as the command line and :func:`ckptdiff.diff` take them.
+
+    Attributes
+    ----------
+    compare : {"bf16", "stored"}
+        Cast floating tensors of 16 bits and more to bfloat16 first, or compare the stored bits.
+    mask : MaskRule
+        Which coordinates belong to the mask.
+    renames : tuple of str
+        ``OLD=NEW`` regex substitutions that turn names of the base into names of the tuned side.
+    include, exclude : tuple of str
+        Globs on tensor names.
+    groups : tuple of str
+        ``NAME=REGEX``: further groups of tensors to report.
+    device : {"auto", "cpu", "reference"}
+    threads : int
+        Worker threads; 0 stands for one per available core.
+    max_memory : int
+        Bound on the peak resident size of the whole process, mapped pages included, in bytes.
+    io : {"auto", "mmap", "pread"}
+
+    Raises
+    ------
+    OptionError
+        If a value cannot be used.
+    """
+
+    compare: Compare = "bf16"
+    mask: MaskRule = MaskRule("abs", 1e-5)
+    renames: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    device: Device = "auto"
+    threads: int = 0
+    max_memory: int = 400 << 20
+    io: Io = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("compare", Compare), ("device", Device), ("io", Io)):
+            if getattr(self, name) not in get_args(allowed):
+                raise OptionError(
+                    f"unknown value of {name}",
+                    expected=", ".join(get_args(allowed)),
+                    found=getattr(self, name),
+                )
+        if not 0 <= self.threads <= 1024:
+            raise OptionError("number of threads out of range", expected="0 to 1024", found=self.threads)
+        self.group_patterns()
+
+    def group_patterns(self) -> list[tuple[str, re.Pattern[str]]]:
+        """The user's groups as (name, pattern)."""
+        patterns = []
+        for text in self.groups:
+            name, equals, pattern = text.partition("=")
+            try:
+                patterns.append((name, re.compile(pattern)))
+            except re.error as error:
+                raise OptionError(f"invalid regex of group {name!r}: {error}", found=text) from None
+            if not (name and equals and pattern):
+                raise OptionError("not a group", expected="NAME=REGEX", found=text)
+        return patterns
+
+    def as_json(self) -> dict[str, Any]:
+        """The options as plain JSON values, for provenance."""
+        return {**asdict(self), "mask": str(self.mask)}

@@ -1,0 +1,178 @@
+"""Diff: the one in-memory result. The engine makes it, ``RunFile.load`` makes it, and reports take nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.metrics.grouping import Grouping, figures_of, median_2d
+
+__all__ = ["GROUPINGS", "Diff", "GroupBy", "TensorFacts", "UnmatchedTensor"]
+
+GroupBy: TypeAlias = Literal["tensor", "module", "layer", "block", "tower", "group"]
+
+GROUPINGS: tuple[GroupBy, ...] = ("tensor", "module", "layer", "block", "tower", "group")
+"""What figures can be grouped by; "group" are the user's own (``--group NAME=REGEX``)."""
+
+_LABEL_KEY = {"module": "module_type", "layer": "layer", "block": "block", "tower": "tower", "group": "group"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFacts:
+    """What is known of a compared tensor before its data is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype_base: str
+    dtype_tuned: str
+    compare: str
+    """Dtype both sides were cast to ("bf16", "f32", ...), or "bitwise"."""
+    layer: int | None
+    tower: str
+    module_type: str
+    block: str
+    tuned_name: str | None = None
+    """Name on the tuned side, if it differs."""
+    groups: tuple[str, ...] = ()
+    """The user's own groups that the name matches."""
+    same_bytes: bool = False
+    """Both names resolve to the same bytes of the same file."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnmatchedTensor:
+    """A tensor of both sides that could not be compared."""
+
+    name: str
+    base: Mapping[str, Any]
+    """``{"dtype", "shape"}`` of the base side."""
+    tuned: Mapping[str, Any]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Diff:
+    """The result of comparing two checkpoints.
+
+    Attributes
+    ----------
+    tensors : tuple of TensorFacts
+        Compared tensors in plan order.
+    columns : mapping of str to array, shape (len(tensors),)
+        Measured per tensor; :data:`~ckptdiff.metrics.catalogue.COLUMNS` describes each.
+    base, tuned : mapping
+        Provenance of each side: ``path``, ``tensors``, ``numel``, ``bytes``, ``dtypes``, ``shards``.
+    options : mapping
+        The options of the run, as plain JSON values.
+    compare : str
+        "bf16" or "stored".
+    mask_rule : str
+        Such as "abs:1e-05", or "none".
+    """
+
+    tensors: tuple[TensorFacts, ...]
+    columns: Mapping[str, NDArray[Any]]
+    base: Mapping[str, Any]
+    tuned: Mapping[str, Any]
+    compare: str
+    mask_rule: str
+    options: Mapping[str, Any]
+    ckptdiff_version: str
+    only_in_base: tuple[str, ...] = ()
+    only_in_tuned: tuple[str, ...] = ()
+    aliased: tuple[tuple[str, str], ...] = ()
+    """(name, name of the tensor it is tied to)."""
+    mismatched: tuple[UnmatchedTensor, ...] = ()
+    warnings: tuple[str, ...] = ()
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """How it ran: device, threads, io, started, seconds."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many tensors were matched, and how many were not."""
+        return {
+            "matched": len(self.tensors),
+            "same_bytes": sum(tensor.same_bytes for tensor in self.tensors),
+            "only_in_base": len(self.only_in_base),
+            "only_in_tuned": len(self.only_in_tuned),
+            "mismatched": len(self.mismatched),
+            "aliased": len(self.aliased),
+        }
+
+    @property
+    def identical(self) -> bool:
+        """Whether no coordinate changed and no tensor is unmatched or mismatched."""
+        changed = self.columns["numel"] != self.columns["unchanged_bitwise"]
+        stored = self.columns["wide"].astype(bool) & (self.columns["numel"] != self.columns["unchanged_stored"])
+        return not (changed.any() or stored.any() or self.only_in_base or self.only_in_tuned or self.mismatched)
+
+    @cached_property
+    def overall(self) -> dict[str, Any]:
+        """Figures over all floating tensors, weighted by size."""
+        return figures_of(self._grouping(np.zeros(len(self.tensors), np.intp), 1, self._valued))[0]
+
+    @cached_property
+    def median_2d(self) -> dict[str, Any]:
+        """Unweighted medians over native 2-D tensors with a nonzero delta."""
+        matrices = np.array([len(tensor.shape) == 2 for tensor in self.tensors], bool) & self._valued
+        return median_2d(self._grouping(np.arange(len(self.tensors)), len(self.tensors), None), matrices)
+
+    @cached_property
+    def per_tensor(self) -> list[dict[str, Any]]:
+        """Figures of each tensor, in the order of :attr:`tensors`."""
+        return figures_of(self._grouping(np.arange(len(self.tensors)), len(self.tensors), None))
+
+    def grouped(self, by: GroupBy) -> list[dict[str, Any]]:
+        """Figures by layer, module type, block, tower or user group.
+
+        Returns
+        -------
+        list of dict
+            The label ("module_type", "layer" with its "tower", "block", "tower" or "group"), "tensors" (how
+            many), "numel", then the figures. Groups come in order of first appearance, layers in order of their
+            number; integer and opaque tensors are left out.
+        """
+        if by == "tensor":
+            raise ValueError("per_tensor holds the figures of single tensors")
+        members: dict[tuple[Any, ...], list[int]] = {}
+        for row in np.flatnonzero(self._valued).tolist():
+            for label in self._labels(by, self.tensors[row]):
+                members.setdefault(label, []).append(row)
+        labels = sorted(members, key=lambda label: label[1]) if by == "layer" else list(members)
+        rows = np.array([row for label in labels for row in members[label]], np.intp)
+        ids = np.repeat(np.arange(len(labels)), [len(members[label]) for label in labels])
+        groups = Grouping({k: v[rows] for k, v in self.columns.items()}, ids, len(labels), self._delta_energy)
+        numel = groups.total("numel")
+        result = []
+        for i, (label, figures) in enumerate(zip(labels, figures_of(groups), strict=True)):
+            head = {"tower": label[0], "layer": label[1]} if by == "layer" else {_LABEL_KEY[by]: label[0]}
+            result.append({**head, "tensors": len(members[label]), "numel": int(numel[i]), **figures})
+        return result
+
+    @staticmethod
+    def _labels(by: GroupBy, tensor: TensorFacts) -> list[tuple[Any, ...]]:
+        if by == "layer":
+            return [] if tensor.layer is None else [(tensor.tower, tensor.layer)]
+        if by == "group":
+            return [(name,) for name in tensor.groups]
+        return [(getattr(tensor, _LABEL_KEY[by]),)]
+
+    def _grouping(self, labels: NDArray[np.intp], size: int, keep: NDArray[np.bool_] | None) -> Grouping:
+        columns = self.columns
+        if keep is not None:
+            columns, labels = {name: values[keep] for name, values in columns.items()}, labels[keep]
+        return Grouping(columns, labels, size, self._delta_energy)
+
+    @cached_property
+    def _valued(self) -> NDArray[np.bool_]:
+        valued: NDArray[np.bool_] = self.columns["valued"] > 0
+        return valued
+
+    @cached_property
+    def _delta_energy(self) -> float:
+        return float(np.nansum(np.square(self.columns["delta_norm"].astype(np.float64))))
