@@ -1,0 +1,21 @@
+"""What is on disk: shards and their headers, which names belong to which layer, and which tensors are compared."""
+
+from ckptdiff.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ckptdiff.checkpoint.dtypes import DTYPES, DType, Kind
+from ckptdiff.checkpoint.header import Shard, TensorInfo, read_header
+from ckptdiff.checkpoint.pairing import Alias, Mismatch, Pairing, TensorPair
+
+__all__ = [
+    "DTYPES",
+    "Alias",
+    "Checkpoint",
+    "DType",
+    "Kind",
+    "Mismatch",
+    "Pairing",
+    "Shard",
+    "TensorInfo",
+    "TensorPair",
+    "open_checkpoint",
+    "read_header",
+]

@@ -1,0 +1,103 @@
+"""A checkpoint: the tensors of one file, or of all the shards that belong together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ckptdiff.checkpoint.header import Shard, TensorInfo, read_header
+from ckptdiff.checkpoint.index import check_index
+from ckptdiff.checkpoint.shards import find_shards
+from ckptdiff.errors import CheckpointError
+
+__all__ = ["Checkpoint", "open_checkpoint"]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a checkpoint holds, from its shards' headers.
+
+    Attributes
+    ----------
+    path : str
+        As the user named it.
+    shards : tuple of Shard
+        Its files, sorted by name; a file that two names lead to is listed once.
+    tensors : mapping of str to TensorInfo
+        By name, in the order of shards and, inside a shard, of bytes.
+    warnings : tuple of str
+        What the user should know although the checkpoint can be read.
+    """
+
+    path: str
+    shards: tuple[Shard, ...]
+    tensors: Mapping[str, TensorInfo]
+    warnings: tuple[str, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements in all tensors."""
+        return sum(tensor.numel for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes in all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Find a checkpoint's shards and read their headers; no tensor data is read.
+
+    Parameters
+    ----------
+    path : path-like
+        A safetensors file, a ``*.safetensors.index.json``, a folder that holds either, a Hugging Face cache
+        snapshot, or a cache folder ``models--ORG--NAME``.
+
+    Returns
+    -------
+    Checkpoint
+        Every tensor of every shard. An index is checked against the headers, which are the truth.
+
+    Raises
+    ------
+    HeaderError
+        A shard that breaks the safetensors format.
+    IndexFileError
+        An index that is damaged, leaves its folder, or that the shards contradict.
+    CheckpointError
+        Nothing to read, no permission, a missing shard, or a tensor in two shards.
+    """
+    source = find_shards(os.fspath(path))
+    warnings = list(source.warnings)
+    shards: list[Shard] = []
+    tensors: dict[str, TensorInfo] = {}
+    by_inode: dict[tuple[int, int], Shard] = {}
+    by_path: dict[str, Shard] = {}
+    for shard_path in source.paths:
+        shard, held = read_header(shard_path)
+        first = by_inode.setdefault((shard.device, shard.inode), shard)
+        by_path[shard_path] = first
+        if first is not shard:
+            warnings.append(f"{shard.path} is the same file as {first.path}: read once")
+            continue
+        shards.append(shard)
+        for tensor in held:
+            other = tensors.setdefault(tensor.name, tensor)
+            if other is not tensor:
+                raise _stored_twice(other, tensor)
+    if source.index is not None:
+        warnings += check_index(source.index, by_path, tensors)
+    return Checkpoint(os.fspath(path), tuple(shards), tensors, tuple(warnings))
+
+
+def _stored_twice(first: TensorInfo, second: TensorInfo) -> CheckpointError:
+    return CheckpointError(
+        "two files of the checkpoint store the same tensor",
+        file=second.shard.path,
+        tensor=second.name,
+        expected="each tensor in one file",
+        found=f"it is also in {first.shard.path}",
+        hint="name one of the two files instead of their folder",
+    )

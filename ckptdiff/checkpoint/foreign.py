@@ -1,0 +1,64 @@
+"""Model files that are not safetensors: recognised, named, never opened further."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+__all__ = ["CONVERT_PICKLE", "foreign_files", "foreign_format"]
+
+CONVERT_PICKLE = (
+    "convert it yourself, ckptdiff never unpickles:\n"
+    "    import torch; from safetensors.torch import save_file\n"
+    '    state = torch.load("pytorch_model.bin", map_location="cpu", weights_only=True)\n'
+    '    save_file({k: v.clone().contiguous() for k, v in state.items()}, "model.safetensors")'
+)
+_GGUF = "GGUF is not supported: point ckptdiff at the safetensors files it was made from"
+_LFS = "fetch the file itself: git lfs pull"
+
+# A header length below the format's limit has zeros in its last bytes, so none of these can begin a valid shard.
+_SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
+    (b"PK\x03\x04", "a zip archive, as torch.save writes", CONVERT_PICKLE),
+    (b"\x80", "a pickle", CONVERT_PICKLE),
+    (b"GGUF", "a GGUF file", _GGUF),
+    (b"version https://git-lfs", "a Git LFS pointer", _LFS),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "a run file is read by: ckptdiff show FILE"),
+    (b'{"', "a JSON file", "name the .safetensors file, its .safetensors.index.json or their folder"),
+)
+
+_PATTERNS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    (("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"), "pickles", CONVERT_PICKLE),
+    (("*.gguf",), "GGUF files", _GGUF),
+)
+
+
+def foreign_format(start: bytes) -> tuple[str, str] | None:
+    """Recognise another format by a file's first bytes.
+
+    Only meaningful for a file whose first eight bytes are no valid header length.
+
+    Returns
+    -------
+    tuple of (str, str) or None
+        What the file is, and what the user can do.
+    """
+    for signature, what, hint in _SIGNATURES:
+        if start.startswith(signature):
+            return what, hint
+    return None
+
+
+def foreign_files(names: Iterable[str]) -> tuple[str, list[str], str] | None:
+    """Recognise another format by the names of a folder's files.
+
+    Returns
+    -------
+    tuple of (str, list of str, str) or None
+        What they are, which ones, and what the user can do. Pickles come before GGUF.
+    """
+    listed = sorted(names)
+    for patterns, what, hint in _PATTERNS:
+        found = [name for name in listed if any(fnmatchcase(name.lower(), pattern) for pattern in patterns)]
+        if found:
+            return what, found, hint
+    return None

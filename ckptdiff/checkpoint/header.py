@@ -1,0 +1,291 @@
+"""One shard's header: what it says, checked in full before any tensor data is touched.
+
+A safetensors file is an 8-byte little-endian length, a JSON header of that length, then the tensors' bytes
+without a gap. What the safetensors library refuses is refused here too, and beyond it: keys given twice, white space
+before the header, tensors described by lists, and sizes that no array can have.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptdiff.checkpoint.dtypes import DTYPES, Kind
+from ckptdiff.checkpoint.foreign import foreign_format
+from ckptdiff.checkpoint.regular_file import open_regular, read_bytes
+from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
+from ckptdiff.errors import HeaderError
+
+__all__ = ["MAX_HEADER_BYTES", "Shard", "TensorInfo", "read_header"]
+
+MAX_HEADER_BYTES = 100_000_000
+"""The longest header that the safetensors library reads."""
+
+_LENGTH_BYTES = 8
+_MAX_BITS = 8 * (2**63 - 1)
+_MAX_DIMENSIONS = 64
+_REPR = reprlib.Repr()
+_REPR.maxlist = _REPR.maxstring = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file, as it was when its header was read.
+
+    Attributes
+    ----------
+    path : str
+        As the user can find it: the path given, or the folder given joined with the file's name.
+    size : int
+        Length of the whole file, in bytes.
+    mtime_ns : int
+        Time of its last modification, in nanoseconds since the epoch.
+    device, inode : int
+        Which file it is, however many names lead to it.
+    header_sha256 : str
+        SHA-256 of the file's first ``8 + header length`` bytes, in hexadecimal.
+    metadata : mapping of str to str
+        The header's ``__metadata__``; empty if there is none.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+    device: int
+    inode: int
+    header_sha256: str
+    metadata: Mapping[str, str] = field(hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies and what it is.
+
+    Attributes
+    ----------
+    name : str
+        The raw name; it may hold control characters, ``/`` or markup.
+    dtype : str
+        A key of `DTYPES`.
+    shape : tuple of int
+        Empty for a scalar.
+    shard : Shard
+        The file that stores it.
+    start, stop : int
+        Its bytes in that file: absolute offsets, `stop` excluded.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: Shard
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes stored."""
+        return self.stop - self.start
+
+    @property
+    def kind(self) -> Kind:
+        """What can be measured on its values."""
+        return DTYPES[self.dtype].kind
+
+    @property
+    def region(self) -> tuple[int, int, int, int]:
+        """``(device, inode, start, stop)``: two tensors with the same region are the same bytes."""
+        return (self.shard.device, self.shard.inode, self.start, self.stop)
+
+
+def read_header(path: str | os.PathLike[str]) -> tuple[Shard, tuple[TensorInfo, ...]]:
+    """Read and validate the header of one safetensors file.
+
+    Parameters
+    ----------
+    path : path-like
+        A regular file, or a symbolic link to one.
+
+    Returns
+    -------
+    Shard
+        The file.
+    tuple of TensorInfo
+        Its tensors in the order of their bytes; empty tensors at one offset by name.
+
+    Raises
+    ------
+    HeaderError
+        A file that breaks the safetensors format.
+    CheckpointError
+        A file that cannot be read, or is no regular file.
+    """
+    file = os.fspath(path)
+    with open_regular(file) as (descriptor, status):
+        start = read_bytes(descriptor, min(status.st_size, 64), 0, file)
+        length = _header_length(start, status.st_size, file)
+        raw = read_bytes(descriptor, length, _LENGTH_BYTES, file)
+    header = _parse(raw, file)
+    shard = Shard(
+        path=file,
+        size=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        device=status.st_dev,
+        inode=status.st_ino,
+        header_sha256=hashlib.sha256(start[:_LENGTH_BYTES] + raw).hexdigest(),
+        metadata=_metadata(header.pop("__metadata__", None), file),
+    )
+    data_start = _LENGTH_BYTES + length
+    tensors = [_tensor(name, entry, shard, data_start) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop, tensor.name))
+    _check_coverage(tensors, shard, data_start)
+    return shard, tuple(tensors)
+
+
+def _header_length(start: bytes, size: int, file: str) -> int:
+    if size < _LENGTH_BYTES:
+        raise HeaderError(
+            "the file is empty" if size == 0 else "the file is too short for a safetensors file",
+            file=file,
+            expected="at least 8 bytes",
+            found=f"{size} bytes",
+            hint="the download or copy may be incomplete: fetch it again",
+        )
+    length = int.from_bytes(start[:_LENGTH_BYTES], "little")
+    if length <= min(MAX_HEADER_BYTES, size - _LENGTH_BYTES):
+        return length
+    foreign = foreign_format(start) if length > MAX_HEADER_BYTES else None
+    if foreign is not None:
+        raise HeaderError(
+            "not a safetensors file", file=file, expected="safetensors", found=foreign[0], hint=foreign[1]
+        )
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError(
+            "the header length is over the limit of the format",
+            file=file,
+            expected=f"at most {MAX_HEADER_BYTES} bytes",
+            found=f"{length} bytes",
+            hint="check that this is a safetensors file and that it was copied whole",
+        )
+    raise HeaderError(
+        "the header does not end inside the file",
+        file=file,
+        expected=f"at most {size - _LENGTH_BYTES} bytes",
+        found=f"a header length of {length} bytes",
+        hint="the file is truncated or no safetensors file: fetch it again",
+    )
+
+
+def _parse(raw: bytes, file: str) -> dict[str, Any]:
+    if not raw.startswith(b"{"):
+        raise HeaderError(
+            "the header does not begin with '{'",
+            file=file,
+            expected="b'{'",
+            found=repr(raw[:8]) if raw else "an empty header",
+        )
+    try:
+        return parse_object(raw)
+    except JsonProblemError as error:
+        raise HeaderError(
+            f"the header {error.problem}", file=file, expected=error.expected, found=error.found
+        ) from error
+
+
+def _metadata(value: object, file: str) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+        raise HeaderError(
+            "__metadata__ is not a map of strings", file=file, expected="strings", found=_brief(value)
+        )
+    return value
+
+
+def _tensor(name: str, entry: object, shard: Shard, data_start: int) -> TensorInfo:
+    def refuse(problem: str, expected: str, found: object) -> HeaderError:
+        return HeaderError(problem, file=shard.path, tensor=name, expected=expected, found=_brief(found))
+
+    if not isinstance(entry, dict):
+        raise refuse("the header does not describe the tensor by an object", "{...}", entry)
+    for key in ("dtype", "shape", "data_offsets"):
+        if key not in entry:
+            raise refuse(f"the header gives the tensor no {key}", f"{key!r} among the keys", list(entry))
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise refuse("unknown dtype", "one of " + " ".join(DTYPES), dtype)
+    if not _is_sizes(shape):
+        raise refuse("the shape is not a list of sizes", "integers from 0 to 2^63 - 1", shape)
+    if len(shape) > _MAX_DIMENSIONS:
+        raise refuse("too many dimensions", f"at most {_MAX_DIMENSIONS}", len(shape))
+    if not _is_sizes(offsets) or len(offsets) != 2:
+        raise refuse("data_offsets is not a pair of offsets", "two integers from 0 to 2^63 - 1", offsets)
+    start, stop = offsets
+    if stop < start:
+        raise refuse("data_offsets are reversed", "start <= stop", offsets)
+    bits = DTYPES[dtype].bits
+    # An empty tensor's other sizes are bounded too: NumPy and HDF5 refuse shapes whose product overflows.
+    if bits * math.prod(size for size in shape if size) > _MAX_BITS:
+        raise refuse("the shape is larger than any array", "less than 2^63 bytes", shape)
+    total_bits = bits * math.prod(shape)
+    if total_bits % 8:
+        raise refuse("the elements do not fill whole bytes", "a multiple of 8 bits", f"{total_bits} bits")
+    if stop - start != total_bits // 8:
+        raise refuse(
+            "the size disagrees with shape and dtype",
+            f"{total_bits // 8} bytes for {dtype} {_brief(shape)}",
+            f"{stop - start} bytes",
+        )
+    return TensorInfo(name, dtype, tuple(shape), shard, data_start + start, data_start + stop)
+
+
+def _is_sizes(value: object) -> bool:
+    # `type(...) is int`: True is an int to isinstance, and no size.
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
+def _check_coverage(tensors: list[TensorInfo], shard: Shard, data_start: int) -> None:
+    end, previous = data_start, "the header"
+    for tensor in tensors:
+        if tensor.start != end:
+            overlap = tensor.start < end
+            raise HeaderError(
+                "two tensors overlap" if overlap else "there are bytes between tensors that belong to none",
+                file=shard.path,
+                tensor=tensor.name,
+                expected=f"data_offsets that start at {end - data_start}, where {previous} ends",
+                found=f"data_offsets that start at {tensor.start - data_start}",
+            )
+        end, previous = tensor.stop, f"tensor {tensor.name}"
+    if end > shard.size:
+        cut = next(tensor for tensor in tensors if tensor.stop > shard.size)
+        raise HeaderError(
+            "the file is truncated: tensors lie beyond its end",
+            file=shard.path,
+            tensor=cut.name,
+            expected=f"{end} bytes",
+            found=f"{shard.size} bytes",
+            hint="the download or copy is incomplete: fetch it again",
+        )
+    if end < shard.size:
+        raise HeaderError(
+            "there are bytes after the last tensor",
+            file=shard.path,
+            expected=f"{end} bytes",
+            found=f"{shard.size} bytes",
+        )
+
+
+def _brief(value: object) -> str:
+    # reprlib bounds depth too: plain repr of what a hostile header holds can itself run out of stack.
+    return _REPR.repr(value)

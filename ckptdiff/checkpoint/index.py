@@ -1,0 +1,178 @@
+"""The index of a sharded checkpoint: a hint that every shard's header is checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptdiff.checkpoint.foreign import CONVERT_PICKLE
+from ckptdiff.checkpoint.header import Shard, TensorInfo
+from ckptdiff.checkpoint.regular_file import read_whole
+from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
+from ckptdiff.errors import IndexFileError
+
+__all__ = ["MAX_INDEX_BYTES", "Index", "check_index", "read_index"]
+
+MAX_INDEX_BYTES = 100_000_000
+"""The longest index that is read."""
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """What a ``*.safetensors.index.json`` claims.
+
+    Attributes
+    ----------
+    path : str
+        The index file.
+    weight_map : mapping of str to str
+        Which shard, by the name the index gives it, stores each tensor.
+    shard_paths : mapping of str to str
+        Where each of those shards is.
+    total_size : int or None
+        Bytes of all tensors, if the index says it as a number.
+    """
+
+    path: str
+    weight_map: Mapping[str, str]
+    shard_paths: Mapping[str, str]
+    total_size: int | None
+
+
+def read_index(path: str) -> Index:
+    """Read an index and find its shards, which must exist inside the index's own folder.
+
+    Raises
+    ------
+    IndexFileError
+        Longer than `MAX_INDEX_BYTES`, not a JSON object of the right form, or a shard that is missing or outside.
+    CheckpointError
+        An index that cannot be read.
+    """
+    try:
+        content = parse_object(read_whole(path, MAX_INDEX_BYTES, IndexFileError))
+    except JsonProblemError as error:
+        raise IndexFileError(
+            f"the index {error.problem}", file=path, expected=error.expected, found=error.found
+        ) from error
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise IndexFileError(
+            "the index has no weight_map",
+            file=path,
+            expected='"weight_map": {tensor: shard, ...}',
+            found="none" if weight_map is None else type(weight_map).__name__,
+        )
+    if not weight_map:
+        raise IndexFileError("the index names no tensor", file=path)
+    shard_paths: dict[str, str] = {}
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise IndexFileError(
+                "weight_map does not give the tensor a file name",
+                file=path,
+                tensor=tensor,
+                expected="a file name",
+                found=type(shard).__name__,
+            )
+        if shard not in shard_paths:
+            shard_paths[shard] = _locate_shard(path, tensor, shard)
+    metadata = content.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return Index(path, weight_map, shard_paths, int(total) if isinstance(total, (int, float)) else None)
+
+
+def check_index(
+    index: Index, shards: Mapping[str, Shard], tensors: Mapping[str, TensorInfo]
+) -> tuple[str, ...]:
+    """Compare an index with the headers of its shards.
+
+    Parameters
+    ----------
+    index : Index
+        The claim.
+    shards : mapping of str to Shard
+        The headers read, by the paths of `Index.shard_paths`.
+    tensors : mapping of str to TensorInfo
+        Every tensor of those shards.
+
+    Returns
+    -------
+    tuple of str
+        Warnings: tensors the index leaves out, a total size that is not theirs.
+
+    Raises
+    ------
+    IndexFileError
+        A tensor that the shard named for it lacks.
+    """
+    for name, shard_name in index.weight_map.items():
+        shard = shards[index.shard_paths[shard_name]]
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shard is not shard:
+            raise IndexFileError(
+                "the index names a shard that lacks the tensor",
+                file=index.path,
+                tensor=name,
+                expected=f"the tensor in {shard_name}",
+                found="it is in no shard" if tensor is None else f"it is in {tensor.shard.path}",
+                hint="the index and the shards come from different saves: download both again",
+            )
+    warnings: list[str] = []
+    unnamed = [name for name in tensors if name not in index.weight_map]
+    if unnamed:
+        shown = ", ".join(unnamed[:_SHOWN]) + (", ..." if len(unnamed) > _SHOWN else "")
+        warnings.append(f"{index.path} leaves out {len(unnamed)} tensors that its shards hold: {shown}")
+    held = sum(tensor.nbytes for tensor in tensors.values())
+    named = sum(tensors[name].nbytes for name in index.weight_map)
+    if index.total_size is not None and index.total_size not in (held, named):
+        warnings.append(f"{index.path} gives total_size {index.total_size}, its shards hold {held} bytes")
+    return tuple(warnings)
+
+
+def _locate_shard(index: str, tensor: str, shard: str) -> str:
+    """Find one shard without leaving the index's folder, except by a link in a shard's own place."""
+    folder = Path(index).parent
+    if (
+        not shard
+        or any(part in ("", ".", "..") for part in shard.split("/"))
+        or "\\" in shard
+        or "\0" in shard
+    ):
+        raise _outside(index, tensor, shard)
+    path = folder / shard
+    # Hugging Face snapshots link each shard to a blob elsewhere; a linked folder on the way is not such a link.
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise _outside(index, tensor, shard)
+    if shard.endswith((".bin", ".pt", ".pth")):
+        raise IndexFileError(
+            "the index names a pickle",
+            file=index,
+            tensor=tensor,
+            expected="*.safetensors",
+            found=shard,
+            hint=CONVERT_PICKLE,
+        )
+    if not (path.exists() or path.is_symlink()):
+        raise IndexFileError(
+            "the index names a shard that is missing",
+            file=index,
+            tensor=tensor,
+            expected=str(path),
+            found="no such file",
+            hint="the download may be incomplete: download it again",
+        )
+    return str(path)
+
+
+def _outside(index: str, tensor: str, shard: str) -> IndexFileError:
+    return IndexFileError(
+        "the index names a shard outside its folder",
+        file=index,
+        tensor=tensor,
+        expected="a file name in the index's own folder",
+        found=shard,
+    )

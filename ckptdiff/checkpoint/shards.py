@@ -1,0 +1,199 @@
+"""From the path a user gives to the files that make up the checkpoint."""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckptdiff.checkpoint.foreign import CONVERT_PICKLE, foreign_files
+from ckptdiff.checkpoint.index import Index, read_index
+from ckptdiff.checkpoint.regular_file import read_whole, stat_path
+from ckptdiff.errors import CheckpointError
+
+__all__ = ["ShardSource", "find_shards"]
+
+_INDEX_SUFFIX = ".safetensors.index.json"
+_NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<total>\d{5,})\.safetensors", re.DOTALL)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSource:
+    """Where a checkpoint's tensors are to be read.
+
+    Attributes
+    ----------
+    paths : tuple of str
+        The shards, sorted by name.
+    index : Index or None
+        The index that named them.
+    warnings : tuple of str
+        What was left out or guessed.
+    """
+
+    paths: tuple[str, ...]
+    index: Index | None
+    warnings: tuple[str, ...]
+
+
+def find_shards(path: str) -> ShardSource:
+    """Find the shards that `path` means; reads the index if there is one, and no header.
+
+    Raises
+    ------
+    IndexFileError
+        An index that cannot be used.
+    CheckpointError
+        Nothing readable, no safetensors, several possible indexes or snapshots, or a numbered shard missing.
+    """
+    try:
+        status = stat_path(path)
+    except CheckpointError as error:
+        if isinstance(error.__cause__, FileNotFoundError) and error.hint is None and _HUB_ID.fullmatch(path):
+            error.hint = f"if this is a Hugging Face model, download it first: hf download {path}"
+        raise
+    if stat.S_ISDIR(status.st_mode):
+        return _in_directory(path)
+    if path.endswith(".bin.index.json"):
+        raise CheckpointError("an index of pickles", file=path, expected="safetensors", hint=CONVERT_PICKLE)
+    if path.endswith(".index.json"):
+        return _from_index(path, _listing(str(Path(path).parent)))
+    return ShardSource((path,), None, ())
+
+
+def _in_directory(path: str) -> ShardSource:
+    names = _listing(path)
+    indexes = [name for name in names if name.endswith(_INDEX_SUFFIX)]
+    if "model" + _INDEX_SUFFIX in indexes:
+        return _from_index(str(Path(path, "model" + _INDEX_SUFFIX)), names)
+    if len(indexes) > 1:
+        raise CheckpointError(
+            "the folder holds several checkpoints",
+            file=path,
+            expected="one index file",
+            found=_some(indexes),
+            hint="name one of these index files",
+        )
+    if indexes:
+        return _from_index(str(Path(path, indexes[0])), names)
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if shards:
+        _check_numbers(path, shards)
+        return ShardSource(
+            tuple(str(Path(path, name)) for name in shards),
+            None,
+            _warn_of_families(path, shards),
+        )
+    if "snapshots" in names:
+        return _in_directory(_snapshot(path))
+    raise _nothing_to_read(path, names)
+
+
+def _from_index(path: str, siblings: Iterable[str]) -> ShardSource:
+    index = read_index(path)
+    unlisted = [name for name in siblings if name.endswith(".safetensors") and name not in index.shard_paths]
+    warnings = (f"{path} does not name {_some(unlisted)}: not read",) if unlisted else ()
+    return ShardSource(tuple(index.shard_paths[name] for name in sorted(index.shard_paths)), index, warnings)
+
+
+def _listing(path: str) -> list[str]:
+    """Names in a folder, sorted, without hidden ones (macOS leaves ``._model.safetensors`` behind)."""
+    try:
+        return sorted(entry.name for entry in Path(path).iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise CheckpointError(
+            "the folder cannot be listed", file=path, found=error.strerror or str(error)
+        ) from error
+
+
+def _check_numbers(path: str, names: list[str]) -> None:
+    families: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
+    for name in names:
+        match = _NUMBERED.fullmatch(name)
+        if match:
+            families[match["stem"], match["total"]].add(int(match["number"]))
+    for (stem, total), numbers in families.items():
+        first = min(numbers) if min(numbers) == 0 else 1
+        count = int(total)
+        if len(numbers) >= count:
+            continue
+        missing: list[str] = []
+        for number in range(first, first + count):
+            if number not in numbers:
+                missing.append(f"{stem}-{number:0{len(total)}d}-of-{total}.safetensors")
+            if len(missing) > _SHOWN:
+                break
+        raise CheckpointError(
+            "shards are missing",
+            file=path,
+            expected=f"{count} files {stem}-*-of-{total}.safetensors",
+            found=f"{len(numbers)}; missing: {_some(missing, count - len(numbers))}",
+            hint="the download may be incomplete: download it again",
+        )
+
+
+def _warn_of_families(path: str, names: list[str]) -> tuple[str, ...]:
+    families = {match["stem"] if (match := _NUMBERED.fullmatch(name)) else name for name in names}
+    if len(families) < 2:
+        return ()
+    return (f"{path} has no index: its {len(names)} files are read as one checkpoint: {_some(names)}",)
+
+
+def _snapshot(path: str) -> str:
+    """Choose the snapshot of a Hugging Face cache folder ``models--ORG--NAME``."""
+    folder = str(Path(path, "snapshots"))
+    names = [name for name in _listing(folder) if Path(folder, name).is_dir()]
+    if len(names) == 1:
+        return str(Path(folder, names[0]))
+    reference = str(Path(path, "refs", "main"))
+    if names and Path(reference).is_file():
+        commit = read_whole(reference, 1000).decode(errors="replace").strip()
+        if commit in names:
+            return str(Path(folder, commit))
+    raise CheckpointError(
+        "the cache folder holds several snapshots" if names else "the cache folder holds no snapshot",
+        file=folder,
+        expected="one snapshot, or one that refs/main names",
+        found=_some(names) if names else "none",
+        hint="name one of these snapshot folders" if names else "download the model again",
+    )
+
+
+def _nothing_to_read(path: str, names: list[str]) -> CheckpointError:
+    foreign = foreign_files(names)
+    if foreign is not None:
+        what, found, hint = foreign
+        return CheckpointError(
+            f"the folder holds {what} and no safetensors",
+            file=path,
+            expected="*.safetensors",
+            found=_some(found),
+            hint=hint,
+        )
+    inside = [name for name in names if _holds_safetensors(Path(path, name))]
+    return CheckpointError(
+        "the folder holds no safetensors" if names else "the folder is empty",
+        file=path,
+        expected="*.safetensors or *.safetensors.index.json",
+        found=_some(names) if names else "nothing",
+        hint=f"name one of its folders: {_some(inside)}" if inside else None,
+    )
+
+
+def _holds_safetensors(folder: Path) -> bool:
+    try:
+        return folder.is_dir() and any(folder.glob("*.safetensors"))
+    except OSError:
+        # Only a hint depends on it, and the folder the user named has been read.
+        return False
+
+
+def _some(names: list[str], total: int | None = None) -> str:
+    total = len(names) if total is None else total
+    shown = ", ".join(names[:_SHOWN])
+    return shown if total <= _SHOWN else f"{shown} and {total - _SHOWN} more"
