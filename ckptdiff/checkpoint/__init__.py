@@ -3,7 +3,8 @@
 from ckptdiff.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ckptdiff.checkpoint.dtypes import DTYPES, DType, Kind
 from ckptdiff.checkpoint.header import Shard, TensorInfo, read_header
-from ckptdiff.checkpoint.pairing import Alias, Mismatch, Pairing, TensorPair
+from ckptdiff.checkpoint.names import Place, locate
+from ckptdiff.checkpoint.pairing import Alias, Mismatch, Pairing, TensorPair, pair
 
 __all__ = [
     "DTYPES",
@@ -13,9 +14,12 @@ __all__ = [
     "Kind",
     "Mismatch",
     "Pairing",
+    "Place",
     "Shard",
     "TensorInfo",
     "TensorPair",
+    "locate",
     "open_checkpoint",
+    "pair",
     "read_header",
 ]

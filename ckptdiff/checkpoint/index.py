@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ckptdiff.checkpoint.foreign import CONVERT_PICKLE
 from ckptdiff.checkpoint.header import Shard, TensorInfo
-from ckptdiff.checkpoint.regular_file import read_whole
+from ckptdiff.checkpoint.regular_file import read_whole, stat_path
 from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
-from ckptdiff.errors import IndexFileError
+from ckptdiff.errors import CheckpointError, IndexFileError
 
 __all__ = ["MAX_INDEX_BYTES", "Index", "check_index", "read_index"]
 
@@ -145,7 +146,7 @@ def _locate_shard(index: str, tensor: str, shard: str) -> str:
         raise _outside(index, tensor, shard)
     path = folder / shard
     # Hugging Face snapshots link each shard to a blob elsewhere; a linked folder on the way is not such a link.
-    if not path.parent.resolve().is_relative_to(folder.resolve()):
+    if not Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(folder)):
         raise _outside(index, tensor, shard)
     if shard.endswith((".bin", ".pt", ".pth")):
         raise IndexFileError(
@@ -156,15 +157,17 @@ def _locate_shard(index: str, tensor: str, shard: str) -> str:
             found=shard,
             hint=CONVERT_PICKLE,
         )
-    if not (path.exists() or path.is_symlink()):
+    try:
+        stat_path(str(path))
+    except CheckpointError as error:
         raise IndexFileError(
-            "the index names a shard that is missing",
+            "the index names a shard that is missing or cannot be reached",
             file=index,
             tensor=tensor,
-            expected=str(path),
-            found="no such file",
-            hint="the download may be incomplete: download it again",
-        )
+            expected=f"a file {path}",
+            found=error.problem if error.found is None else f"{error.problem}: {error.found}",
+            hint=error.hint or "the download may be incomplete: download it again",
+        ) from error
     return str(path)
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from ckptdiff.checkpoint.checkpoint import Checkpoint
+from ckptdiff.checkpoint.dtypes import Kind
+from ckptdiff.checkpoint.globs import Globs
 from ckptdiff.checkpoint.header import TensorInfo
+from ckptdiff.checkpoint.matching import match_names
+from ckptdiff.checkpoint.ties import tied_embedding, twice_named
+from ckptdiff.errors import PairingError
 
-__all__ = ["Alias", "Mismatch", "Pairing", "TensorPair"]
+__all__ = ["Alias", "Mismatch", "Pairing", "TensorPair", "pair"]
+
+_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,3 +109,184 @@ class Pairing:
     aliased: tuple[Alias, ...]
     mismatched: tuple[Mismatch, ...]
     warnings: tuple[str, ...]
+
+
+def pair(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    *,
+    renames: Sequence[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> Pairing:
+    """Pair the tensors of two checkpoints.
+
+    Names are matched first as they are, after `renames`; then, for what is left, without the prefixes that wrap
+    whole models (``module.``, ``_orig_mod.``, ``base_model.model.``, ``model.language_model.``, ...), where exactly
+    one name on each side remains. Nothing else is guessed.
+
+    Parameters
+    ----------
+    base, tuned : Checkpoint
+        The two sides.
+    renames : sequence of str
+        ``OLD=NEW`` substitutions on the base's names, as regular expressions, applied in order.
+    include, exclude : sequence of str
+        Shell-style patterns on the base's or the tuned side's name. Without `include` everything is included;
+        `exclude` wins. What they leave out appears nowhere in the result.
+
+    Returns
+    -------
+    Pairing
+        Every remaining tensor of both sides, each in one place.
+
+    Raises
+    ------
+    OptionError
+        A rename that cannot be used, or that gives two tensors one name.
+    PairingError
+        No pair to compare.
+    """
+    globs = Globs(include, exclude)
+    matched, match_warnings = match_names(base.tensors, tuned.tensors, renames)
+    everything = _sort_out(base, tuned, matched)
+    selected = _select(everything, globs)
+    if not selected.pairs:
+        raise _nothing_to_compare(base, tuned, everything, selected)
+    warnings = (
+        *match_warnings,
+        *globs.unmatched([*base.tensors, *tuned.tensors]),
+        *_tie_warnings(selected.aliased),
+        *_scale_warnings(base, tuned, selected.pairs),
+    )
+    return replace(selected, warnings=warnings)
+
+
+def _sort_out(base: Checkpoint, tuned: Checkpoint, matched: dict[str, str]) -> Pairing:
+    pairs: list[TensorPair] = []
+    mismatched: list[Mismatch] = []
+    aliased: list[Alias] = []
+    seen: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
+    for name, ours in base.tensors.items():
+        if name not in matched:
+            continue
+        theirs = tuned.tensors[matched[name]]
+        reason = _mismatch(ours, theirs)
+        if reason is not None:
+            mismatched.append(Mismatch(name, ours, theirs, reason))
+            continue
+        # Empty tensors have equal regions without being the same tensor.
+        first = seen.setdefault((ours.region, theirs.region), name) if ours.nbytes else name
+        if first == name:
+            pairs.append(TensorPair(name, ours, theirs))
+        else:
+            aliased.append(Alias(name, first, "both"))
+    only_in_base, base_aliases = _unmatched(base, tuned, set(matched), "base")
+    only_in_tuned, tuned_aliases = _unmatched(tuned, base, set(matched.values()), "tuned")
+    return Pairing(
+        tuple(pairs),
+        only_in_base,
+        only_in_tuned,
+        (*aliased, *base_aliases, *tuned_aliases),
+        tuple(mismatched),
+        (),
+    )
+
+
+def _mismatch(base: TensorInfo, tuned: TensorInfo) -> str | None:
+    if base.shape != tuned.shape:
+        return f"shapes differ: {list(base.shape)} in base, {list(tuned.shape)} in tuned"
+    if base.dtype != tuned.dtype and not (base.kind is tuned.kind is Kind.FLOAT):
+        return f"dtypes cannot be compared: {base.dtype} in base, {tuned.dtype} in tuned"
+    return None
+
+
+def _unmatched(
+    storing: Checkpoint, lacking: Checkpoint, matched: set[str], side: Literal["base", "tuned"]
+) -> tuple[tuple[str, ...], tuple[Alias, ...]]:
+    again = twice_named(storing.tensors.values())
+    only: list[str] = []
+    aliased: list[Alias] = []
+    for name in storing.tensors:
+        if name in matched:
+            continue
+        of = again.get(name) or tied_embedding(name, storing.tensors, lacking.tensors)
+        if of is None:
+            only.append(name)
+        else:
+            aliased.append(Alias(name, of, side))
+    return tuple(only), tuple(aliased)
+
+
+def _select(pairing: Pairing, globs: Globs) -> Pairing:
+    return Pairing(
+        pairs=tuple(pair for pair in pairing.pairs if globs.select(pair.base.name, pair.tuned.name)),
+        only_in_base=tuple(name for name in pairing.only_in_base if globs.select(name)),
+        only_in_tuned=tuple(name for name in pairing.only_in_tuned if globs.select(name)),
+        aliased=tuple(alias for alias in pairing.aliased if globs.select(alias.name)),
+        mismatched=tuple(
+            mismatch for mismatch in pairing.mismatched if globs.select(mismatch.name, mismatch.tuned.name)
+        ),
+        warnings=pairing.warnings,
+    )
+
+
+def _nothing_to_compare(
+    base: Checkpoint, tuned: Checkpoint, everything: Pairing, selected: Pairing
+) -> PairingError:
+    if everything.pairs:
+        return PairingError(
+            "--include and --exclude leave no tensor to compare",
+            expected=f"some of {len(everything.pairs)} pairs, such as "
+            + _some(pair.name for pair in everything.pairs),
+            found="none",
+            hint="patterns are shell-style and match whole names: '*.mlp.*', not 'mlp'",
+        )
+    if selected.mismatched or everything.mismatched:
+        first = (selected.mismatched or everything.mismatched)[0]
+        return PairingError(
+            "no tensor of the two checkpoints can be compared",
+            file=tuned.path,
+            tensor=first.name,
+            expected="some tensors of equal shape and comparable dtype",
+            found=first.reason,
+            hint="check that the two checkpoints are of the same model",
+        )
+    return PairingError(
+        "the two checkpoints have no tensor name in common",
+        file=tuned.path,
+        expected=f"names as in {base.path}: {_some(base.tensors) or 'none'}",
+        found=_some(tuned.tensors) or "none",
+        hint="rename the base's tensors with --map 'OLD=NEW', for example --map '^encoder\\.=model.'",
+    )
+
+
+def _tie_warnings(aliased: Iterable[Alias]) -> list[str]:
+    return [
+        f"{alias.name} is stored only in {alias.side}: taken as tied to {alias.of}, not compared"
+        for alias in aliased
+        if alias.side != "both"
+    ]
+
+
+def _scale_warnings(base: Checkpoint, tuned: Checkpoint, pairs: Iterable[TensorPair]) -> list[str]:
+    base_scales, tuned_scales = _scaled_modules(base), _scaled_modules(tuned)
+    count = sum(_is_scaled(pair.base, base_scales) or _is_scaled(pair.tuned, tuned_scales) for pair in pairs)
+    if not count:
+        return []
+    return [f"{count} fp8 tensors have scales beside them: compared as raw codes, unscaled"]
+
+
+def _scaled_modules(checkpoint: Checkpoint) -> set[str]:
+    split = (name.rpartition(".") for name in checkpoint.tensors)
+    return {module for module, _, parameter in split if "scale" in parameter}
+
+
+def _is_scaled(tensor: TensorInfo, scaled_modules: set[str]) -> bool:
+    is_fp8 = tensor.kind is Kind.FLOAT and tensor.dtype.startswith("F8_")
+    return is_fp8 and (tensor.name.rpartition(".")[0] in scaled_modules or tensor.name in scaled_modules)
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = list(names)
+    return ", ".join(shown[:_SHOWN]) + (", ..." if len(shown) > _SHOWN else "")

@@ -7,6 +7,7 @@ import stat
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from ckptdiff.checkpoint.foreign import CONVERT_PICKLE, foreign_files
@@ -17,7 +18,7 @@ from ckptdiff.errors import CheckpointError
 __all__ = ["ShardSource", "find_shards"]
 
 _INDEX_SUFFIX = ".safetensors.index.json"
-_NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<total>\d{5,})\.safetensors", re.DOTALL)
+_NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5,})-of-(?P<total>[0-9]{5,})\.safetensors", re.DOTALL)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHOWN = 5
 
@@ -118,23 +119,19 @@ def _check_numbers(path: str, names: list[str]) -> None:
         if match:
             families[match["stem"], match["total"]].add(int(match["number"]))
     for (stem, total), numbers in families.items():
-        first = min(numbers) if min(numbers) == 0 else 1
-        count = int(total)
-        if len(numbers) >= count:
-            continue
-        missing: list[str] = []
-        for number in range(first, first + count):
-            if number not in numbers:
-                missing.append(f"{stem}-{number:0{len(total)}d}-of-{total}.safetensors")
-            if len(missing) > _SHOWN:
-                break
-        raise CheckpointError(
-            "shards are missing",
-            file=path,
-            expected=f"{count} files {stem}-*-of-{total}.safetensors",
-            found=f"{len(numbers)}; missing: {_some(missing, count - len(numbers))}",
-            hint="the download may be incomplete: download it again",
-        )
+        first = 0 if 0 in numbers else 1
+        wanted = range(first, first + int(total))
+        count = len(wanted) - sum(number in wanted for number in numbers)
+        if count:
+            absent = islice((number for number in wanted if number not in numbers), _SHOWN)
+            missing = [f"{stem}-{number:0{len(total)}d}-of-{total}.safetensors" for number in absent]
+            raise CheckpointError(
+                "shards are missing",
+                file=path,
+                expected=f"{len(wanted)} files {stem}-*-of-{total}.safetensors",
+                found=f"{len(wanted) - count}; missing: {_some(missing, count)}",
+                hint="the download may be incomplete: download it again",
+            )
 
 
 def _warn_of_families(path: str, names: list[str]) -> tuple[str, ...]:
@@ -146,15 +143,15 @@ def _warn_of_families(path: str, names: list[str]) -> tuple[str, ...]:
 
 def _snapshot(path: str) -> str:
     """Choose the snapshot of a Hugging Face cache folder ``models--ORG--NAME``."""
-    folder = str(Path(path, "snapshots"))
-    names = [name for name in _listing(folder) if Path(folder, name).is_dir()]
+    folder = Path(path, "snapshots")
+    names = [name for name in _listing(str(folder)) if stat.S_ISDIR(stat_path(str(folder / name)).st_mode)]
     if len(names) == 1:
-        return str(Path(folder, names[0]))
-    reference = str(Path(path, "refs", "main"))
-    if names and Path(reference).is_file():
-        commit = read_whole(reference, 1000).decode(errors="replace").strip()
+        return str(folder / names[0])
+    reference = Path(path, "refs", "main")
+    if names and reference.is_file():
+        commit = read_whole(str(reference), 1000).decode(errors="replace").strip()
         if commit in names:
-            return str(Path(folder, commit))
+            return str(folder / commit)
     raise CheckpointError(
         "the cache folder holds several snapshots" if names else "the cache folder holds no snapshot",
         file=folder,

@@ -1,0 +1,41 @@
+"""The ``--include`` and ``--exclude`` patterns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import translate
+
+__all__ = ["Globs"]
+
+
+class Globs:
+    """Shell-style patterns that select tensors; case matters, and ``*`` matches dots and slashes too.
+
+    Parameters
+    ----------
+    include : sequence of str
+        What to keep; nothing means everything.
+    exclude : sequence of str
+        What to leave out, whatever `include` says.
+    """
+
+    def __init__(self, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
+        self._include = [(text, re.compile(translate(text))) for text in include]
+        self._exclude = [(text, re.compile(translate(text))) for text in exclude]
+
+    def select(self, *names: str) -> bool:
+        """Whether a tensor that goes by these names (one, or one a side) is to be kept."""
+        if any(pattern.match(name) for _, pattern in self._exclude for name in names):
+            return False
+        return not self._include or any(pattern.match(name) for _, pattern in self._include for name in names)
+
+    def unmatched(self, names: Iterable[str]) -> list[str]:
+        """Warn of every pattern that matches none of these names."""
+        known = list(names)
+        return [
+            f"{option} {text} matches no tensor"
+            for option, patterns in (("--include", self._include), ("--exclude", self._exclude))
+            for text, pattern in patterns
+            if not any(pattern.match(name) for name in known)
+        ]

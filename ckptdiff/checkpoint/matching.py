@@ -1,0 +1,65 @@
+"""Match the names of two checkpoints: exactly, by the user's renames, then without wrapper prefixes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from ckptdiff.checkpoint.renames import parse_renames, rename_all
+from ckptdiff.checkpoint.wrappers import unwrapped
+
+__all__ = ["match_names"]
+
+_SHOWN = 3
+
+
+def match_names(
+    base: Iterable[str], tuned: Iterable[str], renames: Sequence[str] = ()
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Find the tuned side's name of each of the base's tensors.
+
+    Parameters
+    ----------
+    base, tuned : iterable of str
+        Raw names.
+    renames : sequence of str
+        ``OLD=NEW`` substitutions on the base's names.
+
+    Returns
+    -------
+    dict of str to str
+        Base name to tuned name, one to one.
+    tuple of str
+        Warnings: renames without effect, and names that more than one match would fit.
+
+    Raises
+    ------
+    OptionError
+        A rename that cannot be used.
+    """
+    renamed, warnings = rename_all(base, parse_renames(renames))
+    candidates = dict.fromkeys(tuned)
+    matched = {name: new for name, new in renamed.items() if new in candidates}
+    taken = set(matched.values())
+    left_base: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    left_tuned: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, new in renamed.items():
+        if name not in matched:
+            left_base[unwrapped(new)].append(name)
+    for name in candidates:
+        if name not in taken:
+            left_tuned[unwrapped(name)].append(name)
+    ambiguous: list[str] = []
+    for bare, ours in left_base.items():
+        theirs = left_tuned.get(bare, [])
+        if len(ours) == len(theirs) == 1:
+            matched[ours[0]] = theirs[0]
+        elif theirs:
+            ambiguous.append(f"{' and '.join(ours)} against {' and '.join(theirs)}")
+    if ambiguous:
+        shown = "; ".join(ambiguous[:_SHOWN]) + ("; ..." if len(ambiguous) > _SHOWN else "")
+        warnings += (
+            f"{len(ambiguous)} names without their prefixes fit more than one tensor, left unmatched"
+            f" (--map decides): {shown}",
+        )
+    return matched, warnings
