@@ -1,0 +1,83 @@
+"""The ``/histograms`` group, filled row by row."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from ckptdiff.metrics.histograms import HistogramRow, log2_floor
+from ckptdiff.runfile.schema import HISTOGRAMS
+
+__all__ = ["HistogramTable"]
+
+_ROWS = 64
+_LEVEL = 1
+
+
+class HistogramTable:
+    """Datasets of one row per tensor that grow by whole chunks of 64 rows.
+
+    Parameters
+    ----------
+    group : h5py.Group
+        The empty group to fill.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self._rows: list[HistogramRow] = []
+        self._written = 0
+        axis = group.create_dataset("log2_floor", data=log2_floor())
+        axis.attrs["long_name"] = "floor(log2 |x|) of each bin; -inf is exactly zero; both ends take what lies beyond"
+        axis.make_scale("log2_floor")
+        empty = HistogramRow.empty()
+        self._datasets = {}
+        for name, (field, long_name) in HISTOGRAMS.items():
+            bins = getattr(empty, field).size
+            dataset = group.create_dataset(
+                name,
+                (0, bins),
+                np.uint64,
+                maxshape=(None, bins),
+                chunks=(_ROWS, bins),
+                compression="gzip",
+                compression_opts=_LEVEL,
+            )
+            dataset.attrs.update(units="1", long_name=long_name)
+            if field != "ulp":
+                dataset.dims[1].attach_scale(axis)
+            self._datasets[field] = dataset
+
+    def add(self, rows: Iterable[HistogramRow]) -> None:
+        """Take the next rows, and write every full chunk."""
+        for row in rows:
+            self._rows.append(row)
+            if len(self._rows) == _ROWS:
+                self._write()
+
+    def finish(self, tensors: int) -> None:
+        """Write what is left.
+
+        Raises
+        ------
+        ValueError
+            If there are not as many rows as tensors.
+        """
+        rows = self._written + len(self._rows)
+        if rows != tensors:
+            raise ValueError(f"{rows} rows of histograms for {tensors} tensors")
+        if self._rows:
+            self._write()
+
+    def _write(self) -> None:
+        start, count = self._written, len(self._rows)
+        for field, dataset in self._datasets.items():
+            chunk = np.zeros(dataset.chunks, np.uint64)
+            np.stack([getattr(row, field) for row in self._rows], out=chunk[:count])
+            dataset.resize(start + count, axis=0)
+            # Compressed here, not by HDF5, because zlib gives the GIL away and HDF5 does not.
+            dataset.id.write_direct_chunk((start, 0), zlib.compress(chunk.data, _LEVEL))
+        self._written += count
+        self._rows.clear()

@@ -1,0 +1,167 @@
+"""A file that takes its name only when it is complete."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+from ckptdiff.errors import RunFileError
+
+__all__ = ["StagedFile"]
+
+_LONGEST_STEM = 200
+_FOLDERS_NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
+
+
+class StagedFile:
+    """A new file beside its target that replaces the target when it is committed.
+
+    It can be handed to h5py as a file object. HDF5 crashes the process at a later close when one of its writes fails
+    (seen with 2.0: segmentation fault on a full disk), so a failed write is not raised but kept in :attr:`failure`,
+    later writes are dropped, and whoever writes asks :meth:`check`.
+
+    Parameters
+    ----------
+    target : Path
+        The final name. A symbolic link is followed, so that the file it names is replaced.
+
+    Attributes
+    ----------
+    failure : OSError or None
+        Why the first failed write failed.
+
+    Raises
+    ------
+    RunFileError
+        If the file cannot be made.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.failure: OSError | None = None
+        self._real = Path(os.path.realpath(target))
+        stem = os.fsdecode(os.fsencode(self._real.name)[:_LONGEST_STEM])
+        self._path = self._real.with_name(f".{stem}.{secrets.token_hex(4)}.tmp")
+        try:
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise RunFileError(f"cannot create the output: {error.strerror}", file=target) from error
+        self._stopped = False
+        self._position = 0
+        self._size = 0
+
+    def check(self) -> None:
+        """Raise the failure of an earlier write, if there was one.
+
+        Raises
+        ------
+        RunFileError
+            Disk full, quota or size limit reached, or any other failure of a write.
+        """
+        if self.failure is not None:
+            raise self._explained(self.failure) from self.failure
+
+    def stop(self) -> None:
+        """Drop every later write: closing an HDF5 file that is given up must not need room."""
+        self._stopped = True
+
+    def commit(self) -> None:
+        """Bring the file to the disk, then give it its name.
+
+        Raises
+        ------
+        RunFileError
+            If a write failed, now or earlier; the target is as it was.
+        """
+        self.check()
+        try:
+            os.fsync(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+            self._path.replace(self._real)
+        except OSError as error:
+            raise self._explained(error) from error
+        self._sync_folder()
+
+    def discard(self) -> None:
+        """Remove the temporary file; harmless after :meth:`commit`."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        with suppress(FileNotFoundError):
+            self._path.unlink()
+
+    def _sync_folder(self) -> None:
+        folder = os.open(self._real.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        except OSError as error:
+            # Some network file systems cannot; the file itself is on the disk and has its name.
+            if error.errno not in _FOLDERS_NOT_SYNCED:
+                raise self._explained(error) from error
+        finally:
+            os.close(folder)
+
+    def _explained(self, error: OSError) -> RunFileError:
+        hint = None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            hint = "make room, or choose a folder on another disk"
+        free = os.statvfs(self._real.parent)
+        return RunFileError(
+            f"cannot write the output: {error.strerror}",
+            file=self.target,
+            found=f"{free.f_bavail * free.f_frsize:,} bytes free, {self._size:,} bytes written",
+            hint=hint,
+        )
+
+    # What h5py's fileobj driver calls.
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move to an offset from the start or from the end."""
+        self._position = offset + (self._size if whence == os.SEEK_END else 0)
+        return self._position
+
+    def tell(self) -> int:
+        """Where the next read or write starts."""
+        return self._position
+
+    def read(self, size: int) -> bytes:
+        """Read up to `size` bytes."""
+        piece = os.pread(self._descriptor, size, self._position)
+        self._position += len(piece)
+        return piece
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Fill a buffer, with zeros where a failed write left nothing."""
+        count = os.preadv(self._descriptor, [buffer], self._position)
+        buffer[count:] = bytes(len(buffer) - count)
+        self._position += len(buffer)
+        return len(buffer)
+
+    def write(self, data: memoryview | bytes) -> int:
+        """Write all of a buffer, unless a write has failed."""
+        view = memoryview(data)
+        done = 0
+        while done < len(view) and self.failure is None and not self._stopped:
+            try:
+                done += os.pwrite(self._descriptor, view[done:], self._position + done)
+            except OSError as error:
+                self.failure = error
+        self._position += len(view)
+        self._size = max(self._size, self._position)
+        return len(view)
+
+    def truncate(self, size: int) -> int:
+        """Set the file's size."""
+        try:
+            os.ftruncate(self._descriptor, size)
+        except OSError as error:
+            self.failure = self.failure or error
+        self._size = size
+        return size
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""

@@ -1,0 +1,155 @@
+"""The parts of a run file that are written at its end, and read first: columns, facts, provenance, lists."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import h5py
+import numpy as np
+
+from ckptdiff.metrics.catalogue import COLUMNS
+from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
+from ckptdiff.runfile.schema import TEXT_FACTS, escape_text, unescape
+
+__all__ = ["read_columns", "read_facts", "read_provenance", "read_unmatched", "write_provenance", "write_tensors"]
+
+_NO_LAYER = -1
+_TEXT = h5py.string_dtype()
+_CHUNK = 1 << 14
+
+
+def write_tensors(group: Any, diff: Diff) -> None:
+    """Fill ``/tensors``: the names, and one dataset per fact and per column.
+
+    Raises
+    ------
+    ValueError
+        If the columns are not those of the catalogue, one value per tensor.
+    """
+    missing = {column.name for column in COLUMNS} ^ set(diff.columns)
+    if missing:
+        raise ValueError(f"columns that are not those of the catalogue: {', '.join(sorted(missing))}")
+    names = group.create_dataset("name", data=_texts(tensor.name for tensor in diff.tensors), dtype=_TEXT)
+    names.attrs["long_name"] = "tensor name; % and NUL are percent-encoded"
+    names.make_scale("name")
+    for fact, long_name in TEXT_FACTS.items():
+        texts = _texts(_fact_text(tensor, fact) for tensor in diff.tensors)
+        _describe(group.create_dataset(fact, data=texts, dtype=_TEXT), names, None, long_name)
+    layers = [_NO_LAYER if tensor.layer is None else tensor.layer for tensor in diff.tensors]
+    _describe(_numbers(group, "layer", np.array(layers, np.int64)), names, "1", "layer number, -1 for none")
+    same = np.array([tensor.same_bytes for tensor in diff.tensors], np.uint8)
+    _describe(_numbers(group, "same_bytes", same), names, "1", "1 if both sides are the same bytes of the same file")
+    for column in COLUMNS:
+        values = np.asarray(diff.columns[column.name], column.dtype)
+        if values.shape != (len(diff.tensors),):
+            raise ValueError(f"column {column.name} has shape {values.shape} for {len(diff.tensors)} tensors")
+        _describe(_numbers(group, column.name, values), names, column.units, column.long_name)
+
+
+def write_provenance(file: Any, diff: Diff) -> None:
+    """Write ``/provenance`` and ``/unmatched``."""
+    # JSON with every character beyond ASCII escaped holds what HDF5 strings cannot: NUL, and paths that are not UTF-8.
+    file["provenance"] = _json(
+        {
+            "base": diff.base,
+            "tuned": diff.tuned,
+            "compare": diff.compare,
+            "mask_rule": diff.mask_rule,
+            "options": diff.options,
+            "run": diff.run,
+            "warnings": diff.warnings,
+        }
+    )
+    file["unmatched"] = _json(
+        {
+            "only_in_base": diff.only_in_base,
+            "only_in_tuned": diff.only_in_tuned,
+            "aliased": [{"name": name, "of": of} for name, of in diff.aliased],
+            "mismatched": [
+                {"name": tensor.name, "base": tensor.base, "tuned": tensor.tuned, "reason": tensor.reason}
+                for tensor in diff.mismatched
+            ],
+        }
+    )
+
+
+def read_columns(group: Any) -> dict[str, Any]:
+    """Every column of the catalogue, by name."""
+    return {column.name: group[column.name][:].astype(column.dtype, copy=False) for column in COLUMNS}
+
+
+def read_facts(group: Any) -> tuple[TensorFacts, ...]:
+    """What is known of each tensor, in plan order."""
+    texts = {fact: group[fact].asstr()[:] for fact in ("name", *TEXT_FACTS)}
+    layers, same = group["layer"][:].tolist(), group["same_bytes"][:].tolist()
+    return tuple(
+        _facts({fact: unescape(values[row]) for fact, values in texts.items()}, layers[row], same[row] == 1)
+        for row in range(len(layers))
+    )
+
+
+def read_provenance(file: Any) -> dict[str, Any]:
+    """The JSON object of ``/provenance``."""
+    return _object(file["provenance"])
+
+
+def read_unmatched(file: Any) -> dict[str, Any]:
+    """The lists of ``/unmatched``, as fields of a :class:`~ckptdiff.result.Diff`."""
+    lists = _object(file["unmatched"])
+    return {
+        "only_in_base": tuple(lists["only_in_base"]),
+        "only_in_tuned": tuple(lists["only_in_tuned"]),
+        "aliased": tuple((alias["name"], alias["of"]) for alias in lists["aliased"]),
+        "mismatched": tuple(UnmatchedTensor(**tensor) for tensor in lists["mismatched"]),
+    }
+
+
+def _object(dataset: Any) -> dict[str, Any]:
+    value = json.loads(dataset[()])
+    if not isinstance(value, dict):
+        raise ValueError(f"{dataset.name} is not a JSON object")
+    return value
+
+
+def _facts(texts: Mapping[str, str], layer: int, same_bytes: bool) -> TensorFacts:
+    plain = {fact: texts[fact] for fact in ("name", "dtype_base", "dtype_tuned", "compare", "tower")}
+    return TensorFacts(
+        **plain,
+        shape=tuple(json.loads(texts["shape"])),
+        layer=None if layer == _NO_LAYER else layer,
+        module_type=texts["module_type"],
+        block=texts["block"],
+        tuned_name=None if texts["tuned_name"] == texts["name"] else texts["tuned_name"],
+        groups=tuple(json.loads(texts["groups"])),
+        same_bytes=same_bytes,
+    )
+
+
+def _fact_text(tensor: TensorFacts, fact: str) -> str:
+    if fact == "tuned_name":
+        return tensor.name if tensor.tuned_name is None else tensor.tuned_name
+    value = getattr(tensor, fact)
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _texts(texts: Any) -> Sequence[str]:
+    return [escape_text(text) for text in texts]
+
+
+def _numbers(group: Any, name: str, values: Any) -> Any:
+    if not values.size:
+        return group.create_dataset(name, data=values)
+    return group.create_dataset(name, data=values, chunks=(min(values.size, _CHUNK),), compression="gzip")
+
+
+def _describe(dataset: Any, names: Any, units: str | None, long_name: str) -> None:
+    dataset.attrs["long_name"] = long_name
+    if units is not None:
+        dataset.attrs["units"] = units
+    dataset.dims[0].attach_scale(names)
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, allow_nan=False)

@@ -1,0 +1,93 @@
+"""Checks of where a run file or an export is to go, before any work is done."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+import h5py
+
+from ckptdiff.errors import RunFileError
+from ckptdiff.runfile.schema import FORMAT
+
+__all__ = ["check_folder", "check_target"]
+
+
+def check_target(target: Path, inputs: Iterable[tuple[str | os.PathLike[str], int, int]]) -> None:
+    """Refuse a target that a run file could not, or must not, replace.
+
+    Parameters
+    ----------
+    target : Path
+        Where the run file is to go.
+    inputs : iterable of (path, device, inode)
+        Every shard that will be read.
+
+    Raises
+    ------
+    RunFileError
+        ``-``; no such folder, or one that cannot be written to; a directory or another special file; a shard of
+        either side, also under another name; an existing file that is not a ckptdiff run file.
+    """
+    if str(target) == "-":
+        raise RunFileError("a run file cannot go to standard output: HDF5 needs a file", hint="give -o a file name")
+    check_folder(target)
+    try:
+        status = target.stat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RunFileError(f"cannot look at the output: {error.strerror}", file=target) from error
+    real = os.path.realpath(target)
+    for path, device, inode in inputs:
+        if (device, inode) == (status.st_dev, status.st_ino) or real == os.path.realpath(path):
+            raise RunFileError(
+                "the output is one of the inputs",
+                file=target,
+                found=os.fspath(path),
+                hint="choose another name for the run file",
+            )
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        raise RunFileError("the output is not a file", file=target, expected="a file name", found=kind)
+    if not _is_run_file(target):
+        raise RunFileError(
+            "the output exists and is not a ckptdiff run file",
+            file=target,
+            hint="remove it, or choose another name",
+        )
+
+
+def check_folder(target: Path) -> None:
+    """Refuse a target whose folder is missing, not a folder, or not writable.
+
+    Raises
+    ------
+    RunFileError
+        As said, or if the target itself is a directory.
+    """
+    # A symbolic link is followed: the file it names is replaced, and the link stays.
+    folder = Path(os.path.realpath(target)).parent
+    if not folder.exists():
+        raise RunFileError("the output folder does not exist", file=target, found=folder, hint=f"mkdir -p {folder}")
+    if not folder.is_dir():
+        raise RunFileError("the output folder is not a folder", file=target, found=folder)
+    if target.is_dir():
+        raise RunFileError("the output is a directory", file=target, expected="a file name", found="a directory")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RunFileError(
+            "the output folder is not writable",
+            file=target,
+            found=folder,
+            hint="choose a folder of your own",
+        )
+
+
+def _is_run_file(path: Path) -> bool:
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            return bool(file.attrs.get("format") == FORMAT)
+    except OSError:
+        return False

@@ -1,0 +1,221 @@
+"""The one writer of run files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+from h5py import h5a, h5d, h5p, h5s, h5t
+
+import ckptdiff
+from ckptdiff.errors import RunFileError
+from ckptdiff.metrics.histograms import HistogramRow
+from ckptdiff.options import MaskRule
+from ckptdiff.result import Diff
+from ckptdiff.runfile.histogram_table import HistogramTable
+from ckptdiff.runfile.schema import BIT_ORDER, FORMAT, FORMAT_VERSION, escape_name, mask_chunk_bytes, packed_bytes
+from ckptdiff.runfile.staged import StagedFile
+from ckptdiff.runfile.tables import write_provenance, write_tensors
+
+__all__ = ["RunFileWriter"]
+
+
+class RunFileWriter:
+    """Writes a run file beside its target and puts it in place at the end: a context manager for one thread.
+
+    Masks and histograms come while the tensors are compared, :meth:`finish` writes the rest. Leaving the ``with``
+    block without a :meth:`finish`, for whatever reason, removes what was written and leaves the target as it was.
+
+    Parameters
+    ----------
+    target : Path
+        Final name of the run file; :func:`~ckptdiff.runfile.target.check_target` has accepted it.
+    rule : MaskRule
+        Rule of the masks; none may be added under ``none``.
+    compare : str
+        "bf16" or "stored".
+    title : str, optional
+        The user's own title.
+
+    Raises
+    ------
+    RunFileError
+        On entry, if the file cannot be made; from every method, if the disk is full or a write fails.
+    """
+
+    def __init__(self, target: Path, *, rule: MaskRule, compare: str, title: str | None = None) -> None:
+        self._target = target
+        self._rule = rule
+        self._root = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "ckptdiff_version": ckptdiff.__version__,
+            "title": title or "",
+            "complete": 0,
+        }
+        self._compare = compare
+        self._masked: dict[str, int] = {}
+        self._open: dict[str, _OpenMask] = {}
+        self._file: Any = None
+
+    def __enter__(self) -> RunFileWriter:
+        self._staged = StagedFile(self._target)
+        try:
+            self._file = h5py.File(self._staged, "w", track_order=False)
+            self._file.attrs.update(self._root)
+            self._masks = self._file.create_group("masks")
+            self._masks.attrs.update(rule=str(self._rule), compare=self._compare, bit_order=BIT_ORDER)
+            self._histograms = HistogramTable(self._file.create_group("histograms"))
+        except BaseException:
+            self._abandon()
+            raise
+        return self
+
+    def begin_mask(self, name: str, shape: tuple[int, ...]) -> None:
+        """Make the dataset of a mask: for a tensor without coordinates, this is all.
+
+        :meth:`add_mask_chunk` calls it by itself.
+
+        Raises
+        ------
+        ValueError
+            If the mask exists, or the rule is ``none``.
+        """
+        if name in self._masked or self._rule.kind == "none":
+            raise ValueError(f"no mask expected for {name!r} under {self._rule}")
+        numel = int(np.prod(shape, dtype=object))
+        size, chunk = packed_bytes(numel), mask_chunk_bytes(numel)
+        creation = h5p.create(h5p.DATASET_CREATE)
+        creation.set_obj_track_times(False)
+        if size:
+            creation.set_chunk((chunk,))
+            creation.set_deflate(1)
+        dataset = h5d.create(
+            self._masks.id,
+            escape_name(name).encode(),
+            h5t.STD_U8LE,
+            h5s.create_simple((size,)),
+            creation,
+        )
+        # The low-level calls cost half of what attrs["shape"] = shape does: it counts over 30,000 tensors.
+        attribute = h5a.create(dataset, b"shape", h5t.STD_I64LE, h5s.create_simple((len(shape),)))
+        if shape:
+            attribute.write(np.array(shape, np.int64))
+        self._masked[name] = numel
+        if size:
+            self._open[name] = _OpenMask(dataset, chunk, -(-size // chunk))
+        self._staged.check()
+
+    def add_zero_mask(self, name: str, shape: tuple[int, ...]) -> None:
+        """Add the mask of a tensor of which no coordinate is selected; nothing is stored for its chunks."""
+        self.begin_mask(name, shape)
+        self._open.pop(name, None)
+
+    def add_mask_chunk(self, name: str, shape: tuple[int, ...], index: int, payload: bytes, filter_mask: int) -> None:
+        """Add one chunk of a mask, as :func:`~ckptdiff.runfile.compress.compress_chunk` returned it.
+
+        Parameters
+        ----------
+        name : str
+            Name of the tensor.
+        shape : tuple of int
+            Shape of the tensor.
+        index : int
+            Which chunk: it starts at coordinate ``index << 20``. Chunks may come in any order, each once.
+        payload : bytes
+            The chunk: deflated, or as it is if `filter_mask` is 1.
+        filter_mask : int
+            0 or 1.
+
+        Raises
+        ------
+        ValueError
+            If there is no such chunk, or it was added before.
+        """
+        if name not in self._open:
+            self.begin_mask(name, shape)
+        mask = self._open[name]
+        mask.take(index)
+        mask.dataset.write_direct_chunk((index * mask.chunk,), payload, filter_mask)
+        if not mask.missing:
+            del self._open[name]
+        self._staged.check()
+
+    def add_histograms(self, *rows: HistogramRow) -> None:
+        """Add the histograms of the next tensors in plan order."""
+        self._histograms.add(rows)
+        self._staged.check()
+
+    def finish(self, diff: Diff) -> None:
+        """Write everything else and put the run file in place.
+
+        Parameters
+        ----------
+        diff : Diff
+            The result. Its mappings hold plain JSON values: dict, list, str, int, float, bool, None.
+
+        Raises
+        ------
+        ValueError
+            If masks or histograms do not cover the tensors of `diff`.
+        """
+        self._require_masks(diff)
+        self._histograms.finish(len(diff.tensors))
+        write_tensors(self._file.create_group("tensors"), diff)
+        write_provenance(self._file, diff)
+        # Complete is set after everything else is in the file, should anyone open the temporary one.
+        self._file.flush()
+        self._file.attrs["complete"] = 1
+        self._file.close()
+        self._staged.commit()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._abandon()
+        if isinstance(error, Exception) and not isinstance(error, RunFileError):
+            # HDF5 stumbles over what a failed write left out; the failed write is the reason to tell.
+            self._staged.check()
+
+    def _abandon(self) -> None:
+        self._staged.stop()
+        self._open.clear()
+        if self._file is not None:
+            # What HDF5 says of a file that is thrown away must not hide why it is thrown away.
+            with suppress(OSError, RuntimeError, SystemError):
+                self._file.close()
+        self._staged.discard()
+
+    def _require_masks(self, diff: Diff) -> None:
+        if self._open:
+            raise ValueError(f"chunks are missing in the masks of {', '.join(self._open)}")
+        wanted: Mapping[str, int] = {}
+        if self._rule.kind != "none":
+            numel = diff.columns["numel"].tolist()
+            wanted = dict(zip((tensor.name for tensor in diff.tensors), numel, strict=True))
+        if wanted != self._masked:
+            names = [name for name in {*wanted, *self._masked} if wanted.get(name) != self._masked.get(name)]
+            raise ValueError(f"masks that are not those of the compared tensors: {', '.join(sorted(names))}")
+
+
+class _OpenMask:
+    """A mask of which chunks are missing."""
+
+    __slots__ = ("_written", "chunk", "dataset", "missing")
+
+    def __init__(self, dataset: Any, chunk: int, chunks: int) -> None:
+        self.dataset = dataset
+        self.chunk = chunk
+        self.missing = chunks
+        self._written = bytearray(chunks)
+
+    def take(self, index: int) -> None:
+        if not 0 <= index < len(self._written) or self._written[index]:
+            raise ValueError(f"chunk {index} of {len(self._written)} is out of range or was added before")
+        self._written[index] = 1
+        self.missing -= 1
