@@ -8,10 +8,9 @@ from fnmatch import fnmatchcase
 __all__ = ["CONVERT_PICKLE", "foreign_files", "foreign_format"]
 
 CONVERT_PICKLE = (
-    "convert it yourself, ckptdiff never unpickles:\n"
-    "    import torch; from safetensors.torch import save_file\n"
-    '    state = torch.load("pytorch_model.bin", map_location="cpu", weights_only=True)\n'
-    '    save_file({k: v.clone().contiguous() for k, v in state.items()}, "model.safetensors")'
+    "convert it yourself, ckptdiff never unpickles: python -c 'import torch; from safetensors.torch import save_file;"
+    ' state = torch.load("pytorch_model.bin", map_location="cpu", weights_only=True);'
+    ' save_file({k: v.contiguous().clone() for k, v in state.items()}, "model.safetensors")\''
 )
 _GGUF = "GGUF is not supported: point ckptdiff at the safetensors files it was made from"
 _LFS = "fetch the file itself: git lfs pull"
@@ -19,7 +18,7 @@ _LFS = "fetch the file itself: git lfs pull"
 # A header length below the format's limit has zeros in its last bytes, so none of these can begin a valid shard.
 _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b"PK\x03\x04", "a zip archive, as torch.save writes", CONVERT_PICKLE),
-    (b"\x80", "a pickle", CONVERT_PICKLE),
+    *((bytes([0x80, protocol]), "a pickle", CONVERT_PICKLE) for protocol in range(2, 6)),
     (b"GGUF", "a GGUF file", _GGUF),
     (b"version https://git-lfs", "a Git LFS pointer", _LFS),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "a run file is read by: ckptdiff show FILE"),

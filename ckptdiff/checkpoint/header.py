@@ -213,30 +213,30 @@ def _metadata(value: object, file: str) -> dict[str, str]:
 
 
 def _tensor(name: str, entry: object, shard: Shard, data_start: int) -> TensorInfo:
-    def refuse(problem: str, expected: str, found: object) -> HeaderError:
-        return HeaderError(problem, file=shard.path, tensor=name, expected=expected, found=_brief(found))
+    def refuse(problem: str, expected: str, found: str) -> HeaderError:
+        return HeaderError(problem, file=shard.path, tensor=name, expected=expected, found=found)
 
     if not isinstance(entry, dict):
-        raise refuse("the header does not describe the tensor by an object", "{...}", entry)
+        raise refuse("the header does not describe the tensor by an object", "{...}", _brief(entry))
     for key in ("dtype", "shape", "data_offsets"):
         if key not in entry:
-            raise refuse(f"the header gives the tensor no {key}", f"{key!r} among the keys", list(entry))
+            raise refuse(f"the header gives the tensor no {key}", f"{key!r} among the keys", _brief(list(entry)))
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise refuse("unknown dtype", "one of " + " ".join(DTYPES), dtype)
+        raise refuse("unknown dtype", "one of " + " ".join(DTYPES), _brief(dtype))
     if not _is_sizes(shape):
-        raise refuse("the shape is not a list of sizes", "integers from 0 to 2^63 - 1", shape)
+        raise refuse("the shape is not a list of sizes", "integers from 0 to 2^63 - 1", _brief(shape))
     if len(shape) > _MAX_DIMENSIONS:
-        raise refuse("too many dimensions", f"at most {_MAX_DIMENSIONS}", len(shape))
+        raise refuse("too many dimensions", f"at most {_MAX_DIMENSIONS}", f"{len(shape)}")
     if not _is_sizes(offsets) or len(offsets) != 2:
-        raise refuse("data_offsets is not a pair of offsets", "two integers from 0 to 2^63 - 1", offsets)
+        raise refuse("data_offsets is not a pair of offsets", "two integers from 0 to 2^63 - 1", _brief(offsets))
     start, stop = offsets
     if stop < start:
-        raise refuse("data_offsets are reversed", "start <= stop", offsets)
+        raise refuse("data_offsets are reversed", "start <= stop", _brief(offsets))
     bits = DTYPES[dtype].bits
     # An empty tensor's other sizes are bounded too: NumPy and HDF5 refuse shapes whose product overflows.
     if bits * math.prod(size for size in shape if size) > _MAX_BITS:
-        raise refuse("the shape is larger than any array", "less than 2^63 bytes", shape)
+        raise refuse("the shape is larger than any array", "less than 2^63 bytes", _brief(shape))
     total_bits = bits * math.prod(shape)
     if total_bits % 8:
         raise refuse("the elements do not fill whole bytes", "a multiple of 8 bits", f"{total_bits} bits")

@@ -1,0 +1,43 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
+
+VALUES = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-(2**63), 2**64 - 1),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.text(st.characters(exclude_categories=["Cs"])),
+    ),
+    lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text(max_size=3), inner)),
+    max_leaves=20,
+)
+
+
+@given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), VALUES), st.booleans())
+def test_what_json_writes_is_read_back(value, ascii_only):
+    assert parse_object(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
+
+
+@pytest.mark.parametrize("text", ["-0", "100000000000000000000000", "1.0", "1e2"])
+def test_numbers_that_are_no_64_bit_integers_are_floats(text):
+    value = parse_object(f'{{"a": {text}}}'.encode())["a"]
+    assert type(value) is float
+    assert value == float(text)
+
+
+@pytest.mark.parametrize("text", ["[1]", '"a"', "1", "null", "true"])
+def test_anything_but_an_object_is_refused(text):
+    with pytest.raises(JsonProblemError, match="is not a JSON object"):
+        parse_object(text.encode())
+
+
+def test_the_place_of_a_mistake_is_told():
+    with pytest.raises(JsonProblemError) as caught:
+        parse_object(b'{"a": 1,}')
+    assert "at character 8" in caught.value.found
