@@ -206,9 +206,7 @@ def _metadata(value: object, file: str) -> dict[str, str]:
     if value is None:
         return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise HeaderError(
-            "__metadata__ is not a map of strings", file=file, expected="strings", found=_brief(value)
-        )
+        raise HeaderError("__metadata__ is not a map of strings", file=file, expected="strings", found=_brief(value))
     return value
 
 

@@ -86,9 +86,7 @@ def read_index(path: str) -> Index:
     return Index(path, weight_map, shard_paths, int(total) if isinstance(total, (int, float)) else None)
 
 
-def check_index(
-    index: Index, shards: Mapping[str, Shard], tensors: Mapping[str, TensorInfo]
-) -> tuple[str, ...]:
+def check_index(index: Index, shards: Mapping[str, Shard], tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
     """Compare an index with the headers of its shards.
 
     Parameters
@@ -137,12 +135,7 @@ def check_index(
 def _locate_shard(index: str, tensor: str, shard: str) -> str:
     """Find one shard without leaving the index's folder, except by a link in a shard's own place."""
     folder = Path(index).parent
-    if (
-        not shard
-        or any(part in ("", ".", "..") for part in shard.split("/"))
-        or "\\" in shard
-        or "\0" in shard
-    ):
+    if not shard or any(part in ("", ".", "..") for part in shard.split("/")) or "\\" in shard or "\0" in shard:
         raise _outside(index, tensor, shard)
     path = folder / shard
     # Hugging Face snapshots link each shard to a blob elsewhere; a linked folder on the way is not such a link.

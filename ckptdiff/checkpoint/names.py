@@ -57,9 +57,7 @@ class Place:
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.([0-9]{1,9})(?=\.|$)")
 _NUMBER = re.compile(r"(?:^|\.)[0-9]+(?=\.|$)")
 # What an adapter adds after the module's own name: q_proj.lora_A.default.weight belongs to q_proj.
-_ADAPTER = re.compile(
-    r"\.(?:lora_|base_layer|modules_to_save|original_module|ia3_l|oft_|boft_).*$", re.DOTALL
-)
+_ADAPTER = re.compile(r"\.(?:lora_|base_layer|modules_to_save|original_module|ia3_l|oft_|boft_).*$", re.DOTALL)
 _PARAMETER = re.compile(
     r"weight|bias|gamma|beta|weight_[a-z_0-9]+|(?:input_|output_|[qkv]_)?scales?(?:_inv)?|qweight|qzeros|g_idx"
     r"|running_(?:mean|var)|num_batches_tracked|e_score_correction_bias"
@@ -163,9 +161,7 @@ _IN_FFN = _by_word(
         "up_proj": ("w3", "v1", "wi"),
     }
 )
-_EMBEDDING_PARENTS = frozenset(
-    {"embeddings", "embedding", "patch_embed", "patch_embedding", "patch_embeddings"}
-)
+_EMBEDDING_PARENTS = frozenset({"embeddings", "embedding", "patch_embed", "patch_embedding", "patch_embeddings"})
 
 
 def locate(name: str, ndim: int | None = None) -> Place:

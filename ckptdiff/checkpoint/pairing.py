@@ -231,14 +231,11 @@ def _select(pairing: Pairing, globs: Globs) -> Pairing:
     )
 
 
-def _nothing_to_compare(
-    base: Checkpoint, tuned: Checkpoint, everything: Pairing, selected: Pairing
-) -> PairingError:
+def _nothing_to_compare(base: Checkpoint, tuned: Checkpoint, everything: Pairing, selected: Pairing) -> PairingError:
     if everything.pairs:
         return PairingError(
             "--include and --exclude leave no tensor to compare",
-            expected=f"some of {len(everything.pairs)} pairs, such as "
-            + _some(pair.name for pair in everything.pairs),
+            expected=f"some of {len(everything.pairs)} pairs, such as " + _some(pair.name for pair in everything.pairs),
             found="none",
             hint="patterns are shell-style and match whole names: '*.mlp.*', not 'mlp'",
         )

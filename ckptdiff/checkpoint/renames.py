@@ -77,9 +77,7 @@ def rename_all(names: Iterable[str], renames: Sequence[Rename]) -> tuple[dict[st
                 hint="make OLD match only one of them, for example with ^ and $",
             )
         renamed[name] = new
-    unused = tuple(
-        f"--map {rename.text} changed no name of the base" for rename in renames if rename not in used
-    )
+    unused = tuple(f"--map {rename.text} changed no name of the base" for rename in renames if rename not in used)
     return renamed, unused
 
 

@@ -107,9 +107,7 @@ def _listing(path: str) -> list[str]:
     try:
         return sorted(entry.name for entry in Path(path).iterdir() if not entry.name.startswith("."))
     except OSError as error:
-        raise CheckpointError(
-            "the folder cannot be listed", file=path, found=error.strerror or str(error)
-        ) from error
+        raise CheckpointError("the folder cannot be listed", file=path, found=error.strerror or str(error)) from error
 
 
 def _check_numbers(path: str, names: list[str]) -> None:

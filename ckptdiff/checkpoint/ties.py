@@ -17,9 +17,7 @@ _TOKEN_EMBEDDINGS = frozenset(
 Role = Literal["head", "embedding"]
 
 
-def tied_embedding(
-    name: str, storing: Mapping[str, TensorInfo], lacking: Mapping[str, TensorInfo]
-) -> str | None:
+def tied_embedding(name: str, storing: Mapping[str, TensorInfo], lacking: Mapping[str, TensorInfo]) -> str | None:
     """Decide whether a tensor that one side lacks is tied to a token embedding that both sides store.
 
     Models with tied embeddings are saved with or without ``lm_head.weight`` (T5: with or without the encoder's and
@@ -43,9 +41,7 @@ def tied_embedding(
     role = _role(tensor)
     if role is None or not any(_may_be_tied(tensor, other, role) for other in lacking.values()):
         return None
-    if role == "head" and any(
-        other.shape == tensor.shape and _role(other) == role for other in lacking.values()
-    ):
+    if role == "head" and any(other.shape == tensor.shape and _role(other) == role for other in lacking.values()):
         return None
     return next((other.name for other in storing.values() if _may_be_tied(tensor, other, role)), None)
 

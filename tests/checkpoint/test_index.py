@@ -84,9 +84,7 @@ def test_a_linked_folder_that_leads_outside(refusal, folder):
 def test_a_shard_that_is_a_link_and_one_in_a_folder_inside(folder):
     (folder / "linked.safetensors").symlink_to("../outside.safetensors")
     write(folder / "sub" / "three.safetensors", {"d": ("U8", (1,))})
-    index = write_index(
-        folder / "my.safetensors.index.json", {"a": "linked.safetensors", "d": "sub/three.safetensors"}
-    )
+    index = write_index(folder / "my.safetensors.index.json", {"a": "linked.safetensors", "d": "sub/three.safetensors"})
     assert list(open_checkpoint(index).tensors) == ["a", "d"]
 
 

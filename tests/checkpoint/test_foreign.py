@@ -1,0 +1,38 @@
+import io
+import pickle
+import zipfile
+
+import h5py
+import pytest
+
+from ckptdiff.checkpoint.foreign import foreign_files, foreign_format
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_pickles(protocol):
+    assert foreign_format(pickle.dumps({"a": 1}, protocol))[0] == "a pickle"
+
+
+def test_zip_archives():
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("archive/data.pkl", b"x")
+    assert "zip archive" in foreign_format(content.getvalue())[0]
+
+
+def test_hdf5():
+    content = io.BytesIO()
+    with h5py.File(content, "w"):
+        pass
+    assert foreign_format(content.getvalue())[0] == "an HDF5 file"
+
+
+def test_anything_else():
+    assert foreign_format(b"\x00" * 64) is None
+    assert foreign_format(b"") is None
+
+
+def test_pickles_come_before_gguf():
+    what, found, _ = foreign_files(["b.gguf", "z.bin", "A.PT", "config.json"])
+    assert (what, found) == ("pickles", ["A.PT", "z.bin"])
+    assert foreign_files(["config.json", "README.md"]) is None
