@@ -30,7 +30,7 @@ def torch_diff(base: Path, tuned: Path, float64: bool) -> dict[str, Any]:
     norm_dtype = torch.float64 if float64 else torch.float32
     files = {}
     for side in (base, tuned):
-        found = {}
+        found: dict[str, Any] = {}
         for path in sorted(side.glob("*.safetensors")):
             opened = safe_open(path, framework="pt")
             found |= dict.fromkeys(opened.keys(), opened)

@@ -25,7 +25,7 @@ WORDS_A_JOB = 1 << 21
 
 
 @numba.njit(numba.uint64(numba.types.Array(numba.uint64, 1, "C", readonly=True)), nogil=True)
-def xor_reduce(words: npt.NDArray[np.uint64]) -> int:
+def xor_reduce(words: npt.NDArray[np.uint64]) -> np.uint64:
     """Xor of all words; LLVM turns the loop into vector loads."""
     result = np.uint64(0)
     for i in range(words.size):
