@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -88,24 +90,14 @@ class RunFileWriter:
         """
         if name in self._masked or self._rule.kind == "none":
             raise ValueError(f"no mask expected for {name!r} under {self._rule}")
-        numel = int(np.prod(shape, dtype=object))
+        numel = math.prod(shape)
         size, chunk = packed_bytes(numel), mask_chunk_bytes(numel)
-        creation = h5p.create(h5p.DATASET_CREATE)
-        creation.set_obj_track_times(False)
-        if size:
-            creation.set_chunk((chunk,))
-            creation.set_deflate(1)
-        dataset = h5d.create(
-            self._masks.id,
-            escape_name(name).encode(),
-            h5t.STD_U8LE,
-            h5s.create_simple((size,)),
-            creation,
-        )
-        # The low-level calls cost half of what attrs["shape"] = shape does: it counts over 30,000 tensors.
+        creation, space = _layout(size, chunk)
+        dataset = h5d.create(self._masks.id, escape_name(name).encode(), h5t.STD_U8LE, space, creation)
+        # Low-level calls, because the high-level ones cost seconds more over 30,000 tensors.
         attribute = h5a.create(dataset, b"shape", h5t.STD_I64LE, h5s.create_simple((len(shape),)))
         if shape:
-            attribute.write(np.array(shape, np.int64))
+            attribute.write(np.array(shape, np.int64), h5t.NATIVE_INT64)
         self._masked[name] = numel
         if size:
             self._open[name] = _OpenMask(dataset, chunk, -(-size // chunk))
@@ -201,6 +193,17 @@ class RunFileWriter:
         if wanted != self._masked:
             names = [name for name in {*wanted, *self._masked} if wanted.get(name) != self._masked.get(name)]
             raise ValueError(f"masks that are not those of the compared tensors: {', '.join(sorted(names))}")
+
+
+@lru_cache(maxsize=1024)
+def _layout(size: int, chunk: int) -> tuple[Any, Any]:
+    """Creation properties and data space of a mask of `size` bytes."""
+    creation = h5p.create(h5p.DATASET_CREATE)
+    creation.set_obj_track_times(False)
+    if size:
+        creation.set_chunk((chunk,))
+        creation.set_deflate(1)
+    return creation, h5s.create_simple((size,))
 
 
 class _OpenMask:

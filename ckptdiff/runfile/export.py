@@ -1,0 +1,190 @@
+"""Masks for other programs: one safetensors or npz file, written tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import IO, Any, Literal, TypeAlias, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.errors import OptionError, RunFileError
+from ckptdiff.runfile.mask import Mask
+from ckptdiff.runfile.reader import RunFile
+from ckptdiff.runfile.schema import BIT_ORDER, escape_name, packed_bytes
+from ckptdiff.runfile.staged import StagedFile
+from ckptdiff.runfile.target import check_folder
+
+__all__ = ["EXPORT_FORMAT", "Layout", "export_masks"]
+
+Layout: TypeAlias = Literal["bool", "packed", "flat"]
+
+EXPORT_FORMAT = "ckptdiff-masks"
+_METADATA = "__metadata__"
+_SAFETENSORS_DTYPE = {"bool": "BOOL", "uint8": "U8", "int32": "I32", "int64": "I64"}
+
+
+def export_masks(run: RunFile, target: Path, *, layout: Layout = "bool", names: Sequence[str] = ()) -> int:
+    """Write masks of a run file to a ``.safetensors`` or ``.npz`` file.
+
+    No more than one piece of one mask is in memory, and the target is replaced when everything is written.
+
+    Parameters
+    ----------
+    run : RunFile
+        Where the masks are.
+    target : Path
+        What to write; its suffix says in which format. In an npz, names are escaped as in the run file.
+    layout : {"bool", "packed", "flat"}
+        Booleans of the tensor's shape; bits in row-major order, least significant first, as uint8 of
+        (ceil(numel / 8),); or row-major indices, int32 where they fit, else int64. The metadata (safetensors
+        ``__metadata__``, in an npz JSON text of that name) hold format, layout, rule, compare, bit_order, and the
+        shapes as JSON.
+    names : sequence of str
+        Tensor names or globs; none stands for all.
+
+    Returns
+    -------
+    int
+        How many masks were written.
+
+    Raises
+    ------
+    OptionError
+        An unknown layout or suffix, or a name that no mask has.
+    RunFileError
+        The run holds no masks or is damaged; the target cannot be written, or is there and not such an export.
+    """
+    if layout not in get_args(Layout):
+        raise OptionError("unknown layout", expected=", ".join(get_args(Layout)), found=layout)
+    if target.suffix not in (".safetensors", ".npz"):
+        raise OptionError("unknown export format", expected="a name in .safetensors or .npz", found=target)
+    masks = [run.masks[name] for name in _chosen(run, names)]
+    check_folder(target)
+    _require_replaceable(target)
+    # The format wants every tensor aligned, so 8-byte indices come before 4-byte ones.
+    masks.sort(key=lambda mask: -_dtype(mask, layout).itemsize)
+    metadata = {
+        "format": EXPORT_FORMAT,
+        "layout": layout,
+        "rule": str(run.masks.rule),
+        "compare": run.masks.compare,
+        "bit_order": BIT_ORDER,
+        "shapes": json.dumps({mask.name: mask.shape for mask in masks}),
+    }
+    staged = StagedFile(target)
+    try:
+        write = _write_safetensors if target.suffix == ".safetensors" else _write_npz
+        write(staged, masks, layout, metadata)
+        staged.commit()
+    finally:
+        staged.discard()
+    return len(masks)
+
+
+def _chosen(run: RunFile, names: Sequence[str]) -> list[str]:
+    if not run.masks and run.masks.rule.kind == "none":
+        raise RunFileError("the run file holds no masks", file=run.path, hint="run ckptdiff diff with a --mask rule")
+    if not names:
+        return list(run.masks)
+    found: dict[str, None] = {}
+    for wanted in names:
+        matches = [wanted] if wanted in run.masks else [name for name in run.masks if fnmatchcase(name, wanted)]
+        if not matches:
+            raise OptionError("no mask of that name", file=run.path, found=wanted, hint="ckptdiff mask list")
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def _dtype(mask: Mask, layout: Layout) -> np.dtype[Any]:
+    if layout == "flat":
+        return mask.index_dtype
+    return np.dtype(np.bool_ if layout == "bool" else np.uint8)
+
+
+def _shape(mask: Mask, layout: Layout) -> tuple[int, ...]:
+    if layout == "flat":
+        return (mask.count,)
+    return mask.shape if layout == "bool" else (packed_bytes(mask.numel),)
+
+
+def _pieces(mask: Mask, layout: Layout) -> Iterator[NDArray[Any]]:
+    if layout == "flat":
+        yield from mask.iter_flat()
+        return
+    left = mask.numel
+    for piece in mask.iter_packed():
+        yield piece if layout == "packed" else np.unpackbits(piece, count=min(left, 8 * piece.size), bitorder=BIT_ORDER)
+        left -= 8 * piece.size
+
+
+def _little_endian(mask: Mask, layout: Layout) -> Iterator[bytes]:
+    dtype = _dtype(mask, layout).newbyteorder("<")
+    missing = math.prod(_shape(mask, layout))
+    for piece in _pieces(mask, layout):
+        missing -= piece.size
+        yield piece.astype(dtype, copy=False).tobytes()
+    if missing:
+        raise RunFileError(
+            "a mask does not hold as many coordinates as the table says",
+            tensor=mask.name,
+            expected=mask.count,
+            found=mask.count - missing,
+            hint="run ckptdiff diff again",
+        )
+
+
+def _write_safetensors(staged: StagedFile, masks: Sequence[Mask], layout: Layout, metadata: dict[str, str]) -> None:
+    header: dict[str, Any] = {_METADATA: metadata}
+    stop = 0
+    for mask in masks:
+        dtype, shape = _dtype(mask, layout), _shape(mask, layout)
+        start, stop = stop, stop + math.prod(shape) * dtype.itemsize
+        header[mask.name] = {"dtype": _SAFETENSORS_DTYPE[dtype.name], "shape": shape, "data_offsets": [start, stop]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    staged.write(len(text).to_bytes(8, "little") + text)
+    for mask in masks:
+        for data in _little_endian(mask, layout):
+            staged.write(data)
+            staged.check()
+
+
+def _write_npz(staged: StagedFile, masks: Sequence[Mask], layout: Layout, metadata: dict[str, str]) -> None:
+    with zipfile.ZipFile(cast(IO[bytes], staged), "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        note = np.array(json.dumps(metadata))
+        with archive.open(f"{_METADATA}.npy", "w") as entry:
+            np.lib.format.write_array(entry, note, allow_pickle=False)
+        for mask in masks:
+            with archive.open(f"{escape_name(mask.name)}.npy", "w", force_zip64=True) as entry:
+                described = {
+                    "descr": np.lib.format.dtype_to_descr(_dtype(mask, layout).newbyteorder("<")),
+                    "fortran_order": False,
+                    "shape": _shape(mask, layout),
+                }
+                np.lib.format.write_array_header_1_0(entry, described)
+                for data in _little_endian(mask, layout):
+                    entry.write(data)
+                    staged.check()
+
+
+def _require_replaceable(target: Path) -> None:
+    if target.exists() and not (target.is_file() and _is_export(target)):
+        raise RunFileError(
+            "the output exists and is not an export of masks",
+            file=target,
+            hint="remove it, or choose another name",
+        )
+
+
+def _is_export(path: Path) -> bool:
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            # The metadata are the first entry that ckptdiff writes.
+            return file.read(256)[8:].startswith(f'{{"{_METADATA}":{{"format":"{EXPORT_FORMAT}"'.encode())
+        return file.read(256)[30:].startswith(f"{_METADATA}.npy".encode())

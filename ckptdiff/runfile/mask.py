@@ -1,0 +1,146 @@
+"""Masks as a run file stores them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.errors import RunFileError
+from ckptdiff.options import MaskRule
+from ckptdiff.runfile.schema import BIT_ORDER, MASK_CHUNK, escape_name, packed_bytes
+
+__all__ = ["IndexArray", "Mask", "MaskView"]
+
+Guard: TypeAlias = Callable[..., AbstractContextManager[None]]
+IndexArray: TypeAlias = NDArray[np.int32] | NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """The mask of one tensor: which of its coordinates the update changed, by the rule of the run.
+
+    Nothing is read before it is asked for, and :meth:`iter_packed` never holds more than one piece.
+
+    Attributes
+    ----------
+    name : str
+        Name of the tensor in the base.
+    shape : tuple of int
+        Shape of the tensor.
+    count : int
+        Coordinates in the mask.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    count: int
+    _dataset: Any = field(repr=False)
+    _guard: Guard = field(repr=False)
+
+    @property
+    def numel(self) -> int:
+        """Coordinates of the tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def density(self) -> float | None:
+        """Share of the coordinates that are in the mask; None for a tensor without coordinates."""
+        return self.count / self.numel if self.numel else None
+
+    def packed(self) -> NDArray[np.uint8]:
+        """The bits in row-major order, least significant bit first, shape (ceil(numel / 8),)."""
+        with self._guard(tensor=self.name):
+            bits: NDArray[np.uint8] = self._dataset[:]
+        return bits
+
+    def dense(self) -> NDArray[np.bool_]:
+        """The mask as booleans of the tensor's shape."""
+        bits = np.unpackbits(self.packed(), count=self.numel, bitorder=BIT_ORDER)
+        return bits.view(np.bool_).reshape(self.shape)
+
+    def flat(self) -> IndexArray:
+        """Row-major indices of the coordinates in the mask, ascending, shape (count,).
+
+        Returns
+        -------
+        int32 or int64 array
+            int32 where it can hold every index of the tensor.
+        """
+        indices: IndexArray = np.concatenate([np.empty(0, self.index_dtype), *self.iter_flat()])
+        return indices
+
+    @property
+    def index_dtype(self) -> np.dtype[Any]:
+        """Type of the indices that :meth:`flat` returns."""
+        return np.dtype(np.int32) if self.numel <= 1 << 31 else np.dtype(np.int64)
+
+    def iter_packed(self, size: int = MASK_CHUNK) -> Iterator[NDArray[np.uint8]]:
+        """Yield the packed bits in pieces.
+
+        Parameters
+        ----------
+        size : int
+            Bytes of a piece; multiples of the stored chunk of 131072 bytes decompress each chunk once.
+        """
+        for start in range(0, packed_bytes(self.numel), size):
+            with self._guard(tensor=self.name):
+                piece: NDArray[np.uint8] = self._dataset[start : start + size]
+            yield piece
+
+    def iter_flat(self) -> Iterator[IndexArray]:
+        """Yield the row-major indices in pieces, ascending."""
+        start = 0
+        for piece in self.iter_packed():
+            found = np.flatnonzero(np.unpackbits(piece, bitorder=BIT_ORDER)) + start
+            start += 8 * piece.size
+            # The padding bits of the last byte are zero in what ckptdiff writes; others may have written this.
+            indices: IndexArray = found[: np.searchsorted(found, self.numel)].astype(self.index_dtype)
+            yield indices
+
+
+class MaskView(Mapping[str, Mask]):
+    """The masks of a run file by tensor name, in plan order; empty if the rule is ``none``.
+
+    Attributes
+    ----------
+    rule : MaskRule
+        Which coordinates are in the masks.
+    compare : str
+        "bf16" or "stored".
+    """
+
+    def __init__(self, group: Any, counts: Mapping[str, int], guard: Guard) -> None:
+        self._group = group
+        self._guard = guard
+        with guard():
+            self.rule = MaskRule.parse(group.attrs["rule"])
+            self.compare = str(group.attrs["compare"])
+        self._counts = {} if self.rule.kind == "none" else counts
+
+    def __getitem__(self, name: str) -> Mask:
+        count = self._counts[name]
+        with self._guard(tensor=name):
+            dataset = self._group[escape_name(name)]
+            shape = tuple(dataset.attrs["shape"].tolist())
+        expected = (packed_bytes(math.prod(shape)),)
+        if dataset.shape != expected or dataset.dtype != np.uint8:
+            raise RunFileError(
+                "a mask does not fit its tensor",
+                file=self._group.file.filename,
+                tensor=name,
+                expected=f"uint8 of {expected}",
+                found=f"{dataset.dtype} of {dataset.shape}",
+            )
+        return Mask(name, shape, count, dataset, self._guard)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._counts)
+
+    def __len__(self) -> int:
+        return len(self._counts)

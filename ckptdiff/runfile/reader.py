@@ -1,0 +1,199 @@
+"""Reading run files."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+
+from ckptdiff.errors import OptionError, RunFileError
+from ckptdiff.metrics.histograms import HistogramRow
+from ckptdiff.result import Diff
+from ckptdiff.runfile.mask import MaskView
+from ckptdiff.runfile.schema import FORMAT, FORMAT_VERSION, HISTOGRAMS, unescape
+from ckptdiff.runfile.tables import read_columns, read_facts, read_provenance, read_unmatched
+
+__all__ = ["HistogramView", "RunFile"]
+
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+
+
+class RunFile:
+    """A run file open for reading: a context manager; parts of it are read when they are asked for.
+
+    Parameters
+    ----------
+    path : path-like
+        The run file.
+
+    Raises
+    ------
+    RunFileError
+        No such file, not HDF5, another HDF5 format, written by a newer ckptdiff, incomplete, or damaged. Every
+        method raises it too where it meets damage.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = os.fspath(path)
+        self._require_hdf5()
+        try:
+            # Without a lock: a run file takes its name when it is complete, and some file systems have no locks.
+            self._file = h5py.File(self.path, "r", locking=False)
+        except OSError as error:
+            raise self._damaged(error) from error
+        try:
+            self._require_complete()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> RunFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; masks of it cannot be read any more."""
+        self._file.close()
+
+    def load(self) -> Diff:
+        """The result of the run, equal to what was written."""
+        with self._guard():
+            tensors = self._file["tensors"]
+            facts, columns = read_facts(tensors), read_columns(tensors)
+            provenance, unmatched = dict(self.provenance), read_unmatched(self._file)
+            return Diff(
+                tensors=facts,
+                columns=columns,
+                ckptdiff_version=self.attributes["ckptdiff_version"],
+                warnings=tuple(provenance.pop("warnings")),
+                **provenance,
+                **unmatched,
+            )
+
+    @cached_property
+    def attributes(self) -> dict[str, Any]:
+        """Root attributes: format, format_version, ckptdiff_version, title, complete."""
+        with self._guard():
+            return {name: getattr(value, "item", lambda v=value: v)() for name, value in self._file.attrs.items()}
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """Where the run came from: base, tuned, compare, mask_rule, options, run, warnings."""
+        with self._guard():
+            return read_provenance(self._file)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the compared tensors in plan order."""
+        with self._guard():
+            return tuple(unescape(name) for name in self._file["tensors/name"].asstr()[:])
+
+    @cached_property
+    def masks(self) -> MaskView:
+        """The masks by tensor name."""
+        with self._guard():
+            counts = self._file["tensors/changed"][:].tolist()
+            return MaskView(self._file["masks"], dict(zip(self.names, counts, strict=True)), self._guard)
+
+    @cached_property
+    def histograms(self) -> HistogramView:
+        """The histograms by tensor name."""
+        with self._guard():
+            return HistogramView(self._file["histograms"], self.names, self._guard)
+
+    def _require_complete(self) -> None:
+        found = self.attributes
+        if found.get("format") != FORMAT:
+            raise RunFileError(
+                "not a ckptdiff run file",
+                file=self.path,
+                expected=f"an HDF5 file with the attribute format = {FORMAT}",
+                found=f"format = {found['format']}" if "format" in found else "an HDF5 file without it",
+            )
+        version = found.get("format_version")
+        if not isinstance(version, int) or version < 1:
+            raise RunFileError("damaged run file", file=self.path, expected="a format_version", found=version)
+        if version > FORMAT_VERSION:
+            raise RunFileError(
+                "the run file was written by a newer ckptdiff",
+                file=self.path,
+                expected=f"format version {FORMAT_VERSION} or older",
+                found=f"format version {version}",
+                hint=f"upgrade ckptdiff to {found.get('ckptdiff_version', 'a newer version')}",
+            )
+        if found.get("complete") != 1:
+            raise RunFileError(
+                "the run file is incomplete: its run did not finish",
+                file=self.path,
+                expected="complete = 1",
+                found=f"complete = {found.get('complete')}",
+                hint="run ckptdiff diff again",
+            )
+
+    def _require_hdf5(self) -> None:
+        try:
+            # Only a regular file is opened: a FIFO would block.
+            regular = stat.S_ISREG(Path(self.path).stat().st_mode)
+            start = b""
+            if regular:
+                with Path(self.path).open("rb") as file:
+                    start = file.read(len(_SIGNATURE))
+        except (OSError, ValueError) as error:
+            text = getattr(error, "strerror", None) or str(error)
+            raise RunFileError(f"cannot read the run file: {text}", file=self.path) from error
+        if start != _SIGNATURE:
+            raise RunFileError(
+                "not a ckptdiff run file",
+                file=self.path,
+                expected="an HDF5 file that ckptdiff diff -o wrote",
+                found="a file without the HDF5 signature" if regular else "not a regular file",
+            )
+
+    def _damaged(self, error: Exception, tensor: str | None = None) -> RunFileError:
+        return RunFileError(
+            "the run file is damaged or truncated",
+            file=self.path,
+            tensor=tensor,
+            found=str(error),
+            hint="run ckptdiff diff again",
+        )
+
+    @contextmanager
+    def _guard(self, tensor: str | None = None) -> Iterator[None]:
+        if not self._file:
+            raise ValueError(f"{self.path} is closed")
+        try:
+            yield
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError, OptionError) as error:
+            raise self._damaged(error, tensor) from error
+
+
+class HistogramView(Mapping[str, HistogramRow]):
+    """The histograms of a run file by tensor name, in plan order."""
+
+    def __init__(self, group: Any, names: tuple[str, ...], guard: Any) -> None:
+        self._group = group
+        self._rows = {name: row for row, name in enumerate(names)}
+        self._guard = guard
+
+    def __getitem__(self, name: str) -> HistogramRow:
+        row = self._rows[name]
+        with self._guard(tensor=name):
+            return HistogramRow(**{field: self._group[dataset][row] for dataset, (field, _) in HISTOGRAMS.items()})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
