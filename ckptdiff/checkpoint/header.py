@@ -27,7 +27,8 @@ MAX_HEADER_BYTES = 100_000_000
 """The longest header that the safetensors library reads."""
 
 _LENGTH_BYTES = 8
-_MAX_BITS = 8 * (2**63 - 1)
+_SIZE_LIMIT = 2**63
+_BITS_LIMIT = 8 * _SIZE_LIMIT
 _MAX_DIMENSIONS = 64
 _REPR = reprlib.Repr()
 _REPR.maxlist = _REPR.maxstring = 80
@@ -231,11 +232,10 @@ def _tensor(name: str, entry: object, shard: Shard, data_start: int) -> TensorIn
     start, stop = offsets
     if stop < start:
         raise refuse("data_offsets are reversed", "start <= stop", _brief(offsets))
-    bits = DTYPES[dtype].bits
+    total_bits = DTYPES[dtype].bits * math.prod(shape)
     # An empty tensor's other sizes are bounded too: NumPy and HDF5 refuse shapes whose product overflows.
-    if bits * math.prod(size for size in shape if size) > _MAX_BITS:
+    if (total_bits or math.prod(size for size in shape if size) * DTYPES[dtype].bits) >= _BITS_LIMIT:
         raise refuse("the shape is larger than any array", "less than 2^63 bytes", _brief(shape))
-    total_bits = bits * math.prod(shape)
     if total_bits % 8:
         raise refuse("the elements do not fill whole bytes", "a multiple of 8 bits", f"{total_bits} bits")
     if stop - start != total_bits // 8:
@@ -249,7 +249,7 @@ def _tensor(name: str, entry: object, shard: Shard, data_start: int) -> TensorIn
 
 def _is_sizes(value: object) -> bool:
     # `type(...) is int`: True is an int to isinstance, and no size.
-    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < _SIZE_LIMIT for size in value)
 
 
 def _check_coverage(tensors: list[TensorInfo], shard: Shard, data_start: int) -> None:

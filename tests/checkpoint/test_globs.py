@@ -1,6 +1,6 @@
 from fnmatch import fnmatchcase
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptdiff.checkpoint.globs import Globs
@@ -9,6 +9,7 @@ TEXT = st.text("aA.*?[]!\n/", max_size=5)
 PATTERNS = st.lists(TEXT, max_size=2)
 
 
+@settings(deadline=None)
 @given(PATTERNS, PATTERNS, st.lists(TEXT, min_size=1, max_size=2))
 def test_selection_is_that_of_fnmatchcase(include, exclude, names):
     def any_match(patterns):

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 import os
@@ -233,6 +234,20 @@ class TestFilesThatAreNoShards:
         assert text.startswith("CheckpointError: no permission to read")
         assert str(path) in text
 
+    @pytest.mark.parametrize("call", ["open", "pread"])
+    @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOENT])
+    def test_a_failing_disk_is_an_error_about_the_file(self, tmp_path, monkeypatch, call, number):
+        path = write(tmp_path / "a.safetensors", {"a": ("F32", (1,))})
+
+        def fail(*args, **kwargs):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(regular_file_module.os, call, fail)
+        with pytest.raises(CheckpointError) as caught:
+            read_header(path)
+        assert caught.value.file == path
+        assert isinstance(caught.value.__cause__, OSError)
+
     def test_a_file_that_shrinks_under_the_reader(self, tmp_path):
         path = tmp_path / "a"
         path.write_bytes(b"1234")
@@ -352,6 +367,12 @@ class TestEntries:
         path.write_bytes(raw({"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}, b"xyz"))
         (tensor,) = read_header(path)[1]
         assert (tensor.numel, tensor.nbytes, tensor.kind) == (4, 3, Kind.OPAQUE)
+
+    def test_an_empty_tensor_as_wide_as_an_array_may_be(self, tmp_path):
+        path = tmp_path / "a.safetensors"
+        path.write_bytes(raw({"a": u8(0, 0, [0, 2**63 - 1])}))
+        (tensor,) = read_header(path)[1]
+        assert np.empty(tensor.shape, np.uint8).size == tensor.numel == 0
 
     def test_a_message_about_a_huge_shape_is_short(self, refusal):
         assert len(str(refusal(raw({"a": {**u8(0, 1), "shape": [7] * 100_000}}, b"x")))) < 2000

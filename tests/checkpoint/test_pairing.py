@@ -1,7 +1,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw_safetensors import write
 
@@ -371,6 +371,7 @@ NAMES = st.lists(
 )
 
 
+@settings(max_examples=100, deadline=None)
 @given(NAMES, NAMES)
 def test_every_tensor_of_both_sides_is_in_one_place(base, tuned):
     try:

@@ -243,6 +243,12 @@ class TestPaths:
         assert text.startswith("CheckpointError: no permission to read")
         assert path in text
 
+    def test_a_folder_that_may_be_listed_and_not_entered(self, public_dir, error_of_nobody):
+        write(public_dir / "pipeline" / "unet" / "a.safetensors", A)
+        (public_dir / "pipeline").chmod(0o644)
+        text = error_of_nobody(lambda: open_checkpoint(public_dir / "pipeline"))
+        assert text.startswith("CheckpointError: the folder holds no safetensors")
+
     def test_a_cache_folder_without_permission(self, public_dir, error_of_nobody):
         repo = public_dir / "models--org--name"
         TestCache.snapshot(repo, "abc", A)

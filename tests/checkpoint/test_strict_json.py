@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
@@ -15,10 +15,11 @@ VALUES = st.recursive(
         st.text(st.characters(exclude_categories=["Cs"])),
     ),
     lambda inner: st.one_of(st.lists(inner), st.dictionaries(st.text(max_size=3), inner)),
-    max_leaves=20,
+    max_leaves=8,
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), VALUES), st.booleans())
 def test_what_json_writes_is_read_back(value, ascii_only):
     assert parse_object(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
@@ -41,3 +42,13 @@ def test_the_place_of_a_mistake_is_told():
     with pytest.raises(JsonProblemError) as caught:
         parse_object(b'{"a": 1,}')
     assert "at character 8" in caught.value.found
+
+
+def test_nesting_around_the_limit_of_the_parser():
+    """Parsing and looking for surrogates run out of stack at depths of their own; either way it is refused."""
+    problems = set()
+    for depth in range(700, 1000):
+        with pytest.raises(JsonProblemError) as caught:
+            parse_object(b'{"a":' * depth + b'"\\ud800"' + b"}" * depth)
+        problems.add(caught.value.problem)
+    assert problems <= {"holds half of a surrogate pair", "is nested too deeply"}
