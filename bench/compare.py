@@ -7,7 +7,8 @@
 
 Sections: main (bf16 pair: whole command, engine in process, read limit, torch diff, cmp), dtypes, tiny (30,000
 tensors), memory, startup, cold (files out of the page cache), stages (what each stage of the kernel costs).
-Times are medians; GB/s count both sides. The torch diff needs torch==2.13.0 and is left out without it.
+Times are medians; GB/s count both sides. The torch diff needs torch==2.13.0 and is left out without it. Where
+/tmp is memory, cold means nothing: give --pairs on a disk.
 """
 
 from __future__ import annotations

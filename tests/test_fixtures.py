@@ -17,6 +17,8 @@ import safetensors
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptdiff.checkpoint import open_checkpoint, pair
+
 FOLDER = Path(__file__).parents[1] / "fixtures"
 CASES = ("llama", "wide", "tied", "vlm", "moe", "fp8", "odd")
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -87,6 +89,18 @@ def test_index_names_every_tensor_where_it_is(case):
         assert json.loads(index.read_bytes())["weight_map"] == {
             name: file for file, tensors in shards.items() for name in tensors
         }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pairing_finds_what_the_golden_results_expect(case):
+    golden = json.loads((FOLDER / f"golden/{case}.json").read_bytes())
+    found = pair(open_checkpoint(FOLDER / case / "base"), open_checkpoint(FOLDER / case / "tuned"))
+    expected = {(row["name"], row["tuned_name"]) for row in golden["bf16"]["tensors"]}
+    assert {(pair.base.name, pair.tuned.name) for pair in found.pairs} == expected
+    assert sorted(found.only_in_base) == sorted(golden["only_in_base"])
+    assert sorted(found.only_in_tuned) == sorted(golden["only_in_tuned"])
+    assert [{"name": alias.name, "of": alias.of} for alias in found.aliased] == golden["aliased"]
+    assert sorted(mismatch.name for mismatch in found.mismatched) == sorted(golden["mismatched"])
 
 
 def test_llama_update_has_the_structure_that_the_readme_shows():
