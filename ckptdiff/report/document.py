@@ -1,0 +1,64 @@
+"""The output contract: a diff as one object of plain JSON values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckptdiff.report.rows import LIST_KEYS, View, rows
+from ckptdiff.result import Diff
+
+__all__ = ["SCHEMA", "aggregates", "document", "facts"]
+
+SCHEMA = "ckptdiff.diff/1"
+
+
+def facts(diff: Diff) -> dict[str, Any]:
+    """What is known before any data is read: both sides, the options that matter, and the tensors left out."""
+    return {
+        "schema": SCHEMA,
+        "ckptdiff_version": diff.ckptdiff_version,
+        "base": dict(diff.base),
+        "tuned": dict(diff.tuned),
+        "compare": diff.compare,
+        "mask_rule": diff.mask_rule,
+        "counts": diff.counts,
+        "only_in_base": list(diff.only_in_base),
+        "only_in_tuned": list(diff.only_in_tuned),
+        "aliased": [{"name": name, "of": of} for name, of in diff.aliased],
+        "mismatched": [
+            {"name": tensor.name, "base": dict(tensor.base), "tuned": dict(tensor.tuned), "reason": tensor.reason}
+            for tensor in diff.mismatched
+        ],
+    }
+
+
+def aggregates(diff: Diff, view: View | None = None) -> dict[str, Any]:
+    """The figures of groups: global, medians, module types, layers, blocks, towers and the user's groups."""
+    view = view or View()
+    groupings: dict[str, Any] = {}
+    for by, key in LIST_KEYS.items():
+        if by == "tensor" or (by == "group" and not diff.options.get("groups")):
+            continue
+        groupings[key] = rows(diff, view if view.by == by else View(by))
+    return {"global": diff.overall, "median_2d": diff.median_2d, **groupings, "warnings": list(diff.warnings)}
+
+
+def document(diff: Diff, view: View | None = None) -> dict[str, Any]:
+    """A diff as one JSON object (schema "ckptdiff.diff/1").
+
+    Parameters
+    ----------
+    diff : Diff
+    view : View, optional
+        Sorts and cuts the one list that its `by` names ("tensors" by default); the rest stays whole.
+
+    Returns
+    -------
+    dict
+        The keys of the output contract; fractions are 0..1 and undefined figures None.
+    """
+    view = view or View()
+    tensors = rows(diff, view if view.rows_by == "tensor" else View("tensor"))
+    head = facts(diff)
+    tail = {key: head.pop(key) for key in ("only_in_base", "only_in_tuned", "aliased", "mismatched")}
+    return {**head, **aggregates(diff, view), "tensors": tensors, **tail}

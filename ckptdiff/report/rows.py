@@ -1,0 +1,178 @@
+"""The members of a grouping as rows: what every format prints, sorted and cut alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ckptdiff.errors import OptionError
+from ckptdiff.metrics.catalogue import FIGURES, flat_keys, parameter_key
+from ckptdiff.result import Diff, GroupBy, TensorFacts
+
+__all__ = [
+    "LABELS",
+    "LIST_KEYS",
+    "View",
+    "figure_paths",
+    "flat_columns",
+    "flatten",
+    "rows",
+    "tensor_row",
+]
+
+Row = dict[str, Any]
+
+LIST_KEYS: Mapping[GroupBy, str] = {
+    "module": "modules",
+    "layer": "layers",
+    "block": "blocks",
+    "tower": "towers",
+    "group": "groups",
+    "tensor": "tensors",
+}
+"""Key of the output contract under which each grouping is listed."""
+
+LABELS: Mapping[GroupBy, tuple[str, ...]] = {
+    "module": ("module_type",),
+    "layer": ("tower", "layer"),
+    "block": ("block",),
+    "tower": ("tower",),
+    "group": ("group",),
+    "tensor": (
+        *("name", "tuned_name", "shape", "dtype_base", "dtype_tuned", "compare"),
+        *("tower", "layer", "module_type", "block", "groups"),
+    ),
+}
+"""Keys of a row that say which member it is, before its counts and figures."""
+
+_COUNTS = ("tensors", "numel")
+_DIRECTIONS = ("asc", "desc")
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Which rows of a diff to print, and in which order.
+
+    Attributes
+    ----------
+    by : grouping, optional
+        None stands for what the format prints by itself.
+    sort : str, optional
+        A label, a count or a figure ("rel_norm", "unchanged_abs.1e-05"), optionally with ``:asc`` or ``:desc``.
+        Figures and counts go from large to small and labels from small to large; undefined values come last.
+    top : int, optional
+        How many rows to keep.
+    run_file : str, optional
+        Where the masks are, for the table to say so.
+
+    Raises
+    ------
+    OptionError
+        If `sort` is no key of the rows or `top` is not positive.
+    """
+
+    by: GroupBy | None = None
+    sort: str | None = None
+    top: int | None = None
+    run_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.top is not None and self.top < 1:
+            raise OptionError("number of rows out of range", expected="1 or more", found=self.top)
+        if self.sort is not None:
+            self.sort_path()
+
+    @property
+    def rows_by(self) -> GroupBy:
+        """The grouping of the rows: single tensors unless another was asked for."""
+        return self.by or "tensor"
+
+    def sort_path(self) -> tuple[tuple[str, ...], bool]:
+        """Where the sort key stands in a row, and whether large values come first."""
+        if self.sort is None:
+            raise ValueError("the view keeps its own order")
+        key, colon, direction = self.sort.rpartition(":")
+        if direction not in _DIRECTIONS or not colon:
+            key, direction = self.sort, ""
+        labels = [label for label in LABELS[self.rows_by] if label not in ("shape", "groups")]
+        paths = figure_paths()
+        path = (key,) if key in labels or key in _COUNTS else paths.get(key)
+        if path is None or (key == "tensors" and self.rows_by == "tensor"):
+            raise OptionError(
+                "unknown sort key",
+                expected=f"{', '.join((*labels, *_COUNTS))} or a figure such as rel_norm or unchanged_abs.1e-05",
+                found=self.sort,
+            )
+        return path, (direction or ("asc" if key in labels else "desc")) == "desc"
+
+
+def figure_paths() -> dict[str, tuple[str, ...]]:
+    """Every figure's place in a row, by its dotted key and by its flat key."""
+    paths: dict[str, tuple[str, ...]] = {}
+    for figure in FIGURES:
+        for parameter, flat in flat_keys(figure):
+            path = (figure.key,) if parameter is None else (figure.key, parameter_key(parameter))
+            paths[flat] = paths[".".join(path)] = path
+    return paths
+
+
+def flat_columns(by: GroupBy) -> tuple[str, ...]:
+    """Keys of flattened rows, in the order of csv and parquet columns."""
+    counts = ("numel",) if by == "tensor" else _COUNTS
+    return (*LABELS[by], *counts, *(flat for figure in FIGURES for _, flat in flat_keys(figure)))
+
+
+def tensor_row(facts: TensorFacts, numel: int, figures: Mapping[str, Any]) -> Row:
+    """One tensor as the output contract writes it."""
+    row: Row = {"name": facts.name}
+    if facts.tuned_name is not None:
+        row["tuned_name"] = facts.tuned_name
+    return {
+        **row,
+        "shape": list(facts.shape),
+        "dtype_base": facts.dtype_base,
+        "dtype_tuned": facts.dtype_tuned,
+        "compare": facts.compare,
+        "numel": numel,
+        "tower": facts.tower,
+        "layer": facts.layer,
+        "module_type": facts.module_type,
+        "block": facts.block,
+        **({"groups": list(facts.groups)} if facts.groups else {}),
+        **figures,
+    }
+
+
+def rows(diff: Diff, view: View) -> list[Row]:
+    """The rows of a view, sorted and cut."""
+    members = tensor_rows(diff) if view.rows_by == "tensor" else diff.grouped(view.rows_by)
+    if view.sort is not None:
+        path, descending = view.sort_path()
+        defined = [row for row in members if _value(row, path) is not None]
+        undefined = [row for row in members if _value(row, path) is None]
+        members = sorted(defined, key=lambda row: _value(row, path), reverse=descending) + undefined
+    return members[: view.top]
+
+
+def tensor_rows(diff: Diff) -> list[Row]:
+    """Every tensor in plan order."""
+    numel = diff.columns["numel"].tolist()
+    return [tensor_row(*parts) for parts in zip(diff.tensors, numel, diff.per_tensor, strict=True)]
+
+
+def _value(row: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+    value: Any = row
+    for key in path:
+        value = value.get(key)
+    return value
+
+
+def flatten(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield (flat key, value): ``{"unchanged_abs": {"1e-05": x}}`` becomes ``("unchanged_abs_1e-05", x)``."""
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            for parameter, cell in value.items():
+                yield f"{key}_{parameter}", cell
+        else:
+            yield key, value

@@ -1,0 +1,155 @@
+"""The lines a newcomer sees first: what was compared, what changed, and what to run next."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import PurePath
+
+from ckptdiff.metrics.catalogue import parameter_key
+from ckptdiff.report.text import percent, plural, quantity, safe, shape_text
+from ckptdiff.result import Diff
+
+__all__ = ["side_name", "summary"]
+
+_HEADLINE_EPS = parameter_key(1e-5)
+_HEADLINE_RHO = parameter_key(0.1)
+_LISTED = 3
+"""Names listed before the rest is only counted; json and ``--by tensor`` hold all of them."""
+_GENERIC = {"model", "models", "model_files", "checkpoint", "weights", "base", "tuned", ""}
+
+
+def summary(diff: Diff, run_file: str | None = None) -> list[str]:
+    """The first block of the table, a few lines of at most 80 characters where names allow.
+
+    Parameters
+    ----------
+    diff : Diff
+    run_file : str, optional
+        Where the masks are; None if there is no run file.
+
+    Returns
+    -------
+    list of str
+        Lines without newline, safe to print.
+    """
+    return [
+        *_what(diff),
+        *_changes(diff),
+        *_left_out(diff),
+        *(f"warning: {safe(text)}" for text in diff.warnings),
+        *_next(diff, run_file),
+    ]
+
+
+def side_name(path: str) -> str:
+    """A short name of a checkpoint: its last path component that says something.
+
+    ``models--ORG--NAME/snapshots/HASH`` of a Hugging Face cache is ``ORG/NAME``.
+    """
+    parts = PurePath(path).parts
+    for part in parts:
+        if part.startswith("models--"):
+            return "/".join(part.split("--")[1:])
+    if len(parts) > 1 and parts[-1].startswith("model.safetensors"):
+        parts = parts[:-1]
+    if len(parts) > 1 and parts[-1].lower() in _GENERIC and parts[-2] not in ("/", "..", "."):
+        return "/".join(parts[-2:])
+    return parts[-1] if parts else path
+
+
+def _what(diff: Diff) -> Iterator[str]:
+    names = [safe(side_name(str(side.get("path", "")))) for side in (diff.base, diff.tuned)]
+    valued, values = diff.columns["valued"] > 0, _values(diff)
+    compared = sorted({facts.compare for facts, kept in zip(diff.tensors, valued, strict=True) if kept})
+    stored = [
+        "+".join(dict.fromkeys(getattr(facts, key) for facts, kept in zip(diff.tensors, valued, strict=True) if kept))
+        for key in ("dtype_base", "dtype_tuned")
+    ]
+    dtypes = stored[0] if stored[0] == stored[1] else f"{stored[0]} against {stored[1]}"
+    facts_line = f"{quantity(values)} values"
+    if values:
+        facts_line += f", stored {dtypes}, compared as {'+'.join(compared).upper()}"
+    title = f"{names[0]} -> {names[1]}"
+    yield from [f"{title}    {facts_line}"] if len(title) + len(facts_line) < 77 else [title, facts_line]
+    opaque = len(diff.tensors) - int(valued.sum())
+    if opaque:
+        yield f"{plural(opaque, 'tensor')} of integers or opaque codes: only equal bits are counted"
+
+
+def _values(diff: Diff) -> int:
+    return int(diff.columns["numel"][diff.columns["valued"] > 0].sum())
+
+
+def _changes(diff: Diff) -> Iterator[str]:
+    figures = diff.overall
+    if figures["unchanged_bitwise"] is None:
+        yield "nothing to measure: no floating values on both sides"
+        return
+    cast = "/".join(sorted({facts.compare.upper() for facts in diff.tensors if facts.compare != "bitwise"}))
+    yield f"unchanged   {percent(figures['unchanged_bitwise'])} in {cast}{_as_stored(diff)}"
+    within = f"|d| <= 1e-5 {percent(figures['unchanged_abs'][_HEADLINE_EPS])}"
+    yield f"{within:<28} relative update {percent(figures['rel_norm'])}"
+    median = diff.median_2d
+    if median["rel_norm"] is not None:
+        equal, within = percent(median["unchanged_bitwise"]), percent(median["unchanged_abs"][_HEADLINE_EPS])
+        update = percent(median["rel_norm"])
+        yield f"median of changed matrices: unchanged {equal}, |d| <= 1e-5 {within}, update {update}"
+    low, null = figures["low_coverage"][_HEADLINE_RHO], figures["low_coverage_null"][_HEADLINE_RHO]
+    if low is not None:
+        rounding = f"rounding {percent(null)}, " if null is not None else ""
+        yield f"smallest 10 % of weights hold {percent(low)} of changes ({rounding}chance 10 %)"
+    for key, side in (("nonfinite_base", "base"), ("nonfinite_tuned", "tuned")):
+        if figures[key]:
+            yield f"{plural(figures[key], 'value')} NaN or Inf in {side}: left out of sums"
+
+
+def _as_stored(diff: Diff) -> str:
+    figures = diff.overall
+    equal, stored = figures["unchanged_bitwise"], figures["unchanged_stored"]
+    if stored is None or equal is None:
+        return ""
+    if stored >= equal:
+        return "   (the same as stored)"
+    lost = (equal - stored) / (1.0 - stored)
+    share = "all" if lost == 1.0 else "most" if lost > 0.5 else "some"
+    return f"   ({percent(stored)} as stored: {share} changes vanish in the cast)"
+
+
+def _left_out(diff: Diff) -> Iterator[str]:
+    yield from _named(diff.only_in_base, "only in base")
+    yield from _named(diff.only_in_tuned, "only in tuned")
+    for name, of in diff.aliased[:_LISTED]:
+        yield f"{safe(name)} is tied to {safe(of)}: counted once"
+    yield from _more(len(diff.aliased), "tied")
+    for tensor in diff.mismatched[:_LISTED]:
+        sides = " against ".join(
+            f"{side.get('dtype', '?')} {shape_text(tuple(side.get('shape', ())))}"
+            for side in (tensor.base, tensor.tuned)
+        )
+        yield f"not compared: {safe(tensor.name)}: {safe(tensor.reason)} ({safe(sides)})"
+    yield from _more(len(diff.mismatched), "not compared")
+
+
+def _named(names: tuple[str, ...], where: str) -> Iterator[str]:
+    if names:
+        rest = f", ... {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+        yield f"{plural(len(names), 'tensor')} {where}: {', '.join(map(safe, names[:_LISTED]))}{rest}"
+
+
+def _more(count: int, what: str) -> Iterator[str]:
+    if count > _LISTED:
+        yield f"{plural(count - _LISTED, 'tensor')} more {what}"
+
+
+def _next(diff: Diff, run_file: str | None) -> Iterator[str]:
+    if run_file is None:
+        yield "masks: none      next: add -o run.h5 to keep the masks and the figures"
+        return
+    path = safe(shlex.quote(run_file))
+    changed, numel = diff.overall["changed"], _values(diff)
+    made = f"run file: {path}, no masks" if diff.mask_rule == "none" else f"masks: {path}"
+    if changed is not None and numel:
+        made += f" ({safe(diff.mask_rule)}: {percent(changed / numel)} of the values)"
+    following = f"next: ckptdiff show {path} --by module"
+    yield from [f"{made}      {following}"] if len(made) + len(following) < 75 else [made, following]

@@ -1,0 +1,179 @@
+"""Shared fixtures: synthetic Diffs, made without an engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ckptdiff.checkpoint.names import locate
+from ckptdiff.metrics.catalogue import COLUMNS, EPS, RHO, TAU, P, flat_key
+from ckptdiff.options import Options
+from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
+
+MakeDiff = Callable[..., Diff]
+_BYTES = {"BF16": 2, "F32": 4, "F16": 2, "I64": 8, "I32": 4, "U8": 1}
+_MODULES = {
+    "self_attn.q_proj": (512, 512, 0.86),
+    "self_attn.k_proj": (128, 512, 0.88),
+    "self_attn.v_proj": (128, 512, 0.84),
+    "self_attn.o_proj": (512, 512, 0.85),
+    "mlp.gate_proj": (1408, 512, 0.74),
+    "mlp.up_proj": (1408, 512, 0.73),
+    "mlp.down_proj": (512, 1408, 0.71),
+}
+
+
+def tensor_facts(name: str, shape: Sequence[int], **changes: Any) -> TensorFacts:
+    place = locate(name, len(shape))
+    facts = TensorFacts(
+        name=name,
+        shape=tuple(shape),
+        dtype_base="BF16",
+        dtype_tuned="BF16",
+        compare="bf16",
+        layer=place.layer,
+        tower=place.tower,
+        module_type=place.module_type,
+        block=place.block,
+    )
+    return replace(facts, **changes)
+
+
+def llama_facts(layers: int) -> list[tuple[TensorFacts, float]]:
+    """Facts of a small Llama and the share of each tensor that is unchanged."""
+    tensors = [(tensor_facts("model.embed_tokens.weight", (4096, 512)), 0.97)]
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        tensors.append((tensor_facts(f"{prefix}.input_layernorm.weight", (512,)), 1.0))
+        for module, (rows, width, unchanged) in _MODULES.items():
+            later = 0.1 * layer / max(1, layers - 1)
+            tensors.append((tensor_facts(f"{prefix}.{module}.weight", (rows, width)), unchanged - later))
+    return [*tensors, (tensor_facts("model.norm.weight", (512,)), 1.0)]
+
+
+def columns_of(tensors: Sequence[tuple[TensorFacts, float]], seed: int = 7) -> dict[str, np.ndarray]:
+    """Columns that a run could have measured: consistent with each other, not with any data."""
+    rng = np.random.default_rng(seed)
+    columns = {column.name: np.zeros(len(tensors), column.dtype) for column in COLUMNS}
+    for row, (facts, unchanged) in enumerate(tensors):
+        numel = math.prod(facts.shape)
+        valued = facts.compare != "bitwise"
+        equal = round(numel * unchanged)
+        wide = valued and {facts.dtype_base, facts.dtype_tuned} & {"F64", "F32", "F16"} and facts.compare == "bf16"
+        step = 2e-4 * rng.uniform(0.5, 1.5)
+        cells: dict[str, float] = {
+            "numel": numel,
+            "valued": valued,
+            "finite": numel,
+            "unchanged_bitwise": equal,
+            "wide": bool(wide),
+            "unchanged_stored": equal // 50 if wide else equal,
+            "unchanged_eta": equal,
+            "changed": (numel - equal) * 9 // 10,
+            "masked": 1,
+            "support": numel - equal,
+            "delta_norm": step * math.sqrt(numel - equal),
+            "base_norm": 0.02 * math.sqrt(numel),
+            "base_dot_delta": 1e-7 * numel * rng.normal(),
+            "delta_sum": 1e-9 * numel * rng.normal(),
+            "l1": 0.8 * step * (numel - equal),
+            "max_abs": 20 * step if equal < numel else 0.0,
+        }
+        cells |= {flat_key("unchanged_abs", eps): equal + (numel - equal) * i // 10 for i, eps in enumerate(EPS)}
+        cells |= {flat_key("unchanged_rel", tau): equal + (numel - equal) * i // 4 for i, tau in enumerate(TAU)}
+        moved = equal < numel
+        cells |= {flat_key("coord_energy", p): 0.02 + p / 10 if moved else math.nan for p in P}
+        cells |= {flat_key("low_coverage", rho): min(1.0, 3.1 * rho) if moved else math.nan for rho in RHO}
+        cells |= {flat_key("low_coverage_null", rho): min(1.0, 3.8 * rho) if moved else math.nan for rho in RHO}
+        if not valued:
+            kept = {"numel", "unchanged_bitwise", "changed", "masked"}
+            cells = {
+                k: (v if k in kept else 0 if columns[k].dtype == np.uint64 else math.nan) for k, v in cells.items()
+            }
+        for name, value in cells.items():
+            columns[name][row] = value
+    return columns
+
+
+def build_diff(tensors: Sequence[tuple[TensorFacts, float]], **changes: Any) -> Diff:
+    """A Diff of facts, each with its unchanged share; `changes` replace attributes of the result."""
+
+    def side(path: str, key: str) -> dict[str, Any]:
+        numels = [math.prod(facts.shape) for facts, _ in tensors]
+        dtypes = [getattr(facts, key) for facts, _ in tensors]
+        return {
+            "path": path,
+            "tensors": len(tensors),
+            "numel": sum(numels),
+            "bytes": sum(n * _BYTES[dtype] for n, dtype in zip(numels, dtypes, strict=True)),
+            "dtypes": sorted(set(dtypes)),
+            "shards": [],
+        }
+
+    diff = Diff(
+        tensors=tuple(facts for facts, _ in tensors),
+        columns=columns_of(tensors),
+        base=side("models/Llama-small", "dtype_base"),
+        tuned=side("models/Llama-small-OPD", "dtype_tuned"),
+        compare="bf16",
+        mask_rule="abs:1e-05",
+        options=Options().as_json(),
+        ckptdiff_version="0.1.0",
+    )
+    return replace(diff, **changes)
+
+
+@pytest.fixture(scope="session")
+def make_diff() -> MakeDiff:
+    """``make_diff(layers=2, tensors=None, **changes)``: a Diff of a small Llama, or of (facts, unchanged) pairs."""
+
+    def make(layers: int = 2, tensors: Sequence[tuple[TensorFacts, float]] | None = None, **changes: Any) -> Diff:
+        return build_diff(llama_facts(layers) if tensors is None else tensors, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_facts() -> Callable[..., TensorFacts]:
+    """``make_facts(name, shape, **changes)``: facts of one bf16 tensor, its place read from the name."""
+    return tensor_facts
+
+
+@pytest.fixture(scope="session")
+def diff(make_diff: MakeDiff) -> Diff:
+    return make_diff()
+
+
+@pytest.fixture(scope="session")
+def troubled_diff(make_diff: MakeDiff) -> Diff:
+    """A Diff with everything that can be special about tensors."""
+    tensors = [
+        (tensor_facts("model.layers.0.mlp.up_proj.weight", (64, 32), dtype_base="F32", dtype_tuned="F32"), 0.7),
+        (
+            tensor_facts(
+                "model.visual.blocks.0.attn.qkv.weight", (64, 32), tuned_name="visual.blocks.0.attn.qkv.weight"
+            ),
+            0.9,
+        ),
+        (tensor_facts("evil\x1b[31m\n\u202ename[red]", (8, 4), same_bytes=True), 1.0),
+        (tensor_facts("empty", (0, 4)), 1.0),
+        (tensor_facts("scalar", ()), 0.0),
+        (tensor_facts("position_ids", (1, 16), dtype_base="I64", dtype_tuned="I64", compare="bitwise"), 0.5),
+    ]
+    return make_diff(
+        tensors=tensors,
+        only_in_base=("embeddings.position_ids", "a", "b", "c\x1b[2J"),
+        only_in_tuned=("extra",),
+        aliased=(("lm_head.weight", "model.embed_tokens.weight"),),
+        mismatched=(
+            UnmatchedTensor(
+                "vocab", {"dtype": "BF16", "shape": [8, 2]}, {"dtype": "BF16", "shape": [9, 2]}, "shapes differ"
+            ),
+        ),
+        warnings=("fp8 tensors are compared as raw codes",),
+    )

@@ -1,0 +1,113 @@
+"""The first lines tell a newcomer what changed, and that it depends on the cast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ckptdiff.report.summary import side_name, summary
+from ckptdiff.result import Diff
+
+MakeDiff = Callable[..., Diff]
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("models/MiniLM-L6", "MiniLM-L6"),
+        ("models/MiniLM-L6/", "MiniLM-L6"),
+        ("MiniLM/model.safetensors", "MiniLM"),
+        ("MiniLM/model.safetensors.index.json", "MiniLM"),
+        ("tuned.safetensors", "tuned.safetensors"),
+        ("llama/base", "llama/base"),
+        ("/cache/hub/models--Qwen--Qwen3-4B/snapshots/0123abcd", "Qwen/Qwen3-4B"),
+        ("model.safetensors", "model.safetensors"),
+        ("a/model/model.safetensors", "a/model"),
+        ("", ""),
+    ],
+)
+def test_names_of_sides(path: str, name: str) -> None:
+    assert side_name(path) == name
+
+
+def wide(make_diff: MakeDiff, lost: float) -> Diff:
+    """float32 on both sides, of which `lost` of the changes vanish in the cast."""
+    diff = make_diff()
+    tensors = tuple(replace(facts, dtype_base="F32", dtype_tuned="F32") for facts in diff.tensors)
+    numel, equal = diff.columns["numel"].astype(float), diff.columns["unchanged_bitwise"].astype(float)
+    stored = np.round(np.maximum(0, numel - (numel - equal) / max(1 - lost, 1e-9))).astype(np.uint64)
+    columns = {**diff.columns, "wide": np.ones_like(diff.columns["wide"]), "unchanged_stored": stored}
+    return replace(diff, tensors=tensors, columns=columns)
+
+
+def test_both_figures_and_why_they_differ(make_diff: MakeDiff) -> None:
+    lines = summary(wide(make_diff, 0.6))
+    assert "stored F32, compared as BF16" in lines[0]
+    diff = wide(make_diff, 0.6)
+    cast, stored = diff.overall["unchanged_bitwise"], diff.overall["unchanged_stored"]
+    assert lines[
+        1
+    ] == f"unchanged   {cast:.1%} in BF16   ({stored:.1%} as stored: most changes vanish in the cast)".replace(
+        "%", " %"
+    )
+
+
+@pytest.mark.parametrize(("lost", "text"), [(0.0, "the same as stored"), (0.2, "some changes vanish")])
+def test_smaller_differences_have_other_words(make_diff: MakeDiff, lost: float, text: str) -> None:
+    assert text in summary(wide(make_diff, lost))[1]
+
+
+def test_narrow_checkpoints_have_no_stored_figure(diff: Diff) -> None:
+    assert "as stored" not in "\n".join(summary(diff))
+
+
+def test_coverage_stands_beside_null_and_chance(diff: Diff) -> None:
+    assert "smallest 10 % of weights hold 31.0 % of changes (rounding 38.0 %, chance 10 %)" in summary(diff)
+
+
+def test_everything_left_out_is_said(troubled_diff: Diff) -> None:
+    text = "\n".join(summary(troubled_diff))
+    assert "4 tensors only in base: embeddings.position_ids, a, b, ... 1 more" in text
+    assert "1 tensor only in tuned: extra" in text
+    assert "lm_head.weight is tied to model.embed_tokens.weight" in text
+    assert "not compared: vocab: shapes differ (BF16 8x2 against BF16 9x2)" in text
+    assert "warning: fp8 tensors are compared as raw codes" in text
+    assert "1 tensor of integers or opaque codes" in text
+    assert "stored F32+BF16" in text
+
+
+def test_no_line_holds_an_escape_or_break(make_diff: MakeDiff) -> None:
+    evil = "x\x1b[2J\ny"
+    diff = make_diff(
+        base={"path": evil}, only_in_base=(evil,), aliased=((evil, evil),), warnings=(evil,), mask_rule=evil
+    )
+    for line in summary(diff, evil):
+        assert line.isprintable()
+
+
+def test_the_next_command_can_be_pasted(diff: Diff) -> None:
+    assert summary(diff, "my run.h5")[-1].endswith("next: ckptdiff show 'my run.h5' --by module")
+    assert "-o run.h5" in summary(diff)[-1]
+    assert "no masks" in "\n".join(summary(replace(diff, mask_rule="none"), "r.h5"))
+
+
+def test_lines_fit_eighty_columns(make_diff: MakeDiff) -> None:
+    for diff in (make_diff(), wide(make_diff, 0.6)):
+        assert max(map(len, summary(diff, "run.h5"))) <= 80
+
+
+def test_nothing_to_measure(make_diff: MakeDiff, make_facts: Callable[..., object]) -> None:
+    ids = make_facts("position_ids", (1, 16), dtype_base="I64", dtype_tuned="I64", compare="bitwise")
+    text = "\n".join(summary(make_diff(tensors=[(ids, 0.5)])))
+    assert "nothing to measure" in text and "0 values" in text
+
+
+def test_nonfinite_values_are_said(make_diff: MakeDiff) -> None:
+    diff = make_diff()
+    counted = np.zeros(len(diff.tensors), np.uint64)
+    counted[0] = 3
+    text = "\n".join(summary(replace(diff, columns={**diff.columns, "nonfinite_tuned": counted})))
+    assert "3 values NaN or Inf in tuned" in text and "in base" not in text
