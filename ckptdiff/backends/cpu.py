@@ -1,0 +1,180 @@
+"""The CPU backend: Numba kernels that run without the GIL, one :class:`CpuWorker` per thread."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.backends.bitwise import changed_elements
+from ckptdiff.backends.formats import Format, common_format, recode_table
+from ckptdiff.backends.kernels.codes import scan_codes
+from ckptdiff.backends.kernels.decode import count_equal, count_strange_codes, round_to_bf16
+from ckptdiff.backends.kernels.refine import Found, Search, refine
+from ckptdiff.backends.kernels.tiles import Measure, Tile, new_measure, new_tile, round_down, totals_of
+from ckptdiff.backends.kernels.wide import scan_wide
+from ckptdiff.backends.partial import BLOCK, Count, Partial, Refined, Scan, Targets
+
+__all__ = ["CpuWorker"]
+
+STEP = 1 << 18
+"""Coordinates decoded at a time, where the stored dtype is not the compare dtype: 1 MiB of float32."""
+
+Codes = NDArray[np.unsignedinteger]
+
+
+class CpuWorker:
+    """Measures blocks in one thread; holds that thread's work space."""
+
+    def __init__(self) -> None:
+        self._tiles: dict[int, Tile] = {}
+        self._words = np.zeros(BLOCK // 64, np.uint64)
+        self._scratch: dict[str, Codes] = {}
+
+    def scan(
+        self, scan: Scan, base: NDArray[np.uint8], tuned: NDArray[np.uint8], partial: Partial, first_tie: int = 0
+    ) -> NDArray[np.uint8] | None:
+        """Measure one block.
+
+        Parameters
+        ----------
+        scan : Scan
+        base, tuned : read-only uint8 array
+            Raw bytes of at most ``BLOCK`` coordinates, at addresses that are multiples of 8.
+        partial : Partial
+            Added to.
+        first_tie : int
+            For ``Rule.TOP``: how many coordinates of earlier blocks lie at the cut.
+
+        Returns
+        -------
+        uint8 array, shape (ceil(n / 8),), or None
+            Mask bits if ``scan.want_mask``; valid until the next call.
+        """
+        sides = (base.view(scan.base.code_dtype), tuned.view(scan.tuned.code_dtype))
+        n = sides[0].size
+        self._count_stored(scan, sides, partial)
+        partial.open_block(len(scan.thresholds))
+        real = np.dtype(np.float64 if scan.compare.bits == 64 else np.float32)
+        measure = new_measure(scan, real, first_tie)
+        words = self._words[: -(-n // 64) if scan.want_mask else 0]
+        before = int(partial.counts[Count.CHANGED])
+        decoded = scan.base == scan.compare == scan.tuned and scan.compare.bits >= 16
+        step = max(n, 1) if decoded else STEP
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            codes = self._recode(scan.compare, (scan.base, scan.tuned), (sides[0][start:stop], sides[1][start:stop]))
+            self._scan_codes(scan.compare, codes, measure, partial, words[start // 64 : -(-stop // 64)])
+        partial.numel += n
+        if scan.base == scan.tuned == scan.compare:
+            partial.counts[Count.STORED_EQUAL] += n - (int(partial.counts[Count.CHANGED]) - before)
+        return words.view(np.uint8)[: -(-n // 8)] if scan.want_mask else None
+
+    def refine(
+        self, scan: Scan, targets: Targets, base: NDArray[np.uint8], tuned: NDArray[np.uint8], refined: Refined
+    ) -> None:
+        """Look for open cuts in one block; parameters as in :meth:`scan`, ``refined`` is added to."""
+        sides = (base.view(scan.base.code_dtype), tuned.view(scan.tuned.code_dtype))
+        compare = scan.compare
+        real = np.dtype(np.float64 if compare.bits == 64 else np.float32)
+        refined.open_block()
+        search = Search(
+            np.uint64(targets.shift),
+            np.array(targets.deltas, np.uint64),
+            np.array(targets.weights, np.uint64),
+            np.array([round_down(threshold, real) for threshold in targets.thresholds], real),
+            np.array([round_down(tail, real) for tail in targets.tails], real),
+        )
+        found = Found(refined.deltas, refined.weights, refined.within, refined.tails[-1])
+        of_delta = np.uint64(0x7FFF_FFFF_FFFF_FFFF) if compare.bits == 64 else np.uint32(0x7FFF_FFFF)
+        for start in range(0, sides[0].size, STEP):
+            codes = self._recode(
+                compare, (scan.base, scan.tuned), (sides[0][start : start + STEP], sides[1][start : start + STEP])
+            )
+            lookup = compare.bits <= 16
+            values = (compare.values(), compare.values()) if lookup else (codes[0].view(real), codes[1].view(real))
+            limits = (codes[0].dtype.type(compare.magnitude), of_delta)
+            refine(codes, values, limits, lookup, self._tile(codes[0].dtype, real), search, found)
+
+    def _scan_codes(
+        self, compare: Format, codes: tuple[Codes, Codes], measure: Measure, partial: Partial, words: Codes
+    ) -> None:
+        totals = totals_of(partial, -1)
+        if compare.bits <= 16:
+            tile = self._tile(np.dtype(np.uint16), np.dtype(np.float32))
+            scan_codes(*codes, compare.values(), np.uint16(compare.magnitude), tile, measure, totals, words)
+            return
+        real = np.dtype(f"f{compare.bits // 8}")
+        unsigned = compare.code_dtype.type
+        limits = (unsigned(compare.magnitude), unsigned(compare.infinite), unsigned(compare.bits - 16))
+        values = (codes[0].view(real), codes[1].view(real))
+        scan_wide(codes, values, limits, self._tile(compare.code_dtype, real), measure, totals, words)
+
+    def _count_stored(self, scan: Scan, sides: tuple[Codes, Codes], partial: Partial) -> None:
+        """Counts that are taken before the cast."""
+        for count, format, codes in zip(
+            (Count.NONFINITE_BASE, Count.NONFINITE_TUNED), (scan.base, scan.tuned), sides, strict=True
+        ):
+            unsigned = codes.dtype.type
+            partial.counts[count] += count_strange_codes(codes, unsigned(format.magnitude), unsigned(format.infinite))
+        if scan.base == scan.tuned == scan.compare:
+            return
+        common = common_format(scan.base, scan.tuned)
+        for start in range(0, sides[0].size, STEP):
+            pair = (sides[0][start : start + STEP], sides[1][start : start + STEP])
+            if scan.base != scan.tuned:
+                pair = self._recode(common, (scan.base, scan.tuned), pair)
+            partial.counts[Count.STORED_EQUAL] += count_equal(*pair, pair[0].dtype.type(common.magnitude))
+
+    def _recode(self, target: Format, stored: tuple[Format, Format], sides: tuple[Codes, Codes]) -> tuple[Codes, Codes]:
+        """Codes of both sides in the target format, read-only; what is stored so already is not copied."""
+        return tuple(  # type: ignore[return-value]
+            self._recode_side(name, target, format, codes)
+            for name, format, codes in zip(("base", "tuned"), stored, sides, strict=True)
+        )
+
+    def _recode_side(self, name: str, target: Format, stored: Format, codes: Codes) -> Codes:
+        if stored == target and target.bits >= 16:
+            return codes
+        out = self._buffer(name, np.dtype(np.uint16) if target.bits <= 16 else target.code_dtype)[: codes.size]
+        if stored.bits <= 16:
+            np.take(recode_table(stored, target), codes, out=out, mode="clip")
+        elif target.bits == 64:
+            np.copyto(out.view(np.float64), codes.view(np.float32))
+        else:
+            if stored.bits == 64:
+                narrow = self._buffer(f"{name} narrowed", np.dtype(np.float32))[: codes.size]
+                with np.errstate(over="ignore"):
+                    np.copyto(narrow, codes.view(np.float64), casting="same_kind")
+                codes = _read_only(narrow.view(np.uint32))
+            round_to_bf16(codes, out)
+        return _read_only(out)
+
+    def _tile(self, code: np.dtype[Any], real: np.dtype[Any]) -> Tile:
+        if code.itemsize not in self._tiles:
+            self._tiles[code.itemsize] = new_tile(code, real)
+        return self._tiles[code.itemsize]
+
+    def _buffer(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+        key = f"{name} {dtype}"
+        if key not in self._scratch:
+            self._scratch[key] = np.empty(STEP, dtype)
+        return self._scratch[key]
+
+
+def _read_only(array: Codes) -> Codes:
+    """A view that Numba types like a read-only memory map: one compiled kernel serves both."""
+    view = array.view()
+    view.flags.writeable = False
+    return view
+
+
+def scan_bitwise(
+    base: NDArray[np.uint8], tuned: NDArray[np.uint8], bits: int, partial: Partial, want_mask: bool
+) -> NDArray[np.uint8] | None:
+    """Measure one block of elements of which only the bits are compared."""
+    changed = changed_elements(base, tuned, bits)
+    partial.numel += changed.size
+    partial.counts[[Count.CHANGED, Count.MASKED]] += np.count_nonzero(changed)
+    return np.packbits(changed, bitorder="little") if want_mask else None

@@ -1,0 +1,139 @@
+"""Compile kernels, and keep their machine code where it is safe to keep it.
+
+Numba stamps a cached function with its own source file only, so an edited callee would leave stale code in use, and it
+trusts whatever the cache holds. Here the folder is named after a hash of every kernel source, of the compiler and of
+the processor, belongs to the user alone (it holds pickles), and each entry carries a checksum. Without a writable place
+kernels are compiled in every process; a damaged entry is compiled again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import pickle
+import platform
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import llvmlite.binding
+import numba
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+__all__ = ["cache_folder", "helper", "kernel", "reducer"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+logger = logging.getLogger("ckptdiff.kernel_cache")
+
+
+def helper(function: Function) -> Function:
+    """Compile a step that kernels call; it is inlined into them and never cached by itself."""
+    return cast(Function, numba.njit(nogil=True)(function))
+
+
+def reducer(function: Function) -> Function:
+    """Compile a step whose floating sums may be reordered, as vector sums need; the order depends on the code alone."""
+    return cast(Function, numba.njit(nogil=True, fastmath={"reassoc", "nsz", "contract"})(function))
+
+
+def kernel(function: Function) -> Function:
+    """Compile a function that runs without the GIL, and cache its machine code."""
+    dispatcher = numba.njit(nogil=True)(function)
+    folder = cache_folder()
+    if folder is not None:
+        before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = str(folder)
+        try:
+            dispatcher._cache = _Cache(function)
+        finally:
+            numba.config.CACHE_DIR = before
+    return cast(Function, dispatcher)
+
+
+@functools.cache
+def cache_folder() -> Path | None:
+    """Folder of this version's machine code, or None if there is no safe and writable place.
+
+    ``CKPTDIFF_CACHE_DIR`` names its parent; otherwise it lies in the user's cache folder.
+    """
+    parent = os.environ.get("CKPTDIFF_CACHE_DIR") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ckptdiff"
+    )
+    folder = Path(parent, _fingerprint())
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError(f"{folder} can be written by others")
+        probe = folder / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        logger.warning("kernels are compiled anew in every process, no cache folder can be used: %s", error)
+        return None
+    return folder
+
+
+def _fingerprint() -> str:
+    """Hash of all that machine code depends on."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    for source in sorted([*here.glob("*.py"), *here.glob("kernels/*.py")]):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    for version in (
+        numba.__version__,
+        platform.python_version(),
+        llvmlite.binding.get_host_cpu_name(),
+        llvmlite.binding.get_host_cpu_features().flatten(),
+    ):
+        digest.update(version.encode() + b"\0")
+    return digest.hexdigest()[:20]
+
+
+class _Entries(IndexDataCacheFile):  # type: ignore[misc]
+    """One file per compiled signature, named after it and with a checksum: damaged machine code must not run.
+
+    Numba's own index file is not used; two processes that add to it at the same time can lose or swap entries.
+    """
+
+    def save(self, key: Any, data: Any) -> None:
+        payload = self._dump(data)
+        self._save_data(self._entry(key), (hashlib.sha256(payload).digest(), payload))
+
+    def load(self, key: Any) -> Any:
+        try:
+            checksum, payload = self._load_data(self._entry(key))
+        except FileNotFoundError:
+            return None
+        if hashlib.sha256(payload).digest() != checksum:
+            raise pickle.UnpicklingError("checksum differs")
+        return pickle.loads(payload)
+
+    def _entry(self, key: Any) -> str:
+        name: str = self._data_name(0)
+        return f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.{name}"
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """Numba's cache of one function, except that trouble with it is logged and survived."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._cache_file.__class__ = _Entries
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # unpickling damaged bytes can raise anything
+            logger.warning("dropped a damaged kernel from %s: %s", self.cache_path, error)
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except OSError as error:
+            logger.warning("could not keep a compiled kernel in %s: %s", self.cache_path, error)

@@ -1,0 +1,152 @@
+"""The fused kernels for compare formats of 32 and 64 bits, whose codes are NumPy floats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ckptdiff.backends.kernel_cache import helper, kernel, reducer
+from ckptdiff.backends.kernels.tiles import (
+    TILE,
+    Array,
+    Measure,
+    Tile,
+    Totals,
+    add_ulp,
+    count_deltas,
+    count_distances,
+    count_nonfinite,
+    count_strange,
+    first_of,
+    keep_finite,
+    mark_changed,
+    mask_tile,
+    positions,
+    summarise,
+    widen_span,
+)
+from ckptdiff.backends.partial import BINS, Count, Sum
+
+__all__ = ["scan_wide"]
+
+CHANGED, FINITE, BASE_SQUARE = int(Count.CHANGED), int(Count.FINITE), int(Sum.BASE_SQUARE)
+NAN_BIN = BINS - 1
+
+
+@helper
+def weight_bin(code: Any, magnitude: Any, infinite: Any, shift: Any) -> Any:
+    """Bin of a base code: its leading 15 magnitude bits, the last bin for NaN."""
+    size = code & magnitude
+    return np.int64(size >> shift) if size <= infinite else NAN_BIN
+
+
+@helper
+def count_weights(row: int, codes: Array, magnitude: Any, infinite: Any, shift: Any, totals: Totals) -> None:
+    """Add base codes to one row of ``weights``."""
+    first, last = BINS, -1
+    for i in range(codes.size):
+        bin_ = weight_bin(codes[i], magnitude, infinite, shift)
+        totals.weights[row, bin_] += 1
+        first, last = min(first, bin_), max(last, bin_)
+    widen_span(totals.span, 0, first, last)
+
+
+@reducer
+def sum_squares(values: Array) -> float:
+    """Sum of squares in float64."""
+    total = 0.0
+    for i in range(values.size):
+        value = np.float64(values[i])
+        total += value * value
+    return total
+
+
+@helper
+def add_base(x: Array, y: Array, all_finite: bool, totals: Totals) -> None:
+    """Count the coordinates with finite d and add the squares of their base."""
+    if all_finite:
+        totals.counts[FINITE] += x.size
+        totals.sums[BASE_SQUARE] += sum_squares(x)
+        return
+    for i in range(x.size):
+        if abs(y[i] - x[i]) < np.inf:
+            totals.counts[FINITE] += 1
+            totals.sums[BASE_SQUARE] += np.float64(x[i]) * np.float64(x[i])
+
+
+@helper
+def gather(a: Array, b: Array, x: Array, y: Array, tile: Tile) -> None:
+    """Collect codes, values and d of the coordinates found."""
+    for j in range(tile.found.size):
+        at = tile.found[j]
+        tile.left[j], tile.right[j] = a[at], b[at]
+        tile.base[j], tile.tuned[j] = x[at], y[at]
+    for j in range(tile.found.size):
+        tile.delta[j] = tile.tuned[j] - tile.base[j]
+
+
+@helper
+def count_lost(tile: Tile, magnitude: Any, infinite: Any, shift: Any, weights: Array) -> None:
+    """Histogram of the base magnitudes whose d is not finite."""
+    for j in range(tile.delta.size):
+        if not abs(tile.delta[j]) < np.inf:
+            weights[2, weight_bin(tile.left[j], magnitude, infinite, shift)] += 1
+
+
+@helper
+def measure_distances(left: Array, right: Array, magnitude: Any, distance: Array) -> None:
+    """Distance of two codes in the monotone integer order of their format, in which +0 and -0 are one."""
+    for j in range(left.size):
+        x_size, y_size = np.int64(left[j] & magnitude), np.int64(right[j] & magnitude)
+        x = x_size if left[j] <= magnitude else -x_size
+        y = y_size if right[j] <= magnitude else -y_size
+        distance[j] = np.uint64(max(x, y)) - np.uint64(min(x, y))  # wraps to the right value
+
+
+@kernel
+def scan_wide(
+    codes: tuple[Array, Array],
+    values: tuple[Array, Array],
+    limits: tuple[Any, Any, Any],
+    tile: Tile,
+    measure: Measure,
+    totals: Totals,
+    words: Array,
+) -> None:
+    """Measure one run of float32 or float64 of at most a block.
+
+    Parameters
+    ----------
+    codes : pair of read-only uint32 or uint64 array, shape (n,)
+        Codes of both sides.
+    values : pair of read-only float array, shape (n,)
+        The same memory as floats.
+    limits : (magnitude mask, infinity, shift to a bin)
+        In the dtype of the codes.
+    tile, measure, totals, words
+        As in ``scan_codes``.
+    """
+    magnitude, infinite, shift = limits
+    for start in range(0, codes[0].size, TILE):
+        a, b = codes[0][start : start + TILE], codes[1][start : start + TILE]
+        x, y = values[0][start : start + TILE], values[1][start : start + TILE]
+        mark_changed(a, b, magnitude, tile.marks)
+        count_weights(0, a, magnitude, infinite, shift, totals)
+        changed = positions(tile.marks, a.size, tile.found)
+        found = first_of(tile, changed)
+        gather(a, b, x, y, found)
+        totals.counts[CHANGED] += changed
+        count_weights(1, found.left, magnitude, infinite, shift, totals)
+        strange = count_strange(found.delta)
+        nonfinite = count_nonfinite(a, magnitude, infinite) + count_nonfinite(b, magnitude, infinite)
+        add_base(x, y, strange + nonfinite == 0, totals)
+        if strange > 0:
+            count_lost(found, magnitude, infinite, shift, totals.weights)
+            found = first_of(tile, keep_finite(found))
+        count_deltas(found.delta, magnitude, shift, totals)
+        measure_distances(found.left, found.right, magnitude, found.distance)
+        count_distances(found)
+        summarise(found, measure, totals)
+        mask_tile(found, measure, changed, totals, words[start // 64 : (start + TILE) // 64])
+    add_ulp(tile, totals.ulp)

@@ -1,0 +1,161 @@
+"""The Numba backend against the NumPy reference: counts, masks, histograms and maxima equal, sums within 1e-12."""
+
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptdiff.backends.cpu import CpuWorker
+from ckptdiff.backends.formats import FORMATS, compare_format
+from ckptdiff.backends.partial import BLOCK, Partial, Refined, Rule, Scan, Sum, Targets
+from ckptdiff.backends.reference import ReferenceWorker
+
+SIZES = (0, 1, 7, 8, 63, 64, 65, 8191, 8192, 8193, 20_000, (1 << 18) + 77)
+PAIRS = [(a, b) for a in FORMATS for b in FORMATS]
+CPU, REFERENCE = CpuWorker(), ReferenceWorker()
+
+
+def random_codes(format, n, rng, kind):
+    """Codes of one side: every bit pattern ("wild"), or weights as models hold them ("tame")."""
+    if kind == "wild" and format.bits == 64:  # the exponents of float32, so that sums do not overflow
+        wide = random_codes(FORMATS["f32"], n, rng, kind).view(np.float32).astype(np.float64).view(np.uint64)
+        return wide ^ rng.integers(0, 1 << 29, n, dtype=np.uint64)
+    if kind == "wild":
+        return rng.integers(0, 1 << format.bits, n, dtype=np.uint64).astype(format.code_dtype)
+    values = (rng.standard_normal(n) * 0.02).astype(np.float64)
+    return encode(format, values)
+
+
+def encode(format, values):
+    if format.bits >= 32:
+        return values.astype(f"f{format.bits // 8}").view(format.code_dtype)
+    table = format.values().astype(np.float64)
+    finite = np.flatnonzero(np.isfinite(table))
+    order = finite[np.argsort(table[finite], kind="stable")]
+    return order[np.clip(np.searchsorted(table[order], values), 0, order.size - 1)].astype(format.code_dtype)
+
+
+def tuned_codes(base, base_format, format, n, rng, kind):
+    """Codes of the other side: unrelated ("wild"), or the base with a tenth of the coordinates moved."""
+    if kind == "wild":
+        return random_codes(format, n, rng, kind)
+    if base_format != format:
+        values = base_format.values()[base] if base_format.bits <= 16 else base.view(f"f{base_format.bits // 8}")
+        return encode(format, values.astype(np.float64))
+    moved = rng.random(n) < 0.1
+    return np.where(moved, base + rng.integers(1, 4, n).astype(base.dtype), base).astype(base.dtype)
+
+
+def read_only(codes):
+    raw = codes.view(np.uint8)
+    raw.flags.writeable = False
+    return raw
+
+
+def both(scan, base, tuned, first_tie=0):
+    results = []
+    for worker in (CPU, REFERENCE):
+        partial = Partial()
+        mask = worker.scan(scan, read_only(base), read_only(tuned), partial, first_tie)
+        results.append((partial, None if mask is None else mask.copy()))
+    return results
+
+
+def assert_equal(got, expected):
+    (got, got_mask), (expected, expected_mask) = got, expected
+    assert got.numel == expected.numel
+    np.testing.assert_array_equal(got.counts, expected.counts)
+    np.testing.assert_array_equal(got.within, expected.within)
+    np.testing.assert_array_equal(got.weights, expected.weights)
+    np.testing.assert_array_equal(got.deltas, expected.deltas)
+    np.testing.assert_array_equal(got.ulp, expected.ulp)
+    np.testing.assert_array_equal(got.max_abs, expected.max_abs)
+    scale = np.abs(expected.sums).max(initial=0)
+    scale = np.maximum(expected.sums[:, [Sum.ABS_DELTA]], 0) + scale
+    assert (np.abs(got.sums - expected.sums) <= 1e-12 * scale).all()
+    for histogram, first in ((got.weights, 0), (got.deltas, 2)):
+        used = np.flatnonzero(histogram.any(axis=0))
+        if used.size:
+            assert got.span[first] <= used[0] and used[-1] <= got.span[first + 1]
+    assert (got_mask is None) == (expected_mask is None)
+    if got_mask is not None:
+        np.testing.assert_array_equal(got_mask, expected_mask)
+
+
+@pytest.mark.parametrize("kind", ["wild", "tame"])
+@pytest.mark.parametrize("compare", ["bf16", "stored"])
+@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+def test_scan_equals_reference(names, compare, kind):
+    rng = np.random.default_rng(zlib.crc32(repr((names, compare, kind)).encode()))
+    base_format, tuned_format = (FORMATS[name] for name in names)
+    target = compare_format(base_format, tuned_format, compare)
+    rules = [(Rule.NONE, 0.0), (Rule.BITWISE, 0.0), (Rule.ABOVE, 1e-5), (Rule.ETA, 4e-3)]
+    for i, n in enumerate(SIZES):
+        base = random_codes(base_format, n, rng, kind)
+        tuned = tuned_codes(base, base_format, tuned_format, n, rng, kind)
+        rule, cut = rules[i % 4]
+        scan = Scan(base_format, tuned_format, target, (0.0, 1e-8, 1e-5, 1e-4), 1e-3, rule, cut, want_mask=rule != Rule.NONE)
+        assert_equal(*both(scan, base, tuned))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_refine_equals_reference(name):
+    rng = np.random.default_rng(7)
+    format = FORMATS[name]
+    base = random_codes(format, 30_000, rng, "tame")
+    tuned = tuned_codes(base, format, format, 30_000, rng, "tame")
+    scan = Scan(format, format, format)
+    delta_bits = 64 if format.bits == 64 else 32
+    seen = np.flatnonzero(both(scan, base, tuned)[1][0].deltas[0])
+    weight_bins = () if format.bits <= 16 else tuple(np.flatnonzero(both(scan, base, tuned)[1][0].weights[0])[-3:])
+    targets = Targets(delta_bits - 16, tuple(seen[-2:]), weight_bins, (1e-6, 1e-4), (1e-5, 0.0))
+    found = []
+    for worker in (CPU, REFERENCE):
+        refined = Refined.empty(targets)
+        worker.refine(scan, targets, read_only(base), read_only(tuned), refined)
+        found.append(refined)
+    np.testing.assert_array_equal(found[0].deltas, found[1].deltas)
+    np.testing.assert_array_equal(found[0].weights, found[1].weights)
+    np.testing.assert_array_equal(found[0].within, found[1].within)
+    np.testing.assert_allclose(found[0].tails, found[1].tails, rtol=1e-12)
+    assert found[1].deltas.sum() > 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 3000), st.floats(0, 1), st.integers(0, 500), st.data())
+def test_top_rule_takes_exactly_its_share_of_ties(seed, n, fraction, first_tie, data):
+    rng = np.random.default_rng(seed)
+    format = FORMATS["f32"]
+    base = np.zeros(n, np.float32)
+    tuned = rng.choice(np.array([0, 0, 1, 2], np.float32), n) * rng.choice([-1, 1], n).astype(np.float32)
+    ties = int(np.count_nonzero(np.abs(tuned) == 1))
+    take = data.draw(st.integers(0, ties))
+    scan = Scan(format, format, format, rule=Rule.TOP, cut=1.0, ties=ties, take=take, want_mask=True)
+    got, expected = both(scan, base.view(np.uint32), tuned.view(np.uint32))
+    assert_equal(got, expected)
+    mask = np.unpackbits(got[1], bitorder="little")[:n].astype(bool)
+    assert mask[np.abs(tuned) == 2].all()
+    assert not mask[tuned == 0].any()
+    assert np.count_nonzero(mask & (np.abs(tuned) == 1)) == take
+
+
+def test_overflowing_delta_is_left_out_of_sums():
+    format = FORMATS["bf16"]
+    base = np.array([0x7F7F, 0x3F80], np.uint16)  # the largest value, and 1
+    tuned = np.array([0xFF7F, 0x4000], np.uint16)  # its negative, and 2
+    scan = Scan(format, format, format, (1e-5,), 1e-3, Rule.ABOVE, 1e-5, want_mask=True)
+    got, expected = both(scan, base, tuned)
+    assert_equal(got, expected)
+    assert got[0].sums[0, Sum.DELTA] == 1.0
+    assert got[1][0] == 0b11
+
+
+def test_a_block_of_every_pattern_fills_a_whole_mask_chunk():
+    codes = np.tile(np.arange(1 << 16, dtype=np.uint16), 16)
+    assert codes.size == BLOCK
+    format = FORMATS["bf16"]
+    scan = Scan(format, format, format, (1e-5,), 1e-3, Rule.BITWISE, want_mask=True)
+    got, expected = both(scan, codes, np.roll(codes, 1))
+    assert_equal(got, expected)
