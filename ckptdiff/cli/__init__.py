@@ -1,0 +1,98 @@
+"""The command line: one module per command; :func:`main` owns exit codes and streams.
+
+Reached by every start of the program, so nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from types import FrameType
+
+from ckptdiff.cli.failures import OK, failure
+from ckptdiff.cli.group import ckptdiff
+from ckptdiff.cli.session import Session, Terminated
+from ckptdiff.cli.target import abandon_stdout
+
+__all__ = ["main"]
+
+_COMPLETE = "_CKPTDIFF_COMPLETE"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line.
+
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Without the program's name; ``sys.argv[1:]`` by default.
+
+    Returns
+    -------
+    int
+        The exit code: 0 done, 1 a check failed or something differs, 2 trouble, 130 Ctrl-C, 141 closed pipe,
+        143 SIGTERM.
+    """
+    session = Session(traceback=os.environ.get("CKPTDIFF_DEBUG", "") not in ("", "0"))
+    message = ""
+    with _signals_raise():
+        try:
+            _ready_stdout()
+            code = _run(sys.argv[1:] if arguments is None else list(arguments), session)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except SystemExit:
+            raise
+        except BaseException as error:
+            code, message = failure(error, session)
+        abandon_stdout()
+        if message and sys.stderr is not None:
+            with contextlib.suppress(OSError):
+                print(message, file=sys.stderr, flush=True)
+    return code
+
+
+def _run(arguments: list[str], session: Session) -> int:
+    # click's own main() is not used: it turns a closed pipe into exit code 1 and an empty line on stderr.
+    if instruction := os.environ.get(_COMPLETE):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(ckptdiff, {}, "ckptdiff", _COMPLETE, instruction)
+    with ckptdiff.make_context("ckptdiff", arguments, obj=session) as context:
+        return ckptdiff.invoke(context) or OK
+
+
+def _ready_stdout() -> None:
+    """Make stdout take everything, or say that it did not."""
+    buffer = getattr(sys.stdout, "buffer", None)
+    if isinstance(buffer, io.RawIOBase):
+        # PYTHONUNBUFFERED: a write that a closing pipe cuts short would be lost without a word.
+        buffered = io.BufferedWriter(buffer)
+        sys.stdout = io.TextIOWrapper(buffered, encoding=sys.stdout.encoding, line_buffering=sys.stdout.isatty())
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the locale's encoding lacks is printed escaped.
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def _signals_raise() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into :class:`Terminated`, unless the caller had them ignored (as nohup does)."""
+    before = {}
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) is not signal.SIG_IGN:
+            before[signum] = signal.signal(signum, _terminate)
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    # Once: what follows is the cleaning up, which a second signal would cut short.
+    signal.signal(signum, signal.SIG_IGN)
+    raise Terminated(signum)

@@ -1,0 +1,7 @@
+"""``python -m ckptdiff.cli``."""
+
+import sys
+
+from ckptdiff.cli import main
+
+sys.exit(main())

@@ -1,0 +1,174 @@
+"""The checks of ``--fail-if``: a figure of the output contract compared with a number."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ckptdiff.errors import OptionError
+
+if TYPE_CHECKING:
+    from ckptdiff.result import Diff, GroupBy, TensorFacts
+
+__all__ = ["Check"]
+
+_OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+# The key is greedy, because a tensor's name may hold operators too.
+_CHECK = re.compile(r"(?P<key>.+?)\s*(?P<operator><=|>=|==|!=|<|>)\s*(?P<number>[^<>=!\s]+)\s*", re.DOTALL)
+_COUNTS = ("matched", "same_bytes", "only_in_base", "only_in_tuned", "mismatched", "aliased")
+_AGGREGATES = ("global", "median_2d")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """``KEY OP NUMBER``: it fails the run if it holds.
+
+    Attributes
+    ----------
+    text : str
+        As the user wrote it.
+    key : str
+        Dotted key of the output contract. Members of lists go by their label: ``modules.q_proj.rel_norm``,
+        ``layers.3.rel_norm`` (``layers.vision.3.rel_norm``), ``tensors.NAME.rel_norm``.
+    operator : str
+        One of < <= > >= == !=.
+    number : float
+    """
+
+    text: str
+    key: str
+    operator: str
+    number: float
+
+    @classmethod
+    def parse(cls, text: str) -> Check:
+        """Read a check and make sure that its figure exists.
+
+        Raises
+        ------
+        OptionError
+            If it is not KEY OP NUMBER, or if no diff has such a key. Labels of members are not known yet.
+        """
+        match = _CHECK.fullmatch(text.strip())
+        try:
+            number = float(match["number"]) if match else math.nan
+        except ValueError:
+            number = math.nan
+        if match is None or math.isnan(number):
+            raise OptionError("not a check", expected="KEY OP NUMBER such as global.rel_norm>0.1", found=text)
+        check = cls(text, match["key"], match["operator"], number)
+        check._path()
+        return check
+
+    def require_member(self, tensors: Iterable[TensorFacts]) -> None:
+        """Make sure that the member it names exists, as soon as the pairing is known and before data is read.
+
+        Raises
+        ------
+        OptionError
+            If there is no such layer, module type, tensor, ...
+        """
+        head, label, _ = self._path()
+        if label is not None and not any(label in labels for labels in _labels(_by(head), tensors)):
+            raise OptionError(f"nothing of that name in {head}", expected=f"a label listed in {head}", found=self.text)
+
+    def failed(self, diff: Diff) -> bool:
+        """Whether the check holds, and so fails the run.
+
+        Raises
+        ------
+        OptionError
+            If the figure is undefined: a check that cannot be answered is trouble, not success.
+        """
+        value = self.value(diff)
+        if value is None:
+            raise OptionError("the figure of a check is undefined", found=self.text)
+        return _OPERATORS[self.operator](value, self.number)
+
+    def value(self, diff: Diff) -> float | None:
+        """The figure of a finished diff, None if it is undefined."""
+        head, label, path = self._path()
+        if head == "counts":
+            return diff.counts[path[0]]
+        if label is None:
+            return _at(diff.overall if head == "global" else diff.median_2d, path)
+        by = _by(head)
+        if by == "tensor":
+            figures: list[dict[str, Any]] = [
+                {"numel": int(numel), **row} for numel, row in zip(diff.columns["numel"], diff.per_tensor, strict=True)
+            ]
+            labels = _labels(by, diff.tensors)
+        else:
+            figures = diff.grouped(by)
+            labels = (_row_labels(by, row) for row in figures)
+        return next((_at(row, path) for row, names in zip(figures, labels, strict=True) if label in names), None)
+
+    def _path(self) -> tuple[str, str | None, tuple[str, ...]]:
+        """(first key, label of the member if it is a list, keys inside it)."""
+        from ckptdiff.report.rows import LIST_KEYS, figure_paths
+
+        head, _, rest = self.key.partition(".")
+        paths = figure_paths()
+        if head == "counts" and rest in _COUNTS:
+            return head, None, (rest,)
+        if head in _AGGREGATES and rest in paths:
+            return head, None, paths[rest]
+        if head in LIST_KEYS.values():
+            paths["numel"] = ("numel",)
+            if head != "tensors":
+                paths["tensors"] = ("tensors",)
+            # Labels and parameters hold dots too: the longest figure at the end wins.
+            for key in sorted(paths, key=len, reverse=True):
+                if rest.endswith(f".{key}") and rest != f".{key}":
+                    return head, rest.removesuffix(f".{key}"), paths[key]
+        raise OptionError(
+            "unknown key in a check",
+            expected="a key of the json report such as global.unchanged_abs.1e-05, counts.only_in_base, "
+            "modules.q_proj.rel_norm or tensors.NAME.max_abs",
+            found=self.text,
+        )
+
+
+def _by(head: str) -> GroupBy:
+    from ckptdiff.report.rows import LIST_KEYS
+
+    return next(by for by, key in LIST_KEYS.items() if key == head)
+
+
+def _at(row: Mapping[str, Any], path: tuple[str, ...]) -> float | None:
+    value: Any = row
+    for key in path:
+        value = value[key]
+    return None if value is None else float(value)
+
+
+def _labels(by: GroupBy, tensors: Iterable[TensorFacts]) -> Iterator[tuple[str, ...]]:
+    """What each tensor's member of a grouping may be called."""
+    for facts in tensors:
+        if by == "tensor":
+            yield (facts.name,)
+        elif by == "group":
+            yield facts.groups
+        else:
+            row = {"module_type": facts.module_type, "tower": facts.tower, "layer": facts.layer, "block": facts.block}
+            yield _row_labels(by, row)
+
+
+def _row_labels(by: GroupBy, row: Mapping[str, Any]) -> tuple[str, ...]:
+    if by != "layer":
+        return (row["module_type" if by == "module" else by],)
+    if row["layer"] is None:
+        return ()
+    full = f"{row['tower']}.{row['layer']}"
+    return (full, str(row["layer"])) if row["tower"] == "language" else (full,)

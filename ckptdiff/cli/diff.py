@@ -1,0 +1,207 @@
+"""``ckptdiff diff``: compare two checkpoints."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckptdiff.cli.session import Session
+from ckptdiff.cli.target import abandon_stdout, files_of
+from ckptdiff.cli.view import Request, verbosity, view_options
+
+if TYPE_CHECKING:
+    from ckptdiff.events import Event, Listener
+    from ckptdiff.options import Options
+    from ckptdiff.result import Diff
+
+__all__ = ["diff"]
+
+
+@click.command(short_help="Compare two checkpoints; keep figures and masks in a run file.")
+@click.argument("base", type=click.Path())
+@click.argument("tuned", type=click.Path())
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(),
+    metavar="RUN.h5",
+    show_default="no run file: statistics only",
+    help="Keep figures, histograms and update masks in this HDF5 file.",
+)
+@click.option("--title", metavar="TEXT", show_default="none", help="A title for the run file.")
+@click.option(
+    "--compare",
+    type=click.Choice(["bf16", "stored"]),
+    default="bf16",
+    help="Cast floating values to bfloat16 first, or compare them as stored.",
+)
+@click.option(
+    "--mask",
+    metavar="RULE",
+    default="abs:1e-05",
+    help="Which coordinates belong to the mask: bitwise, abs:EPS, eta:ETA, rel:TAU, top:PERCENT or none.",
+)
+@click.option(
+    "--map",
+    "renames",
+    multiple=True,
+    metavar="OLD=NEW",
+    show_default="none",
+    help="Regex substitution that turns names of BASE into names of TUNED. Repeatable.",
+)
+@click.option(
+    "--include",
+    multiple=True,
+    metavar="GLOB",
+    show_default="all",
+    help="Compare only tensors whose name matches. Repeatable.",
+)
+@click.option(
+    "--exclude",
+    multiple=True,
+    metavar="GLOB",
+    show_default="none",
+    help="Leave out tensors whose name matches. Repeatable.",
+)
+@click.option(
+    "--group",
+    "groups",
+    multiple=True,
+    metavar="NAME=REGEX",
+    show_default="none",
+    help="Report tensors whose name matches as a group of their own (--by group). Repeatable.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "reference"]),
+    default="auto",
+    help="Where to compute; reference is the slow NumPy oracle.",
+)
+@click.option(
+    "--threads",
+    type=int,
+    metavar="N",
+    default=0,
+    show_default="0, that is one per core",
+    help="Worker threads.",
+)
+@click.option(
+    "--max-memory",
+    metavar="SIZE",
+    default="400M",
+    help="Bound on the peak memory of the whole process, mapped pages included.",
+)
+@click.option(
+    "--io",
+    type=click.Choice(["auto", "mmap", "pread"]),
+    default="auto",
+    help="How to read: mmap maps the files, and a page that is lost under it (a file cut short, a failing disk or "
+    "network) kills the process with SIGBUS; pread copies, and reports the same as an error. "
+    "auto takes pread on network file systems.",
+)
+@click.option("--dry-run", is_flag=True, show_default="off", help="Print the plan and its memory, and read no data.")
+@view_options
+@click.option(
+    "--progress/--no-progress", default=True, help="Show progress on stderr: a bar on a terminal, else a line at times."
+)
+@verbosity
+@click.pass_obj
+def diff(session: Session, /, base: str, tuned: str, **given: Any) -> int:
+    """Compare two checkpoints, BASE and TUNED.
+
+    Each is a .safetensors file, a folder of shards, or a *.safetensors.index.json. With -o the figures and one update
+    mask per tensor are kept in a run file.
+
+    \b
+      ckptdiff diff base/ tuned/ -o run.h5
+      ckptdiff diff base/ tuned/ --format ndjson | jq .name
+      ckptdiff diff base/ tuned/ --fail-if 'global.unchanged_bitwise<0.5'
+    """  # noqa: D301
+    session.traceback |= given["verbose"]
+    out = None if given["out"] is None else Path(given["out"])
+    kept = [*files_of(base), *files_of(tuned), *([] if out is None else [out])]
+    request = Request.of(given, run_file=given["out"], kept=kept)
+    options = _options(given)
+    if given["dry_run"]:
+        from ckptdiff.cli.plan import print_plan
+
+        print_plan(base, tuned, out, options, request)
+        return 0
+    return _run(base, tuned, out, options, request, given)
+
+
+def _options(given: dict[str, Any]) -> Options:
+    from ckptdiff.options import MaskRule, Options, parse_size
+
+    return Options(
+        compare=given["compare"],
+        mask=MaskRule.parse(given["mask"]),
+        renames=given["renames"],
+        include=given["include"],
+        exclude=given["exclude"],
+        groups=given["groups"],
+        device=given["device"],
+        threads=given["threads"],
+        max_memory=parse_size(given["max_memory"]),
+        io=given["io"],
+    )
+
+
+def _run(base: str, tuned: str, out: Path | None, options: Options, request: Request, given: dict[str, Any]) -> int:
+    from ckptdiff.engine import run
+    from ckptdiff.report.as_ndjson import streams
+    from ckptdiff.report.progress import ProgressDisplay
+
+    streaming = request.format == "ndjson" and streams(request.view) and not request.silent
+    with ExitStack() as stack:
+        listeners: list[Listener] = [_MembersExist(request)]
+        if streaming:
+            from ckptdiff.cli.live import LiveReport
+
+            listeners.append(stack.enter_context(LiveReport(request.target, keep_running=out is not None)))
+        if sys.stderr is not None:
+            display = ProgressDisplay(
+                sys.stderr,
+                progress=given["progress"] and not request.quiet,
+                warnings=not request.quiet,
+                infos=given["verbose"],
+                repeated=request.format == "table" and request.target.is_stdout,
+            )
+            listeners.append(stack.enter_context(display))
+
+        def tell(event: Event) -> None:
+            for listener in listeners:
+                listener(event)
+
+        result = run(base, tuned, out=out, options=options, listener=tell, title=given["title"])
+    if not streaming:
+        _print(request, result, out)
+    return request.verdict(result)
+
+
+def _print(request: Request, result: Diff, out: Path | None) -> None:
+    try:
+        request.print(result)
+    except BrokenPipeError:
+        # The run file is what was asked for, and it is complete; without one there is nobody left to serve.
+        if out is None:
+            raise
+        abandon_stdout()
+
+
+class _MembersExist:
+    """A listener that ends the run before data is read if a check names a member that does not exist."""
+
+    def __init__(self, request: Request) -> None:
+        self._checks = request.checks
+
+    def __call__(self, event: Event) -> None:
+        from ckptdiff.events import Started
+
+        if isinstance(event, Started):
+            for check in self._checks:
+                check.require_member(event.diff.tensors)

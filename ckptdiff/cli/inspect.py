@@ -1,0 +1,108 @@
+"""``ckptdiff inspect``: list the tensors of a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from ckptdiff.cli.failures import OK
+from ckptdiff.cli.listing import format_option, output_option, write_rows
+from ckptdiff.cli.target import ReportTarget, files_of
+from ckptdiff.errors import OptionError
+from ckptdiff.report.text import plural, quantity, safe, shape_text, size
+
+if TYPE_CHECKING:
+    from ckptdiff.checkpoint import TensorInfo
+
+__all__ = ["inspect"]
+
+_KEYS = ("name", "dtype", "shape", "numel", "bytes", "tower", "layer", "module_type", "block", "shard")
+
+
+@click.command(short_help="List the tensors of a checkpoint.")
+@click.argument("checkpoint", type=click.Path())
+@format_option
+@click.option(
+    "--include", multiple=True, metavar="GLOB", show_default="all", help="List only names that match. Repeatable."
+)
+@click.option(
+    "--exclude", multiple=True, metavar="GLOB", show_default="none", help="Leave out names that match. Repeatable."
+)
+@output_option
+def inspect(checkpoint: str, **given: Any) -> int:
+    """List the tensors of a checkpoint: dtype, shape, bytes, module type, layer and shard.
+
+    Only headers are read, and every one of them is validated.
+    """
+    target = ReportTarget.choose(given["output"], binary=False, kept=files_of(checkpoint))
+    from ckptdiff.checkpoint import open_checkpoint
+    from ckptdiff.checkpoint.globs import Globs
+
+    opened = open_checkpoint(checkpoint)
+    globs = Globs(given["include"], given["exclude"])
+    for warning in (*opened.warnings, *globs.unmatched(opened.tensors)):
+        print(f"ckptdiff: warning: {safe(warning)}", file=sys.stderr)
+    chosen = [tensor for tensor in opened.tensors.values() if globs.select(tensor.name)]
+    if opened.tensors and not chosen:
+        raise OptionError("no tensor is left to list", file=checkpoint, hint="check --include and --exclude")
+    rows = [_row(tensor) for tensor in chosen]
+    totals = {
+        "path": checkpoint,
+        "shards": len({row["shard"] for row in rows}),
+        "tensors_listed": len(rows),
+        "numel": sum(row["numel"] for row in rows),
+        "bytes": sum(row["bytes"] for row in rows),
+    }
+    with target.open() as stream:
+        if given["format"] == "table":
+            _write_table(stream, rows, totals)
+        else:
+            write_rows(stream, given["format"], rows, _KEYS, {"schema": "ckptdiff.inspect/1", **totals})
+    return OK
+
+
+def _row(tensor: TensorInfo) -> dict[str, Any]:
+    from ckptdiff.checkpoint.names import locate
+
+    place = locate(tensor.name, len(tensor.shape))
+    return {
+        "name": tensor.name,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "numel": tensor.numel,
+        "bytes": tensor.nbytes,
+        "tower": place.tower,
+        "layer": place.layer,
+        "module_type": place.module_type,
+        "block": place.block,
+        "shard": os.path.basename(tensor.shard.path),  # noqa: PTH119
+    }
+
+
+def _write_table(stream: TextIO, rows: list[dict[str, Any]], totals: dict[str, Any]) -> None:
+    from ckptdiff.report.screen import Column, screen_of, table_lines
+
+    columns = [
+        Column("tensor", [safe(row["name"]) for row in rows], left=True),
+        Column("dtype", [row["dtype"] for row in rows], left=True),
+        Column("shape", [shape_text(tuple(row["shape"])) for row in rows]),
+        Column("size", [size(row["bytes"]) for row in rows], rank=1),
+        Column("module", [row["module_type"] for row in rows], left=True, rank=2),
+        Column("layer", ["" if row["layer"] is None else str(row["layer"]) for row in rows], rank=2),
+        Column(
+            "shard", [safe(row["shard"]) for row in rows] if totals["shards"] > 1 else [""] * len(rows), True, rank=3
+        ),
+    ]
+    dtypes: dict[str, int] = {}
+    for row in rows:
+        dtypes[row["dtype"]] = dtypes.get(row["dtype"], 0) + row["numel"]
+    lines = table_lines(columns, screen_of(stream)) if rows else []
+    parts = ", ".join(f"{dtype} {quantity(numel)}" for dtype, numel in dtypes.items())
+    lines.append(
+        f"{plural(len(rows), 'tensor')} in {plural(totals['shards'], 'shard')}, {quantity(totals['numel'])} values, "
+        f"{size(totals['bytes'])}" + (f" ({parts})" if parts else "")
+    )
+    stream.write("\n".join(lines) + "\n")

@@ -1,0 +1,56 @@
+"""``ckptdiff diff --dry-run``: what a run would read, and the memory it would take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptdiff.cli.view import Request
+from ckptdiff.errors import OptionError
+from ckptdiff.report.json_text import dumps
+from ckptdiff.report.text import binary_size, plural, size
+
+if TYPE_CHECKING:
+    from ckptdiff.options import Options
+
+__all__ = ["print_plan"]
+
+
+def print_plan(base: str, tuned: str, out: Path | None, options: Options, request: Request) -> None:
+    """Print the plan of a run as text or, with ``--format json``, as one object (schema "ckptdiff.plan/1").
+
+    Raises
+    ------
+    OptionError
+        If another format is asked for.
+    """
+    from ckptdiff.engine import prepare
+
+    if request.format not in ("table", "json"):
+        raise OptionError("--dry-run prints text or json", expected="--format table or json", found=request.format)
+    plan = prepare(base, tuned, out=out, options=options)
+    for check in request.checks:
+        check.require_member(plan.diff.tensors)
+    figures: dict[str, Any] = {
+        "tensors": plan.tensors,
+        "total_bytes": plan.total_bytes,
+        "io": plan.io,
+        "threads": plan.threads,
+        "chunk_bytes": plan.chunk_bytes,
+        "projected_memory": plan.projected_memory,
+        "max_memory": plan.max_memory,
+    }
+    if request.silent:
+        return
+    with request.target.open() as stream:
+        if request.format == "json":
+            stream.write(dumps({"schema": "ckptdiff.plan/1", **figures, "counts": plan.diff.counts}) + "\n")
+            return
+        counts = plan.diff.counts
+        left_out = ", ".join(f"{counts[key]:,} {key.replace('_', ' ')}" for key in counts if key != "matched")
+        stream.write(
+            f"compare   {plural(plan.tensors, 'tensor')} ({left_out})\n"
+            f"read      {size(plan.total_bytes)} by {plan.io}\n"
+            f"threads   {plan.threads}, chunks of {binary_size(plan.chunk_bytes)}\n"
+            f"memory    {binary_size(plan.projected_memory)} at most, of {binary_size(plan.max_memory)} allowed\n"
+        )

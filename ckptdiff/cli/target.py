@@ -1,0 +1,135 @@
+"""Where a report goes: stdout, or a file that takes its name only when it is whole."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from ckptdiff.errors import OptionError
+
+__all__ = ["ReportTarget", "abandon_stdout", "files_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportTarget:
+    """A place for a report.
+
+    Attributes
+    ----------
+    path : Path, optional
+        None is stdout.
+    """
+
+    path: Path | None = None
+
+    @classmethod
+    def choose(cls, output: str | None, *, binary: bool, kept: Iterable[Path]) -> ReportTarget:
+        """Check ``--output`` before any work is done.
+
+        Parameters
+        ----------
+        output : str, optional
+            A file name; None or "-" is stdout.
+        binary : bool
+            Whether the format is not for a terminal.
+        kept : iterable of Path
+            Files that a report must not replace: the inputs and the run file.
+
+        Raises
+        ------
+        OptionError
+            If nothing could, or should, be written there.
+        """
+        if output is None or output == "-":
+            if sys.stdout is None:
+                raise OptionError("standard output is closed", hint="--output FILE")
+            if binary and sys.stdout.isatty():
+                raise OptionError("this format is not for a terminal", hint="--output FILE, or redirect stdout")
+            return cls()
+        path = Path(output)
+        folder = Path(os.path.realpath(path)).parent
+        if path.is_dir():
+            raise OptionError("the report's name is a directory", file=path, expected="a file name")
+        if not folder.is_dir():
+            raise OptionError("the report's folder does not exist", file=path, found=folder)
+        if not os.access(folder, os.W_OK | os.X_OK) and not _is_special(path):
+            raise OptionError("the report's folder is not writable", file=path, found=folder)
+        if any(_same(path, other) for other in kept):
+            raise OptionError("the report would replace an input or the run file", file=path)
+        return cls(path)
+
+    @property
+    def is_stdout(self) -> bool:
+        """Whether the report is printed."""
+        return self.path is None
+
+    @contextmanager
+    def open(self) -> Iterator[TextIO]:
+        """Open it for writing; a file appears under its name at the end, or not at all.
+
+        Raises
+        ------
+        OSError
+            As writing does; BrokenPipeError if nobody reads.
+        """
+        if self.path is None:
+            yield sys.stdout
+            sys.stdout.flush()
+            return
+        if _is_special(self.path):
+            with self.path.open("w", encoding="utf-8", newline="\n") as stream:
+                yield stream
+            return
+        real = Path(os.path.realpath(self.path))
+        staged = real.with_name(f".{real.name[:100]}.{secrets.token_hex(4)}.tmp")
+        try:
+            with staged.open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as stream:
+                yield stream
+            staged.replace(real)
+        finally:
+            with suppress(FileNotFoundError):
+                staged.unlink()
+
+
+def abandon_stdout() -> None:
+    """Point stdout elsewhere if it cannot be flushed: Python would complain once more when it ends, and exit 120."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def files_of(checkpoint: str) -> Iterator[Path]:
+    """The files that make up a checkpoint, by the look of its path: itself, or what is in its folder."""
+    path = Path(checkpoint)
+    yield path
+    folder = path if path.is_dir() else path.parent if path.name.endswith(".index.json") else None
+    if folder is not None:
+        with suppress(OSError):
+            yield from (entry for entry in folder.iterdir() if entry.name.endswith((".safetensors", ".json")))
+
+
+def _is_special(path: Path) -> bool:
+    """Whether it exists and is no regular file: /dev/null, a FIFO. Such are written to, never replaced."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def _same(path: Path, other: Path) -> bool:
+    if os.path.realpath(path) == os.path.realpath(other):
+        return True
+    try:
+        return path.samefile(other)
+    except OSError:
+        return False

@@ -1,0 +1,77 @@
+"""The command line over a fake engine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fake_engine import FakeEngine
+
+from ckptdiff.cli import main
+from ckptdiff.result import Diff
+
+_HARNESS = """
+import sys
+sys.path[:0] = [{tests!r}, {cli!r}]
+import conftest, fake_engine
+fake_engine.install(fake_engine.FakeEngine(conftest.build_diff(conftest.llama_facts({layers})), pause={pause}))
+from ckptdiff.cli import main
+sys.exit(main())
+"""
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def engine(diff: Diff, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
+    """The engine of this test; its `diff` may be replaced."""
+    fake = FakeEngine(diff)
+    monkeypatch.setitem(sys.modules, "ckptdiff.engine", fake.module())
+    monkeypatch.delenv("CKPTDIFF_DEBUG", raising=False)
+    return fake
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """``cli("diff", "a", "b")``: run main() in this process."""
+
+    def call(*arguments: str | Path) -> Outcome:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Outcome(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def run_file(cli: Callable[..., Outcome], engine: FakeEngine, tmp_path: Path) -> Path:
+    path = tmp_path / "run.h5"
+    assert cli("diff", "base", "tuned", "-o", path).code == 0
+    return path
+
+
+@pytest.fixture
+def spawn() -> Callable[..., subprocess.Popen[bytes]]:
+    """``spawn(arguments, layers=2, pause=0)``: main() over a fake engine in a process of its own."""
+
+    def start(
+        *arguments: str | Path, layers: int = 2, pause: float = 0.0, stdout: int = subprocess.PIPE
+    ) -> subprocess.Popen[bytes]:
+        here = Path(__file__).parent
+        code = _HARNESS.format(tests=str(here.parent), cli=str(here), layers=layers, pause=pause)
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)], stdout=stdout, stderr=subprocess.PIPE
+        )
+
+    return start

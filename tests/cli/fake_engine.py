@@ -1,0 +1,89 @@
+"""An engine without data: it plays the events of a synthetic Diff, and writes a real run file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from ckptdiff.events import Finished, Listener, Note, Progress, Started, TensorDone
+from ckptdiff.metrics.histograms import HistogramRow
+from ckptdiff.options import MaskRule, Options
+from ckptdiff.result import Diff
+
+
+@dataclass
+class FakeEngine:
+    diff: Diff
+    pause: float = 0.0
+    """Seconds between two tensors."""
+    error: BaseException | None = None
+    """Raised in the middle of the run."""
+    calls: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(
+        self,
+        base: str,
+        tuned: str,
+        *,
+        out: Path | None = None,
+        options: Options | None = None,
+        listener: Listener | None = None,
+        title: str | None = None,
+    ) -> Diff:
+        self.calls.append({"base": base, "tuned": tuned, "out": out, "options": options, "title": title})
+        tell = listener or (lambda event: None)
+        if out is None:
+            self._play(tell)
+        else:
+            from ckptdiff.runfile.writer import RunFileWriter
+
+            with RunFileWriter(out, rule=MaskRule.parse(self.diff.mask_rule), compare="bf16", title=title) as writer:
+                self._play(tell)
+                for facts in self.diff.tensors:
+                    writer.add_zero_mask(facts.name, facts.shape)
+                writer.add_histograms(*[HistogramRow.empty()] * len(self.diff.tensors))
+                writer.finish(self.diff)
+        tell(Finished(self.diff, 0.1))
+        return self.diff
+
+    def prepare(self, base: str, tuned: str, *, out: Path | None, options: Options) -> SimpleNamespace:
+        return SimpleNamespace(
+            tensors=len(self.diff.tensors),
+            total_bytes=2_000_000_000,
+            threads=2,
+            chunk_bytes=1 << 21,
+            projected_memory=300 << 20,
+            max_memory=options.max_memory,
+            io="mmap",
+            diff=self._cut(slice(0)),
+        )
+
+    def _cut(self, rows: slice) -> Diff:
+        return replace(self.diff, columns={name: values[rows] for name, values in self.diff.columns.items()})
+
+    def _play(self, tell: Listener) -> None:
+        tell(Started(len(self.diff.tensors), 1000, replace(self._cut(slice(0)), warnings=())))
+        for warning in self.diff.warnings:
+            tell(Note(warning, warning=True))
+        tell(Note("reading with mmap"))
+        for row, facts in enumerate(self.diff.tensors):
+            if self.error is not None and row == len(self.diff.tensors) // 2:
+                raise self.error
+            time.sleep(self.pause)
+            one = slice(row, row + 1)
+            tell(TensorDone(row, replace(self._cut(one), tensors=self.diff.tensors[one])))
+            tell(Progress(1000 * (row + 1) // len(self.diff.tensors), facts.name, 10 * (row + 1), 7 * (row + 1)))
+
+    def module(self) -> ModuleType:
+        module = ModuleType("ckptdiff.engine")
+        module.run, module.prepare = self.run, self.prepare
+        return module
+
+
+def install(engine: FakeEngine) -> None:
+    """For subprocesses."""
+    sys.modules["ckptdiff.engine"] = engine.module()
