@@ -86,7 +86,7 @@ def _write_table(stream: TextIO, rows: list[dict[str, Any]], totals: dict[str, A
     from ckptdiff.report.screen import Column, screen_of, table_lines
 
     columns = [
-        Column("tensor", [safe(row["name"]) for row in rows], left=True),
+        Column("tensor", [safe(row["name"]) or '""' for row in rows], left=True),
         Column("dtype", [row["dtype"] for row in rows], left=True),
         Column("shape", [shape_text(tuple(row["shape"])) for row in rows]),
         Column("size", [size(row["bytes"]) for row in rows], rank=1),

@@ -87,7 +87,7 @@ def _write_table(stream: TextIO, rows: list[dict[str, Any]], rule: str) -> None:
     from ckptdiff.report.screen import Column, screen_of, table_lines
 
     columns = [
-        Column("tensor", [safe(row["name"]) for row in rows], left=True),
+        Column("tensor", [safe(row["name"]) or '""' for row in rows], left=True),
         Column("shape", [shape_text(tuple(row["shape"])) for row in rows], rank=2),
         Column("values", [quantity(row["numel"]) for row in rows], rank=1),
         Column("in mask", [f"{row['changed']:,}" for row in rows]),

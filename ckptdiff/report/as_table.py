@@ -127,7 +127,7 @@ def _labels(members: Sequence[Mapping[str, Any]], by: GroupBy) -> list[str]:
         towers = {row["tower"] for row in members}
         return [f"{row['tower']} {row['layer']}" if len(towers) > 1 else str(row["layer"]) for row in members]
     key = {"tensor": "name", "module": "module_type"}.get(by, by)
-    return [safe(str(row[key])) for row in members]
+    return [safe(str(row[key])) or '""' for row in members]
 
 
 def _stored(row: Mapping[str, Any]) -> str:

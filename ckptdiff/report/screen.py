@@ -119,7 +119,7 @@ def table_lines(columns: Sequence[Column], screen: Screen) -> list[str]:
     Columns that do not fit a terminal are left out by rank; if that does not do, the first column is folded over
     several lines. Off-terminal every column is printed as wide as it is.
     """
-    kept = [column for column in columns if any(column.cells)] or list(columns[:1])
+    kept = [columns[0], *(column for column in columns[1:] if any(column.cells))]
     while screen.width is not None and _total(kept) > screen.width and (worst := max(c.rank for c in kept)):
         kept = [column for column in kept if column.rank < worst]
     widths = [column.width for column in kept]

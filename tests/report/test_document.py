@@ -74,7 +74,7 @@ def test_undefined_figures_are_null(troubled_diff: Diff) -> None:
     assert tensors["position_ids"]["rel_norm"] is None
 
 
-def test_groups_are_listed_only_if_the_user_gave_some(make_diff, make_facts) -> None:  # type: ignore[no-untyped-def]
+def test_groups_are_listed_only_if_the_user_gave_some(make_diff, make_facts) -> None:
     facts = make_facts("model.layers.0.mlp.up_proj.weight", (8, 8), groups=("ffn0",))
     assert "groups" not in document(make_diff())
     grouped = make_diff(tensors=[(facts, 0.5)], options={"groups": ["ffn0=up"]})

@@ -83,7 +83,7 @@ def test_parquet_says_where_it_comes_from(diff: Diff) -> None:
     assert facts["base"]["path"] == "models/Llama-small" and facts["mask_rule"] == "abs:1e-05"
 
 
-def test_parquet_of_no_rows(make_diff) -> None:  # type: ignore[no-untyped-def]
+def test_parquet_of_no_rows(make_diff) -> None:
     assert parquet(make_diff(), View("group")).read().num_rows == 0
 
 

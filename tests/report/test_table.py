@@ -98,7 +98,7 @@ def test_movers_are_the_largest_shares(diff: Diff) -> None:
     assert [line.split()[0] for line in listed] == sorted(names, key=lambda name: -energy[name])[:2]
 
 
-def test_towers_and_groups_show_where_there_are_some(troubled_diff: Diff, make_diff: MakeDiff, make_facts) -> None:  # type: ignore[no-untyped-def]
+def test_towers_and_groups_show_where_there_are_some(troubled_diff: Diff, make_diff: MakeDiff, make_facts) -> None:
     text = printed(troubled_diff, Pipe())
     assert "\ntower " in text and "vision 0" in text
     facts = make_facts("model.layers.0.mlp.up_proj.weight", (8, 8), groups=("mine",))
@@ -150,6 +150,15 @@ def test_columns_go_by_rank_and_names_fold() -> None:
     assert folded[0].split() == ["name", "x"]
     assert max(map(len, folded)) <= 40
     assert "".join(line.split()[0] for line in folded[1:]) == "a" * 50
+
+
+def test_a_column_of_nothing_is_left_out_but_never_the_first() -> None:
+    columns = [Column("name", [""], left=True), Column("x", [""]), Column("y", ["1"])]
+    assert table_lines(columns, Screen())[0].split() == ["name", "y"]
+
+
+def test_the_empty_name_can_be_seen(make_diff: MakeDiff, make_facts) -> None:
+    assert '\n""  ' in printed(make_diff(tensors=[(make_facts("", (4,)), 0.5)]), Pipe(), View("tensor"))
 
 
 def test_screens() -> None:
