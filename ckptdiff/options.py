@@ -152,4 +152,5 @@ class Options:
 
     def as_json(self) -> dict[str, Any]:
         """The options as plain JSON values, for provenance."""
-        return {**asdict(self), "mask": str(self.mask)}
+        values = {**asdict(self), "mask": str(self.mask)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
