@@ -62,7 +62,10 @@ class MaskRule:
         return cls(cast(RuleKind, kind), value)
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.value:g}" if self.kind in _MEANING else self.kind
+        if self.kind not in _MEANING:
+            return self.kind
+        short = f"{self.value:g}"
+        return f"{self.kind}:{short if float(short) == self.value else repr(self.value)}"
 
 
 def parse_size(text: str) -> int:
@@ -74,10 +77,10 @@ def parse_size(text: str) -> int:
         If the text is not a positive number with an optional K, M, G or T.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
-    size = int(float(match[1]) * _SUFFIX[match[2].lower()]) if match else 0
-    if size <= 0:
+    size = float(match[1]) * _SUFFIX[match[2].lower()] if match else 0.0
+    if not 1 <= size < 1 << 63:
         raise OptionError("not a size", expected="a size such as 400M or 2G", found=text)
-    return size
+    return int(size)
 
 
 def default_threads() -> int:
@@ -144,7 +147,7 @@ class Options:
             name, equals, pattern = text.partition("=")
             try:
                 patterns.append((name, re.compile(pattern)))
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise OptionError(f"invalid regex of group {name!r}: {error}", found=text) from None
             if not (name and equals and pattern):
                 raise OptionError("not a group", expected="NAME=REGEX", found=text)

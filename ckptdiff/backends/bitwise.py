@@ -5,7 +5,19 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["changed_elements"]
+from ckptdiff.backends.partial import BitScan, Count, Partial
+
+__all__ = ["changed_elements", "scan_bits"]
+
+
+def scan_bits(
+    scan: BitScan, base: NDArray[np.uint8], tuned: NDArray[np.uint8], partial: Partial
+) -> NDArray[np.uint8] | None:
+    """Measure one block; returns mask bits if ``scan.want_mask``."""
+    changed = changed_elements(base, tuned, scan.bits)
+    partial.numel += changed.size
+    partial.counts[[Count.CHANGED, Count.MASKED]] += np.count_nonzero(changed)
+    return np.packbits(changed, bitorder="little") if scan.want_mask else None
 
 
 def changed_elements(base: NDArray[np.uint8], tuned: NDArray[np.uint8], bits: int) -> NDArray[np.bool_]:
@@ -21,5 +33,6 @@ def changed_elements(base: NDArray[np.uint8], tuned: NDArray[np.uint8], bits: in
     if bits % 8 == 0:
         width = bits // 8
         word = np.dtype(f"u{width}") if width in (1, 2, 4, 8) else np.dtype((np.void, width))
-        return np.asarray(base.view(word) != tuned.view(word))
+        differ: NDArray[np.bool_] = base.view(word) != tuned.view(word)
+        return differ
     return np.unpackbits(base ^ tuned, bitorder="little").reshape(-1, bits).any(axis=1)

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.bitwise import changed_elements
-from ckptdiff.backends.formats import Format, common_format, recode_table
+from ckptdiff.backends.formats import Format, common_format, is_wide, recode_table
 from ckptdiff.backends.kernels.codes import scan_codes
-from ckptdiff.backends.kernels.decode import count_equal, count_strange_codes, round_to_bf16
+from ckptdiff.backends.kernels.decode import count_equal, count_inexact, count_strange_codes, round_to_bf16
 from ckptdiff.backends.kernels.refine import Found, Search, refine
 from ckptdiff.backends.kernels.tiles import Measure, Tile, new_measure, new_tile, round_down, totals_of
 from ckptdiff.backends.kernels.wide import scan_wide
@@ -65,6 +64,8 @@ class CpuWorker:
         for start in range(0, n, step):
             stop = min(start + step, n)
             codes = self._recode(scan.compare, (scan.base, scan.tuned), (sides[0][start:stop], sides[1][start:stop]))
+            if is_wide(scan.base, scan.compare):
+                partial.counts[Count.OFF_GRID] += _count_off_grid(scan, sides[0][start:stop], codes[0])
             self._scan_codes(scan.compare, codes, measure, partial, words[start // 64 : -(-stop // 64)])
         partial.numel += n
         if scan.base == scan.tuned == scan.compare:
@@ -170,11 +171,10 @@ def _read_only(array: Codes) -> Codes:
     return view
 
 
-def scan_bitwise(
-    base: NDArray[np.uint8], tuned: NDArray[np.uint8], bits: int, partial: Partial, want_mask: bool
-) -> NDArray[np.uint8] | None:
-    """Measure one block of elements of which only the bits are compared."""
-    changed = changed_elements(base, tuned, bits)
-    partial.numel += changed.size
-    partial.counts[[Count.CHANGED, Count.MASKED]] += np.count_nonzero(changed)
-    return np.packbits(changed, bitorder="little") if want_mask else None
+def _count_off_grid(scan: Scan, stored: Codes, codes: Codes) -> int:
+    """How many stored values the cast to bfloat16 changed, NaN left out."""
+    if scan.base.bits == 32:
+        return int(count_inexact(stored))
+    values = stored.view(np.float64) if scan.base.bits == 64 else scan.base.values()[stored]
+    cast = scan.compare.values()[codes]
+    return int(np.count_nonzero((values != cast) & ~np.isnan(values)))

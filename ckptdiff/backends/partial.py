@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.backends.formats import Format
 
-__all__ = ["BINS", "BLOCK", "Count", "Partial", "Refined", "Rule", "Scan", "Sum", "Targets"]
+__all__ = ["BINS", "BLOCK", "BitScan", "Count", "Partial", "Refined", "Rule", "Scan", "Sum", "Targets"]
 
 BLOCK = 1 << 20
 """Coordinates in a block: 128 KiB of mask."""
@@ -34,9 +34,11 @@ class Count(IntEnum):
     """Changed, yet |d| <= eta max(|W0|, |W1|)."""
     MASKED = 3
     FINITE = 4
-    """d is finite."""
+    """d is finite; zero for compare formats of 16 bits and less, where ``weights`` tell."""
     NONFINITE_BASE = 5
     NONFINITE_TUNED = 6
+    OFF_GRID = 7
+    """The cast changed the base's value; NaN never counts."""
 
 
 class Sum(IntEnum):
@@ -96,6 +98,22 @@ class Scan:
     cut: float = 0.0
     ties: int = 0
     take: int = 0
+    want_mask: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BitScan:
+    """What to measure in a pair of integer or opaque tensors: bit equality alone.
+
+    Attributes
+    ----------
+    bits : int
+        Bits of an element.
+    want_mask : bool
+        Whether to return mask bits.
+    """
+
+    bits: int
     want_mask: bool = False
 
 

@@ -96,7 +96,9 @@ def test_scan_equals_reference(names, compare, kind):
         base = random_codes(base_format, n, rng, kind)
         tuned = tuned_codes(base, base_format, tuned_format, n, rng, kind)
         rule, cut = rules[i % 4]
-        scan = Scan(base_format, tuned_format, target, (0.0, 1e-8, 1e-5, 1e-4), 1e-3, rule, cut, want_mask=rule != Rule.NONE)
+        scan = Scan(
+            base_format, tuned_format, target, (0.0, 1e-8, 1e-5, 1e-4), 1e-3, rule, cut, want_mask=rule != Rule.NONE
+        )
         assert_equal(*both(scan, base, tuned))
 
 

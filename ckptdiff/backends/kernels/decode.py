@@ -9,7 +9,7 @@ import numpy as np
 from ckptdiff.backends.kernel_cache import kernel
 from ckptdiff.backends.kernels.tiles import TILE, Array, count_nonfinite
 
-__all__ = ["count_equal", "count_strange_codes", "round_to_bf16"]
+__all__ = ["count_equal", "count_inexact", "count_strange_codes", "round_to_bf16"]
 
 
 @kernel
@@ -26,6 +26,20 @@ def round_to_bf16(codes: Array, out: Array) -> None:
         rounded = np.uint32(code + np.uint32(0x7FFF) + ((code >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
         quiet = ((code >> np.uint32(16)) & np.uint32(0x8000)) | np.uint32(0x7FC0)
         out[i] = quiet if (code & np.uint32(0x7FFF_FFFF)) > np.uint32(0x7F80_0000) else rounded
+
+
+@kernel
+def count_inexact(codes: Array) -> int:
+    """How many float32 values bfloat16 does not hold, NaN left out; ``codes`` is a read-only uint32 array."""
+    total = 0
+    for start in range(0, codes.size, TILE):
+        part = codes[start : start + TILE]
+        count = np.int32(0)
+        for i in range(part.size):
+            nan = (part[i] & np.uint32(0x7FFF_FFFF)) > np.uint32(0x7F80_0000)
+            count = np.int32(count + (((part[i] & np.uint32(0xFFFF)) != 0) & (not nan)))
+        total += count
+    return total
 
 
 @kernel

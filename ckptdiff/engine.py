@@ -1,0 +1,146 @@
+"""The run: plan, stream, compute, merge, write. It emits events and knows no screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.events import Finished, Listener, Note, Progress, Started, TensorDone
+from ckptdiff.metrics.catalogue import COLUMNS
+from ckptdiff.metrics.measurement import Measured
+from ckptdiff.options import Options
+from ckptdiff.planning import Plan, prepare
+from ckptdiff.result import Diff
+from ckptdiff.runfile.writer import RunFileWriter
+from ckptdiff.schedule import execute
+from ckptdiff.stream.reader import open_shards
+from ckptdiff.stream.worker import SpanResult
+
+__all__ = ["prepare", "run"]
+
+
+def run(
+    base: str,
+    tuned: str,
+    *,
+    out: Path | None = None,
+    options: Options | None = None,
+    listener: Listener | None = None,
+    title: str | None = None,
+) -> Diff:
+    """Compare two checkpoints.
+
+    Parameters
+    ----------
+    base, tuned : str
+        Paths of the checkpoints.
+    out : Path, optional
+        Run file to write; it appears when it is complete.
+    options : Options, optional
+    listener : callable, optional
+        Called with every event, in this thread.
+    title : str, optional
+        A title for the run file.
+
+    Raises
+    ------
+    CkptdiffError
+        If the inputs are damaged or change, the output cannot be written, or memory does not suffice.
+    """
+    started, clock = datetime.now(UTC), time.perf_counter()
+    tell = listener or _ignore
+    plan = prepare(base, tuned, out=out, options=options)
+    _introduce(plan, tell)
+    results = _Results(plan, tell)
+    with open_shards(plan.io) as shards, _run_file(plan, out, title) as writer:
+        for result in execute(plan, shards):
+            if writer is not None:
+                _write_masks(writer, plan, result)
+            for measured in results.take(result):
+                if writer is not None:
+                    writer.add_histograms(measured.histograms)
+        shards.check()
+        seconds = time.perf_counter() - clock
+        diff = results.diff({"started": started.isoformat(timespec="seconds"), "seconds": round(seconds, 3)})
+        if writer is not None:
+            writer.finish(diff)
+    tell(Finished(diff, seconds))
+    return diff
+
+
+def _ignore(event: object) -> None:
+    """Listen to nothing."""
+
+
+def _introduce(plan: Plan, tell: Listener) -> None:
+    for warning in plan.diff.warnings:
+        tell(Note(warning, warning=True))
+    tell(Note(f"device {plan.device.name}, {plan.threads} threads, io {plan.io} (--io {plan.options.io})"))
+    tell(Note(f"projected memory {plan.projected_memory >> 20} MiB of {plan.max_memory >> 20} MiB"))
+    tell(Started(plan.tensors, plan.total_bytes, plan.diff))
+
+
+@contextmanager
+def _run_file(plan: Plan, out: Path | None, title: str | None) -> Iterator[RunFileWriter | None]:
+    if out is None:
+        yield None
+        return
+    with RunFileWriter(out, rule=plan.options.mask, compare=plan.options.compare, title=title) as writer:
+        yield writer
+
+
+def _write_masks(writer: RunFileWriter, plan: Plan, result: SpanResult) -> None:
+    if not plan.want_masks:
+        return
+    tensor = plan.pairs[result.span.tensor].base
+    for chunk in result.chunks:
+        writer.add_mask_chunk(tensor.name, tensor.shape, chunk.index, chunk.payload, chunk.filter_mask)
+    if not tensor.numel:
+        writer.begin_mask(tensor.name, tensor.shape)
+
+
+class _Results:
+    """Columns as they fill, and the events that tell of it in plan order."""
+
+    def __init__(self, plan: Plan, tell: Listener) -> None:
+        self._plan, self._tell = plan, tell
+        self._columns: dict[str, NDArray[Any]] = {c.name: np.zeros(plan.tensors, c.dtype) for c in COLUMNS}
+        self._complete: dict[int, Measured] = {}
+        self._next = 0
+        self._bytes = self._compared = self._unchanged = 0
+
+    def take(self, result: SpanResult) -> Iterator[Measured]:
+        """Note a result; yield the tensors that are complete with all before them."""
+        index = result.span.tensor
+        if result.fresh:
+            self._bytes += self._plan.loads[index].span_bytes(result.span)
+            self._compared += result.compared
+            self._unchanged += result.unchanged
+            name = self._plan.pairs[index].name
+            self._tell(Progress(self._bytes, name, self._compared, self._unchanged))
+        if result.measured is not None:
+            self._complete[index] = result.measured
+        while self._next in self._complete:
+            measured = self._complete.pop(self._next)
+            for name, value in measured.columns.items():
+                self._columns[name][self._next] = value
+            yield measured
+            self._tell(TensorDone(self._next, self._alone(self._next)))
+            self._next += 1
+
+    def _alone(self, index: int) -> Diff:
+        columns = {name: values[index : index + 1] for name, values in self._columns.items()}
+        return replace(self._plan.diff, tensors=self._plan.diff.tensors[index : index + 1], columns=columns)
+
+    def diff(self, run: dict[str, Any]) -> Diff:
+        """The result."""
+        ran = {"device": self._plan.device.name, "threads": self._plan.threads, "io": self._plan.io, **run}
+        return replace(self._plan.diff, columns=self._columns, run=ran)

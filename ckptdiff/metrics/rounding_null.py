@@ -1,0 +1,57 @@
+"""The null of ``low_coverage``: a Gaussian update of the same support, rounded to the grid of the compare dtype.
+
+Small weights lie on a finer grid, so rounding alone makes any update "fall near zero". With N_h weights of magnitude
+code h, gaps up_h and dn_h to half-way of its neighbours and a step N(0, sigma^2), a weight moves with chance
+p_h = Phi(-up_h/sigma) + Phi(-dn_h/sigma); sigma is such that sum_h N_h p_h equals the size of the support.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.backends.formats import FORMATS, Format
+from ckptdiff.backends.kernels.cuts import fit_null, null_overlap
+from ckptdiff.backends.partial import Partial
+
+__all__ = ["low_coverage_null"]
+
+
+def low_coverage_null(partial: Partial, compare: Format, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Expected share of the support among the smallest weights, under the null.
+
+    Parameters
+    ----------
+    partial : Partial
+        Of a tensor whose base lies on the compare grid.
+    compare : Format
+        Of at most 16 bits.
+    ranks : int64 array, shape (k,)
+        Sizes of the low sets.
+
+    Returns
+    -------
+    float64 array, shape (k,)
+        NaN if nothing changed or everything did.
+    """
+    first, last = int(partial.span[0]), min(int(partial.span[1]), compare.infinite - 1)
+    finite = partial.weights[:, first : last + 1].sum(axis=1)
+    if not 0 < finite[1] < finite[0]:
+        return np.full(ranks.size, np.nan)
+    up, down = _half_gaps(compare.name)
+    weights = partial.weights[0]
+    sigma = fit_null(weights, up, down, first, last, int(finite[1]))
+    overlap = np.zeros(ranks.size)
+    return overlap / null_overlap(weights, up, down, first, last, sigma, ranks, overlap)
+
+
+@cache
+def _half_gaps(name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Half the gap from each finite magnitude code to its larger and its smaller neighbour."""
+    format = FORMATS[name]
+    values = format.values()[: format.infinite].astype(np.float64)
+    half = np.diff(values) / 2
+    # Zero has the least subnormal on both sides; above the largest value its own binade goes on.
+    return np.append(half, half[-1]), np.insert(half, 0, half[0])

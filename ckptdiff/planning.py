@@ -1,0 +1,212 @@
+"""From two paths to a plan: open, pair, choose what each pair is measured as, and fit it into memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ckptdiff
+from ckptdiff.backends.formats import FORMATS, Format, compare_format
+from ckptdiff.backends.partial import BLOCK
+from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorInfo, TensorPair, locate, open_checkpoint, pair
+from ckptdiff.devices import Device, open_device
+from ckptdiff.memory import peak_resident, resident
+from ckptdiff.metrics.catalogue import COLUMNS
+from ckptdiff.metrics.measurement import BitMeasurement, FloatMeasurement
+from ckptdiff.options import Options, default_threads
+from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
+from ckptdiff.runfile.target import check_target
+from ckptdiff.stream.plan import TASK_BLOCKS, Load, Memory, fit_memory
+from ckptdiff.stream.reader import choose_io
+
+__all__ = ["Plan", "prepare"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes
+    ----------
+    pairs : tuple of TensorPair
+        In plan order.
+    loads : tuple of Load
+        What each pair asks of reader and memory.
+    diff : Diff
+        Every fact that needs no data; its columns have length zero.
+    memory : Memory
+    io : str
+        "mmap" or "pread".
+    device : Device
+    options : Options
+    want_masks : bool
+        Whether a run file with masks is written.
+    """
+
+    pairs: tuple[TensorPair, ...]
+    loads: tuple[Load, ...]
+    diff: Diff
+    memory: Memory
+    io: str
+    device: Device
+    options: Options
+    want_masks: bool
+
+    @property
+    def tensors(self) -> int:
+        """Tensor pairs to compare."""
+        return len(self.pairs)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes to read, both sides."""
+        return sum(load.nbytes for load in self.loads)
+
+    @property
+    def threads(self) -> int:
+        """Worker threads."""
+        return self.memory.threads
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes that the largest task reads."""
+        return max((load.block_bytes * min(load.blocks, TASK_BLOCKS) for load in self.loads), default=0)
+
+    @property
+    def projected_memory(self) -> int:
+        """Projected peak resident size of the process, in bytes."""
+        return max(self.memory.projected, peak_resident())
+
+    @property
+    def max_memory(self) -> int:
+        """The bound it was fitted into, in bytes."""
+        return self.options.max_memory
+
+    def measurement(self, index: int) -> FloatMeasurement | BitMeasurement:
+        """A fresh measurement of one pair."""
+        base, tuned = self.pairs[index].base, self.pairs[index].tuned
+        rule = self.options.mask
+        if base.kind is not Kind.FLOAT:
+            want_mask = self.want_masks and rule.kind != "none"
+            return BitMeasurement(base.numel, DTYPES[base.dtype].bits, want_mask, rule)
+        return FloatMeasurement(*_formats(base, tuned, self.options.compare), base.numel, rule, self.want_masks)
+
+
+def prepare(base: str, tuned: str, *, out: Path | None = None, options: Options | None = None) -> Plan:
+    """Make the plan of a run. Reads headers and indexes, and no data.
+
+    Parameters
+    ----------
+    base, tuned : str
+        Paths of the checkpoints.
+    out : Path, optional
+        Run file to be written; without one no masks are made.
+    options : Options, optional
+
+    Raises
+    ------
+    CkptdiffError
+        If a checkpoint is damaged, nothing can be compared, the output cannot be written, or memory does not suffice.
+    """
+    options = options or Options()
+    sides = open_checkpoint(base), open_checkpoint(tuned)
+    if out is not None:
+        check_target(out, [(shard.path, shard.device, shard.inode) for side in sides for shard in side.shards])
+    pairing = pair(*sides, renames=options.renames, include=options.include, exclude=options.exclude)
+    device = open_device(options.device)
+    formats = {_formats(p.base, p.tuned, options.compare) for p in pairing.pairs if p.base.kind is Kind.FLOAT}
+    device.warm_up(sorted(formats, key=str))
+    loads = tuple(_load(pair, options, device) for pair in pairing.pairs)
+    diff = _facts(*sides, pairing, options)
+    want_masks = out is not None and options.mask.kind != "none"
+    memory = fit_memory(loads, options.threads or default_threads(), options.max_memory, resident(), want_masks)
+    io = choose_io(options.io, [shard.path for side in sides for shard in side.shards])
+    return Plan(pairing.pairs, loads, diff, memory, io, device, options, want_masks)
+
+
+def _formats(base: TensorInfo, tuned: TensorInfo, compare: str) -> tuple[Format, Format, Format]:
+    stored = FORMATS[_format_name(base.dtype)], FORMATS[_format_name(tuned.dtype)]
+    return *stored, compare_format(*stored, compare)
+
+
+def _format_name(dtype: str) -> str:
+    return dtype.lower()
+
+
+def _load(pair: TensorPair, options: Options, device: Device) -> Load:
+    sides = [pair.base] if pair.same_bytes else [pair.base, pair.tuned]
+    bits = tuple(DTYPES[side.dtype].bits for side in sides)
+    if pair.base.kind is not Kind.FLOAT:
+        return Load(pair.base.numel, bits, min(pair.base.numel, BLOCK) * 4)
+    formats = _formats(pair.base, pair.tuned, options.compare)
+    return Load(pair.base.numel, bits, device.scratch(*formats, pair.base.numel))
+
+
+def _facts(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Options) -> Diff:
+    groups = options.group_patterns()
+    return Diff(
+        tensors=tuple(_tensor_facts(pair, options, groups) for pair in pairing.pairs),
+        columns={column.name: np.zeros(0, column.dtype) for column in COLUMNS},
+        base=_side_facts(base),
+        tuned=_side_facts(tuned),
+        compare=options.compare,
+        mask_rule=str(options.mask),
+        options=options.as_json(),
+        ckptdiff_version=ckptdiff.__version__,
+        only_in_base=pairing.only_in_base,
+        only_in_tuned=pairing.only_in_tuned,
+        aliased=tuple((alias.name, alias.of) for alias in pairing.aliased),
+        mismatched=tuple(
+            UnmatchedTensor(bad.name, _dtype_and_shape(bad.base), _dtype_and_shape(bad.tuned), bad.reason)
+            for bad in pairing.mismatched
+        ),
+        warnings=(*base.warnings, *tuned.warnings, *pairing.warnings),
+    )
+
+
+def _tensor_facts(pair: TensorPair, options: Options, groups: list[tuple[str, Any]]) -> TensorFacts:
+    base, tuned = pair.base, pair.tuned
+    place = locate(pair.name, len(base.shape))
+    compare = _formats(base, tuned, options.compare)[2].name if base.kind is Kind.FLOAT else "bitwise"
+    return TensorFacts(
+        name=pair.name,
+        shape=base.shape,
+        dtype_base=base.dtype,
+        dtype_tuned=tuned.dtype,
+        compare=compare,
+        layer=place.layer,
+        tower=place.tower,
+        module_type=place.module_type,
+        block=place.block,
+        tuned_name=pair.tuned_name,
+        groups=tuple(name for name, pattern in groups if pattern.search(pair.name)),
+        same_bytes=pair.same_bytes,
+    )
+
+
+def _side_facts(side: Checkpoint) -> dict[str, Any]:
+    dtypes = Counter(tensor.dtype for tensor in side.tensors.values())
+    return {
+        "path": side.path,
+        "tensors": len(side.tensors),
+        "numel": side.numel,
+        "bytes": side.nbytes,
+        "dtypes": dict(sorted(dtypes.items())),
+        "shards": [
+            {
+                "file": shard.path,
+                "size": shard.size,
+                "mtime_ns": shard.mtime_ns,
+                "header_sha256": shard.header_sha256,
+            }
+            for shard in side.shards
+        ],
+    }
+
+
+def _dtype_and_shape(tensor: TensorInfo) -> dict[str, Any]:
+    return {"dtype": tensor.dtype, "shape": list(tensor.shape)}

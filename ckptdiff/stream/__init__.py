@@ -1,0 +1,1 @@
+"""How bytes reach the kernels: a pure plan, and the reader that carries it out in bounded memory."""

@@ -1,0 +1,168 @@
+"""The plan: tensor pairs to tasks, and the memory they will take. Pure arithmetic; no file is opened here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ckptdiff.backends.partial import BINS, BLOCK
+from ckptdiff.errors import PlanError
+
+__all__ = ["TASK_BLOCKS", "Load", "Memory", "Span", "Task", "cut", "fit_memory", "plan_tasks"]
+
+TASK_BLOCKS = 8
+"""Blocks of one tensor in a task: 8 Mi coordinates."""
+TASK_TENSORS = 64
+"""Small tensors in a task."""
+
+_MEASUREMENT = 8 * BINS * 6 + (1 << 17)
+"""Bytes of a Partial, if all of its bins are touched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What one tensor pair asks of the plan.
+
+    Attributes
+    ----------
+    numel : int
+        Coordinates.
+    bits : tuple of int
+        Bits of a stored element on each side that is read: two entries, or one if both sides are the same bytes.
+    scratch : int
+        Bytes of work space a thread needs to decode it.
+    """
+
+    numel: int
+    bits: tuple[int, ...]
+    scratch: int = 0
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 2**20 coordinates; an empty tensor has none."""
+        return -(-self.numel // BLOCK)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return sum(self.numel * bits // 8 for bits in self.bits)
+
+    def span_bytes(self, span: Span) -> int:
+        """Bytes of a span of blocks, all sides."""
+        numel = min(span.stop * BLOCK, self.numel) - span.first * BLOCK
+        return sum(numel * bits // 8 for bits in self.bits)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of its largest block, all sides."""
+        return sum(min(self.numel, BLOCK) * bits // 8 for bits in self.bits)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive blocks of one tensor pair, ``first`` to ``stop`` - 1."""
+
+    tensor: int
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What one thread does in one go: a part of a large tensor pair, or several whole small ones."""
+
+    spans: tuple[Span, ...]
+    whole: bool
+    """Each span is a whole tensor, which the thread measures to the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Projected peak resident size, in bytes."""
+
+    baseline: int
+    """The interpreter, libraries, headers and compiled kernels."""
+    per_thread: int
+    waiting: int
+    """Results of one task that wait for their turn."""
+    tasks_waiting: int
+    threads: int
+    results: int
+    """Columns and facts of all tensors."""
+
+    @property
+    def projected(self) -> int:
+        """The sum."""
+        return self.baseline + self.threads * self.per_thread + self.tasks_waiting * self.waiting + self.results
+
+
+def plan_tasks(loads: Sequence[Load]) -> Iterator[Task]:
+    """Cut tensor pairs into tasks, in order.
+
+    Every span but a tensor's last holds whole blocks, so that figures do not depend on the cut. Tensors of at most a
+    block travel together, tens of thousands of them should not cost tens of thousands of tasks.
+    """
+    batch: list[Span] = []
+    batch_numel = 0
+    for index, load in enumerate(loads):
+        if load.numel <= BLOCK:
+            batch.append(Span(index, 0, load.blocks))
+            batch_numel += load.numel
+            if batch_numel < BLOCK and len(batch) < TASK_TENSORS:
+                continue
+        if batch:
+            yield Task(tuple(batch), whole=True)
+            batch, batch_numel = [], 0
+        if load.numel > BLOCK:
+            yield from cut(index, load)
+    if batch:
+        yield Task(tuple(batch), whole=True)
+
+
+def cut(index: int, load: Load) -> Iterator[Task]:
+    """Tasks of one large tensor pair."""
+    for first in range(0, load.blocks, TASK_BLOCKS):
+        yield Task((Span(index, first, min(first + TASK_BLOCKS, load.blocks)),), whole=False)
+
+
+def fit_memory(loads: Sequence[Load], threads: int, max_memory: int, baseline: int, masks: bool) -> Memory:
+    """Choose as many threads, and as many results in waiting, as memory allows.
+
+    Parameters
+    ----------
+    loads : sequence of Load
+    threads : int
+        Wanted.
+    max_memory : int
+        Bound on the peak resident size, in bytes.
+    baseline : int
+        Resident size before the first read.
+    masks : bool
+        Whether mask bits are made.
+
+    Raises
+    ------
+    PlanError
+        If not even one thread fits.
+    """
+    block = max((load.block_bytes for load in loads), default=0)
+    scratch = max((load.scratch for load in loads), default=0)
+    # Blocks of both sides, work space, two measurements at a time, and a mask chunk with its compressed copy.
+    per_thread = block + scratch + 2 * _MEASUREMENT + 4 * (BLOCK // 8) + (2 << 20)
+    waiting = _MEASUREMENT + (TASK_BLOCKS * BLOCK // 8 if masks else 0)
+    results = len(loads) * (3 << 10) + (16 << 20 if masks else 4 << 20)
+    for count in range(max(threads, 1), 0, -1):
+        for tasks_waiting in (2 * count + 2, count + 1, 2):
+            memory = Memory(baseline, per_thread, waiting, tasks_waiting, count, results)
+            if memory.projected <= max_memory:
+                return memory
+    raise PlanError(
+        "this run does not fit into --max-memory",
+        expected=f"at least {_mib(memory.projected)} MiB",
+        found=f"{_mib(max_memory)} MiB",
+        hint=f"--max-memory {_mib(memory.projected)}M",
+    )
+
+
+def _mib(size: int) -> int:
+    return -(-size // (1 << 20))

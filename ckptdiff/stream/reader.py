@@ -1,0 +1,248 @@
+"""Windows on shards: memory maps whose pages are dropped after use, or reads into one buffer per thread.
+
+A shard must not change while it is read. Its inode, size and time are compared when it is opened, before each window
+and after the last one. A page that disappears in between is an error with ``pread``; under ``mmap`` the window is
+populated first, which reports most of those, and what is left kills the process (SIGBUS).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.checkpoint import Shard, TensorInfo
+from ckptdiff.errors import ChangedFileError, CheckpointError
+from ckptdiff.options import Io
+
+__all__ = ["ShardReader", "choose_io", "open_shards"]
+
+READ_AHEAD = 16 << 20
+"""Bytes asked for ahead of each window of a file that is not in the page cache."""
+
+_NETWORK = ("nfs", "cifs", "smb", "fuse", "9p", "ceph", "lustre", "gpfs", "beegfs", "afs", "glusterfs", "orangefs")
+_PAGE = mmap.PAGESIZE
+_MADV_DONTNEED = 4
+_MADV_POPULATE_READ = 22  # since Linux 5.14; the mmap module has no name for it
+
+# Python's mmap.madvise holds the GIL while the disk works; ctypes gives it away.
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def choose_io(io: Io, paths: Sequence[str]) -> str:
+    """Decide on "mmap" or "pread": what was asked for, else mmap unless a file lies on a network file system."""
+    if io != "auto":
+        return io
+    kinds = {_file_system(path) for path in paths}
+    return "pread" if any(kind.startswith(_NETWORK) for kind in kinds) else "mmap"
+
+
+def _file_system(path: str) -> str:
+    """Type of the file system that holds a path, "" where the system does not tell."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    real = os.path.realpath(path)
+    best, kind = "", ""
+    for line in lines:
+        head, _, tail = line.partition(" - ")
+        point = head.split()[4].replace("\\040", " ")
+        if (real == point or real.startswith(point.rstrip("/") + "/")) and len(point) >= len(best):
+            best, kind = point, tail.split()[0]
+    return kind
+
+
+class ShardReader:
+    """One open shard; safe to use from many threads.
+
+    Parameters
+    ----------
+    shard : Shard
+        As its header was read.
+    io : {"mmap", "pread"}
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot be opened.
+    ChangedFileError
+        If it is not the file whose header was read.
+    """
+
+    def __init__(self, shard: Shard, io: str) -> None:
+        self.shard = shard
+        try:
+            self._descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"cannot open the shard: {error.strerror}", file=shard.path) from error
+        self._bytes: NDArray[np.uint8] | None = None
+        self._advised = 0
+        try:
+            self.check()
+            if io == "mmap" and shard.size:
+                mapped = mmap.mmap(self._descriptor, shard.size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+                self._bytes = np.frombuffer(mapped, np.uint8)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file; a map lives until its last window is gone."""
+        self._bytes = None
+        os.close(self._descriptor)
+
+    def check(self) -> None:
+        """Compare inode, size and time with those of the header.
+
+        Raises
+        ------
+        ChangedFileError
+            If any differs.
+        """
+        found = os.fstat(self._descriptor)
+        now = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        then = (self.shard.device, self.shard.inode, self.shard.size, self.shard.mtime_ns)
+        if now != then:
+            raise ChangedFileError(
+                "the shard changed while it was read",
+                file=self.shard.path,
+                expected=f"{then[2]} bytes of inode {then[1]}, modified at {then[3]} ns",
+                found=f"{now[2]} bytes of inode {now[1]}, modified at {now[3]} ns",
+                hint="compare a copy that nothing writes to",
+            )
+
+    @contextmanager
+    def window(
+        self, tensor: TensorInfo, start: int, stop: int, buffer: NDArray[np.uint8]
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Bytes ``start`` to ``stop`` of the file, read-only, at an address that is a multiple of 8.
+
+        Parameters
+        ----------
+        tensor : TensorInfo
+            Whose bytes these are, for messages.
+        buffer : uint8 array
+            At least as long; used unless the window can be mapped.
+
+        Raises
+        ------
+        ChangedFileError
+            If the file changed.
+        """
+        self.check()
+        self._read_ahead(stop)
+        if self._bytes is None or start % 8:
+            yield self._read(tensor, start, stop, buffer)
+            return
+        view = self._bytes[start:stop]
+        self._populate(tensor, view)
+        yield view
+        self._advise(view, _MADV_DONTNEED)
+
+    def _read(self, tensor: TensorInfo, start: int, stop: int, buffer: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        target = buffer[: stop - start]
+        done = 0
+        while done < target.size:
+            try:
+                count = os.preadv(self._descriptor, [target[done:].data], start + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"cannot read the shard: {error.strerror}", file=self.shard.path, tensor=tensor.name
+                ) from error
+            if not count:
+                raise self._shrank(tensor, stop, start + done)
+            done += count
+        view = target.view()
+        view.flags.writeable = False
+        return view
+
+    def _populate(self, tensor: TensorInfo, view: NDArray[np.uint8]) -> None:
+        """Map all pages of a window at once: quicker than a fault each, and a lost page is an error, not a signal."""
+        if view.size and self._advise(view, _MADV_POPULATE_READ):
+            code = ctypes.get_errno()
+            if code == errno.EFAULT:
+                raise self._shrank(tensor, tensor.stop, os.fstat(self._descriptor).st_size)
+            if code not in (errno.EINVAL, errno.ENOSYS):  # an older kernel: pages come as they are touched
+                raise CheckpointError(
+                    f"cannot read the shard: {os.strerror(code)}", file=self.shard.path, tensor=tensor.name
+                )
+
+    @staticmethod
+    def _advise(view: NDArray[np.uint8], advice: int) -> int:
+        first = view.ctypes.data // _PAGE * _PAGE
+        result: int = _libc.madvise(first, view.ctypes.data + view.size - first, advice)
+        return result
+
+    def _read_ahead(self, stop: int) -> None:
+        """Ask the disk for what comes next, unless it is in the page cache already."""
+        if not hasattr(os, "posix_fadvise") or stop + READ_AHEAD // 2 <= self._advised or stop >= self.shard.size:
+            return
+        start, self._advised = max(stop, self._advised), min(stop + READ_AHEAD, self.shard.size)
+        if not self._cached(self._advised - 1):
+            os.posix_fadvise(self._descriptor, start, self._advised - start, os.POSIX_FADV_WILLNEED)
+
+    def _cached(self, offset: int) -> bool:
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        try:
+            return os.preadv(self._descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        except OSError:  # EAGAIN: not there; EOPNOTSUPP: the file system cannot tell
+            return False
+
+    def _shrank(self, tensor: TensorInfo, expected: int, found: int) -> ChangedFileError:
+        return ChangedFileError(
+            "the shard shrank while it was read",
+            file=self.shard.path,
+            tensor=tensor.name,
+            expected=f"{expected} bytes",
+            found=f"{found} bytes",
+            hint="compare a copy that nothing writes to",
+        )
+
+
+class OpenShards:
+    """Readers of all shards of both sides, opened on first use."""
+
+    def __init__(self, io: str) -> None:
+        self._io = io
+        self._lock = threading.Lock()
+        self._readers: dict[Shard, ShardReader] = {}
+
+    def __getitem__(self, shard: Shard) -> ShardReader:
+        reader = self._readers.get(shard)
+        if reader is None:
+            with self._lock:
+                reader = self._readers.get(shard) or self._readers.setdefault(shard, ShardReader(shard, self._io))
+        return reader
+
+    def close(self) -> None:
+        """Close all files."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+
+    def check(self) -> None:
+        """Compare every file that was read with its header once more."""
+        for reader in self._readers.values():
+            reader.check()
+
+
+@contextmanager
+def open_shards(io: str) -> Iterator[OpenShards]:
+    """Readers that are checked after the last read, and closed."""
+    shards = OpenShards(io)
+    try:
+        yield shards
+        shards.check()
+    finally:
+        shards.close()
