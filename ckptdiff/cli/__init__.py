@@ -39,9 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     session = Session(traceback=os.environ.get("CKPTDIFF_DEBUG", "") not in ("", "0"))
     message = ""
-    with _signals_raise():
+    with _signals_raise(), _ready_stdout():
         try:
-            _ready_stdout()
             code = _run(sys.argv[1:] if arguments is None else list(arguments), session)
             if sys.stdout is not None:
                 sys.stdout.flush()
@@ -66,16 +65,20 @@ def _run(arguments: list[str], session: Session) -> int:
         return ckptdiff.invoke(context) or OK
 
 
-def _ready_stdout() -> None:
+@contextlib.contextmanager
+def _ready_stdout() -> Iterator[None]:
     """Make stdout take everything, or say that it did not."""
-    buffer = getattr(sys.stdout, "buffer", None)
-    if isinstance(buffer, io.RawIOBase):
+    before = sys.stdout
+    if isinstance(getattr(before, "buffer", None), io.RawIOBase):
         # PYTHONUNBUFFERED: a write that a closing pipe cuts short would be lost without a word.
-        buffered = io.BufferedWriter(buffer)
-        sys.stdout = io.TextIOWrapper(buffered, encoding=sys.stdout.encoding, line_buffering=sys.stdout.isatty())
+        sys.stdout = open(before.fileno(), "w", encoding=before.encoding, closefd=False)  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name that the locale's encoding lacks is printed escaped.
         sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        sys.stdout = before
 
 
 @contextlib.contextmanager
