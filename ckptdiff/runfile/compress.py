@@ -44,6 +44,9 @@ def compress_chunk(packed: NDArray[np.uint8], chunk_bytes: int) -> tuple[bytes, 
     """
     if packed.size != chunk_bytes:
         packed = np.concatenate([packed, np.zeros(chunk_bytes - packed.size, np.uint8)])
+    # Kernels are compiled for each kind of array that they are given; this keeps it to one kind.
+    packed = packed.view()
+    packed.setflags(write=False)
     if not packed.any():
         return _zeros(chunk_bytes), DEFLATED
     payload = _deflated(packed) if chunk_bytes >= _SMALL_CHUNK else zlib.compress(packed.data, 6)

@@ -42,7 +42,7 @@ class RunFileWriter:
     compare : str
         "bf16" or "stored".
     title : str, optional
-        The user's own title.
+        The user's own title; NUL and what is not Unicode become question marks.
 
     Raises
     ------
@@ -57,7 +57,7 @@ class RunFileWriter:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "ckptdiff_version": ckptdiff.__version__,
-            "title": title or "",
+            "title": _storable(title or ""),
             "complete": 0,
         }
         self._compare = compare
@@ -173,6 +173,12 @@ class RunFileWriter:
         if isinstance(error, Exception) and not isinstance(error, RunFileError):
             # HDF5 stumbles over what a failed write left out; the failed write is the reason to tell.
             self._staged.check()
+            cause: BaseException | None = error
+            while isinstance(cause, Exception):
+                cause = cause.__cause__ or cause.__context__
+            if cause is not None:
+                # An interrupt in the middle of a write, which h5py has wrapped in a SystemError.
+                raise cause
 
     def _abandon(self) -> None:
         self._staged.stop()
@@ -193,6 +199,11 @@ class RunFileWriter:
         if wanted != self._masked:
             names = [name for name in {*wanted, *self._masked} if wanted.get(name) != self._masked.get(name)]
             raise ValueError(f"masks that are not those of the compared tensors: {', '.join(sorted(names))}")
+
+
+def _storable(text: str) -> str:
+    # HDF5 strings hold neither NUL nor what a command line that is not UTF-8 turns into.
+    return text.replace("\0", "?").encode(errors="replace").decode()
 
 
 @lru_cache(maxsize=1024)

@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from run_samples import Sample, add_mask, counted, file_names, random_row, write
+
+import ckptdiff
+from ckptdiff.errors import RunFileError
+from ckptdiff.metrics.catalogue import COLUMNS
+from ckptdiff.metrics.histograms import HistogramRow
+from ckptdiff.options import MaskRule
+from ckptdiff.runfile.writer import RunFileWriter
+
+RULE = MaskRule("abs", 1e-5)
+
+
+def link_of(name: str) -> str:
+    """Escape a name by the words of the documentation."""
+    special = {chr(code) for code in range(0x20)} | {"\x7f", "%", "/"}
+    parts = [f"%{ord(c):02X}" if c in special or (c == "." and i == 0) else c for i, c in enumerate(name)]
+    return "".join(parts) or "%"
+
+
+def test_masks_read_with_h5py_and_numpy_alone(sample: Sample) -> None:
+    with h5py.File(sample.path) as file:
+        for name, mask in sample.masks.items():
+            stored = file["masks"][link_of(name)]
+            bits = np.unpackbits(stored[:], bitorder="little", count=mask.size)
+            np.testing.assert_array_equal(bits.reshape(stored.attrs["shape"]), mask)
+        assert len(file["masks"]) == len(sample.masks)
+        assert dict(file["masks"].attrs) == {"rule": "abs:1e-05", "compare": "bf16", "bit_order": "little"}
+
+
+def test_masks_need_the_deflate_filter_only(sample: Sample) -> None:
+    with h5py.File(sample.path) as file:
+        for name, mask in sample.masks.items():
+            dataset = file["masks"][link_of(name)]
+            size = math.ceil(mask.size / 8)
+            assert (dataset.shape, dataset.dtype) == ((size,), np.uint8)
+            if size:
+                assert dataset.chunks == (min(size, 131072),)
+                plist = dataset.id.get_create_plist()
+                assert [plist.get_filter(i)[0] for i in range(plist.get_nfilters())] == [h5py.h5z.FILTER_DEFLATE]
+
+
+def test_edge_chunks_are_padded_with_zeros(sample: Sample) -> None:
+    name = "model.layers.0.self_attn.k_proj.weight"
+    with h5py.File(sample.path) as file:
+        dataset = file["masks"][name]
+        assert dataset.id.get_num_chunks() == 3
+        filter_mask, payload = dataset.id.read_direct_chunk((2 * 131072,))
+        data = payload if filter_mask else zlib.decompress(payload)
+        assert len(data) == 131072
+        assert not any(data[dataset.size - 2 * 131072 :])
+
+
+def test_every_hdf5_can_read_it(sample: Sample) -> None:
+    # Superblock version 0 is what HDF5 1.6 wrote.
+    assert sample.path.read_bytes()[:9] == b"\x89HDF\r\n\x1a\n\0"
+
+
+def test_columns_are_datasets_on_the_scale_of_names(sample: Sample) -> None:
+    with h5py.File(sample.path) as file:
+        tensors = file["tensors"]
+        names = [name.replace("%00", "\0").replace("%25", "%") for name in tensors["name"].asstr()[:]]
+        assert names == [tensor.name for tensor in sample.diff.tensors]
+        for column in COLUMNS:
+            stored = tensors[column.name]
+            assert stored.dtype == column.dtype
+            assert (stored.attrs["units"], stored.attrs["long_name"]) == (column.units, column.long_name)
+            assert stored.dims[0][0].name == "/tensors/name"
+            np.testing.assert_array_equal(stored[:], sample.diff.columns[column.name])
+        assert [json.loads(text) for text in tensors["shape"].asstr()] == [list(t.shape) for t in sample.diff.tensors]
+        assert tensors["layer"][:3].tolist() == [0, 0, -1]
+        assert tensors["same_bytes"][:3].tolist() == [0, 0, 1]
+        assert tensors["tuned_name"].asstr()[1:4].tolist() == ["model.layers.0.self_attn.k_proj.weight", "", "seven"]
+
+
+def test_histograms_have_one_row_per_tensor_in_plan_order(
+    tmp_path: Path, make_diff: Callable, make_facts: Callable
+) -> None:
+    rng = np.random.default_rng(1)
+    tensors = [(make_facts(f"layers.{i}.w", (3,)), 1.0) for i in range(150)]
+    rows = [random_row(rng) for _ in tensors]
+    diff = make_diff(tensors=tensors, mask_rule="none")
+    write(tmp_path / "run.h5", diff, {}, rows)
+    with h5py.File(tmp_path / "run.h5") as file:
+        group = file["histograms"]
+        for dataset, field in {
+            "delta_log2": "delta",
+            "base_log2": "base",
+            "changed_log2": "changed",
+            "ulp": "ulp",
+        }.items():
+            assert group[dataset].dtype == np.uint64
+            np.testing.assert_array_equal(group[dataset][:], [getattr(row, field) for row in rows])
+        floor = group["log2_floor"][:]
+        assert floor[0] == -np.inf
+        assert floor[1:].tolist() == list(range(-149, 129))
+        assert group["delta_log2"].dims[1][0].name == "/histograms/log2_floor"
+
+
+def test_root_attributes_say_what_it_is(sample: Sample) -> None:
+    with h5py.File(sample.path) as file:
+        assert file.attrs["format"] == "ckptdiff-run"
+        assert file.attrs["format_version"] == 1
+        assert file.attrs["ckptdiff_version"] == ckptdiff.__version__
+        assert file.attrs["complete"] == 1
+        assert json.loads(file["provenance"][()])["run"]["threads"] == 2
+        assert json.loads(file["unmatched"][()])["only_in_base"] == ["b\0", "c/d"]
+
+
+def test_a_diff_without_tensors_or_masks(tmp_path: Path, make_diff: Callable) -> None:
+    write(tmp_path / "run.h5", make_diff(tensors=[], mask_rule="none"), {}, [])
+    with h5py.File(tmp_path / "run.h5") as file:
+        assert file["tensors/numel"].shape == (0,)
+        assert file["histograms/ulp"].shape == (0, 64)
+        assert len(file["masks"]) == 0
+
+
+def test_zero_masks_take_no_chunks(tmp_path: Path, make_diff: Callable, make_facts: Callable) -> None:
+    shape = (300, 4096)
+    diff = make_diff(tensors=[(make_facts("w", shape), 1.0)])
+    with RunFileWriter(tmp_path / "run.h5", rule=RULE, compare="bf16") as writer:
+        writer.add_zero_mask("w", shape)
+        writer.add_histograms(HistogramRow.empty())
+        writer.finish(diff)
+    with h5py.File(tmp_path / "run.h5") as file:
+        assert not file["masks/w"][:].any()
+        assert file["masks/w"].id.get_num_chunks() == 0
+
+
+def test_chunks_of_several_masks_may_come_in_any_order(
+    tmp_path: Path, make_diff: Callable, make_facts: Callable
+) -> None:
+    rng = np.random.default_rng(0)
+    masks = {name: rng.random((3, 1 << 20)) < 0.5 for name in "ab"}
+    diff = make_diff(tensors=[(make_facts(name, mask.shape), 0.5) for name, mask in masks.items()])
+    order = [(name, index) for name in masks for index in range(3)]
+    rng.shuffle(order)
+    with RunFileWriter(tmp_path / "run.h5", rule=RULE, compare="bf16") as writer:
+        for name, index in order:
+            packed = np.packbits(masks[name], bitorder="little")[int(index) * 131072 :][:131072]
+            writer.add_mask_chunk(name, (3, 1 << 20), int(index), packed.tobytes(), 1)
+        writer.add_histograms(HistogramRow.empty(), HistogramRow.empty())
+        writer.finish(counted(diff, masks))
+    with h5py.File(tmp_path / "run.h5") as file:
+        for name, mask in masks.items():
+            np.testing.assert_array_equal(np.unpackbits(file["masks"][name][:], bitorder="little"), mask.ravel())
+
+
+def start(tmp_path: Path, rule: MaskRule = RULE) -> RunFileWriter:
+    return RunFileWriter(tmp_path / "run.h5", rule=rule, compare="bf16")
+
+
+def test_wrong_use_is_refused(tmp_path: Path, make_diff: Callable, make_facts: Callable) -> None:
+    shape = (2, 1 << 20)
+    diff = make_diff(tensors=[(make_facts("w", shape), 0.5)])
+    zeros = bytes(131072)
+    with start(tmp_path) as writer, pytest.raises(ValueError, match="out of range"):
+        writer.add_mask_chunk("w", shape, 2, zeros, 1)
+    with start(tmp_path) as writer, pytest.raises(ValueError, match="added before"):
+        writer.add_mask_chunk("w", shape, 0, zeros, 1)
+        writer.add_mask_chunk("w", shape, 0, zeros, 1)
+    with start(tmp_path) as writer, pytest.raises(ValueError, match="chunks are missing in the masks of w"):
+        writer.add_mask_chunk("w", shape, 0, zeros, 1)
+        writer.add_histograms(HistogramRow.empty())
+        writer.finish(diff)
+    with start(tmp_path) as writer, pytest.raises(ValueError, match="not those of the compared tensors: w"):
+        writer.add_histograms(HistogramRow.empty())
+        writer.finish(diff)
+    with start(tmp_path) as writer, pytest.raises(ValueError, match="0 rows of histograms for 1 tensors"):
+        writer.add_zero_mask("w", shape)
+        writer.finish(diff)
+    with start(tmp_path, MaskRule("none")) as writer, pytest.raises(ValueError, match="no mask expected"):
+        writer.begin_mask("w", shape)
+    with start(tmp_path) as writer, pytest.raises(ValueError, match="columns that are not those"):
+        writer.add_zero_mask("w", shape)
+        writer.add_histograms(HistogramRow.empty())
+        writer.finish(replace(diff, columns={**diff.columns, "more": np.zeros(1)}))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
+def test_nothing_is_left_and_the_target_is_untouched_after_an_error(tmp_path: Path, error: type[BaseException]) -> None:
+    target = tmp_path / "run.h5"
+    target.write_bytes(b"before")
+    with pytest.raises(error), RunFileWriter(target, rule=RULE, compare="bf16") as writer:
+        add_mask(writer, "w", np.ones((40, 40), bool))
+        raise error
+    assert target.read_bytes() == b"before"
+    assert file_names(tmp_path) == ["run.h5"]
+
+
+def test_leaving_without_finish_leaves_nothing(tmp_path: Path) -> None:
+    with start(tmp_path):
+        assert [name.startswith(".run.h5.") for name in file_names(tmp_path)] == [True]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_file_is_replaced_whole(tmp_path: Path, make_diff: Callable) -> None:
+    for title in ("one", "two"):
+        write(tmp_path / "run.h5", make_diff(tensors=[], mask_rule="none"), {}, [], title=title)
+    with h5py.File(tmp_path / "run.h5") as file:
+        assert file.attrs["title"] == "two"
+    assert file_names(tmp_path) == ["run.h5"]
+
+
+def test_mode_follows_the_umask(tmp_path: Path, make_diff: Callable) -> None:
+    before = os.umask(0o027)
+    try:
+        write(tmp_path / "run.h5", make_diff(tensors=[], mask_rule="none"), {}, [])
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "run.h5").stat().st_mode) == 0o640
+
+
+def test_a_symbolic_link_keeps_pointing_to_the_new_run_file(tmp_path: Path, make_diff: Callable) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run.h5").symlink_to("disk/real.h5")
+    write(tmp_path / "run.h5", make_diff(tensors=[], mask_rule="none"), {}, [])
+    assert (tmp_path / "run.h5").is_symlink()
+    assert file_names(tmp_path / "disk") == ["real.h5"]
+
+
+def test_long_names_leave_room_for_the_temporary_one(tmp_path: Path, make_diff: Callable) -> None:
+    write(tmp_path / ("ü" * 126 + ".h5"), make_diff(tensors=[], mask_rule="none"), {}, [])
+    assert file_names(tmp_path) == ["ü" * 126 + ".h5"]
+
+
+def test_a_folder_that_went_away_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RunFileError, match="cannot create the output: No such file"):
+        RunFileWriter(tmp_path / "gone" / "run.h5", rule=RULE, compare="bf16").__enter__()
