@@ -172,7 +172,10 @@ def troubled_diff(make_diff: MakeDiff) -> Diff:
         aliased=(("lm_head.weight", "model.embed_tokens.weight"),),
         mismatched=(
             UnmatchedTensor(
-                "vocab", {"dtype": "BF16", "shape": [8, 2]}, {"dtype": "BF16", "shape": [9, 2]}, "shapes differ"
+                "vocab",
+                {"dtype": "BF16", "shape": [8, 2]},
+                {"dtype": "BF16", "shape": [9, 2]},
+                "shapes differ: [8, 2] in base, [9, 2] in tuned",
             ),
         ),
         warnings=("fp8 tensors are compared as raw codes",),

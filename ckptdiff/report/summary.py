@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from ckptdiff.metrics.catalogue import parameter_key
-from ckptdiff.report.text import percent, plural, quantity, safe, shape_text
+from ckptdiff.report.text import percent, plural, quantity, safe
 from ckptdiff.result import Diff
 
 __all__ = ["side_name", "summary"]
@@ -53,7 +53,7 @@ def side_name(path: str) -> str:
             return "/".join(part.split("--")[1:])
     if len(parts) > 1 and parts[-1].startswith("model.safetensors"):
         parts = parts[:-1]
-    if len(parts) > 1 and parts[-1].lower() in _GENERIC and parts[-2] not in ("/", "..", "."):
+    if len(parts) > 1 and PurePath(parts[-1]).stem.lower() in _GENERIC and parts[-2] not in ("/", "..", "."):
         return "/".join(parts[-2:])
     return parts[-1] if parts else path
 
@@ -62,11 +62,12 @@ def _what(diff: Diff) -> Iterator[str]:
     names = [safe(side_name(str(side.get("path", "")))) for side in (diff.base, diff.tuned)]
     valued, values = diff.columns["valued"] > 0, _values(diff)
     compared = sorted({facts.compare for facts, kept in zip(diff.tensors, valued, strict=True) if kept})
-    stored = [
-        "+".join(dict.fromkeys(getattr(facts, key) for facts, kept in zip(diff.tensors, valued, strict=True) if kept))
+    sides = [
+        tuple(dict.fromkeys(getattr(facts, key) for facts, kept in zip(diff.tensors, valued, strict=True) if kept))
         for key in ("dtype_base", "dtype_tuned")
     ]
-    dtypes = stored[0] if stored[0] == stored[1] else f"{stored[0]} against {stored[1]}"
+    base, tuned = ("+".join(side) if len(side) <= _LISTED else "mixed dtypes" for side in sides)
+    dtypes = base if base == tuned else f"{base} against {tuned}"
     facts_line = f"{quantity(values)} values"
     if values:
         facts_line += f", stored {dtypes}, compared as {'+'.join(compared).upper()}"
@@ -111,6 +112,8 @@ def _as_stored(diff: Diff) -> str:
         return ""
     if stored >= equal:
         return "   (the same as stored)"
+    if percent(stored) == percent(equal):
+        return "   (about the same as stored)"
     lost = (equal - stored) / (1.0 - stored)
     share = "all" if lost == 1.0 else "most" if lost > 0.5 else "some"
     return f"   ({percent(stored)} as stored: {share} changes vanish in the cast)"
@@ -123,11 +126,7 @@ def _left_out(diff: Diff) -> Iterator[str]:
         yield f"{safe(name)} is tied to {safe(of)}: counted once"
     yield from _more(len(diff.aliased), "tied")
     for tensor in diff.mismatched[:_LISTED]:
-        sides = " against ".join(
-            f"{side.get('dtype', '?')} {shape_text(tuple(side.get('shape', ())))}"
-            for side in (tensor.base, tensor.tuned)
-        )
-        yield f"not compared: {safe(tensor.name)}: {safe(tensor.reason)} ({safe(sides)})"
+        yield f"not compared: {safe(tensor.name)}: {safe(tensor.reason)}"
     yield from _more(len(diff.mismatched), "not compared")
 
 
@@ -139,7 +138,7 @@ def _named(names: tuple[str, ...], where: str) -> Iterator[str]:
 
 def _more(count: int, what: str) -> Iterator[str]:
     if count > _LISTED:
-        yield f"{plural(count - _LISTED, 'tensor')} more {what}"
+        yield f"{count - _LISTED:,} more {what}"
 
 
 def _next(diff: Diff, run_file: str | None) -> Iterator[str]:

@@ -43,23 +43,25 @@ def _escape(char: str) -> str:
 def percent(fraction: float | None) -> str:
     """Spell a fraction in percent: two digits of what is small, and one of what little is missing to 100 %.
 
-    "0 %" and "100 %" are exactly that: 0.99999 reads "99.999 %" and never "100.0 %".
+    "0 %" and "100 %" are exactly that, but for the rounding of float64: 0.99999 reads "99.999 %", never "100.0 %".
     """
     if fraction is None or not math.isfinite(fraction):
         return NOT_AVAILABLE
-    value = 100.0 * fraction
-    if value in (0.0, 100.0):
-        return f"{value:.0f} %"
+    value, rest = 100.0 * fraction, 100.0 * (1.0 - fraction)
+    if value == 0.0:
+        return "0 %"
+    if abs(rest) < 1e-12:
+        return "100 %"
     if abs(value) < 1e-3:
         return f"{value:.1e} %"
     if abs(value) >= 1000.0:
         return f"{value:,.0f} %"
-    return f"{value:.{max(1, _decimals(abs(value)) + 1, _decimals(abs(100.0 - value)))}f} %"
+    return f"{value:.{max(1, _decimals(value) + 1, _decimals(rest))}f} %"
 
 
 def _decimals(value: float) -> int:
-    """Decimals up to the first digit of a value below 1, at most nine."""
-    return -math.floor(math.log10(max(round(value, 9), 1e-9))) if value < 1.0 else 0
+    """Decimals up to the first digit of a value below 1."""
+    return -int(f"{abs(value):.2e}".partition("e")[2]) if abs(value) < 1.0 else 0
 
 
 def number(value: float | None) -> str:
