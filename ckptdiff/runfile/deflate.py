@@ -100,11 +100,11 @@ def _encode(data: Array, words: Array, spans: Array, costs: Array, limit: int, o
         state = put(out, state, codes[symbol] | value << header_costs[symbol], header_costs[symbol] + extra)
     codes = canonical(costs)
     position = 0
-    for i in range(runs):
-        state = put_bytes(out, state, data[position : spans[i, 0]], codes, costs)
-        position = spans[i, 1]
-        state = put_run(out, state, position - spans[i, 0], codes, costs)
-    state = put_bytes(out, state, data[position:], codes, costs)
+    for i in range(runs + 1):
+        start, stop = (spans[i, 0], spans[i, 1]) if i < runs else (data.size, data.size)
+        state = put_bytes(out, state, data[position:start], codes, costs)
+        state = put_run(out, state, stop - start, codes, costs)
+        position = stop
     state = put(out, state, codes[_END], costs[_END])
     put(out, state, 0, 0)  # what is left of the last word
     return (bits + 7) // 8
