@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LOG2_BINS", "LOG2_LOWEST", "ULP_BINS", "CountArray", "HistogramRow", "log2_bins", "log2_floor"]
+__all__ = ["LOG2_BINS", "LOG2_LOWEST", "ULP_BINS", "CountArray", "HistogramRow", "log2_bins", "log2_floor", "ulp_floor"]
 
 CountArray: TypeAlias = NDArray[np.uint64]
 
@@ -57,6 +57,11 @@ class HistogramRow:
 def log2_floor() -> NDArray[np.float64]:
     """Axis of the log2 bins: floor(log2 |x|) of each, minus infinity for exactly zero, shape (279,)."""
     return np.concatenate([[-np.inf], np.arange(LOG2_LOWEST, LOG2_LOWEST + LOG2_BINS - 1, dtype=np.float64)])
+
+
+def ulp_floor() -> NDArray[np.float64]:
+    """Axis of the ULP bins: smallest distance of each, shape (64,)."""
+    return np.exp2(np.arange(ULP_BINS))
 
 
 def log2_bins(values: NDArray[Any]) -> NDArray[np.intp]:

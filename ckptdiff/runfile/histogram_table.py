@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptdiff.metrics.histograms import HistogramRow, log2_floor
+from ckptdiff.metrics.histograms import HistogramRow, log2_floor, ulp_floor
 from ckptdiff.runfile.schema import HISTOGRAMS
 
 __all__ = ["HistogramTable"]
@@ -29,9 +29,13 @@ class HistogramTable:
     def __init__(self, group: Any) -> None:
         self._rows: list[HistogramRow] = []
         self._written = 0
-        axis = group.create_dataset("log2_floor", data=log2_floor())
-        axis.attrs["long_name"] = "floor(log2 |x|) of each bin; -inf is exactly zero; both ends take what lies beyond"
-        axis.make_scale("log2_floor")
+        self._group = group
+        log2 = group.create_dataset("log2_floor", data=log2_floor())
+        log2.attrs["long_name"] = "floor(log2 |x|) of each bin; -inf is exactly zero; both ends take what lies beyond"
+        ulp = group.create_dataset("ulp_floor", data=ulp_floor())
+        ulp.attrs["long_name"] = "smallest distance of each bin, in units in the last place"
+        for axis in (log2, ulp):
+            axis.make_scale(axis.name.rpartition("/")[2])
         empty = HistogramRow.empty()
         self._datasets = {}
         for name, (field, long_name) in HISTOGRAMS.items():
@@ -46,8 +50,7 @@ class HistogramTable:
                 compression_opts=_LEVEL,
             )
             dataset.attrs.update(units="1", long_name=long_name)
-            if field != "ulp":
-                dataset.dims[1].attach_scale(axis)
+            dataset.dims[1].attach_scale(ulp if field == "ulp" else log2)
             self._datasets[field] = dataset
 
     def add(self, rows: Iterable[HistogramRow]) -> None:
@@ -70,6 +73,12 @@ class HistogramTable:
             raise ValueError(f"{rows} rows of histograms for {tensors} tensors")
         if self._rows:
             self._write()
+
+    def name_rows(self, names: Any) -> None:
+        """Make the names of the tensors, a scale of another group, the scale of the rows here too."""
+        self._group["name"] = names
+        for dataset in self._datasets.values():
+            dataset.dims[0].attach_scale(names)
 
     def _write(self) -> None:
         start, count = self._written, len(self._rows)

@@ -7,7 +7,8 @@
     /unmatched       JSON text: only_in_base, only_in_tuned, aliased, mismatched
     /tensors/name    one name per compared tensor, in plan order: the dimension scale of the columns
     /tensors/*       one 1-D dataset per fact (shape, dtype_base, layer, ...) and per column of the catalogue
-    /histograms/*    delta_log2, base_log2, changed_log2 [tensors, 279] and ulp [tensors, 64], uint64
+    /histograms/*    delta_log2, base_log2, changed_log2 [tensors, 279] and ulp [tensors, 64], uint64, on the scales
+                     name, log2_floor and ulp_floor
     /masks           attributes rule, compare, bit_order
     /masks/<name>    bit-packed mask of one tensor, uint8, with the attribute shape
 """

@@ -159,6 +159,7 @@ class RunFileWriter:
         self._require_masks(diff)
         self._histograms.finish(len(diff.tensors))
         write_tensors(self._file.create_group("tensors"), diff)
+        self._histograms.name_rows(self._file["tensors/name"])
         write_provenance(self._file, diff)
         # Complete is set after everything else is in the file, should anyone open the temporary one.
         self._file.flush()

@@ -78,7 +78,7 @@ def test_columns_are_datasets_on_the_scale_of_names(sample: Sample) -> None:
             stored = tensors[column.name]
             assert stored.dtype == column.dtype
             assert (stored.attrs["units"], stored.attrs["long_name"]) == (column.units, column.long_name)
-            assert stored.dims[0][0].name == "/tensors/name"
+            assert stored.dims[0][0] == tensors["name"]
             np.testing.assert_array_equal(stored[:], sample.diff.columns[column.name])
         assert [json.loads(text) for text in tensors["shape"].asstr()] == [list(t.shape) for t in sample.diff.tensors]
         assert tensors["layer"][:3].tolist() == [0, 0, -1]
@@ -96,18 +96,23 @@ def test_histograms_have_one_row_per_tensor_in_plan_order(
     write(tmp_path / "run.h5", diff, {}, rows)
     with h5py.File(tmp_path / "run.h5") as file:
         group = file["histograms"]
-        for dataset, field in {
+        fields = {
             "delta_log2": "delta",
             "base_log2": "base",
             "changed_log2": "changed",
             "ulp": "ulp",
-        }.items():
+        }
+        for dataset, field in fields.items():
             assert group[dataset].dtype == np.uint64
             np.testing.assert_array_equal(group[dataset][:], [getattr(row, field) for row in rows])
         floor = group["log2_floor"][:]
         assert floor[0] == -np.inf
         assert floor[1:].tolist() == list(range(-149, 129))
-        assert group["delta_log2"].dims[1][0].name == "/histograms/log2_floor"
+        assert group["ulp_floor"][:].tolist() == [2**k for k in range(64)]
+        for dataset in fields:
+            rows_scale, bins_scale = (dimension[0] for dimension in group[dataset].dims)
+            assert rows_scale == file["tensors/name"] == group["name"]
+            assert bins_scale == group["ulp_floor" if dataset == "ulp" else "log2_floor"]
 
 
 def test_root_attributes_say_what_it_is(sample: Sample) -> None:
