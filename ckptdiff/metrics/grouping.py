@@ -75,7 +75,8 @@ class Grouping:
     def ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
         """Quotient, NaN where the denominator is zero."""
         undefined = np.full(np.shape(numerator), np.nan)
-        return np.divide(numerator, denominator, out=undefined, where=denominator != 0)
+        quotient: FloatArray = np.divide(numerator, denominator, out=undefined, where=denominator != 0)
+        return quotient
 
     def _sum(self, values: FloatArray) -> FloatArray:
         weights = np.where(np.isnan(values), 0.0, values)
