@@ -38,13 +38,11 @@ class Device:
         """Load or compile the kernels of each (base, tuned, compare) before anything is timed or measured."""
         worker = self.worker()
         for base, tuned, compare in formats:
-            one = [np.zeros(max(format.bits // 8, 1), np.uint8) for format in (base, tuned)]
-            for side in one:
-                side.flags.writeable = False
-            worker.scan(Scan(base, tuned, compare, (0.0,), rule=Rule.BITWISE, want_mask=True), *one, Partial())
+            one = np.frombuffer(bytes(base.bits // 8), np.uint8), np.frombuffer(bytes(tuned.bits // 8), np.uint8)
+            worker.scan(Scan(base, tuned, compare, (0.0,), rule=Rule.BITWISE, want_mask=True), [one], Partial())
             if compare.bits > 16:
                 targets = Targets(16)
-                worker.refine(Scan(base, tuned, compare), targets, *one, Refined.empty(targets))
+                worker.refine(Scan(base, tuned, compare), targets, [one], Refined.empty(targets))
 
 
 def open_device(name: str) -> Device:

@@ -9,7 +9,9 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 
 from ckptdiff.errors import OptionError
 
-__all__ = ["Compare", "Device", "Io", "MaskRule", "Options", "parse_size"]
+__all__ = ["DEFAULT_MEMORY", "Compare", "Device", "Io", "MaskRule", "Options", "parse_size"]
+
+DEFAULT_MEMORY = 400 << 20
 
 Compare: TypeAlias = Literal["bf16", "stored"]
 Device: TypeAlias = Literal["auto", "cpu", "reference"]
@@ -108,7 +110,8 @@ class Options:
     threads : int
         Worker threads; 0 stands for one per available core.
     max_memory : int
-        Bound on the peak resident size of the whole process, mapped pages included, in bytes.
+        Bound on the peak resident size of the whole process, mapped pages included, in bytes. 0 stands for
+        :data:`DEFAULT_MEMORY`, or for what one thread needs where the process is larger than that already.
     io : {"auto", "mmap", "pread"}
 
     Raises
@@ -125,7 +128,7 @@ class Options:
     groups: tuple[str, ...] = ()
     device: Device = "auto"
     threads: int = 0
-    max_memory: int = 400 << 20
+    max_memory: int = 0
     io: Io = "auto"
 
     def __post_init__(self) -> None:
@@ -138,6 +141,8 @@ class Options:
                 )
         if not 0 <= self.threads <= 1024:
             raise OptionError("number of threads out of range", expected="0 to 1024", found=self.threads)
+        if self.max_memory < 0:
+            raise OptionError("negative memory bound", expected="a size in bytes, or 0", found=self.max_memory)
         self.group_patterns()
 
     def group_patterns(self) -> list[tuple[str, re.Pattern[str]]]:

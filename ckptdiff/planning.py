@@ -17,10 +17,10 @@ from ckptdiff.devices import Device, open_device
 from ckptdiff.memory import peak_resident, resident
 from ckptdiff.metrics.catalogue import COLUMNS
 from ckptdiff.metrics.measurement import BitMeasurement, FloatMeasurement
-from ckptdiff.options import Options, default_threads
+from ckptdiff.options import DEFAULT_MEMORY, Options, default_threads
 from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
 from ckptdiff.runfile.target import check_target
-from ckptdiff.stream.plan import TASK_BLOCKS, Load, Memory, fit_memory
+from ckptdiff.stream.plan import TASK_BLOCKS, Load, Memory, Span, fit_memory
 from ckptdiff.stream.reader import choose_io
 
 __all__ = ["Plan", "prepare"]
@@ -74,7 +74,7 @@ class Plan:
     @property
     def chunk_bytes(self) -> int:
         """Bytes that the largest task reads."""
-        return max((load.block_bytes * min(load.blocks, TASK_BLOCKS) for load in self.loads), default=0)
+        return max((load.span_bytes(Span(0, 0, min(load.blocks, TASK_BLOCKS))) for load in self.loads), default=0)
 
     @property
     def projected_memory(self) -> int:
@@ -84,7 +84,7 @@ class Plan:
     @property
     def max_memory(self) -> int:
         """The bound it was fitted into, in bytes."""
-        return self.options.max_memory
+        return self.options.max_memory or max(DEFAULT_MEMORY, self.memory.projected)
 
     def measurement(self, index: int) -> FloatMeasurement | BitMeasurement:
         """A fresh measurement of one pair."""
@@ -123,7 +123,8 @@ def prepare(base: str, tuned: str, *, out: Path | None = None, options: Options 
     loads = tuple(_load(pair, options, device) for pair in pairing.pairs)
     diff = _facts(*sides, pairing, options)
     want_masks = out is not None and options.mask.kind != "none"
-    memory = fit_memory(loads, options.threads or default_threads(), options.max_memory, resident(), want_masks)
+    threads = options.threads or default_threads()
+    memory = fit_memory(loads, threads, options.max_memory, DEFAULT_MEMORY, resident(), want_masks)
     io = choose_io(options.io, [shard.path for side in sides for shard in side.shards])
     return Plan(pairing.pairs, loads, diff, memory, io, device, options, want_masks)
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.partial import BitScan, Count, Partial
+from ckptdiff.backends.partial import BitScan, Count, Partial, Pieces
 
 __all__ = ["changed_elements", "scan_bits"]
 
 
-def scan_bits(
-    scan: BitScan, base: NDArray[np.uint8], tuned: NDArray[np.uint8], partial: Partial
-) -> NDArray[np.uint8] | None:
+def scan_bits(scan: BitScan, pieces: Pieces, partial: Partial) -> NDArray[np.uint8] | None:
     """Measure one block; returns mask bits if ``scan.want_mask``."""
-    changed = changed_elements(base, tuned, scan.bits)
+    changed = np.concatenate([changed_elements(base, tuned, scan.bits) for base, tuned in pieces])
     partial.numel += changed.size
     partial.counts[[Count.CHANGED, Count.MASKED]] += np.count_nonzero(changed)
     return np.packbits(changed, bitorder="little") if scan.want_mask else None
@@ -34,5 +32,6 @@ def changed_elements(base: NDArray[np.uint8], tuned: NDArray[np.uint8], bits: in
         width = bits // 8
         word = np.dtype(f"u{width}") if width in (1, 2, 4, 8) else np.dtype((np.void, width))
         differ: NDArray[np.bool_] = base.view(word) != tuned.view(word)
-        return differ
-    return np.unpackbits(base ^ tuned, bitorder="little").reshape(-1, bits).any(axis=1)
+    else:
+        differ = np.unpackbits(base ^ tuned, bitorder="little").reshape(-1, bits).astype(bool).any(axis=1)
+    return differ

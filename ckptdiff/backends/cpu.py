@@ -11,14 +11,11 @@ from ckptdiff.backends.formats import Format, common_format, is_wide, recode_tab
 from ckptdiff.backends.kernels.codes import scan_codes
 from ckptdiff.backends.kernels.decode import count_equal, count_inexact, count_strange_codes, round_to_bf16
 from ckptdiff.backends.kernels.refine import Found, Search, refine
-from ckptdiff.backends.kernels.tiles import Measure, Tile, new_measure, new_tile, round_down, totals_of
+from ckptdiff.backends.kernels.tiles import Measure, Tile, Totals, new_measure, new_tile, round_down, totals_of
 from ckptdiff.backends.kernels.wide import scan_wide
-from ckptdiff.backends.partial import BLOCK, Count, Partial, Refined, Scan, Targets
+from ckptdiff.backends.partial import BLOCK, PIECE, Count, Partial, Pieces, Refined, Scan, Targets
 
 __all__ = ["CpuWorker"]
-
-STEP = 1 << 18
-"""Coordinates decoded at a time, where the stored dtype is not the compare dtype: 1 MiB of float32."""
 
 Codes = NDArray[np.unsignedinteger]
 
@@ -31,16 +28,14 @@ class CpuWorker:
         self._words = np.zeros(BLOCK // 64, np.uint64)
         self._scratch: dict[str, Codes] = {}
 
-    def scan(
-        self, scan: Scan, base: NDArray[np.uint8], tuned: NDArray[np.uint8], partial: Partial, first_tie: int = 0
-    ) -> NDArray[np.uint8] | None:
+    def scan(self, scan: Scan, pieces: Pieces, partial: Partial, first_tie: int = 0) -> NDArray[np.uint8] | None:
         """Measure one block.
 
         Parameters
         ----------
         scan : Scan
-        base, tuned : read-only uint8 array
-            Raw bytes of at most ``BLOCK`` coordinates, at addresses that are multiples of 8.
+        pieces : iterable of (base, tuned)
+            Raw bytes of at most ``BLOCK`` coordinates.
         partial : Partial
             Added to.
         first_tie : int
@@ -51,32 +46,34 @@ class CpuWorker:
         uint8 array, shape (ceil(n / 8),), or None
             Mask bits if ``scan.want_mask``; valid until the next call.
         """
-        sides = (base.view(scan.base.code_dtype), tuned.view(scan.tuned.code_dtype))
-        n = sides[0].size
-        self._count_stored(scan, sides, partial)
         partial.open_block(len(scan.thresholds))
-        real = np.dtype(np.float64 if scan.compare.bits == 64 else np.float32)
-        measure = new_measure(scan, real, first_tie)
-        words = self._words[: -(-n // 64) if scan.want_mask else 0]
-        before = int(partial.counts[Count.CHANGED])
-        decoded = scan.base == scan.compare == scan.tuned and scan.compare.bits >= 16
-        step = max(n, 1) if decoded else STEP
-        for start in range(0, n, step):
-            stop = min(start + step, n)
-            codes = self._recode(scan.compare, (scan.base, scan.tuned), (sides[0][start:stop], sides[1][start:stop]))
-            if is_wide(scan.base, scan.compare):
-                partial.counts[Count.OFF_GRID] += _count_off_grid(scan, sides[0][start:stop], codes[0])
-            self._scan_codes(scan.compare, codes, measure, partial, words[start // 64 : -(-stop // 64)])
+        compare = scan.compare
+        real = np.dtype(np.float64 if compare.bits == 64 else np.float32)
+        native = scan.base == scan.tuned == compare
+        measure = new_measure(scan, real, first_tie, native)
+        totals = totals_of(partial, -1)
+        before = _native_counts(partial, compare)
+        n = 0
+        for base, tuned in pieces:
+            stored = (base.view(scan.base.code_dtype), tuned.view(scan.tuned.code_dtype))
+            if not native:
+                self._count_stored(scan, stored, partial)
+            codes = self._recode(compare, (scan.base, scan.tuned), stored)
+            if is_wide(scan.base, compare):
+                partial.counts[Count.OFF_GRID] += _count_off_grid(scan, stored[0], codes[0])
+            stop = n + codes[0].size
+            words = self._words[n // 64 : -(-stop // 64) if scan.want_mask else n // 64]
+            self._scan_codes(compare, codes, measure, totals, words)
+            n = stop
         partial.numel += n
-        if scan.base == scan.tuned == scan.compare:
-            partial.counts[Count.STORED_EQUAL] += n - (int(partial.counts[Count.CHANGED]) - before)
-        return words.view(np.uint8)[: -(-n // 8)] if scan.want_mask else None
+        if native:
+            changed, strange = _native_counts(partial, compare) - before
+            partial.counts[Count.STORED_EQUAL] += n - changed
+            partial.counts[[Count.NONFINITE_BASE, Count.NONFINITE_TUNED]] += strange
+        return self._words.view(np.uint8)[: -(-n // 8)] if scan.want_mask else None
 
-    def refine(
-        self, scan: Scan, targets: Targets, base: NDArray[np.uint8], tuned: NDArray[np.uint8], refined: Refined
-    ) -> None:
+    def refine(self, scan: Scan, targets: Targets, pieces: Pieces, refined: Refined) -> None:
         """Look for open cuts in one block; parameters as in :meth:`scan`, ``refined`` is added to."""
-        sides = (base.view(scan.base.code_dtype), tuned.view(scan.tuned.code_dtype))
         compare = scan.compare
         real = np.dtype(np.float64 if compare.bits == 64 else np.float32)
         refined.open_block()
@@ -89,28 +86,27 @@ class CpuWorker:
         )
         found = Found(refined.deltas, refined.weights, refined.within, refined.tails[-1])
         of_delta = np.uint64(0x7FFF_FFFF_FFFF_FFFF) if compare.bits == 64 else np.uint32(0x7FFF_FFFF)
-        for start in range(0, sides[0].size, STEP):
-            codes = self._recode(
-                compare, (scan.base, scan.tuned), (sides[0][start : start + STEP], sides[1][start : start + STEP])
-            )
-            lookup = compare.bits <= 16
+        lookup = compare.bits <= 16
+        for base, tuned in pieces:
+            stored = (base.view(scan.base.code_dtype), tuned.view(scan.tuned.code_dtype))
+            codes = self._recode(compare, (scan.base, scan.tuned), stored)
             values = (compare.values(), compare.values()) if lookup else (codes[0].view(real), codes[1].view(real))
             limits = (codes[0].dtype.type(compare.magnitude), of_delta)
             refine(codes, values, limits, lookup, self._tile(codes[0].dtype, real), search, found)
 
     def _scan_codes(
-        self, compare: Format, codes: tuple[Codes, Codes], measure: Measure, partial: Partial, words: Codes
+        self, compare: Format, codes: tuple[Codes, Codes], measure: Measure, totals: Totals, words: Codes
     ) -> None:
-        totals = totals_of(partial, -1)
         if compare.bits <= 16:
             tile = self._tile(np.dtype(np.uint16), np.dtype(np.float32))
-            scan_codes(*codes, compare.values(), np.uint16(compare.magnitude), tile, measure, totals, words)
+            limits = (np.uint16(compare.magnitude), np.uint16(compare.infinite))
+            scan_codes(*codes, compare.values(), limits, tile, measure, totals, words)
             return
         real = np.dtype(f"f{compare.bits // 8}")
         unsigned = compare.code_dtype.type
-        limits = (unsigned(compare.magnitude), unsigned(compare.infinite), unsigned(compare.bits - 16))
+        wide_limits = (unsigned(compare.magnitude), unsigned(compare.infinite), unsigned(compare.bits - 16))
         values = (codes[0].view(real), codes[1].view(real))
-        scan_wide(codes, values, limits, self._tile(compare.code_dtype, real), measure, totals, words)
+        scan_wide(codes, values, wide_limits, self._tile(compare.code_dtype, real), measure, totals, words)
 
     def _count_stored(self, scan: Scan, sides: tuple[Codes, Codes], partial: Partial) -> None:
         """Counts that are taken before the cast."""
@@ -119,14 +115,10 @@ class CpuWorker:
         ):
             unsigned = codes.dtype.type
             partial.counts[count] += count_strange_codes(codes, unsigned(format.magnitude), unsigned(format.infinite))
-        if scan.base == scan.tuned == scan.compare:
-            return
         common = common_format(scan.base, scan.tuned)
-        for start in range(0, sides[0].size, STEP):
-            pair = (sides[0][start : start + STEP], sides[1][start : start + STEP])
-            if scan.base != scan.tuned:
-                pair = self._recode(common, (scan.base, scan.tuned), pair)
-            partial.counts[Count.STORED_EQUAL] += count_equal(*pair, pair[0].dtype.type(common.magnitude))
+        if scan.base != scan.tuned:
+            sides = self._recode(common, (scan.base, scan.tuned), sides)
+        partial.counts[Count.STORED_EQUAL] += count_equal(*sides, sides[0].dtype.type(common.magnitude))
 
     def _recode(self, target: Format, stored: tuple[Format, Format], sides: tuple[Codes, Codes]) -> tuple[Codes, Codes]:
         """Codes of both sides in the target format, read-only; what is stored so already is not copied."""
@@ -142,11 +134,12 @@ class CpuWorker:
         if stored.bits <= 16:
             np.take(recode_table(stored, target), codes, out=out, mode="clip")
         elif target.bits == 64:
-            np.copyto(out.view(np.float64), codes.view(np.float32))
+            with np.errstate(invalid="ignore"):  # a signalling NaN
+                np.copyto(out.view(np.float64), codes.view(np.float32))
         else:
             if stored.bits == 64:
                 narrow = self._buffer(f"{name} narrowed", np.dtype(np.float32))[: codes.size]
-                with np.errstate(over="ignore"):
+                with np.errstate(over="ignore", invalid="ignore"):
                     np.copyto(narrow, codes.view(np.float64), casting="same_kind")
                 codes = _read_only(narrow.view(np.uint32))
             round_to_bf16(codes, out)
@@ -160,8 +153,15 @@ class CpuWorker:
     def _buffer(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
         key = f"{name} {dtype}"
         if key not in self._scratch:
-            self._scratch[key] = np.empty(STEP, dtype)
+            self._scratch[key] = np.empty(PIECE, dtype)
         return self._scratch[key]
+
+
+def _native_counts(partial: Partial, compare: Format) -> NDArray[np.int64]:
+    """Changed coordinates so far, and base codes that are NaN or Inf, where both sides are stored as compared."""
+    if compare.bits > 16:
+        return np.array([partial.counts[Count.CHANGED], 0])
+    return np.array([partial.counts[Count.CHANGED], partial.weights[0, compare.infinite :].sum()])
 
 
 def _read_only(array: Codes) -> Codes:

@@ -74,9 +74,11 @@ def _values(name: str) -> NDArray[np.float32]:
     if name == "bf16":
         values = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
     elif name == "f16":
-        values = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+        with np.errstate(invalid="ignore"):  # signalling NaN
+            values = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
     elif name == "f8_e5m2":  # the upper half of a float16
-        values = (np.arange(1 << 8, dtype=np.uint16) << 8).view(np.float16).astype(np.float32)
+        with np.errstate(invalid="ignore"):
+            values = (np.arange(1 << 8, dtype=np.uint16) << 8).view(np.float16).astype(np.float32)
     elif name == "f8_e4m3":
         values = _e4m3_values()
     else:
@@ -109,7 +111,8 @@ def recode_table(stored: Format, compare: Format) -> NDArray[np.unsignedinteger]
         table = round_to_bf16(values.view(np.uint32))
     else:
         real = {"f16": np.float16, "f32": np.float32, "f64": np.float64}[compare.name]
-        table = values.astype(real).view(compare.code_dtype)
+        with np.errstate(invalid="ignore"):  # a signalling NaN
+            table = values.astype(real).view(compare.code_dtype)
     table.flags.writeable = False
     return table
 
@@ -145,7 +148,7 @@ def compare_format(base: Format, tuned: Format, compare: str) -> Format:
         Under "bf16" everything of 16 bits and more becomes bfloat16; two tensors of the same 8-bit format stay what
         they are.
     """
-    if compare == "stored" or base == tuned and base.bits == 8:
+    if compare == "stored" or (base == tuned and base.bits == 8):
         return common_format(base, tuned)
     return FORMATS["bf16"]
 

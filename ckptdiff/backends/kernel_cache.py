@@ -60,11 +60,10 @@ def cache_folder() -> Path | None:
 
     ``CKPTDIFF_CACHE_DIR`` names its parent; otherwise it lies in the user's cache folder.
     """
-    parent = os.environ.get("CKPTDIFF_CACHE_DIR") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "ckptdiff"
-    )
-    folder = Path(parent, _fingerprint())
+    named = os.environ.get("CKPTDIFF_CACHE_DIR")
+    user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ckptdiff")
     try:
+        folder = Path(named or user, _fingerprint()).expanduser()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -7,20 +7,43 @@ worked on it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.backends.formats import Format
 
-__all__ = ["BINS", "BLOCK", "BitScan", "Count", "Partial", "Refined", "Rule", "Scan", "Sum", "Targets"]
+__all__ = [
+    "BINS",
+    "BLOCK",
+    "PIECE",
+    "BitScan",
+    "Count",
+    "Partial",
+    "Pieces",
+    "Refined",
+    "Rule",
+    "Scan",
+    "Sum",
+    "Targets",
+]
 
 BLOCK = 1 << 20
 """Coordinates in a block: 128 KiB of mask."""
+PIECE = 1 << 18
+"""Coordinates that are read, decoded and measured at a time: what fits the second-level cache of a core."""
 BINS = 1 << 15
 """Bins of a magnitude histogram: the leading 15 bits below the sign."""
+
+
+Pieces: TypeAlias = Iterable[tuple[NDArray[np.uint8], NDArray[np.uint8]]]
+"""Raw bytes of both sides of a block, ``PIECE`` coordinates at a time; read-only, at addresses that are multiples of 8.
+
+Each piece is valid until the next one is asked for."""
 
 
 class Count(IntEnum):

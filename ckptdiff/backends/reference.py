@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.backends.formats import FORMATS, Format, common_format, round_to_bf16
-from ckptdiff.backends.partial import BINS, Count, Partial, Refined, Rule, Scan, Sum, Targets
+from ckptdiff.backends.partial import BINS, Count, Partial, Pieces, Refined, Rule, Scan, Sum, Targets
 
 __all__ = ["ReferenceWorker"]
 
@@ -16,10 +16,9 @@ __all__ = ["ReferenceWorker"]
 class ReferenceWorker:
     """Measures blocks with NumPy; the methods are those of :class:`~ckptdiff.backends.cpu.CpuWorker`."""
 
-    def scan(
-        self, scan: Scan, base: NDArray[np.uint8], tuned: NDArray[np.uint8], partial: Partial, first_tie: int = 0
-    ) -> NDArray[np.uint8] | None:
+    def scan(self, scan: Scan, pieces: Pieces, partial: Partial, first_tie: int = 0) -> NDArray[np.uint8] | None:
         """Measure one block; see :meth:`ckptdiff.backends.cpu.CpuWorker.scan`."""
+        base, tuned = _join(pieces)
         pair = _Pair(scan, base, tuned)
         partial.open_block(len(scan.thresholds))
         partial.numel += pair.changed.size
@@ -32,11 +31,9 @@ class ReferenceWorker:
         partial.counts[Count.MASKED] += np.count_nonzero(mask)
         return np.packbits(mask, bitorder="little") if scan.want_mask else None
 
-    def refine(
-        self, scan: Scan, targets: Targets, base: NDArray[np.uint8], tuned: NDArray[np.uint8], refined: Refined
-    ) -> None:
+    def refine(self, scan: Scan, targets: Targets, pieces: Pieces, refined: Refined) -> None:
         """Look for open cuts; see :meth:`ckptdiff.backends.cpu.CpuWorker.refine`."""
-        pair = _Pair(scan, base, tuned)
+        pair = _Pair(scan, *_join(pieces))
         magnitudes = np.abs(pair.delta[pair.finite_changed])
         bits = _bits(magnitudes).astype(np.uint64)
         refined.open_block()
@@ -110,11 +107,11 @@ class ReferenceWorker:
 
     @staticmethod
     def _mask(scan: Scan, pair: _Pair, first_tie: int, partial: Partial) -> NDArray[np.bool_]:
-        magnitudes = np.abs(pair.delta).astype(np.float64)
-        larger = np.maximum(np.abs(pair.base), np.abs(pair.tuned)).astype(np.float64)
         if scan.rule == Rule.NONE:
             return np.zeros(pair.changed.size, bool)
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore"):  # NaN
+            magnitudes = np.abs(pair.delta).astype(np.float64)
+            larger = np.maximum(np.abs(pair.base), np.abs(pair.tuned)).astype(np.float64)
             if scan.rule == Rule.ABOVE:
                 inside = magnitudes > scan.cut
             elif scan.rule == Rule.ETA:
@@ -128,7 +125,8 @@ class ReferenceWorker:
                     inside[tied] = (ordinals + 1) * scan.take // scan.ties > ordinals * scan.take // scan.ties
             else:
                 inside = pair.changed
-        return np.where(pair.finite, inside & pair.changed, pair.changed)
+        mask: NDArray[np.bool_] = np.where(pair.finite, inside & pair.changed, pair.changed)
+        return mask
 
 
 class _Pair:
@@ -148,6 +146,11 @@ class _Pair:
         self.finite_changed = self.changed & self.finite
 
 
+def _join(pieces: Pieces) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    copies = [(base.copy(), tuned.copy()) for base, tuned in pieces]
+    return np.concatenate([base for base, _ in copies]), np.concatenate([tuned for _, tuned in copies])
+
+
 def _raw(format: Format, side: NDArray[np.uint8]) -> NDArray[Any]:
     return side.view(format.code_dtype)
 
@@ -155,7 +158,8 @@ def _raw(format: Format, side: NDArray[np.uint8]) -> NDArray[Any]:
 def _decode(format: Format, codes: NDArray[Any]) -> NDArray[Any]:
     """Values as float32, or float64 for a 64-bit format."""
     if format.bits <= 16:
-        return format.values()[codes]
+        values: NDArray[Any] = format.values()[codes]
+        return values
     return codes.view(f"f{format.bits // 8}")
 
 
@@ -164,7 +168,7 @@ def _encode(target: Format, stored: Format, side: NDArray[np.uint8]) -> NDArray[
     codes = _raw(stored, side)
     if stored == target:
         return codes
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         values = _decode(stored, codes)
         if target == FORMATS["bf16"]:
             return round_to_bf16(values.astype(np.float32).view(np.uint32))
@@ -176,11 +180,13 @@ def _count_within(magnitudes: NDArray[np.float64], thresholds: tuple[float, ...]
 
 
 def _bits(values: NDArray[Any]) -> NDArray[Any]:
-    return values.view(f"u{values.dtype.itemsize}")
+    bits: NDArray[Any] = values.view(f"u{values.dtype.itemsize}")
+    return bits
 
 
 def _monotone(format: Format, codes: NDArray[Any]) -> NDArray[Any]:
     """Integers in the order of the values; Python integers where 64 bits do not hold a distance."""
     size = (codes & codes.dtype.type(format.magnitude)).astype(np.int64)
     order = np.where(codes > format.magnitude, -size, size)
-    return order.astype(object) if format.bits == 64 else order
+    result: NDArray[Any] = order.astype(object) if format.bits == 64 else order
+    return result

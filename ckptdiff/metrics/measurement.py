@@ -175,7 +175,7 @@ class FloatMeasurement:
 
     def _decide(self) -> Pass | None:
         """The next pass, None if all is known."""
-        unknown = max((cut.unknown for cut in (*self._cuts, *self._low)), default=0)
+        unknown = max([cut.unknown for cut in self._cuts] + [cut.unknown for cut in self._low], default=0)
         rel = tuple(tau * self._rms() for tau, n in zip(TAU, self._within_rel, strict=True) if n is None)
         if unknown or rel:
             self._state = "refine"
@@ -325,4 +325,4 @@ def _log2_of_bins(name: str) -> NDArray[np.intp]:
 def _regroup(counts: NDArray[np.integer], bins: NDArray[np.intp], span: NDArray[np.int64]) -> NDArray[np.float64]:
     """Add counts up by bin; exact below 2**53."""
     used = slice(int(span[0]), int(span[1]) + 1)
-    return np.bincount(bins[used], counts[used], LOG2_BINS + 1)[:LOG2_BINS]
+    return np.bincount(bins[used], counts[used].astype(np.float64), LOG2_BINS + 1)[:LOG2_BINS].astype(np.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ckptdiff.backends.partial import BINS, BLOCK
+from ckptdiff.backends.partial import BINS, BLOCK, PIECE
 from ckptdiff.errors import PlanError
 
 __all__ = ["TASK_BLOCKS", "Load", "Memory", "Span", "Task", "cut", "fit_memory", "plan_tasks"]
@@ -53,9 +53,9 @@ class Load:
         return sum(numel * bits // 8 for bits in self.bits)
 
     @property
-    def block_bytes(self) -> int:
-        """Bytes of its largest block, all sides."""
-        return sum(min(self.numel, BLOCK) * bits // 8 for bits in self.bits)
+    def piece_bytes(self) -> int:
+        """Bytes of its largest piece, all sides."""
+        return sum(min(self.numel, PIECE) * bits // 8 for bits in self.bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,9 @@ def cut(index: int, load: Load) -> Iterator[Task]:
         yield Task((Span(index, first, min(first + TASK_BLOCKS, load.blocks)),), whole=False)
 
 
-def fit_memory(loads: Sequence[Load], threads: int, max_memory: int, baseline: int, masks: bool) -> Memory:
+def fit_memory(
+    loads: Sequence[Load], threads: int, max_memory: int, default: int, baseline: int, masks: bool
+) -> Memory:
     """Choose as many threads, and as many results in waiting, as memory allows.
 
     Parameters
@@ -134,7 +136,9 @@ def fit_memory(loads: Sequence[Load], threads: int, max_memory: int, baseline: i
     threads : int
         Wanted.
     max_memory : int
-        Bound on the peak resident size, in bytes.
+        Bound on the peak resident size, in bytes; 0 if the user gave none.
+    default : int
+        Bound in that case, except that the least that works is always allowed.
     baseline : int
         Resident size before the first read.
     masks : bool
@@ -145,17 +149,19 @@ def fit_memory(loads: Sequence[Load], threads: int, max_memory: int, baseline: i
     PlanError
         If not even one thread fits.
     """
-    block = max((load.block_bytes for load in loads), default=0)
+    piece = max((load.piece_bytes for load in loads), default=0)
     scratch = max((load.scratch for load in loads), default=0)
-    # Blocks of both sides, work space, two measurements at a time, and a mask chunk with its compressed copy.
-    per_thread = block + scratch + 2 * _MEASUREMENT + 4 * (BLOCK // 8) + (2 << 20)
+    # A piece of both sides, work space, two measurements at a time, and a mask chunk with its compressed copy.
+    per_thread = piece + scratch + 2 * _MEASUREMENT + 4 * (BLOCK // 8) + (2 << 20)
     waiting = _MEASUREMENT + (TASK_BLOCKS * BLOCK // 8 if masks else 0)
     results = len(loads) * (3 << 10) + (16 << 20 if masks else 4 << 20)
     for count in range(max(threads, 1), 0, -1):
         for tasks_waiting in (2 * count + 2, count + 1, 2):
             memory = Memory(baseline, per_thread, waiting, tasks_waiting, count, results)
-            if memory.projected <= max_memory:
+            if memory.projected <= (max_memory or default):
                 return memory
+    if not max_memory:
+        return memory
     raise PlanError(
         "this run does not fit into --max-memory",
         expected=f"at least {_mib(memory.projected)} MiB",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.backends.bitwise import scan_bits
-from ckptdiff.backends.partial import BLOCK, BitScan, Count, Partial, Refined, Scan, Targets
+from ckptdiff.backends.partial import BLOCK, PIECE, BitScan, Count, Partial, Pieces, Refined, Scan, Targets
 from ckptdiff.checkpoint import DTYPES, TensorInfo, TensorPair
 from ckptdiff.metrics.measurement import BitMeasurement, FloatMeasurement, Measured, Pass
 from ckptdiff.runfile.compress import compress_chunk
@@ -26,14 +26,10 @@ __all__ = ["Backend", "Chunk", "SpanResult", "Worker"]
 class Backend(Protocol):
     """What measures blocks; one object per thread. See :class:`~ckptdiff.backends.cpu.CpuWorker`."""
 
-    def scan(
-        self, scan: Scan, base: NDArray[np.uint8], tuned: NDArray[np.uint8], partial: Partial, first_tie: int = 0
-    ) -> NDArray[np.uint8] | None:
+    def scan(self, scan: Scan, pieces: Pieces, partial: Partial, first_tie: int = 0) -> NDArray[np.uint8] | None:
         """Measure one block; returns its mask bits."""
 
-    def refine(
-        self, scan: Scan, targets: Targets, base: NDArray[np.uint8], tuned: NDArray[np.uint8], refined: Refined
-    ) -> None:
+    def refine(self, scan: Scan, targets: Targets, pieces: Pieces, refined: Refined) -> None:
         """Look for open cuts in one block."""
 
 
@@ -140,31 +136,34 @@ class Worker:
         block: int,
         found: Partial | Refined,
     ) -> NDArray[np.uint8] | None:
-        if self._stop.is_set():
-            raise InterruptedError("the run was given up")
-        with self._windows(pair, block) as (base, tuned):
-            if isinstance(todo, Targets):
-                assert isinstance(found, Refined) and isinstance(measurement, FloatMeasurement)
-                self._backend.refine(measurement.scan, todo, base, tuned, found)
-                return None
+        pieces = self._pieces(pair, block)
+        if isinstance(todo, BitScan):
             assert isinstance(found, Partial)
-            if isinstance(todo, BitScan):
-                return scan_bits(todo, base, tuned, found)
-            assert isinstance(measurement, FloatMeasurement)
-            return self._backend.scan(todo, base, tuned, found, measurement.first_tie(block))
+            return scan_bits(todo, pieces, found)
+        assert isinstance(measurement, FloatMeasurement)
+        if isinstance(todo, Targets):
+            assert isinstance(found, Refined)
+            self._backend.refine(measurement.scan, todo, pieces, found)
+            return None
+        assert isinstance(found, Partial)
+        return self._backend.scan(todo, pieces, found, measurement.first_tie(block))
 
-    @contextmanager
-    def _windows(self, pair: TensorPair, block: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-        """Bytes of both sides of a block; what is the same file and range is read once."""
-        with ExitStack() as stack:
-            base = stack.enter_context(self._side(0, pair.base, block))
-            tuned = base if pair.same_bytes else stack.enter_context(self._side(1, pair.tuned, block))
-            yield base, tuned
+    def _pieces(self, pair: TensorPair, block: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+        """Bytes of both sides of a block, a piece at a time; what is the same file and range is read once."""
+        for first in range(block * BLOCK, min((block + 1) * BLOCK, pair.base.numel), PIECE):
+            if self._stop.is_set():
+                raise InterruptedError("the run was given up")
+            with self._window(0, pair.base, first) as base:
+                if pair.same_bytes:
+                    yield base, base
+                else:
+                    with self._window(1, pair.tuned, first) as tuned:
+                        yield base, tuned
 
-    def _side(self, side: int, tensor: TensorInfo, block: int) -> AbstractContextManager[NDArray[np.uint8]]:
-        block_bytes = BLOCK * DTYPES[tensor.dtype].bits // 8
-        start = tensor.start + block * block_bytes
-        stop = min(start + block_bytes, tensor.stop)
+    def _window(self, side: int, tensor: TensorInfo, first: int) -> AbstractContextManager[NDArray[np.uint8]]:
+        bits = DTYPES[tensor.dtype].bits
+        start = tensor.start + first * bits // 8
+        stop = min(start + PIECE * bits // 8, tensor.stop)
         if self._buffers[side].size < stop - start:
             self._buffers[side] = np.empty(stop - start, np.uint8)
         return self._shards[tensor.shard].window(tensor, start, stop, self._buffers[side])

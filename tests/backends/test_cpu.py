@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ckptdiff.backends.cpu import CpuWorker
 from ckptdiff.backends.formats import FORMATS, compare_format
-from ckptdiff.backends.partial import BLOCK, Partial, Refined, Rule, Scan, Sum, Targets
+from ckptdiff.backends.partial import BLOCK, PIECE, Partial, Refined, Rule, Scan, Sum, Targets
 from ckptdiff.backends.reference import ReferenceWorker
 
 SIZES = (0, 1, 7, 8, 63, 64, 65, 8191, 8192, 8193, 20_000, (1 << 18) + 77)
@@ -54,11 +54,16 @@ def read_only(codes):
     return raw
 
 
+def pieces(base, tuned):
+    starts = range(0, base.size, PIECE) or [0]
+    return [(read_only(base[i : i + PIECE]), read_only(tuned[i : i + PIECE])) for i in starts]
+
+
 def both(scan, base, tuned, first_tie=0):
     results = []
     for worker in (CPU, REFERENCE):
         partial = Partial()
-        mask = worker.scan(scan, read_only(base), read_only(tuned), partial, first_tie)
+        mask = worker.scan(scan, pieces(base, tuned), partial, first_tie)
         results.append((partial, None if mask is None else mask.copy()))
     return results
 
@@ -116,7 +121,7 @@ def test_refine_equals_reference(name):
     found = []
     for worker in (CPU, REFERENCE):
         refined = Refined.empty(targets)
-        worker.refine(scan, targets, read_only(base), read_only(tuned), refined)
+        worker.refine(scan, targets, pieces(base, tuned), refined)
         found.append(refined)
     np.testing.assert_array_equal(found[0].deltas, found[1].deltas)
     np.testing.assert_array_equal(found[0].weights, found[1].weights)

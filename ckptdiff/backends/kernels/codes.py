@@ -16,6 +16,7 @@ from ckptdiff.backends.kernels.tiles import (
     add_ulp,
     count_deltas,
     count_distances,
+    count_nonfinite,
     count_strange,
     first_of,
     keep_finite,
@@ -29,11 +30,11 @@ from ckptdiff.backends.partial import Count
 
 __all__ = ["scan_codes"]
 
-CHANGED = int(Count.CHANGED)
+CHANGED, NONFINITE_TUNED = int(Count.CHANGED), int(Count.NONFINITE_TUNED)
 
 
 @helper
-def count_weights(codes: Array, magnitude: int, weights: Array, span: Array) -> None:
+def count_weights(codes: Array, magnitude: Any, weights: Array, span: Array) -> None:
     """Histogram of the magnitudes of all base codes."""
     smallest, largest = codes.dtype.type(0xFFFF), codes.dtype.type(0)
     for i in range(codes.size):
@@ -67,14 +68,14 @@ def gather(a: Array, b: Array, values: Array, tile: Tile) -> None:
 
 
 @helper
-def count_into(row: int, codes: Array, magnitude: int, weights: Array) -> None:
+def count_into(row: int, codes: Array, magnitude: Any, weights: Array) -> None:
     """Add the magnitudes of codes to one row of ``weights``."""
     for j in range(codes.size):
         weights[row, codes[j] & magnitude] += 1
 
 
 @helper
-def count_lost(tile: Tile, magnitude: int, weights: Array) -> None:
+def count_lost(tile: Tile, magnitude: Any, weights: Array) -> None:
     """Histogram of the base magnitudes whose d is not finite."""
     for j in range(tile.delta.size):
         if not abs(tile.delta[j]) < np.inf:
@@ -82,7 +83,7 @@ def count_lost(tile: Tile, magnitude: int, weights: Array) -> None:
 
 
 @helper
-def measure_distances(left: Array, right: Array, magnitude: int, distance: Array) -> None:
+def measure_distances(left: Array, right: Array, magnitude: Any, distance: Array) -> None:
     """Distance of two codes in the monotone integer order of their format, in which +0 and -0 are one."""
     for j in range(left.size):
         x, y = np.int32(left[j]), np.int32(right[j])
@@ -95,9 +96,16 @@ def measure_distances(left: Array, right: Array, magnitude: int, distance: Array
 
 @kernel
 def scan_codes(
-    a: Array, b: Array, values: Array, magnitude: Any, tile: Tile, measure: Measure, totals: Totals, words: Array
+    a: Array,
+    b: Array,
+    values: Array,
+    limits: tuple[Any, Any],
+    tile: Tile,
+    measure: Measure,
+    totals: Totals,
+    words: Array,
 ) -> None:
-    """Measure one run of codes of at most a block.
+    """Measure one piece of codes.
 
     Parameters
     ----------
@@ -105,8 +113,8 @@ def scan_codes(
         Codes of both sides, 8-bit codes widened with zeros. Addresses are multiples of 8.
     values : read-only float32 array
         Value of each code.
-    magnitude : uint16
-        Mask of the magnitude bits.
+    limits : (uint16, uint16)
+        Mask of the magnitude bits, and the first magnitude that is not finite.
     tile : Tile
         Work space.
     measure : Measure
@@ -115,6 +123,7 @@ def scan_codes(
     words : uint64 array, shape (ceil(n / 64),) or (0,)
         Receives the mask.
     """
+    magnitude, infinite = limits
     bits = np.uint64(magnitude)
     for start in range(0, a.size, TILE):
         x, y = a[start : start + TILE], b[start : start + TILE]
@@ -127,6 +136,9 @@ def scan_codes(
         count_into(1, found.left, bits, totals.weights)
         if count_strange(found.delta) > 0:
             count_lost(found, bits, totals.weights)
+            if measure.native:  # beyond the base's own, which its histogram tells
+                gained = count_nonfinite(found.right, magnitude, infinite)
+                totals.counts[NONFINITE_TUNED] += gained - count_nonfinite(found.left, magnitude, infinite)
             found = first_of(tile, keep_finite(found))
         count_deltas(found.delta, np.uint32(0x7FFF_FFFF), np.uint32(16), totals)
         measure_distances(found.left, found.right, np.int32(magnitude), found.distance)

@@ -82,7 +82,7 @@ def fit_null(weights: Array, up: Array, down: Array, first: int, last: int, chan
     low, high = math.log(min(runs_up[0], runs_down[0])) - 60.0, math.log(runs_up[runs - 1]) + 60.0
     while high - low > 1e-13 * max(1.0, abs(low)):
         middle = 0.5 * (low + high)
-        if middle == low or middle == high:
+        if middle in (low, high):
             break
         expected = 0.0
         for run in range(runs):

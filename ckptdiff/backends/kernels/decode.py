@@ -34,7 +34,7 @@ def count_inexact(codes: Array) -> int:
     total = 0
     for start in range(0, codes.size, TILE):
         part = codes[start : start + TILE]
-        count = np.int32(0)
+        count: Any = np.int32(0)
         for i in range(part.size):
             nan = (part[i] & np.uint32(0x7FFF_FFFF)) > np.uint32(0x7F80_0000)
             count = np.int32(count + (((part[i] & np.uint32(0xFFFF)) != 0) & (not nan)))
@@ -48,7 +48,7 @@ def count_equal(a: Array, b: Array, magnitude: Any) -> int:
     total = 0
     for start in range(0, a.size, TILE):
         x, y = a[start : start + TILE], b[start : start + TILE]
-        count = np.int32(0)
+        count: Any = np.int32(0)
         for i in range(x.size):
             count = np.int32(count + ((x[i] == y[i]) | (((x[i] | y[i]) & magnitude) == 0)))
         total += count

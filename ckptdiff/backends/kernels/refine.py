@@ -56,7 +56,7 @@ def refine(
     search: Search,
     found: Found,
 ) -> None:
-    """Pass over one run of codes of at most a block.
+    """Pass over one piece of codes.
 
     Parameters
     ----------

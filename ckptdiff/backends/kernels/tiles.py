@@ -81,6 +81,8 @@ class Measure(NamedTuple):
     cut: float
     tie: Array
     """For ``Rule.TOP``: ordinal of the next coordinate at the cut, how many there are, how many to take."""
+    native: bool
+    """Both sides are stored in the compare format: the kernel counts NaN and Inf."""
 
 
 class Totals(NamedTuple):
@@ -123,9 +125,9 @@ def first_of(tile: Tile, count: int) -> Tile:
 
 
 @helper
-def count_strange(delta: Array) -> int:
+def count_strange(delta: Array) -> Any:
     """How many d are NaN or Inf."""
-    strange = np.int32(0)
+    strange: Any = np.int32(0)
     for j in range(delta.size):
         strange = np.int32(strange + (not abs(delta[j]) < np.inf))
     return strange
@@ -180,11 +182,11 @@ def add_ulp(tile: Tile, ulp: Array) -> None:
             tile.ulp[row, k] = 0
 
 
-def new_measure(scan: Scan, real: np.dtype[Any], first_tie: int = 0) -> Measure:
+def new_measure(scan: Scan, real: np.dtype[Any], first_tie: int = 0, native: bool = False) -> Measure:
     """Kernel parameters of a scan."""
     thresholds = np.array([round_down(threshold, real) for threshold in scan.thresholds], real)
     tie = np.array([first_tie, scan.ties, scan.take], np.int64)
-    return Measure(thresholds, scan.eta, int(scan.rule), scan.cut, tie)
+    return Measure(thresholds, scan.eta, int(scan.rule), scan.cut, tie, native)
 
 
 def round_down(value: float, real: np.dtype[Any]) -> float:
@@ -231,9 +233,9 @@ def positions(marks: Array, n: int, found: Array) -> int:
 
 
 @helper
-def count_nonfinite(codes: Array, magnitude: Any, infinite: Any) -> int:
+def count_nonfinite(codes: Array, magnitude: Any, infinite: Any) -> Any:
     """How many codes are NaN or Inf."""
-    count = np.int32(0)
+    count: Any = np.int32(0)
     for i in range(codes.size):
         count = np.int32(count + ((codes[i] & magnitude) >= infinite))
     return count
@@ -247,18 +249,18 @@ def widen_span(span: Array, at: int, first: int, last: int) -> None:
 
 
 @helper
-def count_within(delta: Array, threshold: Any) -> int:
+def count_within(delta: Array, threshold: Any) -> Any:
     """How many |delta| <= threshold."""
-    count = np.int32(0)
+    count: Any = np.int32(0)
     for j in range(delta.size):
         count = np.int32(count + (abs(delta[j]) <= threshold))
     return count
 
 
 @helper
-def count_within_eta(tile: Tile, eta: float) -> int:
+def count_within_eta(tile: Tile, eta: float) -> Any:
     """How many |delta| <= eta max(|base|, |tuned|)."""
-    count = np.int32(0)
+    count: Any = np.int32(0)
     for j in range(tile.delta.size):
         left, right = abs(np.float64(tile.base[j])), abs(np.float64(tile.tuned[j]))
         larger = left if left > right else right
@@ -287,6 +289,8 @@ def summarise(tile: Tile, measure: Measure, totals: Totals) -> None:
     """Count and sum over the changed coordinates of a tile."""
     add_sums(tile.base, tile.delta, totals.sums)
     for t in range(measure.thresholds.size):
+        if measure.thresholds[t] == 0:  # a changed coordinate has d != 0
+            continue
         totals.within[t] += count_within(tile.delta, measure.thresholds[t])
     totals.counts[WITHIN_ETA] += count_within_eta(tile, measure.eta)
 

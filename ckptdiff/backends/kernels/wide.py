@@ -31,6 +31,7 @@ from ckptdiff.backends.partial import BINS, Count, Sum
 __all__ = ["scan_wide"]
 
 CHANGED, FINITE, BASE_SQUARE = int(Count.CHANGED), int(Count.FINITE), int(Sum.BASE_SQUARE)
+NONFINITE_BASE, NONFINITE_TUNED = int(Count.NONFINITE_BASE), int(Count.NONFINITE_TUNED)
 NAN_BIN = BINS - 1
 
 
@@ -114,7 +115,7 @@ def scan_wide(
     totals: Totals,
     words: Array,
 ) -> None:
-    """Measure one run of float32 or float64 of at most a block.
+    """Measure one piece of float32 or float64.
 
     Parameters
     ----------
@@ -139,8 +140,12 @@ def scan_wide(
         totals.counts[CHANGED] += changed
         count_weights(1, found.left, magnitude, infinite, shift, totals)
         strange = count_strange(found.delta)
-        nonfinite = count_nonfinite(a, magnitude, infinite) + count_nonfinite(b, magnitude, infinite)
-        add_base(x, y, strange + nonfinite == 0, totals)
+        nonfinite_base = count_nonfinite(a, magnitude, infinite)
+        nonfinite_tuned = count_nonfinite(b, magnitude, infinite)
+        if measure.native:
+            totals.counts[NONFINITE_BASE] += nonfinite_base
+            totals.counts[NONFINITE_TUNED] += nonfinite_tuned
+        add_base(x, y, strange + nonfinite_base + nonfinite_tuned == 0, totals)
         if strange > 0:
             count_lost(found, magnitude, infinite, shift, totals.weights)
             found = first_of(tile, keep_finite(found))

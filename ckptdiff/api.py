@@ -1,0 +1,66 @@
+"""The library's one verb."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ckptdiff.engine import run
+from ckptdiff.events import Listener
+from ckptdiff.options import MaskRule, Options, parse_size
+from ckptdiff.result import Diff
+
+__all__ = ["diff"]
+
+
+def diff(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    mask: str | MaskRule = "abs:1e-05",
+    max_memory: str | int = 0,
+    listener: Listener | None = None,
+    title: str | None = None,
+    **options: Any,
+) -> Diff:
+    """Compare two checkpoints, as ``ckptdiff diff`` does.
+
+    Parameters
+    ----------
+    base, tuned : path-like
+        A .safetensors file, a directory of shards, or a ``*.safetensors.index.json``.
+    out : path-like, optional
+        Run file to write; without one there are figures and no masks.
+    mask : str or MaskRule
+        Which coordinates belong to the mask: "bitwise", "abs:EPS", "eta:ETA", "rel:TAU", "top:PERCENT" or "none".
+    max_memory : str or int
+        Bound on the peak resident size of the process, such as "400M"; 0 for the default (see :class:`Options`).
+    listener : callable, optional
+        Called with each event of :mod:`ckptdiff.events`, in the calling thread.
+    title : str, optional
+        A title for the run file.
+    **options
+        The other fields of :class:`Options`: compare, renames, include, exclude, groups, device, threads, io.
+
+    Returns
+    -------
+    Diff
+
+    Raises
+    ------
+    CkptdiffError
+        If an option, an input or the output cannot be used; the message says which, and what to do.
+    """
+    rule = MaskRule.parse(mask) if isinstance(mask, str) else mask
+    memory = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    listed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    return run(
+        os.fspath(base),
+        os.fspath(tuned),
+        out=None if out is None else Path(out),
+        options=Options(mask=rule, max_memory=memory, **listed),
+        listener=listener,
+        title=title,
+    )
