@@ -31,7 +31,7 @@ def changed_elements(base: NDArray[np.uint8], tuned: NDArray[np.uint8], bits: in
     if bits % 8 == 0:
         width = bits // 8
         word = np.dtype(f"u{width}") if width in (1, 2, 4, 8) else np.dtype((np.void, width))
-        differ: NDArray[np.bool_] = base.view(word) != tuned.view(word)
+        differ: NDArray[np.bool_] = np.asarray(base.view(word) != tuned.view(word), bool)
     else:
         differ = np.unpackbits(base ^ tuned, bitorder="little").reshape(-1, bits).astype(bool).any(axis=1)
     return differ

@@ -59,7 +59,8 @@ class ReferenceWorker:
         same = np.equal(*(_encode(common, format, side) for format, side in ((scan.base, base), (scan.tuned, tuned))))
         same |= (stored[0] == 0) & (stored[1] == 0)
         partial.counts[Count.STORED_EQUAL] += np.count_nonzero(same)
-        exact = (pair.base == stored[0]) | np.isnan(stored[0])
+        with np.errstate(invalid="ignore"):  # a signalling NaN
+            exact = (pair.base == stored[0]) | np.isnan(stored[0])
         partial.counts[Count.OFF_GRID] += np.count_nonzero(~exact)
         partial.counts[Count.CHANGED] += np.count_nonzero(pair.changed)
         if scan.compare.bits > 16:

@@ -110,7 +110,8 @@ def _bin_energies(partial: Partial, first: int, stop: int) -> NDArray[np.float64
     # |d| = (lead + low) 2^(e - 150), where low are the 16 bits below the bin and lead the bits above them.
     lead = ((bins & 127) << 16) + np.where(exponent > 0, 1 << 23, 0)
     squared: NDArray[np.float64] = count * lead**2 + 2.0 * lead * total + squares
-    return np.ldexp(squared, 2 * (np.maximum(exponent, 1) - 150)).astype(np.float64)
+    energies: NDArray[np.float64] = np.ldexp(squared, 2 * (np.maximum(exponent, 1) - 150))
+    return energies
 
 
 def _values(bits: Any, width: int) -> NDArray[np.float64]:
