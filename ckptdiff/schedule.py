@@ -46,8 +46,8 @@ def execute(plan: Plan, shards: OpenShards) -> Iterator[SpanResult]:
                 task = further.popleft() if further else next(planned, None)
                 if task is None:
                     break
-                if not task.whole:
-                    large.setdefault(task.spans[0].tensor, _LargeTensor(plan, task.spans[0].tensor))
+                if not task.whole and task.spans[0].tensor not in large:
+                    large[task.spans[0].tensor] = _LargeTensor(plan, task.spans[0].tensor)
                 pending.append((task, pool.submit(work, task)))
             if not pending:
                 return

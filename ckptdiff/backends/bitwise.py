@@ -28,10 +28,10 @@ def changed_elements(base: NDArray[np.uint8], tuned: NDArray[np.uint8], bits: in
     bits : int
         Bits of an element.
     """
-    if bits % 8 == 0:
-        width = bits // 8
-        word = np.dtype(f"u{width}") if width in (1, 2, 4, 8) else np.dtype((np.void, width))
-        differ: NDArray[np.bool_] = np.asarray(base.view(word) != tuned.view(word), bool)
+    different = base ^ tuned
+    if bits % 8:
+        different = np.unpackbits(different, bitorder="little").reshape(-1, bits)
     else:
-        differ = np.unpackbits(base ^ tuned, bitorder="little").reshape(-1, bits).astype(bool).any(axis=1)
-    return differ
+        different = different.reshape(-1, bits // 8)
+    changed: NDArray[np.bool_] = different.astype(bool).any(axis=1)
+    return changed

@@ -27,6 +27,9 @@ __all__ = ["cache_folder", "helper", "kernel", "reducer"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+_KERNEL_FOLDERS = ("backends", "backends/kernels", "runfile")
+"""Where kernels and what they call are written, in the package."""
+
 logger = logging.getLogger("ckptdiff.kernel_cache")
 
 
@@ -80,9 +83,10 @@ def cache_folder() -> Path | None:
 def _fingerprint() -> str:
     """Hash of all that machine code depends on."""
     digest = hashlib.sha256()
-    here = Path(__file__).parent
-    for source in sorted([*here.glob("*.py"), *here.glob("kernels/*.py")]):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    package = Path(__file__).parent.parent
+    for folder in _KERNEL_FOLDERS:
+        for source in sorted((package / folder).glob("*.py")):
+            digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     for version in (
         numba.__version__,
         platform.python_version(),

@@ -96,7 +96,7 @@ class FloatMeasurement:
         self.numel, self.rule, self.compare, self._want_mask = numel, rule, compare, want_mask
         self._width = 64 if compare.bits == 64 else 32
         self.scan = Scan(base, tuned, compare, EPS, ETA, *_first_rule(rule))
-        self._partial = Partial()
+        self._scanned: Partial | None = None
         self._cuts: list[DeltaCut] = []
         self._low: list[LowCut] = []
         self._within_rel: list[int | None] = []
@@ -114,7 +114,8 @@ class FloatMeasurement:
         elif self._state == "scan":
             if not result.numel:
                 result.within = np.zeros(len(EPS), np.int64)
-            self._partial = result
+            self._scanned = result
+            self._finite, self._base_square = self._base()
             self._masked = int(result.counts[Count.MASKED])
             self._start()
         elif self._state == "ties":
@@ -136,22 +137,22 @@ class FloatMeasurement:
         """The columns, once no pass is left."""
         partial, sums = self._partial, self._partial.total()
         numel, changed = self.numel, int(partial.counts[Count.CHANGED])
-        finite, base_square = self._base()
+        first, last = int(partial.span[0]), int(partial.span[1])
         columns: dict[str, int | float] = {
             "numel": numel,
             "valued": 1,
-            "finite": finite,
+            "finite": self._finite,
             "unchanged_bitwise": numel - changed,
             "wide": int(is_wide(self.scan.base, self.compare) or is_wide(self.scan.tuned, self.compare)),
             "unchanged_stored": int(partial.counts[Count.STORED_EQUAL]),
             "unchanged_eta": numel - changed + int(partial.counts[Count.WITHIN_ETA]),
             "changed": self._masked,
             "masked": int(self.rule.kind != "none"),
-            "support": int(partial.weights[1, : first_nan_bin(self.compare)].sum()),
+            "support": int(partial.weights[1, first : min(last + 1, first_nan_bin(self.compare))].sum()),
             "nonfinite_base": int(partial.counts[Count.NONFINITE_BASE]),
             "nonfinite_tuned": int(partial.counts[Count.NONFINITE_TUNED]),
             "delta_norm": math.sqrt(sums[Sum.DELTA_SQUARE]),
-            "base_norm": math.sqrt(base_square),
+            "base_norm": math.sqrt(self._base_square),
             "base_dot_delta": float(sums[Sum.BASE_DELTA]),
             "delta_sum": float(sums[Sum.DELTA]),
             "l1": float(sums[Sum.ABS_DELTA]),
@@ -163,7 +164,12 @@ class FloatMeasurement:
             assert count is not None
             columns[flat_key("unchanged_rel", tau)] = numel - changed + count
         columns |= self._energies(float(sums[Sum.DELTA_SQUARE])) | self._coverages(int(columns["support"]))
-        return Measured(columns, self._histograms(finite))
+        return Measured(columns, self._histograms())
+
+    @property
+    def _partial(self) -> Partial:
+        assert self._scanned is not None
+        return self._scanned
 
     def _start(self) -> None:
         """Find the cuts as far as the scan tells."""
@@ -208,7 +214,7 @@ class FloatMeasurement:
 
     def _top_scan(self, want_mask: bool) -> Scan:
         cut = self._cuts[-1]
-        strange = int(self._partial.counts[Count.CHANGED]) - int(self._partial.deltas[0].sum())
+        strange = int(self._partial.counts[Count.CHANGED]) - self._moved()
         # Coordinates that became NaN or Inf are in every mask; they use up their part of the percentage first.
         take = min(max(cut.rank - strange - cut.above, 0), cut.at)
         return replace(self.scan, rule=Rule.TOP, cut=cut.value, ties=cut.at, take=take, want_mask=want_mask)
@@ -242,9 +248,12 @@ class FloatMeasurement:
         values = self.compare.values()[used].astype(np.float64)
         return int(counts.sum()), float(np.sum(counts * values**2))
 
+    def _moved(self) -> int:
+        """Changed coordinates with finite d."""
+        return int(self._partial.ulp.sum())
+
     def _rms(self) -> float:
-        finite, square = self._base()
-        return math.sqrt(square / finite) if finite else 0.0
+        return math.sqrt(self._base_square / self._finite) if self._finite else 0.0
 
     def _count_within(self, threshold: float) -> int | None:
         """Changed coordinates with |d| <= threshold, None if the scan cannot tell."""
@@ -252,7 +261,7 @@ class FloatMeasurement:
         bits = int(np.array(round_down(threshold, real), real).view(f"u{self._width // 8}"))
         bin_ = bits >> (self._width - 16)
         counts = self._partial.deltas[0].view(np.int64)
-        below = int(counts[:bin_].sum())
+        below = int(counts[self._partial.span[2] : bin_].sum())
         if counts[bin_] == 0:
             return below
         value = single_value(self._partial, bin_) if self._width == 32 else None
@@ -278,11 +287,11 @@ class FloatMeasurement:
             columns[flat_key("low_coverage_null", rho)] = expected
         return columns
 
-    def _histograms(self, finite: int) -> HistogramRow:
+    def _histograms(self) -> HistogramRow:
         partial = self._partial
         delta_map, base_map = _log2_of_bins("f64" if self._width == 64 else "f32"), _log2_of_bins(self.compare.name)
         delta = _regroup(partial.deltas[0], delta_map, partial.span[2:])
-        delta[0] += finite - int(partial.deltas[0].sum())
+        delta[0] += self._finite - self._moved()
         return HistogramRow(
             delta.astype(np.uint64),
             _regroup(partial.weights[0], base_map, partial.span[:2]).astype(np.uint64),

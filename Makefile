@@ -1,0 +1,37 @@
+# Each target makes the virtual environment it needs, and uses it again while pyproject.toml and constraints.txt
+# stay what they are.
+PYTHON ?= python3
+BIN := .venv/bin
+SIZE ?= 2GiB
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/demo.stamp
+	mkdir -p build
+	$(BIN)/ckptdiff diff fixtures/llama/base fixtures/llama/tuned -o build/llama.h5
+
+test: .venv/test.stamp
+	$(BIN)/pytest
+
+lint: .venv/test.stamp .venv/lint.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: .venv/bench.stamp
+	$(BIN)/python bench/compare.py --size $(SIZE) --json build/bench.json
+
+clean:
+	rm -rf .venv build dist
+
+.venv/demo.stamp: EXTRAS =
+.venv/test.stamp: EXTRAS = [parquet,test]
+.venv/lint.stamp: EXTRAS = [lint]
+.venv/bench.stamp: EXTRAS = [bench]
+
+.venv/%.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.$(EXTRAS)'
+	touch $@
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv

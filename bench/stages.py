@@ -1,0 +1,93 @@
+"""What each stage of a diff costs: the stages are added one by one, each timed over the whole pair, in turns.
+
+    python bench/stages.py BASE TUNED [--rounds N] [--threads N]
+
+read: bytes into the buffers of the threads. scan: plus kernels and figures. mask: plus mask bits. compress: plus
+deflate. write: plus the run file. Prints JSON: the seconds of every round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+from ckptdiff.backends.partial import Partial, Pieces, Scan
+from ckptdiff.devices import Device
+from ckptdiff.engine import run
+from ckptdiff.options import MaskRule, Options
+from ckptdiff.planning import Plan, prepare
+from ckptdiff.schedule import execute
+from ckptdiff.stream import worker
+from ckptdiff.stream.reader import open_shards
+
+
+class ReadOnly:
+    """A backend that looks at nothing."""
+
+    def scan(self, scan: Scan, pieces: Pieces, partial: Partial, first_tie: int = 0) -> None:
+        """Ask for every piece."""
+        partial.open_block(len(scan.thresholds))
+        for base, _ in pieces:
+            partial.numel += base.size
+
+    def refine(self, *_: object) -> None:
+        """Never needed, as nothing changed."""
+
+
+def drain(plan: Plan) -> None:
+    """Carry out a plan and drop what it finds."""
+    with open_shards(plan.io) as shards:
+        for _ in execute(plan, shards):
+            pass
+
+
+def stored(mask: np.ndarray, chunk_bytes: int) -> tuple[bytes, int]:
+    """Stand in for compression."""
+    return b"", 0
+
+
+def main() -> None:
+    """Command line entry."""
+    parser = argparse.ArgumentParser(description="Time the stages of a diff.")
+    parser.add_argument("base")
+    parser.add_argument("tuned")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--scratch", type=Path, help="where the run file goes")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.scratch) as folder:
+        out = Path(folder, "run.h5")
+        bare = prepare(given.base, given.tuned, options=Options(mask=MaskRule("none"), threads=given.threads))
+        masked = prepare(given.base, given.tuned, out=out, options=Options(threads=given.threads))
+
+        def without_compression() -> None:
+            with mock.patch.object(worker, "compress_chunk", stored):
+                drain(masked)
+
+        stages: dict[str, Callable[[], object]] = {
+            "read": lambda: drain(replace(bare, device=Device("read", ReadOnly))),
+            "scan": lambda: drain(bare),
+            "mask": without_compression,
+            "compress": lambda: drain(masked),
+            "write": lambda: run(given.base, given.tuned, out=out, options=masked.options),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in stages}
+        for _ in range(given.rounds + 1):
+            for name, stage in stages.items():
+                begun = time.perf_counter()
+                stage()
+                seconds[name].append(time.perf_counter() - begun)
+    print(json.dumps({name: rounds[1:] for name, rounds in seconds.items()}))
+
+
+if __name__ == "__main__":
+    main()
