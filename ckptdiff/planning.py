@@ -20,8 +20,8 @@ from ckptdiff.metrics.measurement import BitMeasurement, FloatMeasurement
 from ckptdiff.options import DEFAULT_MEMORY, Options, default_threads
 from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
 from ckptdiff.runfile.target import check_target
+from ckptdiff.stream.file_systems import choose_io
 from ckptdiff.stream.plan import TASK_BLOCKS, Load, Memory, Span, fit_memory
-from ckptdiff.stream.reader import choose_io
 
 __all__ = ["Plan", "prepare"]
 

@@ -1,8 +1,9 @@
 """Windows on shards: memory maps whose pages are dropped after use, or reads into one buffer per thread.
 
 A shard must not change while it is read. Its inode, size and time are compared when it is opened, before each window
-and after the last one. A page that disappears in between is an error with ``pread``; under ``mmap`` the window is
-populated first, which reports most of those, and what is left kills the process (SIGBUS).
+and after the last one, and at the end its path must still lead to it. A page that disappears in between is an error
+with ``pread``; under ``mmap`` the window is populated first, which reports most of those, and what is left kills the
+process (SIGBUS).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import ctypes
 import errno
 import mmap
 import os
+import resource
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,45 +23,24 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import Shard, TensorInfo
 from ckptdiff.errors import ChangedFileError, CheckpointError
-from ckptdiff.options import Io
 
-__all__ = ["ShardReader", "choose_io", "open_shards"]
+__all__ = ["OpenShards", "ShardReader", "open_shards"]
 
 READ_AHEAD = 16 << 20
 """Bytes asked for ahead of each window of a file that is not in the page cache."""
 
-_NETWORK = ("nfs", "cifs", "smb", "fuse", "9p", "ceph", "lustre", "gpfs", "beegfs", "afs", "glusterfs", "orangefs")
+_OTHER_FILES = 128
+"""Room left below the limit on open files for all that are not shards."""
 _PAGE = mmap.PAGESIZE
 _MADV_DONTNEED = 4
 _MADV_POPULATE_READ = 22  # since Linux 5.14; the mmap module has no name for it
 
+_POPULATES_NOTHING = (errno.EINVAL, errno.ENOSYS, errno.EINTR, errno.EAGAIN)
+"""An older kernel, or one that was disturbed: pages come as they are touched."""
+
 # Python's mmap.madvise holds the GIL while the disk works; ctypes gives it away.
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-
-def choose_io(io: Io, paths: Sequence[str]) -> str:
-    """Decide on "mmap" or "pread": what was asked for, else mmap unless a file lies on a network file system."""
-    if io != "auto":
-        return io
-    kinds = {_file_system(path) for path in paths}
-    return "pread" if any(kind.startswith(_NETWORK) for kind in kinds) else "mmap"
-
-
-def _file_system(path: str) -> str:
-    """Type of the file system that holds a path, "" where the system does not tell."""
-    try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    real = os.path.realpath(path)
-    best, kind = "", ""
-    for line in lines:
-        head, _, tail = line.partition(" - ")
-        point = head.split()[4].replace("\\040", " ")
-        if (real == point or real.startswith(point.rstrip("/") + "/")) and len(point) >= len(best):
-            best, kind = point, tail.split()[0]
-    return kind
 
 
 class ShardReader:
@@ -83,15 +64,18 @@ class ShardReader:
         self.shard = shard
         try:
             self._descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise _vanished(shard, error) from error
         except OSError as error:
-            raise CheckpointError(f"cannot open the shard: {error.strerror}", file=shard.path) from error
+            hint = "ulimit -n 4096" if error.errno == errno.EMFILE else None
+            raise CheckpointError(f"cannot open the shard: {error.strerror}", file=shard.path, hint=hint) from error
         self._bytes: NDArray[np.uint8] | None = None
         self._advised = 0
+        self._links = 0
         try:
             self.check()
-            if io == "mmap" and shard.size:
-                mapped = mmap.mmap(self._descriptor, shard.size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
-                self._bytes = np.frombuffer(mapped, np.uint8)
+            if io == "mmap":
+                self._bytes = self._mapped()
         except BaseException:
             self.close()
             raise
@@ -107,9 +91,29 @@ class ShardReader:
         Raises
         ------
         ChangedFileError
-            If any differs.
+            If any differs, or the file has lost its name.
         """
-        found = os.fstat(self._descriptor)
+        status = os.fstat(self._descriptor)
+        self._compare(status)
+        if status.st_nlink < self._links:  # cheaper than to look at the path each time
+            self.check_path()
+        self._links = status.st_nlink
+
+    def check_path(self) -> None:
+        """Make sure that the path still leads to the file whose header was read.
+
+        Raises
+        ------
+        ChangedFileError
+            If it leads to nothing or to another file.
+        """
+        try:
+            status = Path(self.shard.path).stat()
+        except OSError as error:
+            raise _vanished(self.shard, error) from error
+        self._compare(status)
+
+    def _compare(self, found: os.stat_result) -> None:
         now = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
         then = (self.shard.device, self.shard.inode, self.shard.size, self.shard.mtime_ns)
         if now != then:
@@ -120,6 +124,18 @@ class ShardReader:
                 found=f"{now[2]} bytes of inode {now[1]}, modified at {now[3]} ns",
                 hint="compare a copy that nothing writes to",
             )
+
+    def _mapped(self) -> NDArray[np.uint8]:
+        try:
+            mapped = mmap.mmap(self._descriptor, self.shard.size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+        except ValueError:  # shorter than a moment ago
+            self.check()
+            raise
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot map the shard: {error.strerror}", file=self.shard.path, hint="--io pread"
+            ) from error
+        return np.frombuffer(mapped, np.uint8)
 
     @contextmanager
     def window(
@@ -172,7 +188,7 @@ class ShardReader:
             code = ctypes.get_errno()
             if code == errno.EFAULT:
                 raise self._shrank(tensor, tensor.stop, os.fstat(self._descriptor).st_size)
-            if code not in (errno.EINVAL, errno.ENOSYS):  # an older kernel: pages come as they are touched
+            if code not in _POPULATES_NOTHING:
                 raise CheckpointError(
                     f"cannot read the shard: {os.strerror(code)}", file=self.shard.path, tensor=tensor.name
                 )
@@ -210,6 +226,23 @@ class ShardReader:
         )
 
 
+def _vanished(shard: Shard, error: OSError) -> ChangedFileError:
+    return ChangedFileError(
+        "the shard vanished while it was read",
+        file=shard.path,
+        found=error.strerror,
+        hint="compare a copy that nothing moves or deletes",
+    )
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the soft limit on open files if it is lower, as far as the hard one lets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 class OpenShards:
     """Readers of all shards of both sides, opened on first use."""
 
@@ -222,6 +255,8 @@ class OpenShards:
         reader = self._readers.get(shard)
         if reader is None:
             with self._lock:
+                # A mapped file takes two descriptors, and a checkpoint may have hundreds of shards.
+                _allow_open_files(2 * len(self._readers) + _OTHER_FILES)
                 reader = self._readers.get(shard) or self._readers.setdefault(shard, ShardReader(shard, self._io))
         return reader
 
@@ -232,9 +267,10 @@ class OpenShards:
         self._readers.clear()
 
     def check(self) -> None:
-        """Compare every file that was read with its header once more."""
+        """Compare every file that was read with its header once more, and its path with the file."""
         for reader in self._readers.values():
             reader.check()
+            reader.check_path()
 
 
 @contextmanager
