@@ -29,9 +29,7 @@ def changed_elements(base: NDArray[np.uint8], tuned: NDArray[np.uint8], bits: in
         Bits of an element.
     """
     different = base ^ tuned
-    if bits % 8:
-        different = np.unpackbits(different, bitorder="little").reshape(-1, bits)
-    else:
-        different = different.reshape(-1, bits // 8)
-    changed: NDArray[np.bool_] = different.astype(bool).any(axis=1)
-    return changed
+    groups = (
+        np.unpackbits(different, bitorder="little").reshape(-1, bits) if bits % 8 else different.reshape(-1, bits // 8)
+    )
+    return np.asarray(groups.max(axis=1, initial=0) > 0, bool)

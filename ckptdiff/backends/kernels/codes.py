@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ckptdiff.backends.kernel_cache import helper, kernel
+from ckptdiff.backends.kernels.bits import bits_float
 from ckptdiff.backends.kernels.tiles import (
     TILE,
     Array,
@@ -60,9 +61,14 @@ def gather(a: Array, b: Array, values: Array, tile: Tile) -> None:
     """Collect codes, values and d of the coordinates found."""
     for j in range(tile.found.size):
         at = tile.found[j]
-        x, y = a[at], b[at]
-        tile.left[j], tile.right[j] = x, y
-        tile.base[j], tile.tuned[j] = values[x], values[y]
+        tile.left[j], tile.right[j] = a[at], b[at]
+    if values.size == 0:  # bfloat16: a code is the upper half of its float32
+        for j in range(tile.found.size):
+            tile.base[j] = bits_float(np.uint32(np.uint32(tile.left[j]) << np.uint32(16)))
+            tile.tuned[j] = bits_float(np.uint32(np.uint32(tile.right[j]) << np.uint32(16)))
+    else:
+        for j in range(tile.found.size):
+            tile.base[j], tile.tuned[j] = values[tile.left[j]], values[tile.right[j]]
     for j in range(tile.found.size):
         tile.delta[j] = tile.tuned[j] - tile.base[j]
 
@@ -112,7 +118,7 @@ def scan_codes(
     a, b : read-only uint16 array, shape (n,)
         Codes of both sides, 8-bit codes widened with zeros. Addresses are multiples of 8.
     values : read-only float32 array
-        Value of each code.
+        Value of each code; empty for bfloat16, which needs no table.
     limits : (uint16, uint16)
         Mask of the magnitude bits, and the first magnitude that is not finite.
     tile : Tile
