@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ckptdiff.backends.formats import Format
-from ckptdiff.backends.partial import BLOCK, Partial, Refined, Rule, Scan, Targets
+from ckptdiff.backends.partial import BLOCK, Partial, Refined, Targets
+from ckptdiff.metrics.measurement import FloatMeasurement
+from ckptdiff.options import MaskRule
+from ckptdiff.runfile.compress import MASK_CHUNK, compress_chunk
 from ckptdiff.stream.worker import Backend
 
 __all__ = ["Device", "open_device"]
@@ -34,15 +37,29 @@ class Device:
             return 240 * min(numel, BLOCK)
         return 0 if base == tuned == compare else 14 << 20
 
-    def warm_up(self, formats: Iterable[tuple[Format, Format, Format]]) -> None:
-        """Load or compile the kernels of each (base, tuned, compare) before anything is timed or measured."""
+    def warm_up(self, formats: Iterable[tuple[Format, Format, Format]], masks: bool) -> None:
+        """Load or compile every kernel that a run may call, so that what it measures next is time and memory of data.
+
+        Parameters
+        ----------
+        formats : iterable of (base, tuned, compare)
+        masks : bool
+            Whether masks are compressed.
+        """
         worker = self.worker()
         for base, tuned, compare in formats:
-            one = np.frombuffer(bytes(base.bits // 8), np.uint8), np.frombuffer(bytes(tuned.bits // 8), np.uint8)
-            worker.scan(Scan(base, tuned, compare, (0.0,), rule=Rule.BITWISE, want_mask=True), [one], Partial())
-            if compare.bits > 16:
-                targets = Targets(16)
-                worker.refine(Scan(base, tuned, compare), targets, [one], Refined.empty(targets))
+            measurement = FloatMeasurement(base, tuned, compare, 2, MaskRule("bitwise"), True)
+            # Two coordinates of which one changed: what nothing or everything changed in takes shorter ways.
+            sides = bytes(base.bits // 4), bytes(tuned.bits // 8) + b"\x3c" * (tuned.bits // 8)
+            piece = np.frombuffer(sides[0], np.uint8), np.frombuffer(sides[1], np.uint8)
+            targets, partial = Targets(16), Partial()
+            worker.refine(measurement.scan, targets, [piece], Refined.empty(targets))
+            worker.scan(replace(measurement.scan, want_mask=True), [piece], partial)
+            measurement.take(partial)
+            if measurement.next is None:
+                measurement.measured()
+        if masks:
+            compress_chunk(np.arange(MASK_CHUNK, dtype=np.uint8), MASK_CHUNK)
 
 
 def open_device(name: str) -> Device:

@@ -84,7 +84,7 @@ class Plan:
     @property
     def max_memory(self) -> int:
         """The bound it was fitted into, in bytes."""
-        return self.options.max_memory or max(DEFAULT_MEMORY, self.memory.projected)
+        return self.options.max_memory or max(DEFAULT_MEMORY, self.projected_memory)
 
     def measurement(self, index: int) -> FloatMeasurement | BitMeasurement:
         """A fresh measurement of one pair."""
@@ -119,10 +119,10 @@ def prepare(base: str, tuned: str, *, out: Path | None = None, options: Options 
     pairing = pair(*sides, renames=options.renames, include=options.include, exclude=options.exclude)
     device = open_device(options.device)
     formats = {_formats(p.base, p.tuned, options.compare) for p in pairing.pairs if p.base.kind is Kind.FLOAT}
-    device.warm_up(sorted(formats, key=str))
+    want_masks = out is not None and options.mask.kind != "none"
+    device.warm_up(sorted(formats, key=str), want_masks)
     loads = tuple(_load(pair, options, device) for pair in pairing.pairs)
     diff = _facts(*sides, pairing, options)
-    want_masks = out is not None and options.mask.kind != "none"
     threads = options.threads or default_threads()
     memory = fit_memory(loads, threads, options.max_memory, DEFAULT_MEMORY, resident(), want_masks)
     io = choose_io(options.io, [shard.path for side in sides for shard in side.shards])

@@ -92,7 +92,7 @@ __all__ = ["diff"]
 @click.option(
     "--max-memory",
     metavar="SIZE",
-    default="400M",
+    show_default="400M, or what one thread needs if that is more",
     help="Bound on the peak memory of the whole process, mapped pages included.",
 )
 @click.option(
@@ -146,7 +146,7 @@ def _options(given: dict[str, Any]) -> Options:
         groups=given["groups"],
         device=given["device"],
         threads=given["threads"],
-        max_memory=parse_size(given["max_memory"]),
+        max_memory=0 if given["max_memory"] is None else parse_size(given["max_memory"]),
         io=given["io"],
     )
 

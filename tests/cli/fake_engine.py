@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptdiff.events import Finished, Listener, Note, Progress, Started, TensorDone
 from ckptdiff.metrics.histograms import HistogramRow
-from ckptdiff.options import MaskRule, Options
+from ckptdiff.options import DEFAULT_MEMORY, MaskRule, Options
 from ckptdiff.result import Diff
 
 
@@ -57,7 +57,7 @@ class FakeEngine:
             threads=2,
             chunk_bytes=1 << 21,
             projected_memory=300 << 20,
-            max_memory=options.max_memory,
+            max_memory=options.max_memory or DEFAULT_MEMORY,
             io="mmap",
             diff=self._cut(slice(0)),
         )
