@@ -113,6 +113,7 @@ class Options:
         Bound on the peak resident size of the whole process, mapped pages included, in bytes. 0 stands for
         :data:`DEFAULT_MEMORY`, or for what one thread needs where the process is larger than that already.
     io : {"auto", "mmap", "pread"}
+        "auto" is "pread".
 
     Raises
     ------

@@ -20,7 +20,6 @@ from ckptdiff.metrics.measurement import BitMeasurement, FloatMeasurement
 from ckptdiff.options import DEFAULT_MEMORY, Options, default_threads
 from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
 from ckptdiff.runfile.target import check_target
-from ckptdiff.stream.file_systems import choose_io
 from ckptdiff.stream.plan import TASK_BLOCKS, Load, Memory, Span, fit_memory
 
 __all__ = ["Plan", "prepare"]
@@ -125,7 +124,8 @@ def prepare(base: str, tuned: str, *, out: Path | None = None, options: Options 
     diff = _facts(*sides, pairing, options)
     threads = options.threads or default_threads()
     memory = fit_memory(loads, threads, options.max_memory, DEFAULT_MEMORY, resident(), want_masks)
-    io = choose_io(options.io, [shard.path for side in sides for shard in side.shards])
+    # Reads into a cached buffer cost less than mapping pages and dropping them again, and report a lost page.
+    io = "pread" if options.io == "auto" else options.io
     return Plan(pairing.pairs, loads, diff, memory, io, device, options, want_masks)
 
 

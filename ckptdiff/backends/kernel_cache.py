@@ -30,22 +30,25 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _KERNEL_FOLDERS = ("backends", "backends/kernels", "runfile")
 """Where kernels and what they call are written, in the package."""
 
+_INLINED = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+"""Only kernels are called from Python; the wrappers of what they call would cost a third of the compilation."""
+
 logger = logging.getLogger("ckptdiff.kernel_cache")
 
 
 def helper(function: Function) -> Function:
     """Compile a step that kernels call; it is inlined into them and never cached by itself."""
-    return cast(Function, numba.njit(nogil=True)(function))
+    return cast(Function, numba.njit(nogil=True, **_INLINED)(function))
 
 
 def reducer(function: Function) -> Function:
     """Compile a step whose floating sums may be reordered, as vector sums need; the order depends on the code alone."""
-    return cast(Function, numba.njit(nogil=True, fastmath={"reassoc", "nsz", "contract"})(function))
+    return cast(Function, numba.njit(nogil=True, fastmath={"reassoc", "nsz", "contract"}, **_INLINED)(function))
 
 
 def kernel(function: Function) -> Function:
     """Compile a function that runs without the GIL, and cache its machine code."""
-    dispatcher = numba.njit(nogil=True)(function)
+    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True)(function)
     folder = cache_folder()
     if folder is not None:
         before = numba.config.CACHE_DIR
