@@ -173,8 +173,9 @@ class FloatMeasurement:
 
     def _start(self) -> None:
         """Find the cuts as far as the scan tells."""
-        percents = [*P, self.rule.value] if self.rule.kind == "top" else P
-        ranks = [_rank(Fraction(str(p)) / 100, self.numel) for p in percents]
+        ranks = [_rank(Fraction(str(p)) / 100, self.numel) for p in P]
+        if self.rule.kind == "top":
+            ranks.append(max(self._top_room(), 1))
         self._cuts = [first_delta_cut(self._partial, self._width, rank) for rank in ranks]
         self._low = [first_low_cut(self._partial, self.compare, _rank(Fraction(str(rho)), self.numel)) for rho in RHO]
         self._within_rel = [self._count_within(tau * self._rms()) for tau in TAU]
@@ -214,10 +215,14 @@ class FloatMeasurement:
 
     def _top_scan(self, want_mask: bool) -> Scan:
         cut = self._cuts[-1]
-        strange = int(self._partial.counts[Count.CHANGED]) - self._moved()
-        # Coordinates that became NaN or Inf are in every mask; they use up their part of the percentage first.
-        take = min(max(cut.rank - strange - cut.above, 0), cut.at)
+        take = min(max(self._top_room() - cut.above, 0), cut.at)
         return replace(self.scan, rule=Rule.TOP, cut=cut.value, ties=cut.at, take=take, want_mask=want_mask)
+
+    def _top_room(self) -> int:
+        """How many coordinates of finite d a ``top`` mask may hold."""
+        # Coordinates that became NaN or Inf are in every mask; they use up their part of the percentage first.
+        strange = int(self._partial.counts[Count.CHANGED]) - self._moved()
+        return _rank(Fraction(str(self.rule.value)) / 100, self.numel) - strange
 
     def _refine(self, found: Refined) -> None:
         targets = self.next

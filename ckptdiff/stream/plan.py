@@ -17,6 +17,7 @@ TASK_TENSORS = 64
 
 _MEASUREMENT = 8 * BINS * 6 + (1 << 17)
 """Bytes of a Partial, if all of its bins are touched."""
+_HINT_STEP = 10 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,8 @@ def fit_memory(
         "this run does not fit into --max-memory",
         expected=f"at least {_mib(memory.projected)} MiB",
         found=f"{_mib(max_memory)} MiB",
-        hint=f"--max-memory {_mib(memory.projected)}M",
+        # Rounded up: the same process is not of the same size each time.
+        hint=f"--max-memory {-(-memory.projected // _HINT_STEP) * _HINT_STEP >> 20}M",
     )
 
 
