@@ -32,6 +32,8 @@ READ_AHEAD = 16 << 20
 _OTHER_FILES = 128
 """Room left below the limit on open files for all that are not shards."""
 _PAGE = mmap.PAGESIZE
+_AROUND = 2 << 20
+"""A page fault maps up to this much around it, too, if it is cached; if that is not dropped, an eighth of a file stays."""
 _MADV_DONTNEED = 4
 _MADV_POPULATE_READ = 22  # since Linux 5.14; the mmap module has no name for it
 
@@ -163,7 +165,7 @@ class ShardReader:
         view = self._bytes[start:stop]
         self._populate(tensor, view)
         yield view
-        self._advise(view, _MADV_DONTNEED)
+        self._drop(start, stop)
 
     def _read(self, tensor: TensorInfo, start: int, stop: int, buffer: NDArray[np.uint8]) -> NDArray[np.uint8]:
         target = buffer[: stop - start]
@@ -192,6 +194,12 @@ class ShardReader:
                 raise CheckpointError(
                     f"cannot read the shard: {os.strerror(code)}", file=self.shard.path, tensor=tensor.name
                 )
+
+    def _drop(self, start: int, stop: int) -> None:
+        """Give back the pages of a window, and those that the system mapped around it."""
+        if self._bytes is not None:
+            # Never beyond the map: what lies there may be anyone's memory, and would be lost.
+            self._advise(self._bytes[max(start - _AROUND, 0) : stop + _AROUND], _MADV_DONTNEED)
 
     @staticmethod
     def _advise(view: NDArray[np.uint8], advice: int) -> int:
