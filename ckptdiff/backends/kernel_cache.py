@@ -54,9 +54,13 @@ def kernel(function: Function) -> Function:
         before = numba.config.CACHE_DIR
         numba.config.CACHE_DIR = str(folder)
         try:
-            dispatcher._cache = _Cache(function)
+            cache = _Cache(function)
         finally:
             numba.config.CACHE_DIR = before
+        if Path(cache.cache_path).parent == folder:
+            dispatcher._cache = cache
+        else:  # Numba's next choice; no hash of the sources guards it
+            logger.warning("%s is not cached: no folder for it in %s", function.__name__, folder)
     return cast(Function, dispatcher)
 
 
@@ -77,7 +81,7 @@ def cache_folder() -> Path | None:
         probe = folder / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home
         logger.warning("kernels are compiled anew in every process, no cache folder can be used: %s", error)
         return None
     return folder
