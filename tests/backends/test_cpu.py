@@ -12,7 +12,7 @@ from ckptdiff.backends.formats import FORMATS, compare_format
 from ckptdiff.backends.partial import BLOCK, PIECE, Partial, Refined, Rule, Scan, Sum, Targets
 from ckptdiff.backends.reference import ReferenceWorker
 
-SIZES = (0, 1, 7, 8, 63, 64, 65, 8191, 8192, 8193, 20_000, (1 << 18) + 77)
+SIZES = (0, 1, 7, 8, 63, 64, 65, 4097, 32_767, 32_768, 32_769, (1 << 17) + 77)
 PAIRS = [(a, b) for a in FORMATS for b in FORMATS]
 CPU, REFERENCE = CpuWorker(), ReferenceWorker()
 

@@ -39,7 +39,7 @@ __all__ = [
     "widen_span",
 ]
 
-TILE = 8192
+TILE = 1 << 15
 """Coordinates in a tile; its buffers stay in the caches of one core. A multiple of 64, at most 2**16."""
 
 Array = Any  # Numba infers element types; NumPy's own would have to be generic over every width
@@ -77,6 +77,7 @@ class Measure(NamedTuple):
     thresholds: Array
     """In the dtype of d, rounded down."""
     eta: float
+    """0 where the grid of the compare format is coarser: nothing that changed is within it."""
     rule: int
     cut: float
     tie: Array
@@ -186,7 +187,9 @@ def new_measure(scan: Scan, real: np.dtype[Any], first_tie: int = 0, native: boo
     """Kernel parameters of a scan."""
     thresholds = np.array([round_down(threshold, real) for threshold in scan.thresholds], real)
     tie = np.array([first_tie, scan.ties, scan.take], np.int64)
-    return Measure(thresholds, scan.eta, int(scan.rule), scan.cut, tie, native)
+    # Two bfloat16 values that differ do so by 2**-8 of the larger one at least.
+    eta = 0.0 if scan.compare.name == "bf16" and scan.eta < 2**-8 else scan.eta
+    return Measure(thresholds, eta, int(scan.rule), scan.cut, tie, native)
 
 
 def round_down(value: float, real: np.dtype[Any]) -> float:
@@ -292,7 +295,8 @@ def summarise(tile: Tile, measure: Measure, totals: Totals) -> None:
         if measure.thresholds[t] == 0:  # a changed coordinate has d != 0
             continue
         totals.within[t] += count_within(tile.delta, measure.thresholds[t])
-    totals.counts[WITHIN_ETA] += count_within_eta(tile, measure.eta)
+    if measure.eta > 0:
+        totals.counts[WITHIN_ETA] += count_within_eta(tile, measure.eta)
 
 
 @helper
