@@ -33,7 +33,7 @@ _OTHER_FILES = 128
 """Room left below the limit on open files for all that are not shards."""
 _PAGE = mmap.PAGESIZE
 _AROUND = 2 << 20
-"""A page fault also maps up to this much of what is cached around it. Unless dropped, an eighth of a file stays mapped."""
+"""A page fault maps up to this much of what is cached around it; unless dropped, an eighth of a file stays mapped."""
 _MADV_DONTNEED = 4
 _MADV_POPULATE_READ = 22  # since Linux 5.14; the mmap module has no name for it
 
