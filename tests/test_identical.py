@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ckptdiff import planning
 from ckptdiff.engine import prepare, run
+from ckptdiff.events import Event, Progress
 from ckptdiff.options import MaskRule, Options
 from ckptdiff.stream import plan as stream_plan
 
@@ -174,6 +175,23 @@ def test_no_digit_depends_on_where_a_file_puts_its_bytes(pair: Pair, io: str) ->
             stack.callback(path.unlink)
             shifted.append(write(path, arrays, shift=2 + 3 * number))
         assert pair.run((shifted[0], shifted[1]), io=io) == expected
+
+
+@pytest.mark.parametrize("mask", ["abs:1e-05", "rel:0.01", "top:1", "none"])
+def test_progress_counts_every_byte_once(pair: Pair, mask: str) -> None:
+    """However many passes the mask takes, and whether it is made in the first of them."""
+    events: list[Progress] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Progress):
+            events.append(event)
+
+    diff = run(*pair.paths, out=pair.folder / "run.h5", options=Options(mask=MaskRule.parse(mask)), listener=listen)
+    counted = [event.bytes_done for event in events]
+    assert counted == sorted(counted) and counted[-1] == sum(v.nbytes for side in pair.arrays for v in side.values())
+    valued = diff.columns["valued"] == 1
+    assert events[-1].compared == diff.columns["numel"][valued].sum()
+    assert events[-1].unchanged == diff.columns["unchanged_bitwise"][valued].sum()
 
 
 def cast(values: Array, compare: str) -> tuple[Array, Array]:

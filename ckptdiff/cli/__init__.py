@@ -8,14 +8,13 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
-from types import FrameType
 
 from ckptdiff.cli.failures import OK, failure
 from ckptdiff.cli.group import ckptdiff
-from ckptdiff.cli.session import Session, Terminated
+from ckptdiff.cli.session import Session
+from ckptdiff.cli.signals import signals_raise
 from ckptdiff.cli.target import abandon_stdout
 
 __all__ = ["main"]
@@ -39,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     session = Session(traceback=os.environ.get("CKPTDIFF_DEBUG", "") not in ("", "0"))
     message = ""
-    with _signals_raise(), _ready_stdout():
+    with signals_raise(), _ready_stdout():
         try:
             code = _run(sys.argv[1:] if arguments is None else list(arguments), session)
             if sys.stdout is not None:
@@ -79,23 +78,3 @@ def _ready_stdout() -> Iterator[None]:
         yield
     finally:
         sys.stdout = before
-
-
-@contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP into :class:`Terminated`, unless the caller had them ignored (as nohup does)."""
-    before = {}
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) is not signal.SIG_IGN:
-            before[signum] = signal.signal(signum, _terminate)
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    # Once: what follows is the cleaning up, which a second signal would cut short.
-    signal.signal(signum, signal.SIG_IGN)
-    raise Terminated(signum)

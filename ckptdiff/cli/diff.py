@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptdiff.cli.session import Session
+from ckptdiff.cli.signals import raise_pending
 from ckptdiff.cli.target import abandon_stdout, files_of
 from ckptdiff.cli.view import Request, verbosity, view_options
 
@@ -174,6 +175,7 @@ def _run(base: str, tuned: str, out: Path | None, options: Options, request: Req
             listeners.append(stack.enter_context(display))
 
         def tell(event: Event) -> None:
+            raise_pending()
             for listener in listeners:
                 listener(event)
 

@@ -127,7 +127,7 @@ class FloatMeasurement:
     @property
     def scanning(self) -> bool:
         """Whether the first pass is still to come."""
-        return self._state == "scan" and self.next is self.scan
+        return self._state == "scan" and self.next is not None
 
     def first_tie(self, block: int) -> int:
         """Coordinates at the cut of ``Rule.TOP`` in the blocks before one."""

@@ -94,10 +94,11 @@ def test_signals_leave_nothing_behind(spawn: Spawn, signum: int, code: int, mess
 
 def test_an_ignored_hangup_stays_ignored(tmp_path: Path) -> None:
     code = (
-        "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\nimport ckptdiff.cli as cli\n"
-        "with cli._signals_raise():\n    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN\n"
-        "    assert signal.getsignal(signal.SIGTERM) is cli._terminate\n"
-        "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL"
+        "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\nfrom ckptdiff.cli import signals\n"
+        "with signals.signals_raise():\n    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN\n"
+        "    assert signal.getsignal(signal.SIGTERM) is signals._receive\n"
+        "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,0 +1,66 @@
+"""Signals that end the program: raised as exceptions where it stands, so that temporary files go away."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from ckptdiff.cli.session import Terminated
+
+__all__ = ["raise_pending", "signals_raise"]
+
+_GRACE = 2.0
+"""Seconds after a signal in which others are ignored: they would cut the cleaning up short."""
+
+_received: tuple[int, float] | None = None
+"""The last signal that was raised, and when."""
+
+
+@contextmanager
+def signals_raise() -> Iterator[None]:
+    """Turn SIGTERM and SIGHUP into :class:`Terminated`, and SIGINT into KeyboardInterrupt.
+
+    What the caller ignores, as nohup does, or handles in a way of its own stays as it is.
+    """
+    global _received
+    _received = None
+    before = {}
+    usual = {signal.SIG_DFL, signal.default_int_handler}
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) in usual:
+            before[signum] = signal.signal(signum, _receive)
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        _received = None
+
+
+def raise_pending() -> None:
+    """Raise a signal again that was lost.
+
+    Python drops an exception that a signal raises inside a callback from C, of which the compiler makes many.
+
+    Raises
+    ------
+    KeyboardInterrupt, Terminated
+        If a signal was received before.
+    """
+    if _received is not None:
+        raise _exception(_received[0])
+
+
+def _receive(signum: int, frame: FrameType | None) -> None:
+    global _received
+    now = time.monotonic()
+    if _received is None or now - _received[1] > _GRACE:
+        _received = signum, now
+        raise _exception(signum)
+
+
+def _exception(signum: int) -> BaseException:
+    return KeyboardInterrupt() if signum == signal.SIGINT else Terminated(signum)

@@ -1,0 +1,294 @@
+"""Runs that are stopped or fail half-way: the target is as it was, nothing is left, and the exit code says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+from ckptdiff.cli import main
+from ckptdiff.cli.session import Terminated
+from ckptdiff.cli.signals import raise_pending, signals_raise
+from ckptdiff.engine import run
+from ckptdiff.errors import ChangedFileError
+from ckptdiff.events import Event, Finished, Progress, Started
+from ckptdiff.options import Options
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+Pair = tuple[Path, Path]
+
+
+def write(path: Path, tuned: bool, tensors: int, rows: int) -> Path:
+    """A bf16 checkpoint of `tensors` equal tensors of `rows` times a million coordinates, of which a tenth is tuned."""
+    rng = np.random.default_rng(1)
+    part = (rng.normal(0, 0.02, 10**6).astype(np.float32).view(np.uint32) >> 16).astype("<u2")
+    if tuned:
+        part += rng.random(part.size) < 0.1
+    nbytes = rows * part.nbytes
+    header = {
+        f"layers.{i}.up_proj.weight": {
+            "dtype": "BF16",
+            "shape": [rows, part.size],
+            "data_offsets": [i * nbytes, (i + 1) * nbytes],
+        }
+        for i in range(tensors)
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _ in range(rows * tensors):
+            file.write(part.data)
+    return path
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """200 MB a side, most coordinates changed."""
+    folder = tmp_path_factory.mktemp("large")
+    yield write(folder / "base.safetensors", False, 10, 10), write(folder / "tuned.safetensors", True, 10, 10)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Pair:
+    folder = tmp_path / "pair"
+    folder.mkdir()
+    return write(folder / "base.safetensors", False, 3, 5), write(folder / "tuned.safetensors", True, 3, 5)
+
+
+@pytest.fixture(scope="module")
+def older(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """An older run file."""
+    path = tmp_path_factory.mktemp("older") / "run.h5"
+    run(str(FIXTURES / "tied/base"), str(FIXTURES / "tied/tuned"), out=path)
+    return path.read_bytes()
+
+
+@pytest.fixture(params=["absent", "older"])
+def out(request: pytest.FixtureRequest, tmp_path: Path, older: bytes) -> Path:
+    """Where the run file is to go: a place where there is none, or an older one."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    if request.param == "older":
+        (folder / "run.h5").write_bytes(older)
+    return folder / "run.h5"
+
+
+def state(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.parent.iterdir()}
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "ckptdiff", "diff", *map(str, arguments), "-O", os.devnull, "--no-progress"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def staged(out: Path) -> list[Path]:
+    return [path for path in out.parent.iterdir() if path.suffix == ".tmp"]
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def written(out: Path, size: int) -> bool:
+    return any(path.stat().st_size > size for path in staged(out))
+
+
+# A process that is stopped by Ctrl-C inside of exec() ends by that signal after all: 130 in the shell's eyes.
+STOPPED = {signal.SIGINT: (130, -signal.SIGINT), signal.SIGTERM: (143,), signal.SIGKILL: (-signal.SIGKILL,)}
+
+
+@pytest.mark.parametrize("signum", STOPPED)
+def test_a_stopped_run_leaves_the_target_as_it_was(large: Pair, out: Path, signum: int) -> None:
+    before = state(out)
+    process = start(*large, "-o", out, "--threads", "1", "--mask", "bitwise")
+    wait_for(lambda: written(out, 1 << 20), process)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode in STOPPED[signum], err
+    if signum == signal.SIGKILL:
+        (left,) = staged(out)
+        left.unlink()
+    else:
+        assert err.decode() == f"ckptdiff: {'interrupted' if signum == signal.SIGINT else 'terminated'}\n"
+    assert state(out) == before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_impatient_user(large: Pair, tmp_path: Path, signum: int) -> None:
+    """Signals that follow the first do not cut the cleaning up short."""
+    out = tmp_path / "run.h5"
+    process = start(*large, "-o", out, "--mask", "bitwise")
+    wait_for(lambda: staged(out), process)
+    while process.poll() is None:
+        process.send_signal(signum)
+        time.sleep(0.002)
+    assert process.returncode in (*STOPPED[signum], -signum)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_before_the_first_read(large: Pair, tmp_path: Path) -> None:
+    process = start(*large, "-o", tmp_path / "run.h5", "-v")
+    time.sleep(0.3)
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode in (143, -signal.SIGTERM), err  # the latter while Python itself starts
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_a_callback_swallows_is_raised_again(signum: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+
+    class Callback:
+        def __del__(self) -> None:
+            signal.raise_signal(signum)
+
+    expected = KeyboardInterrupt if signum == signal.SIGINT else Terminated
+    with signals_raise():
+        raise_pending()  # there is none
+        swallowed = Callback()
+        del swallowed
+        assert [one.exc_type for one in dropped] == [expected]
+        with pytest.raises(expected):
+            raise_pending()
+    raise_pending()
+
+
+def limited(size: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """A run in a process whose files may not grow beyond a size: what a full disk looks like from inside."""
+    code = (
+        "import resource, sys\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))\n"
+        "from ckptdiff.cli import main\n"
+        "sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, "diff", *map(str, arguments), "--no-progress"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_full_disk(small: Pair, out: Path) -> None:
+    before = state(out)
+    size = 700_000 if before else 100
+    done = limited(size, *small, "-o", out, "--mask", "bitwise")
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.startswith("ckptdiff: error: cannot write the output: File too large\n")
+    assert f"file:     {out}" in done.stderr and "bytes free" in done.stderr and "make room" in done.stderr
+    assert state(out) == before
+
+
+def rewrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\x80\x3f")
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 2)
+
+
+def append(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"x")
+
+
+def replace(path: Path) -> None:
+    copy = shutil.copy2(path, path.with_name("copy"))
+    Path(copy).replace(path)
+
+
+CHANGES = [rewrite, cut_short, append, replace, Path.unlink]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+@pytest.mark.parametrize(("when", "side"), [(Started, 0), (Started, 1), (Progress, 0)])
+def test_a_file_that_changes_while_it_is_read(
+    small: Pair, tmp_path: Path, change: Callable[[Path], None], io: Any, when: type[Event], side: int
+) -> None:
+    out = tmp_path / "out" / "run.h5"
+    out.parent.mkdir()
+    seen: list[type[Event]] = []
+
+    def listen(event: Event) -> None:
+        if type(event) is when and when not in seen:
+            change(small[side])
+        seen.append(type(event))
+
+    os.utime(small[side], ns=(10**18, 10**18))
+    with pytest.raises(ChangedFileError) as caught:
+        run(*map(str, small), out=out, options=Options(io=io, threads=1), listener=listen)
+    assert caught.value.file == str(small[side]) and caught.value.hint
+    assert when in seen and Finished not in seen
+    assert list(out.parent.iterdir()) == []
+
+
+def test_the_command_line_says_what_changed(
+    small: Pair, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ckptdiff import engine
+
+    def shrink_first(io: str) -> Any:
+        cut_short(small[1])
+        return real(io)
+
+    real = engine.open_shards
+    monkeypatch.setattr(engine, "open_shards", shrink_first)
+    before, size = state(out), small[1].stat().st_size
+    code = main(["diff", *map(str, small), "-o", str(out), "--no-progress"])
+    printed, err = capsys.readouterr()
+    assert (code, printed) == (2, "") and state(out) == before
+    assert err.startswith("ckptdiff: error: the shard changed while it was read\n")
+    assert str(small[1]) in err and f"{size} bytes" in err and f"{size - 2} bytes" in err
+
+
+def test_an_error_in_a_thread_ends_the_run(small: Pair, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ckptdiff.stream import worker
+
+    calls: list[int] = []
+
+    def broken(packed: Any, size: int) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise ZeroDivisionError("of the test")
+        return real(packed, size)
+
+    real = worker.compress_chunk
+    monkeypatch.setattr(worker, "compress_chunk", broken)
+    before = state(out)
+    with pytest.raises(ZeroDivisionError, match="of the test"):
+        run(*map(str, small), out=out, options=Options(threads=3))
+    assert state(out) == before
+    monkeypatch.undo()
+    run(*map(str, small), out=out, options=Options(threads=3))
+    with h5py.File(out) as file:
+        assert file.attrs["complete"] == 1 and len(file["masks"]) == 3
+
+
+def test_a_listener_that_raises_ends_the_run(small: Pair, out: Path) -> None:
+    def listen(event: Event) -> None:
+        if type(event) is Progress:
+            raise LookupError("of the test")
+
+    before = state(out)
+    with pytest.raises(LookupError, match="of the test"):
+        run(*map(str, small), out=out, listener=listen)
+    assert state(out) == before
