@@ -66,7 +66,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 def small(tmp_path: Path) -> Pair:
     folder = tmp_path / "pair"
     folder.mkdir()
-    return write(folder / "base.safetensors", False, 3, 5), write(folder / "tuned.safetensors", True, 3, 5)
+    return write(folder / "base.safetensors", False, 3, 2), write(folder / "tuned.safetensors", True, 3, 2)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,11 @@ def written(out: Path, size: int) -> bool:
 STOPPED = {signal.SIGINT: (130, -signal.SIGINT), signal.SIGTERM: (143,), signal.SIGKILL: (-signal.SIGKILL,)}
 
 
-@pytest.mark.parametrize("signum", STOPPED)
+@pytest.mark.parametrize(
+    ("signum", "out"),
+    [(signum, "absent") for signum in STOPPED] + [(signal.SIGTERM, "older")],
+    indirect=["out"],
+)
 def test_a_stopped_run_leaves_the_target_as_it_was(large: Pair, out: Path, signum: int) -> None:
     before = state(out)
     process = start(*large, "-o", out, "--threads", "1", "--mask", "bitwise")
@@ -187,7 +191,7 @@ def limited(size: int, *arguments: str | Path) -> subprocess.CompletedProcess[st
 
 def test_a_full_disk(small: Pair, out: Path) -> None:
     before = state(out)
-    size = 700_000 if before else 100
+    size = 200_000 if before else 100
     done = limited(size, *small, "-o", out, "--mask", "bitwise")
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert done.stderr.startswith("ckptdiff: error: cannot write the output: File too large\n")

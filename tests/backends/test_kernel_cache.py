@@ -125,7 +125,7 @@ def flip(place: float) -> Callable[[Path], None]:
     return damage
 
 
-@pytest.mark.parametrize("damage", [truncate, empty, overwrite, zero, *map(flip, (0, 0.001, 0.005, 0.1, 0.5, 0.9, 1))])
+@pytest.mark.parametrize("damage", [truncate, empty, overwrite, zero, *map(flip, (0, 0.005, 0.5, 1))])
 def test_damage_is_said_and_mended(call: Call, named: Path, damage: Callable[[Path], None]) -> None:
     call()
     (entry,) = entries(named)
@@ -291,14 +291,10 @@ print(tiny.triple(np.arange(10.0)), tiny.triple(np.arange(10, dtype=np.float32))
 def test_the_kernels_themselves(tmp_path: Path) -> None:
     """An empty cache, a warm one, and one with damaged entries: the same bytes, and it is said."""
     code = """
-import sys, zlib, hashlib
 import numpy as np
-from ckptdiff.runfile.compress import compress_chunk, MASK_CHUNK
-from ckptdiff.backends.kernels.cuts import cut_from_top
-mask = np.packbits(np.random.default_rng(1).random(8 * MASK_CHUNK) < 0.1)
-payload, filter_mask = compress_chunk(mask, MASK_CHUNK)
-assert filter_mask == 0 and zlib.decompress(payload) == mask.tobytes()
-print(hashlib.sha256(payload).hexdigest(), cut_from_top(np.arange(100), 0, 99, 500))
+from ckptdiff.backends.kernels.cuts import cut_from_bottom, cut_from_top, fit_null
+counts, gap = np.arange(100), np.linspace(1, 2, 100)
+print(cut_from_top(counts, 0, 99, 500), cut_from_bottom(counts, 0, 99, 500), fit_null(counts, gap, gap, 0, 99, 2000))
 """
     cache = tmp_path / "cache"
 
@@ -316,7 +312,6 @@ print(hashlib.sha256(payload).hexdigest(), cut_from_top(np.arange(100), 0, 99, 5
     flip(0.5)(smallest[1])
     out, err = run()
     assert out == expected and err.count("dropped a damaged kernel") == 2
-    assert run() == (expected, "")
 
 
 def test_nothing_is_cached_in_the_package() -> None:
