@@ -12,7 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-__all__ = ["bits_float", "float_bits", "floor_log2", "lowest_bit", "pack64"]
+__all__ = ["bits_float", "float_bits", "floor_log2", "lowest_bit", "pack64", "population"]
 
 _FLAGS = 64
 
@@ -33,11 +33,21 @@ def pack64(typing: Any, flags: Any, start: Any) -> Any:
 
 
 @intrinsic
-def lowest_bit(typing: Any, word: Any) -> Any:
-    """Index of the lowest set bit of a word that is not zero."""
+def population(typing: Any, word: Any) -> Any:
+    """How many bits of a word are set."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+        return builder.ctpop(args[0])
+
+    return types.int64(types.uint64), generate
+
+
+@intrinsic
+def lowest_bit(typing: Any, word: Any) -> Any:
+    """Index of the lowest set bit of a word; 64 for zero."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
 
     return types.uint64(types.uint64), generate
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ckptdiff.backends.kernel_cache import helper, reducer
-from ckptdiff.backends.kernels.bits import bits_float, float_bits, floor_log2, lowest_bit, pack64
+from ckptdiff.backends.kernels.bits import bits_float, float_bits, floor_log2, lowest_bit, pack64, population
 from ckptdiff.backends.partial import Count, Partial, Rule, Scan, Sum
 
 __all__ = [
@@ -56,7 +56,7 @@ class Tile(NamedTuple):
     marks: Array
     """One byte per coordinate of the tile: changed, later: in the mask."""
     found: Array
-    """Positions in the tile."""
+    """Positions in the tile, with room for eight more."""
     left: Array
     """Codes of the base."""
     right: Array
@@ -105,7 +105,7 @@ def new_tile(code: np.dtype[Any], real: np.dtype[Any]) -> Tile:
     left, right = np.zeros((2, TILE), code)
     base, tuned, delta = np.zeros((3, TILE), real)
     distance = np.zeros(TILE, np.uint32 if code.itemsize == 2 else np.uint64)
-    found = np.zeros(TILE, np.uint16)
+    found = np.zeros(TILE + 8, np.uint16)
     return Tile(np.zeros(TILE, np.uint8), found, left, right, base, tuned, delta, distance, np.zeros((4, 64), np.int64))
 
 
@@ -224,14 +224,23 @@ def mark_changed(a: Array, b: Array, magnitude: Any, marks: Array) -> None:
 
 @helper
 def positions(marks: Array, n: int, found: Array) -> int:
-    """Write the positions of set marks in ascending order; returns how many there are."""
+    """Write the positions of set marks in ascending order; returns how many there are.
+
+    A loop that ends with the last set bit would end anywhere, and the processor guess wrong. So eight positions are
+    written whatever there is (what is too many is overwritten by the next word), and more only where there are more.
+    """
     count = 0
     for j in range((n + 63) // 64):
         word = pack64(marks, j * 64)
-        while word:
-            found[count] = np.uint16(np.uint64(j * 64) + lowest_bit(word))
+        total = population(word)
+        for k in range(8):
+            found[count + k] = np.uint16(np.uint64(j * 64) + lowest_bit(word))
             word &= word - np.uint64(1)
-            count += 1
+        if total > 8:
+            for k in range(8, total):
+                found[count + k] = np.uint16(np.uint64(j * 64) + lowest_bit(word))
+                word &= word - np.uint64(1)
+        count += total
     return count
 
 
