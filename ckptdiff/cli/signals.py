@@ -12,7 +12,7 @@ from ckptdiff.cli.session import Terminated
 
 __all__ = ["raise_pending", "signals_raise"]
 
-_GRACE = 2.0
+_GRACE = 10.0
 """Seconds after a signal in which others are ignored: they would cut the cleaning up short."""
 
 _received: tuple[int, float] | None = None

@@ -20,7 +20,8 @@ CPU, REFERENCE = CpuWorker(), ReferenceWorker()
 def random_codes(format, n, rng, kind):
     """Codes of one side: every bit pattern ("wild"), or weights as models hold them ("tame")."""
     if kind == "wild" and format.bits == 64:  # the exponents of float32, so that sums do not overflow
-        wide = random_codes(FORMATS["f32"], n, rng, kind).view(np.float32).astype(np.float64).view(np.uint64)
+        with np.errstate(invalid="ignore"):  # signalling NaN
+            wide = random_codes(FORMATS["f32"], n, rng, kind).view(np.float32).astype(np.float64).view(np.uint64)
         return wide ^ rng.integers(0, 1 << 29, n, dtype=np.uint64)
     if kind == "wild":
         return rng.integers(0, 1 << format.bits, n, dtype=np.uint64).astype(format.code_dtype)
@@ -31,7 +32,8 @@ def random_codes(format, n, rng, kind):
 def encode(format, values):
     if format.bits >= 32:
         return values.astype(f"f{format.bits // 8}").view(format.code_dtype)
-    table = format.values().astype(np.float64)
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        table = format.values().astype(np.float64)
     finite = np.flatnonzero(np.isfinite(table))
     order = finite[np.argsort(table[finite], kind="stable")]
     return order[np.clip(np.searchsorted(table[order], values), 0, order.size - 1)].astype(format.code_dtype)

@@ -88,7 +88,9 @@ def test_signals_leave_nothing_behind(spawn: Spawn, signum: int, code: int, mess
         time.sleep(0.02)
     assert all(name.startswith(".") for name in names(tmp_path))
     process.send_signal(signum)
-    assert ended(process) == (code, f"ckptdiff: {message}\n")
+    returned, told = ended(process)
+    # Python tells of an exception that a signal raised inside a callback from C, before it comes up again.
+    assert returned == code and told.endswith(f"ckptdiff: {message}\n")
     assert names(tmp_path) == []
 
 
