@@ -35,7 +35,7 @@ __all__ = [
 BLOCK = 1 << 20
 """Coordinates in a block: 128 KiB of mask."""
 PIECE = 1 << 19
-"""Coordinates that are read, decoded and measured at a time: few enough to stay in the caches, enough to repay a call."""
+"""Coordinates that are read, decoded and measured at a time: few enough to stay cached, enough to repay a call."""
 BINS = 1 << 15
 """Bins of a magnitude histogram: the leading 15 bits below the sign."""
 
