@@ -20,7 +20,9 @@ from unittest import mock
 
 import numpy as np
 
-from ckptdiff.backends.partial import Partial, Pieces, Scan
+from ckptdiff.backends.kernels.fetch import FETCH
+from ckptdiff.backends.partial import BLOCK, Partial, Scan
+from ckptdiff.backends.source import Extent, Source
 from ckptdiff.devices import Device
 from ckptdiff.engine import run
 from ckptdiff.options import MaskRule, Options
@@ -33,11 +35,21 @@ from ckptdiff.stream.reader import open_shards
 class ReadOnly:
     """A backend that looks at nothing."""
 
-    def scan(self, scan: Scan, pieces: Pieces, partial: Partial, first_tie: int = 0) -> None:
-        """Ask for every piece."""
-        partial.open_block(len(scan.thresholds))
-        for base, _ in pieces:
-            partial.numel += base.size
+    def __init__(self) -> None:
+        self._room = np.empty(FETCH * 8, np.uint8)
+
+    def scan(self, scan: Scan, source: Source, partial: Partial, first_tie: int = 0) -> None:
+        """Read every byte, in the pieces in which the kernels do."""
+        partial.open_blocks(-(-source.numel // BLOCK), len(scan.thresholds))
+        partial.numel += source.numel
+        for window in source.windows():
+            for extent, format in ((window.base, scan.base), (window.tuned, scan.tuned)):
+                self._read(extent, (window.stop - window.first) * format.bits // 8, FETCH * format.bits // 8)
+
+    def _read(self, extent: Extent, size: int, step: int) -> None:
+        assert extent.descriptor is not None
+        for start in range(0, size, step):
+            os.preadv(extent.descriptor, [self._room[: min(step, size - start)]], extent.offset + start)
 
     def refine(self, *_: object) -> None:
         """Never needed, as nothing changed."""

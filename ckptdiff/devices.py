@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ckptdiff.backends.backend import Backend
 from ckptdiff.backends.formats import Format
 from ckptdiff.backends.partial import BLOCK, Partial, Refined, Targets
+from ckptdiff.backends.source import InMemory
 from ckptdiff.metrics.measurement import FloatMeasurement
 from ckptdiff.options import MaskRule
 from ckptdiff.runfile.compress import MASK_CHUNK, compress_chunk
-from ckptdiff.stream.worker import Backend
 
 __all__ = ["Device", "open_device"]
 
@@ -35,7 +36,7 @@ class Device:
         """Bytes of work space that a thread needs for a pair, beside the blocks themselves."""
         if self.name == "reference":
             return 240 * min(numel, BLOCK)
-        return 0 if base == tuned == compare else 14 << 20
+        return 0
 
     def warm_up(self, formats: Iterable[tuple[Format, Format, Format]], masks: bool) -> None:
         """Load or compile every kernel that a run may call, so that what it measures next is time and memory of data.
@@ -51,10 +52,10 @@ class Device:
             measurement = FloatMeasurement(base, tuned, compare, 2, MaskRule("bitwise"), True)
             # Two coordinates of which one changed: what nothing or everything changed in takes shorter ways.
             sides = bytes(base.bits // 4), bytes(tuned.bits // 8) + b"\x3c" * (tuned.bits // 8)
-            piece = np.frombuffer(sides[0], np.uint8), np.frombuffer(sides[1], np.uint8)
+            source = InMemory(np.frombuffer(sides[0], np.uint8), np.frombuffer(sides[1], np.uint8), 2)
             targets, partial = Targets(16), Partial()
-            worker.refine(measurement.scan, targets, [piece], Refined.empty(targets))
-            worker.scan(replace(measurement.scan, want_mask=True), [piece], partial)
+            worker.refine(measurement.scan, targets, source, Refined.empty(targets))
+            worker.scan(replace(measurement.scan, want_mask=True), source, partial)
             measurement.take(partial)
             if measurement.next is None:
                 measurement.measured()

@@ -147,7 +147,7 @@ def test_show_prints_what_diff_printed(cli: Cli, tmp_path: Path, case: str, view
 def test_no_digit_depends_on_how_it_ran(cli: Cli, case: str) -> None:
     outputs = {
         cli("diff", *sides(case), "--format", "ndjson", *how).out
-        for how in (["--threads", "1"], ["--threads", "7"], ["--io", "pread"], ["--io", "mmap", "--max-memory", "1G"])
+        for how in (["--threads", "1"], ["--threads", "7"], ["--io", "pread"], ["--io", "mmap", "--max-memory", "8G"])
     }
     assert len(outputs) == 1
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.partial import BitScan, Count, Partial, Pieces
+from ckptdiff.backends.partial import BitScan, Count, Partial
+from ckptdiff.backends.source import Source
 
 __all__ = ["changed_elements", "scan_bits"]
 
 
-def scan_bits(scan: BitScan, pieces: Pieces, partial: Partial) -> NDArray[np.uint8] | None:
-    """Measure one block; returns mask bits if ``scan.want_mask``."""
-    changed = np.concatenate([changed_elements(base, tuned, scan.bits) for base, tuned in pieces])
-    partial.numel += changed.size
-    partial.counts[[Count.CHANGED, Count.MASKED]] += np.count_nonzero(changed)
-    return np.packbits(changed, bitorder="little") if scan.want_mask else None
+def scan_bits(scan: BitScan, source: Source, partial: Partial) -> NDArray[np.uint8] | None:
+    """Measure a span of blocks; returns mask bits if ``scan.want_mask``."""
+    masks = [np.zeros(0, np.uint8)]
+    for base, tuned in source.blocks():
+        changed = changed_elements(base, tuned, scan.bits)
+        partial.numel += changed.size
+        partial.counts[[Count.CHANGED, Count.MASKED]] += np.count_nonzero(changed)
+        masks.append(np.packbits(changed, bitorder="little"))
+    return np.concatenate(masks) if scan.want_mask else None
 
 
 def changed_elements(base: NDArray[np.uint8], tuned: NDArray[np.uint8], bits: int) -> NDArray[np.bool_]:

@@ -7,10 +7,8 @@ worked on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +18,9 @@ from ckptdiff.backends.formats import Format
 __all__ = [
     "BINS",
     "BLOCK",
-    "PIECE",
     "BitScan",
     "Count",
     "Partial",
-    "Pieces",
     "Refined",
     "Rule",
     "Scan",
@@ -34,16 +30,8 @@ __all__ = [
 
 BLOCK = 1 << 20
 """Coordinates in a block: 128 KiB of mask."""
-PIECE = 1 << 19
-"""Coordinates that are read, decoded and measured at a time: few enough to stay cached, enough to repay a call."""
 BINS = 1 << 15
 """Bins of a magnitude histogram: the leading 15 bits below the sign."""
-
-
-Pieces: TypeAlias = Iterable[tuple[NDArray[np.uint8], NDArray[np.uint8]]]
-"""Raw bytes of both sides of a block, ``PIECE`` coordinates at a time; read-only, at addresses that are multiples of 8.
-
-Each piece is valid until the next one is asked for."""
 
 
 class Count(IntEnum):
@@ -181,9 +169,9 @@ class Partial:
     span: NDArray[np.int64] = field(default_factory=lambda: np.array([BINS, -1, BINS, -1]))
     ulp: NDArray[np.int64] = field(default_factory=lambda: _zeros(64))
 
-    def open_block(self, thresholds: int) -> None:
-        """Add a row of sums, and counters of thresholds if there are none yet."""
-        self.sums = np.concatenate([self.sums, np.zeros((1, len(Sum)))])
+    def open_blocks(self, blocks: int, thresholds: int) -> None:
+        """Add rows of sums, and counters of thresholds if there are none yet."""
+        self.sums = np.concatenate([self.sums, np.zeros((blocks, len(Sum)))])
         if not len(self.within):
             self.within = _zeros(thresholds)
 
@@ -272,9 +260,9 @@ class Refined:
             np.zeros((0, len(targets.tails))),
         )
 
-    def open_block(self) -> None:
-        """Add a row of tails."""
-        self.tails = np.concatenate([self.tails, np.zeros((1, self.tails.shape[1]))])
+    def open_blocks(self, blocks: int) -> None:
+        """Add rows of tails."""
+        self.tails = np.concatenate([self.tails, np.zeros((blocks, self.tails.shape[1]))])
 
     def add(self, other: Refined) -> None:
         """Add the blocks that follow."""

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.backends.formats import FORMATS, Format, common_format, round_to_bf16
-from ckptdiff.backends.partial import BINS, Count, Partial, Pieces, Refined, Rule, Scan, Sum, Targets
+from ckptdiff.backends.partial import BINS, Count, Partial, Refined, Rule, Scan, Sum, Targets
+from ckptdiff.backends.source import Source
 
 __all__ = ["ReferenceWorker"]
 
@@ -16,12 +17,20 @@ __all__ = ["ReferenceWorker"]
 class ReferenceWorker:
     """Measures blocks with NumPy; the methods are those of :class:`~ckptdiff.backends.cpu.CpuWorker`."""
 
-    def scan(self, scan: Scan, pieces: Pieces, partial: Partial, first_tie: int = 0) -> NDArray[np.uint8] | None:
-        """Measure one block; see :meth:`ckptdiff.backends.cpu.CpuWorker.scan`."""
-        base, tuned = _join(pieces)
-        pair = _Pair(scan, base, tuned)
-        partial.open_block(len(scan.thresholds))
+    def scan(self, scan: Scan, source: Source, partial: Partial, first_tie: int = 0) -> NDArray[np.uint8] | None:
+        """Measure a span of blocks; see :meth:`ckptdiff.backends.cpu.CpuWorker.scan`."""
+        partial.open_blocks(0, len(scan.thresholds))
+        masks = [np.zeros(0, np.uint8)]
+        for base, tuned in source.blocks():
+            partial.open_blocks(1, len(scan.thresholds))
+            mask = self._scan_block(scan, _Pair(scan, base, tuned), (base, tuned), partial, first_tie)
+            first_tie += int(partial.sums[-1, Sum.TIES])
+            masks.append(np.packbits(mask, bitorder="little"))
+        return np.concatenate(masks) if scan.want_mask else None
+
+    def _scan_block(self, scan: Scan, pair: _Pair, stored: Any, partial: Partial, first_tie: int) -> NDArray[np.bool_]:
         partial.numel += pair.changed.size
+        base, tuned = stored
         self._count(scan, pair, base, tuned, partial)
         self._sum(pair, partial.sums[-1])
         if pair.finite_changed.any():
@@ -29,14 +38,18 @@ class ReferenceWorker:
         self._histograms(pair, partial)
         mask = self._mask(scan, pair, first_tie, partial)
         partial.counts[Count.MASKED] += np.count_nonzero(mask)
-        return np.packbits(mask, bitorder="little") if scan.want_mask else None
+        return mask
 
-    def refine(self, scan: Scan, targets: Targets, pieces: Pieces, refined: Refined) -> None:
+    def refine(self, scan: Scan, targets: Targets, source: Source, refined: Refined) -> None:
         """Look for open cuts; see :meth:`ckptdiff.backends.cpu.CpuWorker.refine`."""
-        pair = _Pair(scan, *_join(pieces))
+        for base, tuned in source.blocks():
+            refined.open_blocks(1)
+            self._refine_block(_Pair(scan, base, tuned), targets, refined)
+
+    @staticmethod
+    def _refine_block(pair: _Pair, targets: Targets, refined: Refined) -> None:
         magnitudes = np.abs(pair.delta[pair.finite_changed])
         bits = _bits(magnitudes).astype(np.uint64)
-        refined.open_block()
         for row, prefix in enumerate(targets.deltas):
             inside = bits[bits >> targets.shift == prefix]
             refined.deltas[row] += np.bincount(inside >> (targets.shift - 16) & 0xFFFF, minlength=1 << 16)
@@ -145,11 +158,6 @@ class _Pair:
             self.delta = self.tuned - self.base
         self.finite = np.isfinite(self.delta)
         self.finite_changed = self.changed & self.finite
-
-
-def _join(pieces: Pieces) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    copies = [(base.copy(), tuned.copy()) for base, tuned in pieces]
-    return np.concatenate([base for base, _ in copies]), np.concatenate([tuned for _, tuned in copies])
 
 
 def _raw(format: Format, side: NDArray[np.uint8]) -> NDArray[Any]:

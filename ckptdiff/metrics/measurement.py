@@ -61,6 +61,10 @@ class BitMeasurement:
         """Whether the first pass is still to come."""
         return self.next is not None
 
+    def first_tie(self, block: int) -> int:
+        """No mask rule of theirs counts ties."""
+        return 0
+
     def take(self, result: Partial | Refined) -> None:
         """Take the result of the pass."""
         assert isinstance(result, Partial)
@@ -112,8 +116,6 @@ class FloatMeasurement:
         if isinstance(result, Refined):
             self._refine(result)
         elif self._state == "scan":
-            if not result.numel:
-                result.within = np.zeros(len(EPS), np.int64)
             self._scanned = result
             self._finite, self._base_square = self._base()
             self._masked = int(result.counts[Count.MASKED])

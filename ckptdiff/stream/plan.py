@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ckptdiff.backends.partial import BINS, BLOCK, PIECE
+from ckptdiff.backends.partial import BINS, BLOCK
 from ckptdiff.errors import PlanError
 
 __all__ = ["TASK_BLOCKS", "Load", "Memory", "Span", "Task", "cut", "fit_memory", "plan_tasks"]
@@ -54,9 +54,9 @@ class Load:
         return sum(numel * bits // 8 for bits in self.bits)
 
     @property
-    def piece_bytes(self) -> int:
-        """Bytes of its largest piece, all sides."""
-        return sum(min(self.numel, PIECE) * bits // 8 for bits in self.bits)
+    def block_bytes(self) -> int:
+        """Bytes of its largest block, all sides."""
+        return sum(min(self.numel, BLOCK) * bits // 8 for bits in self.bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +150,10 @@ def fit_memory(
     PlanError
         If not even one thread fits.
     """
-    piece = max((load.piece_bytes for load in loads), default=0)
+    block = max((load.block_bytes for load in loads), default=0)
     scratch = max((load.scratch for load in loads), default=0)
-    # A piece of both sides, work space, two measurements at a time, and a mask chunk with its compressed copy.
-    per_thread = piece + scratch + 2 * _MEASUREMENT + 4 * (BLOCK // 8) + (2 << 20)
+    # A block of both sides, work space, two measurements at a time, the mask of a task, and a chunk compressed.
+    per_thread = block + scratch + 2 * _MEASUREMENT + (TASK_BLOCKS + 4) * (BLOCK // 8) + (4 << 20)
     waiting = _MEASUREMENT + (TASK_BLOCKS * BLOCK // 8 if masks else 0)
     results = len(loads) * (3 << 10) + (16 << 20 if masks else 4 << 20)
     for count in range(max(threads, 1), 0, -1):

@@ -72,7 +72,7 @@ class ShardReader:
             hint = "ulimit -n 4096" if error.errno == errno.EMFILE else None
             raise CheckpointError(f"cannot open the shard: {error.strerror}", file=shard.path, hint=hint) from error
         self._bytes: NDArray[np.uint8] | None = None
-        self._advised = 0
+        self._advised = 0, 0  # a window and what was asked for after it
         self._links = 0
         try:
             self.check()
@@ -139,6 +139,27 @@ class ShardReader:
             ) from error
         return np.frombuffer(mapped, np.uint8)
 
+    def maps(self, start: int) -> bool:
+        """Whether a window that starts at this byte is mapped, not read."""
+        return self._bytes is not None and start % 8 == 0
+
+    def ready(self, start: int, stop: int) -> int:
+        """Check the file and tell the disk that bytes ``start`` to ``stop`` come next.
+
+        Returns
+        -------
+        int
+            The file's descriptor, for code that reads by itself.
+
+        Raises
+        ------
+        ChangedFileError
+            If the file changed.
+        """
+        self.check()
+        self._read_ahead(start, stop)
+        return self._descriptor
+
     @contextmanager
     def window(
         self, tensor: TensorInfo, start: int, stop: int, buffer: NDArray[np.uint8]
@@ -157,9 +178,8 @@ class ShardReader:
         ChangedFileError
             If the file changed.
         """
-        self.check()
-        self._read_ahead(stop)
-        if self._bytes is None or start % 8:
+        self.ready(start, stop)
+        if self._bytes is None or not self.maps(start):
             yield self._read(tensor, start, stop, buffer)
             return
         view = self._bytes[start:stop]
@@ -207,13 +227,17 @@ class ShardReader:
         result: int = _libc.madvise(first, view.ctypes.data + view.size - first, advice)
         return result
 
-    def _read_ahead(self, stop: int) -> None:
-        """Ask the disk for what comes next, unless it is in the page cache already."""
-        if not hasattr(os, "posix_fadvise") or stop + READ_AHEAD // 2 <= self._advised or stop >= self.shard.size:
+    def _read_ahead(self, start: int, stop: int) -> None:
+        """Ask the disk for a window and for what follows it, unless that is in the page cache already."""
+        if not hasattr(os, "posix_fadvise"):
             return
-        start, self._advised = max(stop, self._advised), min(stop + READ_AHEAD, self.shard.size)
-        if not self._cached(self._advised - 1):
-            os.posix_fadvise(self._descriptor, start, self._advised - start, os.POSIX_FADV_WILLNEED)
+        first, last = self._advised
+        begin, end = last if first <= start <= last else start, min(stop + READ_AHEAD, self.shard.size)
+        if end - begin < READ_AHEAD // 2 and end < self.shard.size:
+            return
+        self._advised = start, max(end, begin)
+        if begin < end and not self._cached(end - 1):
+            os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def _cached(self, offset: int) -> bool:
         if not hasattr(os, "RWF_NOWAIT"):

@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptdiff.backends.backend import Backend
 from ckptdiff.backends.bitwise import scan_bits
-from ckptdiff.backends.partial import BLOCK, PIECE, BitScan, Count, Partial, Pieces, Refined, Scan, Targets
-from ckptdiff.checkpoint import DTYPES, TensorInfo, TensorPair
-from ckptdiff.metrics.measurement import BitMeasurement, FloatMeasurement, Measured, Pass
+from ckptdiff.backends.partial import BitScan, Count, Partial, Refined, Targets
+from ckptdiff.checkpoint import TensorPair
+from ckptdiff.metrics.measurement import BitMeasurement, FloatMeasurement, Measured
 from ckptdiff.runfile.compress import compress_chunk
-from ckptdiff.runfile.schema import mask_chunk_bytes
+from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes
 from ckptdiff.stream.plan import Span
 from ckptdiff.stream.reader import OpenShards
+from ckptdiff.stream.source import Buffers, ShardSource
 
-__all__ = ["Backend", "Chunk", "SpanResult", "Worker"]
-
-
-class Backend(Protocol):
-    """What measures blocks; one object per thread. See :class:`~ckptdiff.backends.cpu.CpuWorker`."""
-
-    def scan(self, scan: Scan, pieces: Pieces, partial: Partial, first_tie: int = 0) -> NDArray[np.uint8] | None:
-        """Measure one block; returns its mask bits."""
-
-    def refine(self, scan: Scan, targets: Targets, pieces: Pieces, refined: Refined) -> None:
-        """Look for open cuts in one block."""
+__all__ = ["Chunk", "SpanResult", "Worker"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +73,7 @@ class Worker:
 
     def __init__(self, backend: Backend, shards: OpenShards, stop: threading.Event) -> None:
         self._backend, self._shards, self._stop = backend, shards, stop
-        self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
+        self._buffers = Buffers()
         self._partial = Partial()
 
     def measure(self, pair: TensorPair, measurement: FloatMeasurement | BitMeasurement, span: Span) -> SpanResult:
@@ -119,51 +109,22 @@ class Worker:
     ) -> tuple[Partial | Refined, list[Chunk]]:
         todo = measurement.next
         assert todo is not None
-        found: Partial | Refined
-        found = Refined.empty(todo) if isinstance(todo, Targets) else partial or Partial()
-        chunks: list[Chunk] = []
-        for block in range(span.first, span.stop):
-            mask = self._block(pair, measurement, todo, block, found)
-            if mask is not None:
-                chunks.append(Chunk(block, *compress_chunk(mask, mask_chunk_bytes(pair.base.numel))))
-        return found, chunks
-
-    def _block(
-        self,
-        pair: TensorPair,
-        measurement: FloatMeasurement | BitMeasurement,
-        todo: Pass,
-        block: int,
-        found: Partial | Refined,
-    ) -> NDArray[np.uint8] | None:
-        pieces = self._pieces(pair, block)
-        if isinstance(todo, BitScan):
-            assert isinstance(found, Partial)
-            return scan_bits(todo, pieces, found)
-        assert isinstance(measurement, FloatMeasurement)
+        source = ShardSource(self._shards, pair, span, self._buffers, self._stop)
         if isinstance(todo, Targets):
-            assert isinstance(found, Refined)
-            self._backend.refine(measurement.scan, todo, pieces, found)
-            return None
-        assert isinstance(found, Partial)
-        return self._backend.scan(todo, pieces, found, measurement.first_tie(block))
+            assert isinstance(measurement, FloatMeasurement)
+            refined = Refined.empty(todo)
+            self._backend.refine(measurement.scan, todo, source, refined)
+            return refined, []
+        partial = partial or Partial()
+        if isinstance(todo, BitScan):
+            mask = scan_bits(todo, source, partial)
+        else:
+            mask = self._backend.scan(todo, source, partial, measurement.first_tie(span.first))
+        return partial, [] if mask is None else list(_compressed(mask, span.first, pair.base.numel))
 
-    def _pieces(self, pair: TensorPair, block: int) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-        """Bytes of both sides of a block, a piece at a time; what is the same file and range is read once."""
-        for first in range(block * BLOCK, min((block + 1) * BLOCK, pair.base.numel), PIECE):
-            if self._stop.is_set():
-                raise InterruptedError("the run was given up")
-            with self._window(0, pair.base, first) as base:
-                if pair.same_bytes:
-                    yield base, base
-                else:
-                    with self._window(1, pair.tuned, first) as tuned:
-                        yield base, tuned
 
-    def _window(self, side: int, tensor: TensorInfo, first: int) -> AbstractContextManager[NDArray[np.uint8]]:
-        bits = DTYPES[tensor.dtype].bits
-        start = tensor.start + first * bits // 8
-        stop = min(start + PIECE * bits // 8, tensor.stop)
-        if self._buffers[side].size < stop - start:
-            self._buffers[side] = np.empty(stop - start, np.uint8)
-        return self._shards[tensor.shard].window(tensor, start, stop, self._buffers[side])
+def _compressed(mask: NDArray[np.uint8], first: int, numel: int) -> Iterator[Chunk]:
+    """Compress the mask of a span, a chunk for each of its blocks."""
+    size = mask_chunk_bytes(numel)
+    for start in range(0, mask.size, MASK_CHUNK):
+        yield Chunk(first + start // MASK_CHUNK, *compress_chunk(mask[start : start + MASK_CHUNK], size))

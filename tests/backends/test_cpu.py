@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from ckptdiff.backends.cpu import CpuWorker
 from ckptdiff.backends.formats import FORMATS, compare_format
-from ckptdiff.backends.partial import BLOCK, PIECE, Partial, Refined, Rule, Scan, Sum, Targets
+from ckptdiff.backends.partial import BLOCK, Partial, Refined, Rule, Scan, Sum, Targets
 from ckptdiff.backends.reference import ReferenceWorker
+from ckptdiff.backends.source import InMemory
 
 SIZES = (0, 1, 7, 8, 63, 64, 65, 4097, 32_767, 32_768, 32_769, (1 << 17) + 77)
 PAIRS = [(a, b) for a in FORMATS for b in FORMATS]
@@ -50,22 +51,15 @@ def tuned_codes(base, base_format, format, n, rng, kind):
     return np.where(moved, base + rng.integers(1, 4, n).astype(base.dtype), base).astype(base.dtype)
 
 
-def read_only(codes):
-    raw = codes.view(np.uint8)
-    raw.flags.writeable = False
-    return raw
-
-
-def pieces(base, tuned):
-    starts = range(0, base.size, PIECE) or [0]
-    return [(read_only(base[i : i + PIECE]), read_only(tuned[i : i + PIECE])) for i in starts]
+def source(base, tuned):
+    return InMemory(base.view(np.uint8), tuned.view(np.uint8), base.size)
 
 
 def both(scan, base, tuned, first_tie=0):
     results = []
     for worker in (CPU, REFERENCE):
         partial = Partial()
-        mask = worker.scan(scan, pieces(base, tuned), partial, first_tie)
+        mask = worker.scan(scan, source(base, tuned), partial, first_tie)
         results.append((partial, None if mask is None else mask.copy()))
     return results
 
@@ -123,7 +117,7 @@ def test_refine_equals_reference(name):
     found = []
     for worker in (CPU, REFERENCE):
         refined = Refined.empty(targets)
-        worker.refine(scan, targets, pieces(base, tuned), refined)
+        worker.refine(scan, targets, source(base, tuned), refined)
         found.append(refined)
     np.testing.assert_array_equal(found[0].deltas, found[1].deltas)
     np.testing.assert_array_equal(found[0].weights, found[1].weights)

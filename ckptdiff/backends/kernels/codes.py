@@ -1,4 +1,4 @@
-"""The fused kernel for compare formats of 8 and 16 bits, whose codes index a table of values."""
+"""One tile of a compare format of 8 or 16 bits, whose codes index a table of values."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from ckptdiff.backends.kernel_cache import helper, kernel
+from ckptdiff.backends.kernel_cache import helper
 from ckptdiff.backends.kernels.bits import bits_float
 from ckptdiff.backends.kernels.tiles import (
-    TILE,
     Array,
+    Facts,
     Measure,
     Tile,
     Totals,
-    add_ulp,
     count_deltas,
     count_distances,
     count_nonfinite,
@@ -29,7 +28,7 @@ from ckptdiff.backends.kernels.tiles import (
 )
 from ckptdiff.backends.partial import Count
 
-__all__ = ["scan_codes"]
+__all__ = ["gather_codes", "measure_codes"]
 
 CHANGED, NONFINITE_TUNED = int(Count.CHANGED), int(Count.NONFINITE_TUNED)
 
@@ -57,7 +56,7 @@ def count_weights(codes: Array, magnitude: Any, weights: Array, span: Array) -> 
 
 
 @helper
-def gather(a: Array, b: Array, values: Array, tile: Tile) -> None:
+def gather_codes(a: Array, b: Array, values: Array, tile: Tile) -> None:
     """Collect codes, values and d of the coordinates found."""
     for j in range(tile.found.size):
         at = tile.found[j]
@@ -100,55 +99,27 @@ def measure_distances(left: Array, right: Array, magnitude: Any, distance: Array
         distance[j] = apart if apart > 0 else np.int32(-apart)
 
 
-@kernel
-def scan_codes(
-    a: Array,
-    b: Array,
-    values: Array,
-    limits: tuple[Any, Any],
-    tile: Tile,
-    measure: Measure,
-    totals: Totals,
-    words: Array,
+@helper
+def measure_codes(
+    a: Array, b: Array, facts: Facts, tile: Tile, measure: Measure, totals: Totals, sums: Array, words: Array
 ) -> None:
-    """Measure one piece of codes.
-
-    Parameters
-    ----------
-    a, b : read-only uint16 array, shape (n,)
-        Codes of both sides, 8-bit codes widened with zeros. Addresses are multiples of 8.
-    values : read-only float32 array
-        Value of each code; empty for bfloat16, which needs no table.
-    limits : (uint16, uint16)
-        Mask of the magnitude bits, and the first magnitude that is not finite.
-    tile : Tile
-        Work space.
-    measure : Measure
-    totals : Totals
-        Added to.
-    words : uint64 array, shape (ceil(n / 64),) or (0,)
-        Receives the mask.
-    """
-    magnitude, infinite = limits
-    bits = np.uint64(magnitude)
-    for start in range(0, a.size, TILE):
-        x, y = a[start : start + TILE], b[start : start + TILE]
-        mark_changed(x, y, magnitude, tile.marks)
-        count_weights(x, bits, totals.weights, totals.span)
-        changed = positions(tile.marks, x.size, tile.found)
-        found = first_of(tile, changed)
-        gather(x, y, values, found)
-        totals.counts[CHANGED] += changed
-        count_into(1, found.left, bits, totals.weights)
-        if count_strange(found.delta) > 0:
-            count_lost(found, bits, totals.weights)
-            if measure.native:  # beyond the base's own, which its histogram tells
-                gained = count_nonfinite(found.right, magnitude, infinite)
-                totals.counts[NONFINITE_TUNED] += gained - count_nonfinite(found.left, magnitude, infinite)
-            found = first_of(tile, keep_finite(found))
-        count_deltas(found.delta, np.uint32(0x7FFF_FFFF), np.uint32(16), totals)
-        measure_distances(found.left, found.right, np.int32(magnitude), found.distance)
-        count_distances(found)
-        summarise(found, measure, totals)
-        mask_tile(found, measure, changed, totals, words[start // 64 : (start + TILE) // 64])
-    add_ulp(tile, totals.ulp)
+    """Measure one tile; see :func:`~ckptdiff.backends.kernels.span.measure_tile`."""
+    magnitude, infinite = np.uint16(facts.magnitude), np.uint16(facts.infinite)
+    mark_changed(a, b, magnitude, tile.marks)
+    count_weights(a, facts.magnitude, totals.weights, totals.span)
+    changed = positions(tile.marks, a.size, tile.found)
+    found = first_of(tile, changed)
+    gather_codes(a, b, facts.values, found)
+    totals.counts[CHANGED] += changed
+    count_into(1, found.left, facts.magnitude, totals.weights)
+    if count_strange(found.delta) > 0:
+        count_lost(found, facts.magnitude, totals.weights)
+        if measure.native:  # beyond the base's own, which its histogram tells
+            gained = count_nonfinite(found.right, magnitude, infinite)
+            totals.counts[NONFINITE_TUNED] += gained - count_nonfinite(found.left, magnitude, infinite)
+        found = first_of(tile, keep_finite(found))
+    count_deltas(found.delta, np.uint32(0x7FFF_FFFF), np.uint32(16), totals)
+    measure_distances(found.left, found.right, np.int32(magnitude), found.distance)
+    count_distances(found)
+    summarise(found, measure, totals, sums)
+    mask_tile(found, measure, changed, totals, sums, words)

@@ -11,20 +11,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ckptdiff.backends.kernel_cache import kernel
+from ckptdiff.backends.kernel_cache import helper, kernel
 from ckptdiff.backends.kernels.bits import float_bits
+from ckptdiff.backends.kernels.fetch import FETCH, Side, fetch
+from ckptdiff.backends.kernels.span import Work, codes_of, gather_values
+from ckptdiff.backends.kernels.stored import Stored
 from ckptdiff.backends.kernels.tiles import (
     TILE,
     Array,
-    Tile,
+    Facts,
     count_within,
     first_of,
     keep_finite,
     mark_changed,
     positions,
 )
+from ckptdiff.backends.partial import BLOCK
 
-__all__ = ["Found", "Search", "refine"]
+__all__ = ["Found", "Search", "refine_span"]
 
 
 class Search(NamedTuple):
@@ -38,7 +42,7 @@ class Search(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The arrays of a :class:`~ckptdiff.backends.partial.Refined`, with the tails of one block."""
+    """The arrays of a :class:`~ckptdiff.backends.partial.Refined`, with the tails of the span's blocks."""
 
     deltas: Array
     weights: Array
@@ -46,56 +50,71 @@ class Found(NamedTuple):
     tails: Array
 
 
+@helper
+def count_weights(codes: Array, marks: Array, magnitude: Any, search: Search, weights: Array) -> None:
+    """Count the next bits of base codes that share the known bits of a cut."""
+    for r in range(search.weights.size):
+        for i in range(codes.size):
+            size = np.uint64(codes[i] & magnitude)
+            if size >> search.shift == search.weights[r]:
+                next_bits = (size >> (search.shift - np.uint64(16))) & np.uint64(0xFFFF)
+                weights[r, 0, next_bits] += 1
+                weights[r, 1, next_bits] += marks[i]
+
+
+@helper
+def search_deltas(delta: Array, search: Search, found: Found, tails: Array) -> None:
+    """Count the next bits of d, what lies within thresholds, and sum what lies above tails."""
+    for r in range(search.deltas.size):
+        for j in range(delta.size):
+            size = np.uint64(float_bits(abs(delta[j])))
+            if size >> search.shift == search.deltas[r]:
+                found.deltas[r, (size >> (search.shift - np.uint64(16))) & np.uint64(0xFFFF)] += 1
+    for t in range(search.thresholds.size):
+        found.within[t] += count_within(delta, search.thresholds[t])
+    for t in range(search.tails.size):
+        for j in range(delta.size):
+            if abs(delta[j]) > search.tails[t]:
+                tails[t] += np.float64(delta[j]) ** 2
+
+
 @kernel
-def refine(
-    codes: tuple[Array, Array],
-    values: tuple[Array, Array],
-    limits: tuple[Any, Any],
-    lookup: bool,
-    tile: Tile,
+def refine_span(
+    sides: tuple[Side, Side],
+    stored: tuple[Stored, Stored] | None,
+    extent: tuple[int, int],
+    facts: Facts,
+    work: Work,
     search: Search,
     found: Found,
-) -> None:
-    """Pass over one piece of codes.
+) -> int:
+    """Pass over a span of blocks.
 
     Parameters
     ----------
-    codes : pair of read-only unsigned array, shape (n,)
-    values : pair of read-only float array
-        Values of the codes: a table (``lookup``), or the memory of the codes as floats.
-    limits : (magnitude mask of a code, magnitude mask of d)
-    lookup : bool
-        Whether ``values`` are tables.
-    tile : Tile
+    sides, stored, extent, facts, work
+        As in :func:`~ckptdiff.backends.kernels.span.scan_span`, and so is the returned coordinate.
     search : Search
     found : Found
         Added to.
     """
-    for start in range(0, codes[0].size, TILE):
-        a, b = codes[0][start : start + TILE], codes[1][start : start + TILE]
-        mark_changed(a, b, limits[0], tile.marks)
-        for r in range(search.weights.size):
-            for i in range(a.size):
-                size = np.uint64(a[i] & limits[0])
-                if size >> search.shift == search.weights[r]:
-                    next_bits = (size >> (search.shift - np.uint64(16))) & np.uint64(0xFFFF)
-                    found.weights[r, 0, next_bits] += 1
-                    found.weights[r, 1, next_bits] += tile.marks[i]
-        some = first_of(tile, positions(tile.marks, a.size, tile.found))
-        for j in range(some.found.size):
-            at = some.found[j]
-            x, y = (np.int64(a[at]), np.int64(b[at])) if lookup else (start + at, start + at)
-            some.base[j], some.tuned[j] = values[0][x], values[1][y]
-            some.delta[j] = some.tuned[j] - some.base[j]
-        some = first_of(tile, keep_finite(some))
-        for r in range(search.deltas.size):
-            for j in range(some.delta.size):
-                size = np.uint64(float_bits(some.delta[j]) & limits[1])
-                if size >> search.shift == search.deltas[r]:
-                    found.deltas[r, (size >> (search.shift - np.uint64(16))) & np.uint64(0xFFFF)] += 1
-        for t in range(search.thresholds.size):
-            found.within[t] += count_within(some.delta, search.thresholds[t])
-        for t in range(search.tails.size):
-            for j in range(some.delta.size):
-                if abs(some.delta[j]) > search.tails[t]:
-                    found.tails[t] += np.float64(some.delta[j]) ** 2
+    first, numel = extent
+    widths = sides[0].itemsize, sides[1].itemsize
+    magnitude = work.codes[0].dtype.type(facts.magnitude)
+    while first < numel:
+        stop = min(first + FETCH, numel)
+        base, tuned = fetch(sides[0], first, stop), fetch(sides[1], first, stop)
+        if base.size < (stop - first) * widths[0] or tuned.size < (stop - first) * widths[1]:
+            break
+        for start in range(0, stop - first, TILE):
+            end = min(start + TILE, stop - first)
+            a = codes_of(base[start * widths[0] : end * widths[0]], stored, 0, work)
+            b = codes_of(tuned[start * widths[1] : end * widths[1]], stored, 1, work)
+            mark_changed(a, b, magnitude, work.tile.marks)
+            count_weights(a, work.tile.marks, magnitude, search, found.weights)
+            some = first_of(work.tile, positions(work.tile.marks, a.size, work.tile.found))
+            gather_values(a, b, facts, some)
+            some = first_of(work.tile, keep_finite(some))
+            search_deltas(some.delta, search, found, found.tails[first // BLOCK])
+        first = stop
+    return first

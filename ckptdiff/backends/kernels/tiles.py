@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ckptdiff.backends.formats import is_wide
 from ckptdiff.backends.kernel_cache import helper, reducer
 from ckptdiff.backends.kernels.bits import bits_float, float_bits, floor_log2, lowest_bit, pack64, population
 from ckptdiff.backends.partial import Count, Partial, Rule, Scan, Sum
@@ -18,6 +19,7 @@ from ckptdiff.backends.partial import Count, Partial, Rule, Scan, Sum
 __all__ = [
     "TILE",
     "Array",
+    "Facts",
     "Measure",
     "Tile",
     "Totals",
@@ -84,6 +86,18 @@ class Measure(NamedTuple):
     """For ``Rule.TOP``: ordinal of the next coordinate at the cut, how many there are, how many to take."""
     native: bool
     """Both sides are stored in the compare format: the kernel counts NaN and Inf."""
+    wide: bool
+    """The base is stored wider than the compare format."""
+
+
+class Facts(NamedTuple):
+    """What kernels know of the compare format."""
+
+    magnitude: Any
+    """Mask of the magnitude bits of a code, and the first magnitude that is not finite; both uint64."""
+    infinite: Any
+    values: Array
+    """Value of every code as float32; empty for bfloat16 and for formats whose codes are NumPy floats."""
 
 
 class Totals(NamedTuple):
@@ -92,7 +106,7 @@ class Totals(NamedTuple):
     counts: Array
     within: Array
     sums: Array
-    """One row: that of the block at hand."""
+    """One row per block of the span at hand."""
     weights: Array
     deltas: Array
     span: Array
@@ -183,13 +197,14 @@ def add_ulp(tile: Tile, ulp: Array) -> None:
             tile.ulp[row, k] = 0
 
 
-def new_measure(scan: Scan, real: np.dtype[Any], first_tie: int = 0, native: bool = False) -> Measure:
+def new_measure(scan: Scan, real: np.dtype[Any], first_tie: int = 0) -> Measure:
     """Kernel parameters of a scan."""
     thresholds = np.array([round_down(threshold, real) for threshold in scan.thresholds], real)
     tie = np.array([first_tie, scan.ties, scan.take], np.int64)
     # Two bfloat16 values that differ do so by 2**-8 of the larger one at least.
     eta = 0.0 if scan.compare.name == "bf16" and scan.eta < 2**-8 else scan.eta
-    return Measure(thresholds, eta, int(scan.rule), scan.cut, tie, native)
+    native = scan.base == scan.tuned == scan.compare
+    return Measure(thresholds, eta, int(scan.rule), scan.cut, tie, native, is_wide(scan.base, scan.compare))
 
 
 def round_down(value: float, real: np.dtype[Any]) -> float:
@@ -198,12 +213,13 @@ def round_down(value: float, real: np.dtype[Any]) -> float:
     return float(np.nextafter(rounded, real.type(-np.inf)) if float(rounded) > value else rounded)
 
 
-def totals_of(partial: Partial, row: int) -> Totals:
-    """The arrays of a partial, with the sums of one block."""
+def totals_of(partial: Partial, blocks: int) -> Totals:
+    """The arrays of a partial, with the sums of its last blocks."""
+    sums = partial.sums[len(partial.sums) - blocks :]
     return Totals(
         partial.counts,
         partial.within,
-        partial.sums[row],
+        sums,
         partial.weights,
         partial.deltas,
         partial.span,
@@ -297,9 +313,9 @@ def add_sums(base: Array, delta: Array, sums: Array) -> None:
 
 
 @helper
-def summarise(tile: Tile, measure: Measure, totals: Totals) -> None:
+def summarise(tile: Tile, measure: Measure, totals: Totals, sums: Array) -> None:
     """Count and sum over the changed coordinates of a tile."""
-    add_sums(tile.base, tile.delta, totals.sums)
+    add_sums(tile.base, tile.delta, sums)
     for t in range(measure.thresholds.size):
         if measure.thresholds[t] == 0:  # a changed coordinate has d != 0
             continue
@@ -339,9 +355,9 @@ def drop_outside(tile: Tile, measure: Measure, sums: Array) -> int:
 
 
 @helper
-def mask_tile(tile: Tile, measure: Measure, changed: int, totals: Totals, words: Array) -> None:
+def mask_tile(tile: Tile, measure: Measure, changed: int, totals: Totals, sums: Array, words: Array) -> None:
     """Turn the marks of a tile into mask bits and count them; ``words`` is empty if only the count is wanted."""
     if measure.rule != NO_RULE:
-        totals.counts[MASKED] += changed - drop_outside(tile, measure, totals.sums)
+        totals.counts[MASKED] += changed - drop_outside(tile, measure, sums)
         for j in range(words.size):
             words[j] = pack64(tile.marks, j * 64)

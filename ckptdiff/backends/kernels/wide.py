@@ -1,4 +1,4 @@
-"""The fused kernels for compare formats of 32 and 64 bits, whose codes are NumPy floats."""
+"""One tile of a compare format of 32 or 64 bits, whose codes are NumPy floats."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from ckptdiff.backends.kernel_cache import helper, kernel, reducer
+from ckptdiff.backends.kernel_cache import helper, reducer
 from ckptdiff.backends.kernels.tiles import (
-    TILE,
     Array,
+    Facts,
     Measure,
     Tile,
     Totals,
-    add_ulp,
     count_deltas,
     count_distances,
     count_nonfinite,
@@ -28,7 +27,7 @@ from ckptdiff.backends.kernels.tiles import (
 )
 from ckptdiff.backends.partial import BINS, Count, Sum
 
-__all__ = ["scan_wide"]
+__all__ = ["gather_wide", "measure_wide"]
 
 CHANGED, FINITE, BASE_SQUARE = int(Count.CHANGED), int(Count.FINITE), int(Sum.BASE_SQUARE)
 NONFINITE_BASE, NONFINITE_TUNED = int(Count.NONFINITE_BASE), int(Count.NONFINITE_TUNED)
@@ -64,21 +63,22 @@ def sum_squares(values: Array) -> float:
 
 
 @helper
-def add_base(x: Array, y: Array, all_finite: bool, totals: Totals) -> None:
+def add_base(x: Array, y: Array, all_finite: bool, counts: Array, sums: Array) -> None:
     """Count the coordinates with finite d and add the squares of their base."""
     if all_finite:
-        totals.counts[FINITE] += x.size
-        totals.sums[BASE_SQUARE] += sum_squares(x)
+        counts[FINITE] += x.size
+        sums[BASE_SQUARE] += sum_squares(x)
         return
     for i in range(x.size):
         if abs(y[i] - x[i]) < np.inf:
-            totals.counts[FINITE] += 1
-            totals.sums[BASE_SQUARE] += np.float64(x[i]) * np.float64(x[i])
+            counts[FINITE] += 1
+            sums[BASE_SQUARE] += np.float64(x[i]) * np.float64(x[i])
 
 
 @helper
-def gather(a: Array, b: Array, x: Array, y: Array, tile: Tile) -> None:
+def gather_wide(a: Array, b: Array, values: Array, tile: Tile) -> None:
     """Collect codes, values and d of the coordinates found."""
+    x, y = a.view(tile.delta.dtype), b.view(tile.delta.dtype)
     for j in range(tile.found.size):
         at = tile.found[j]
         tile.left[j], tile.right[j] = a[at], b[at]
@@ -105,53 +105,33 @@ def measure_distances(left: Array, right: Array, magnitude: Any, distance: Array
         distance[j] = np.uint64(max(x, y)) - np.uint64(min(x, y))  # wraps to the right value
 
 
-@kernel
-def scan_wide(
-    codes: tuple[Array, Array],
-    values: tuple[Array, Array],
-    limits: tuple[Any, Any, Any],
-    tile: Tile,
-    measure: Measure,
-    totals: Totals,
-    words: Array,
+@helper
+def measure_wide(
+    a: Array, b: Array, facts: Facts, tile: Tile, measure: Measure, totals: Totals, sums: Array, words: Array
 ) -> None:
-    """Measure one piece of float32 or float64.
-
-    Parameters
-    ----------
-    codes : pair of read-only uint32 or uint64 array, shape (n,)
-        Codes of both sides.
-    values : pair of read-only float array, shape (n,)
-        The same memory as floats.
-    limits : (magnitude mask, infinity, shift to a bin)
-        In the dtype of the codes.
-    tile, measure, totals, words
-        As in ``scan_codes``.
-    """
-    magnitude, infinite, shift = limits
-    for start in range(0, codes[0].size, TILE):
-        a, b = codes[0][start : start + TILE], codes[1][start : start + TILE]
-        x, y = values[0][start : start + TILE], values[1][start : start + TILE]
-        mark_changed(a, b, magnitude, tile.marks)
-        count_weights(0, a, magnitude, infinite, shift, totals)
-        changed = positions(tile.marks, a.size, tile.found)
-        found = first_of(tile, changed)
-        gather(a, b, x, y, found)
-        totals.counts[CHANGED] += changed
-        count_weights(1, found.left, magnitude, infinite, shift, totals)
-        strange = count_strange(found.delta)
-        nonfinite_base = count_nonfinite(a, magnitude, infinite)
-        nonfinite_tuned = count_nonfinite(b, magnitude, infinite)
-        if measure.native:
-            totals.counts[NONFINITE_BASE] += nonfinite_base
-            totals.counts[NONFINITE_TUNED] += nonfinite_tuned
-        add_base(x, y, strange + nonfinite_base + nonfinite_tuned == 0, totals)
-        if strange > 0:
-            count_lost(found, magnitude, infinite, shift, totals.weights)
-            found = first_of(tile, keep_finite(found))
-        count_deltas(found.delta, magnitude, shift, totals)
-        measure_distances(found.left, found.right, magnitude, found.distance)
-        count_distances(found)
-        summarise(found, measure, totals)
-        mask_tile(found, measure, changed, totals, words[start // 64 : (start + TILE) // 64])
-    add_ulp(tile, totals.ulp)
+    """Measure one tile; see :func:`~ckptdiff.backends.kernels.span.measure_tile`."""
+    magnitude, infinite = a.dtype.type(facts.magnitude), a.dtype.type(facts.infinite)
+    shift = a.dtype.type(8 * a.itemsize - 16)
+    x, y = a.view(tile.delta.dtype), b.view(tile.delta.dtype)
+    mark_changed(a, b, magnitude, tile.marks)
+    count_weights(0, a, magnitude, infinite, shift, totals)
+    changed = positions(tile.marks, a.size, tile.found)
+    found = first_of(tile, changed)
+    gather_wide(a, b, facts.values, found)
+    totals.counts[CHANGED] += changed
+    count_weights(1, found.left, magnitude, infinite, shift, totals)
+    strange = count_strange(found.delta)
+    nonfinite_base = count_nonfinite(a, magnitude, infinite)
+    nonfinite_tuned = count_nonfinite(b, magnitude, infinite)
+    if measure.native:
+        totals.counts[NONFINITE_BASE] += nonfinite_base
+        totals.counts[NONFINITE_TUNED] += nonfinite_tuned
+    add_base(x, y, strange + nonfinite_base + nonfinite_tuned == 0, totals.counts, sums)
+    if strange > 0:
+        count_lost(found, magnitude, infinite, shift, totals.weights)
+        found = first_of(tile, keep_finite(found))
+    count_deltas(found.delta, magnitude, shift, totals)
+    measure_distances(found.left, found.right, magnitude, found.distance)
+    count_distances(found)
+    summarise(found, measure, totals, sums)
+    mask_tile(found, measure, changed, totals, sums, words)
