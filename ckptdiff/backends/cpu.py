@@ -10,11 +10,14 @@ from numpy.typing import NDArray
 
 from ckptdiff.backends.formats import Format, common_format, recode_table
 from ckptdiff.backends.kernels.fetch import FETCH, SHARED, WINDOW, Side
+from ckptdiff.backends.kernels.figures import Wanted
 from ckptdiff.backends.kernels.refine import Found, Search, refine_span
+from ckptdiff.backends.kernels.small import scan_small
 from ckptdiff.backends.kernels.span import Work, new_work, read_only, scan_span
 from ckptdiff.backends.kernels.stored import Cast, Stored
-from ckptdiff.backends.kernels.tiles import Facts, new_measure, round_down, totals_of
+from ckptdiff.backends.kernels.tiles import facts_of, new_measure, round_down, totals_of
 from ckptdiff.backends.partial import BLOCK, Count, Partial, Refined, Scan, Targets
+from ckptdiff.backends.records import Records
 from ckptdiff.backends.source import Extent, Source, Window
 from ckptdiff.errors import CheckpointError
 
@@ -30,6 +33,7 @@ class CpuWorker:
     def __init__(self) -> None:
         self._work: dict[int, Work] = {}
         self._words = np.zeros(0, np.uint64)
+        self._small = Partial()
         self._rooms = [read_only(np.empty(FETCH * _ITEM, np.uint8)) for _ in range(2)]
 
     def scan(self, scan: Scan, source: Source, partial: Partial, first_tie: int = 0) -> NDArray[np.uint8] | None:
@@ -54,7 +58,7 @@ class CpuWorker:
         partial.open_blocks(blocks, len(scan.thresholds))
         measure = new_measure(scan, _real(compare), first_tie)
         totals = totals_of(partial, blocks)
-        stored, facts, work = _stored(scan.base, scan.tuned, compare), _facts(compare), self._work_for(compare)
+        stored, facts, work = _stored(scan.base, scan.tuned, compare), facts_of(compare), self._work_for(compare)
         words = self._room_for_mask(source.numel if scan.want_mask else 0)
         before = _native_counts(partial, compare)
         for window in source.windows():
@@ -83,13 +87,66 @@ class CpuWorker:
             np.array([round_down(tail, real) for tail in targets.tails], real),
         )
         found = Found(refined.deltas, refined.weights, refined.within, refined.tails[len(refined.tails) - blocks :])
-        stored, facts, work = _stored(scan.base, scan.tuned, compare), _facts(compare), self._work_for(compare)
+        stored, facts, work = _stored(scan.base, scan.tuned, compare), facts_of(compare), self._work_for(compare)
         for window in source.windows():
             sides = self._sides(window, scan)
             first = window.first
             while first < window.stop:
                 came = refine_span(sides, stored, (first, window.stop), facts, work, search, found)
                 first = _advanced(source, window, first, came)
+
+    def scan_small(
+        self,
+        scan: Scan,
+        places: NDArray[np.int64],
+        ranks: tuple[NDArray[np.int64], NDArray[np.int64]],
+        wanted: Wanted,
+        records: Records,
+    ) -> tuple[int, list[NDArray[np.uint8]]]:
+        """Measure whole tensors of at most a block.
+
+        Parameters
+        ----------
+        scan : Scan
+            Of a compare format of at most 16 bits, with a mask rule that needs no figure of the whole tensor.
+        places : int64 array, shape (k, 5)
+            Of each tensor: descriptor and offset of the base, of the tuned side, and coordinates.
+        ranks : pair of int64 array, shape (k, ...)
+            Sizes of the sets of largest |d| and of smallest weights.
+        wanted : Wanted
+        records : Records
+            Of k rows; receives the figures.
+
+        Returns
+        -------
+        done : int
+            How many tensors were measured: less than all if one could not be read.
+        masks : list of uint8 array
+            Mask bits of each if ``scan.want_mask``, else empty; valid until the next call.
+        """
+        compare, numel = scan.compare, places[:, 4]
+        words = -(-numel // 64)
+        stops = np.cumsum(words)
+        room = self._room_for_mask(int(stops[-1]) if scan.want_mask else 0)
+        self._small.open_blocks(1 - len(self._small.sums), len(scan.thresholds))
+        formats = zip((scan.base, scan.tuned), self._rooms, strict=True)
+        done = scan_small(
+            tuple(Side(0, 0, 0, buffer, stored.bits // 8) for stored, buffer in formats),
+            _stored(scan.base, scan.tuned, compare),
+            np.column_stack([places, stops - words]),
+            ranks,
+            (facts_of(compare), wanted),
+            self._work_for(compare),
+            new_measure(scan, _real(compare)),
+            totals_of(self._small, 1),
+            records,
+            room,
+        )
+        if not scan.want_mask:
+            return done, []
+        bits = room.view(np.uint8)
+        starts = (8 * (stops - words)).tolist()
+        return done, [bits[i : i + -(-n // 8)] for i, n in zip(starts, numel.tolist(), strict=True)]
 
     def _sides(self, window: Window, scan: Scan) -> tuple[Side, Side]:
         base = self._side(window.base, window.first, scan.base, 0)
@@ -127,13 +184,6 @@ def _advanced(source: Source, window: Window, first: int, came: int) -> int:
 
 def _real(compare: Format) -> np.dtype[Any]:
     return np.dtype(np.float64 if compare.bits == 64 else np.float32)
-
-
-@cache
-def _facts(compare: Format) -> Facts:
-    lookup = compare.bits <= 16 and compare.name != "bf16"
-    values = compare.values() if lookup else read_only(np.zeros(0, np.float32))
-    return Facts(np.uint64(compare.magnitude), np.uint64(compare.infinite), values)
 
 
 @cache

@@ -18,6 +18,7 @@ from ckptdiff.backends.formats import Format
 __all__ = [
     "BINS",
     "BLOCK",
+    "ULP_BINS",
     "BitScan",
     "Count",
     "Partial",
@@ -32,6 +33,8 @@ BLOCK = 1 << 20
 """Coordinates in a block: 128 KiB of mask."""
 BINS = 1 << 15
 """Bins of a magnitude histogram: the leading 15 bits below the sign."""
+ULP_BINS = 64
+"""Bin k holds distances of 2^k to 2^(k+1) - 1 units in the last place of the compare dtype."""
 
 
 class Count(IntEnum):
@@ -155,7 +158,7 @@ class Partial:
         |d| are equal (count * squares == sum**2).
     span : int array, shape (4,)
         First and last bin in use of ``weights``, then of ``deltas``; last < first where none is.
-    ulp : int array, shape (64,)
+    ulp : int array, shape (ULP_BINS,)
         Changed coordinates of finite d by floor(log2(distance in units of the last place)).
     """
 
@@ -167,7 +170,7 @@ class Partial:
     weights: NDArray[np.int64] = field(default_factory=lambda: _zeros(3, BINS))
     deltas: NDArray[np.uint64] = field(default_factory=lambda: np.zeros((3, BINS), np.uint64))
     span: NDArray[np.int64] = field(default_factory=lambda: np.array([BINS, -1, BINS, -1]))
-    ulp: NDArray[np.int64] = field(default_factory=lambda: _zeros(64))
+    ulp: NDArray[np.int64] = field(default_factory=lambda: _zeros(ULP_BINS))
 
     def open_blocks(self, blocks: int, thresholds: int) -> None:
         """Add rows of sums, and counters of thresholds if there are none yet."""

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.kernels.cuts import cut_from_top
+from ckptdiff.backends.kernels.cuts import cut_from_top, find_delta_cut
 from ckptdiff.backends.partial import Partial
 
-__all__ = ["DeltaCut", "first_delta_cut", "refine_delta_cut", "single_value"]
+__all__ = ["DeltaCut", "first_delta_cut", "refine_delta_cut"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class DeltaCut:
     at : int
         How many have these; 0 if fewer than ``rank`` coordinates changed.
     energy_above : float
-        Sum d^2 over those above; only for a d of 32 bits.
+        Sum d^2 over those above; means nothing for a d of 64 bits.
     """
 
     rank: int
@@ -61,15 +61,7 @@ class DeltaCut:
 
 def first_delta_cut(partial: Partial, width: int, rank: int) -> DeltaCut:
     """Find a cut in the histogram of a scan."""
-    counts = partial.deltas[0].view(np.int64)
-    first, last = int(partial.span[2]), int(partial.span[3])
-    bin_, above = cut_from_top(counts, first, last, rank)
-    energy = float(np.sum(_bin_energies(partial, bin_ + 1, last + 1))) if width == 32 else np.nan
-    if bin_ < first:
-        return DeltaCut(rank, width, 0, 0, above, 0, energy)
-    value = single_value(partial, bin_) if width == 32 else None
-    prefix, unknown = (bin_, width - 16) if value is None else (value, 0)
-    return DeltaCut(rank, width, prefix, unknown, above, int(counts[bin_]), energy)
+    return DeltaCut(rank, width, *find_delta_cut(partial.deltas, partial.span, rank, width))
 
 
 def refine_delta_cut(cut: DeltaCut, counts: NDArray[np.int64]) -> DeltaCut:
@@ -93,25 +85,6 @@ def refine_delta_cut(cut: DeltaCut, counts: NDArray[np.int64]) -> DeltaCut:
         at=int(counts[bin_]),
         energy_above=energy,
     )
-
-
-def single_value(partial: Partial, bin_: int) -> int | None:
-    """Bits of the one |d| of 32 bits in a bin, None if the bin holds several values."""
-    count, total, squares = (int(moment) for moment in partial.deltas[:, bin_])
-    # Equality in the Cauchy-Schwarz inequality: all entries are the same.
-    return bin_ << 16 | total // count if count * squares == total * total else None
-
-
-def _bin_energies(partial: Partial, first: int, stop: int) -> NDArray[np.float64]:
-    """Sum d^2 of bins ``first`` to ``stop`` - 1, for a d of 32 bits."""
-    count, total, squares = partial.deltas[:, first:stop].astype(np.float64)
-    bins = np.arange(first, stop)
-    exponent = bins >> 7
-    # |d| = (lead + low) 2^(e - 150), where low are the 16 bits below the bin and lead the bits above them.
-    lead = ((bins & 127) << 16) + np.where(exponent > 0, 1 << 23, 0)
-    squared: NDArray[np.float64] = count * lead**2 + 2.0 * lead * total + squares
-    energies: NDArray[np.float64] = np.ldexp(squared, 2 * (np.maximum(exponent, 1) - 150))
-    return energies
 
 
 def _values(bits: Any, width: int) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.backends.formats import Format
-from ckptdiff.backends.kernels.cuts import cut_from_bottom
+from ckptdiff.backends.kernels.cuts import cut_from_bottom, find_low_cut
 from ckptdiff.backends.partial import BINS, Partial
 
 __all__ = ["LowCut", "first_low_cut", "first_nan_bin", "refine_low_cut"]
@@ -54,14 +54,9 @@ def first_nan_bin(compare: Format) -> int:
 
 def first_low_cut(partial: Partial, compare: Format, rank: int) -> LowCut:
     """Find a cut in the histogram of a scan; NaN weights are in no set."""
-    all_, changed = partial.weights[0], partial.weights[1]
     first, last = int(partial.span[0]), min(int(partial.span[1]), first_nan_bin(compare) - 1)
-    bin_, below = cut_from_bottom(all_, first, last, rank)
-    changed_below = int(changed[first:bin_].sum())
-    if bin_ > last:
-        return LowCut(rank, bin_, 0, below, 0, changed_below, 0)
-    unknown = max(compare.bits - 16, 0)
-    return LowCut(rank, bin_, unknown, below, int(all_[bin_]), changed_below, int(changed[bin_]))
+    bin_, below, at, changed_below, changed_at = find_low_cut(partial.weights, first, last, rank)
+    return LowCut(rank, bin_, max(compare.bits - 16, 0) if at else 0, below, at, changed_below, changed_at)
 
 
 def refine_low_cut(cut: LowCut, counts: NDArray[np.int64]) -> LowCut:

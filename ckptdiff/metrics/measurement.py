@@ -8,43 +8,39 @@ is, takes its result, and knows neither files nor threads.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
-from functools import cache
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.formats import FORMATS, Format, is_wide
-from ckptdiff.backends.kernels.tiles import round_down
-from ckptdiff.backends.partial import BINS, BitScan, Count, Partial, Refined, Rule, Scan, Sum, Targets
-from ckptdiff.metrics.catalogue import COLUMNS, EPS, ETA, RHO, TAU, P, flat_key
-from ckptdiff.metrics.delta_cuts import DeltaCut, first_delta_cut, refine_delta_cut, single_value
-from ckptdiff.metrics.histograms import LOG2_BINS, HistogramRow, log2_bins
+from ckptdiff.backends.formats import Format, is_wide
+from ckptdiff.backends.kernels.cuts import regroup, within_bins
+from ckptdiff.backends.kernels.figures import base_sums
+from ckptdiff.backends.kernels.tiles import facts_of
+from ckptdiff.backends.partial import BitScan, Count, Partial, Refined, Rule, Scan, Sum, Targets
+from ckptdiff.backends.records import Records
+from ckptdiff.metrics.catalogue import EPS, ETA, TAU, P
+from ckptdiff.metrics.columns import (
+    LARGEST,
+    SMALLEST,
+    Measured,
+    bits_only,
+    empty_records,
+    log2_of_bins,
+    measured,
+    set_sizes,
+)
+from ckptdiff.metrics.delta_cuts import DeltaCut, first_delta_cut, refine_delta_cut
 from ckptdiff.metrics.low_cuts import LowCut, first_low_cut, first_nan_bin, refine_low_cut
 from ckptdiff.metrics.rounding_null import low_coverage_null
 from ckptdiff.options import MaskRule
 
-__all__ = ["BitMeasurement", "FloatMeasurement", "Measured", "Pass"]
+__all__ = ["BitMeasurement", "FloatMeasurement", "Pass"]
 
 Pass: TypeAlias = Scan | BitScan | Targets
 """What one pass over a tensor pair does."""
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Everything known of one tensor pair.
-
-    Attributes
-    ----------
-    columns : dict
-        One number for each of :data:`~ckptdiff.metrics.catalogue.COLUMNS`.
-    histograms : HistogramRow
-    """
-
-    columns: dict[str, int | float]
-    histograms: HistogramRow
 
 
 class BitMeasurement:
@@ -73,12 +69,7 @@ class BitMeasurement:
 
     def measured(self) -> Measured:
         """The columns, once no pass is left."""
-        columns: dict[str, int | float] = {c.name: 0 if c.dtype == "uint64" else math.nan for c in COLUMNS}
-        columns["numel"] = self._numel
-        columns["unchanged_bitwise"] = columns["unchanged_stored"] = self._numel - self._changed
-        if self._rule.kind != "none":
-            columns["changed"], columns["masked"] = self._changed, 1
-        return Measured(columns, HistogramRow.empty())
+        return bits_only(self._numel, self._changed, self._rule)
 
 
 class FloatMeasurement:
@@ -137,36 +128,23 @@ class FloatMeasurement:
 
     def measured(self) -> Measured:
         """The columns, once no pass is left."""
-        partial, sums = self._partial, self._partial.total()
-        numel, changed = self.numel, int(partial.counts[Count.CHANGED])
-        first, last = int(partial.span[0]), int(partial.span[1])
-        columns: dict[str, int | float] = {
-            "numel": numel,
-            "valued": 1,
-            "finite": self._finite,
-            "unchanged_bitwise": numel - changed,
-            "wide": int(is_wide(self.scan.base, self.compare) or is_wide(self.scan.tuned, self.compare)),
-            "unchanged_stored": int(partial.counts[Count.STORED_EQUAL]),
-            "unchanged_eta": numel - changed + int(partial.counts[Count.WITHIN_ETA]),
-            "changed": self._masked,
-            "masked": int(self.rule.kind != "none"),
-            "support": int(partial.weights[1, first : min(last + 1, first_nan_bin(self.compare))].sum()),
-            "nonfinite_base": int(partial.counts[Count.NONFINITE_BASE]),
-            "nonfinite_tuned": int(partial.counts[Count.NONFINITE_TUNED]),
-            "delta_norm": math.sqrt(sums[Sum.DELTA_SQUARE]),
-            "base_norm": math.sqrt(self._base_square),
-            "base_dot_delta": float(sums[Sum.BASE_DELTA]),
-            "delta_sum": float(sums[Sum.DELTA]),
-            "l1": float(sums[Sum.ABS_DELTA]),
-            "max_abs": float(partial.max_abs[0]),
-        }
-        for eps, within in zip(EPS, partial.within.tolist(), strict=True):
-            columns[flat_key("unchanged_abs", eps)] = numel - changed + within
-        for tau, count in zip(TAU, self._within_rel, strict=True):
-            assert count is not None
-            columns[flat_key("unchanged_rel", tau)] = numel - changed + count
-        columns |= self._energies(float(sums[Sum.DELTA_SQUARE])) | self._coverages(int(columns["support"]))
-        return Measured(columns, self._histograms())
+        partial, records = self._partial, empty_records(1)
+        nan = first_nan_bin(self.compare)
+        records.counts[0] = partial.counts
+        records.counts[0, Count.MASKED] = self._masked
+        records.within[0], records.within_rel[0] = partial.within, self._within_rel
+        records.sums[0], records.max_abs[0] = partial.total(), partial.max_abs[0]
+        records.finite[0], records.base_square[0] = self._finite, self._base_square
+        records.support[0] = partial.weights[1, partial.span[0] : min(int(partial.span[1]) + 1, nan)].sum()
+        tails = [None] * len(P) if self._tails is None else self._tails.tolist()
+        records.energies[0] = [cut.energy(tail) for cut, tail in zip(self._cuts, tails, strict=False)][: len(P)]
+        records.overlaps[0] = [cut.overlap for cut in self._low]
+        if self.compare.bits <= 16 and not partial.counts[Count.OFF_GRID]:
+            ranks = np.array([cut.rank for cut in self._low], np.int64)
+            records.nulls[0] = low_coverage_null(partial, self.compare, ranks)
+        self._fill_histograms(records)
+        wide = is_wide(self.scan.base, self.compare) or is_wide(self.scan.tuned, self.compare)
+        return measured(records, np.array([self.numel]), wide, self.rule)
 
     @property
     def _partial(self) -> Partial:
@@ -175,11 +153,12 @@ class FloatMeasurement:
 
     def _start(self) -> None:
         """Find the cuts as far as the scan tells."""
-        ranks = [_rank(Fraction(str(p)) / 100, self.numel) for p in P]
+        ranks = [*set_sizes(LARGEST, np.array([self.numel]))[0].tolist()]
         if self.rule.kind == "top":
             ranks.append(max(self._top_room(), 1))
         self._cuts = [first_delta_cut(self._partial, self._width, rank) for rank in ranks]
-        self._low = [first_low_cut(self._partial, self.compare, _rank(Fraction(str(rho)), self.numel)) for rho in RHO]
+        low = set_sizes(SMALLEST, np.array([self.numel]))[0].tolist()
+        self._low = [first_low_cut(self._partial, self.compare, rank) for rank in low]
         self._within_rel = [self._count_within(tau * self._rms()) for tau in TAU]
 
     def _decide(self) -> Pass | None:
@@ -224,7 +203,8 @@ class FloatMeasurement:
         """How many coordinates of finite d a ``top`` mask may hold."""
         # Coordinates that became NaN or Inf are in every mask; they use up their part of the percentage first.
         strange = int(self._partial.counts[Count.CHANGED]) - self._moved()
-        return _rank(Fraction(str(self.rule.value)) / 100, self.numel) - strange
+        size = set_sizes((Fraction(str(self.rule.value)) / 100,), np.array([self.numel]))
+        return int(size[0, 0]) - strange
 
     def _refine(self, found: Refined) -> None:
         targets = self.next
@@ -249,11 +229,8 @@ class FloatMeasurement:
         partial = self._partial
         if self.compare.bits > 16:
             return int(partial.counts[Count.FINITE]), float(partial.total()[Sum.BASE_SQUARE])
-        first, last = int(partial.span[0]), min(int(partial.span[1]), self.compare.infinite - 1)
-        used = slice(first, last + 1)
-        counts = partial.weights[0, used] - partial.weights[2, used]
-        values = self.compare.values()[used].astype(np.float64)
-        return int(counts.sum()), float(np.sum(counts * values**2))
+        finite, square = base_sums(partial.weights, int(partial.span[0]), int(partial.span[1]), facts_of(self.compare))
+        return int(finite), float(square)
 
     def _moved(self) -> int:
         """Changed coordinates with finite d."""
@@ -264,81 +241,21 @@ class FloatMeasurement:
 
     def _count_within(self, threshold: float) -> int | None:
         """Changed coordinates with |d| <= threshold, None if the scan cannot tell."""
-        real = np.dtype(f"f{self._width // 8}")
-        bits = int(np.array(round_down(threshold, real), real).view(f"u{self._width // 8}"))
-        bin_ = bits >> (self._width - 16)
-        counts = self._partial.deltas[0].view(np.int64)
-        below = int(counts[self._partial.span[2] : bin_].sum())
-        if counts[bin_] == 0:
-            return below
-        value = single_value(self._partial, bin_) if self._width == 32 else None
-        if value is None:
-            return None
-        return below + int(counts[bin_]) * (value <= bits)
+        within = within_bins(self._partial.deltas, self._partial.span, threshold, self._width)
+        return None if within < 0 else int(within)
 
-    def _energies(self, total: float) -> dict[str, float]:
-        tails = [None] * len(P) if self._tails is None else self._tails.tolist()
-        return {
-            flat_key("coord_energy", p): min(cut.energy(tail) / total, 1.0) if total else math.nan
-            for p, cut, tail in zip(P, self._cuts, tails, strict=False)
-        }
-
-    def _coverages(self, support: int) -> dict[str, float]:
-        null = np.full(len(RHO), np.nan)
-        if self.compare.bits <= 16 and not self._partial.counts[Count.OFF_GRID]:
-            ranks = np.array([cut.rank for cut in self._low], np.int64)
-            null = low_coverage_null(self._partial, self.compare, ranks)
-        columns = {}
-        for rho, cut, expected in zip(RHO, self._low, null.tolist(), strict=True):
-            columns[flat_key("low_coverage", rho)] = cut.overlap / support if support else math.nan
-            columns[flat_key("low_coverage_null", rho)] = expected
-        return columns
-
-    def _histograms(self) -> HistogramRow:
+    def _fill_histograms(self, records: Records) -> None:
         partial = self._partial
-        delta_map, base_map = _log2_of_bins("f64" if self._width == 64 else "f32"), _log2_of_bins(self.compare.name)
-        delta = _regroup(partial.deltas[0], delta_map, partial.span[2:])
-        delta[0] += self._finite - self._moved()
-        return HistogramRow(
-            delta.astype(np.uint64),
-            _regroup(partial.weights[0], base_map, partial.span[:2]).astype(np.uint64),
-            _regroup(partial.weights[1], base_map, partial.span[:2]).astype(np.uint64),
-            partial.ulp.astype(np.uint64),
-        )
+        delta_groups, base_groups = log2_of_bins("f64" if self._width == 64 else "f32"), log2_of_bins(self.compare.name)
+        first, last, first_delta, last_delta = partial.span.tolist()
+        regroup(partial.deltas[0], delta_groups, first_delta, last_delta, records.delta_log2[0])
+        records.delta_log2[0, 0] += np.uint64(self._finite - self._moved())
+        regroup(partial.weights[0], base_groups, first, last, records.base_log2[0])
+        regroup(partial.weights[1], base_groups, first, last, records.changed_log2[0])
+        records.ulp[0] = partial.ulp.astype(np.uint64)
 
 
 def _first_rule(rule: MaskRule) -> tuple[Rule, float]:
     """What the first scan can already do for a mask rule."""
     kinds = {"bitwise": Rule.BITWISE, "abs": Rule.ABOVE, "eta": Rule.ETA}
     return kinds.get(rule.kind, Rule.NONE), rule.value
-
-
-def _rank(fraction: Fraction, numel: int) -> int:
-    """Size of a set that holds a fraction of the coordinates, rounded up, at least one."""
-    return max(1, math.ceil(fraction * numel))
-
-
-@cache
-def _log2_of_bins(name: str) -> NDArray[np.intp]:
-    """Log2 bin of every bin of a format's magnitude histogram; ``LOG2_BINS`` for bins that are not finite.
-
-    A bin of several float32 or float64 subnormals counts as its smallest nonzero power of two.
-    """
-    format = FORMATS[name]
-    if format.bits <= 16:
-        values = np.zeros(BINS)
-        values[: format.infinite] = format.values()[: format.infinite]
-        finite = format.infinite
-    else:
-        codes = np.arange(BINS).astype(format.code_dtype) << format.code_dtype.type(format.bits - 16)
-        finite = format.infinite >> (format.bits - 16)
-        values = np.where(np.arange(BINS) < finite, codes.view(f"f{format.bits // 8}"), 0).astype(np.float64)
-    bins = log2_bins(values)
-    bins[finite:] = LOG2_BINS
-    return bins
-
-
-def _regroup(counts: NDArray[np.integer], bins: NDArray[np.intp], span: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Add counts up by bin; exact below 2**53."""
-    used = slice(int(span[0]), int(span[1]) + 1)
-    return np.bincount(bins[used], counts[used].astype(np.float64), LOG2_BINS + 1)[:LOG2_BINS].astype(np.float64)

@@ -16,7 +16,7 @@ from ckptdiff.backends.formats import FORMATS, Format
 from ckptdiff.backends.kernels.cuts import fit_null, null_overlap
 from ckptdiff.backends.partial import Partial
 
-__all__ = ["low_coverage_null"]
+__all__ = ["half_gaps", "low_coverage_null"]
 
 
 def low_coverage_null(partial: Partial, compare: Format, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -40,7 +40,7 @@ def low_coverage_null(partial: Partial, compare: Format, ranks: NDArray[np.int64
     finite = partial.weights[:, first : last + 1].sum(axis=1)
     if not 0 < finite[1] < finite[0]:
         return np.full(ranks.size, np.nan)
-    up, down = _half_gaps(compare.name)
+    up, down = half_gaps(compare.name)
     weights = partial.weights[0]
     sigma = fit_null(weights, up, down, first, last, int(finite[1]))
     overlap = np.zeros(ranks.size)
@@ -48,7 +48,7 @@ def low_coverage_null(partial: Partial, compare: Format, ranks: NDArray[np.int64
 
 
 @cache
-def _half_gaps(name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def half_gaps(name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Half the gap from each finite magnitude code to its larger and its smaller neighbour."""
     format = FORMATS[name]
     values = format.values()[: format.infinite].astype(np.float64)

@@ -6,13 +6,25 @@ A checkpoint can hold tens of thousands of small tensors, so what is done once p
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
 from ckptdiff.backends.kernel_cache import helper, kernel
+from ckptdiff.backends.kernels.bits import float_bits
 from ckptdiff.backends.kernels.tiles import Array
 
-__all__ = ["cut_from_bottom", "cut_from_top", "fit_null", "null_overlap"]
+__all__ = [
+    "cut_from_bottom",
+    "cut_from_top",
+    "find_delta_cut",
+    "find_low_cut",
+    "fit_null",
+    "null_overlap",
+    "regroup",
+    "single_value",
+    "within_bins",
+]
 
 
 @kernel
@@ -45,6 +57,110 @@ def cut_from_top(counts: Array, first: int, last: int, rank: int) -> tuple[int, 
     return first - 1, above
 
 
+@kernel
+def single_value(deltas: Array, bin_: int) -> int:
+    """Bits of the one |d| of 32 bits in a bin that is not empty, -1 if the bin holds several values."""
+    count, total, squares = deltas[0, bin_], deltas[1, bin_], deltas[2, bin_]
+    low = total // count
+    # The sum of squares about a mean of ``low`` is zero: all entries are the same.
+    if low * count != total or low * low * count != squares:
+        return -1
+    return int(np.int64(bin_) << 16 | np.int64(low))
+
+
+@helper
+def bin_energy(bin_: int, count: float, total: float, squares: float) -> float:
+    """Sum d^2 of a bin, for a d of 32 bits."""
+    exponent = bin_ >> 7
+    # |d| = (lead + low) 2^(e - 150), where low are the 16 bits below the bin and lead the bits above them.
+    lead = float(((bin_ & 127) << 16) + ((1 << 23) if exponent > 0 else 0))
+    return math.ldexp(count * lead**2 + 2.0 * lead * total + squares, 2 * (max(exponent, 1) - 150))
+
+
+@kernel
+def find_delta_cut(deltas: Array, span: Array, rank: int, width: int) -> tuple[int, int, int, int, float]:
+    """Find the ``rank``-th largest |d| in the histogram of a scan.
+
+    Parameters
+    ----------
+    deltas : uint64 array, shape (3, BINS)
+    span : int64 array, shape (4,)
+    rank : int
+        From 1.
+    width : int
+        Bits of d.
+
+    Returns
+    -------
+    prefix, unknown, above, at, energy_above
+        As in :class:`~ckptdiff.metrics.delta_cuts.DeltaCut`.
+    """
+    above, energy = 0, 0.0
+    for bin_ in range(span[3], span[2] - 1, -1):
+        count = np.int64(deltas[0, bin_])
+        if count == 0:
+            continue
+        if above + count >= rank:
+            value = single_value(deltas, bin_) if width == 32 else -1
+            if value >= 0:
+                return value, 0, above, count, energy
+            return bin_, width - 16, above, count, energy
+        above += count
+        energy += bin_energy(bin_, float(count), float(deltas[1, bin_]), float(deltas[2, bin_]))
+    return 0, 0, above, 0, energy
+
+
+@kernel
+def find_low_cut(weights: Array, first: int, last: int, rank: int) -> tuple[int, int, int, int, int]:
+    """Find the ``rank``-th smallest |W0| in the histogram of a scan.
+
+    Returns
+    -------
+    bin, below, at, changed_below, changed_at
+        As in :class:`~ckptdiff.metrics.low_cuts.LowCut`; ``at`` is 0 if there are fewer weights.
+    """
+    below, changed = 0, 0
+    for bin_ in range(first, last + 1):
+        count = weights[0, bin_]
+        if below + count >= rank:
+            return bin_, below, count, changed, weights[1, bin_]
+        below += count
+        changed += weights[1, bin_]
+    return last + 1, below, 0, changed, 0
+
+
+@helper
+def bits_at_most(threshold: float) -> Any:
+    """Bits of the largest float32 that does not exceed a threshold of at least 0."""
+    rounded = np.float32(threshold)
+    bits = float_bits(rounded)
+    return bits - np.uint32(1) if np.float64(rounded) > threshold else bits
+
+
+@kernel
+def within_bins(deltas: Array, span: Array, threshold: float, width: int) -> int:
+    """Changed coordinates with |d| <= threshold, -1 if the histogram cannot tell."""
+    bits = np.int64(bits_at_most(threshold)) if width == 32 else np.int64(float_bits(threshold))
+    cut = bits >> (width - 16)
+    below = 0
+    for bin_ in range(span[2], min(cut, span[3] + 1)):
+        below += np.int64(deltas[0, bin_])
+    if deltas[0, cut] == 0:
+        return below
+    value = single_value(deltas, cut) if width == 32 else -1
+    if value < 0:
+        return -1
+    return below + (np.int64(deltas[0, cut]) if value <= bits else 0)
+
+
+@kernel
+def regroup(counts: Array, groups: Array, first: int, last: int, out: Array) -> None:
+    """Add bins ``first`` to ``last`` up by group; groups past the end of ``out`` are left out."""
+    for bin_ in range(first, last + 1):
+        if groups[bin_] < out.size:
+            out[groups[bin_]] += np.uint64(counts[bin_])
+
+
 @helper
 def moved(up: float, down: float, sigma: float) -> float:
     """Chance that a Gaussian step leaves the rounding interval [-down, up]."""
@@ -52,9 +168,15 @@ def moved(up: float, down: float, sigma: float) -> float:
     return 0.5 * math.erfc(up * scale) + 0.5 * math.erfc(down * scale)
 
 
+@helper
+def density(gap: float) -> float:
+    """Derivative, by the logarithm of sigma, of the chance that a Gaussian step exceeds ``gap`` sigmas."""
+    return gap * math.exp(-0.5 * gap * gap) / math.sqrt(2.0 * math.pi)
+
+
 @kernel
 def fit_null(weights: Array, up: Array, down: Array, first: int, last: int, changed: int) -> float:
-    """Sigma of the Gaussian update that changes as many coordinates after rounding, by bisection in log sigma.
+    """Sigma of the Gaussian update that changes as many coordinates after rounding, by Newton's method.
 
     Parameters
     ----------
@@ -80,18 +202,23 @@ def fit_null(weights: Array, up: Array, down: Array, first: int, last: int, chan
             runs += 1
         sizes[runs - 1] += weights[code]
     low, high = math.log(min(runs_up[0], runs_down[0])) - 60.0, math.log(runs_up[runs - 1]) + 60.0
-    while high - low > 1e-13 * max(1.0, abs(low)):
-        middle = 0.5 * (low + high)
-        if middle in (low, high):
-            break
-        expected = 0.0
+    at = 0.5 * (low + high)
+    for _ in range(200):
+        expected, slope = 0.0, 0.0
+        sigma = math.exp(at)
         for run in range(runs):
-            expected += sizes[run] * moved(runs_up[run], runs_down[run], math.exp(middle))
+            expected += sizes[run] * moved(runs_up[run], runs_down[run], sigma)
+            slope += sizes[run] * (density(runs_up[run] / sigma) + density(runs_down[run] / sigma))
         if expected < changed:
-            low = middle
+            low = at
         else:
-            high = middle
-    return math.exp(0.5 * (low + high))
+            high = at
+        step = (changed - expected) / slope if slope > 0 else math.inf
+        if abs(step) <= 1e-14 * max(1.0, abs(at)) or high - low <= 1e-13 * max(1.0, abs(low)):
+            break
+        # Newton's step while it stays between the bounds; far off, where the slope says nothing, halve them.
+        at = at + step if low < at + step < high and abs(step) < 4.0 else 0.5 * (low + high)
+    return math.exp(at)
 
 
 @kernel

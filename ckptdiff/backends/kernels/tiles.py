@@ -7,11 +7,12 @@ that LLVM vectorises it; fused into one loop they would not be.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ckptdiff.backends.formats import is_wide
+from ckptdiff.backends.formats import Format, is_wide
 from ckptdiff.backends.kernel_cache import helper, reducer
 from ckptdiff.backends.kernels.bits import bits_float, float_bits, floor_log2, lowest_bit, pack64, population
 from ckptdiff.backends.partial import Count, Partial, Rule, Scan, Sum
@@ -28,6 +29,7 @@ __all__ = [
     "count_distances",
     "count_nonfinite",
     "count_strange",
+    "facts_of",
     "first_of",
     "keep_finite",
     "mark_changed",
@@ -98,6 +100,15 @@ class Facts(NamedTuple):
     infinite: Any
     values: Array
     """Value of every code as float32; empty for bfloat16 and for formats whose codes are NumPy floats."""
+
+
+@cache
+def facts_of(compare: Format) -> Facts:
+    """What kernels know of a compare format."""
+    lookup = compare.bits <= 16 and compare.name != "bf16"
+    values = (compare.values() if lookup else np.zeros(0, np.float32)).view()
+    values.flags.writeable = False
+    return Facts(np.uint64(compare.magnitude), np.uint64(compare.infinite), values)
 
 
 class Totals(NamedTuple):

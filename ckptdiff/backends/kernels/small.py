@@ -1,0 +1,114 @@
+"""Many small tensors in one call, from their bytes to their figures.
+
+A checkpoint of experts holds tens of thousands of tensors; what Python does for each costs more than to measure it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ckptdiff.backends.kernel_cache import helper, kernel
+from ckptdiff.backends.kernels.fetch import Side
+from ckptdiff.backends.kernels.figures import Wanted, take_figures
+from ckptdiff.backends.kernels.span import Work, scan_span
+from ckptdiff.backends.kernels.stored import Stored
+from ckptdiff.backends.kernels.tiles import Array, Facts, Measure, Totals
+from ckptdiff.backends.partial import BINS, Count
+
+__all__ = ["scan_small"]
+
+CHANGED, STORED_EQUAL = int(Count.CHANGED), int(Count.STORED_EQUAL)
+NONFINITE_BASE, NONFINITE_TUNED = int(Count.NONFINITE_BASE), int(Count.NONFINITE_TUNED)
+
+
+@helper
+def clear(totals: Totals) -> None:
+    """Set to nothing seen, touching only the bins in use."""
+    for row in range(3):
+        for bin_ in range(totals.span[0], totals.span[1] + 1):
+            totals.weights[row, bin_] = 0
+        for bin_ in range(totals.span[2], totals.span[3] + 1):
+            totals.deltas[row, bin_] = np.uint64(0)
+    totals.span[0], totals.span[1], totals.span[2], totals.span[3] = BINS, -1, BINS, -1
+    totals.counts[:] = 0
+    totals.within[:] = 0
+    totals.sums[:] = 0.0
+    totals.ulp[:] = 0
+    totals.max_abs[0] = 0.0
+
+
+@helper
+def count_native(totals: Totals, numel: int, infinite: int) -> None:
+    """The counts of what is stored, where both sides are stored as compared."""
+    strange = 0
+    for code in range(infinite, totals.span[1] + 1):
+        strange += totals.weights[0, code]
+    totals.counts[STORED_EQUAL] += numel - totals.counts[CHANGED]
+    totals.counts[NONFINITE_BASE] += strange
+    totals.counts[NONFINITE_TUNED] += strange
+
+
+@kernel
+def scan_small(
+    sides: tuple[Side, Side],
+    stored: tuple[Stored, Stored] | None,
+    places: Array,
+    ranks: tuple[Array, Array],
+    tables: tuple[Facts, Wanted],
+    work: Work,
+    measure: Measure,
+    totals: Totals,
+    records: Any,
+    words: Array,
+) -> int:
+    """Measure whole tensors of at most a block, of a compare format of at most 16 bits.
+
+    Parameters
+    ----------
+    sides : (Side, Side)
+        Room to read into; file and offset of each tensor are in ``places``.
+    stored : (Stored, Stored) or None
+        As in :func:`~ckptdiff.backends.kernels.span.scan_span`.
+    places : int64 array, shape (k, 6)
+        Of each tensor: descriptor and offset of the base, of the tuned side, coordinates, and its first word of mask.
+    ranks : pair of int64 array, shape (k, ...)
+        Sizes of the sets of largest |d| and of smallest weights.
+    tables : (Facts, Wanted)
+    work, measure
+        As in ``scan_span``.
+    totals : Totals
+        Of nothing seen; left so.
+    records : Records
+        Of k rows; receives the figures.
+    words : uint64 array
+        Receives the masks.
+
+    Returns
+    -------
+    int
+        How many tensors were measured: less than all if one could not be read.
+    """
+    base, tuned = sides
+    for row in range(places.shape[0]):
+        place = places[row]
+        numel = place[4]
+        pair = (
+            Side(place[0], place[1], 0, base.bytes, base.itemsize),
+            Side(place[2], place[3], 0, tuned.bytes, tuned.itemsize),
+        )
+        mask = words[place[5] : place[5] + (numel + 63) // 64]
+        came = scan_span(pair, stored, (0, numel), tables[0], work, measure, totals, mask)
+        if came < numel:
+            clear(totals)
+            return row
+        if measure.native:
+            count_native(totals, numel, np.int64(tables[0].infinite))
+        records.counts[row, :] = totals.counts
+        records.within[row, :] = totals.within
+        records.sums[row, :] = totals.sums[0]
+        records.max_abs[row] = totals.max_abs[0]
+        take_figures(totals, (ranks[0][row], ranks[1][row]), tables[0], tables[1], row, records)
+        clear(totals)
+    return places.shape[0]
