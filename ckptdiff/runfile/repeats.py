@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ckptdiff.backends.kernel_cache import helper, kernel
+from ckptdiff.backends.kernel_cache import helper
 from ckptdiff.runfile.huffman import Array
 
 __all__ = ["has_repeats"]
@@ -15,7 +15,7 @@ _WINDOW = 32768
 _BLOCK = 64
 
 
-@kernel
+@helper
 def has_repeats(data: Array, costs: Array) -> bool:
     """Whether strings of a mask come again within deflate's window, as in a mask of whole columns.
 
