@@ -12,7 +12,7 @@ from numba.extending import intrinsic
 from ckptdiff.backends.kernel_cache import helper
 from ckptdiff.runfile.huffman import Array
 
-__all__ = ["Bits", "load_word", "put", "store_word"]
+__all__ = ["Bits", "equal_after", "equal_before", "load_word", "put", "store_word"]
 
 Bits: TypeAlias = tuple[Any, Any, Any]
 """Bits that are not in a full byte yet (uint64), how many they are (uint64, below 8), and the byte they go to."""
@@ -43,6 +43,26 @@ def store_word(_: Any, array: Any, offset: Any, word: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.uint64), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def equal_after(_: Any, difference: Any) -> Any:
+    """How many of the first bytes are equal in two words that differ, from their exclusive or."""
+
+    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.lshr(builder.cttz(values[0], ir.Constant(ir.IntType(1), 1)), ir.Constant(ir.IntType(64), 3))
+
+    return types.int64(types.uint64), build
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def equal_before(_: Any, difference: Any) -> Any:
+    """How many of the last bytes are equal in two words that differ, from their exclusive or."""
+
+    def build(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.lshr(builder.ctlz(values[0], ir.Constant(ir.IntType(1), 1)), ir.Constant(ir.IntType(64), 3))
+
+    return types.int64(types.uint64), build
 
 
 @helper

@@ -19,9 +19,6 @@ RAW = 1
 """Filter mask of a chunk that skipped deflate."""
 
 _SMALL_CHUNK = 1024
-_SPARSE_SHARE = 5
-_SAMPLE = 512
-_LONGEST_SAMPLE = 1 << 14
 _EMPTY, _ONE_RUN = 24, 1000
 """What a run of one byte takes: the ends of the stream and the code, and two bits for each 258 bytes."""
 
@@ -59,7 +56,7 @@ def _deflated(packed: NDArray[np.uint8]) -> bytes | None:
     mine, repeats = deflate(packed, packed.size)
     if mine is not None and len(mine) < _EMPTY + packed.size // _ONE_RUN:
         return mine if packed.any() else _zeros(packed.size)
-    if repeats or (mine is not None and _search_pays(packed, len(mine))):
+    if repeats:
         searched = zlib.compress(packed.data, 6)
         return searched if mine is None or len(searched) < len(mine) else mine
     return mine
@@ -67,18 +64,6 @@ def _deflated(packed: NDArray[np.uint8]) -> bytes | None:
 
 def _searched(packed: NDArray[np.uint8]) -> bytes:
     return zlib.compress(packed.data, 6) if packed.any() else _zeros(packed.size)
-
-
-def _search_pays(packed: NDArray[np.uint8], size: int) -> bool:
-    """Whether zlib, which looks for strings that come again, is likely to beat `size` bytes."""
-    # Sparse masks of some structure hold many short strings again. On sparse masks without any, zlib is 13 % worse.
-    if size > packed.size // _SPARSE_SHARE:
-        return False
-    length = min(max(_SAMPLE * packed.size // size, 1024), packed.size, _LONGEST_SAMPLE)
-    start = (packed.size - length) // 2
-    sample = packed[start : start + length]
-    mine = deflate(sample, length).stream
-    return mine is not None and len(zlib.compress(sample.data, 6)) < 1.06 * len(mine)
 
 
 @lru_cache(maxsize=64)

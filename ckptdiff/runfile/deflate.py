@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ckptdiff.backends.kernel_cache import helper, kernel
-from ckptdiff.runfile.bits import Bits, load_word, put, store_word
+from ckptdiff.runfile.bits import Bits, equal_after, equal_before, load_word, put, store_word
 from ckptdiff.runfile.checksum import adler32
 from ckptdiff.runfile.huffman import Array, canonical, code_lengths, used
-from ckptdiff.runfile.repeats import has_repeats
+from ckptdiff.runfile.repeats import has_echoes, has_repeats
 
 __all__ = ["Deflated", "deflate"]
 
@@ -25,6 +25,9 @@ _END = 256
 _LONGEST = 258
 _LONGEST_CODE = 14
 """One less than deflate allows: four codes and seven bits left over then fit 64 bits."""
+_MANY_RUNS = 512
+_FEW_BYTES = 4
+"""Of few bytes each takes a bit that a longer string would share."""
 _ORDER = np.array([16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15])
 _scratch = threading.local()
 
@@ -88,7 +91,10 @@ def _encode(data: Array, spans: Array, limit: int, out: Array) -> tuple[int, boo
     counts, costs = np.zeros(_SYMBOLS, np.int64), np.zeros(_SYMBOLS, np.int64)
     runs = count_symbols(data, spans, counts)
     code_lengths(counts, _LONGEST_CODE, costs)
-    repeats = has_repeats(data, costs)
+    if runs > data.size // _MANY_RUNS:
+        repeats = has_echoes(data, spans, runs)
+    else:
+        repeats = np.count_nonzero(counts[:256]) <= _FEW_BYTES or has_repeats(data, costs)
     header = np.empty((_SYMBOLS + 1, 3), np.int64)
     header_counts, header_costs = np.zeros(19, np.int64), np.zeros(19, np.int64)
     header_size = header_symbols(costs, header, header_counts)
@@ -149,14 +155,16 @@ def count_symbols(data: Array, spans: Array, counts: Array) -> int:
             d[word >> np.uint64(56)] += 1
             i += 8
             continue
-        start, byte = i, data[i]
-        while start > free and data[start - 1] == byte:
-            start -= 1
-        a[byte] -= i - start - 1
+        start = i - equal_before(load_word(data, i - 8) ^ word) if i - 8 >= free else i
+        a[data[i]] -= i - start - 1
+        i += 8
         while i < data.size - 7 and load_word(data, i) == word:
             i += 8
-        while i < data.size and data[i] == byte:
-            i += 1
+        if i < data.size - 7:
+            i += equal_after(load_word(data, i) ^ word)
+        else:
+            while i < data.size and data[i] == data[start]:
+                i += 1
         spans[found, 0], spans[found, 1] = start + 1, i
         count_run(counts, i - start - 1)
         found, free = found + 1, i
