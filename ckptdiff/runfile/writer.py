@@ -68,7 +68,7 @@ class RunFileWriter:
     def __enter__(self) -> RunFileWriter:
         self._staged = StagedFile(self._target)
         try:
-            self._file = h5py.File(self._staged, "w", track_order=False)
+            self._file = h5py.File(self._staged, "w", track_order=False, rdcc_nslots=1, rdcc_nbytes=0)
             self._file.attrs.update(self._root)
             self._masks = self._file.create_group("masks")
             self._masks.attrs.update(rule=str(self._rule), compare=self._compare, bit_order=BIT_ORDER)
