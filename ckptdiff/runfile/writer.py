@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -90,17 +90,15 @@ class RunFileWriter:
         """
         if name in self._masked or self._rule.kind == "none":
             raise ValueError(f"no mask expected for {name!r} under {self._rule}")
-        numel = math.prod(shape)
-        size, chunk = packed_bytes(numel), mask_chunk_bytes(numel)
-        creation, space = _layout(size, chunk)
-        dataset = h5d.create(self._masks.id, escape_name(name).encode(), h5t.STD_U8LE, space, creation)
+        layout = _layout(shape)
+        dataset = h5d.create(self._masks.id, escape_name(name).encode(), h5t.STD_U8LE, layout.space, layout.creation)
         # Low-level calls, because the high-level ones cost seconds more over 30,000 tensors.
-        attribute = h5a.create(dataset, b"shape", h5t.STD_I64LE, h5s.create_simple((len(shape),)))
+        attribute = h5a.create(dataset, b"shape", h5t.STD_I64LE, layout.rank)
         if shape:
-            attribute.write(np.array(shape, np.int64), h5t.NATIVE_INT64)
-        self._masked[name] = numel
-        if size:
-            self._open[name] = _OpenMask(dataset, chunk, -(-size // chunk))
+            attribute.write(layout.shape, h5t.NATIVE_INT64)
+        self._masked[name] = layout.numel
+        if layout.chunks:
+            self._open[name] = _OpenMask(dataset, layout.chunk, layout.chunks)
         self._staged.check()
 
     def add_zero_mask(self, name: str, shape: tuple[int, ...]) -> None:
@@ -207,15 +205,36 @@ def _storable(text: str) -> str:
     return text.replace("\0", "?").encode(errors="replace").decode()
 
 
+class _Layout(NamedTuple):
+    """What masks of one shape have in common."""
+
+    numel: int
+    chunk: int
+    chunks: int
+    creation: Any
+    space: Any
+    rank: Any
+    shape: Any
+
+
 @lru_cache(maxsize=1024)
-def _layout(size: int, chunk: int) -> tuple[Any, Any]:
-    """Creation properties and data space of a mask of `size` bytes."""
+def _layout(shape: tuple[int, ...]) -> _Layout:
+    numel = math.prod(shape)
+    size, chunk = packed_bytes(numel), mask_chunk_bytes(numel)
     creation = h5p.create(h5p.DATASET_CREATE)
     creation.set_obj_track_times(False)
     if size:
         creation.set_chunk((chunk,))
         creation.set_deflate(1)
-    return creation, h5s.create_simple((size,))
+    return _Layout(
+        numel,
+        chunk,
+        -(-size // chunk) if size else 0,
+        creation,
+        h5s.create_simple((size,)),
+        h5s.create_simple((len(shape),)),
+        np.array(shape, np.int64),
+    )
 
 
 class _OpenMask:
