@@ -8,7 +8,16 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LOG2_BINS", "LOG2_LOWEST", "ULP_BINS", "CountArray", "HistogramRow", "log2_bins", "log2_floor", "ulp_floor"]
+__all__ = [
+    "LOG2_BINS",
+    "LOG2_LOWEST",
+    "ULP_BINS",
+    "CountArray",
+    "HistogramRows",
+    "log2_bins",
+    "log2_floor",
+    "ulp_floor",
+]
 
 CountArray: TypeAlias = NDArray[np.uint64]
 
@@ -21,18 +30,18 @@ ULP_BINS = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class HistogramRow:
-    """The histograms of one tensor; all zeros for integer and opaque tensors.
+class HistogramRows:
+    """The histograms of k tensors, one row for each; all zeros for integer and opaque tensors.
 
     Attributes
     ----------
-    delta : uint64 array, shape (279,)
+    delta : uint64 array, shape (k, 279)
         Coordinates that are finite on both sides, by floor(log2 |d|).
-    base : uint64 array, shape (279,)
+    base : uint64 array, shape (k, 279)
         Coordinates with a finite base, by floor(log2 |W0|) after the cast.
-    changed : uint64 array, shape (279,)
+    changed : uint64 array, shape (k, 279)
         Those of `base` that changed bitwise: together they give the rounding null later.
-    ulp : uint64 array, shape (64,)
+    ulp : uint64 array, shape (k, 64)
         Changed coordinates that are finite on both sides, by distance in units of the compare dtype's last place.
     """
 
@@ -44,14 +53,17 @@ class HistogramRow:
     def __post_init__(self) -> None:
         for field in fields(self):
             counts = getattr(self, field.name)
-            bins = ULP_BINS if field.name == "ulp" else LOG2_BINS
-            if counts.dtype != np.uint64 or counts.shape != (bins,):
-                raise ValueError(f"{field.name} is {counts.dtype} of shape {counts.shape}, not uint64 of ({bins},)")
+            shape = len(self.delta), ULP_BINS if field.name == "ulp" else LOG2_BINS
+            if counts.dtype != np.uint64 or counts.shape != shape:
+                raise ValueError(f"{field.name} is {counts.dtype} of shape {counts.shape}, not uint64 of {shape}")
+
+    def __len__(self) -> int:
+        return len(self.delta)
 
     @classmethod
-    def empty(cls) -> HistogramRow:
-        """A row of zeros."""
-        return cls(*(np.zeros(bins, np.uint64) for bins in (LOG2_BINS, LOG2_BINS, LOG2_BINS, ULP_BINS)))
+    def empty(cls, count: int) -> HistogramRows:
+        """Rows of zeros."""
+        return cls(*(np.zeros((count, bins), np.uint64) for bins in (LOG2_BINS, LOG2_BINS, LOG2_BINS, ULP_BINS)))
 
 
 def log2_floor() -> NDArray[np.float64]:

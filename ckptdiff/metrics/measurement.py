@@ -21,7 +21,7 @@ from ckptdiff.backends.kernels.tiles import round_down
 from ckptdiff.backends.partial import BINS, BitScan, Count, Partial, Refined, Rule, Scan, Sum, Targets
 from ckptdiff.metrics.catalogue import COLUMNS, EPS, ETA, RHO, TAU, P, flat_key
 from ckptdiff.metrics.delta_cuts import DeltaCut, first_delta_cut, refine_delta_cut, single_value
-from ckptdiff.metrics.histograms import LOG2_BINS, HistogramRow, log2_bins
+from ckptdiff.metrics.histograms import LOG2_BINS, HistogramRows, log2_bins
 from ckptdiff.metrics.low_cuts import LowCut, first_low_cut, first_nan_bin, refine_low_cut
 from ckptdiff.metrics.rounding_null import low_coverage_null
 from ckptdiff.options import MaskRule
@@ -40,11 +40,12 @@ class Measured:
     ----------
     columns : dict
         One number for each of :data:`~ckptdiff.metrics.catalogue.COLUMNS`.
-    histograms : HistogramRow
+    histograms : HistogramRows
+        One row.
     """
 
     columns: dict[str, int | float]
-    histograms: HistogramRow
+    histograms: HistogramRows
 
 
 class BitMeasurement:
@@ -78,7 +79,7 @@ class BitMeasurement:
         columns["unchanged_bitwise"] = columns["unchanged_stored"] = self._numel - self._changed
         if self._rule.kind != "none":
             columns["changed"], columns["masked"] = self._changed, 1
-        return Measured(columns, HistogramRow.empty())
+        return Measured(columns, HistogramRows.empty(1))
 
 
 class FloatMeasurement:
@@ -294,17 +295,13 @@ class FloatMeasurement:
             columns[flat_key("low_coverage_null", rho)] = expected
         return columns
 
-    def _histograms(self) -> HistogramRow:
+    def _histograms(self) -> HistogramRows:
         partial = self._partial
         delta_map, base_map = _log2_of_bins("f64" if self._width == 64 else "f32"), _log2_of_bins(self.compare.name)
         delta = _regroup(partial.deltas[0], delta_map, partial.span[2:])
         delta[0] += self._finite - self._moved()
-        return HistogramRow(
-            delta.astype(np.uint64),
-            _regroup(partial.weights[0], base_map, partial.span[:2]).astype(np.uint64),
-            _regroup(partial.weights[1], base_map, partial.span[:2]).astype(np.uint64),
-            partial.ulp.astype(np.uint64),
-        )
+        base, changed = (_regroup(partial.weights[i], base_map, partial.span[:2]) for i in (0, 1))
+        return HistogramRows(*(row[np.newaxis].astype(np.uint64) for row in (delta, base, changed, partial.ulp)))
 
 
 def _first_rule(rule: MaskRule) -> tuple[Rule, float]:

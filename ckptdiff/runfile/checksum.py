@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ckptdiff.backends.kernel_cache import helper
@@ -16,13 +18,14 @@ _ROWS = 2048
 
 
 @helper
-def adler32(data: Array) -> int:
+def adler32(data: Array) -> Any:
     """Adler-32 of a uint8 array.
 
     The first half is 1 plus the sum of the bytes; the second is the sum of the first half after each byte. The bytes
     are taken as rows of lanes, so that both become sums by lane, which vector units do.
     """
-    low, high = 1, 0
+    low: Any = 1
+    high: Any = 0
     sums, rising = np.empty(_LANES, np.uint32), np.empty(_LANES, np.uint32)
     for start in range(0, data.size - _LANES + 1, _LANES * _ROWS):
         rows = min((data.size - start) // _LANES, _ROWS)

@@ -94,7 +94,7 @@ def _encode(data: Array, spans: Array, limit: int, out: Array) -> tuple[int, boo
     if runs > data.size // _MANY_RUNS:
         repeats = has_echoes(data, spans, runs)
     else:
-        repeats = np.count_nonzero(counts[:256]) <= _FEW_BYTES or has_repeats(data, costs)
+        repeats = bool(np.count_nonzero(counts[:256]) <= _FEW_BYTES) or has_repeats(data, costs)
     header = np.empty((_SYMBOLS + 1, 3), np.int64)
     header_counts, header_costs = np.zeros(19, np.int64), np.zeros(19, np.int64)
     header_size = header_symbols(costs, header, header_counts)

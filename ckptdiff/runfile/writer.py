@@ -16,7 +16,7 @@ from h5py import h5a, h5d, h5p, h5s, h5t
 
 import ckptdiff
 from ckptdiff.errors import RunFileError
-from ckptdiff.metrics.histograms import HistogramRow
+from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.options import MaskRule
 from ckptdiff.result import Diff
 from ckptdiff.runfile.histogram_table import HistogramTable
@@ -136,7 +136,7 @@ class RunFileWriter:
             del self._open[name]
         self._staged.check()
 
-    def add_histograms(self, *rows: HistogramRow) -> None:
+    def add_histograms(self, rows: HistogramRows) -> None:
         """Add the histograms of the next tensors in plan order."""
         self._histograms.add(rows)
         self._staged.check()

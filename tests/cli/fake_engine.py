@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from ckptdiff.events import Finished, Listener, Note, Progress, Started, TensorDone
-from ckptdiff.metrics.histograms import HistogramRow
+from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.options import DEFAULT_MEMORY, MaskRule, Options
 from ckptdiff.result import Diff
 
@@ -45,7 +45,7 @@ class FakeEngine:
                 self._play(tell)
                 for facts in self.diff.tensors:
                     writer.add_zero_mask(facts.name, facts.shape)
-                writer.add_histograms(*[HistogramRow.empty()] * len(self.diff.tensors))
+                writer.add_histograms(HistogramRows.empty(len(self.diff.tensors)))
                 writer.finish(self.diff)
         tell(Finished(self.diff, 0.1))
         return self.diff
