@@ -26,11 +26,9 @@ def adler32(data: Array) -> Any:
     """
     low: Any = 1
     high: Any = 0
-    sums, rising = np.empty(_LANES, np.uint32), np.empty(_LANES, np.uint32)
     for start in range(0, data.size - _LANES + 1, _LANES * _ROWS):
         rows = min((data.size - start) // _LANES, _ROWS)
-        sums[:] = 0
-        rising[:] = 0
+        sums, rising = np.zeros(_LANES, np.uint32), np.zeros(_LANES, np.uint32)
         for row in range(rows):
             piece = data[start + row * _LANES : start + (row + 1) * _LANES]
             for lane in range(_LANES):

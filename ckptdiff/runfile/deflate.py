@@ -94,7 +94,11 @@ def _encode(data: Array, spans: Array, limit: int, out: Array) -> tuple[int, boo
     if runs > data.size // _MANY_RUNS:
         repeats = has_echoes(data, spans, runs)
     else:
-        repeats = bool(np.count_nonzero(counts[:256]) <= _FEW_BYTES) or has_repeats(data, costs)
+        repeats = has_repeats(data, costs)
+        bytes_used = 0
+        for byte in range(256):
+            bytes_used += min(counts[byte], 1)
+        repeats |= bytes_used <= _FEW_BYTES
     header = np.empty((_SYMBOLS + 1, 3), np.int64)
     header_counts, header_costs = np.zeros(19, np.int64), np.zeros(19, np.int64)
     header_size = header_symbols(costs, header, header_counts)
@@ -118,12 +122,11 @@ def _encode(data: Array, spans: Array, limit: int, out: Array) -> tuple[int, boo
     codes = canonical(costs)
     byte_codes, byte_costs = codes.view(np.uint64), costs.view(np.uint64)
     position = 0
-    for i in range(runs):
-        start, stop = spans[i, 0], spans[i, 1]
+    for i in range(runs + 1):
+        start, stop = (spans[i, 0], spans[i, 1]) if i < runs else (data.size, data.size)
         state = put_bytes(out, state, data[position:start], byte_codes, byte_costs)
         state = put_run(out, state, stop - start, codes, costs)
         position = stop
-    state = put_bytes(out, state, data[position:], byte_codes, byte_costs)
     put(out, state, codes[_END], costs[_END])
     checksum = adler32(data)
     for i in range(4):

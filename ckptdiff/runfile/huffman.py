@@ -72,10 +72,10 @@ def sort_keys(counts: Array, keys: Array) -> int:
             keys[found] = counts[symbol] << 16 | symbol
             largest = max(largest, counts[symbol])
             found += 1
-    ends, ordered = np.empty(65, np.int64), np.empty(found, np.int64)
+    ordered = np.empty(found, np.int64)
     shift = 16
     while largest:
-        ends[:] = 0
+        ends = np.zeros(65, np.int64)
         for i in range(found):
             ends[((keys[i] >> shift) & 63) + 1] += 1
         for digit in range(64):
