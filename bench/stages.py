@@ -86,7 +86,7 @@ def main() -> None:
                 drain(masked)
 
         stages: dict[str, Callable[[], object]] = {
-            "read": lambda: drain(replace(bare, device=Device("read", ReadOnly))),
+            "read": lambda: drain(replace(bare, device=Device("read", ReadOnly, batches=False))),
             "scan": lambda: drain(bare),
             "mask": without_compression,
             "compress": lambda: drain(masked),

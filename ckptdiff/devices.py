@@ -27,10 +27,13 @@ class Device:
     name : str
     worker : callable
         Makes the backend of one thread.
+    batches : bool
+        Whether that backend is :class:`~ckptdiff.backends.backend.Batching`.
     """
 
     name: str
     worker: Callable[[], Backend]
+    batches: bool
 
     def scratch(self, base: Format, tuned: Format, compare: Format, numel: int) -> int:
         """Bytes of work space that a thread needs for a pair, beside the blocks themselves."""
@@ -68,7 +71,7 @@ def open_device(name: str) -> Device:
     if name == "reference":
         from ckptdiff.backends.reference import ReferenceWorker
 
-        return Device("reference", ReferenceWorker)
+        return Device("reference", ReferenceWorker, batches=False)
     from ckptdiff.backends.cpu import CpuWorker
 
-    return Device("cpu", CpuWorker)
+    return Device("cpu", CpuWorker, batches=True)

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.events import Finished, Listener, Note, Progress, Started, TensorDone
+from ckptdiff.events import Finished, Listener, Note, Progress, Started, TensorsDone
 from ckptdiff.metrics.catalogue import COLUMNS
-from ckptdiff.metrics.measurement import Measured
+from ckptdiff.metrics.columns import Measured
 from ckptdiff.options import Options
 from ckptdiff.planning import Plan, prepare
 from ckptdiff.result import Diff
 from ckptdiff.runfile.writer import RunFileWriter
 from ckptdiff.schedule import execute
 from ckptdiff.stream.reader import open_shards
-from ckptdiff.stream.worker import SpanResult
+from ckptdiff.stream.worker import Result
 
 __all__ = ["prepare", "run"]
 
@@ -97,14 +97,15 @@ def _run_file(plan: Plan, out: Path | None, title: str | None) -> Iterator[RunFi
         yield writer
 
 
-def _write_masks(writer: RunFileWriter, plan: Plan, result: SpanResult) -> None:
+def _write_masks(writer: RunFileWriter, plan: Plan, result: Result) -> None:
     if not plan.want_masks:
         return
-    tensor = plan.pairs[result.span.tensor].base
     for chunk in result.chunks:
+        tensor = plan.pairs[chunk.tensor].base
         writer.add_mask_chunk(tensor.name, tensor.shape, chunk.index, chunk.payload, chunk.filter_mask)
-    if not tensor.numel:
-        writer.begin_mask(tensor.name, tensor.shape)
+    if not result.chunks and not plan.loads[result.tensors[0]].numel:
+        empty = plan.pairs[result.tensors[0]].base
+        writer.begin_mask(empty.name, empty.shape)
 
 
 class _Results:
@@ -113,32 +114,33 @@ class _Results:
     def __init__(self, plan: Plan, tell: Listener) -> None:
         self._plan, self._tell = plan, tell
         self._columns: dict[str, NDArray[Any]] = {c.name: np.zeros(plan.tensors, c.dtype) for c in COLUMNS}
-        self._complete: dict[int, Measured] = {}
+        self._complete: dict[int, tuple[range, Measured]] = {}
         self._next = 0
         self._bytes = self._compared = self._unchanged = 0
 
-    def take(self, result: SpanResult) -> Iterator[Measured]:
+    def take(self, result: Result) -> Iterator[Measured]:
         """Note a result; yield the tensors that are complete with all before them."""
-        index = result.span.tensor
         if result.fresh:
-            self._bytes += self._plan.loads[index].span_bytes(result.span)
+            loads = self._plan.loads[result.tensors.start : result.tensors.stop]
+            self._bytes += loads[0].span_bytes(result.span) if result.span else sum(load.nbytes for load in loads)
             self._compared += result.compared
             self._unchanged += result.unchanged
-            name = self._plan.pairs[index].name
+            name = self._plan.pairs[result.tensors[0]].name
             self._tell(Progress(self._bytes, name, self._compared, self._unchanged))
         if result.measured is not None:
-            self._complete[index] = result.measured
+            self._complete[result.tensors.start] = result.tensors, result.measured
         while self._next in self._complete:
-            measured = self._complete.pop(self._next)
-            for name, value in measured.columns.items():
-                self._columns[name][self._next] = value
+            tensors, measured = self._complete.pop(self._next)
+            for name, values in measured.columns.items():
+                self._columns[name][tensors.start : tensors.stop] = values
             yield measured
-            self._tell(TensorDone(self._next, self._alone(self._next)))
-            self._next += 1
+            self._next = tensors.stop
+            self._tell(TensorsDone(tensors.start, self._part(tensors)))
 
-    def _alone(self, index: int) -> Diff:
-        columns = {name: values[index : index + 1] for name, values in self._columns.items()}
-        return replace(self._plan.diff, tensors=self._plan.diff.tensors[index : index + 1], columns=columns)
+    def _part(self, tensors: range) -> Diff:
+        part = slice(tensors.start, tensors.stop)
+        columns = {name: values[part] for name, values in self._columns.items()}
+        return replace(self._plan.diff, tensors=self._plan.diff.tensors[part], columns=columns)
 
     def diff(self, run: dict[str, Any]) -> Diff:
         """The result."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from ckptdiff.result import Diff
 
-__all__ = ["Event", "Finished", "Listener", "Note", "Progress", "Started", "TensorDone"]
+__all__ = ["Event", "Finished", "Listener", "Note", "Progress", "Started", "TensorsDone"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +36,12 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class TensorDone:
-    """A tensor and all before it in plan order are done."""
+class TensorsDone:
+    """These tensors and all before them in plan order are done."""
 
-    index: int
+    first: int
     diff: Diff
-    """A result that holds this tensor alone (one fact, columns of length one)."""
+    """A result that holds these tensors alone: facts and columns of length one or more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,5 +60,5 @@ class Finished:
     seconds: float
 
 
-Event: TypeAlias = Started | Progress | TensorDone | Note | Finished
+Event: TypeAlias = Started | Progress | TensorsDone | Note | Finished
 Listener: TypeAlias = Callable[[Event], None]

@@ -17,6 +17,7 @@ from ckptdiff.devices import Device, open_device
 from ckptdiff.memory import peak_resident, resident
 from ckptdiff.metrics.catalogue import COLUMNS
 from ckptdiff.metrics.measurement import BitMeasurement, FloatMeasurement
+from ckptdiff.metrics.small import one_scan_suffices
 from ckptdiff.options import DEFAULT_MEMORY, Options, default_threads
 from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
 from ckptdiff.runfile.target import check_target
@@ -120,12 +121,12 @@ def prepare(base: str, tuned: str, *, out: Path | None = None, options: Options 
     formats = {_formats(p.base, p.tuned, options.compare) for p in pairing.pairs if p.base.kind is Kind.FLOAT}
     want_masks = out is not None and options.mask.kind != "none"
     device.warm_up(sorted(formats, key=str), want_masks)
-    loads = tuple(_load(pair, options, device) for pair in pairing.pairs)
+    # Reads into a cached buffer cost less than mapping pages and dropping them again, and report a lost page.
+    io = "pread" if options.io == "auto" else options.io
+    loads = tuple(_load(pair, options, device, io) for pair in pairing.pairs)
     diff = _facts(*sides, pairing, options)
     threads = options.threads or default_threads()
     memory = fit_memory(loads, threads, options.max_memory, DEFAULT_MEMORY, resident(), want_masks)
-    # Reads into a cached buffer cost less than mapping pages and dropping them again, and report a lost page.
-    io = "pread" if options.io == "auto" else options.io
     return Plan(pairing.pairs, loads, diff, memory, io, device, options, want_masks)
 
 
@@ -138,13 +139,15 @@ def _format_name(dtype: str) -> str:
     return dtype.lower()
 
 
-def _load(pair: TensorPair, options: Options, device: Device) -> Load:
-    sides = [pair.base] if pair.same_bytes else [pair.base, pair.tuned]
+def _load(pair: TensorPair, options: Options, device: Device, io: str) -> Load:
+    same, numel = pair.same_bytes, pair.base.numel
+    sides = [pair.base] if same else [pair.base, pair.tuned]
     bits = tuple(DTYPES[side.dtype].bits for side in sides)
     if pair.base.kind is not Kind.FLOAT:
-        return Load(pair.base.numel, bits, min(pair.base.numel, BLOCK) * 4)
+        return Load(numel, bits, min(numel, BLOCK) * 4)
     formats = _formats(pair.base, pair.tuned, options.compare)
-    return Load(pair.base.numel, bits, device.scratch(*formats, pair.base.numel))
+    alike = device.batches and io == "pread" and not same and numel and one_scan_suffices(formats[2], options.mask)
+    return Load(numel, bits, device.scratch(*formats, numel), formats if alike else None)
 
 
 def _facts(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Options) -> Diff:

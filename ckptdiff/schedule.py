@@ -11,13 +11,13 @@ from ckptdiff.backends.partial import Partial, Refined
 from ckptdiff.planning import Plan
 from ckptdiff.stream.plan import Task, cut, plan_tasks
 from ckptdiff.stream.reader import OpenShards
-from ckptdiff.stream.worker import SpanResult, Worker
+from ckptdiff.stream.worker import Result, Worker
 
 __all__ = ["execute"]
 
 
-def execute(plan: Plan, shards: OpenShards) -> Iterator[SpanResult]:
-    """Yield what each span of blocks gave, every pass over a tensor in block order.
+def execute(plan: Plan, shards: OpenShards) -> Iterator[Result]:
+    """Yield what each task gave, every pass over a tensor in block order.
 
     The result that completes a tensor carries its ``measured``. Small tensors are measured by one thread and come
     complete, in plan order. Large ones come span by span, merged here in block order; where a tensor needs further
@@ -27,18 +27,21 @@ def execute(plan: Plan, shards: OpenShards) -> Iterator[SpanResult]:
     local = threading.local()
     large: dict[int, _LargeTensor] = {}
 
-    def work(task: Task) -> list[SpanResult]:
+    def work(task: Task) -> list[Result]:
         if not hasattr(local, "worker"):
             local.worker = Worker(plan.device.worker(), shards, stop)
         worker: Worker = local.worker
+        span = task.spans[0]
+        if task.alike:
+            tensors = range(span.tensor, span.tensor + len(task.spans))
+            return [worker.measure_alike([plan.pairs[i] for i in tensors], plan.measurement, span.tensor)]
         if task.whole:
             return [worker.measure(plan.pairs[s.tensor], plan.measurement(s.tensor), s) for s in task.spans]
-        span = task.spans[0]
         return [worker.pass_over(plan.pairs[span.tensor], large[span.tensor].measurement, span)]
 
     planned = plan_tasks(plan.loads)
     further: deque[Task] = deque()
-    pending: deque[tuple[Task, Future[list[SpanResult]]]] = deque()
+    pending: deque[tuple[Task, Future[list[Result]]]] = deque()
     pool = ThreadPoolExecutor(plan.threads, thread_name_prefix="ckptdiff")
     try:
         while True:
@@ -54,9 +57,9 @@ def execute(plan: Plan, shards: OpenShards) -> Iterator[SpanResult]:
             task, future = pending.popleft()
             for result in future.result():
                 if not task.whole:
-                    further.extend(large[result.span.tensor].take(result))
+                    further.extend(large[result.tensors[0]].take(result))
                     if result.measured:
-                        del large[result.span.tensor]
+                        del large[result.tensors[0]]
                 yield result
     finally:
         stop.set()
@@ -71,7 +74,7 @@ class _LargeTensor:
         self._index, self._load = index, plan.loads[index]
         self._found: Partial | Refined | None = None
 
-    def take(self, result: SpanResult) -> list[Task]:
+    def take(self, result: Result) -> list[Task]:
         """Merge the next span; after the last one, complete the result or return the tasks of a further pass."""
         if self._found is None:
             self._found = result.found
@@ -82,6 +85,7 @@ class _LargeTensor:
             assert isinstance(result.found, Refined)
             self._found.add(result.found)
         result.found = None
+        assert result.span is not None
         if result.span.stop < self._load.blocks:
             return []
         assert self._found is not None

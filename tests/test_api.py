@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import ckptdiff
-from ckptdiff.events import Finished, Progress, Started, TensorDone
+from ckptdiff.events import Finished, Progress, Started, TensorsDone
 
 LLAMA = Path(__file__).parent.parent / "fixtures" / "llama"
 
@@ -50,8 +50,8 @@ def test_one_whole_use(tmp_path):
     assert diff.mask_rule == "bitwise" and not any("norm" in tensor.name for tensor in diff.tensors)
     row = next(i for i, tensor in enumerate(diff.tensors) if tensor.name == "lm_head.weight")
     assert mask.count == diff.columns["numel"][row] - diff.columns["unchanged_bitwise"][row]
-    kinds = [type(event) for event in events if isinstance(event, Started | Progress | TensorDone | Finished)]
-    assert kinds[0] is Started and kinds[-1] is Finished and kinds.count(TensorDone) == len(diff.tensors)
+    kinds = [type(event) for event in events if isinstance(event, Started | Progress | TensorsDone | Finished)]
+    assert kinds[0] is Started and kinds[-1] is Finished and kinds.count(TensorsDone) == len(diff.tensors)
 
 
 @pytest.mark.parametrize(

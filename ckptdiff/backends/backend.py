@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptdiff.backends.kernels.figures import Wanted
 from ckptdiff.backends.partial import Partial, Refined, Scan, Targets
+from ckptdiff.backends.records import Records
 from ckptdiff.backends.source import Source
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "Batching"]
 
 
 class Backend(Protocol):
@@ -21,3 +23,18 @@ class Backend(Protocol):
 
     def refine(self, scan: Scan, targets: Targets, source: Source, refined: Refined) -> None:
         """Look for open cuts in a span of blocks."""
+
+
+@runtime_checkable
+class Batching(Protocol):
+    """A backend that can also measure many small tensors in one call."""
+
+    def scan_small(
+        self,
+        scan: Scan,
+        places: NDArray[np.int64],
+        ranks: tuple[NDArray[np.int64], NDArray[np.int64]],
+        wanted: Wanted,
+        records: Records,
+    ) -> tuple[int, list[NDArray[np.uint8]]]:
+        """Measure whole tensors from their files; returns how many, and the mask bits of each."""

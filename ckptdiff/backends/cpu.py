@@ -127,11 +127,13 @@ class CpuWorker:
         compare, numel = scan.compare, places[:, 4]
         words = -(-numel // 64)
         stops = np.cumsum(words)
-        room = self._room_for_mask(int(stops[-1]) if scan.want_mask else 0)
+        room = self._room_for_mask(64 * int(stops[-1]) if scan.want_mask else 0)
         self._small.open_blocks(1 - len(self._small.sums), len(scan.thresholds))
-        formats = zip((scan.base, scan.tuned), self._rooms, strict=True)
         done = scan_small(
-            tuple(Side(0, 0, 0, buffer, stored.bits // 8) for stored, buffer in formats),
+            (
+                Side(0, 0, 0, self._rooms[0], scan.base.bits // 8),
+                Side(0, 0, 0, self._rooms[1], scan.tuned.bits // 8),
+            ),
             _stored(scan.base, scan.tuned, compare),
             np.column_stack([places, stops - words]),
             ranks,

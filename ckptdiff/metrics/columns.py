@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import cache
 from typing import Any
@@ -40,6 +40,13 @@ class Measured:
 
     columns: dict[str, NDArray[Any]]
     histograms: HistogramRows
+
+    def replace(self, row: int, one: Measured) -> None:
+        """Put what is known of one tensor in place of a row."""
+        for name, values in one.columns.items():
+            self.columns[name][row] = values[0]
+        for field in fields(HistogramRows):
+            getattr(self.histograms, field.name)[row] = getattr(one.histograms, field.name)[0]
 
 
 def set_sizes(fractions: tuple[Fraction, ...], numel: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -112,7 +119,7 @@ def bits_only(numel: int, changed: int, rule: MaskRule) -> Measured:
     columns["unchanged_bitwise"][0] = columns["unchanged_stored"][0] = numel - changed
     if rule.kind != "none":
         columns["changed"][0], columns["masked"][0] = changed, 1
-    return Measured(columns, HistogramRows.empty())
+    return Measured(columns, HistogramRows.empty(1))
 
 
 @cache

@@ -61,7 +61,7 @@ class HistogramRows:
         return len(self.delta)
 
     @classmethod
-    def empty(cls, tensors: int = 1) -> HistogramRows:
+    def empty(cls, tensors: int) -> HistogramRows:
         """Rows of zeros."""
         return cls(*(np.zeros((tensors, bins), np.uint64) for bins in (LOG2_BINS, LOG2_BINS, LOG2_BINS, ULP_BINS)))
 

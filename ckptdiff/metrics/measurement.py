@@ -122,6 +122,11 @@ class FloatMeasurement:
         """Whether the first pass is still to come."""
         return self._state == "scan" and self.next is not None
 
+    @property
+    def wide(self) -> bool:
+        """Whether a side is stored wider than what it is compared as."""
+        return is_wide(self.scan.base, self.compare) or is_wide(self.scan.tuned, self.compare)
+
     def first_tie(self, block: int) -> int:
         """Coordinates at the cut of ``Rule.TOP`` in the blocks before one."""
         return 0 if self._ties is None else int(self._ties[:block].sum())
@@ -132,7 +137,8 @@ class FloatMeasurement:
         nan = first_nan_bin(self.compare)
         records.counts[0] = partial.counts
         records.counts[0, Count.MASKED] = self._masked
-        records.within[0], records.within_rel[0] = partial.within, self._within_rel
+        records.within[0] = partial.within
+        records.within_rel[0] = [count for count in self._within_rel if count is not None]
         records.sums[0], records.max_abs[0] = partial.total(), partial.max_abs[0]
         records.finite[0], records.base_square[0] = self._finite, self._base_square
         records.support[0] = partial.weights[1, partial.span[0] : min(int(partial.span[1]) + 1, nan)].sum()
@@ -143,8 +149,7 @@ class FloatMeasurement:
             ranks = np.array([cut.rank for cut in self._low], np.int64)
             records.nulls[0] = low_coverage_null(partial, self.compare, ranks)
         self._fill_histograms(records)
-        wide = is_wide(self.scan.base, self.compare) or is_wide(self.scan.tuned, self.compare)
-        return measured(records, np.array([self.numel]), wide, self.rule)
+        return measured(records, np.array([self.numel]), self.wide, self.rule)
 
     @property
     def _partial(self) -> Partial:

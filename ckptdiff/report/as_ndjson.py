@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from ckptdiff.events import Event, Finished, Started, TensorDone
+from ckptdiff.events import Event, Finished, Started, TensorsDone
 from ckptdiff.report.document import aggregates, facts
 from ckptdiff.report.json_text import dumps
 from ckptdiff.report.rows import View, rows
@@ -62,7 +62,7 @@ class NdjsonStream:
         """Listen to the engine."""
         if isinstance(event, Started):
             self._write([_header(event.diff)])
-        elif isinstance(event, TensorDone):
+        elif isinstance(event, TensorsDone):
             self._waiting.append(event.diff)
         if isinstance(event, Finished):
             self._write_waiting()

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.runfile.deflate import deflate
-from ckptdiff.runfile.repeats import has_repeats
 from ckptdiff.runfile.schema import MASK_CHUNK
 
 __all__ = ["DEFLATED", "MASK_CHUNK", "RAW", "compress_chunk"]
@@ -20,9 +19,8 @@ RAW = 1
 """Filter mask of a chunk that skipped deflate."""
 
 _SMALL_CHUNK = 1024
-_TINY_SHARE = 64
-_SPARSE_SHARE = 5
-_SAMPLE = 4096
+_EMPTY, _ONE_RUN = 24, 1000
+"""What a run of one byte takes: the ends of the stream and the code, and two bits for each 258 bytes."""
 
 
 def compress_chunk(packed: NDArray[np.uint8], chunk_bytes: int) -> tuple[bytes, int]:
@@ -44,35 +42,28 @@ def compress_chunk(packed: NDArray[np.uint8], chunk_bytes: int) -> tuple[bytes, 
     """
     if packed.size != chunk_bytes:
         packed = np.concatenate([packed, np.zeros(chunk_bytes - packed.size, np.uint8)])
-    # Kernels are compiled for each kind of array that they are given; this keeps it to one kind.
-    packed = packed.view()
-    packed.setflags(write=False)
-    if not packed.any():
-        return _zeros(chunk_bytes), DEFLATED
-    payload = _deflated(packed) if chunk_bytes >= _SMALL_CHUNK else zlib.compress(packed.data, 6)
+    if packed.flags.writeable:
+        # Kernels are compiled for each kind of array that they are given; this keeps it to one kind.
+        packed = packed.view()
+        packed.flags.writeable = False
+    payload = _deflated(packed) if chunk_bytes >= _SMALL_CHUNK else _searched(packed)
     if payload is None or len(payload) >= chunk_bytes:
         return packed.tobytes(), RAW
     return payload, DEFLATED
 
 
 def _deflated(packed: NDArray[np.uint8]) -> bytes | None:
-    payload, costs = deflate(packed, packed.size)
-    if has_repeats(packed, costs) or (payload is not None and _search_pays(packed, len(payload))):
+    mine, repeats = deflate(packed, packed.size)
+    if mine is not None and len(mine) < _EMPTY + packed.size // _ONE_RUN:
+        return mine if packed.any() else _zeros(packed.size)
+    if repeats:
         searched = zlib.compress(packed.data, 6)
-        return searched if payload is None or len(searched) < len(payload) else payload
-    return payload
+        return searched if mine is None or len(searched) < len(mine) else mine
+    return mine
 
 
-def _search_pays(packed: NDArray[np.uint8], size: int) -> bool:
-    """Whether zlib, which looks for strings that come again, is likely to beat `size` bytes."""
-    if size < packed.size // _TINY_SHARE:
-        return True
-    # Sparse masks of some structure hold many short strings again. On sparse masks without any, zlib is 13 % worse.
-    if packed.size < 8 * _SAMPLE or size > packed.size // _SPARSE_SHARE:
-        return False
-    sample = packed[packed.size // 2 :][:_SAMPLE]
-    mine, _ = deflate(sample, _SAMPLE)
-    return mine is not None and len(zlib.compress(sample.data, 6)) < 1.06 * len(mine)
+def _searched(packed: NDArray[np.uint8]) -> bytes:
+    return zlib.compress(packed.data, 6) if packed.any() else _zeros(packed.size)
 
 
 @lru_cache(maxsize=64)

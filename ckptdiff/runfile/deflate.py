@@ -8,19 +8,26 @@ runs.
 from __future__ import annotations
 
 import threading
-import zlib
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
 from ckptdiff.backends.kernel_cache import helper, kernel
+from ckptdiff.runfile.bits import Bits, equal_after, equal_before, load_word, put, store_word
+from ckptdiff.runfile.checksum import adler32
 from ckptdiff.runfile.huffman import Array, canonical, code_lengths, used
+from ckptdiff.runfile.repeats import has_echoes, has_repeats
 
-__all__ = ["deflate"]
+__all__ = ["Deflated", "deflate"]
 
 _SYMBOLS = 286
 _END = 256
 _LONGEST = 258
+_LONGEST_CODE = 14
+"""One less than deflate allows: four codes and seven bits left over then fit 64 bits."""
+_MANY_RUNS = 512
+_FEW_BYTES = 4
+"""Of few bytes each takes a bit that a longer string would share."""
 _ORDER = np.array([16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15])
 _scratch = threading.local()
 
@@ -43,7 +50,22 @@ _EXTRA = np.zeros(_SYMBOLS, np.int64)
 _EXTRA[_RUNS[3:, 0]] = _RUNS[3:, 1] + 1
 
 
-def deflate(data: Array, limit: int) -> tuple[bytes | None, Array]:
+class Deflated(NamedTuple):
+    """What :func:`deflate` made of bytes.
+
+    Attributes
+    ----------
+    stream : bytes or None
+        A zlib stream; None if it would not have stayed below the limit.
+    repeats : bool
+        Whether strings come again, so that a search for them pays.
+    """
+
+    stream: bytes | None
+    repeats: bool
+
+
+def deflate(data: Array, limit: int) -> Deflated:
     """Compress bytes to a zlib stream.
 
     Parameters
@@ -52,34 +74,31 @@ def deflate(data: Array, limit: int) -> tuple[bytes | None, Array]:
         What to compress.
     limit : int
         Bytes that the stream must stay below.
-
-    Returns
-    -------
-    stream : bytes or None
-        None if it would reach `limit`.
-    costs : int64 array, shape (286,)
-        Bits that each byte costs, 0 for one that occurs in runs only or never; then the end and the runs.
     """
     if getattr(_scratch, "size", -1) < data.size:
         # Kept for the next chunk: fresh pages for each would cost as much as the encoding.
         _scratch.size = data.size
-        _scratch.out = np.empty(data.size // 4 + 8, np.uint32)
+        _scratch.out = np.empty(data.size + 64, np.uint8)
         _scratch.spans = np.empty((data.size // 8 + 1, 2), np.int64)
-    costs = np.zeros(_SYMBOLS, np.int64)
-    words = data[: data.size // 8 * 8].view(np.uint64)
-    size = _encode(data, words, _scratch.spans, costs, min(limit - 6, data.size), _scratch.out)
-    if size < 0:
-        return None, costs
-    block = _scratch.out.view(np.uint8)[:size].tobytes()
-    return b"\x78\x01" + block + zlib.adler32(data.data).to_bytes(4, "big"), costs
+    out = _scratch.out
+    size, repeats = _encode(data, _scratch.spans, min(limit, data.size + 6), out)
+    return Deflated(out[:size].tobytes() if size else None, repeats)
 
 
 @kernel
-def _encode(data: Array, words: Array, spans: Array, costs: Array, limit: int, out: Array) -> int:
-    """Write the block; returns its bytes, or -1 if there would be `limit` or more."""
-    runs = find_runs(data, words, spans)
-    counts = count_symbols(data, spans, runs)
-    code_lengths(counts, 15, costs)
+def _encode(data: Array, spans: Array, limit: int, out: Array) -> tuple[int, bool]:
+    """Write the stream; returns its bytes, 0 if there would be `limit` or more, and whether strings come again."""
+    counts, costs = np.zeros(_SYMBOLS, np.int64), np.zeros(_SYMBOLS, np.int64)
+    runs = count_symbols(data, spans, counts)
+    code_lengths(counts, _LONGEST_CODE, costs)
+    if runs > data.size // _MANY_RUNS:
+        repeats = has_echoes(data, spans, runs)
+    else:
+        repeats = has_repeats(data, costs)
+        bytes_used = 0
+        for byte in range(256):
+            bytes_used += min(counts[byte], 1)
+        repeats |= bytes_used <= _FEW_BYTES
     header = np.empty((_SYMBOLS + 1, 3), np.int64)
     header_counts, header_costs = np.zeros(19, np.int64), np.zeros(19, np.int64)
     header_size = header_symbols(costs, header, header_counts)
@@ -89,9 +108,11 @@ def _encode(data: Array, words: Array, spans: Array, costs: Array, limit: int, o
         bits += header_costs[header[i, 0]] + header[i, 1]
     for symbol in range(_SYMBOLS):
         bits += counts[symbol] * (costs[symbol] + _EXTRA[symbol])
-    if bits > 8 * limit - 8:
-        return -1
-    state = put(out, (np.uint64(0), np.uint64(0), np.uint64(0)), 0b101 | (used(costs) - 257) << 3 | 15 << 13, 17)
+    size = 2 + (bits + 7) // 8 + 4
+    if size >= limit:
+        return 0, repeats
+    state = put(out, (np.uint64(0), np.uint64(0), 0), 0x0178, 16)
+    state = put(out, state, 0b101 | (used(costs) - 257) << 3 | 15 << 13, 17)
     for i in range(19):
         state = put(out, state, header_costs[_ORDER[i]], 3)
     codes = canonical(header_costs)
@@ -99,40 +120,72 @@ def _encode(data: Array, words: Array, spans: Array, costs: Array, limit: int, o
         symbol, extra, value = header[i, 0], header[i, 1], header[i, 2]
         state = put(out, state, codes[symbol] | value << header_costs[symbol], header_costs[symbol] + extra)
     codes = canonical(costs)
+    byte_codes, byte_costs = codes.view(np.uint64), costs.view(np.uint64)
     position = 0
     for i in range(runs + 1):
         start, stop = (spans[i, 0], spans[i, 1]) if i < runs else (data.size, data.size)
-        state = put_bytes(out, state, data[position:start], codes, costs)
+        state = put_bytes(out, state, data[position:start], byte_codes, byte_costs)
         state = put_run(out, state, stop - start, codes, costs)
         position = stop
-    state = put(out, state, codes[_END], costs[_END])
-    put(out, state, 0, 0)  # what is left of the last word
-    return (bits + 7) // 8
+    put(out, state, codes[_END], costs[_END])
+    checksum = adler32(data)
+    for i in range(4):
+        out[size - 4 + i] = (checksum >> (24 - 8 * i)) & 0xFF
+    return size, repeats
 
 
 @helper
-def find_runs(data: Array, words: Array, spans: Array) -> int:
-    """Find runs that hold an aligned group of eight equal bytes; spans leave out the first byte of each.
+def count_symbols(data: Array, spans: Array, counts: Array) -> int:
+    """Find runs of one byte, and how often each symbol is written; the spans leave out the first byte of each run.
 
-    Shorter runs would save nothing: the code of a byte that often follows itself has one or two bits.
+    Only runs of eight bytes or more are looked for, from the end of the last one on in steps of eight bytes: shorter
+    ones would save nothing, as the code of a byte that often follows itself has one or two bits.
     """
+    # Four tables, so that equal bytes in a row do not wait for each other's sums.
+    tables = np.zeros((4, 256), np.int64)
+    a, b, c, d = tables[0], tables[1], tables[2], tables[3]
     found, free, i = 0, 0, 0
-    while i < words.size:
-        word = words[i]
-        if word != (word & np.uint64(0xFF)) * np.uint64(0x0101010101010101):
-            i += 1
+    while i < data.size - 7:
+        word = load_word(data, i)
+        if word != (word << np.uint64(8) | word >> np.uint64(56)):
+            a[word & np.uint64(0xFF)] += 1
+            b[(word >> np.uint64(8)) & np.uint64(0xFF)] += 1
+            c[(word >> np.uint64(16)) & np.uint64(0xFF)] += 1
+            d[(word >> np.uint64(24)) & np.uint64(0xFF)] += 1
+            a[(word >> np.uint64(32)) & np.uint64(0xFF)] += 1
+            b[(word >> np.uint64(40)) & np.uint64(0xFF)] += 1
+            c[(word >> np.uint64(48)) & np.uint64(0xFF)] += 1
+            d[word >> np.uint64(56)] += 1
+            i += 8
             continue
-        start, byte = 8 * i, data[8 * i]
-        while i < words.size and words[i] == word:
-            i += 1
-        stop = 8 * i
-        while start > free and data[start - 1] == byte:
-            start -= 1
-        while stop < data.size and data[stop] == byte:
-            stop += 1
-        spans[found, 0], spans[found, 1] = start + 1, stop
-        found, free, i = found + 1, stop, (stop + 7) // 8
+        start = i - equal_before(load_word(data, i - 8) ^ word) if i - 8 >= free else i
+        a[data[i]] -= i - start - 1
+        i += 8
+        while i < data.size - 7 and load_word(data, i) == word:
+            i += 8
+        if i < data.size - 7:
+            i += equal_after(load_word(data, i) ^ word)
+        else:
+            while i < data.size and data[i] == data[start]:
+                i += 1
+        spans[found, 0], spans[found, 1] = start + 1, i
+        count_run(counts, i - start - 1)
+        found, free = found + 1, i
+    for left in range(i, data.size):
+        a[data[left]] += 1
+    for byte in range(256):
+        counts[byte] = a[byte] + b[byte] + c[byte] + d[byte]
+    counts[_END] = 1
     return found
+
+
+@helper
+def count_run(counts: Array, left: int) -> None:
+    """Count the symbols of a run."""
+    while left > 0:
+        length = piece(left)
+        counts[_RUNS[length, 0]] += 1
+        left -= length
 
 
 @helper
@@ -140,32 +193,6 @@ def piece(left: int) -> int:
     """Bytes of a run that its next code takes, so that what it leaves can be coded too."""
     length = min(left, _LONGEST)
     return length - 3 if 0 < left - length < 3 else length
-
-
-@helper
-def count_symbols(data: Array, spans: Array, runs: int) -> Array:
-    """How often each symbol is written."""
-    # Four tables, so that equal bytes in a row do not wait for each other's sums.
-    a, b, c, d = np.zeros(256, np.int64), np.zeros(256, np.int64), np.zeros(256, np.int64), np.zeros(256, np.int64)
-    for i in range(0, data.size - 3, 4):
-        a[data[i]] += 1
-        b[data[i + 1]] += 1
-        c[data[i + 2]] += 1
-        d[data[i + 3]] += 1
-    for i in range(data.size // 4 * 4, data.size):
-        a[data[i]] += 1
-    counts = np.zeros(_SYMBOLS, np.int64)
-    for byte in range(256):
-        counts[byte] = a[byte] + b[byte] + c[byte] + d[byte]
-    counts[_END] = 1
-    for i in range(runs):
-        left = spans[i, 1] - spans[i, 0]
-        counts[data[spans[i, 0]]] -= left
-        while left > 0:
-            length = piece(left)
-            counts[_RUNS[length, 0]] += 1
-            left -= length
-    return counts
 
 
 @helper
@@ -195,30 +222,29 @@ def header_symbols(costs: Array, symbols: Array, counts: Array) -> int:
 
 
 @helper
-def put(out: Array, state: tuple[Any, Any, Any], code: int, bits: int) -> tuple[Any, Any, Any]:
-    """Append up to 32 bits; the state is the bits not written yet, how many they are, and the next word."""
-    pending, count, word = state
-    pending |= np.uint64(code) << count
-    count += np.uint64(bits)
-    out[word] = np.uint32(pending & np.uint64(0xFFFFFFFF))
-    full = count >> np.uint64(5)
-    return pending >> (full << np.uint64(5)), count & np.uint64(31), word + full
-
-
-@helper
-def put_bytes(out: Array, state: tuple[Any, Any, Any], data: Array, codes: Array, costs: Array) -> tuple[Any, Any, Any]:
-    """Append the codes of bytes, two at a time."""
-    for i in range(0, data.size - 1, 2):
-        first, second = data[i], data[i + 1]
-        code = codes[first] | codes[second] << costs[first]
-        state = put(out, state, code, costs[first] + costs[second])
-    if data.size & 1:
-        state = put(out, state, codes[data[-1]], costs[data[-1]])
+def put_bytes(out: Array, state: Bits, data: Array, codes: Array, costs: Array) -> Bits:
+    """Append the codes of bytes, four at a time."""
+    pending, count, position = state
+    for i in range(0, data.size - 3, 4):
+        a, b, c, d = data[i], data[i + 1], data[i + 2], data[i + 3]
+        # What this pins below 64 is so already; the compiler does not know.
+        second = costs[a] & np.uint64(63)
+        third = (second + costs[b]) & np.uint64(63)
+        fourth = (third + costs[c]) & np.uint64(63)
+        pending |= (codes[a] | codes[b] << second | codes[c] << third | codes[d] << fourth) << count
+        store_word(out, position, pending)
+        count += fourth + costs[d]
+        pending >>= count & np.uint64(56)
+        position += np.int64(count >> np.uint64(3))
+        count &= np.uint64(7)
+    state = pending, count, position
+    for i in range(data.size // 4 * 4, data.size):
+        state = put(out, state, codes[data[i]], costs[data[i]])
     return state
 
 
 @helper
-def put_run(out: Array, state: tuple[Any, Any, Any], left: int, codes: Array, costs: Array) -> tuple[Any, Any, Any]:
+def put_run(out: Array, state: Bits, left: int, codes: Array, costs: Array) -> Bits:
     """Append the codes of a run; its distance, 1, is a zero bit."""
     while left > 0:
         length = piece(left)

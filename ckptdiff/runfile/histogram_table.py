@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from ckptdiff.metrics.histograms import HistogramRow, log2_floor, ulp_floor
+from ckptdiff.metrics.histograms import HistogramRows, log2_floor, ulp_floor
 from ckptdiff.runfile.schema import HISTOGRAMS
 
 __all__ = ["HistogramTable"]
@@ -27,8 +26,8 @@ class HistogramTable:
     """
 
     def __init__(self, group: Any) -> None:
-        self._rows: list[HistogramRow] = []
-        self._written = 0
+        self._rows = HistogramRows.empty(_ROWS)
+        self._held = self._written = 0
         self._group = group
         log2 = group.create_dataset("log2_floor", data=log2_floor())
         log2.attrs["long_name"] = "floor(log2 |x|) of each bin; -inf is exactly zero; both ends take what lies beyond"
@@ -36,10 +35,9 @@ class HistogramTable:
         ulp.attrs["long_name"] = "smallest distance of each bin, in units in the last place"
         for axis in (log2, ulp):
             axis.make_scale(axis.name.rpartition("/")[2])
-        empty = HistogramRow.empty()
         self._datasets = {}
         for name, (field, long_name) in HISTOGRAMS.items():
-            bins = getattr(empty, field).size
+            bins = getattr(self._rows, field).shape[1]
             dataset = group.create_dataset(
                 name,
                 (0, bins),
@@ -53,11 +51,16 @@ class HistogramTable:
             dataset.dims[1].attach_scale(ulp if field == "ulp" else log2)
             self._datasets[field] = dataset
 
-    def add(self, rows: Iterable[HistogramRow]) -> None:
+    def add(self, rows: HistogramRows) -> None:
         """Take the next rows, and write every full chunk."""
-        for row in rows:
-            self._rows.append(row)
-            if len(self._rows) == _ROWS:
+        start = 0
+        while start < len(rows):
+            stop = min(len(rows), start + _ROWS - self._held)
+            held = slice(self._held, self._held + stop - start)
+            for field in self._datasets:
+                getattr(self._rows, field)[held] = getattr(rows, field)[start:stop]
+            self._held, start = held.stop, stop
+            if self._held == _ROWS:
                 self._write()
 
     def finish(self, tensors: int) -> None:
@@ -68,10 +71,10 @@ class HistogramTable:
         ValueError
             If there are not as many rows as tensors.
         """
-        rows = self._written + len(self._rows)
+        rows = self._written + self._held
         if rows != tensors:
             raise ValueError(f"{rows} rows of histograms for {tensors} tensors")
-        if self._rows:
+        if self._held:
             self._write()
 
     def name_rows(self, names: Any) -> None:
@@ -81,12 +84,11 @@ class HistogramTable:
             dataset.dims[0].attach_scale(names)
 
     def _write(self) -> None:
-        start, count = self._written, len(self._rows)
         for field, dataset in self._datasets.items():
-            chunk = np.zeros(dataset.chunks, np.uint64)
-            np.stack([getattr(row, field) for row in self._rows], out=chunk[:count])
-            dataset.resize(start + count, axis=0)
+            chunk = getattr(self._rows, field)
+            chunk[self._held :] = 0
+            dataset.id.set_extent((self._written + self._held, chunk.shape[1]))
             # Compressed here, not by HDF5, because zlib gives the GIL away and HDF5 does not.
-            dataset.id.write_direct_chunk((start, 0), zlib.compress(chunk.data, _LEVEL))
-        self._written += count
-        self._rows.clear()
+            dataset.id.write_direct_chunk((self._written, 0), zlib.compress(chunk.data, _LEVEL))
+        self._written += self._held
+        self._held = 0

@@ -16,49 +16,78 @@ Array: TypeAlias = NDArray[Any]
 
 @helper
 def code_lengths(counts: Array, longest: int, lengths: Array) -> None:
-    """Huffman code lengths of at least two symbols; counts are halved until no code is too long."""
+    """Huffman code lengths of at least two symbols; codes that would be longer than `longest` are shortened."""
     keys = np.empty(counts.size, np.int64)
     weights = np.empty(2 * counts.size, np.int64)
     parents = np.empty(2 * counts.size, np.int64)
     depths = np.empty(2 * counts.size, np.int64)
-    halvings, deepest = 0, longest + 1
-    while deepest > longest:
-        leaves = sort_keys(counts, halvings, keys)
-        for leaf in range(leaves):
-            weights[leaf] = keys[leaf] >> 16
-        leaf, node = 0, leaves
-        for top in range(leaves, 2 * leaves - 1):
-            weights[top] = 0
-            for _ in range(2):
-                # The lighter of the next leaf and the next unused node; both queues are sorted.
-                if leaf < leaves and (node == top or weights[leaf] <= weights[node]):
-                    child, leaf = leaf, leaf + 1
-                else:
-                    child, node = node, node + 1
-                weights[top] += weights[child]
-                parents[child] = top
-        depths[2 * leaves - 2] = deepest = 0
-        for child in range(2 * leaves - 3, -1, -1):
-            depths[child] = depths[parents[child]] + 1
-            deepest = max(deepest, depths[child])
-        halvings += 1
+    of_length = np.zeros(longest + 1, np.int64)
+    leaves = sort_keys(counts, keys)
     for leaf in range(leaves):
-        lengths[keys[leaf] & 0xFFFF] = depths[leaf]
+        weights[leaf] = keys[leaf] >> 16
+    leaf, node = 0, leaves
+    for top in range(leaves, 2 * leaves - 1):
+        weights[top] = 0
+        for _ in range(2):
+            # The lighter of the next leaf and the next unused node; both queues are sorted.
+            if leaf < leaves and (node == top or weights[leaf] <= weights[node]):
+                child, leaf = leaf, leaf + 1
+            else:
+                child, node = node, node + 1
+            weights[top] += weights[child]
+            parents[child] = top
+    depths[2 * leaves - 2] = 0
+    room = 1 << longest
+    for child in range(2 * leaves - 3, -1, -1):
+        depths[child] = depths[parents[child]] + 1
+        if child < leaves:
+            length = min(depths[child], longest)
+            of_length[length] += 1
+            room -= 1 << (longest - length)
+    while room < 0:
+        # Each step moves a code of the longest length beside a shorter one, which gets a bit longer.
+        length = longest - 1
+        while of_length[length] == 0:
+            length -= 1
+        of_length[length] -= 1
+        of_length[length + 1] += 2
+        of_length[longest] -= 1
+        room += 1
+    leaf = 0
+    for length in range(longest, 0, -1):
+        for _ in range(of_length[length]):
+            lengths[keys[leaf] & 0xFFFF] = length
+            leaf += 1
 
 
 @helper
-def sort_keys(counts: Array, halvings: int, keys: Array) -> int:
-    """Sort the symbols in use by count, by insertion; a key is a count and a symbol."""
-    found = 0
+def sort_keys(counts: Array, keys: Array) -> int:
+    """Sort the symbols in use by count, then by symbol, six bits of the count at a time; a key is a count and a symbol.
+
+    To compare counts would cost a misprediction at every other comparison.
+    """
+    found, largest = 0, 0
     for symbol in range(counts.size):
         if counts[symbol]:
-            key = (((counts[symbol] - 1) >> halvings) + 1) << 16 | symbol
-            i = found
-            while i > 0 and keys[i - 1] > key:
-                keys[i] = keys[i - 1]
-                i -= 1
-            keys[i] = key
+            keys[found] = counts[symbol] << 16 | symbol
+            largest = max(largest, counts[symbol])
             found += 1
+    ordered = np.empty(found, np.int64)
+    shift = 16
+    while largest:
+        ends = np.zeros(65, np.int64)
+        for i in range(found):
+            ends[((keys[i] >> shift) & 63) + 1] += 1
+        for digit in range(64):
+            ends[digit + 1] += ends[digit]
+        for i in range(found):
+            digit = (keys[i] >> shift) & 63
+            ordered[ends[digit]] = keys[i]
+            ends[digit] += 1
+        for i in range(found):
+            keys[i] = ordered[i]
+        largest >>= 6
+        shift += 6
     return found
 
 
@@ -75,12 +104,24 @@ def used(costs: Array) -> int:
 def canonical(lengths: Array) -> Array:
     """Codes of the given lengths, first bit lowest."""
     codes = np.zeros(lengths.size, np.int64)
-    code = 0
+    following = np.zeros(17, np.int64)
+    for symbol in range(lengths.size):
+        following[lengths[symbol] + 1] += 1
+    following[1] = 0
     for bits in range(1, 16):
-        code <<= 1
-        for symbol in range(lengths.size):
-            if lengths[symbol] == bits:
-                for bit in range(bits):
-                    codes[symbol] |= ((code >> bit) & 1) << (bits - 1 - bit)
-                code += 1
+        following[bits + 1] = (following[bits] + following[bits + 1]) << 1
+    for symbol in range(lengths.size):
+        bits = lengths[symbol]
+        if bits:
+            codes[symbol] = reversed_bits(following[bits]) >> (16 - bits)
+            following[bits] += 1
     return codes
+
+
+@helper
+def reversed_bits(code: int) -> int:
+    """The low 16 bits in the opposite order."""
+    code = (code & 0x5555) << 1 | (code >> 1) & 0x5555
+    code = (code & 0x3333) << 2 | (code >> 2) & 0x3333
+    code = (code & 0x0F0F) << 4 | (code >> 4) & 0x0F0F
+    return (code & 0x00FF) << 8 | (code >> 8) & 0x00FF

@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 
 from ckptdiff.errors import OptionError, RunFileError
-from ckptdiff.metrics.histograms import HistogramRow
+from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.result import Diff
 from ckptdiff.runfile.mask import MaskView
 from ckptdiff.runfile.schema import FORMAT, FORMAT_VERSION, HISTOGRAMS, unescape
@@ -179,18 +179,19 @@ class RunFile:
             raise self._damaged(error, tensor) from error
 
 
-class HistogramView(Mapping[str, HistogramRow]):
-    """The histograms of a run file by tensor name, in plan order."""
+class HistogramView(Mapping[str, HistogramRows]):
+    """The histograms of a run file by tensor name, in plan order: one row for each."""
 
     def __init__(self, group: Any, names: tuple[str, ...], guard: Any) -> None:
         self._group = group
         self._rows = {name: row for row, name in enumerate(names)}
         self._guard = guard
 
-    def __getitem__(self, name: str) -> HistogramRow:
+    def __getitem__(self, name: str) -> HistogramRows:
         row = self._rows[name]
         with self._guard(tensor=name):
-            return HistogramRow(**{field: self._group[dataset][row] for dataset, (field, _) in HISTOGRAMS.items()})
+            rows = {field: self._group[dataset][row : row + 1] for dataset, (field, _) in HISTOGRAMS.items()}
+            return HistogramRows(**rows)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)

@@ -1,11 +1,14 @@
-"""A quick look for repeated strings, to know when a search for them pays."""
+"""Quick looks for repeated strings, to know when a search for them pays."""
 
 from __future__ import annotations
 
-from ckptdiff.backends.kernel_cache import helper, kernel
+import numpy as np
+
+from ckptdiff.backends.kernel_cache import helper
+from ckptdiff.runfile.bits import load_word
 from ckptdiff.runfile.huffman import Array
 
-__all__ = ["has_repeats"]
+__all__ = ["has_echoes", "has_repeats"]
 
 _PROBES = 6
 _CANDIDATES = 32
@@ -13,9 +16,12 @@ _INFORMATION = 40
 _LONGEST = 1024
 _WINDOW = 32768
 _BLOCK = 64
+_RUNS = 1024
+_SHARE = 12
+_FEW_ECHOES = 2
 
 
-@kernel
+@helper
 def has_repeats(data: Array, costs: Array) -> bool:
     """Whether strings of a mask come again within deflate's window, as in a mask of whole columns.
 
@@ -34,6 +40,37 @@ def has_repeats(data: Array, costs: Array) -> bool:
         if start < stop and comes_before(data, start, stop):
             return True
     return False
+
+
+@helper
+def has_echoes(data: Array, spans: Array, runs: int) -> bool:
+    """Whether many of the gaps between two runs were there before, both runs included, as in a mask of whole blocks.
+
+    A mask of independent coordinates repeats up to 2 % of them, whatever its density, and zlib makes it 13 to 30 %
+    larger than the runs alone do; from 8 % on the two are close, and far beyond it zlib's search pays.
+
+    Parameters
+    ----------
+    data : uint8 array, shape (n,), n >= 8
+        The packed mask.
+    spans : int array, shape (m, 2)
+        Start and stop of runs.
+    runs : int
+        How many rows of `spans` are in use; of more than 1024, those in the middle are looked at.
+    """
+    first = max((runs - _RUNS) // 2, 0)
+    last = min(first + _RUNS, runs) - 1
+    seen = np.zeros(4 * _RUNS, np.uint64)
+    found = 0
+    for i in range(first, last):
+        key = load_word(data, min(spans[i, 1], data.size - 8)) * np.uint64(0x9E3779B97F4A7C15)
+        key = (key ^ np.uint64(spans[i, 1] - spans[i, 0])) * np.uint64(0xC2B2AE3D27D4EB4F)
+        key = (key ^ np.uint64(spans[i + 1, 1] - spans[i + 1, 0])) * np.uint64(0x165667B19E3779F9)
+        slot = key >> np.uint64(52)
+        if seen[slot] == key:
+            found += 1
+        seen[slot] = key
+    return found > max((last - first) // _SHARE, _FEW_ECHOES)
 
 
 @helper

@@ -57,7 +57,7 @@ HISTOGRAMS: Final = {
     "changed_log2": ("changed", "those of base_log2 that changed bitwise"),
     "ulp": ("ulp", "changed coordinates by floor(log2) of their distance in units in the last place"),
 }
-"""Dataset of ``/histograms`` to its field of ``HistogramRow`` and its long name."""
+"""Dataset of ``/histograms`` to its field of ``HistogramRows`` and its long name."""
 
 _UNSAFE_IN_LINK = re.compile(r"[%/\x00-\x1f\x7f]|^\.")
 _UNSAFE_IN_TEXT = re.compile(r"[%\x00]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import h5py
@@ -31,11 +31,11 @@ def write_tensors(group: Any, diff: Diff) -> None:
     missing = {column.name for column in COLUMNS} ^ set(diff.columns)
     if missing:
         raise ValueError(f"columns that are not those of the catalogue: {', '.join(sorted(missing))}")
-    names = group.create_dataset("name", data=_texts(tensor.name for tensor in diff.tensors), dtype=_TEXT)
+    names = group.create_dataset("name", data=_texts([tensor.name for tensor in diff.tensors]), dtype=_TEXT)
     names.attrs["long_name"] = "tensor name; % and NUL are percent-encoded"
     names.make_scale("name")
     for fact, long_name in TEXT_FACTS.items():
-        texts = _texts(_fact_text(tensor, fact) for tensor in diff.tensors)
+        texts = _texts([_fact(tensor, fact) for tensor in diff.tensors])
         _describe(group.create_dataset(fact, data=texts, dtype=_TEXT), names, None, long_name)
     layers = [_NO_LAYER if tensor.layer is None else tensor.layer for tensor in diff.tensors]
     _describe(_numbers(group, "layer", np.array(layers, np.int64)), names, "1", "layer number, -1 for none")
@@ -127,15 +127,18 @@ def _facts(texts: Mapping[str, str], layer: int, same_bytes: bool) -> TensorFact
     )
 
 
-def _fact_text(tensor: TensorFacts, fact: str) -> str:
-    if fact == "tuned_name":
-        return tensor.name if tensor.tuned_name is None else tensor.tuned_name
-    value = getattr(tensor, fact)
-    return value if isinstance(value, str) else json.dumps(value)
+def _fact(tensor: TensorFacts, fact: str) -> Hashable:
+    if fact == "tuned_name" and tensor.tuned_name is None:
+        return tensor.name
+    value: Hashable = getattr(tensor, fact)
+    return value
 
 
-def _texts(texts: Any) -> Sequence[str]:
-    return [escape_text(text) for text in texts]
+def _texts(values: Sequence[Hashable]) -> list[str]:
+    """Strings as they are stored, of values that are strings or become JSON."""
+    # Thousands of tensors have few shapes, dtypes and types between them.
+    texts = {value: escape_text(value if isinstance(value, str) else json.dumps(value)) for value in set(values)}
+    return [texts[value] for value in values]
 
 
 def _numbers(group: Any, name: str, values: Any) -> Any:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -16,7 +16,7 @@ from h5py import h5a, h5d, h5p, h5s, h5t
 
 import ckptdiff
 from ckptdiff.errors import RunFileError
-from ckptdiff.metrics.histograms import HistogramRow
+from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.options import MaskRule
 from ckptdiff.result import Diff
 from ckptdiff.runfile.histogram_table import HistogramTable
@@ -68,7 +68,7 @@ class RunFileWriter:
     def __enter__(self) -> RunFileWriter:
         self._staged = StagedFile(self._target)
         try:
-            self._file = h5py.File(self._staged, "w", track_order=False)
+            self._file = h5py.File(self._staged, "w", track_order=False, rdcc_nslots=1, rdcc_nbytes=0)
             self._file.attrs.update(self._root)
             self._masks = self._file.create_group("masks")
             self._masks.attrs.update(rule=str(self._rule), compare=self._compare, bit_order=BIT_ORDER)
@@ -90,17 +90,15 @@ class RunFileWriter:
         """
         if name in self._masked or self._rule.kind == "none":
             raise ValueError(f"no mask expected for {name!r} under {self._rule}")
-        numel = math.prod(shape)
-        size, chunk = packed_bytes(numel), mask_chunk_bytes(numel)
-        creation, space = _layout(size, chunk)
-        dataset = h5d.create(self._masks.id, escape_name(name).encode(), h5t.STD_U8LE, space, creation)
+        layout = _layout(shape)
+        dataset = h5d.create(self._masks.id, escape_name(name).encode(), h5t.STD_U8LE, layout.space, layout.creation)
         # Low-level calls, because the high-level ones cost seconds more over 30,000 tensors.
-        attribute = h5a.create(dataset, b"shape", h5t.STD_I64LE, h5s.create_simple((len(shape),)))
+        attribute = h5a.create(dataset, b"shape", h5t.STD_I64LE, layout.rank)
         if shape:
-            attribute.write(np.array(shape, np.int64), h5t.NATIVE_INT64)
-        self._masked[name] = numel
-        if size:
-            self._open[name] = _OpenMask(dataset, chunk, -(-size // chunk))
+            attribute.write(layout.shape, h5t.NATIVE_INT64)
+        self._masked[name] = layout.numel
+        if layout.chunks:
+            self._open[name] = _OpenMask(dataset, layout.chunk, layout.chunks)
         self._staged.check()
 
     def add_zero_mask(self, name: str, shape: tuple[int, ...]) -> None:
@@ -138,7 +136,7 @@ class RunFileWriter:
             del self._open[name]
         self._staged.check()
 
-    def add_histograms(self, *rows: HistogramRow) -> None:
+    def add_histograms(self, rows: HistogramRows) -> None:
         """Add the histograms of the next tensors in plan order."""
         self._histograms.add(rows)
         self._staged.check()
@@ -207,15 +205,36 @@ def _storable(text: str) -> str:
     return text.replace("\0", "?").encode(errors="replace").decode()
 
 
+class _Layout(NamedTuple):
+    """What masks of one shape have in common."""
+
+    numel: int
+    chunk: int
+    chunks: int
+    creation: Any
+    space: Any
+    rank: Any
+    shape: Any
+
+
 @lru_cache(maxsize=1024)
-def _layout(size: int, chunk: int) -> tuple[Any, Any]:
-    """Creation properties and data space of a mask of `size` bytes."""
+def _layout(shape: tuple[int, ...]) -> _Layout:
+    numel = math.prod(shape)
+    size, chunk = packed_bytes(numel), mask_chunk_bytes(numel)
     creation = h5p.create(h5p.DATASET_CREATE)
     creation.set_obj_track_times(False)
     if size:
         creation.set_chunk((chunk,))
         creation.set_deflate(1)
-    return creation, h5s.create_simple((size,))
+    return _Layout(
+        numel,
+        chunk,
+        -(-size // chunk) if size else 0,
+        creation,
+        h5s.create_simple((size,)),
+        h5s.create_simple((len(shape),)),
+        np.array(shape, np.int64),
+    )
 
 
 class _OpenMask:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptdiff.backends.partial import BINS, BLOCK
@@ -32,11 +32,14 @@ class Load:
         Bits of a stored element on each side that is read: two entries, or one if both sides are the same bytes.
     scratch : int
         Bytes of work space a thread needs to decode it.
+    kind : hashable
+        Small tensors of the same kind can be measured in one call; None if only alone.
     """
 
     numel: int
     bits: tuple[int, ...]
     scratch: int = 0
+    kind: Hashable = None
 
     @property
     def blocks(self) -> int:
@@ -75,6 +78,8 @@ class Task:
     spans: tuple[Span, ...]
     whole: bool
     """Each span is a whole tensor, which the thread measures to the end."""
+    alike: bool = False
+    """All of them in one call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +110,19 @@ def plan_tasks(loads: Sequence[Load]) -> Iterator[Task]:
     """
     batch: list[Span] = []
     batch_numel = 0
+    kind: Hashable = None
     for index, load in enumerate(loads):
-        if load.numel <= BLOCK:
-            batch.append(Span(index, 0, load.blocks))
-            batch_numel += load.numel
-            if batch_numel < BLOCK and len(batch) < TASK_TENSORS:
-                continue
-        if batch:
-            yield Task(tuple(batch), whole=True)
+        if batch and (load.numel > BLOCK or load.kind != kind or batch_numel >= BLOCK or len(batch) >= TASK_TENSORS):
+            yield Task(tuple(batch), whole=True, alike=kind is not None)
             batch, batch_numel = [], 0
         if load.numel > BLOCK:
             yield from cut(index, load)
+        else:
+            batch.append(Span(index, 0, load.blocks))
+            batch_numel += load.numel
+            kind = load.kind
     if batch:
-        yield Task(tuple(batch), whole=True)
+        yield Task(tuple(batch), whole=True, alike=kind is not None)
 
 
 def cut(index: int, load: Load) -> Iterator[Task]:

@@ -1,58 +1,68 @@
-"""What one thread does with a task: read windows of both sides, pass them through the backend, compress masks."""
+"""What one thread does with a task: pass both sides through the backend, compress masks."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.backend import Backend
+from ckptdiff.backends.backend import Backend, Batching
 from ckptdiff.backends.bitwise import scan_bits
-from ckptdiff.backends.partial import BitScan, Count, Partial, Refined, Targets
+from ckptdiff.backends.partial import BitScan, Count, Partial, Refined, Scan, Targets
 from ckptdiff.checkpoint import TensorPair
-from ckptdiff.metrics.measurement import BitMeasurement, FloatMeasurement, Measured
+from ckptdiff.errors import CheckpointError
+from ckptdiff.metrics.columns import LARGEST, SMALLEST, Measured, empty_records, measured, set_sizes
+from ckptdiff.metrics.measurement import BitMeasurement, FloatMeasurement
+from ckptdiff.metrics.small import wanted
 from ckptdiff.runfile.compress import compress_chunk
 from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes
 from ckptdiff.stream.plan import Span
 from ckptdiff.stream.reader import OpenShards
 from ckptdiff.stream.source import Buffers, ShardSource
 
-__all__ = ["Chunk", "SpanResult", "Worker"]
+__all__ = ["Chunk", "Result", "Worker"]
+
+Measurement = FloatMeasurement | BitMeasurement
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One compressed mask chunk, as the run file stores it."""
+    """One compressed mask chunk of a tensor, as the run file stores it."""
 
+    tensor: int
     index: int
     payload: bytes
     filter_mask: int
 
 
 @dataclass(slots=True)
-class SpanResult:
-    """What a pass over a span of blocks gave.
+class Result:
+    """What a pass over a span of blocks, or over whole tensors, gave.
 
     Attributes
     ----------
-    span : Span
+    tensors : range
+        The tensor, or the consecutive small ones.
+    span : Span or None
+        Of a part of a large tensor.
     found : Partial, Refined or None
         To be merged with the other spans of the tensor; None once it is.
     chunks : list of Chunk
-        Mask chunks of the span, in order.
+        Mask chunks, in order.
     fresh : bool
-        Whether the span was read for the first time.
+        Whether this was read for the first time.
     compared, unchanged : int
         Floating coordinates that were seen for the first time, and those of them that did not change.
     measured : Measured or None
-        Set on the result that completes the tensor.
+        Of all ``tensors``; set on the result that completes them.
     """
 
-    span: Span
-    found: Partial | Refined | None
+    tensors: range
+    span: Span | None = None
+    found: Partial | Refined | None = None
     chunks: list[Chunk] = field(default_factory=list)
     fresh: bool = True
     compared: int = 0
@@ -76,9 +86,9 @@ class Worker:
         self._buffers = Buffers()
         self._partial = Partial()
 
-    def measure(self, pair: TensorPair, measurement: FloatMeasurement | BitMeasurement, span: Span) -> SpanResult:
+    def measure(self, pair: TensorPair, measurement: Measurement, span: Span) -> Result:
         """Carry out every pass over a whole tensor pair."""
-        result = SpanResult(span, None)
+        result = Result(range(span.tensor, span.tensor + 1))
         reusable: Partial | None = self._partial
         while measurement.next is not None:
             found, chunks = self._pass(pair, measurement, span, reusable)
@@ -87,15 +97,39 @@ class Worker:
             measurement.take(found)
         result.measured = measurement.measured()
         if isinstance(measurement, FloatMeasurement):
-            result.compared, result.unchanged = measurement.numel, int(result.measured.columns["unchanged_bitwise"])
+            result.compared, result.unchanged = measurement.numel, int(result.measured.columns["unchanged_bitwise"][0])
         self._partial.clear()
         return result
 
-    def pass_over(self, pair: TensorPair, measurement: FloatMeasurement | BitMeasurement, span: Span) -> SpanResult:
+    def measure_alike(
+        self, pairs: Sequence[TensorPair], measurement: Callable[[int], Measurement], first: int
+    ) -> Result:
+        """Measure small tensor pairs of the same formats in one go; those that need another pass, one by one."""
+        model, backend = measurement(first), self._backend
+        assert isinstance(model, FloatMeasurement) and isinstance(model.next, Scan) and isinstance(backend, Batching)
+        numel = np.array([pair.base.numel for pair in pairs], np.int64)
+        records = empty_records(len(pairs))
+        ranks = set_sizes(LARGEST, numel), set_sizes(SMALLEST, numel)
+        done, masks = backend.scan_small(model.next, self._places(pairs), ranks, wanted(model.compare), records)
+        if done < len(pairs):
+            span = Span(first + done, 0, 1)
+            ShardSource(self._shards, pairs[done], span, self._buffers, self._stop).fail(0, pairs[done].base.numel)
+            raise CheckpointError("cannot read the tensor: it failed once", tensor=pairs[done].name)
+        chunks = [chunk for i, mask in enumerate(masks) for chunk in _compressed(mask, first + i, 0, int(numel[i]))]
+        found = measured(records, numel, model.wide, model.rule)
+        for row in np.flatnonzero(~records.complete).tolist():
+            alone = self.measure(pairs[row], measurement(first + row), Span(first + row, 0, 1))
+            assert alone.measured is not None
+            found.replace(row, alone.measured)
+        unchanged = int(found.columns["unchanged_bitwise"].sum())
+        tensors = range(first, first + len(pairs))
+        return Result(tensors, chunks=chunks, compared=int(numel.sum()), unchanged=unchanged, measured=found)
+
+    def pass_over(self, pair: TensorPair, measurement: Measurement, span: Span) -> Result:
         """Carry out the pass at hand over a part of a tensor pair."""
         first = measurement.scanning
         found, chunks = self._pass(pair, measurement, span, None)
-        result = SpanResult(span, found, chunks, fresh=first)
+        result = Result(range(span.tensor, span.tensor + 1), span, found, chunks, fresh=first)
         if first and isinstance(found, Partial) and isinstance(measurement, FloatMeasurement):
             result.compared, result.unchanged = found.numel, found.numel - int(found.counts[Count.CHANGED])
         return result
@@ -120,11 +154,27 @@ class Worker:
             mask = scan_bits(todo, source, partial)
         else:
             mask = self._backend.scan(todo, source, partial, measurement.first_tie(span.first))
-        return partial, [] if mask is None else list(_compressed(mask, span.first, pair.base.numel))
+        return partial, [] if mask is None else list(_compressed(mask, span.tensor, span.first, pair.base.numel))
+
+    def _places(self, pairs: Sequence[TensorPair]) -> NDArray[np.int64]:
+        """Descriptor and offset of both sides of each pair, and its coordinates; tells the disk what comes next."""
+        sides = [[pair.base for pair in pairs], [pair.tuned for pair in pairs]]
+        places = np.empty((len(pairs), 5), np.int64)
+        for column, side in enumerate(sides):
+            for shard in {tensor.shard for tensor in side}:
+                here = [tensor for tensor in side if tensor.shard is shard]
+                start, stop = min(tensor.start for tensor in here), max(tensor.stop for tensor in here)
+                descriptor = self._shards[shard].ready(start, stop)
+                for row, tensor in enumerate(side):
+                    if tensor.shard is shard:
+                        places[row, 2 * column : 2 * column + 2] = descriptor, tensor.start
+        places[:, 4] = [pair.base.numel for pair in pairs]
+        return places
 
 
-def _compressed(mask: NDArray[np.uint8], first: int, numel: int) -> Iterator[Chunk]:
+def _compressed(mask: NDArray[np.uint8], tensor: int, first: int, numel: int) -> Iterator[Chunk]:
     """Compress the mask of a span, a chunk for each of its blocks."""
     size = mask_chunk_bytes(numel)
     for start in range(0, mask.size, MASK_CHUNK):
-        yield Chunk(first + start // MASK_CHUNK, *compress_chunk(mask[start : start + MASK_CHUNK], size))
+        index = first + start // MASK_CHUNK
+        yield Chunk(tensor, index, *compress_chunk(mask[start : start + MASK_CHUNK], size))

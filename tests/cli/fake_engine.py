@@ -9,8 +9,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from ckptdiff.events import Finished, Listener, Note, Progress, Started, TensorDone
-from ckptdiff.metrics.histograms import HistogramRow
+from ckptdiff.events import Finished, Listener, Note, Progress, Started, TensorsDone
+from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.options import DEFAULT_MEMORY, MaskRule, Options
 from ckptdiff.result import Diff
 
@@ -45,7 +45,7 @@ class FakeEngine:
                 self._play(tell)
                 for facts in self.diff.tensors:
                     writer.add_zero_mask(facts.name, facts.shape)
-                writer.add_histograms(*[HistogramRow.empty()] * len(self.diff.tensors))
+                writer.add_histograms(HistogramRows.empty(len(self.diff.tensors)))
                 writer.finish(self.diff)
         tell(Finished(self.diff, 0.1))
         return self.diff
@@ -75,7 +75,7 @@ class FakeEngine:
                 raise self.error
             time.sleep(self.pause)
             one = slice(row, row + 1)
-            tell(TensorDone(row, replace(self._cut(one), tensors=self.diff.tensors[one])))
+            tell(TensorsDone(row, replace(self._cut(one), tensors=self.diff.tensors[one])))
             tell(Progress(1000 * (row + 1) // len(self.diff.tensors), facts.name, 10 * (row + 1), 7 * (row + 1)))
 
     def module(self) -> ModuleType:

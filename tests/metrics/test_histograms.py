@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptdiff.metrics.histograms import HistogramRow, log2_bins, log2_floor
+from ckptdiff.metrics.histograms import HistogramRows, log2_bins, log2_floor
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -44,9 +44,11 @@ def test_edges_of_the_bins() -> None:
 
 
 def test_rows_have_one_shape() -> None:
-    row = HistogramRow.empty()
-    assert (row.delta.shape, row.ulp.shape, row.changed.dtype) == ((279,), (64,), np.uint64)
+    row = HistogramRows.empty(3)
+    assert (len(row), row.delta.shape, row.ulp.shape, row.changed.dtype) == (3, (3, 279), (3, 64), np.uint64)
     with pytest.raises(ValueError, match="delta is uint64 of shape"):
-        HistogramRow(row.ulp, row.base, row.changed, row.ulp)
+        HistogramRows(row.ulp, row.base, row.changed, row.ulp)
     with pytest.raises(ValueError, match="ulp is int64"):
-        HistogramRow(row.delta, row.base, row.changed, row.ulp.astype(np.int64))
+        HistogramRows(row.delta, row.base, row.changed, row.ulp.astype(np.int64))
+    with pytest.raises(ValueError, match=r"changed is uint64 of shape \(2, 279\)"):
+        HistogramRows(row.delta, row.base, row.changed[:2], row.ulp)

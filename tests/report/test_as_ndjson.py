@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from ckptdiff.events import Finished, Progress, Started, TensorDone
+from ckptdiff.events import Finished, Progress, Started, TensorsDone
 from ckptdiff.report import as_ndjson
 from ckptdiff.report.as_ndjson import NdjsonStream, lines, streams
 from ckptdiff.report.document import document
@@ -53,7 +53,7 @@ def test_a_stream_is_the_same_bytes(
     listener = NdjsonStream(stream)
     listener(Started(len(diff.tensors), 1000, started(diff)))
     for row in range(len(diff.tensors)):
-        listener(TensorDone(row, single(diff, row)))
+        listener(TensorsDone(row, single(diff, row)))
         listener(Progress(row, "x", 1, 1))
     listener(Finished(diff, 1.0))
     assert stream.getvalue() == "".join(lines(diff, View()))
@@ -64,7 +64,7 @@ def test_a_line_does_not_wait_for_the_next_tensor(diff: Diff, monkeypatch: pytes
     stream = io.StringIO()
     listener = NdjsonStream(stream)
     listener(Started(len(diff.tensors), 1000, started(diff)))
-    listener(TensorDone(0, single(diff, 0)))
+    listener(TensorsDone(0, single(diff, 0)))
     assert [json.loads(line)["type"] for line in stream.getvalue().splitlines()] == ["header", "tensor"]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from run_samples import SHAPES, Sample, counted, random_row, write
+from run_samples import SHAPES, Sample, counted, random_rows, write
 
 from ckptdiff.runfile.compress import compress_chunk
 
@@ -30,7 +30,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory, make_diff: Callable, make_f
         ),
         masks,
     )
-    rows = [random_row(rng) for _ in tensors]
+    rows = [random_rows(rng, 1) for _ in tensors]
     path = tmp_path_factory.mktemp("runs") / "run.h5"
     write(path, diff, masks, rows, title="a title \udcff\x00")
     return Sample(path, diff, masks, rows)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptdiff.metrics.histograms import HistogramRow
+from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.options import MaskRule
 from ckptdiff.result import Diff
 from ckptdiff.runfile.compress import compress_chunk
@@ -47,7 +47,7 @@ class Sample:
     path: Path
     diff: Diff
     masks: dict[str, np.ndarray]
-    rows: list[HistogramRow]
+    rows: list[HistogramRows]
 
 
 def add_mask(writer: RunFileWriter, name: str, mask: np.ndarray) -> None:
@@ -60,9 +60,8 @@ def add_mask(writer: RunFileWriter, name: str, mask: np.ndarray) -> None:
         writer.add_mask_chunk(name, mask.shape, index, *compress_chunk(piece, chunk))
 
 
-def random_row(rng: np.random.Generator) -> HistogramRow:
-    log2 = [rng.integers(0, 1 << 40, 279, dtype=np.uint64) for _ in range(3)]
-    return HistogramRow(*log2, rng.integers(0, 1 << 40, 64, dtype=np.uint64))
+def random_rows(rng: np.random.Generator, count: int) -> HistogramRows:
+    return HistogramRows(*(rng.integers(0, 1 << 40, (count, bins), dtype=np.uint64) for bins in (279, 279, 279, 64)))
 
 
 def counted(diff: Diff, masks: dict[str, np.ndarray]) -> Diff:
@@ -71,7 +70,7 @@ def counted(diff: Diff, masks: dict[str, np.ndarray]) -> Diff:
     return replace(diff, columns={**diff.columns, "changed": changed})
 
 
-def write(path: Path, diff: Diff, masks: dict[str, np.ndarray], rows: list[HistogramRow], **options: Any) -> None:
+def write(path: Path, diff: Diff, masks: dict[str, np.ndarray], rows: list[HistogramRows], **options: Any) -> None:
     rule = MaskRule.parse(diff.mask_rule)
     with RunFileWriter(path, rule=rule, compare=diff.compare, **options) as writer:
         for name, mask in masks.items():

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from ckptdiff.errors import OptionError, RunFileError
-from ckptdiff.metrics.histograms import HistogramRow
+from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.runfile.export import export_masks
 from ckptdiff.runfile.reader import RunFile
 
@@ -89,7 +89,7 @@ def test_names_and_globs(sample: Sample, tmp_path: Path) -> None:
 def test_an_exact_name_wins_over_a_glob(tmp_path: Path, make_diff: Callable, make_facts: Callable) -> None:
     masks = {"w[0]": np.ones(3, bool), "w0": np.zeros(3, bool)}
     diff = counted(make_diff(tensors=[(make_facts(name, (3,)), 0.5) for name in masks]), masks)
-    write(tmp_path / "run.h5", diff, masks, [HistogramRow.empty()] * 2)
+    write(tmp_path / "run.h5", diff, masks, [HistogramRows.empty(1)] * 2)
     with RunFile(tmp_path / "run.h5") as run:
         export_masks(run, tmp_path / "m.safetensors", names=["w[0]"])
     assert list(load_file(tmp_path / "m.safetensors")) == ["w[0]"]
@@ -145,7 +145,7 @@ def test_memory_does_not_grow_with_the_mask(tmp_path: Path, make_diff: Callable,
     mask = np.zeros((32, 1 << 20), bool)
     mask[:, ::7] = True
     diff = counted(make_diff(tensors=[(make_facts("w", mask.shape), 0.5)]), {"w": mask})
-    write(tmp_path / "run.h5", diff, {"w": mask}, [HistogramRow.empty()])
+    write(tmp_path / "run.h5", diff, {"w": mask}, [HistogramRows.empty(1)])
     del mask
     with RunFile(tmp_path / "run.h5") as run:
         for layout in LAYOUTS:

@@ -21,7 +21,7 @@ PREAMBLE = """
     import numpy as np
     from ckptdiff.errors import RunFileError
     from ckptdiff.metrics.catalogue import COLUMNS
-    from ckptdiff.metrics.histograms import HistogramRow
+    from ckptdiff.metrics.histograms import HistogramRows
     from ckptdiff.options import MaskRule
     from ckptdiff.result import Diff, TensorFacts
     from ckptdiff.runfile.export import export_masks
@@ -44,7 +44,7 @@ PREAMBLE = """
         with RunFileWriter(target, rule=MaskRule("bitwise"), compare="bf16") as writer:
             for name in names:
                 writer.add_mask_chunk(name, shape, 0, payload, 1)
-                writer.add_histograms(HistogramRow.empty())
+                writer.add_histograms(HistogramRows.empty(1))
             writer.finish(diff)
 
     def limit(size):

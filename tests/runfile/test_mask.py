@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from run_samples import SHAPES, Sample, counted, write
 
-from ckptdiff.metrics.histograms import HistogramRow
+from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
 
@@ -46,7 +46,7 @@ def test_indices_beyond_int32_are_int64() -> None:
 def test_padding_bits_of_other_writers_are_left_out(tmp_path: Path, make_diff: Callable, make_facts: Callable) -> None:
     mask = np.ones(11, bool)
     diff = counted(make_diff(tensors=[(make_facts("w", (11,)), 0.0)]), {"w": mask})
-    write(tmp_path / "run.h5", diff, {"w": mask}, [HistogramRow.empty()])
+    write(tmp_path / "run.h5", diff, {"w": mask}, [HistogramRows.empty(1)])
     with h5py.File(tmp_path / "run.h5", "a") as file:
         file["masks/w"][:] = 0xFF
     with RunFile(tmp_path / "run.h5") as run:
@@ -59,7 +59,7 @@ def test_no_masks_under_the_rule_none(tmp_path: Path, make_diff: Callable, make_
         tmp_path / "run.h5",
         make_diff(tensors=[(make_facts("w", (3,)), 0.0)], mask_rule="none"),
         {},
-        [HistogramRow.empty()],
+        [HistogramRows.empty(1)],
     )
     with RunFile(tmp_path / "run.h5") as run:
         assert len(run.masks) == 0

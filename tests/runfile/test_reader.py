@@ -16,7 +16,7 @@ from run_samples import Sample, write
 
 import ckptdiff
 from ckptdiff.errors import RunFileError
-from ckptdiff.metrics.histograms import HistogramRow
+from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.options import MaskRule
 from ckptdiff.result import Diff
 from ckptdiff.runfile.reader import RunFile
@@ -40,7 +40,7 @@ def test_what_was_written_comes_back(sample: Sample) -> None:
 def test_special_results_come_back(tmp_path: Path, troubled_diff: Diff, make_diff: Callable) -> None:
     for diff in (troubled_diff, make_diff(tensors=[])):
         without = replace(diff, mask_rule="none", columns={**diff.columns, "masked": diff.columns["masked"] * 0})
-        rows = [HistogramRow.empty() for _ in diff.tensors]
+        rows = [HistogramRows.empty(1) for _ in diff.tensors]
         write(tmp_path / "run.h5", without, {}, rows)
         with RunFile(tmp_path / "run.h5") as run:
             assert_same(run.load(), without)

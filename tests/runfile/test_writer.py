@@ -12,12 +12,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from run_samples import Sample, add_mask, counted, file_names, random_row, write
+from run_samples import Sample, add_mask, counted, file_names, random_rows, write
 
 import ckptdiff
 from ckptdiff.errors import RunFileError
 from ckptdiff.metrics.catalogue import COLUMNS
-from ckptdiff.metrics.histograms import HistogramRow
+from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.options import MaskRule
 from ckptdiff.runfile.writer import RunFileWriter
 
@@ -86,12 +86,13 @@ def test_columns_are_datasets_on_the_scale_of_names(sample: Sample) -> None:
         assert tensors["tuned_name"].asstr()[1:4].tolist() == ["model.layers.0.self_attn.k_proj.weight", "", "seven"]
 
 
+@pytest.mark.parametrize("batches", [[1] * 150, [150], [63, 2, 64, 0, 21]])
 def test_histograms_have_one_row_per_tensor_in_plan_order(
-    tmp_path: Path, make_diff: Callable, make_facts: Callable
+    tmp_path: Path, make_diff: Callable, make_facts: Callable, batches: list[int]
 ) -> None:
     rng = np.random.default_rng(1)
     tensors = [(make_facts(f"layers.{i}.w", (3,)), 1.0) for i in range(150)]
-    rows = [random_row(rng) for _ in tensors]
+    rows = [random_rows(rng, size) for size in batches]
     diff = make_diff(tensors=tensors, mask_rule="none")
     write(tmp_path / "run.h5", diff, {}, rows)
     with h5py.File(tmp_path / "run.h5") as file:
@@ -104,7 +105,7 @@ def test_histograms_have_one_row_per_tensor_in_plan_order(
         }
         for dataset, field in fields.items():
             assert group[dataset].dtype == np.uint64
-            np.testing.assert_array_equal(group[dataset][:], [getattr(row, field) for row in rows])
+            np.testing.assert_array_equal(group[dataset][:], np.concatenate([getattr(row, field) for row in rows]))
         floor = group["log2_floor"][:]
         assert floor[0] == -np.inf
         assert floor[1:].tolist() == list(range(-149, 129))
@@ -138,7 +139,7 @@ def test_zero_masks_take_no_chunks(tmp_path: Path, make_diff: Callable, make_fac
     diff = make_diff(tensors=[(make_facts("w", shape), 1.0)])
     with RunFileWriter(tmp_path / "run.h5", rule=RULE, compare="bf16") as writer:
         writer.add_zero_mask("w", shape)
-        writer.add_histograms(HistogramRow.empty())
+        writer.add_histograms(HistogramRows.empty(1))
         writer.finish(diff)
     with h5py.File(tmp_path / "run.h5") as file:
         assert not file["masks/w"][:].any()
@@ -157,7 +158,7 @@ def test_chunks_of_several_masks_may_come_in_any_order(
         for name, index in order:
             packed = np.packbits(masks[name], bitorder="little")[int(index) * 131072 :][:131072]
             writer.add_mask_chunk(name, (3, 1 << 20), int(index), packed.tobytes(), 1)
-        writer.add_histograms(HistogramRow.empty(), HistogramRow.empty())
+        writer.add_histograms(HistogramRows.empty(2))
         writer.finish(counted(diff, masks))
     with h5py.File(tmp_path / "run.h5") as file:
         for name, mask in masks.items():
@@ -179,10 +180,10 @@ def test_wrong_use_is_refused(tmp_path: Path, make_diff: Callable, make_facts: C
         writer.add_mask_chunk("w", shape, 0, zeros, 1)
     with start(tmp_path) as writer, pytest.raises(ValueError, match="chunks are missing in the masks of w"):
         writer.add_mask_chunk("w", shape, 0, zeros, 1)
-        writer.add_histograms(HistogramRow.empty())
+        writer.add_histograms(HistogramRows.empty(1))
         writer.finish(diff)
     with start(tmp_path) as writer, pytest.raises(ValueError, match="not those of the compared tensors: w"):
-        writer.add_histograms(HistogramRow.empty())
+        writer.add_histograms(HistogramRows.empty(1))
         writer.finish(diff)
     with start(tmp_path) as writer, pytest.raises(ValueError, match="0 rows of histograms for 1 tensors"):
         writer.add_zero_mask("w", shape)
@@ -191,7 +192,7 @@ def test_wrong_use_is_refused(tmp_path: Path, make_diff: Callable, make_facts: C
         writer.begin_mask("w", shape)
     with start(tmp_path) as writer, pytest.raises(ValueError, match="columns that are not those"):
         writer.add_zero_mask("w", shape)
-        writer.add_histograms(HistogramRow.empty())
+        writer.add_histograms(HistogramRows.empty(1))
         writer.finish(replace(diff, columns={**diff.columns, "more": np.zeros(1)}))
     assert not list(tmp_path.iterdir())
 

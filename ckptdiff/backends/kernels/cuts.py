@@ -95,9 +95,10 @@ def find_delta_cut(deltas: Array, span: Array, rank: int, width: int) -> tuple[i
     prefix, unknown, above, at, energy_above
         As in :class:`~ckptdiff.metrics.delta_cuts.DeltaCut`.
     """
-    above, energy = 0, 0.0
+    above: Any = 0
+    energy = 0.0
     for bin_ in range(span[3], span[2] - 1, -1):
-        count = np.int64(deltas[0, bin_])
+        count: Any = np.int64(deltas[0, bin_])
         if count == 0:
             continue
         if above + count >= rank:
@@ -138,11 +139,11 @@ def bits_at_most(threshold: float) -> Any:
 
 
 @kernel
-def within_bins(deltas: Array, span: Array, threshold: float, width: int) -> int:
+def within_bins(deltas: Array, span: Array, threshold: float, width: int) -> Any:
     """Changed coordinates with |d| <= threshold, -1 if the histogram cannot tell."""
-    bits = np.int64(bits_at_most(threshold)) if width == 32 else np.int64(float_bits(threshold))
+    bits: Any = np.int64(bits_at_most(threshold)) if width == 32 else np.int64(float_bits(threshold))
     cut = bits >> (width - 16)
-    below = 0
+    below: Any = 0
     for bin_ in range(span[2], min(cut, span[3] + 1)):
         below += np.int64(deltas[0, bin_])
     if deltas[0, cut] == 0:
@@ -150,7 +151,9 @@ def within_bins(deltas: Array, span: Array, threshold: float, width: int) -> int
     value = single_value(deltas, cut) if width == 32 else -1
     if value < 0:
         return -1
-    return below + (np.int64(deltas[0, cut]) if value <= bits else 0)
+    if value <= bits:
+        below += np.int64(deltas[0, cut])
+    return below
 
 
 @kernel

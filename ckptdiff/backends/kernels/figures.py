@@ -43,7 +43,8 @@ class Wanted(NamedTuple):
 def base_sums(weights: Array, first: int, last: int, facts: Facts) -> tuple[int, float]:
     """Coordinates with finite d, and the sum of W0^2 over them, from a histogram of codes of at most 16 bits."""
     finite, square = 0, 0.0
-    for code in range(first, min(last, np.int64(facts.infinite) - 1) + 1):
+    stop: Any = np.int64(facts.infinite)
+    for code in range(first, min(last + 1, stop)):
         count = weights[0, code] - weights[2, code]
         if count == 0:
             continue

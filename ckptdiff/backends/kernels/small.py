@@ -40,10 +40,10 @@ def clear(totals: Totals) -> None:
 
 
 @helper
-def count_native(totals: Totals, numel: int, infinite: int) -> None:
+def count_native(totals: Totals, numel: int, infinite: Any) -> None:
     """The counts of what is stored, where both sides are stored as compared."""
-    strange = 0
-    for code in range(infinite, totals.span[1] + 1):
+    strange: Any = 0
+    for code in range(np.int64(infinite), totals.span[1] + 1):
         strange += totals.weights[0, code]
     totals.counts[STORED_EQUAL] += numel - totals.counts[CHANGED]
     totals.counts[NONFINITE_BASE] += strange
@@ -91,7 +91,7 @@ def scan_small(
         How many tensors were measured: less than all if one could not be read.
     """
     base, tuned = sides
-    for row in range(places.shape[0]):
+    for row in range(len(places)):
         place = places[row]
         numel = place[4]
         pair = (
@@ -104,11 +104,11 @@ def scan_small(
             clear(totals)
             return row
         if measure.native:
-            count_native(totals, numel, np.int64(tables[0].infinite))
+            count_native(totals, numel, tables[0].infinite)
         records.counts[row, :] = totals.counts
         records.within[row, :] = totals.within
         records.sums[row, :] = totals.sums[0]
         records.max_abs[row] = totals.max_abs[0]
         take_figures(totals, (ranks[0][row], ranks[1][row]), tables[0], tables[1], row, records)
         clear(totals)
-    return places.shape[0]
+    return len(places)
