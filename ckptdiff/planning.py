@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,9 @@ class Plan:
         if base.kind is not Kind.FLOAT:
             want_mask = self.want_masks and rule.kind != "none"
             return BitMeasurement(base.numel, DTYPES[base.dtype].bits, want_mask, rule)
-        return FloatMeasurement(*_formats(base, tuned, self.options.compare), base.numel, rule, self.want_masks)
+        return FloatMeasurement(
+            *_formats(base.dtype, tuned.dtype, self.options.compare), base.numel, rule, self.want_masks
+        )
 
 
 def prepare(base: str, tuned: str, *, out: Path | None = None, options: Options | None = None) -> Plan:
@@ -118,7 +121,9 @@ def prepare(base: str, tuned: str, *, out: Path | None = None, options: Options 
         check_target(out, [(shard.path, shard.device, shard.inode) for side in sides for shard in side.shards])
     pairing = pair(*sides, renames=options.renames, include=options.include, exclude=options.exclude)
     device = open_device(options.device)
-    formats = {_formats(p.base, p.tuned, options.compare) for p in pairing.pairs if p.base.kind is Kind.FLOAT}
+    formats = {
+        _formats(p.base.dtype, p.tuned.dtype, options.compare) for p in pairing.pairs if p.base.kind is Kind.FLOAT
+    }
     want_masks = out is not None and options.mask.kind != "none"
     device.warm_up(sorted(formats, key=str), want_masks)
     # Reads into a cached buffer cost less than mapping pages and dropping them again, and report a lost page.
@@ -130,13 +135,11 @@ def prepare(base: str, tuned: str, *, out: Path | None = None, options: Options 
     return Plan(pairing.pairs, loads, diff, memory, io, device, options, want_masks)
 
 
-def _formats(base: TensorInfo, tuned: TensorInfo, compare: str) -> tuple[Format, Format, Format]:
-    stored = FORMATS[_format_name(base.dtype)], FORMATS[_format_name(tuned.dtype)]
+@cache
+def _formats(base: str, tuned: str, compare: str) -> tuple[Format, Format, Format]:
+    """Formats of two stored dtypes, and what they are compared as."""
+    stored = FORMATS[base.lower()], FORMATS[tuned.lower()]
     return *stored, compare_format(*stored, compare)
-
-
-def _format_name(dtype: str) -> str:
-    return dtype.lower()
 
 
 def _load(pair: TensorPair, options: Options, device: Device, io: str) -> Load:
@@ -145,7 +148,7 @@ def _load(pair: TensorPair, options: Options, device: Device, io: str) -> Load:
     bits = tuple(DTYPES[side.dtype].bits for side in sides)
     if pair.base.kind is not Kind.FLOAT:
         return Load(numel, bits, min(numel, BLOCK) * 4)
-    formats = _formats(pair.base, pair.tuned, options.compare)
+    formats = _formats(pair.base.dtype, pair.tuned.dtype, options.compare)
     alike = device.batches and io == "pread" and not same and numel and one_scan_suffices(formats[2], options.mask)
     return Load(numel, bits, device.scratch(*formats, numel), formats if alike else None)
 
@@ -175,7 +178,7 @@ def _facts(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Optio
 def _tensor_facts(pair: TensorPair, options: Options, groups: list[tuple[str, Any]]) -> TensorFacts:
     base, tuned = pair.base, pair.tuned
     place = locate(pair.name, len(base.shape))
-    compare = _formats(base, tuned, options.compare)[2].name if base.kind is Kind.FLOAT else "bitwise"
+    compare = _formats(base.dtype, tuned.dtype, options.compare)[2].name if base.kind is Kind.FLOAT else "bitwise"
     return TensorFacts(
         name=pair.name,
         shape=base.shape,

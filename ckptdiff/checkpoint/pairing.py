@@ -204,12 +204,11 @@ def _mismatch(base: TensorInfo, tuned: TensorInfo) -> str | None:
 def _unmatched(
     storing: Checkpoint, lacking: Checkpoint, matched: set[str], side: Literal["base", "tuned"]
 ) -> tuple[tuple[str, ...], tuple[Alias, ...]]:
-    again = twice_named(storing.tensors.values())
+    alone = [name for name in storing.tensors if name not in matched]
+    again = twice_named(storing.tensors.values()) if alone else {}
     only: list[str] = []
     aliased: list[Alias] = []
-    for name in storing.tensors:
-        if name in matched:
-            continue
+    for name in alone:
         of = again.get(name) or tied_embedding(name, storing.tensors, lacking.tensors)
         if of is None:
             only.append(name)

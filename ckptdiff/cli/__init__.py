@@ -6,6 +6,7 @@ Reached by every start of the program, so nothing heavy is imported here.
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import sys
@@ -20,6 +21,8 @@ from ckptdiff.cli.target import abandon_stdout
 __all__ = ["main"]
 
 _COMPLETE = "_CKPTDIFF_COMPLETE"
+_COLLECT_AFTER = 100_000
+"""Objects made before Python looks for unused ones; by default 700."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0 done, 1 a check failed or something differs, 2 trouble, 130 Ctrl-C, 141 closed pipe,
         143 SIGTERM.
     """
+    if arguments is None:
+        # This process is ours. What a plan of many tensors is made of lives to the end, and Python would look at all of
+        # it again and again for cycles that are not there.
+        gc.set_threshold(_COLLECT_AFTER)
     session = Session(traceback=os.environ.get("CKPTDIFF_DEBUG", "") not in ("", "0"))
     message = ""
     with signals_raise(), _ready_stdout():

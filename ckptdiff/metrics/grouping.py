@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.metrics.catalogue import FIGURES, Figure, flat_keys, parameter_key
 
-__all__ = ["FloatArray", "Grouping", "figures_of", "median_2d"]
+__all__ = ["FloatArray", "Grouping", "figures_of", "median_2d", "values_of"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
@@ -93,15 +93,17 @@ def figures_of(groups: Grouping) -> list[dict[str, Any]]:
         such a value for a figure with parameters.
     """
     rows: list[dict[str, Any]] = [{} for _ in range(groups.size)]
-    valued = groups.total("valued") > 0
     for figure in FIGURES:
         for parameter, _ in flat_keys(figure):
-            values = figure.value(groups, parameter)
-            if not figure.bitwise:
-                values = np.where(valued, values, np.nan)
-            for row, value in zip(rows, values.tolist(), strict=True):
+            for row, value in zip(rows, values_of(groups, figure, parameter).tolist(), strict=True):
                 _put(row, figure, parameter, value)
     return rows
+
+
+def values_of(groups: Grouping, figure: Figure, parameter: float | None) -> FloatArray:
+    """One figure of every group, NaN where undefined, shape (groups.size,)."""
+    values = figure.value(groups, parameter)
+    return values if figure.bitwise else np.where(groups.total("valued") > 0, values, np.nan)
 
 
 def median_2d(groups: Grouping, matrices: NDArray[np.bool_]) -> dict[str, Any]:

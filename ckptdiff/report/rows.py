@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,19 +147,43 @@ def tensor_row(facts: TensorFacts, numel: int, figures: Mapping[str, Any]) -> Ro
 
 def rows(diff: Diff, view: View) -> list[Row]:
     """The rows of a view, sorted and cut."""
-    members = tensor_rows(diff) if view.rows_by == "tensor" else diff.grouped(view.rows_by)
+    if view.rows_by == "tensor":
+        return tensor_rows(diff, _chosen_tensors(diff, view))
+    members = diff.grouped(view.rows_by)
     if view.sort is not None:
         path, descending = view.sort_path()
-        defined = [row for row in members if _value(row, path) is not None]
-        undefined = [row for row in members if _value(row, path) is None]
-        members = sorted(defined, key=lambda row: _value(row, path), reverse=descending) + undefined
+        members = [members[at] for at in _sorted([_value(row, path) for row in members], descending)]
     return members[: view.top]
 
 
-def tensor_rows(diff: Diff) -> list[Row]:
-    """Every tensor in plan order."""
+def tensor_rows(diff: Diff, chosen: Sequence[int] | None = None) -> list[Row]:
+    """Every tensor in plan order, or the chosen ones."""
+    chosen = range(len(diff.tensors)) if chosen is None else chosen
     numel = diff.columns["numel"].tolist()
-    return [tensor_row(*parts) for parts in zip(diff.tensors, numel, diff.per_tensor, strict=True)]
+    figures = diff.of_tensors(chosen) if len(chosen) < len(diff.tensors) else diff.per_tensor
+    return [tensor_row(diff.tensors[at], numel[at], row) for at, row in zip(chosen, figures, strict=True)]
+
+
+def _chosen_tensors(diff: Diff, view: View) -> Sequence[int] | None:
+    """Which tensors a view shows; only the key they are sorted by is computed for all."""
+    if view.sort is None:
+        return None if view.top is None else range(min(view.top, len(diff.tensors)))
+    path, descending = view.sort_path()
+    for figure in FIGURES:
+        for parameter, flat in flat_keys(figure):
+            if figure_paths()[flat] == path:
+                values = [None if math.isnan(value) else value for value in diff.values(figure, parameter).tolist()]
+                return _sorted(values, descending)[: view.top]
+    numel = diff.columns["numel"].tolist()
+    labels = [_value(tensor_row(*parts, {}), path) for parts in zip(diff.tensors, numel, strict=True)]
+    return _sorted(labels, descending)[: view.top]
+
+
+def _sorted(values: Sequence[Any], descending: bool) -> list[int]:
+    """Places of values in their order, undefined ones last."""
+    defined = [at for at, value in enumerate(values) if value is not None]
+    undefined = [at for at, value in enumerate(values) if value is None]
+    return sorted(defined, key=lambda at: values[at], reverse=descending) + undefined
 
 
 def _value(row: Mapping[str, Any], path: tuple[str, ...]) -> Any:

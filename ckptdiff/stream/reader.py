@@ -281,15 +281,17 @@ class OpenShards:
     def __init__(self, io: str) -> None:
         self._io = io
         self._lock = threading.Lock()
-        self._readers: dict[Shard, ShardReader] = {}
+        self._readers: dict[str, ShardReader] = {}  # by path: the hash of a shard costs more than a read
 
     def __getitem__(self, shard: Shard) -> ShardReader:
-        reader = self._readers.get(shard)
+        reader = self._readers.get(shard.path)
         if reader is None:
             with self._lock:
                 # A mapped file takes two descriptors, and a checkpoint may have hundreds of shards.
                 _allow_open_files(2 * len(self._readers) + _OTHER_FILES)
-                reader = self._readers.get(shard) or self._readers.setdefault(shard, ShardReader(shard, self._io))
+                reader = self._readers.get(shard.path) or self._readers.setdefault(
+                    shard.path, ShardReader(shard, self._io)
+                )
         return reader
 
     def close(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from ckptdiff.backends.backend import Backend, Batching
 from ckptdiff.backends.bitwise import scan_bits
 from ckptdiff.backends.partial import BitScan, Count, Partial, Refined, Scan, Targets
-from ckptdiff.checkpoint import TensorPair
+from ckptdiff.checkpoint import TensorInfo, TensorPair
 from ckptdiff.errors import CheckpointError
 from ckptdiff.metrics.columns import LARGEST, SMALLEST, Measured, empty_records, measured, set_sizes
 from ckptdiff.metrics.measurement import BitMeasurement, FloatMeasurement
@@ -158,16 +159,17 @@ class Worker:
 
     def _places(self, pairs: Sequence[TensorPair]) -> NDArray[np.int64]:
         """Descriptor and offset of both sides of each pair, and its coordinates; tells the disk what comes next."""
-        sides = [[pair.base for pair in pairs], [pair.tuned for pair in pairs]]
         places = np.empty((len(pairs), 5), np.int64)
-        for column, side in enumerate(sides):
-            for shard in {tensor.shard for tensor in side}:
-                here = [tensor for tensor in side if tensor.shard is shard]
-                start, stop = min(tensor.start for tensor in here), max(tensor.stop for tensor in here)
-                descriptor = self._shards[shard].ready(start, stop)
-                for row, tensor in enumerate(side):
-                    if tensor.shard is shard:
-                        places[row, 2 * column : 2 * column + 2] = descriptor, tensor.start
+        for column, side in enumerate(([pair.base for pair in pairs], [pair.tuned for pair in pairs])):
+            shards: dict[str, list[TensorInfo]] = defaultdict(list)
+            for tensor in side:
+                shards[tensor.shard.path].append(tensor)
+            descriptors = {
+                path: self._shards[some[0].shard].ready(min(t.start for t in some), max(t.stop for t in some))
+                for path, some in shards.items()
+            }
+            places[:, 2 * column] = [descriptors[tensor.shard.path] for tensor in side]
+            places[:, 2 * column + 1] = [tensor.start for tensor in side]
         places[:, 4] = [pair.base.numel for pair in pairs]
         return places
 
