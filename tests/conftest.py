@@ -9,11 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from ckptdiff.checkpoint.names import locate
 from ckptdiff.metrics.catalogue import COLUMNS, EPS, RHO, TAU, P, flat_key
 from ckptdiff.options import Options
 from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
+
+# How long an example takes depends on the machine, and on whether a kernel has to be compiled first.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 MakeDiff = Callable[..., Diff]
 _BYTES = {"BF16": 2, "F32": 4, "F16": 2, "I64": 8, "I32": 4, "U8": 1}

@@ -143,7 +143,7 @@ def test_show_prints_what_diff_printed(cli: Cli, tmp_path: Path, case: str, view
     assert cli("show", run, *view) == (0, printed, "")
 
 
-@pytest.mark.parametrize("case", ["wide", "odd"])
+@pytest.mark.parametrize("case", ["wide", "odd", "moe", "fp8"])
 def test_no_digit_depends_on_how_it_ran(cli: Cli, case: str) -> None:
     outputs = {
         cli("diff", *sides(case), "--format", "ndjson", *how).out

@@ -160,7 +160,7 @@ def tensor_rows(diff: Diff, chosen: Sequence[int] | None = None) -> list[Row]:
     """Every tensor in plan order, or the chosen ones."""
     chosen = range(len(diff.tensors)) if chosen is None else chosen
     numel = diff.columns["numel"].tolist()
-    figures = diff.of_tensors(chosen) if len(chosen) < len(diff.tensors) else diff.per_tensor
+    figures = diff.of_tensors(chosen)
     return [tensor_row(diff.tensors[at], numel[at], row) for at, row in zip(chosen, figures, strict=True)]
 
 

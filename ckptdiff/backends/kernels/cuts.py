@@ -165,10 +165,9 @@ def regroup(counts: Array, groups: Array, first: int, last: int, out: Array) -> 
 
 
 @helper
-def moved(up: float, down: float, sigma: float) -> float:
-    """Chance that a Gaussian step leaves the rounding interval [-down, up]."""
-    scale = 1.0 / (sigma * math.sqrt(2.0))
-    return 0.5 * math.erfc(up * scale) + 0.5 * math.erfc(down * scale)
+def exceeds(gap: float) -> float:
+    """Chance that a Gaussian step exceeds ``gap`` sigmas to one side."""
+    return 0.5 * math.erfc(gap * math.sqrt(0.5))
 
 
 @helper
@@ -192,26 +191,30 @@ def fit_null(weights: Array, up: Array, down: Array, first: int, last: int, chan
     changed : int
         Above 0 and below the sum of ``weights``.
     """
-    # Codes of one binade share their gaps (but for its first, whose lower gap is half as wide), so a few dozen runs
-    # of equal gaps stand for thousands of codes.
-    runs_up, runs_down = np.empty(last - first + 1), np.empty(last - first + 1)
-    sizes = np.zeros(last - first + 1)
-    runs = 0
+    # Codes of one binade share their gaps (but for its first, whose lower gap is that of the binade below), so a few
+    # dozen gaps, each with the coordinates above and below which it lies, stand for thousands of codes.
+    gaps, sizes = np.empty(last - first + 3), np.zeros(last - first + 3)
+    gaps[0] = min(down[first], up[first])
+    top = 0
     for code in range(first, last + 1):
         if weights[code] == 0:
             continue
-        if runs == 0 or runs_up[runs - 1] != up[code] or runs_down[runs - 1] != down[code]:
-            runs_up[runs], runs_down[runs] = up[code], down[code]
-            runs += 1
-        sizes[runs - 1] += weights[code]
-    low, high = math.log(min(runs_up[0], runs_down[0])) - 60.0, math.log(runs_up[runs - 1]) + 60.0
+        if down[code] > gaps[top]:
+            top += 1
+            gaps[top] = down[code]
+        sizes[top] += weights[code]
+        if up[code] > gaps[top]:
+            top += 1
+            gaps[top] = up[code]
+        sizes[top] += weights[code]
+    low, high = math.log(gaps[0]) - 60.0, math.log(gaps[top]) + 60.0
     at = 0.5 * (low + high)
     for _ in range(200):
         expected, slope = 0.0, 0.0
         sigma = math.exp(at)
-        for run in range(runs):
-            expected += sizes[run] * moved(runs_up[run], runs_down[run], sigma)
-            slope += sizes[run] * (density(runs_up[run] / sigma) + density(runs_down[run] / sigma))
+        for gap in range(top + 1):
+            expected += sizes[gap] * exceeds(gaps[gap] / sigma)
+            slope += sizes[gap] * density(gaps[gap] / sigma)
         if expected < changed:
             low = at
         else:
@@ -247,15 +250,17 @@ def null_overlap(
     """
     total, below, chance = 0.0, 0, 0.0
     last_up, last_down = -1.0, -1.0
+    at = 0
     for code in range(first, last + 1):
         if weights[code] == 0:
             continue
         if up[code] != last_up or down[code] != last_down:
             last_up, last_down = up[code], down[code]
-            chance = moved(last_up, last_down, sigma)
-        for r in range(ranks.size):
-            taken = min(max(ranks[r] - below, 0), weights[code])
-            overlap[r] += taken * chance
+            chance = exceeds(last_up / sigma) + exceeds(last_down / sigma)
+        while at < ranks.size and ranks[at] <= below + weights[code]:
+            overlap[at] = total + (ranks[at] - below) * chance
+            at += 1
         total += weights[code] * chance
         below += weights[code]
+    overlap[at:] = total
     return total
