@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,20 +11,24 @@ from typing import Any
 import numpy as np
 
 import ckptdiff
-from ckptdiff.backends.formats import FORMATS, Format, compare_format
+from ckptdiff.backends.formats import FORMATS, compare_format
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorInfo, TensorPair, locate, open_checkpoint, pair
-from ckptdiff.devices import Device, open_device
+from ckptdiff.devices import Device, Formats, open_device
 from ckptdiff.memory import peak_resident, resident
 from ckptdiff.metrics.catalogue import COLUMNS
 from ckptdiff.metrics.measurement import BitMeasurement, FloatMeasurement
 from ckptdiff.metrics.small import one_scan_suffices
 from ckptdiff.options import DEFAULT_MEMORY, Options, default_threads
 from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
+from ckptdiff.runfile.schema import mask_chunk_bytes
 from ckptdiff.runfile.target import check_target
 from ckptdiff.stream.plan import TASK_BLOCKS, Load, Memory, Span, fit_memory
 
-__all__ = ["Plan", "prepare"]
+__all__ = ["MANY_SMALL", "Plan", "prepare"]
+
+MANY_SMALL = 1000
+"""Small tensors that are worth a kernel that measures many in one call: to compile it takes as long as it saves."""
 
 
 @dataclass(frozen=True)
@@ -121,35 +125,52 @@ def prepare(base: str, tuned: str, *, out: Path | None = None, options: Options 
         check_target(out, [(shard.path, shard.device, shard.inode) for side in sides for shard in side.shards])
     pairing = pair(*sides, renames=options.renames, include=options.include, exclude=options.exclude)
     device = open_device(options.device)
-    formats = {
-        _formats(p.base.dtype, p.tuned.dtype, options.compare) for p in pairing.pairs if p.base.kind is Kind.FLOAT
-    }
     want_masks = out is not None and options.mask.kind != "none"
-    device.warm_up(sorted(formats, key=str), want_masks)
     # Reads into a cached buffer cost less than mapping pages and dropping them again, and report a lost page.
     io = "pread" if options.io == "auto" else options.io
-    loads = tuple(_load(pair, options, device, io) for pair in pairing.pairs)
+    loads = _loads(pairing.pairs, options, device, io)
+    _warm_up(device, pairing.pairs, loads, options, want_masks)
     diff = _facts(*sides, pairing, options)
     threads = options.threads or default_threads()
     memory = fit_memory(loads, threads, options.max_memory, DEFAULT_MEMORY, resident(), want_masks)
     return Plan(pairing.pairs, loads, diff, memory, io, device, options, want_masks)
 
 
+def _warm_up(
+    device: Device, pairs: tuple[TensorPair, ...], loads: tuple[Load, ...], options: Options, want_masks: bool
+) -> None:
+    alike: set[Formats] = set()
+    alone: set[Formats] = set()
+    for one, load in zip(pairs, loads, strict=True):
+        if one.base.kind is Kind.FLOAT:
+            formats = _formats(one.base.dtype, one.tuned.dtype, options.compare)
+            (alone if load.kind is None else alike).add(formats)
+    chunk = mask_chunk_bytes(max((load.numel for load in loads), default=0)) if want_masks else 0
+    device.warm_up(sorted(alike, key=str), sorted(alone, key=str), chunk)
+
+
 @cache
-def _formats(base: str, tuned: str, compare: str) -> tuple[Format, Format, Format]:
+def _formats(base: str, tuned: str, compare: str) -> Formats:
     """Formats of two stored dtypes, and what they are compared as."""
     stored = FORMATS[base.lower()], FORMATS[tuned.lower()]
     return *stored, compare_format(*stored, compare)
 
 
-def _load(pair: TensorPair, options: Options, device: Device, io: str) -> Load:
+def _loads(pairs: tuple[TensorPair, ...], options: Options, device: Device, io: str) -> tuple[Load, ...]:
+    loads = tuple(_load(pair, options, device) for pair in pairs)
+    if device.batches and io == "pread" and sum(load.kind is not None for load in loads) >= MANY_SMALL:
+        return loads
+    return tuple(replace(load, kind=None) if load.kind is not None else load for load in loads)
+
+
+def _load(pair: TensorPair, options: Options, device: Device) -> Load:
     same, numel = pair.same_bytes, pair.base.numel
     sides = [pair.base] if same else [pair.base, pair.tuned]
     bits = tuple(DTYPES[side.dtype].bits for side in sides)
     if pair.base.kind is not Kind.FLOAT:
         return Load(numel, bits, min(numel, BLOCK) * 4)
     formats = _formats(pair.base.dtype, pair.tuned.dtype, options.compare)
-    alike = device.batches and io == "pread" and not same and numel and one_scan_suffices(formats[2], options.mask)
+    alike = not same and 0 < numel <= BLOCK and one_scan_suffices(formats[2], options.mask)
     return Load(numel, bits, device.scratch(*formats, numel), formats if alike else None)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ckptdiff import planning
 from ckptdiff.cli import main
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -143,13 +144,42 @@ def test_show_prints_what_diff_printed(cli: Cli, tmp_path: Path, case: str, view
     assert cli("show", run, *view) == (0, printed, "")
 
 
-@pytest.mark.parametrize("case", ["wide", "odd", "moe", "fp8"])
-def test_no_digit_depends_on_how_it_ran(cli: Cli, case: str) -> None:
-    outputs = {
-        cli("diff", *sides(case), "--format", "ndjson", *how).out
-        for how in (["--threads", "1"], ["--threads", "7"], ["--io", "pread"], ["--io", "mmap", "--max-memory", "8G"])
-    }
+@pytest.mark.parametrize("case", ["wide", "odd", "moe", "fp8", "llama"])
+def test_no_digit_depends_on_how_it_ran(cli: Cli, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = set()
+    for many in (1, 10**6):  # small tensors in one call, and one by one
+        monkeypatch.setattr(planning, "MANY_SMALL", many)
+        for how in (["--threads", "1"], ["--threads", "7"], ["--io", "pread"], ["--io", "mmap", "--max-memory", "8G"]):
+            outputs.add(cli("diff", *sides(case), "--format", "ndjson", *how).out)
     assert len(outputs) == 1
+
+
+@pytest.mark.parametrize("case", ["wide", "odd", "moe", "fp8", "llama"])
+@pytest.mark.parametrize("rule", ["bitwise", "abs:1e-5", "eta:4e-3"])
+def test_small_tensors_in_one_call_leave_the_same_run_file(
+    cli: Cli, tmp_path: Path, case: str, rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = []
+    for many in (1, 10**6):
+        monkeypatch.setattr(planning, "MANY_SMALL", many)
+        out = tmp_path / f"{many}.h5"
+        assert cli("diff", *sides(case), "-o", out, "--mask", rule).code == 0
+        contents.append(_datasets(out))
+    assert contents[0] == contents[1] and any(name.startswith("masks/") for name in contents[0])
+
+
+def _datasets(path: Path) -> dict[str, str | bytes]:
+    """Everything in a run file but the provenance, which tells when it ran."""
+    found: dict[str, str | bytes] = {}
+
+    def note(name: str, item: h5py.Dataset | h5py.Group) -> None:
+        if isinstance(item, h5py.Dataset) and name != "provenance":
+            value = np.asarray(item[()])
+            found[name] = repr(value.tolist()) if value.dtype == object else value.tobytes()
+
+    with h5py.File(path) as file:
+        file.visititems(note)
+    return found
 
 
 def test_masks_are_the_threshold(cli: Cli, llama_run: Path, oracle: ModuleType) -> None:

@@ -23,14 +23,16 @@ import llvmlite.binding
 import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
-__all__ = ["cache_folder", "helper", "kernel", "reducer"]
+__all__ = ["STEP", "cache_folder", "helper", "kernel", "reducer"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _KERNEL_FOLDERS = ("backends", "backends/kernels", "runfile")
 """Where kernels and what they call are written, in the package."""
 
-_INLINED = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_OPTIONS = {"nogil": True, "error_model": "numpy"}
+"""A division by zero gives what NumPy gives: to raise an error would take code around every division."""
+STEP = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 """Only kernels are called from Python; the wrappers of what they call would cost a third of the compilation."""
 
 logger = logging.getLogger("ckptdiff.kernel_cache")
@@ -38,17 +40,17 @@ logger = logging.getLogger("ckptdiff.kernel_cache")
 
 def helper(function: Function) -> Function:
     """Compile a step that kernels call; it is inlined into them and never cached by itself."""
-    return cast(Function, numba.njit(nogil=True, **_INLINED)(function))
+    return cast(Function, numba.njit(**STEP)(function))
 
 
 def reducer(function: Function) -> Function:
     """Compile a step whose floating sums may be reordered, as vector sums need; the order depends on the code alone."""
-    return cast(Function, numba.njit(nogil=True, fastmath={"reassoc", "nsz", "contract"}, **_INLINED)(function))
+    return cast(Function, numba.njit(fastmath={"reassoc", "nsz", "contract"}, **STEP)(function))
 
 
 def kernel(function: Function) -> Function:
     """Compile a function that runs without the GIL, and cache its machine code."""
-    dispatcher = numba.njit(nogil=True, no_cfunc_wrapper=True)(function)
+    dispatcher = numba.njit(no_cfunc_wrapper=True, **_OPTIONS)(function)
     folder = cache_folder()
     if folder is not None:
         before = numba.config.CACHE_DIR

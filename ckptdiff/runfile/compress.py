@@ -18,7 +18,7 @@ DEFLATED = 0
 RAW = 1
 """Filter mask of a chunk that skipped deflate."""
 
-_SMALL_CHUNK = 1024
+_SMALL_CHUNK = 4096
 _EMPTY, _ONE_RUN = 24, 1000
 """What a run of one byte takes: the ends of the stream and the code, and two bits for each 258 bytes."""
 

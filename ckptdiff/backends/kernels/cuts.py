@@ -262,5 +262,6 @@ def null_overlap(
             at += 1
         total += weights[code] * chance
         below += weights[code]
-    overlap[at:] = total
+    for rest in range(at, ranks.size):
+        overlap[rest] = total
     return total

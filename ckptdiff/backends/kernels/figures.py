@@ -69,7 +69,6 @@ def take_null(totals: Totals, ranks: Array, last: int, wanted: Wanted, nulls: Ar
         return
     weights = totals.weights[0]
     sigma = fit_null(weights, wanted.up, wanted.down, first, last, changed)
-    nulls[:] = 0.0
     total = null_overlap(weights, wanted.up, wanted.down, first, last, sigma, ranks, nulls)
     for r in range(nulls.size):
         nulls[r] /= total

@@ -24,6 +24,13 @@ NONFINITE_BASE, NONFINITE_TUNED = int(Count.NONFINITE_BASE), int(Count.NONFINITE
 
 
 @helper
+def fill(target: Array) -> None:
+    """Set to zero."""
+    for i in range(target.size):
+        target[i] = 0
+
+
+@helper
 def clear(totals: Totals) -> None:
     """Set to nothing seen, touching only the bins in use."""
     for row in range(3):
@@ -32,11 +39,18 @@ def clear(totals: Totals) -> None:
         for bin_ in range(totals.span[2], totals.span[3] + 1):
             totals.deltas[row, bin_] = np.uint64(0)
     totals.span[0], totals.span[1], totals.span[2], totals.span[3] = BINS, -1, BINS, -1
-    totals.counts[:] = 0
-    totals.within[:] = 0
-    totals.sums[:] = 0.0
-    totals.ulp[:] = 0
+    fill(totals.counts)
+    fill(totals.within)
+    fill(totals.sums[0])
+    fill(totals.ulp)
     totals.max_abs[0] = 0.0
+
+
+@helper
+def copy(source: Array, target: Array) -> None:
+    """Copy one row; an assignment of arrays would compile its error messages too, for seconds."""
+    for i in range(source.size):
+        target[i] = source[i]
 
 
 @helper
@@ -105,9 +119,9 @@ def scan_small(
             return row
         if measure.native:
             count_native(totals, numel, tables[0].infinite)
-        records.counts[row, :] = totals.counts
-        records.within[row, :] = totals.within
-        records.sums[row, :] = totals.sums[0]
+        copy(totals.counts, records.counts[row])
+        copy(totals.within, records.within[row])
+        copy(totals.sums[0], records.sums[row])
         records.max_abs[row] = totals.max_abs[0]
         take_figures(totals, (ranks[0][row], ranks[1][row]), tables[0], tables[1], row, records)
         clear(totals)

@@ -8,7 +8,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from ckptdiff.backends.kernel_cache import helper, kernel
+from ckptdiff.backends.kernel_cache import STEP, helper, kernel
 from ckptdiff.backends.kernels.codes import gather_codes, measure_codes
 from ckptdiff.backends.kernels.fetch import FETCH, Side, fetch
 from ckptdiff.backends.kernels.stored import Cast, Stored, count_stored, decode
@@ -69,7 +69,7 @@ def measure_tile(
     raise NotImplementedError("compiled code only")
 
 
-@overload(measure_tile, jit_options={"nogil": True}, inline="never", strict=False)
+@overload(measure_tile, jit_options=STEP, inline="never", strict=False)
 def _measure_tile(a: Any, b: Any, facts: Any, tile: Any, measure: Any, totals: Any, sums: Any, words: Any) -> Any:
     chosen = measure_codes if a.dtype == types.uint16 else measure_wide
     return lambda a, b, facts, tile, measure, totals, sums, words: chosen(
@@ -82,7 +82,7 @@ def gather_values(a: Array, b: Array, facts: Facts, tile: Tile) -> None:
     raise NotImplementedError("compiled code only")
 
 
-@overload(gather_values, jit_options={"nogil": True}, inline="never", strict=False)
+@overload(gather_values, jit_options=STEP, inline="never", strict=False)
 def _gather_values(a: Any, b: Any, facts: Any, tile: Any) -> Any:
     chosen = gather_codes if a.dtype == types.uint16 else gather_wide
     return lambda a, b, facts, tile: chosen(a, b, facts.values, tile)

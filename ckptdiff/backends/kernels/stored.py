@@ -9,7 +9,7 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from ckptdiff.backends.kernel_cache import helper
+from ckptdiff.backends.kernel_cache import STEP, helper
 from ckptdiff.backends.kernels.bits import bits_float, float_bits
 from ckptdiff.backends.kernels.tiles import Array, Measure, count_nonfinite
 from ckptdiff.backends.partial import Count
@@ -126,7 +126,7 @@ def decode_double(raw: Array, cast: int, itemsize: int, table: Array, out: Array
             out[i] = float_bits(np.float64(singles[i]))
 
 
-@overload(decode, jit_options={"nogil": True}, inline="never", strict=False)
+@overload(decode, jit_options=STEP, inline="never", strict=False)
 def _decode(raw: Any, cast: Any, itemsize: Any, table: Any, out: Any) -> Any:
     chosen = {types.uint16: decode_narrow, types.uint32: decode_single, types.uint64: decode_double}[out.dtype]
     return lambda raw, cast, itemsize, table, out: chosen(raw, cast, itemsize, table, out)
