@@ -36,5 +36,5 @@ class Batching(Protocol):
         ranks: tuple[NDArray[np.int64], NDArray[np.int64]],
         wanted: Wanted,
         records: Records,
-    ) -> tuple[int, list[NDArray[np.uint8]]]:
-        """Measure whole tensors from their files; returns how many, and the mask bits of each."""
+    ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
+        """Measure whole tensors from their files; returns how many, their mask bits, and where those of each start."""

@@ -102,7 +102,7 @@ class CpuWorker:
         ranks: tuple[NDArray[np.int64], NDArray[np.int64]],
         wanted: Wanted,
         records: Records,
-    ) -> tuple[int, list[NDArray[np.uint8]]]:
+    ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
         """Measure whole tensors of at most a block.
 
         Parameters
@@ -121,8 +121,10 @@ class CpuWorker:
         -------
         done : int
             How many tensors were measured: less than all if one could not be read.
-        masks : list of uint8 array
-            Mask bits of each if ``scan.want_mask``, else empty; valid until the next call.
+        masks : uint8 array
+            Mask bits of all if ``scan.want_mask``, else empty; valid until the next call.
+        starts : int64 array, shape (k,)
+            Where those of each tensor start.
         """
         compare, numel = scan.compare, places[:, 4]
         words = -(-numel // 64)
@@ -144,11 +146,7 @@ class CpuWorker:
             records,
             room,
         )
-        if not scan.want_mask:
-            return done, []
-        bits = room.view(np.uint8)
-        starts = (8 * (stops - words)).tolist()
-        return done, [bits[i : i + -(-n // 8)] for i, n in zip(starts, numel.tolist(), strict=True)]
+        return done, room.view(np.uint8), 8 * (stops - words)
 
     def _sides(self, window: Window, scan: Scan) -> tuple[Side, Side]:
         base = self._side(window.base, window.first, scan.base, 0)

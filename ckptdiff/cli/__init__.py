@@ -23,6 +23,8 @@ __all__ = ["main"]
 _COMPLETE = "_CKPTDIFF_COMPLETE"
 _COLLECT_AFTER = 100_000
 """Objects made before Python looks for unused ones; by default 700."""
+_TURN = 0.0005
+"""Seconds; by default 0.005."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # This process is ours. What a plan of many tensors is made of lives to the end, and Python would look at all of
         # it again and again for cycles that are not there.
         gc.set_threshold(_COLLECT_AFTER)
+        # A thread that comes back from compiled code waits for its turn at most this long, which is not often.
+        sys.setswitchinterval(_TURN)
     session = Session(traceback=os.environ.get("CKPTDIFF_DEBUG", "") not in ("", "0"))
     message = ""
     with signals_raise(), _ready_stdout():

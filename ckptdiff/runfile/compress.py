@@ -8,10 +8,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.runfile.deflate import deflate
+from ckptdiff.runfile.deflate import Deflated, deflate_parts
 from ckptdiff.runfile.schema import MASK_CHUNK
 
-__all__ = ["DEFLATED", "MASK_CHUNK", "RAW", "compress_chunk"]
+__all__ = ["DEFLATED", "MASK_CHUNK", "RAW", "compress_chunk", "compress_parts"]
 
 DEFLATED = 0
 """Filter mask of a chunk that went through deflate."""
@@ -42,24 +42,44 @@ def compress_chunk(packed: NDArray[np.uint8], chunk_bytes: int) -> tuple[bytes, 
     """
     if packed.size != chunk_bytes:
         packed = np.concatenate([packed, np.zeros(chunk_bytes - packed.size, np.uint8)])
+    return compress_parts(packed, np.array([0]), np.array([chunk_bytes]))[0]
+
+
+def compress_parts(
+    packed: NDArray[np.uint8], starts: NDArray[np.int64], sizes: NDArray[np.int64]
+) -> list[tuple[bytes, int]]:
+    """Compress many whole chunks that lie in one array; the same as :func:`compress_chunk` on each.
+
+    Parameters
+    ----------
+    packed : contiguous uint8 array
+    starts, sizes : int64 array, shape (k,)
+        Where each chunk lies, and its bytes.
+    """
     if packed.flags.writeable:
         # Kernels are compiled for each kind of array that they are given; this keeps it to one kind.
         packed = packed.view()
         packed.flags.writeable = False
-    payload = _deflated(packed) if chunk_bytes >= _SMALL_CHUNK else _searched(packed)
-    if payload is None or len(payload) >= chunk_bytes:
-        return packed.tobytes(), RAW
-    return payload, DEFLATED
+    large = np.flatnonzero(sizes >= _SMALL_CHUNK)
+    deflated: dict[int, Deflated] = {}
+    if large.size:
+        parts = np.column_stack([starts, starts + sizes, sizes])[large]
+        deflated = dict(zip(large.tolist(), deflate_parts(packed, parts), strict=True))
+    found = []
+    for i, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist(), strict=True)):
+        chunk = packed[start : start + size]
+        payload = _best(chunk, deflated[i]) if i in deflated else _searched(chunk)
+        found.append((chunk.tobytes(), RAW) if payload is None or len(payload) >= size else (payload, DEFLATED))
+    return found
 
 
-def _deflated(packed: NDArray[np.uint8]) -> bytes | None:
-    mine, repeats = deflate(packed, packed.size)
-    if mine is not None and len(mine) < _EMPTY + packed.size // _ONE_RUN:
-        return mine if packed.any() else _zeros(packed.size)
-    if repeats:
+def _best(packed: NDArray[np.uint8], mine: Deflated) -> bytes | None:
+    if mine.stream is not None and len(mine.stream) < _EMPTY + packed.size // _ONE_RUN:
+        return mine.stream if packed.any() else _zeros(packed.size)
+    if mine.repeats:
         searched = zlib.compress(packed.data, 6)
-        return searched if mine is None or len(searched) < len(mine) else mine
-    return mine
+        return searched if mine.stream is None or len(searched) < len(mine.stream) else mine.stream
+    return mine.stream
 
 
 def _searched(packed: NDArray[np.uint8]) -> bytes:

@@ -18,7 +18,7 @@ from ckptdiff.runfile.checksum import adler32
 from ckptdiff.runfile.huffman import Array, canonical, code_lengths, used
 from ckptdiff.runfile.repeats import has_echoes, has_repeats
 
-__all__ = ["Deflated", "deflate"]
+__all__ = ["Deflated", "deflate", "deflate_parts"]
 
 _SYMBOLS = 286
 _END = 256
@@ -75,17 +75,44 @@ def deflate(data: Array, limit: int) -> Deflated:
     limit : int
         Bytes that the stream must stay below.
     """
-    if getattr(_scratch, "size", -1) < data.size:
+    return deflate_parts(data, np.array([[0, data.size, limit]]))[0]
+
+
+def deflate_parts(data: Array, parts: Array) -> list[Deflated]:
+    """Compress parts of an array, each to a zlib stream of its own, in one compiled call.
+
+    Parameters
+    ----------
+    data : contiguous uint8 array
+    parts : int64 array, shape (k, 3)
+        First byte, stop and limit of each part, none of them empty.
+    """
+    sizes = parts[:, 1] - parts[:, 0]
+    room = int(np.minimum(parts[:, 2], sizes + 6).sum()) + 64
+    longest = int(sizes.max(initial=0))
+    if getattr(_scratch, "room", -1) < room or _scratch.longest < longest:
         # Kept for the next chunk: fresh pages for each would cost as much as the encoding.
-        _scratch.size = data.size
-        _scratch.out = np.empty(data.size + 64, np.uint8)
-        _scratch.spans = np.empty((data.size // 8 + 1, 2), np.int64)
-    out = _scratch.out
-    size, repeats = _encode(data, _scratch.spans, min(limit, data.size + 6), out)
-    return Deflated(out[:size].tobytes() if size else None, repeats)
+        _scratch.room, _scratch.longest = room, longest
+        _scratch.out = np.empty(room, np.uint8)
+        _scratch.spans = np.empty((longest // 8 + 1, 2), np.int64)
+    ends, repeats = np.zeros(len(parts) + 1, np.int64), np.zeros(len(parts), np.bool_)
+    _encode_parts(data, parts, _scratch.spans, _scratch.out, ends, repeats)
+    found = []
+    for start, stop, again in zip(ends[:-1].tolist(), ends[1:].tolist(), repeats.tolist(), strict=True):
+        found.append(Deflated(_scratch.out[start:stop].tobytes() if stop > start else None, again))
+    return found
 
 
 @kernel
+def _encode_parts(data: Array, parts: Array, spans: Array, out: Array, ends: Array, repeats: Array) -> None:
+    """Write the stream of each part after that of the one before; ``ends[i + 1]`` tells where it stops."""
+    for i in range(len(parts)):
+        part = data[parts[i, 0] : parts[i, 1]]
+        size, repeats[i] = _encode(part, spans, min(parts[i, 2], part.size + 6), out[ends[i] :])
+        ends[i + 1] = ends[i] + size
+
+
+@helper
 def _encode(data: Array, spans: Array, limit: int, out: Array) -> tuple[int, bool]:
     """Write the stream; returns its bytes, 0 if there would be `limit` or more, and whether strings come again."""
     counts, costs = np.zeros(_SYMBOLS, np.int64), np.zeros(_SYMBOLS, np.int64)

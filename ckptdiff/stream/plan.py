@@ -8,12 +8,25 @@ from dataclasses import dataclass
 from ckptdiff.backends.partial import BINS, BLOCK
 from ckptdiff.errors import PlanError
 
-__all__ = ["TASK_BLOCKS", "Load", "Memory", "Span", "Task", "cut", "fit_memory", "plan_tasks"]
+__all__ = [
+    "TASK_BLOCKS",
+    "TASK_NUMEL",
+    "TASK_TENSORS",
+    "Load",
+    "Memory",
+    "Span",
+    "Task",
+    "cut",
+    "fit_memory",
+    "plan_tasks",
+]
 
 TASK_BLOCKS = 8
 """Blocks of one tensor in a task: 8 Mi coordinates."""
-TASK_TENSORS = 64
+TASK_TENSORS = 128
 """Small tensors in a task."""
+TASK_NUMEL = 4 * BLOCK
+"""Coordinates of small tensors in a task."""
 
 _MEASUREMENT = 8 * BINS * 6 + (1 << 17)
 """Bytes of a Partial, if all of its bins are touched."""
@@ -112,7 +125,9 @@ def plan_tasks(loads: Sequence[Load]) -> Iterator[Task]:
     batch_numel = 0
     kind: Hashable = None
     for index, load in enumerate(loads):
-        if batch and (load.numel > BLOCK or load.kind != kind or batch_numel >= BLOCK or len(batch) >= TASK_TENSORS):
+        if batch and (
+            load.numel > BLOCK or load.kind != kind or batch_numel >= TASK_NUMEL or len(batch) >= TASK_TENSORS
+        ):
             yield Task(tuple(batch), whole=True, alike=kind is not None)
             batch, batch_numel = [], 0
         if load.numel > BLOCK:

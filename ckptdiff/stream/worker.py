@@ -18,7 +18,7 @@ from ckptdiff.errors import CheckpointError
 from ckptdiff.metrics.columns import LARGEST, SMALLEST, Measured, empty_records, measured, set_sizes
 from ckptdiff.metrics.measurement import BitMeasurement, FloatMeasurement
 from ckptdiff.metrics.small import wanted
-from ckptdiff.runfile.compress import compress_chunk
+from ckptdiff.runfile.compress import compress_chunk, compress_parts
 from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes
 from ckptdiff.stream.plan import Span
 from ckptdiff.stream.reader import OpenShards
@@ -111,12 +111,13 @@ class Worker:
         numel = np.array([pair.base.numel for pair in pairs], np.int64)
         records = empty_records(len(pairs))
         ranks = set_sizes(LARGEST, numel), set_sizes(SMALLEST, numel)
-        done, masks = backend.scan_small(model.next, self._places(pairs), ranks, wanted(model.compare), records)
+        done, masks, starts = backend.scan_small(model.next, self._places(pairs), ranks, wanted(model.compare), records)
         if done < len(pairs):
             span = Span(first + done, 0, 1)
             ShardSource(self._shards, pairs[done], span, self._buffers, self._stop).fail(0, pairs[done].base.numel)
             raise CheckpointError("cannot read the tensor: it failed once", tensor=pairs[done].name)
-        chunks = [chunk for i, mask in enumerate(masks) for chunk in _compressed(mask, first + i, 0, int(numel[i]))]
+        payloads = compress_parts(masks, starts, -(-numel // 8)) if model.masks_now else []
+        chunks = [Chunk(first + i, 0, *payload) for i, payload in enumerate(payloads)]
         found = measured(records, numel, model.wide, model.rule)
         for row in np.flatnonzero(~records.complete).tolist():
             alone = self.measure(pairs[row], measurement(first + row), Span(first + row, 0, 1))

@@ -28,20 +28,36 @@ from ckptdiff.backends.kernels.tiles import (
 )
 from ckptdiff.backends.partial import Count
 
-__all__ = ["gather_codes", "measure_codes"]
+__all__ = ["find_bins", "gather_codes", "measure_codes", "note_bins"]
 
 CHANGED, NONFINITE_TUNED = int(Count.CHANGED), int(Count.NONFINITE_TUNED)
 
 
 @helper
-def count_weights(codes: Array, magnitude: Any, weights: Array, span: Array) -> None:
-    """Histogram of the magnitudes of all base codes."""
+def note_bins(codes: Array, magnitude: Any, span: Array) -> None:
+    """Note which bins of ``weights`` codes fall into."""
     smallest, largest = codes.dtype.type(0xFFFF), codes.dtype.type(0)
     for i in range(codes.size):
         code = codes.dtype.type(codes[i] & magnitude)
         smallest = code if code < smallest else smallest
         largest = code if code > largest else largest
     widen_span(span, 0, int(smallest), int(largest))
+
+
+@helper
+def find_bins(counts: Array, span: Array) -> None:
+    """Find which bins of a histogram are in use: after millions of coordinates cheaper than to look at each."""
+    first, last = 0, counts.size - 1
+    while first < counts.size and counts[first] == 0:
+        first += 1
+    while last >= 0 and counts[last] == 0:
+        last -= 1
+    widen_span(span, 0, first, last)
+
+
+@helper
+def count_weights(codes: Array, magnitude: Any, weights: Array) -> None:
+    """Histogram of the magnitudes of all base codes."""
     # Four codes to a load: the loop is bound by its loads and stores.
     whole = codes.size // 4 * 4
     fours = codes[:whole].view(np.uint64)
@@ -106,7 +122,7 @@ def measure_codes(
     """Measure one tile; see :func:`~ckptdiff.backends.kernels.span.measure_tile`."""
     magnitude, infinite = np.uint16(facts.magnitude), np.uint16(facts.infinite)
     mark_changed(a, b, magnitude, tile.marks)
-    count_weights(a, facts.magnitude, totals.weights, totals.span)
+    count_weights(a, facts.magnitude, totals.weights)
     changed = positions(tile.marks, a.size, tile.found)
     found = first_of(tile, changed)
     gather_codes(a, b, facts.values, found)

@@ -9,7 +9,7 @@ from numba import types
 from numba.extending import overload
 
 from ckptdiff.backends.kernel_cache import STEP, helper, kernel
-from ckptdiff.backends.kernels.codes import gather_codes, measure_codes
+from ckptdiff.backends.kernels.codes import find_bins, gather_codes, measure_codes, note_bins
 from ckptdiff.backends.kernels.fetch import FETCH, Side, fetch
 from ckptdiff.backends.kernels.stored import Cast, Stored, count_stored, decode
 from ckptdiff.backends.kernels.tiles import TILE, Array, Facts, Measure, Tile, Totals, add_ulp, new_tile
@@ -19,6 +19,8 @@ from ckptdiff.backends.partial import BLOCK
 __all__ = ["Work", "codes_of", "gather_values", "new_work", "read_only", "scan_span"]
 
 NO_CAST = int(Cast.NONE)
+MANY = 1 << 19
+"""Coordinates from which on the bins in use are found in the histogram itself."""
 
 
 class Work(NamedTuple):
@@ -88,6 +90,25 @@ def _gather_values(a: Any, b: Any, facts: Any, tile: Any) -> Any:
     return lambda a, b, facts, tile: chosen(a, b, facts.values, tile)
 
 
+def note_span(codes: Array, facts: Facts, totals: Totals, many: bool) -> None:
+    """Note which bins of ``weights`` are in use: those of a tile, or with ``many`` those of everything counted."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(note_span, jit_options=STEP, inline="never", strict=False)
+def _note_span(codes: Any, facts: Any, totals: Any, many: Any) -> Any:
+    def narrow(codes: Array, facts: Facts, totals: Totals, many: bool) -> None:
+        if many:
+            find_bins(totals.weights[0], totals.span)
+        else:
+            note_bins(codes, facts.magnitude, totals.span)
+
+    def wide(codes: Array, facts: Facts, totals: Totals, many: bool) -> None:
+        """Wide formats note it as they count."""
+
+    return narrow if codes.dtype == types.uint16 else wide
+
+
 @helper
 def codes_of(raw: Array, stored: tuple[Stored, Stored] | None, side: int, work: Work) -> Array:
     """Codes of a tile of stored elements."""
@@ -136,6 +157,7 @@ def scan_span(
         How far it came: less than all if a piece could not be read.
     """
     first, numel = extent
+    many = numel - first > MANY
     widths = sides[0].itemsize, sides[1].itemsize
     while first < numel:
         stop = min(first + FETCH, numel)
@@ -149,8 +171,12 @@ def scan_span(
             a, b = codes_of(x, stored, 0, work), codes_of(y, stored, 1, work)
             if stored is not None:
                 count_stored((x, y), stored, a, measure, work.scratch, totals.counts)
+            if not many:
+                note_span(a, facts, totals, False)
             at = (first + start) // 64
             measure_tile(a, b, facts, work.tile, measure, totals, sums, words[at : at + (end - start + 63) // 64])
         first = stop
+    if many:
+        note_span(work.codes[0], facts, totals, True)
     add_ulp(work.tile, totals.ulp)
     return first
