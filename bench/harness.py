@@ -83,13 +83,13 @@ def ckptdiff(*arguments: str | Path, env: dict[str, str] | None = None) -> Run:
     return run([Path(sys.executable).with_name("ckptdiff"), *arguments], env)
 
 
-def diff(bench: Bench, pair: Pair, mask: str | None = None, keep: Path | None = None) -> Run:
+def diff(bench: Bench, pair: Pair, mask: str | None = None, keep: Path | None = None, view: str = "json") -> Run:
     """One whole `ckptdiff diff`, with its masks in a run file, or with `--mask none` and no run file."""
     if mask is not None:
         return ckptdiff("diff", *pair, "--mask", mask, "--no-progress", "--format", "json")
     out = bench.scratch / "run.h5"
     out.unlink(missing_ok=True)
-    found = ckptdiff("diff", *pair, "-o", out, "--no-progress", "--format", "json")
+    found = ckptdiff("diff", *pair, "-o", out, "--no-progress", "--format", view)
     if keep is None:
         out.unlink()
     else:

@@ -126,7 +126,7 @@ def tiny(bench: Bench) -> Section:
         sequential_read(files(pair))
     for _ in range(bench.rounds):
         for name, pair in pairs.items():
-            runs[name].append(diff(bench, pair))
+            runs[name].append(diff(bench, pair, view="table"))
     each = [median(runs[name]) / nbytes(pair) for name, pair in pairs.items()]
     rows = [
         row(f"ckptdiff, masks, {name}", nbytes(pair), median(runs[name]), median(runs[name]), peak(runs[name]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ class HistogramTable:
     def __init__(self, group: Any) -> None:
         self._rows = HistogramRows.empty(_ROWS)
         self._held = self._written = 0
+        self._waiting: tuple[int, dict[str, Future[bytes]]] | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ckptdiff-histograms")
         self._group = group
         log2 = group.create_dataset("log2_floor", data=log2_floor())
         log2.attrs["long_name"] = "floor(log2 |x|) of each bin; -inf is exactly zero; both ends take what lies beyond"
@@ -76,6 +79,11 @@ class HistogramTable:
             raise ValueError(f"{rows} rows of histograms for {tensors} tensors")
         if self._held:
             self._write()
+        self._write_waiting()
+
+    def close(self) -> None:
+        """End the thread that compresses."""
+        self._pool.shutdown(cancel_futures=True)
 
     def name_rows(self, names: Any) -> None:
         """Make the names of the tensors, a scale of another group, the scale of the rows here too."""
@@ -84,11 +92,22 @@ class HistogramTable:
             dataset.dims[0].attach_scale(names)
 
     def _write(self) -> None:
-        for field, dataset in self._datasets.items():
-            chunk = getattr(self._rows, field)
-            chunk[self._held :] = 0
-            dataset.id.set_extent((self._written + self._held, chunk.shape[1]))
+        """Hand the rows to be compressed, and write those that were handed before."""
+        chunks = {}
+        for field in self._datasets:
+            rows = getattr(self._rows, field)
+            rows[self._held :] = 0
             # Compressed here, not by HDF5, because zlib gives the GIL away and HDF5 does not.
-            dataset.id.write_direct_chunk((self._written, 0), zlib.compress(chunk.data, _LEVEL))
-        self._written += self._held
-        self._held = 0
+            chunks[field] = self._pool.submit(zlib.compress, rows.tobytes(), _LEVEL)
+        start, self._written, self._held = self._written, self._written + self._held, 0
+        self._write_waiting()
+        self._waiting = start, chunks
+
+    def _write_waiting(self) -> None:
+        if self._waiting is None:
+            return
+        start, chunks = self._waiting
+        for field, dataset in self._datasets.items():
+            dataset.id.set_extent((self._written, self._datasets[field].shape[1]))
+            dataset.id.write_direct_chunk((start, 0), chunks[field].result())
+        self._waiting = None

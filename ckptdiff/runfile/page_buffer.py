@@ -26,9 +26,20 @@ class PageBuffer:
 
     def put(self, offset: int, data: memoryview) -> None:
         """Take a write of any size; one of a page or more goes out at once."""
-        if len(data) >= _PAGE:
+        size = len(data)
+        if size >= _PAGE:
             self.flush()
             self._out(offset, data)
+            return
+        number, first = divmod(offset, _PAGE)
+        held = self._pages.get(number)
+        if held is not None and first + size <= _PAGE:  # nearly every write
+            page, span = held
+            page[first : first + size] = data
+            if first < span[0]:
+                span[0] = first
+            if first + size > span[1]:
+                span[1] = first + size
             return
         start = 0
         while start < len(data):

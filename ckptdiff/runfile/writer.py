@@ -64,6 +64,7 @@ class RunFileWriter:
         self._masked: dict[str, int] = {}
         self._open: dict[str, _OpenMask] = {}
         self._file: Any = None
+        self._table: HistogramTable | None = None
 
     def __enter__(self) -> RunFileWriter:
         self._staged = StagedFile(self._target)
@@ -72,7 +73,7 @@ class RunFileWriter:
             self._file.attrs.update(self._root)
             self._masks = self._file.create_group("masks")
             self._masks.attrs.update(rule=str(self._rule), compare=self._compare, bit_order=BIT_ORDER)
-            self._histograms = HistogramTable(self._file.create_group("histograms"))
+            self._table = HistogramTable(self._file.create_group("histograms"))
         except BaseException:
             self._abandon()
             raise
@@ -138,7 +139,8 @@ class RunFileWriter:
 
     def add_histograms(self, rows: HistogramRows) -> None:
         """Add the histograms of the next tensors in plan order."""
-        self._histograms.add(rows)
+        assert self._table is not None
+        self._table.add(rows)
         self._staged.check()
 
     def finish(self, diff: Diff) -> None:
@@ -155,9 +157,10 @@ class RunFileWriter:
             If masks or histograms do not cover the tensors of `diff`.
         """
         self._require_masks(diff)
-        self._histograms.finish(len(diff.tensors))
+        assert self._table is not None
+        self._table.finish(len(diff.tensors))
         write_tensors(self._file.create_group("tensors"), diff)
-        self._histograms.name_rows(self._file["tensors/name"])
+        self._table.name_rows(self._file["tensors/name"])
         write_provenance(self._file, diff)
         # Complete is set after everything else is in the file, should anyone open the temporary one.
         self._file.flush()
@@ -181,6 +184,8 @@ class RunFileWriter:
 
     def _abandon(self) -> None:
         self._staged.stop()
+        if self._table is not None:
+            self._table.close()
         self._open.clear()
         if self._file is not None:
             # What HDF5 says of a file that is thrown away must not hide why it is thrown away.
