@@ -15,6 +15,22 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "cuda"
 NAMES = {"bf16": "Bf16", "f16": "F16", "f32": "F32", "f64": "F64", "f8_e4m3": "E4m3", "f8_e5m2": "E5m2"}
 """Names of the formats in the kernels' source."""
+TESTED = [
+    ("bf16", "bf16", "bf16"),
+    ("f16", "f16", "f16"),
+    ("f32", "f32", "f32"),
+    ("f64", "f64", "f64"),
+    ("f8_e4m3", "f8_e4m3", "f8_e4m3"),
+    ("f8_e5m2", "f8_e5m2", "f8_e5m2"),
+    ("f32", "f32", "bf16"),
+    ("bf16", "f32", "bf16"),
+    ("f64", "f16", "bf16"),
+    ("f8_e4m3", "f8_e5m2", "bf16"),
+    ("f8_e5m2", "f16", "f16"),
+    ("bf16", "f16", "f32"),
+    ("f16", "f64", "f64"),
+]
+"""Stored formats and compare format of the pairs that are built; each format, each kind of cast."""
 COMPILER = shutil.which("g++")
 FLAGS = ("-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 

@@ -164,20 +164,24 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
 
 #endif
 
-// Arguments come as CUDA's own launch takes them: an array of addresses.
-template <class... Arguments, size_t... I>
-void launch(void (*kernel)(Arguments...), unsigned blocks, unsigned threads, unsigned seed, void** arguments,
-            std::index_sequence<I...>) {
+inline void launch(unsigned blocks, unsigned threads, unsigned seed, const std::function<void()>& body) {
     noise.seed(seed);
     grid.x = blocks;
     for (block.x = 0; block.x < blocks; ++block.x) {
         std::generate(__start_shared_memory, __stop_shared_memory, [] { return (char)noise(); });
         warps.assign((threads + 31) / 32, Meeting());
+        for (unsigned t = 0; t < threads; ++t) ++warps[t / 32].members;
         whole_block = Meeting();
         whole_block.members = threads;
-        for (unsigned t = 0; t < threads; ++t) ++warps[t / 32].members;
-        run_block(threads, [&] { kernel(*(Arguments*)arguments[I]...); });
+        run_block(threads, body);
     }
+}
+
+// Arguments come as CUDA's own launch takes them: an array of addresses.
+template <class... Arguments, size_t... I>
+void launch(void (*kernel)(Arguments...), unsigned blocks, unsigned threads, unsigned seed, void** arguments,
+            std::index_sequence<I...>) {
+    launch(blocks, threads, seed, [&] { kernel(*(Arguments*)arguments[I]...); });
 }
 template <class... Arguments>
 void launch(void (*kernel)(Arguments...), unsigned blocks, unsigned threads, unsigned seed, void** arguments) {
