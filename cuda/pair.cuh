@@ -65,9 +65,9 @@ struct Coordinate {
     }
     // Bin of the base: its leading 15 magnitude bits; under formats of more bits the last one for NaN.
     __device__ u32 weight_bin() const {
+        const u32 below = COMPARE::BITS > 16 ? COMPARE::BITS - 16 : 0;
         const Code code = magnitude<COMPARE>(a);
-        if constexpr (COMPARE::BITS <= 16) return code;
-        else return code > COMPARE::INFINITE ? BINS - 1 : (u32)(code >> (COMPARE::BITS - 16));
+        return below && code > COMPARE::INFINITE ? BINS - 1 : (u32)(code >> below);
     }
     // Distance in the monotone integer order of the codes, in which +0 and -0 are one.
     __device__ Code distance() const {

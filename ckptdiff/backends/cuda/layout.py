@@ -56,9 +56,7 @@ class DeviceCount(IntEnum):
     NONFINITE_DELTA = 6
 
 
-TILE_RECORD = np.dtype(
-    [("base", "u8"), ("tuned", "u8"), ("mask", "u8"), ("numel", "u4"), ("record", "u4")], align=True
-)
+TILE_RECORD = np.dtype([("base", "u8"), ("tuned", "u8"), ("mask", "u8"), ("numel", "u4"), ("record", "u4")], align=True)
 """Consecutive coordinates of one tensor pair: offsets into the buffers in bytes, and whose figures they add to."""
 
 RECORD = np.dtype(
@@ -148,9 +146,9 @@ def block_sums(tiles: NDArray[np.float64], numel: int) -> NDArray[np.float64]:
 
     Returns
     -------
-    float array, shape (max(ceil(numel / BLOCK), 1), columns)
+    float array, shape (ceil(numel / BLOCK), columns)
     """
-    blocks = max(-(-numel // BLOCK), 1)
+    blocks = -(-numel // BLOCK)
     padded = np.zeros((blocks * (BLOCK // TILE), tiles.shape[1]))
     padded[: len(tiles)] = tiles
     return np.add.accumulate(padded.reshape(blocks, -1, tiles.shape[1]), axis=1)[:, -1]
