@@ -82,9 +82,8 @@ __device__ inline bool measure(BASE::Code x, TUNED::Code y, const ScanSettings& 
     return chosen(c, settings);
 }
 
-// Add what the block found to a record and its histograms, and forget it.
+// Add what the block found to a record and its histograms, and forget it; all threads are done counting.
 __device__ inline void hand_over(Own& own, Hot& hot, Record* record, u64* rows) {
-    __syncthreads(); // the block is done counting
     flush(hot.weights, WINDOW, rows + WEIGHTS * BINS + COMPARE::HOT);
     flush(hot.deltas, WINDOW, rows + DELTAS * BINS + HOT_DELTA);
     flush(hot.counts, COUNTS, record->counts);

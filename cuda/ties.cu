@@ -3,10 +3,11 @@
 #include "pair.cuh"
 #include "reduce.cuh"
 
-// Ordinal of the first tie of each tile, by one thread; `next` is where those of this launch start, and then where
-// those of the next one will.
-extern "C" __global__ void place_ties(const double* sums, u32 tile_count, u64* firsts, u64* next) {
-    u64 ordinal = *next;
+// Ordinal of the first tie of each tile, by one thread. `next` is where those of this launch start, unless it `begins`
+// a span, whose first tie is `first`; and then where those of the next launch will.
+extern "C" __global__ void place_ties(const double* sums, u32 tile_count, u32 begins, u64 first, u64* firsts,
+                                      u64* next) {
+    u64 ordinal = begins ? first : *next;
     for (u32 t = 0; t < tile_count; ++t) {
         firsts[t] = ordinal;
         ordinal += (u64)sums[(u64)t * SUMS + TIES];

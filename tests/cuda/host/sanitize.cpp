@@ -24,7 +24,7 @@ static void run(u32 numel, u32 blocks) {
     std::vector<u64> rows(ROWS * BINS), low(3 * LOW_BINS), firsts(count), counts(ROWS * BINS);
     std::vector<u32> places(ROWS * BINS);
     Record record = {};
-    u64 next = 5;
+    u64 next = 0;
     u32 found = 0;
 
     ScanSettings settings = {};
@@ -39,7 +39,7 @@ static void run(u32 numel, u32 blocks) {
         scan(tiles.data(), count, settings, (const u8*)base.data(), (const u8*)tuned.data(), mask.data(), sums.data(),
              &record, rows.data());
     });
-    on_host::launch(1, 1, numel, [&] { place_ties(sums.data(), count, firsts.data(), &next); });
+    on_host::launch(1, 1, numel, [&] { place_ties(sums.data(), count, 1, 5, firsts.data(), &next); });
     on_host::launch(blocks, THREADS, numel, [&] {
         take_ties(tiles.data(), count, settings, (const u8*)base.data(), (const u8*)tuned.data(), mask.data(),
                   firsts.data(), &record);
