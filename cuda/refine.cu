@@ -28,7 +28,7 @@ __device__ inline void refine_coordinate(const Coordinate& c, const Search& sear
         if (c.size > (Bits)search.tails[i]) tails[i] += square;
 }
 
-// Each block takes a run of tiles of one pair. `sums` receives a row of tails for each tile; `rows` holds LOW_BINS
+// Each block takes a run of tiles of one pair. `sums` receives the tails of each tile in a row; `rows` holds LOW_BINS
 // zeros for each open cut of |d|, then twice as many for each of the base: all coordinates, and the changed ones.
 extern "C" __global__ void __launch_bounds__(THREADS)
     refine(const Tile* tiles, u32 tile_count, Search search, const u8* base, const u8* tuned, double* sums,
@@ -51,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 refine_coordinate(Coordinate(x[k], y[k]), search, above, tails, rows);
             }
         }
-        block_sums(tails, scratch, sums + (u64)t * TAILS);
+        block_sums(tails, scratch, sums + (u64)t * SUMS);
     }
     __syncthreads();
     if (threadIdx.x <= LIMITS && above[threadIdx.x]) atomicAdd(&record->above[threadIdx.x], (u64)above[threadIdx.x]);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -21,10 +22,13 @@ def libraries(tmp_path_factory) -> Iterator[Libraries]:
     pool = ThreadPoolExecutor(2)
     builds: dict[Build, Future] = {}
 
+    lock = threading.Lock()
+
     def start(build: Build) -> Future:
-        if build not in builds:
-            builds[build] = pool.submit(build.make, folder)
-        return builds[build]
+        with lock:
+            if build not in builds:
+                builds[build] = pool.submit(build.make, folder)
+            return builds[build]
 
     def get(base: str, tuned: str, compare: str, threads: int = 64) -> Library:
         future = start(Build(base, tuned, compare, threads))

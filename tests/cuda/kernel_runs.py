@@ -10,7 +10,6 @@ from ckptdiff.backends.cuda.layout import (
     REFINE_BINS,
     ROWS,
     SCAN_SETTINGS,
-    TAILS,
     TILE,
     TILE_RECORD,
     add_refined,
@@ -68,7 +67,7 @@ def run_scan(library: Library, scan, base, tuned, first_tie=0, blocks=3, seed=1)
 def run_refine(library: Library, scan, targets, base, tuned, blocks=3, seed=1):
     """Pass over one tensor pair again."""
     tiles, count = tiles_of(scan, base.size), np.uint32(-(-base.size // TILE))
-    sums, record = np.full((tiles.size, TAILS), np.nan), np.zeros(1, RECORD)
+    sums, record = np.full((tiles.size, len(Sum)), np.nan), np.zeros(1, RECORD)
     rows = np.zeros((len(targets.deltas) + 2 * len(targets.weights) + 1) * REFINE_BINS, np.uint64)
     search = search_settings(scan.compare, targets)
     sides = padded(base), padded(tuned)

@@ -15,8 +15,8 @@ from ckptdiff.backends.formats import FORMATS
 ARCHITECTURES = (75, 80, 90, 100)
 MOST_REGISTERS = 64
 USE = re.compile(
-    r"entry function '(?P<kernel>\w+)' for 'sm_(?P<arch>\d+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes "
-    r"spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
+    r"entry function '(?P<kernel>\w+)' for 'sm_(?P<arch>\d+)'.*?(?P<stack>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
 

@@ -100,7 +100,8 @@ def failure(error: BaseException, device: str) -> DeviceError:
         "nvrtc": "pip install 'ckptdiff[cuda13]' (or cuda12), which brings NVRTC",
     }
     hint = next((hint for sign, hint in hints.items() if sign in text), "--device cpu, and see nvidia-smi and dmesg")
-    return DeviceError(f"the GPU failed: {text.splitlines()[0] if text else type(error).__name__}", found=device, hint=hint)
+    reason = text.splitlines()[0] if text else type(error).__name__
+    return DeviceError(f"the GPU failed: {reason}", found=device, hint=hint)
 
 
 class CupyGpu:

@@ -151,7 +151,8 @@ def block_sums(tiles: NDArray[np.float64], numel: int) -> NDArray[np.float64]:
     blocks = -(-numel // BLOCK)
     padded = np.zeros((blocks * (BLOCK // TILE), tiles.shape[1]))
     padded[: len(tiles)] = tiles
-    return np.add.accumulate(padded.reshape(blocks, -1, tiles.shape[1]), axis=1)[:, -1]
+    of_blocks = padded.reshape(blocks, BLOCK // TILE, tiles.shape[1])
+    return np.add.accumulate(of_blocks, axis=1)[:, -1]
 
 
 def add_scanned(

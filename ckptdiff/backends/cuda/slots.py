@@ -10,8 +10,9 @@ from ckptdiff.backends.cuda.gpu import Event, Gpu
 from ckptdiff.backends.cuda.layout import RECORD, REFINE_BINS, ROWS, TILE, TILE_RECORD
 from ckptdiff.backends.partial import BINS, Sum
 from ckptdiff.backends.source import ByteArray
+from ckptdiff.errors import PlanError
 
-__all__ = ["ALIGN", "ENTRIES", "SLOTS", "Room", "Slot", "Totals"]
+__all__ = ["ALIGN", "ENTRIES", "SLOTS", "Room", "Slot", "Totals", "fit_room", "view_of"]
 
 SLOTS = 2
 """Launches under way: while one is read, the one before is on its way."""
@@ -72,11 +73,17 @@ class Room:
         """Coordinates in a launch whose wider side has so many bits each."""
         return self.side * 8 // bits // TILE * TILE
 
+    @classmethod
+    def smallest(cls) -> Room:
+        """One tile of the widest format."""
+        return cls(8 * TILE, 1)
+
     def halved(self) -> Room | None:
         """A smaller one; None if this is the smallest."""
-        if self.side == 8 * TILE and self.records == 1:
+        least = self.smallest()
+        if self == least:
             return None
-        return Room(max(self.side // 2, 8 * TILE), max(self.records // 2, 1))
+        return Room(max(self.side // 2, least.side), max(self.records // 2, least.records))
 
     @property
     def _side(self) -> int:
@@ -89,6 +96,35 @@ class Room:
     @property
     def _summary(self) -> int:
         return ALIGN + self.records * RECORD.itemsize
+
+
+def fit_room(budget: int, threads: int) -> tuple[Room, int]:
+    """The largest buffers with which as many threads as wanted fit on the GPU; fewer threads if none are small enough.
+
+    Parameters
+    ----------
+    budget : int
+        Bytes of GPU memory.
+    threads : int
+        Wanted; each has a pipeline of its own.
+
+    Raises
+    ------
+    PlanError
+        If not even one thread fits.
+    """
+    room = Room()
+    while room.gpu_bytes * threads > budget and (smaller := room.halved()) is not None:
+        room = smaller
+    fitting = min(threads, budget // room.gpu_bytes)
+    if not fitting:
+        raise PlanError(
+            "this run does not fit into the GPU memory it may use",
+            expected=f"at least {-(-room.gpu_bytes >> 20)} MiB",
+            found=f"{budget >> 20} MiB",
+            hint="a larger --gpu-memory, or close what else uses the GPU",
+        )
+    return room, fitting
 
 
 class Slot:

@@ -89,7 +89,8 @@ class CudaWorker:
         return Work(formats, launch, ROWS * BINS, scan.want_mask)
 
     def _refine_work(self, scan: Scan, targets: Targets) -> Work:
-        settings, formats, gpu, run = search_settings(scan.compare, targets), _formats(scan), self._gpu, self._pipeline.run
+        settings = search_settings(scan.compare, targets)
+        formats, gpu, run = _formats(scan), self._gpu, self._pipeline.run
 
         def launch(slot: Slot, totals: Totals, bins: Any, tiles: int, job: Job) -> None:
             sides = slot.sides[0], slot.sides[0 if job.parts[0].shared else 1]

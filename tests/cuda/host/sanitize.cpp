@@ -20,7 +20,7 @@ static void run(u32 numel, u32 blocks) {
                          std::min(TILE, numel - start), 0});
     const u32 count = (u32)tiles.size();
     std::vector<u8> mask(padded / 8);
-    std::vector<double> sums(count * SUMS), tails(count * TAILS);
+    std::vector<double> sums(count * SUMS), tails(count * SUMS);
     std::vector<u64> rows(ROWS * BINS), low(3 * LOW_BINS), firsts(count), counts(ROWS * BINS);
     std::vector<u32> places(ROWS * BINS);
     Record record = {};

@@ -1,0 +1,170 @@
+"""Launch after launch on a device that does its work late and in any order it may, against the reference."""
+
+import logging
+
+import numpy as np
+import pytest
+from code_samples import assert_partials_equal, random_codes, tuned_codes
+from host_gpu import HostGpu, Memory
+
+from ckptdiff.backends.cuda.slots import Room, fit_room
+from ckptdiff.backends.cuda.worker import CudaWorker
+from ckptdiff.backends.formats import FORMATS
+from ckptdiff.backends.partial import Partial, Refined, Rule, Scan, Targets
+from ckptdiff.backends.reference import ReferenceWorker
+from ckptdiff.backends.source import Extent, InMemory, Window
+from ckptdiff.errors import ChangedFileError, DeviceError, PlanError
+
+EPS = (0.0, 1e-8, 1e-5, 1e-4)
+BF16, F32, F64 = (FORMATS[name] for name in ("bf16", "f32", "f64"))
+SMALL = Room(8 << 15, 2)
+"""A launch holds 2**17 coordinates of bfloat16, 2**15 of float64."""
+
+
+def sides(base_format, tuned_format, n, seed=0):
+    rng = np.random.default_rng(seed)
+    base = random_codes(base_format, n, rng, "tame")
+    return base, tuned_codes(base, base_format, tuned_format, n, rng, "tame")
+
+
+def source(base, tuned):
+    return InMemory(base.view(np.uint8), tuned.view(np.uint8), base.size)
+
+
+def check(worker, scan, base, tuned, first_tie=0):
+    got, expected = Partial(), Partial()
+    mask = worker.scan(scan, source(base, tuned), got, first_tie)
+    right = ReferenceWorker().scan(scan, source(base, tuned), expected, first_tie)
+    assert_partials_equal(got, expected)
+    assert (mask is None) == (right is None)
+    if mask is not None:
+        np.testing.assert_array_equal(mask, right)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_schedule_gives_what_the_reference_gives(libraries, seed):
+    worker = CudaWorker(HostGpu(libraries, seed, processors=1), SMALL)
+    scan = Scan(BF16, BF16, BF16, EPS, 1e-3, Rule.ABOVE, 1e-5, want_mask=True)
+    for n in (1, (4 << 17) + 5, 7, 1 << 17):  # spans one after another use the same slots
+        check(worker, scan, *sides(BF16, BF16, n, seed))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ties_go_on_from_launch_to_launch(libraries, seed):
+    worker = CudaWorker(HostGpu(libraries, seed, processors=1), SMALL)
+    rng = np.random.default_rng(seed)
+    n = (5 << 15) + 77
+    tuned = rng.choice(np.array([0, 0, 1, 1, 2], np.float64), n).view(np.uint64)
+    base = np.zeros(n, np.uint64)
+    for first_tie, take in ((0, 12_345), (1000, 33_333)):
+        scan = Scan(F64, F64, F64, EPS, 1e-3, Rule.TOP, 1.0, 70_000, take, want_mask=True)
+        check(worker, scan, base, tuned, first_tie)
+
+
+def test_a_scan_without_mask_brings_none_home(libraries):
+    gpu = HostGpu(libraries)
+    worker = CudaWorker(gpu, SMALL)
+    check(worker, Scan(F32, BF16, BF16, EPS, 1e-3, Rule.ABOVE, 1e-5), *sides(F32, BF16, 200_000))
+    assert gpu.launched == ["scan"] * 4 + ["harvest"]
+
+
+def test_an_empty_tensor_leaves_nothing(libraries):
+    check(CudaWorker(HostGpu(libraries), SMALL), Scan(BF16, BF16, BF16, EPS, want_mask=True), *sides(BF16, BF16, 0))
+
+
+def test_bytes_that_both_names_share_go_up_once(libraries):
+    class Same(InMemory):
+        def windows(self):
+            for window in super().windows():
+                yield Window(window.first, window.stop, window.base, window.base)
+
+    base, _ = sides(BF16, BF16, 150_000)
+    got, expected = Partial(), Partial()
+    scan = Scan(BF16, BF16, BF16, EPS, 1e-3, Rule.ABOVE, 1e-5, want_mask=True)
+    raw = base.view(np.uint8)
+    mask = CudaWorker(HostGpu(libraries), SMALL).scan(scan, Same(raw, raw, base.size), got)
+    right = ReferenceWorker().scan(scan, source(base, base), expected)
+    assert_partials_equal(got, expected)
+    np.testing.assert_array_equal(mask, right)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_refine_equals_reference(libraries, seed):
+    base, tuned = sides(F32, F32, 300_000, seed)
+    scan, seen = Scan(F32, F32, F32), Partial()
+    ReferenceWorker().scan(scan, source(base, tuned), seen)
+    weights = tuple(np.argsort(seen.weights[1])[-4:].tolist())
+    deltas = tuple(np.argsort(seen.deltas[0].view(np.int64))[-4:].tolist())
+    targets = Targets(16, deltas, weights, (1e-4, 1e-6, 1e-5), ())
+    got, expected = Refined.empty(targets), Refined.empty(targets)
+    CudaWorker(HostGpu(libraries, seed), SMALL).refine(scan, targets, source(base, tuned), got)
+    ReferenceWorker().refine(scan, targets, source(base, tuned), expected)
+    for name in ("deltas", "weights", "within"):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
+    assert got.tails.shape == expected.tails.shape
+
+
+def test_less_room_is_taken_where_memory_is_short(libraries, caplog):
+    room = Room(32 << 15, 4)
+    with caplog.at_level(logging.WARNING):
+        worker = CudaWorker(HostGpu(libraries, memory=room.gpu_bytes - 1), room)
+    assert "GPU memory are not free" in caplog.text
+    scan = Scan(BF16, BF16, BF16, EPS, 1e-3, Rule.BITWISE, want_mask=True)
+    check(worker, scan, *sides(BF16, BF16, 400_000))
+
+
+def test_too_little_memory_for_anything_is_an_error(libraries):
+    with pytest.raises(DeviceError, match="too little free GPU memory"):
+        CudaWorker(HostGpu(libraries, memory=1 << 20), Room())
+
+
+@pytest.mark.parametrize("room", [Room(), SMALL, Room.smallest(), Room(1 << 20, 7)])
+def test_a_worker_takes_as_much_as_its_room_says(libraries, room):
+    class Counting(HostGpu):
+        on_host = on_gpu = 0
+
+        def pinned(self, size):
+            self.on_host += size
+            return np.zeros(size, np.uint8)
+
+        def empty(self, size):
+            self.on_gpu += size
+            return Memory(np.zeros(size, np.uint8))
+
+    gpu = Counting(libraries)
+    CudaWorker(gpu, room)
+    assert gpu.on_host <= room.host_bytes
+    assert gpu.on_gpu <= room.gpu_bytes + 8
+
+
+def test_room_is_fitted_to_memory_and_threads():
+    assert fit_room(1 << 40, 16) == (Room(), 16)
+    room, threads = fit_room(400 << 20, 8)
+    assert threads == 8 and room.side < Room().side and 8 * room.gpu_bytes <= 400 << 20
+    room, threads = fit_room(2 * Room.smallest().gpu_bytes, 8)
+    assert (room, threads) == (Room.smallest(), 2)
+    with pytest.raises(PlanError, match="GPU memory"):
+        fit_room(Room.smallest().gpu_bytes - 1, 1)
+
+
+def test_a_read_that_fails_is_reported_and_leaves_nothing_under_way(libraries, tmp_path):
+    base, tuned = sides(BF16, BF16, 500_000)
+    path = tmp_path / "short"
+    path.write_bytes(base.tobytes()[:700_000])
+    gpu = HostGpu(libraries)
+    worker = CudaWorker(gpu, SMALL)
+    scan = Scan(BF16, BF16, BF16, EPS)
+
+    class Short(InMemory):
+        def windows(self):
+            with path.open("rb") as file:
+                yield Window(0, 500_000, Extent(file.fileno(), 0), Extent(mapped=tuned.view(np.uint8)))
+
+        def fail(self, first, stop):
+            raise ChangedFileError("the shard shrank while it was read", found=(first, stop))
+
+    with pytest.raises(ChangedFileError) as caught:
+        worker.scan(scan, Short(base.view(np.uint8), tuned.view(np.uint8), 500_000), Partial())
+    assert caught.value.found == (2 << 17, 3 << 17)
+    assert not any(callable(action) for stream in gpu._streams for action in stream)
+    check(worker, scan, base, tuned)
