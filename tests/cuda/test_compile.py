@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from host_kernels import HERE, KERNELS, NAMES
 
-from ckptdiff.backends.cuda.source import kernel_folder, kernel_options, kernel_source
-from ckptdiff.backends.formats import FORMATS
+from ckptdiff.backends.cuda.source import compile_kernels, kernel_folder, kernel_source
 
 ARCHITECTURES = (75, 80, 90, 100)
 MOST_REGISTERS = 64
@@ -48,18 +47,12 @@ def test_kernels_fit_their_registers(names):
 
 @pytest.mark.parametrize("names", [("bf16", "bf16", "bf16"), ("f8_e4m3", "f64", "f64")], ids="-".join)
 def test_nvrtc_compiles_the_source_without_a_gpu(names):
-    nvrtc = pytest.importorskip("cupy_backends.cuda.libs.nvrtc", reason="CuPy is missing")
-    program = nvrtc.createProgram(kernel_source(), "kernels.cu", (), ())
     try:
-        options = kernel_options(*(FORMATS[name] for name in names))
-        nvrtc.compileProgram(program, (*options, "-arch=sm_90"))
-        cubin = nvrtc.getCUBIN(program)
-    except nvrtc.NVRTCError:
-        pytest.fail(nvrtc.getProgramLog(program))
-    except (ImportError, RuntimeError) as error:
+        cubin = compile_kernels("sm_90", names)
+    except ImportError as error:
+        pytest.skip(f"CuPy is missing: {error}")
+    except RuntimeError as error:
         pytest.skip(f"NVRTC is missing: {error}")
-    finally:
-        nvrtc.destroyProgram(program)
     for kernel in (b"scan", b"refine", b"harvest", b"place_ties", b"take_ties"):
         assert b"\0" + kernel + b"\0" in cubin
 
