@@ -4,13 +4,14 @@ import logging
 
 import numpy as np
 import pytest
-from code_samples import assert_partials_equal, random_codes, tuned_codes
+from code_samples import assert_partials_equal
 from host_gpu import HostGpu, Memory
+from worker_checks import check, check_refine, sides, source
 
 from ckptdiff.backends.cuda.slots import Room, fit_room
 from ckptdiff.backends.cuda.worker import CudaWorker
 from ckptdiff.backends.formats import FORMATS
-from ckptdiff.backends.partial import Partial, Refined, Rule, Scan, Targets
+from ckptdiff.backends.partial import Partial, Rule, Scan
 from ckptdiff.backends.reference import ReferenceWorker
 from ckptdiff.backends.source import Extent, InMemory, Window
 from ckptdiff.errors import ChangedFileError, DeviceError, PlanError
@@ -19,26 +20,6 @@ EPS = (0.0, 1e-8, 1e-5, 1e-4)
 BF16, F32, F64 = (FORMATS[name] for name in ("bf16", "f32", "f64"))
 SMALL = Room(8 << 15, 2)
 """A launch holds 2**17 coordinates of bfloat16, 2**15 of float64."""
-
-
-def sides(base_format, tuned_format, n, seed=0):
-    rng = np.random.default_rng(seed)
-    base = random_codes(base_format, n, rng, "tame")
-    return base, tuned_codes(base, base_format, tuned_format, n, rng, "tame")
-
-
-def source(base, tuned):
-    return InMemory(base.view(np.uint8), tuned.view(np.uint8), base.size)
-
-
-def check(worker, scan, base, tuned, first_tie=0):
-    got, expected = Partial(), Partial()
-    mask = worker.scan(scan, source(base, tuned), got, first_tie)
-    right = ReferenceWorker().scan(scan, source(base, tuned), expected, first_tie)
-    assert_partials_equal(got, expected)
-    assert (mask is None) == (right is None)
-    if mask is not None:
-        np.testing.assert_array_equal(mask, right)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -90,18 +71,7 @@ def test_bytes_that_both_names_share_go_up_once(libraries):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_refine_equals_reference(libraries, seed):
-    base, tuned = sides(F32, F32, 300_000, seed)
-    scan, seen = Scan(F32, F32, F32), Partial()
-    ReferenceWorker().scan(scan, source(base, tuned), seen)
-    weights = tuple(np.argsort(seen.weights[1])[-4:].tolist())
-    deltas = tuple(np.argsort(seen.deltas[0].view(np.int64))[-4:].tolist())
-    targets = Targets(16, deltas, weights, (1e-4, 1e-6, 1e-5), ())
-    got, expected = Refined.empty(targets), Refined.empty(targets)
-    CudaWorker(HostGpu(libraries, seed), SMALL).refine(scan, targets, source(base, tuned), got)
-    ReferenceWorker().refine(scan, targets, source(base, tuned), expected)
-    for name in ("deltas", "weights", "within"):
-        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
-    assert got.tails.shape == expected.tails.shape
+    check_refine(CudaWorker(HostGpu(libraries, seed), SMALL), F32, *sides(F32, F32, 300_000, seed))
 
 
 def test_less_room_is_taken_where_memory_is_short(libraries, caplog):
