@@ -156,4 +156,4 @@ def _open_gpu(options: Options) -> Device:
     def worker() -> Backend:
         return CudaWorker(CupyGpu(index), room)  # in the thread that will use it
 
-    return Device(gpu.name, worker, False, lambda numel: room.host_bytes, threads, resident() - before)
+    return Device(gpu.name, worker, True, lambda numel: room.host_bytes, threads, resident() - before)

@@ -8,6 +8,7 @@ from code_samples import assert_partials_equal
 from host_gpu import HostGpu, Memory
 from worker_checks import check, check_refine, sides, source
 
+from ckptdiff.backends.cpu import CpuWorker
 from ckptdiff.backends.cuda.slots import Room, fit_room
 from ckptdiff.backends.cuda.worker import CudaWorker
 from ckptdiff.backends.formats import FORMATS
@@ -15,11 +16,22 @@ from ckptdiff.backends.partial import Partial, Rule, Scan
 from ckptdiff.backends.reference import ReferenceWorker
 from ckptdiff.backends.source import Extent, InMemory, Window
 from ckptdiff.errors import ChangedFileError, DeviceError, PlanError
+from ckptdiff.metrics.catalogue import EPS as EPS_OF_RUNS
+from ckptdiff.metrics.columns import LARGEST, SMALLEST, empty_records, set_sizes
+from ckptdiff.metrics.small import wanted
 
 EPS = (0.0, 1e-8, 1e-5, 1e-4)
 BF16, F32, F64 = (FORMATS[name] for name in ("bf16", "f32", "f64"))
 SMALL = Room(8 << 15, 2)
 """A launch holds 2**17 coordinates of bfloat16, 2**15 of float64."""
+
+
+class Same(InMemory):
+    """A source whose sides are the same bytes."""
+
+    def windows(self):
+        for window in super().windows():
+            yield Window(window.first, window.stop, window.base, window.base)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -54,11 +66,6 @@ def test_an_empty_tensor_leaves_nothing(libraries):
 
 
 def test_bytes_that_both_names_share_go_up_once(libraries):
-    class Same(InMemory):
-        def windows(self):
-            for window in super().windows():
-                yield Window(window.first, window.stop, window.base, window.base)
-
     base, _ = sides(BF16, BF16, 150_000)
     got, expected = Partial(), Partial()
     scan = Scan(BF16, BF16, BF16, EPS, 1e-3, Rule.ABOVE, 1e-5, want_mask=True)
@@ -67,6 +74,64 @@ def test_bytes_that_both_names_share_go_up_once(libraries):
     right = ReferenceWorker().scan(scan, source(base, base), expected)
     assert_partials_equal(got, expected)
     np.testing.assert_array_equal(mask, right)
+
+
+def small_rows(worker, scan, places):
+    numel = places[:, 4]
+    records = empty_records(len(places))
+    ranks = set_sizes(LARGEST, numel), set_sizes(SMALLEST, numel)
+    done, masks = worker.scan_small(scan, places, ranks, wanted(scan.compare), records)
+    return done, [mask.copy() for mask in masks], records
+
+
+@pytest.fixture
+def small_tensors(tmp_path):
+    """Files of both sides, and where each tensor lies in them."""
+    sizes = [3, 70_000, 1, 4096, 64, 300_000, 9, 9, 9, 9, 9, 9, 9, 9, 60_000, 33_000]
+    pairs = [sides(BF16, BF16, n, i) for i, n in enumerate(sizes)]
+    stops = np.cumsum([2 * n for n in sizes])
+    paths = []
+    for side in (0, 1):
+        paths.append(tmp_path / f"side{side}")
+        paths[-1].write_bytes(b"".join(pair[side].tobytes() for pair in pairs))
+    with paths[0].open("rb") as base, paths[1].open("rb") as tuned:
+        rows = [
+            (base.fileno(), stop - 2 * n, tuned.fileno(), stop - 2 * n, n) for stop, n in zip(stops, sizes, strict=True)
+        ]
+        yield np.array(rows, np.int64), paths
+
+
+@pytest.mark.parametrize("want_mask", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_small_tensors_share_launches(libraries, small_tensors, seed, want_mask):
+    gpu = HostGpu(libraries, seed, processors=1)
+    worker = CudaWorker(gpu, Room(8 << 15, 8))
+    scan = Scan(BF16, BF16, BF16, EPS_OF_RUNS, 1e-3, Rule.ABOVE, 1e-5, want_mask=want_mask)
+    places, _ = small_tensors
+    done, masks, records = small_rows(worker, scan, places)
+    # Five, then one in three launches, then eight, then two.
+    assert gpu.launched.count("scan") == 1 + 3 + 1 + 1
+    assert gpu.launched.count("harvest") == 4
+    right_done, right_masks, right = small_rows(CpuWorker(), scan, places)
+    assert done == right_done == len(places)
+    assert len(masks) == len(right_masks) == (len(places) if want_mask else 0)
+    for mask, other in zip(masks, right_masks, strict=True):
+        np.testing.assert_array_equal(mask, other)
+    for name, value in right._asdict().items():
+        if value.dtype.kind == "f":
+            np.testing.assert_allclose(getattr(records, name), value, rtol=1e-11, atol=1e-14, err_msg=name)
+        else:
+            np.testing.assert_array_equal(getattr(records, name), value, err_msg=name)
+
+
+def test_a_small_tensor_that_cannot_be_read_is_named_by_its_row(libraries, small_tensors):
+    places, paths = small_tensors
+    with paths[1].open("r+b") as file:
+        file.truncate(int(places[7, 3]))
+    worker = CudaWorker(HostGpu(libraries), Room(8 << 15, 8))
+    scan = Scan(BF16, BF16, BF16, EPS_OF_RUNS, want_mask=True)
+    assert small_rows(worker, scan, places)[:2] == (7, [])
+    assert small_rows(worker, scan, places[:7])[0] == 7
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -25,7 +25,7 @@ def on_host_gpu(libraries, monkeypatch):
         def open_device(options):
             if options.device == "cpu":
                 return real(options)
-            return Device("cuda:0", lambda: CudaWorker(HostGpu(libraries, seed, processors=1), room))
+            return Device("cuda:0", lambda: CudaWorker(HostGpu(libraries, seed, processors=1), room), batches=True)
 
         real = planning.open_device
         monkeypatch.setattr(planning, "open_device", open_device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = [
     "block_sums",
     "scan_settings",
     "search_settings",
+    "split_bins",
 ]
 
 TILE = 1 << 15
@@ -219,6 +221,19 @@ def add_refined(
     refined.weights[cuts, kinds, bins[~deltas]] += counts[~deltas].astype(np.int64)
     refined.within += _within(record["above"], targets.thresholds)
     refined.tails = np.concatenate([refined.tails, block_sums(tiles[:, : len(targets.tails)], numel)])
+
+
+def split_bins(
+    found: tuple[NDArray[np.uint32], NDArray[np.uint64]], records: int
+) -> list[tuple[NDArray[np.uint32], NDArray[np.uint64]]]:
+    """Bins of a scan of several tensor pairs, apart."""
+    order = np.argsort(found[0])
+    places, counts = found[0][order], found[1][order]
+    edges = np.searchsorted(places, np.arange(records + 1, dtype=np.uint64) * (ROWS * BINS))
+    return [
+        (places[first:stop] - np.uint32(record * ROWS * BINS), counts[first:stop])
+        for record, (first, stop) in enumerate(itertools.pairwise(edges.tolist()))
+    ]
 
 
 def _ascending(thresholds: Iterable[float], compare: Format) -> list[int]:

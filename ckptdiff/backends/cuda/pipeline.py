@@ -21,7 +21,7 @@ from ckptdiff.backends.cuda.layout import RECORD, TILE, TILE_RECORD
 from ckptdiff.backends.cuda.slots import ALIGN, ENTRIES, SLOTS, Room, Slot, Totals, view_of
 from ckptdiff.backends.partial import Sum
 
-__all__ = ["Job", "Landed", "Part", "Pipeline", "Work"]
+__all__ = ["Bins", "Job", "Landed", "Part", "Pipeline", "Work"]
 
 Bins = tuple[NDArray[np.uint32], NDArray[np.uint64]]
 
@@ -54,6 +54,11 @@ class Job:
     parts: tuple[Part, ...]
     opens: bool = True
     closes: bool = True
+
+    @property
+    def shared(self) -> bool:
+        """Whether both sides are the same bytes, so that one goes up; a tensor of which that is true goes alone."""
+        return self.parts[0].shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +158,8 @@ class Pipeline:
         tiles = []
         for part in flight.job.parts:
             sizes = [part.numel * base_bits // 8, part.numel * tuned_bits // 8, -(-part.numel // 8)]
-            base = slot.host_sides[0][at[0] : at[0] + sizes[0]]
-            if part.shared:
-                part.read(base)
-            else:
-                part.read(base, slot.host_sides[1][at[1] : at[1] + sizes[1]])
+            base, tuned = (slot.host_sides[side][at[side] : at[side] + sizes[side]] for side in (0, 1))
+            part.read(*((base,) if part.shared else (base, tuned)))
             starts = np.arange(0, part.numel, TILE, dtype=np.uint64)
             own = np.zeros(starts.size, TILE_RECORD)
             own["base"], own["tuned"] = at[0] + starts * base_bits // 8, at[1] + starts * tuned_bits // 8
@@ -170,9 +172,8 @@ class Pipeline:
 
     def _queue(self, flight: _Flight, work: Work) -> None:
         gpu, slot, job, totals, tiles = self.gpu, flight.slot, flight.job, flight.totals, flight.tiles
-        shared = all(part.shared for part in job.parts)
         for side, (host, there) in enumerate(zip(slot.host_sides, slot.sides, strict=True)):
-            if side == 0 or not shared:
+            if side == 0 or not job.shared:
                 gpu.upload(there, host[: _end(tiles, ("base", "tuned")[side], work.formats[side].bits)], self.up)
         gpu.upload(slot.tiles, slot.host_tiles[: tiles.nbytes], self.up)
         records = 1 + max(part.record for part in job.parts)

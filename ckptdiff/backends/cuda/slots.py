@@ -73,6 +73,14 @@ class Room:
         """Coordinates in a launch whose wider side has so many bits each."""
         return self.side * 8 // bits // TILE * TILE
 
+    def limits(self) -> tuple[int, ...]:
+        """How many pairs, bytes of a side, and bins in use a launch of several tensor pairs may have."""
+        return self.records, self.side, self.most_entries
+
+    def needs(self, numel: int, bits: int) -> tuple[int, ...]:
+        """What a tensor pair takes of :meth:`limits`, its wider side stored in so many bits each."""
+        return 1, numel * bits // 8, ROWS * min(numel, BINS)
+
     @classmethod
     def smallest(cls) -> Room:
         """One tile of the widest format."""

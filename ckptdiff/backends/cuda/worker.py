@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-import os
 from collections.abc import Iterator
 from functools import partial as bind
 from typing import Any
@@ -22,8 +22,11 @@ from ckptdiff.backends.cuda.layout import (
 )
 from ckptdiff.backends.cuda.pipeline import Job, Part, Pipeline, Work
 from ckptdiff.backends.cuda.slots import Room, Slot, Totals
+from ckptdiff.backends.cuda.small import Rows, UnreadableError, groups, read_into
 from ckptdiff.backends.formats import Format
+from ckptdiff.backends.kernels.figures import Wanted
 from ckptdiff.backends.partial import BINS, Partial, Refined, Rule, Scan, Targets
+from ckptdiff.backends.records import Records
 from ckptdiff.backends.source import ByteArray, Extent, Source, Window
 from ckptdiff.errors import CheckpointError, DeviceError
 
@@ -47,6 +50,7 @@ class CudaWorker:
         self._pipeline = open_pipeline(gpu, room)
         self._next_tie = gpu.empty(8)
         self._mask = np.zeros(0, np.uint8)
+        self._small = Partial()
 
     def scan(self, scan: Scan, source: Source, partial: Partial, first_tie: int = 0) -> NDArray[np.uint8] | None:
         """Measure a span of blocks; see :meth:`ckptdiff.backends.cpu.CpuWorker.scan`."""
@@ -63,6 +67,40 @@ class CudaWorker:
                 add_scanned(scan, source.numel, landed.records[0], np.concatenate(sums), landed.bins, partial)
         return mask if scan.want_mask else None
 
+    def scan_small(
+        self,
+        scan: Scan,
+        places: NDArray[np.int64],
+        ranks: tuple[NDArray[np.int64], NDArray[np.int64]],
+        wanted: Wanted,
+        records: Records,
+    ) -> tuple[int, list[NDArray[np.uint8]]]:
+        """Measure whole tensors of at most a block, many with one launch.
+
+        Parameters are those of :meth:`ckptdiff.backends.cpu.CpuWorker.scan_small`.
+        """
+        room, numel = self._pipeline.room, places[:, 4]
+        starts = np.concatenate([[0], np.cumsum(-(-numel // 8))])
+        mask = self._room_for_mask(8 * int(starts[-1]) if scan.want_mask else 0)
+        rows = Rows(scan, numel, ranks, wanted, records)
+        jobs, waiting = itertools.tee(groups(scan, places, room))
+        sums: list[NDArray[np.float64]] = []
+        written = 0
+        try:
+            all_jobs = (job for group in jobs for job in group.jobs)
+            for landed in self._pipeline.carry_out(self._scan_work(scan, 0), all_jobs):
+                for bits in landed.masks:
+                    mask[written : written + bits.size] = bits
+                    written += bits.size
+                sums += [tiles.copy() for tiles in landed.sums]
+                if landed.job.closes:
+                    rows.take(next(waiting), sums, landed, self._small)
+                    sums = []
+        except UnreadableError as error:
+            return error.row, []
+        spans = itertools.pairwise(starts.tolist()) if scan.want_mask else ()
+        return len(places), [mask[first:stop] for first, stop in spans]
+
     def refine(self, scan: Scan, targets: Targets, source: Source, refined: Refined) -> None:
         """Look for open cuts in a span; see :meth:`ckptdiff.backends.cpu.CpuWorker.refine`."""
         sums = []
@@ -76,7 +114,7 @@ class CudaWorker:
 
         def launch(slot: Slot, totals: Totals, bins: Any, tiles: int, job: Job) -> None:
             blocks, count = min(tiles, 2 * gpu.processors), np.uint32(tiles)
-            sides = slot.sides[0], slot.sides[0 if job.parts[0].shared else 1]
+            sides = slot.sides[0], slot.sides[0 if job.shared else 1]
             mask = slot.mask if scan.want_mask else None
             given = [slot.tiles, count, settings, *sides, mask]
             gpu.launch(formats, "scan", blocks, [*given, slot.sums, totals.records, bins], run)
@@ -93,7 +131,7 @@ class CudaWorker:
         formats, gpu, run = _formats(scan), self._gpu, self._pipeline.run
 
         def launch(slot: Slot, totals: Totals, bins: Any, tiles: int, job: Job) -> None:
-            sides = slot.sides[0], slot.sides[0 if job.parts[0].shared else 1]
+            sides = slot.sides[0], slot.sides[0 if job.shared else 1]
             given = [slot.tiles, np.uint32(tiles), settings, *sides]
             blocks = min(tiles, 2 * gpu.processors)
             gpu.launch(formats, "refine", blocks, [*given, slot.sums, totals.records, bins], run)
@@ -161,13 +199,4 @@ def _fill(room: ByteArray, extent: Extent, start: int) -> bool:
         room[:] = extent.mapped[start : start + room.size]
         return True
     assert extent.descriptor is not None
-    done = 0
-    while done < room.size:
-        try:
-            count = os.preadv(extent.descriptor, [room[done:].data], extent.offset + start + done)
-        except OSError:
-            return False
-        if not count:
-            return False
-        done += count
-    return True
+    return read_into(room, extent.descriptor, extent.offset + start)
