@@ -1,6 +1,7 @@
 """Launch after launch on a device that does its work late and in any order it may, against the reference."""
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from host_gpu import HostGpu, Memory
 from worker_checks import check, check_refine, sides, source
 
 from ckptdiff.backends.cpu import CpuWorker
+from ckptdiff.backends.cuda.layout import ROWS
 from ckptdiff.backends.cuda.slots import Room, fit_room
+from ckptdiff.backends.cuda.small import groups
 from ckptdiff.backends.cuda.worker import CudaWorker
 from ckptdiff.backends.formats import FORMATS
-from ckptdiff.backends.partial import Partial, Rule, Scan
+from ckptdiff.backends.partial import BINS, Partial, Rule, Scan
 from ckptdiff.backends.reference import ReferenceWorker
 from ckptdiff.backends.source import Extent, InMemory, Window
 from ckptdiff.errors import ChangedFileError, DeviceError, PlanError
@@ -203,3 +206,26 @@ def test_a_read_that_fails_is_reported_and_leaves_nothing_under_way(libraries, t
     assert caught.value.found == (2 << 17, 3 << 17)
     assert not any(callable(action) for stream in gpu._streams for action in stream)
     check(worker, scan, base, tuned)
+
+
+def test_the_benchmark_runs(libraries, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    import gpu as bench
+
+    base, tuned = bench.make_sides(1 << 19)
+    monkeypatch.setattr(bench, "PIECE", 1 << 18)
+    device = HostGpu(libraries)
+    rates = bench.gpu_rates(device, base, tuned, 1) | bench.read_rates(tmp_path, base, 1)
+    rates |= bench.pipeline_rates(device, tmp_path, base, tuned, 1)
+    assert len(rates) == 7
+    assert all(rate > 0 for rate in rates.values())
+
+
+def test_bins_never_overflow_their_list(libraries):
+    # Launches of tensors that use every bin: a list too short would be written beyond its end.
+    room = Room(side=64 << 20, records=64)
+    places = np.zeros((40, 5), np.int64)
+    places[:, 4] = 1 << 20
+    cut = list(groups(Scan(BF16, BF16, BF16), places, room))
+    assert [index for group in cut for index in group.rows] == list(range(40))
+    assert all(len(group.rows) * ROWS * BINS <= room.most_entries for group in cut)
