@@ -12,7 +12,7 @@ from ckptdiff.backends.formats import Format
 from ckptdiff.backends.kernels.fetch import WINDOW
 from ckptdiff.backends.partial import BLOCK, Partial, Refined, Rule, Scan, Targets
 from ckptdiff.backends.source import InMemory
-from ckptdiff.errors import DeviceError
+from ckptdiff.errors import DeviceError, PlanError
 from ckptdiff.memory import resident
 from ckptdiff.metrics.catalogue import EPS, ETA
 from ckptdiff.metrics.columns import LARGEST, SMALLEST, empty_records, set_sizes
@@ -116,8 +116,8 @@ def open_device(options: Options) -> Device:
 
     Raises
     ------
-    DeviceError
-        If a GPU is asked for and cannot be used.
+    DeviceError, PlanError
+        If a GPU is asked for and cannot be used, or has too little memory.
     """
     if options.device == "reference":
         from ckptdiff.backends.reference import ReferenceWorker
@@ -127,7 +127,7 @@ def open_device(options: Options) -> Device:
     if options.device != "cpu":
         try:
             return _open_gpu(options)
-        except DeviceError as error:
+        except (DeviceError, PlanError) as error:
             if options.device != "auto":
                 raise
             note = f"no GPU: {error.problem}"

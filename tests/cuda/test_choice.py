@@ -11,7 +11,7 @@ from ckptdiff import devices
 from ckptdiff.backends.cuda import choice
 from ckptdiff.backends.cuda.gpu import CupyGpu, failure
 from ckptdiff.devices import open_device
-from ckptdiff.errors import DeviceError, OptionError
+from ckptdiff.errors import DeviceError, OptionError, PlanError
 from ckptdiff.options import Options
 
 
@@ -129,6 +129,13 @@ def test_auto_takes_a_gpu_on_which_a_kernel_ran(gpu_found):
 
 def test_gpu_memory_bounds_the_threads(gpu_found):
     assert open_device(Options(threads=4, gpu_memory=60 << 20)).threads == 2
+
+
+def test_auto_leaves_a_gpu_that_is_full(gpu_found, monkeypatch):
+    monkeypatch.setattr(Reachable, "free_memory", lambda self: (1 << 20, 1 << 30))
+    assert "GPU memory" in open_device(Options()).note
+    with pytest.raises(PlanError, match="GPU memory"):
+        open_device(Options(device="cuda"))
 
 
 def test_a_gpu_that_computes_wrong_figures_is_refused(gpu_found, monkeypatch):

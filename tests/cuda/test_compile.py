@@ -57,6 +57,23 @@ def test_nvrtc_compiles_the_source_without_a_gpu(names):
         assert b"\0" + kernel + b"\0" in cubin
 
 
+def test_cupy_has_what_the_backend_calls():
+    cupy = pytest.importorskip("cupy", reason="CuPy is missing")
+    called = {
+        cupy: ("RawModule", "empty", "uint8"),
+        cupy.RawModule: ("get_function",),
+        cupy.cuda: ("Device", "Event", "MemoryPointer", "Stream", "alloc_pinned_memory", "compiler", "runtime"),
+        cupy.cuda.MemoryPointer: ("copy_from_host_async", "copy_to_host_async", "memset_async"),
+        cupy.cuda.Stream: ("wait_event", "__enter__"),
+        cupy.cuda.Event: ("record", "synchronize"),
+        cupy.cuda.Device: ("use",),
+        cupy.cuda.compiler: ("CompileException",),
+        cupy.cuda.runtime: ("getDeviceCount", "getDeviceProperties", "memGetInfo", "driverGetVersion"),
+    }
+    for owner, names in called.items():
+        assert [name for name in names if not hasattr(owner, name)] == [], owner
+
+
 def test_the_source_is_whole():
     source = kernel_source()
     assert kernel_folder() == KERNELS.resolve()

@@ -50,14 +50,19 @@ class Room:
     @property
     def host_bytes(self) -> int:
         """Pinned memory."""
-        of_slot = 2 * self._side + self._mask + self.tiles * (TILE_RECORD.itemsize + 8 * _COLUMNS) + self._summary
+        of_slot = (
+            2 * self.side_bytes
+            + self.mask_bytes
+            + self.tiles * (TILE_RECORD.itemsize + 8 * _COLUMNS)
+            + self.summary_bytes
+        )
         return SLOTS * of_slot + ENTRIES * _ENTRY
 
     @property
     def gpu_bytes(self) -> int:
         """GPU memory."""
-        of_slot = 2 * self._side + self._mask + self.tiles * (TILE_RECORD.itemsize + 8 * _COLUMNS + 8)
-        return SLOTS * (of_slot + self._summary + _MOST_ENTRIES * _ENTRY) + self.bins * 8
+        of_slot = 2 * self.side_bytes + self.mask_bytes + self.tiles * (TILE_RECORD.itemsize + 8 * _COLUMNS + 8)
+        return SLOTS * (of_slot + self.summary_bytes + _MOST_ENTRIES * _ENTRY) + self.bins * 8
 
     @property
     def bins(self) -> int:
@@ -94,15 +99,18 @@ class Room:
         return Room(max(self.side // 2, least.side), max(self.records // 2, least.records))
 
     @property
-    def _side(self) -> int:
+    def side_bytes(self) -> int:
+        """Bytes of the buffer of a side."""
         return self.side + ALIGN * (self.records + 1)
 
     @property
-    def _mask(self) -> int:
+    def mask_bytes(self) -> int:
+        """Bytes of the masks of a launch."""
         return self.side // 8 + ALIGN * self.records
 
     @property
-    def _summary(self) -> int:
+    def summary_bytes(self) -> int:
+        """Bytes of what :class:`Totals` brings home at once."""
         return ALIGN + self.records * RECORD.itemsize
 
 
@@ -140,10 +148,10 @@ class Slot:
 
     def __init__(self, gpu: Gpu, room: Room) -> None:
         sums, tiles = room.tiles * 8 * _COLUMNS, room.tiles * TILE_RECORD.itemsize
-        self.host_sides = gpu.pinned(room._side), gpu.pinned(room._side)
-        self.sides = gpu.empty(room._side), gpu.empty(room._side)
+        self.host_sides = gpu.pinned(room.side_bytes), gpu.pinned(room.side_bytes)
+        self.sides = gpu.empty(room.side_bytes), gpu.empty(room.side_bytes)
         self.host_tiles, self.tiles = gpu.pinned(tiles), gpu.empty(tiles)
-        self.host_mask, self.mask = gpu.pinned(room._mask), gpu.empty(room._mask)
+        self.host_mask, self.mask = gpu.pinned(room.mask_bytes), gpu.empty(room.mask_bytes)
         self.host_sums, self.sums = gpu.pinned(sums), gpu.empty(sums)
         self.first_ties = gpu.empty(room.tiles * 8)
         self.done: Event = None
@@ -154,7 +162,7 @@ class Totals:
     """What a group of launches leaves once it is complete."""
 
     def __init__(self, gpu: Gpu, room: Room) -> None:
-        self.host_summary, self.summary = gpu.pinned(room._summary), gpu.empty(room._summary)
+        self.host_summary, self.summary = gpu.pinned(room.summary_bytes), gpu.empty(room.summary_bytes)
         self.places = gpu.empty(room.most_entries * 4)
         self.counts = gpu.empty(room.most_entries * 8)
 
