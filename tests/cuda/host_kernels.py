@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from ckptdiff.backends.cuda.source import NAMES
+
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "cuda"
-NAMES = {"bf16": "Bf16", "f16": "F16", "f32": "F32", "f64": "F64", "f8_e4m3": "E4m3", "f8_e5m2": "E5m2"}
-"""Names of the formats in the kernels' source."""
 TESTED = [
     ("bf16", "bf16", "bf16"),
     ("f16", "f16", "f16"),

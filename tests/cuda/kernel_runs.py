@@ -9,7 +9,6 @@ from ckptdiff.backends.cuda.layout import (
     RECORD,
     REFINE_BINS,
     ROWS,
-    SCAN_SETTINGS,
     TILE,
     TILE_RECORD,
     add_refined,
@@ -20,7 +19,6 @@ from ckptdiff.backends.cuda.layout import (
 from ckptdiff.backends.partial import BINS, Partial, Refined, Rule, Sum
 
 UNTOUCHED = 0xAA
-assert SCAN_SETTINGS.isalignedstruct
 
 
 def tiles_of(scan, numel, record=0):

@@ -156,3 +156,10 @@ def test_a_run_on_a_missing_gpu_leaves_no_file(tmp_path, monkeypatch):
     with pytest.raises(DeviceError):
         ckptdiff.diff(fixture + "base", fixture + "tuned", out=tmp_path / "run.h5", device="cuda:0")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_negative_bound_is_refused():
+    with pytest.raises(OptionError, match="negative memory bound"):
+        Options(gpu_memory=-1)
+    with pytest.raises(OptionError, match="not a size"):
+        ckptdiff.diff("a", "b", gpu_memory="much")

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from host_kernels import HERE, KERNELS, NAMES
+from host_kernels import HERE, KERNELS
 
-from ckptdiff.backends.cuda.source import compile_kernels, kernel_folder, kernel_source
+from ckptdiff.backends.cuda.source import NAMES, compile_kernels, kernel_folder, kernel_source
 
 ARCHITECTURES = (75, 80, 90, 100)
 MOST_REGISTERS = 64

@@ -9,7 +9,7 @@ from pathlib import Path
 from ckptdiff.backends.formats import FORMATS, Format
 from ckptdiff.errors import DeviceError
 
-__all__ = ["compile_kernels", "kernel_folder", "kernel_options", "kernel_source"]
+__all__ = ["NAMES", "compile_kernels", "kernel_folder", "kernel_options", "kernel_source"]
 
 KERNELS = ("harvest", "refine", "scan", "ties")
 NAMES = {"bf16": "Bf16", "f16": "F16", "f32": "F32", "f64": "F64", "f8_e4m3": "E4m3", "f8_e5m2": "E5m2"}
