@@ -46,14 +46,14 @@ def examine() -> Iterator[Finding]:
 def _processor() -> Iterator[Finding]:
     import llvmlite.binding
 
+    from ckptdiff.backends import kernel_cache
     from ckptdiff.backends.cpu import CpuWorker
-    from ckptdiff.backends.kernel_cache import cache_folder
 
     features = {name for name, has in llvmlite.binding.get_host_cpu_features().items() if has}
     vectors = [name for name in ("avx2", "avx512f", "avx512bw", "neon", "sve") if name in features]
     yield Finding("processor", f"{llvmlite.binding.get_host_cpu_name()}, {', '.join(vectors) or 'no wide vectors'}")
     yield Finding("threads", f"{default_threads()} by default, {os.cpu_count()} cores")
-    folder = cache_folder()
+    folder = kernel_cache.cache_folder()
     yield Finding("kernel cache", str(folder or "none: kernels are compiled in every process"), folder is not None)
     yield _tried("self-test, cpu", CpuWorker())
 
