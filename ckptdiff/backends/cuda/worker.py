@@ -74,32 +74,32 @@ class CudaWorker:
         ranks: tuple[NDArray[np.int64], NDArray[np.int64]],
         wanted: Wanted,
         records: Records,
-    ) -> tuple[int, list[NDArray[np.uint8]]]:
+    ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
         """Measure whole tensors of at most a block, many with one launch.
 
         Parameters are those of :meth:`ckptdiff.backends.cpu.CpuWorker.scan_small`.
         """
-        room, numel = self._pipeline.room, places[:, 4]
-        starts = np.concatenate([[0], np.cumsum(-(-numel // 8))])
-        mask = self._room_for_mask(8 * int(starts[-1]) if scan.want_mask else 0)
+        numel = places[:, 4]
+        words = -(-numel // 64)
+        starts = 8 * (np.cumsum(words) - words)
+        mask = self._room_for_mask(64 * int(words.sum()) if scan.want_mask else 0)
         rows = Rows(scan, numel, ranks, wanted, records)
-        jobs, waiting = itertools.tee(groups(scan, places, room))
-        sums: list[NDArray[np.float64]] = []
-        written = 0
+        jobs, waiting = itertools.tee(groups(scan, places, self._pipeline.room))
+        group, sums, at = next(waiting), list[NDArray[np.float64]](), 0
         try:
-            all_jobs = (job for group in jobs for job in group.jobs)
+            all_jobs = (job for one in jobs for job in one.jobs)
             for landed in self._pipeline.carry_out(self._scan_work(scan, 0), all_jobs):
-                for bits in landed.masks:
-                    mask[written : written + bits.size] = bits
-                    written += bits.size
+                for part, bits in zip(landed.job.parts, landed.masks, strict=False):
+                    first = int(starts[group.rows[part.record]]) + (0 if landed.job.opens else at)
+                    mask[first : first + bits.size] = bits
+                    at = bits.size + (0 if landed.job.opens else at)
                 sums += [tiles.copy() for tiles in landed.sums]
                 if landed.job.closes:
-                    rows.take(next(waiting), sums, landed, self._small)
-                    sums = []
+                    rows.take(group, sums, landed, self._small)
+                    group, sums = next(waiting, group), []
         except UnreadableError as error:
-            return error.row, []
-        spans = itertools.pairwise(starts.tolist()) if scan.want_mask else ()
-        return len(places), [mask[first:stop] for first, stop in spans]
+            return error.row, mask, starts
+        return len(places), mask, starts
 
     def refine(self, scan: Scan, targets: Targets, source: Source, refined: Refined) -> None:
         """Look for open cuts in a span; see :meth:`ckptdiff.backends.cpu.CpuWorker.refine`."""
