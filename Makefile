@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SIZE ?= 2GiB
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench mutants clean
 
 demo: .venv/demo.stamp
 	mkdir -p build
@@ -20,6 +20,9 @@ lint: .venv/test.stamp .venv/lint.stamp
 
 bench: .venv/bench.stamp
 	$(BIN)/python bench/compare.py --size $(SIZE) --json build/bench.json
+
+mutants: .venv/test.stamp
+	$(BIN)/python tests/cuda/mutants.py
 
 clean:
 	rm -rf .venv build dist

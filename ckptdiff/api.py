@@ -21,6 +21,7 @@ def diff(
     out: str | os.PathLike[str] | None = None,
     mask: str | MaskRule = "abs:1e-05",
     max_memory: str | int = 0,
+    gpu_memory: str | int = 0,
     listener: Listener | None = None,
     title: str | None = None,
     **options: Any,
@@ -37,6 +38,8 @@ def diff(
         Which coordinates belong to the mask: "bitwise", "abs:EPS", "eta:ETA", "rel:TAU", "top:PERCENT" or "none".
     max_memory : str or int
         Bound on the peak resident size of the process, such as "400M"; 0 for the default (see :class:`Options`).
+    gpu_memory : str or int
+        Bound on the GPU memory that is taken; 0 for half of what is free.
     listener : callable, optional
         Called with each event of :mod:`ckptdiff.events`, in the calling thread.
     title : str, optional
@@ -54,13 +57,13 @@ def diff(
         If an option, an input or the output cannot be used; the message says which, and what to do.
     """
     rule = MaskRule.parse(mask) if isinstance(mask, str) else mask
-    memory = parse_size(max_memory) if isinstance(max_memory, str) else max_memory
+    memory, on_gpu = (parse_size(size) if isinstance(size, str) else size for size in (max_memory, gpu_memory))
     listed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     return run(
         os.fspath(base),
         os.fspath(tuned),
         out=None if out is None else Path(out),
-        options=Options(mask=rule, max_memory=memory, **listed),
+        options=Options(mask=rule, max_memory=memory, gpu_memory=on_gpu, **listed),
         listener=listener,
         title=title,
     )

@@ -12,17 +12,23 @@ from ckptdiff.backends.formats import Format
 from ckptdiff.backends.kernels.fetch import WINDOW
 from ckptdiff.backends.partial import BLOCK, Partial, Refined, Rule, Scan, Targets
 from ckptdiff.backends.source import InMemory
+from ckptdiff.errors import DeviceError, PlanError
+from ckptdiff.memory import resident
 from ckptdiff.metrics.catalogue import EPS, ETA
 from ckptdiff.metrics.columns import LARGEST, SMALLEST, empty_records, set_sizes
 from ckptdiff.metrics.measurement import FloatMeasurement
 from ckptdiff.metrics.small import wanted
-from ckptdiff.options import MaskRule
+from ckptdiff.options import MaskRule, Options, default_threads
 from ckptdiff.runfile.compress import compress_chunk
 
 __all__ = ["Device", "Formats", "open_device"]
 
 Formats = tuple[Format, Format, Format]
 """Stored in the base, stored in the tuned side, compared as."""
+
+
+def _no_scratch(numel: int) -> int:
+    return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +42,23 @@ class Device:
         Makes the backend of one thread.
     batches : bool
         Whether that backend is :class:`~ckptdiff.backends.backend.Batching`.
+    scratch : callable
+        Bytes of work space that a thread needs for a pair of a number of coordinates, beside the blocks themselves.
+    threads : int
+        Most threads it can serve; 0 for any number.
+    overhead : int
+        Bytes of host memory that its driver and libraries took.
+    note : str
+        Why it was chosen, if that needs saying.
     """
 
     name: str
     worker: Callable[[], Backend]
     batches: bool
-
-    def scratch(self, base: Format, tuned: Format, compare: Format, numel: int) -> int:
-        """Bytes of work space that a thread needs for a pair, beside the blocks themselves."""
-        if self.name == "reference":
-            return 240 * min(numel, BLOCK)
-        return 0
+    scratch: Callable[[int], int] = _no_scratch
+    threads: int = 0
+    overhead: int = 0
+    note: str = ""
 
     def warm_up(self, alike: Iterable[Formats], alone: Iterable[Formats], mask_chunk: int) -> None:
         """Load or compile the kernels that a run will call, so that what it measures next is time and memory of data.
@@ -93,12 +105,55 @@ def _warm_large(worker: Backend, base: Format, tuned: Format, compare: Format) -
         measurement.measured()
 
 
-def open_device(name: str) -> Device:
-    """Choose a backend: "auto" and "cpu" are the Numba kernels, "reference" is NumPy."""
-    if name == "reference":
+def open_device(options: Options) -> Device:
+    """Choose a backend.
+
+    Parameters
+    ----------
+    options : Options
+        ``device`` is "cpu" for the Numba kernels, "cuda" or "cuda:N" for a GPU, "auto" for a GPU if one works and else
+        the processor, "reference" for NumPy.
+
+    Raises
+    ------
+    DeviceError, PlanError
+        If a GPU is asked for and cannot be used, or has too little memory.
+    """
+    if options.device == "reference":
         from ckptdiff.backends.reference import ReferenceWorker
 
-        return Device("reference", ReferenceWorker, batches=False)
+        return Device("reference", ReferenceWorker, batches=False, scratch=lambda numel: 240 * min(numel, BLOCK))
+    note = ""
+    if options.device != "cpu":
+        try:
+            return _open_gpu(options)
+        except (DeviceError, PlanError) as error:
+            if options.device != "auto":
+                raise
+            note = f"no GPU: {error.problem}"
     from ckptdiff.backends.cpu import CpuWorker
 
-    return Device("cpu", CpuWorker, batches=True)
+    return Device("cpu", CpuWorker, batches=True, note=note)
+
+
+def _open_gpu(options: Options) -> Device:
+    """A GPU on which a kernel really ran, and as much room on it as the threads need."""
+    from ckptdiff.backends.cuda.choice import find_gpu
+    from ckptdiff.backends.cuda.gpu import CupyGpu
+    from ckptdiff.backends.cuda.slots import Room, fit_room
+    from ckptdiff.backends.cuda.worker import CudaWorker
+    from ckptdiff.backends.self_test import self_test
+
+    before = resident()
+    index = int(options.device.partition(":")[2] or 0)
+    gpu = find_gpu(index)
+    free, _ = gpu.free_memory()
+    room, threads = fit_room(options.gpu_memory or free // 2, options.threads or default_threads())
+    wrong = self_test(CudaWorker(gpu, Room.smallest()))
+    if wrong is not None:
+        raise DeviceError("the GPU computes wrong figures", found=wrong, hint="--device cpu, and report this")
+
+    def worker() -> Backend:
+        return CudaWorker(CupyGpu(index), room)  # in the thread that will use it
+
+    return Device(gpu.name, worker, True, lambda numel: room.host_bytes, threads, resident() - before)

@@ -83,7 +83,8 @@ def _ignore(event: object) -> None:
 def _introduce(plan: Plan, tell: Listener) -> None:
     for warning in plan.diff.warnings:
         tell(Note(warning, warning=True))
-    tell(Note(f"device {plan.device.name}, {plan.threads} threads, io {plan.io} (--io {plan.options.io})"))
+    why = f" ({plan.device.note})" if plan.device.note else ""
+    tell(Note(f"device {plan.device.name}{why}, {plan.threads} threads, io {plan.io} (--io {plan.options.io})"))
     tell(Note(f"projected memory {plan.projected_memory >> 20} MiB of {plan.max_memory >> 20} MiB"))
     tell(Started(plan.tensors, plan.total_bytes, plan.diff))
 

@@ -10,6 +10,7 @@
     │   └── ChangedFileError  a shard that changed while it was read
     ├── PairingError          two checkpoints with nothing to compare
     ├── PlanError             work that does not fit the memory it may use
+    ├── DeviceError           a GPU that is missing, unusable or failing
     └── RunFileError          a run file that cannot be read or written
 """
 
@@ -21,6 +22,7 @@ __all__ = [
     "ChangedFileError",
     "CheckpointError",
     "CkptdiffError",
+    "DeviceError",
     "HeaderError",
     "IndexFileError",
     "OptionError",
@@ -104,6 +106,10 @@ class PairingError(CkptdiffError):
 
 class PlanError(CkptdiffError):
     """Work that does not fit the memory it may use."""
+
+
+class DeviceError(CkptdiffError):
+    """A GPU that is missing, cannot be used, or failed."""
 
 
 class RunFileError(CkptdiffError):

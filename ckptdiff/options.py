@@ -9,12 +9,11 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 
 from ckptdiff.errors import OptionError
 
-__all__ = ["DEFAULT_MEMORY", "Compare", "Device", "Io", "MaskRule", "Options", "parse_size"]
+__all__ = ["DEFAULT_MEMORY", "Compare", "Io", "MaskRule", "Options", "parse_size"]
 
 DEFAULT_MEMORY = 400 << 20
 
 Compare: TypeAlias = Literal["bf16", "stored"]
-Device: TypeAlias = Literal["auto", "cpu", "reference"]
 Io: TypeAlias = Literal["auto", "mmap", "pread"]
 RuleKind: TypeAlias = Literal["bitwise", "abs", "eta", "rel", "top", "none"]
 
@@ -24,6 +23,7 @@ _MEANING = {
     "rel": "a threshold in units of RMS(W0) such as rel:1e-3",
     "top": "a percentage such as top:20",
 }
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?|reference")
 _SUFFIX = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -106,12 +106,15 @@ class Options:
         Globs on tensor names.
     groups : tuple of str
         ``NAME=REGEX``: further groups of tensors to report.
-    device : {"auto", "cpu", "reference"}
+    device : str
+        "cpu", "cuda" or "cuda:N" (a GPU), "reference" (NumPy), or "auto": a GPU if one works, else the processor.
     threads : int
         Worker threads; 0 stands for one per available core.
     max_memory : int
         Bound on the peak resident size of the whole process, mapped pages included, in bytes. 0 stands for
         :data:`DEFAULT_MEMORY`, or for what one thread needs where the process is larger than that already.
+    gpu_memory : int
+        Bound on the GPU memory that is taken, in bytes; 0 stands for half of what is free.
     io : {"auto", "mmap", "pread"}
         "auto" is "pread".
 
@@ -127,23 +130,29 @@ class Options:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
-    device: Device = "auto"
+    device: str = "auto"
     threads: int = 0
     max_memory: int = 0
+    gpu_memory: int = 0
     io: Io = "auto"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("compare", Compare), ("device", Device), ("io", Io)):
+        for name, allowed in (("compare", Compare), ("io", Io)):
             if getattr(self, name) not in get_args(allowed):
                 raise OptionError(
                     f"unknown value of {name}",
                     expected=", ".join(get_args(allowed)),
                     found=getattr(self, name),
                 )
+        if not _DEVICE.fullmatch(self.device):
+            raise OptionError(
+                "unknown value of device", expected="auto, cpu, cuda, cuda:N or reference", found=self.device
+            )
         if not 0 <= self.threads <= 1024:
             raise OptionError("number of threads out of range", expected="0 to 1024", found=self.threads)
-        if self.max_memory < 0:
-            raise OptionError("negative memory bound", expected="a size in bytes, or 0", found=self.max_memory)
+        for bound in (self.max_memory, self.gpu_memory):
+            if bound < 0:
+                raise OptionError("negative memory bound", expected="a size in bytes, or 0", found=bound)
         self.group_patterns()
 
     def group_patterns(self) -> list[tuple[str, re.Pattern[str]]]:

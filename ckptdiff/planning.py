@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
@@ -124,15 +125,16 @@ def prepare(base: str, tuned: str, *, out: Path | None = None, options: Options 
     if out is not None:
         check_target(out, [(shard.path, shard.device, shard.inode) for side in sides for shard in side.shards])
     pairing = pair(*sides, renames=options.renames, include=options.include, exclude=options.exclude)
-    device = open_device(options.device)
+    device = open_device(options)
     want_masks = out is not None and options.mask.kind != "none"
     # Reads into a cached buffer cost less than mapping pages and dropping them again, and report a lost page.
     io = "pread" if options.io == "auto" else options.io
     loads = _loads(pairing.pairs, options, device, io)
     _warm_up(device, pairing.pairs, loads, options, want_masks)
     diff = _facts(*sides, pairing, options)
-    threads = options.threads or default_threads()
-    memory = fit_memory(loads, threads, options.max_memory, DEFAULT_MEMORY, resident(), want_masks)
+    threads = min(options.threads or default_threads(), device.threads or sys.maxsize)
+    default = DEFAULT_MEMORY + device.overhead
+    memory = fit_memory(loads, threads, options.max_memory, default, resident(), want_masks)
     return Plan(pairing.pairs, loads, diff, memory, io, device, options, want_masks)
 
 
@@ -171,7 +173,7 @@ def _load(pair: TensorPair, options: Options, device: Device) -> Load:
         return Load(numel, bits, min(numel, BLOCK) * 4)
     formats = _formats(pair.base.dtype, pair.tuned.dtype, options.compare)
     alike = not same and 0 < numel <= BLOCK and one_scan_suffices(formats[2], options.mask)
-    return Load(numel, bits, device.scratch(*formats, numel), formats if alike else None)
+    return Load(numel, bits, device.scratch(numel), formats if alike else None)
 
 
 def _facts(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Options) -> Diff:

@@ -78,9 +78,10 @@ __all__ = ["diff"]
 )
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "reference"]),
+    metavar="DEVICE",
     default="auto",
-    help="Where to compute; reference is the slow NumPy oracle.",
+    help="Where to compute: cpu, cuda or cuda:N (a GPU), reference (the slow NumPy oracle), or auto: a GPU if one "
+    "works, else the processor.",
 )
 @click.option(
     "--threads",
@@ -95,6 +96,12 @@ __all__ = ["diff"]
     metavar="SIZE",
     show_default="400M, or what one thread needs if that is more",
     help="Bound on the peak memory of the whole process, mapped pages included.",
+)
+@click.option(
+    "--gpu-memory",
+    metavar="SIZE",
+    show_default="half of what is free",
+    help="Bound on the GPU memory that is taken.",
 )
 @click.option(
     "--io",
@@ -148,6 +155,7 @@ def _options(given: dict[str, Any]) -> Options:
         device=given["device"],
         threads=given["threads"],
         max_memory=0 if given["max_memory"] is None else parse_size(given["max_memory"]),
+        gpu_memory=0 if given["gpu_memory"] is None else parse_size(given["gpu_memory"]),
         io=given["io"],
     )
 

@@ -15,6 +15,7 @@ COMMANDS = {
     "show": "Print any view of a run file.",
     "inspect": "List the tensors of a checkpoint.",
     "mask": "List the masks of a run file, or export them.",
+    "doctor": "Say what this machine offers, and test every backend on it.",
 }
 """Every command with its short help."""
 

@@ -17,7 +17,7 @@ from ckptdiff.backends.kernels.stored import Stored
 from ckptdiff.backends.kernels.tiles import Array, Facts, Measure, Totals
 from ckptdiff.backends.partial import BINS, Count
 
-__all__ = ["scan_small"]
+__all__ = ["scan_small", "take_whole"]
 
 CHANGED, STORED_EQUAL = int(Count.CHANGED), int(Count.STORED_EQUAL)
 NONFINITE_BASE, NONFINITE_TUNED = int(Count.NONFINITE_BASE), int(Count.NONFINITE_TUNED)
@@ -62,6 +62,24 @@ def count_native(totals: Totals, numel: int, infinite: Any) -> None:
     totals.counts[STORED_EQUAL] += numel - totals.counts[CHANGED]
     totals.counts[NONFINITE_BASE] += strange
     totals.counts[NONFINITE_TUNED] += strange
+
+
+@helper
+def take_row(totals: Totals, ranks: tuple[Array, Array], tables: tuple[Facts, Wanted], row: int, records: Any) -> None:
+    """Fill one row from the totals of a whole tensor."""
+    copy(totals.counts, records.counts[row])
+    copy(totals.within, records.within[row])
+    copy(totals.sums[0], records.sums[row])
+    records.max_abs[row] = totals.max_abs[0]
+    take_figures(totals, (ranks[0][row], ranks[1][row]), tables[0], tables[1], row, records)
+
+
+@kernel
+def take_whole(
+    totals: Totals, ranks: tuple[Array, Array], tables: tuple[Facts, Wanted], row: int, records: Any
+) -> None:
+    """Fill one row from the totals of a tensor that was scanned elsewhere; parameters as in ``scan_small``."""
+    take_row(totals, ranks, tables, row, records)
 
 
 @kernel
@@ -119,10 +137,6 @@ def scan_small(
             return row
         if measure.native:
             count_native(totals, numel, tables[0].infinite)
-        copy(totals.counts, records.counts[row])
-        copy(totals.within, records.within[row])
-        copy(totals.sums[0], records.sums[row])
-        records.max_abs[row] = totals.max_abs[0]
-        take_figures(totals, (ranks[0][row], ranks[1][row]), tables[0], tables[1], row, records)
+        take_row(totals, ranks, tables, row, records)
         clear(totals)
     return len(places)

@@ -1,0 +1,1 @@
+"""What measures: the backends, the record they return, and the formats they know."""

@@ -1,0 +1,110 @@
+"""What this machine offers, and whether it computes what it should: the facts behind ``ckptdiff doctor``."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+import ckptdiff
+from ckptdiff.errors import DeviceError
+from ckptdiff.options import default_threads
+from ckptdiff.report.text import binary_size
+
+__all__ = ["Finding", "examine"]
+
+_PACKAGES = ("numpy", "numba", "llvmlite", "h5py", "rich", "click", "safetensors", "torch", "pyarrow")
+
+
+class Finding(NamedTuple):
+    """One line of the report.
+
+    Attributes
+    ----------
+    name, value : str
+    ok : bool
+        Whether it is as it should be; a GPU that is not there is no fault.
+    """
+
+    name: str
+    value: str
+    ok: bool = True
+
+
+def examine() -> Iterator[Finding]:
+    """Look at versions, processor, caches and GPU, and try every backend on a small pair."""
+    yield Finding("ckptdiff", ckptdiff.__version__)
+    yield Finding("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    yield Finding("packages", ", ".join(f"{name} {found}" for name in _PACKAGES if (found := _version(name))))
+    yield from _processor()
+    yield from _gpu()
+
+
+def _processor() -> Iterator[Finding]:
+    import llvmlite.binding
+
+    from ckptdiff.backends import kernel_cache
+    from ckptdiff.backends.cpu import CpuWorker
+
+    features = {name for name, has in llvmlite.binding.get_host_cpu_features().items() if has}
+    vectors = [name for name in ("avx2", "avx512f", "avx512bw", "neon", "sve") if name in features]
+    yield Finding("processor", f"{llvmlite.binding.get_host_cpu_name()}, {', '.join(vectors) or 'no wide vectors'}")
+    yield Finding("threads", f"{default_threads()} by default, {os.cpu_count()} cores")
+    folder = kernel_cache.cache_folder()
+    yield Finding("kernel cache", str(folder or "none: kernels are compiled in every process"), folder is not None)
+    yield _tried("self-test, cpu", CpuWorker())
+
+
+def _gpu() -> Iterator[Finding]:
+    from ckptdiff.backends.cuda.choice import cupy_packages, find_gpu
+    from ckptdiff.backends.cuda.slots import Room
+    from ckptdiff.backends.cuda.source import kernel_folder
+    from ckptdiff.backends.cuda.worker import CudaWorker
+
+    packages = cupy_packages()
+    yield Finding("CuPy", ", ".join(packages) or "not installed", len(packages) < 2)
+    yield Finding("CUDA kernels", str(kernel_folder()), kernel_folder().is_dir())
+    if importlib.util.find_spec("cupy") is not None:
+        yield _nvrtc()
+    try:
+        gpu = find_gpu(0)
+        major, minor = gpu.properties["major"], gpu.properties["minor"]
+        free, total = gpu.free_memory()
+        yield Finding("GPU", f"{gpu.properties['name'].decode()}, sm_{major}{minor}, {gpu.processors} multiprocessors")
+        yield Finding("GPU memory", f"{binary_size(free)} of {binary_size(total)} free")
+        driver = gpu.cupy.cuda.runtime.driverGetVersion()
+        yield Finding("NVIDIA driver", f"for CUDA {driver // 1000}.{driver % 1000 // 10}")
+        yield Finding("compiled for it", os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache"))
+        yield _tried("self-test, cuda", CudaWorker(gpu, Room()))
+    except (DeviceError, MemoryError) as error:
+        problem = error.problem if isinstance(error, DeviceError) else "too little GPU memory"
+        hint = f"; try: {error.hint}" if isinstance(error, DeviceError) and error.hint else ""
+        yield Finding("GPU", f"none: {problem}{hint}", ok=len(packages) < 2)
+
+
+def _nvrtc() -> Finding:
+    """Whether the kernels compile; no GPU is needed for that."""
+    from ckptdiff.backends.cuda.source import compile_kernels
+
+    try:
+        size = len(compile_kernels("sm_90"))
+    except (ImportError, RuntimeError, OSError, DeviceError) as error:
+        return Finding("kernels compile", f"no: {str(error).splitlines()[0]}", ok=False)
+    return Finding("kernels compile", f"yes, by NVRTC, for sm_90 ({size >> 10} KiB)")
+
+
+def _tried(name: str, backend: Any) -> Finding:
+    from ckptdiff.backends.self_test import SELF_TESTED, self_test
+
+    wrong = [found for names in SELF_TESTED if (found := self_test(backend, names))]
+    return Finding(name, f"WRONG: {'; '.join(wrong)}" if wrong else "equal to the reference", not wrong)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

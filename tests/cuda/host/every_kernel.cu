@@ -1,0 +1,5 @@
+// Every kernel in one unit, for nvcc and NVRTC.
+#include "harvest.cu"
+#include "refine.cu"
+#include "scan.cu"
+#include "ties.cu"

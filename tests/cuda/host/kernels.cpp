@@ -1,0 +1,21 @@
+// The shipped kernels as a library for the CPU. BASE, TUNED and COMPARE name formats, as for NVRTC.
+#include "cuda_on_host.h"
+
+#include "harvest.cu"
+#include "refine.cu"
+#include "scan.cu"
+#include "ties.cu"
+
+#define LAUNCHER(KERNEL)                                                                                               \
+    extern "C" void launch_##KERNEL(unsigned blocks, unsigned threads, unsigned seed, void** arguments) {              \
+        on_host::launch(KERNEL, blocks, threads, seed, arguments);                                                     \
+    }
+LAUNCHER(harvest)
+LAUNCHER(refine)
+LAUNCHER(scan)
+LAUNCHER(place_ties)
+LAUNCHER(take_ties)
+
+extern "C" {
+extern const unsigned layout_sizes[] = {sizeof(Tile), sizeof(Record), sizeof(ScanSettings), sizeof(Search)};
+}

@@ -1,0 +1,89 @@
+"""The shipped kernels, built by g++ for the CPU: one library for each pair of stored formats and compare format."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ckptdiff.backends.cuda.source import NAMES
+
+HERE = Path(__file__).parent
+KERNELS = HERE.parents[1] / "cuda"
+TESTED = [
+    ("bf16", "bf16", "bf16"),
+    ("f16", "f16", "f16"),
+    ("f32", "f32", "f32"),
+    ("f64", "f64", "f64"),
+    ("f8_e4m3", "f8_e4m3", "f8_e4m3"),
+    ("f8_e5m2", "f8_e5m2", "f8_e5m2"),
+    ("f32", "f32", "bf16"),
+    ("bf16", "f32", "bf16"),
+    ("f64", "f16", "bf16"),
+    ("f8_e4m3", "f8_e5m2", "bf16"),
+    ("f8_e5m2", "f16", "f16"),
+    ("bf16", "f16", "f32"),
+    ("f16", "f64", "f64"),
+]
+"""Stored formats and compare format of the pairs that are built; each format, each kind of cast."""
+COMPILER = shutil.which("g++")
+FLAGS = ("-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+
+
+@dataclass(frozen=True)
+class Build:
+    """How to build a library."""
+
+    base: str
+    tuned: str
+    compare: str
+    threads: int = 512
+    flags: tuple[str, ...] = ("-O1",)
+    kernels: Path = KERNELS
+
+    def make(self, folder: Path, source: str = "kernels.cpp", shared: bool = True) -> Path:
+        """Build into a folder, unless it is there."""
+        flags = "".join(self.flags).replace("-", "_").replace("=", "_")
+        path = folder / f"{self.base}-{self.tuned}-{self.compare}-{self.threads}{flags}-{source}.bin"
+        if not path.exists():
+            formats = zip(("BASE", "TUNED", "COMPARE"), (self.base, self.tuned, self.compare), strict=True)
+            defines = [f"-D{side}={NAMES[name]}" for side, name in formats]
+            how = ["-shared", "-fPIC"] if shared else []
+            command = [COMPILER, *FLAGS, *self.flags, *how, f"-I{self.kernels}", f"-DTHREADS={self.threads}", *defines]
+            subprocess.run([*command, "-o", path, HERE / "host" / source], check=True)
+        return path
+
+
+class Library:
+    """A loaded library."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._library, self._threads = ctypes.CDLL(str(path)), threads
+
+    def launch(self, kernel: str, blocks: int, args: list[Any], seed: int = 0, threads: int | None = None) -> None:
+        """Run a kernel to its end.
+
+        Arrays of more than one element are memory, and go by address, as does an array that is wrapped in a list;
+        scalars and arrays of one element go by value.
+        """
+        values = [_by_value(argument) for argument in args]
+        addresses = (ctypes.c_void_p * len(values))(*[value.ctypes.data for value in values])
+        run = getattr(self._library, f"launch_{kernel}")
+        run(ctypes.c_uint(blocks), ctypes.c_uint(threads or self._threads), ctypes.c_uint(seed), addresses)
+
+    def sizes(self) -> list[int]:
+        """Bytes of Tile, Record, ScanSettings and Search."""
+        return list((ctypes.c_uint * 4).in_dll(self._library, "layout_sizes"))
+
+
+def _by_value(argument: Any) -> np.ndarray:
+    if argument is None:
+        return np.zeros(1, np.uint64)
+    if isinstance(argument, list):
+        return np.array([argument[0].ctypes.data], np.uint64)
+    return np.array([argument.ctypes.data], np.uint64) if argument.size != 1 else np.atleast_1d(argument)

@@ -1,0 +1,165 @@
+"""Which device a run takes, and what a user reads where there is none."""
+
+import sys
+import types
+
+import pytest
+from host_gpu import HostGpu
+
+import ckptdiff
+from ckptdiff import devices
+from ckptdiff.backends.cuda import choice
+from ckptdiff.backends.cuda.gpu import CupyGpu, failure
+from ckptdiff.devices import open_device
+from ckptdiff.errors import DeviceError, OptionError, PlanError
+from ckptdiff.options import Options
+
+
+@pytest.fixture
+def cupy_installed(monkeypatch):
+    """Let a package of CuPy be there, and a driver; returns the module to fill in."""
+    module = types.ModuleType("cupy")
+    module.__spec__ = types.SimpleNamespace(name="cupy")
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    monkeypatch.setattr(choice, "cupy_packages", lambda: ["cupy-cuda13x 14.2.0"])
+    monkeypatch.setattr(choice.ctypes, "CDLL", lambda name: None)
+    return module
+
+
+def refused(device="cuda"):
+    with pytest.raises(DeviceError) as caught:
+        open_device(Options(device=device))
+    return caught.value
+
+
+def test_without_cupy_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    error = refused()
+    assert "CuPy is not installed" in error.problem
+    assert "ckptdiff[cuda13]" in error.hint and "ckptdiff[cuda12]" in error.hint
+
+
+def test_two_cupy_packages_are_refused(cupy_installed, monkeypatch):
+    monkeypatch.setattr(choice, "cupy_packages", lambda: ["cupy-cuda12x 14.2.0", "cupy-cuda13x 14.2.0"])
+    error = refused()
+    assert "several CuPy packages" in error.problem
+    assert "cupy-cuda12x" in error.found and "cupy-cuda13x" in error.found
+
+
+def test_without_a_driver_nothing_is_imported(cupy_installed, monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(choice.ctypes, "CDLL", missing)
+    assert "no NVIDIA driver" in refused().problem
+
+
+def test_an_old_driver_is_named(cupy_installed):
+    def count():
+        raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version")
+
+    cupy_installed.cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(getDeviceCount=count))
+    error = refused()
+    assert "cudaErrorInsufficientDriver" in error.problem
+    assert "update the NVIDIA driver" in error.hint
+
+
+def test_a_gpu_that_is_not_there_is_named(cupy_installed):
+    cupy_installed.cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(getDeviceCount=lambda: 2))
+    error = refused("cuda:2")
+    assert (error.expected, error.found) == ("cuda:0 to cuda:1", "cuda:2")
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("CuPy failed to load libnvrtc.so.13: OSError: libnvrtc.so.13: cannot open", "brings NVRTC"),
+        ("cudaErrorMemoryAllocation: out of memory", "--gpu-memory"),
+        ("cudaErrorNoDevice: no CUDA-capable device is detected", "nvidia-smi"),
+        ("cudaErrorECCUncorrectable: uncorrectable ECC error encountered", "dmesg"),
+        ("", "dmesg"),
+    ],
+)
+def test_failures_of_a_gpu_say_what_helps(text, hint):
+    error = failure(RuntimeError(text), "cuda:0")
+    assert hint in error.hint
+    assert (text or "RuntimeError") in error.problem
+
+
+def test_a_gpu_lost_in_mid_run_ends_in_an_error():
+    class Lost(CupyGpu):
+        def __init__(self):
+            self.name = "cuda:0"
+            self.cupy = types.SimpleNamespace(
+                cuda=types.SimpleNamespace(compiler=types.SimpleNamespace(CompileException=KeyError))
+            )
+
+    def synchronize():
+        raise RuntimeError("cudaErrorDevicesUnavailable: GPU has fallen off the bus")
+
+    with pytest.raises(DeviceError, match="fallen off the bus"):
+        Lost().synchronize(types.SimpleNamespace(synchronize=synchronize))
+
+
+def test_auto_takes_the_processor_and_says_why(monkeypatch):
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    device = open_device(Options())
+    assert device.name == "cpu"
+    assert "CuPy is not installed" in device.note
+    assert open_device(Options(device="cpu")).note == ""
+
+
+class Reachable(HostGpu):
+    name = "cuda:0"
+
+    def free_memory(self):
+        return 1 << 30, 2 << 30
+
+
+@pytest.fixture
+def gpu_found(libraries, monkeypatch):
+    monkeypatch.setattr("ckptdiff.backends.cuda.choice.find_gpu", lambda index: Reachable(libraries))
+
+
+def test_auto_takes_a_gpu_on_which_a_kernel_ran(gpu_found):
+    device = open_device(Options(threads=4))
+    assert (device.name, device.threads) == ("cuda:0", 4)
+    assert device.scratch(1) > 1 << 20
+
+
+def test_gpu_memory_bounds_the_threads(gpu_found):
+    assert open_device(Options(threads=4, gpu_memory=60 << 20)).threads == 2
+
+
+def test_auto_leaves_a_gpu_that_is_full(gpu_found, monkeypatch):
+    monkeypatch.setattr(Reachable, "free_memory", lambda self: (1 << 20, 1 << 30))
+    assert "GPU memory" in open_device(Options()).note
+    with pytest.raises(PlanError, match="GPU memory"):
+        open_device(Options(device="cuda"))
+
+
+def test_a_gpu_that_computes_wrong_figures_is_refused(gpu_found, monkeypatch):
+    monkeypatch.setattr("ckptdiff.backends.self_test.self_test", lambda backend: "mask of bf16-bf16-bf16")
+    assert "wrong figures" in refused().problem
+    assert "wrong figures" in open_device(Options()).note
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CUDA", "cuda:-1", ""])
+def test_unknown_devices_are_refused(name):
+    with pytest.raises(OptionError, match="unknown value of device"):
+        Options(device=name)
+
+
+def test_a_run_on_a_missing_gpu_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    fixture = devices.__file__.replace("ckptdiff/devices.py", "fixtures/tied/")
+    with pytest.raises(DeviceError):
+        ckptdiff.diff(fixture + "base", fixture + "tuned", out=tmp_path / "run.h5", device="cuda:0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_negative_bound_is_refused():
+    with pytest.raises(OptionError, match="negative memory bound"):
+        Options(gpu_memory=-1)
+    with pytest.raises(OptionError, match="not a size"):
+        ckptdiff.diff("a", "b", gpu_memory="much")

@@ -1,0 +1,235 @@
+"""Launch after launch on a device that does its work late and in any order it may, against the reference."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from code_samples import assert_partials_equal
+from host_gpu import HostGpu, Memory
+from worker_checks import check, check_refine, sides, source
+
+from ckptdiff.backends.cpu import CpuWorker
+from ckptdiff.backends.cuda.layout import ROWS
+from ckptdiff.backends.cuda.slots import Room, fit_room
+from ckptdiff.backends.cuda.small import groups
+from ckptdiff.backends.cuda.worker import CudaWorker
+from ckptdiff.backends.formats import FORMATS
+from ckptdiff.backends.partial import BINS, Partial, Rule, Scan
+from ckptdiff.backends.reference import ReferenceWorker
+from ckptdiff.backends.source import Extent, InMemory, Window
+from ckptdiff.errors import ChangedFileError, DeviceError, PlanError
+from ckptdiff.metrics.catalogue import EPS as EPS_OF_RUNS
+from ckptdiff.metrics.columns import LARGEST, SMALLEST, empty_records, set_sizes
+from ckptdiff.metrics.small import wanted
+
+EPS = (0.0, 1e-8, 1e-5, 1e-4)
+BF16, F32, F64 = (FORMATS[name] for name in ("bf16", "f32", "f64"))
+SMALL = Room(8 << 15, 2)
+"""A launch holds 2**17 coordinates of bfloat16, 2**15 of float64."""
+
+
+class Same(InMemory):
+    """A source whose sides are the same bytes."""
+
+    def windows(self):
+        for window in super().windows():
+            yield Window(window.first, window.stop, window.base, window.base)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_schedule_gives_what_the_reference_gives(libraries, seed):
+    worker = CudaWorker(HostGpu(libraries, seed, processors=1), SMALL)
+    scan = Scan(BF16, BF16, BF16, EPS, 1e-3, Rule.ABOVE, 1e-5, want_mask=True)
+    for n in (1, (4 << 17) + 5, 7, 1 << 17):  # spans one after another use the same slots
+        check(worker, scan, *sides(BF16, BF16, n, seed))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ties_go_on_from_launch_to_launch(libraries, seed):
+    worker = CudaWorker(HostGpu(libraries, seed, processors=1), SMALL)
+    rng = np.random.default_rng(seed)
+    n = (5 << 15) + 77
+    tuned = rng.choice(np.array([0, 0, 1, 1, 2], np.float64), n).view(np.uint64)
+    base = np.zeros(n, np.uint64)
+    for first_tie, take in ((0, 12_345), (1000, 33_333)):
+        scan = Scan(F64, F64, F64, EPS, 1e-3, Rule.TOP, 1.0, 70_000, take, want_mask=True)
+        check(worker, scan, base, tuned, first_tie)
+
+
+def test_a_scan_without_mask_brings_none_home(libraries):
+    gpu = HostGpu(libraries)
+    worker = CudaWorker(gpu, SMALL)
+    check(worker, Scan(F32, BF16, BF16, EPS, 1e-3, Rule.ABOVE, 1e-5), *sides(F32, BF16, 200_000))
+    assert gpu.launched == ["scan"] * 4 + ["harvest"]
+
+
+def test_an_empty_tensor_leaves_nothing(libraries):
+    check(CudaWorker(HostGpu(libraries), SMALL), Scan(BF16, BF16, BF16, EPS, want_mask=True), *sides(BF16, BF16, 0))
+
+
+def test_bytes_that_both_names_share_go_up_once(libraries):
+    base, _ = sides(BF16, BF16, 150_000)
+    got, expected = Partial(), Partial()
+    scan = Scan(BF16, BF16, BF16, EPS, 1e-3, Rule.ABOVE, 1e-5, want_mask=True)
+    raw = base.view(np.uint8)
+    mask = CudaWorker(HostGpu(libraries), SMALL).scan(scan, Same(raw, raw, base.size), got)
+    right = ReferenceWorker().scan(scan, source(base, base), expected)
+    assert_partials_equal(got, expected)
+    np.testing.assert_array_equal(mask, right)
+
+
+def small_rows(worker, scan, places):
+    numel = places[:, 4]
+    records = empty_records(len(places))
+    ranks = set_sizes(LARGEST, numel), set_sizes(SMALLEST, numel)
+    done, bits, starts = worker.scan_small(scan, places, ranks, wanted(scan.compare), records)
+    assert (starts % 8 == 0).all()
+    rows = zip(starts.tolist(), numel.tolist(), strict=True) if scan.want_mask else ()
+    return done, [bits[start : start + -(-n // 8)].copy() for start, n in rows], records
+
+
+@pytest.fixture
+def small_tensors(tmp_path):
+    """Files of both sides, and where each tensor lies in them."""
+    sizes = [3, 70_000, 1, 4096, 64, 300_000, 9, 9, 9, 9, 9, 9, 9, 9, 60_000, 33_000]
+    pairs = [sides(BF16, BF16, n, i) for i, n in enumerate(sizes)]
+    for base, _ in pairs:
+        base[0] = 0  # the first bin of all
+    stops = np.cumsum([2 * n for n in sizes])
+    paths = []
+    for side in (0, 1):
+        paths.append(tmp_path / f"side{side}")
+        paths[-1].write_bytes(b"".join(pair[side].tobytes() for pair in pairs))
+    with paths[0].open("rb") as base, paths[1].open("rb") as tuned:
+        rows = [
+            (base.fileno(), stop - 2 * n, tuned.fileno(), stop - 2 * n, n) for stop, n in zip(stops, sizes, strict=True)
+        ]
+        yield np.array(rows, np.int64), paths
+
+
+@pytest.mark.parametrize("want_mask", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_small_tensors_share_launches(libraries, small_tensors, seed, want_mask):
+    gpu = HostGpu(libraries, seed, processors=1)
+    worker = CudaWorker(gpu, Room(8 << 15, 8))
+    scan = Scan(BF16, BF16, BF16, EPS_OF_RUNS, 1e-3, Rule.ABOVE, 1e-5, want_mask=want_mask)
+    places, _ = small_tensors
+    done, masks, records = small_rows(worker, scan, places)
+    # Five, then one in three launches, then eight, then two.
+    assert gpu.launched.count("scan") == 1 + 3 + 1 + 1
+    assert gpu.launched.count("harvest") == 4
+    right_done, right_masks, right = small_rows(CpuWorker(), scan, places)
+    assert done == right_done == len(places)
+    assert len(masks) == len(right_masks) == (len(places) if want_mask else 0)
+    for mask, other in zip(masks, right_masks, strict=True):
+        np.testing.assert_array_equal(mask, other)
+    for name, value in right._asdict().items():
+        if value.dtype.kind == "f":
+            np.testing.assert_allclose(getattr(records, name), value, rtol=1e-11, atol=1e-14, err_msg=name)
+        else:
+            np.testing.assert_array_equal(getattr(records, name), value, err_msg=name)
+
+
+def test_a_small_tensor_that_cannot_be_read_is_named_by_its_row(libraries, small_tensors):
+    places, paths = small_tensors
+    with paths[1].open("r+b") as file:
+        file.truncate(int(places[7, 3]))
+    worker = CudaWorker(HostGpu(libraries), Room(8 << 15, 8))
+    scan = Scan(BF16, BF16, BF16, EPS_OF_RUNS, want_mask=True)
+    assert small_rows(worker, scan, places)[0] == 7
+    assert small_rows(worker, scan, places[:7])[0] == 7
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_refine_equals_reference(libraries, seed):
+    check_refine(CudaWorker(HostGpu(libraries, seed), SMALL), F32, *sides(F32, F32, 300_000, seed))
+
+
+def test_less_room_is_taken_where_memory_is_short(libraries, caplog):
+    room = Room(32 << 15, 4)
+    with caplog.at_level(logging.WARNING):
+        worker = CudaWorker(HostGpu(libraries, memory=room.gpu_bytes - 1), room)
+    assert "GPU memory are not free" in caplog.text
+    scan = Scan(BF16, BF16, BF16, EPS, 1e-3, Rule.BITWISE, want_mask=True)
+    check(worker, scan, *sides(BF16, BF16, 400_000))
+
+
+def test_too_little_memory_for_anything_is_an_error(libraries):
+    with pytest.raises(DeviceError, match="too little free GPU memory"):
+        CudaWorker(HostGpu(libraries, memory=1 << 20), Room())
+
+
+@pytest.mark.parametrize("room", [Room(), SMALL, Room.smallest(), Room(1 << 20, 7)])
+def test_a_worker_takes_as_much_as_its_room_says(libraries, room):
+    class Counting(HostGpu):
+        on_host = on_gpu = 0
+
+        def pinned(self, size):
+            self.on_host += size
+            return np.zeros(size, np.uint8)
+
+        def empty(self, size):
+            self.on_gpu += size
+            return Memory(np.zeros(size, np.uint8))
+
+    gpu = Counting(libraries)
+    CudaWorker(gpu, room)
+    assert gpu.on_host <= room.host_bytes
+    assert gpu.on_gpu <= room.gpu_bytes + 8
+
+
+def test_room_is_fitted_to_memory_and_threads():
+    assert fit_room(1 << 40, 16) == (Room(), 16)
+    room, threads = fit_room(400 << 20, 8)
+    assert threads == 8 and room.side < Room().side and 8 * room.gpu_bytes <= 400 << 20
+    room, threads = fit_room(2 * Room.smallest().gpu_bytes, 8)
+    assert (room, threads) == (Room.smallest(), 2)
+    with pytest.raises(PlanError, match="GPU memory"):
+        fit_room(Room.smallest().gpu_bytes - 1, 1)
+
+
+def test_a_read_that_fails_is_reported_and_leaves_nothing_under_way(libraries, tmp_path):
+    base, tuned = sides(BF16, BF16, 500_000)
+    path = tmp_path / "short"
+    path.write_bytes(base.tobytes()[:700_000])
+    gpu = HostGpu(libraries)
+    worker = CudaWorker(gpu, SMALL)
+    scan = Scan(BF16, BF16, BF16, EPS)
+
+    class Short(InMemory):
+        def windows(self):
+            with path.open("rb") as file:
+                yield Window(0, 500_000, Extent(file.fileno(), 0), Extent(mapped=tuned.view(np.uint8)))
+
+        def fail(self, first, stop):
+            raise ChangedFileError("the shard shrank while it was read", found=(first, stop))
+
+    with pytest.raises(ChangedFileError) as caught:
+        worker.scan(scan, Short(base.view(np.uint8), tuned.view(np.uint8), 500_000), Partial())
+    assert caught.value.found == (2 << 17, 3 << 17)
+    assert not any(callable(action) for stream in gpu._streams for action in stream)
+    check(worker, scan, base, tuned)
+
+
+def test_the_benchmark_runs(libraries, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "bench"))
+    import gpu as bench
+
+    base, tuned = bench.make_sides(1 << 19)
+    monkeypatch.setattr(bench, "PIECE", 1 << 18)
+    device = HostGpu(libraries)
+    rates = bench.gpu_rates(device, base, tuned, 1) | bench.read_rates(tmp_path, base, 1)
+    rates |= bench.pipeline_rates(device, tmp_path, base, tuned, 1)
+    assert len(rates) == 7
+    assert all(rate > 0 for rate in rates.values())
+
+
+def test_bins_never_overflow_their_list(libraries):
+    # Launches of tensors that use every bin: a list too short would be written beyond its end.
+    room = Room(side=64 << 20, records=64)
+    places = np.zeros((40, 5), np.int64)
+    places[:, 4] = 1 << 20
+    cut = list(groups(Scan(BF16, BF16, BF16), places, room))
+    assert [index for group in cut for index in group.rows] == list(range(40))
+    assert all(len(group.rows) * ROWS * BINS <= room.most_entries for group in cut)

@@ -1,0 +1,69 @@
+"""Whole runs with the CUDA backend on a host device: the run file of the CPU backend, byte for byte but for sums."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from host_gpu import HostGpu
+from run_files import assert_same_run, datasets
+from safetensors.numpy import save_file
+
+import ckptdiff
+from ckptdiff import planning
+from ckptdiff.backends.cuda.slots import Room
+from ckptdiff.backends.cuda.worker import CudaWorker
+from ckptdiff.devices import Device
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+
+
+@pytest.fixture
+def on_host_gpu(libraries, monkeypatch):
+    """Let `--device cuda` mean a host device of some seed."""
+
+    def use(seed, room):
+        def open_device(options):
+            if options.device == "cpu":
+                return real(options)
+            return Device("cuda:0", lambda: CudaWorker(HostGpu(libraries, seed, processors=1), room), batches=True)
+
+        real = planning.open_device
+        monkeypatch.setattr(planning, "open_device", open_device)
+
+    return use
+
+
+def run_both(base, tuned, tmp_path, **options):
+    for device in ("cpu", "cuda"):
+        ckptdiff.diff(base, tuned, out=tmp_path / f"{device}.h5", device=device, **options)
+    assert_same_run(datasets(tmp_path / "cuda.h5"), datasets(tmp_path / "cpu.h5"))
+
+
+@pytest.mark.parametrize(
+    ("fixture", "mask", "options"),
+    [
+        ("llama", "abs:1e-05", {}),
+        ("llama", "top:5", {"io": "mmap"}),
+        ("moe", "bitwise", {"threads": 3}),
+        ("fp8", "eta:0.01", {}),
+        ("wide", "rel:0.001", {"compare": "stored"}),
+        ("odd", "top:20", {}),
+        ("tied", "abs:1e-05", {"io": "mmap"}),
+    ],
+)
+def test_fixtures(on_host_gpu, tmp_path, fixture, mask, options):
+    on_host_gpu(len(fixture + mask), Room.smallest())
+    run_both(FIXTURES / fixture / "base", FIXTURES / fixture / "tuned", tmp_path, mask=mask, **options)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tensor_of_several_spans_and_ties_at_the_cut(on_host_gpu, tmp_path, seed):
+    on_host_gpu(seed, Room(1 << 20, 4))
+    rng = np.random.default_rng(seed)
+    base = (rng.standard_normal((1024, 1100)) * 0.02).astype(np.float16)
+    steps = rng.choice(np.array([0, 0, 0, 1e-3, 2e-3], np.float16), base.shape)
+    tensors = {"big.weight": base, "bias": base[0].copy(), "step": np.arange(1000)}
+    tuned = {"big.weight": base + steps, "bias": base[1].copy(), "step": np.arange(1000) // 2}
+    for name, side in (("base", tensors), ("tuned", tuned)):
+        save_file(side, tmp_path / f"{name}.safetensors")
+    run_both(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path, mask="top:7", threads=2)
