@@ -10,7 +10,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from ckptdiff.errors import PlanError
-from ckptdiff.stream.plan import TASK_BLOCKS, TASK_TENSORS, Load, Span, cut, fit_memory, plan_tasks
+from ckptdiff.stream.plan import TASK_BLOCKS, TASK_NUMEL, TASK_TENSORS, Load, Span, cut, fit_memory, plan_tasks
 
 BLOCK = 2**20
 MIB = 2**20
@@ -23,12 +23,14 @@ numels = st.one_of(
 bits = st.sampled_from([(16, 16), (32, 16), (8, 8), (4, 4), (64, 64), (16,)])
 
 
-def load(numel: int, widths: tuple[int, ...] = (16, 16), scratch: int = 0) -> Load:
+def load(numel: int, widths: tuple[int, ...] = (16, 16), scratch: int = 0, kind: str | None = None) -> Load:
     even = numel + numel % 2 if 4 in widths else numel  # half a byte is refused with the header
-    return Load(even, widths, scratch)
+    return Load(even, widths, scratch, kind)
 
 
-loads = st.lists(st.builds(load, numels, bits, st.sampled_from([0, 1000, 14 << 20])), max_size=150)
+loads = st.lists(
+    st.builds(load, numels, bits, st.sampled_from([0, 1000, 14 << 20]), st.sampled_from([None, "a", "b"])), max_size=150
+)
 
 
 @given(loads)
@@ -58,7 +60,8 @@ def test_tasks_are_small(given_loads: list[Load]) -> None:
         tensors = [given_loads[span.tensor] for span in task.spans]
         if task.whole:
             assert all(one.numel <= BLOCK for one in tensors) and len(tensors) <= TASK_TENSORS
-            assert sum(one.numel for one in tensors[:-1]) < BLOCK
+            assert sum(one.numel for one in tensors[:-1]) < TASK_NUMEL
+            assert len({one.kind for one in tensors}) == 1 and task.alike == (tensors[0].kind is not None)
         else:
             (span,), (one,) = task.spans, tensors
             assert one.numel > BLOCK and 1 <= span.stop - span.first <= TASK_BLOCKS
@@ -72,7 +75,7 @@ def test_a_further_pass_is_cut_as_the_first(numel: int, index: int) -> None:
 
 def test_ten_thousands_of_small_tensors_are_few_tasks() -> None:
     assert len(list(plan_tasks([load(16)] * 30_000))) == -(-30_000 // TASK_TENSORS)
-    assert len(list(plan_tasks([load(BLOCK)] * 100))) == 100
+    assert len(list(plan_tasks([load(BLOCK)] * 100))) == 100 * BLOCK // TASK_NUMEL
 
 
 def test_a_plan_is_made_as_it_is_asked_for() -> None:
