@@ -9,7 +9,17 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 
 from ckptdiff.errors import OptionError
 
-__all__ = ["DEFAULT_MEMORY", "Compare", "Device", "Io", "MaskRule", "Options", "SpectraOptions", "parse_size"]
+__all__ = [
+    "DEFAULT_MEMORY",
+    "Compare",
+    "Device",
+    "Io",
+    "MaskRule",
+    "Options",
+    "SpectraMode",
+    "SpectraOptions",
+    "parse_size",
+]
 
 DEFAULT_MEMORY = 400 << 20
 _LEADING = 64

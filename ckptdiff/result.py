@@ -171,15 +171,9 @@ class Diff:
         result = []
         for i, (label, figures) in enumerate(zip(labels, figures_of(groups), strict=True)):
             head = {"tower": label[0], "layer": label[1]} if by == "layer" else {_LABEL_KEY[by]: label[0]}
-            result.append(
-                {
-                    **head,
-                    "tensors": len(members[label]),
-                    "numel": int(numel[i]),
-                    **figures,
-                    **self._spectral(members[label]),
-                }
-            )
+            found = members[label]
+            counts = {"tensors": len(found), "numel": int(numel[i])}
+            result.append({**head, **counts, **figures, **self._spectral(found)})
         return result
 
     def _spectral(self, rows: Sequence[int] | NDArray[np.intp]) -> dict[str, Any]:

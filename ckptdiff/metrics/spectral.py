@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from ckptdiff.metrics.catalogue import RHO, flat_key, parameter_key
 
 __all__ = [
-    "DECAY",
     "ENERGY_RANKS",
     "RANK_TAU",
     "SPECTRAL_FIGURES",
@@ -32,8 +31,6 @@ ENERGY_RANKS = (1, 2, 4, 8, 16, 32, 64)
 """Ranks of ``topk_energy``; the headline is 16 (S1)."""
 RANK_TAU = (1e-6, 1e-5, 1e-4)
 """Thresholds of ``numerical_rank`` in units of the largest singular value (S1)."""
-DECAY = 64
-"""Singular values kept in memory for every tensor."""
 
 Floats = NDArray[np.float64]
 
@@ -108,8 +105,6 @@ class Spectra:
         How many matrices a tensor is made of.
     ranks : int64 array, shape (tensors,)
         How many singular values of its update are known.
-    delta, base : float64 array, shape (tensors, 64)
-        Leading singular values, NaN where unknown.
     """
 
     mode: str
@@ -118,8 +113,6 @@ class Spectra:
     reasons: tuple[str, ...]
     matrices: NDArray[np.int64]
     ranks: NDArray[np.int64]
-    delta: Floats
-    base: Floats
 
     @classmethod
     def empty(cls, mode: str, tensors: int) -> Spectra:
@@ -131,8 +124,6 @@ class Spectra:
             ("",) * tensors,
             np.zeros(tensors, np.int64),
             np.zeros(tensors, np.int64),
-            np.full((tensors, DECAY), math.nan),
-            np.full((tensors, DECAY), math.nan),
         )
 
     def tensor(self, row: int) -> dict[str, Any] | None:

@@ -27,7 +27,6 @@ _PREFIX = "spectral_"
 _TEXT = h5py.string_dtype()
 _TEXTS = {"method": "how the spectrum was found: randomized, exact, or empty", "reason": "why figures are missing"}
 _COUNTS = {"matrices": "matrices the tensor is made of", "rank": "singular values of d that are known"}
-_DECAY = {"delta": "leading singular values of d", "base": "leading singular values of W0"}
 
 
 def add_spectrum(file: Any, name: str, method: str, lists: Mapping[str, NDArray[np.float64]]) -> None:
@@ -53,7 +52,7 @@ def add_spectrum(file: Any, name: str, method: str, lists: Mapping[str, NDArray[
 
 
 def write_spectra(file: Any, spectra: Spectra) -> None:
-    """Add the figures of all tensors as ``/tensors/spectral_*``, and the leading values as ``/decay``."""
+    """Add the figures of all tensors as ``/tensors/spectral_*``."""
     tensors, names = file["tensors"], file["tensors/name"]
     file.require_group("spectra").attrs["mode"] = spectra.mode
 
@@ -73,16 +72,11 @@ def write_spectra(file: Any, spectra: Spectra) -> None:
         for parameter, key in spectral_keys(figure):
             long_name = figure.long_name if parameter is None else f"{figure.long_name}, at {parameter:g}"
             add(key, spectra.columns[key], long_name, units)
-    decay = file.create_group("decay")
-    for key, values in (("delta", spectra.delta), ("base", spectra.base)):
-        dataset = decay.create_dataset(key, data=values)
-        dataset.attrs.update(units="1", long_name=_DECAY[key])
-        dataset.dims[0].attach_scale(names)
 
 
 def read_spectra(file: Any) -> Spectra | None:
     """The figures of all tensors, None if the run measured no spectra."""
-    if "decay" not in file:
+    if "spectra" not in file:
         return None
     tensors = file["tensors"]
     methods, reasons = (
@@ -92,7 +86,7 @@ def read_spectra(file: Any) -> Spectra | None:
     matrices, ranks = (tensors[_PREFIX + key][:].astype(np.int64) for key in _COUNTS)
     columns = {key: tensors[_PREFIX + key][:] for figure in SPECTRAL_FIGURES for _, key in spectral_keys(figure)}
     mode = str(file["spectra"].attrs["mode"])
-    return Spectra(mode, columns, methods, reasons, matrices, ranks, file["decay/delta"][:], file["decay/base"][:])
+    return Spectra(mode, columns, methods, reasons, matrices, ranks)
 
 
 class SpectraView(Mapping[str, dict[str, NDArray[np.float64]]]):

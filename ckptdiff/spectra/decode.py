@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.backends.formats import Format, recode_table
-from ckptdiff.backends.kernels.decode import round_to_bf16
-from ckptdiff.backends.kernels.panels import widen_bf16
+from ckptdiff.backends.kernels.panels import cast_to_bf16, widen_bf16
 
 __all__ = ["decode"]
 
@@ -40,9 +39,7 @@ def decode(stored: NDArray[np.uint8], format: Format, compare: Format, out: Floa
     elif format.bits <= 16:
         np.take(_cast_values(format, compare), codes, out=flat, mode="clip")
     elif compare.name == "bf16":
-        rounded = np.empty(codes.size, np.uint16)
-        round_to_bf16(_as_float32(codes, format), rounded)
-        widen_bf16(_read_only(rounded), flat.view(np.uint32))
+        cast_to_bf16(_as_float32(codes, format), flat.view(np.uint32))
     else:
         with np.errstate(over="ignore", invalid="ignore"):
             np.copyto(flat, codes.view(f"f{format.bits // 8}"), casting="same_kind")

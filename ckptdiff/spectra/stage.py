@@ -19,7 +19,7 @@ from ckptdiff.linalg.passes import PanelSource, run_together
 from ckptdiff.linalg.survey import Survey, survey
 from ckptdiff.memory import resident
 from ckptdiff.metrics.catalogue import RHO, flat_key
-from ckptdiff.metrics.spectral import DECAY, SPECTRAL_KEYS, Spectra
+from ckptdiff.metrics.spectral import SPECTRAL_KEYS, Spectra
 from ckptdiff.options import Options, SpectraOptions
 from ckptdiff.result import Diff
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
@@ -59,9 +59,9 @@ class TensorSpectra:
     def lists(self) -> dict[str, NDArray[np.float64]]:
         """Singular values and angles by name, shape (n,), or (matrices, n) if the tensor has several matrices."""
         names = dict.fromkeys(name for matrix in self.matrices for name in matrix.values)
-        return {name: self.stacked(name) if len(self.matrices) > 1 else self.stacked(name)[0] for name in names}
+        return {name: self._stacked(name) if len(self.matrices) > 1 else self._stacked(name)[0] for name in names}
 
-    def stacked(self, name: str) -> NDArray[np.float64]:
+    def _stacked(self, name: str) -> NDArray[np.float64]:
         """One list of values of every matrix, NaN where unknown, shape (matrices, length)."""
         rows = [matrix.values.get(name, np.empty(0)) for matrix in self.matrices]
         found = np.full((len(rows), max(map(len, rows), default=0)), np.nan)
@@ -180,9 +180,6 @@ class SpectraTable:
         self._spectra.ranks[row] = max((len(matrix.values["delta"]) for matrix in measured), default=0)
         for key in SPECTRAL_KEYS:
             self._spectra.columns[key][row] = _median([matrix.figures.get(key, math.nan) for matrix in measured])
-        for name, kept in (("delta", self._spectra.delta), ("base", self._spectra.base)):
-            values = tensor.stacked(name)[:, :DECAY]
-            kept[row, : values.shape[1]] = [_median(column) for column in values.T.tolist()]
 
     def finish(self) -> Spectra:
         """The table."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from ckptdiff.backends.kernel_cache import kernel
+from ckptdiff.backends.kernels.stored import round_to_bf16
 from ckptdiff.backends.kernels.tiles import Array
 
-__all__ = ["widen_bf16"]
+__all__ = ["cast_to_bf16", "widen_bf16"]
 
 
 @kernel
@@ -21,3 +22,16 @@ def widen_bf16(codes: Array, out: Array) -> None:
     """
     for i in range(codes.size):
         out[i] = np.uint32(codes[i]) << np.uint32(16)
+
+
+@kernel
+def cast_to_bf16(codes: Array, out: Array) -> None:
+    """Round float32 codes to bfloat16, to nearest even, and write them as float32 codes.
+
+    Parameters
+    ----------
+    codes : read-only uint32 array, shape (n,)
+    out : uint32 array, shape (n,)
+    """
+    for i in range(codes.size):
+        out[i] = np.uint32(round_to_bf16(codes[i])) << np.uint32(16)
