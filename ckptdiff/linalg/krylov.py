@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptdiff.linalg.blas_threads import one_blas_thread
 from ckptdiff.linalg.passes import Array, Panel, Stage
 from ckptdiff.linalg.symmetric import eigh_top, gram_of
 
@@ -157,11 +158,12 @@ def _applied(block: Array, image: Array) -> Callable[[Panel], None]:
 
 def _orthonormal(block: Array, floor: float, xp: Any) -> Array:
     """Orthonormal basis of a block's columns, without directions of a norm below `floor`."""
-    wide = block.astype(np.float64)
-    values, vectors = xp.linalg.eigh(wide.T @ wide)
-    kept = values > max(floor**2, 1e-30 * float(values[-1]))
-    basis, _ = xp.linalg.qr(wide @ (vectors[:, kept] / xp.sqrt(values[kept])))
-    return basis.astype(block.dtype)
+    with one_blas_thread():
+        wide = block.astype(np.float64)
+        values, vectors = xp.linalg.eigh(wide.T @ wide)
+        kept = values > max(floor**2, 1e-30 * float(values[-1]))
+        basis, _ = xp.linalg.qr(wide @ (vectors[:, kept] / xp.sqrt(values[kept])))
+        return basis.astype(block.dtype)
 
 
 class _Basis:
@@ -174,6 +176,7 @@ class _Basis:
         self._images = xp.empty((short, capacity), dtype)
         self._size = 0
         self._unit = float(np.finfo(dtype).eps)
+        self._pairs: tuple[Array, Array] | None = None
 
     @property
     def full(self) -> bool:
@@ -185,7 +188,7 @@ class _Basis:
         stop = self._size + block.shape[1]
         self._vectors[:, self._size : stop] = block
         self._images[:, self._size : stop] = image
-        self._size = stop
+        self._size, self._pairs = stop, None
 
     def deflate(self, block: Array) -> Array:
         """The part of a block that is orthogonal to the space."""
@@ -227,7 +230,8 @@ class _Basis:
         lower[:count] = np.maximum(_host(values[:count]), 0.0)
         # What rounding of the products may have taken from each eigenvalue.
         slack = 4 * self._unit * float(values[0])
-        upper = {k: _upper(xp, values, square, min(k, count), beyond) + k * slack for k in ranks}
+        with one_blas_thread():
+            upper = {k: _upper(xp, values, square, min(k, count), beyond) + k * slack for k in ranks}
         return LeadingValues(lower, upper, (space @ vectors[:, :count]).astype(self._dtype), steps)
 
     def _parts(self) -> tuple[Array, Array]:
@@ -236,10 +240,13 @@ class _Basis:
 
     def _ritz(self) -> tuple[Array, Array]:
         """Ritz values, largest first, and the coordinates of their vectors in the basis."""
-        space, images = self._parts()
-        small = space.T @ images
-        values, vectors = self._xp.linalg.eigh((small + small.T) / 2)
-        return values[::-1], vectors[:, ::-1]
+        if self._pairs is None:
+            space, images = self._parts()
+            small = space.T @ images
+            with one_blas_thread():
+                values, vectors = self._xp.linalg.eigh((small + small.T) / 2)
+            self._pairs = values[::-1], vectors[:, ::-1]
+        return self._pairs
 
 
 def _upper(xp: Any, values: Array, square: Array, k: int, beyond: float) -> float:

@@ -32,9 +32,10 @@ def require_scipy() -> None:
     """
     try:
         import scipy.linalg  # noqa: F401
+        import threadpoolctl  # noqa: F401
     except ImportError:
         raise OptionError(
-            "spectra need SciPy, which is not installed", hint="pip install 'ckptdiff[spectra]'"
+            "spectra need SciPy and threadpoolctl, which are not installed", hint="pip install 'ckptdiff[spectra]'"
         ) from None
 
 

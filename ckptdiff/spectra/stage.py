@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 
 from ckptdiff.backends.formats import FORMATS, compare_format
 from ckptdiff.checkpoint import Kind, TensorPair
+from ckptdiff.linalg.blas_threads import blas_threads
 from ckptdiff.linalg.passes import PanelSource, run_together
 from ckptdiff.linalg.survey import Survey, survey
 from ckptdiff.memory import resident
 from ckptdiff.metrics.catalogue import RHO, flat_key
 from ckptdiff.metrics.spectral import SPECTRAL_KEYS, Spectra
-from ckptdiff.options import Options, SpectraOptions
+from ckptdiff.options import Options, SpectraOptions, default_threads
 from ckptdiff.result import Diff
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.measure import MatrixSpectra, measure_exact, measure_randomized
@@ -30,6 +31,8 @@ from ckptdiff.stream.reader import OpenShards
 
 __all__ = ["SpectraTable", "TensorSpectra", "measure_spectra"]
 
+_SMALL = 1 << 19
+"""Entries of a matrix that one thread measures in no more time than it takes several to agree."""
 _SAFE = (1e-12, 1e12)
 """Norms whose squares and fourth powers float32 can add up."""
 
@@ -87,14 +90,18 @@ def measure_spectra(
     """
     unchanged = diff.columns["numel"] == diff.columns["unchanged_bitwise"]
     on_grid = ~np.isnan(diff.columns[flat_key("low_coverage_null", RHO[0])]) & (options.compare == "bf16")
-    room = room_of(options, resident())
+    room, threads = room_of(options, resident()), options.threads or default_threads()
     for index, pair in enumerate(pairs):
         views = matrices_of(pair.name, pair.base.shape) if pair.base.kind is Kind.FLOAT else []
         if unchanged[index]:
             yield TensorSpectra(index, tuple(_failed("the update is zero") for _ in views))
             continue
         job = _Job(pair, shards, options, room, bool(on_grid[index]))
-        yield TensorSpectra(index, tuple(job.measure(view) for view in views))
+        found = []
+        for view in views:
+            with blas_threads(threads if view.long * view.short > _SMALL else 1):
+                found.append(job.measure(view))
+        yield TensorSpectra(index, tuple(found))
 
 
 @dataclass(frozen=True, slots=True)
