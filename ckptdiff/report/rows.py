@@ -186,6 +186,11 @@ def _chosen_tensors(diff: Diff, view: View) -> Sequence[int] | None:
     if view.sort is None:
         return None if view.top is None else range(min(view.top, len(diff.tensors)))
     path, descending = view.sort_path()
+    if path[0] == SPECTRAL:
+        spectral = [math.nan] * len(diff.tensors)
+        if diff.spectra is not None:
+            spectral = diff.spectra.columns["_".join(path[1:])].tolist()
+        return _sorted([None if math.isnan(value) else value for value in spectral], descending)[: view.top]
     for figure in FIGURES:
         for parameter, flat in flat_keys(figure):
             if figure_paths()[flat] == path:
