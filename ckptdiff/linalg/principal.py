@@ -24,8 +24,8 @@ from ckptdiff.linalg.symmetric import add_gram, eigh_top, gram_of, solve_lower, 
 
 __all__ = ["Principal", "principal", "principal_rank"]
 
-_SMALLEST_GAP = 1e-6
-"""A subspace is defined if its last eigenvalue stands out from the next by this share of the largest."""
+_SMALLEST_GAP = {4: 1e-6, 8: 1e-9}
+"""By item size: a subspace is defined if its last eigenvalue stands out from the next by this share of the largest."""
 _NOISE = 64
 """Eigenvalues of a Gram matrix are noise below this many units of rounding of the largest."""
 _SAMPLED_ROWS = 256
@@ -116,7 +116,7 @@ def principal(
         del gram
     values, vectors = eigenpairs[0][:wanted], eigenpairs[1][:, :wanted]
     spectrum = np.asarray(values.get() if hasattr(values, "get") else values, np.float64)
-    figures = [_subspace(rho, short, spectrum, float(np.finfo(dtype).eps)) for rho in rhos]
+    figures = [_subspace(rho, short, spectrum, np.dtype(dtype)) for rho in rhos]
     defined = [figure for figure in figures if not figure.reason]
     if not defined:
         return spectrum, figures
@@ -135,16 +135,16 @@ def principal(
     return spectrum, [done.get(figure.rho, figure) for figure in figures]
 
 
-def _subspace(rho: float, short: int, values: NDArray[np.float64], unit: float) -> Principal:
+def _subspace(rho: float, short: int, values: NDArray[np.float64], dtype: np.dtype[Any]) -> Principal:
     """Whether the subspace of a rho is defined."""
     rank = principal_rank(rho, short)
     if not values[0] > 0:
         return Principal(rho, rank, math.nan, "the base is zero")
     following = max(float(values[rank]), 0.0) if rank < values.size else 0.0
     gap = (float(values[rank - 1]) - following) / float(values[0])
-    if values[rank - 1] < _NOISE * unit * values[0]:
+    if values[rank - 1] < _NOISE * np.finfo(dtype).eps * values[0]:
         return Principal(rho, rank, gap, "the base's singular values are noise there")
-    if gap < _SMALLEST_GAP:
+    if gap < _SMALLEST_GAP[dtype.itemsize]:
         return Principal(rho, rank, gap, "the base's spectrum has no gap there")
     return Principal(rho, rank, gap)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import h5py
 
-from ckptdiff.checkpoint import Checkpoint, open_checkpoint, pair
+from ckptdiff.checkpoint import Checkpoint, TensorPair, open_checkpoint, pair
 from ckptdiff.errors import OptionError, RunFileError
 from ckptdiff.events import Listener, SpectraDone
 from ckptdiff.options import Compare, Options, SpectraOptions
@@ -58,13 +59,7 @@ def add_spectra(
         diff = run.load()
     if diff.spectra is not None:
         raise RunFileError("the run file has spectra already", file=path)
-    sides = open_checkpoint(base or str(diff.base["path"])), open_checkpoint(tuned or str(diff.tuned["path"]))
-    for side, known in zip(sides, (diff.base, diff.tuned), strict=True):
-        _require_same(side, known)
-    given = dict(diff.options)
-    pairing = pair(*sides, renames=given["renames"], include=given["include"], exclude=given["exclude"])
-    if [p.name for p in pairing.pairs] != [tensor.name for tensor in diff.tensors]:
-        raise OptionError("the checkpoints do not pair as in the run", file=path, hint="run ckptdiff diff again")
+    pairs = _pairs(path, diff, base or str(diff.base["path"]), tuned or str(diff.tuned["path"]))
     options = Options(compare=cast(Compare, diff.compare), max_memory=max_memory, spectra=spectra)
     staged = StagedFile(Path(path))
     try:
@@ -73,7 +68,7 @@ def add_spectra(
         staged.check()
         with open_shards("pread") as shards, h5py.File(staged, "r+") as file:
             table = SpectraTable(spectra.mode, len(diff.tensors))
-            for found in measure_spectra(pairing.pairs, diff, shards, options):
+            for found in measure_spectra(pairs, diff, shards, options):
                 table.take(found)
                 name = diff.tensors[found.index].name
                 if found.method:
@@ -82,16 +77,26 @@ def add_spectra(
                 if listener is not None:
                     listener(SpectraDone(found.index, len(diff.tensors), name))
             shards.check()
-            diff = replace(diff, spectra=table.finish())
-            assert diff.spectra is not None
-            write_spectra(file, diff.spectra)
+            measured = table.finish()
+            write_spectra(file, measured)
         staged.commit()
-    except BaseException:
-        staged.stop()
-        raise
     finally:
+        # Nothing of what a failure left open is written any more.
+        staged.stop()
         staged.discard()
-    return diff
+    return replace(diff, spectra=measured)
+
+
+def _pairs(path: str, diff: Diff, base: str, tuned: str) -> Sequence[TensorPair]:
+    """The tensor pairs of a run, from its checkpoints."""
+    sides = open_checkpoint(base), open_checkpoint(tuned)
+    for side, known in zip(sides, (diff.base, diff.tuned), strict=True):
+        _require_same(side, known)
+    given = dict(diff.options)
+    pairs = pair(*sides, renames=given["renames"], include=given["include"], exclude=given["exclude"]).pairs
+    if [found.name for found in pairs] != [tensor.name for tensor in diff.tensors]:
+        raise OptionError("the checkpoints do not pair as in the run", file=path, hint="run ckptdiff diff again")
+    return pairs
 
 
 def _require_same(side: Checkpoint, known: Any) -> None:
