@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ckptdiff.engine import run
 from ckptdiff.events import Listener
-from ckptdiff.options import MaskRule, Options, parse_size
+from ckptdiff.options import MaskRule, Options, SpectraMode, SpectraOptions, parse_size
 from ckptdiff.result import Diff
 
 __all__ = ["diff"]
@@ -24,6 +24,7 @@ def diff(
     gpu_memory: str | int = 0,
     listener: Listener | None = None,
     title: str | None = None,
+    spectra: str | SpectraOptions | None = None,
     **options: Any,
 ) -> Diff:
     """Compare two checkpoints, as ``ckptdiff diff`` does.
@@ -44,6 +45,8 @@ def diff(
         Called with each event of :mod:`ckptdiff.events`, in the calling thread.
     title : str, optional
         A title for the run file.
+    spectra : {"randomized", "exact"} or SpectraOptions, optional
+        Measure spectra too.
     **options
         The other fields of :class:`Options`: compare, renames, include, exclude, groups, device, threads, io.
 
@@ -63,7 +66,13 @@ def diff(
         os.fspath(base),
         os.fspath(tuned),
         out=None if out is None else Path(out),
-        options=Options(mask=rule, max_memory=memory, gpu_memory=on_gpu, **listed),
+        options=Options(
+            mask=rule,
+            max_memory=memory,
+            gpu_memory=on_gpu,
+            spectra=SpectraOptions(cast(SpectraMode, spectra)) if isinstance(spectra, str) else spectra,
+            **listed,
+        ),
         listener=listener,
         title=title,
     )

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.events import Finished, Listener, Note, Progress, Started, TensorsDone
+from ckptdiff.events import Finished, Listener, Note, Progress, SpectraDone, Started, TensorsDone
 from ckptdiff.metrics.catalogue import COLUMNS
 from ckptdiff.metrics.columns import Measured
+from ckptdiff.metrics.spectral import Spectra
 from ckptdiff.options import Options
 from ckptdiff.planning import Plan, prepare
 from ckptdiff.result import Diff
 from ckptdiff.runfile.writer import RunFileWriter
 from ckptdiff.schedule import execute
-from ckptdiff.stream.reader import open_shards
+from ckptdiff.stream.reader import OpenShards, open_shards
 from ckptdiff.stream.worker import Result
 
 __all__ = ["prepare", "run"]
@@ -68,8 +69,11 @@ def run(
                 if writer is not None:
                     writer.add_histograms(measured.histograms)
         shards.check()
+        spectra = _spectra(plan, results, shards, writer, tell)
+        shards.check()
         seconds = time.perf_counter() - clock
         diff = results.diff({"started": started.isoformat(timespec="seconds"), "seconds": round(seconds, 3)})
+        diff = replace(diff, spectra=spectra)
         if writer is not None:
             writer.finish(diff)
     tell(Finished(diff, seconds))
@@ -107,6 +111,24 @@ def _write_masks(writer: RunFileWriter, plan: Plan, result: Result) -> None:
     if not result.chunks and not plan.loads[result.tensors[0]].numel:
         empty = plan.pairs[result.tensors[0]].base
         writer.begin_mask(empty.name, empty.shape)
+
+
+def _spectra(
+    plan: Plan, results: _Results, shards: OpenShards, writer: RunFileWriter | None, tell: Listener
+) -> Spectra | None:
+    """Measure the spectra of all matrices, once the coordinate pass is through."""
+    if plan.options.spectra is None:
+        return None
+    from ckptdiff.spectra.stage import SpectraTable, measure_spectra
+
+    table = SpectraTable(plan.options.spectra.mode, plan.tensors)
+    for found in measure_spectra(plan.pairs, results.diff({}), shards, plan.options):
+        table.take(found)
+        name = plan.pairs[found.index].name
+        if writer is not None and found.method:
+            writer.add_spectrum(name, found.method, found.lists)
+        tell(SpectraDone(found.index, plan.tensors, name))
+    return table.finish()
 
 
 class _Results:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from ckptdiff.result import Diff
 
-__all__ = ["Event", "Finished", "Listener", "Note", "Progress", "Started", "TensorsDone"]
+__all__ = ["Event", "Finished", "Listener", "Note", "Progress", "SpectraDone", "Started", "TensorsDone"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,15 @@ class TensorsDone:
 
 
 @dataclass(frozen=True, slots=True)
+class SpectraDone:
+    """The spectra of a tensor and of all before it in plan order are done."""
+
+    index: int
+    tensors: int
+    tensor: str
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """Something the user may want to know; shown with ``-v``, or always if ``warning``."""
 
@@ -60,5 +69,5 @@ class Finished:
     seconds: float
 
 
-Event: TypeAlias = Started | Progress | TensorsDone | Note | Finished
+Event: TypeAlias = Started | Progress | TensorsDone | SpectraDone | Note | Finished
 Listener: TypeAlias = Callable[[Event], None]

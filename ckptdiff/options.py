@@ -9,11 +9,23 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 
 from ckptdiff.errors import OptionError
 
-__all__ = ["DEFAULT_MEMORY", "Compare", "Io", "MaskRule", "Options", "parse_size"]
+__all__ = [
+    "DEFAULT_MEMORY",
+    "Compare",
+    "Io",
+    "MaskRule",
+    "Options",
+    "SpectraMode",
+    "SpectraOptions",
+    "parse_size",
+]
 
 DEFAULT_MEMORY = 400 << 20
+_LEADING = 64
+"""Singular values that the spectra list."""
 
 Compare: TypeAlias = Literal["bf16", "stored"]
+SpectraMode: TypeAlias = Literal["randomized", "exact"]
 Io: TypeAlias = Literal["auto", "mmap", "pread"]
 RuleKind: TypeAlias = Literal["bitwise", "abs", "eta", "rel", "top", "none"]
 
@@ -91,6 +103,44 @@ def default_threads() -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class SpectraOptions:
+    """What is asked of the spectral stage.
+
+    Attributes
+    ----------
+    mode : {"randomized", "exact"}
+    block, steps : int
+        Vectors of a Krylov block, and how many blocks at most (randomized mode).
+    seed : int
+    limit : int
+        Exact mode falls back to randomized where both sides of a matrix are longer.
+
+    Raises
+    ------
+    OptionError
+        If a value cannot be used.
+    """
+
+    mode: SpectraMode = "randomized"
+    block: int = 32
+    steps: int = 10
+    seed: int = 0
+    limit: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(SpectraMode):
+            raise OptionError("unknown kind of spectra", expected=", ".join(get_args(SpectraMode)), found=self.mode)
+        for name, least, most in (("block", 1, 1024), ("steps", 1, 1024), ("seed", 0, 2**63 - 1), ("limit", 1, 2**31)):
+            if not least <= getattr(self, name) <= most:
+                raise OptionError(
+                    f"{name} of the spectra out of range", expected=f"{least} to {most}", found=getattr(self, name)
+                )
+        vectors = self.block * self.steps
+        if vectors < 2 * _LEADING:
+            raise OptionError("too few Krylov vectors", expected=f"{2 * _LEADING} or more in all", found=vectors)
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """Options of one run, as the command line and :func:`ckptdiff.diff` take them.
 
@@ -117,6 +167,8 @@ class Options:
         Bound on the GPU memory that is taken, in bytes; 0 stands for half of what is free.
     io : {"auto", "mmap", "pread"}
         "auto" is "pread".
+    spectra : SpectraOptions, optional
+        None measures no spectra.
 
     Raises
     ------
@@ -135,6 +187,7 @@ class Options:
     max_memory: int = 0
     gpu_memory: int = 0
     io: Io = "auto"
+    spectra: SpectraOptions | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("compare", Compare), ("io", Io)):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.metrics.catalogue import Figure
 from ckptdiff.metrics.grouping import Grouping, figures_of, median_2d, values_of
+from ckptdiff.metrics.spectral import Spectra
 
 __all__ = ["GROUPINGS", "Diff", "GroupBy", "TensorFacts", "UnmatchedTensor"]
 
@@ -92,6 +93,8 @@ class Diff:
     warnings: tuple[str, ...] = ()
     run: Mapping[str, Any] = field(default_factory=dict)
     """How it ran: device, threads, io, started, seconds."""
+    spectra: Spectra | None = None
+    """Spectral figures, None if none were measured."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -121,17 +124,24 @@ class Diff:
     def median_2d(self) -> dict[str, Any]:
         """Unweighted medians over native 2-D tensors with a nonzero delta."""
         matrices = np.array([len(tensor.shape) == 2 for tensor in self.tensors], bool) & self._valued
-        return median_2d(self._grouping(np.arange(len(self.tensors)), len(self.tensors), None), matrices)
+        figures = median_2d(self._grouping(np.arange(len(self.tensors)), len(self.tensors), None), matrices)
+        return figures | self._spectral(np.arange(len(self.tensors)))
 
     @cached_property
     def per_tensor(self) -> list[dict[str, Any]]:
         """Figures of each tensor, in the order of :attr:`tensors`."""
-        return figures_of(self._grouping(np.arange(len(self.tensors)), len(self.tensors), None))
+        figures = figures_of(self._grouping(np.arange(len(self.tensors)), len(self.tensors), None))
+        if self.spectra is None:
+            return figures
+        return [{**row, "spectral": self.spectra.tensor(index)} for index, row in enumerate(figures)]
 
     def of_tensors(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Figures of some tensors, by their place in :attr:`tensors`: cheaper than :attr:`per_tensor` if few."""
         columns = {name: values[list(rows)] for name, values in self.columns.items()}
-        return figures_of(Grouping(columns, np.arange(len(rows)), len(rows), self._delta_energy))
+        figures = figures_of(Grouping(columns, np.arange(len(rows)), len(rows), self._delta_energy))
+        if self.spectra is None:
+            return figures
+        return [{**found, "spectral": self.spectra.tensor(row)} for row, found in zip(rows, figures, strict=True)]
 
     def values(self, figure: Figure, parameter: float | None) -> NDArray[np.float64]:
         """One figure of every tensor, NaN where undefined, shape (len(tensors),)."""
@@ -161,8 +171,17 @@ class Diff:
         result = []
         for i, (label, figures) in enumerate(zip(labels, figures_of(groups), strict=True)):
             head = {"tower": label[0], "layer": label[1]} if by == "layer" else {_LABEL_KEY[by]: label[0]}
-            result.append({**head, "tensors": len(members[label]), "numel": int(numel[i]), **figures})
+            found = members[label]
+            counts = {"tensors": len(found), "numel": int(numel[i])}
+            result.append({**head, **counts, **figures, **self._spectral(found)})
         return result
+
+    def _spectral(self, rows: Sequence[int] | NDArray[np.intp]) -> dict[str, Any]:
+        """Medians over the native matrices with a nonzero delta among some tensors, if there are spectra."""
+        if self.spectra is None:
+            return {}
+        moved = self.columns["delta_norm"] > 0
+        return {"spectral": self.spectra.median([r for r in rows if len(self.tensors[r].shape) == 2 and moved[r]])}
 
     @staticmethod
     def _labels(by: GroupBy, tensor: TensorFacts) -> list[tuple[Any, ...]]:

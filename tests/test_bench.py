@@ -227,3 +227,18 @@ def test_compare_runs(tmp_path):
     assert all(row["seconds"] > 0 for row in section["rows"])
     assert section["title"] in printed
     assert list(tmp_path.iterdir()) == [report]
+
+
+def test_spectra_are_right_and_small_in_memory():
+    output = script("spectra.py", "--quick", "--threads", 1, "--sections", "accuracy,memory")
+    assert "MISSED" not in output
+    assert "median bound" in output
+
+
+@needs_torch
+def test_spectra_beside_torch():
+    output = script("spectra.py", "--quick", "--threads", 1, "--sections", "update,principal,exact")
+    missed = [line for line in output.splitlines() if "MISSED" in line]
+    # At this size nothing is faster than anything.
+    assert all("/ ckptdiff" in line for line in missed)
+    assert "NSS" in output

@@ -149,7 +149,8 @@ def _by(head: str) -> GroupBy:
 def _at(row: Mapping[str, Any], path: tuple[str, ...]) -> float | None:
     value: Any = row
     for key in path:
-        value = value[key]
+        # Without spectra, and for a vector, there is nothing under "spectral".
+        value = None if value is None else value.get(key)
     return None if value is None else float(value)
 
 

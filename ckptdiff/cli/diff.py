@@ -111,6 +111,14 @@ __all__ = ["diff"]
     "network) kills the process with SIGBUS; pread copies, and reports the same as an error. auto takes pread, "
     "which is also the faster one.",
 )
+@click.option(
+    "--spectra",
+    type=click.Choice(["randomized", "exact"]),
+    show_default="none",
+    help="Measure singular values of every matrix's update, and where it lies in the base: quickly with a bound on "
+    "the error, or all of them in float64. Needs SciPy.",
+)
+@click.option("--seed", type=int, default=0, metavar="N", help="Seed of the randomized spectra.")
 @click.option("--dry-run", is_flag=True, show_default="off", help="Print the plan and its memory, and read no data.")
 @view_options
 @click.option(
@@ -134,6 +142,10 @@ def diff(session: Session, /, base: str, tuned: str, **given: Any) -> int:
     kept = [*files_of(base), *files_of(tuned), *([] if out is None else [out])]
     request = Request.of(given, run_file=given["out"], kept=kept)
     options = _options(given)
+    if options.spectra is not None:
+        from ckptdiff.linalg.symmetric import require_scipy
+
+        require_scipy()
     if given["dry_run"]:
         from ckptdiff.cli.plan import print_plan
 
@@ -143,7 +155,7 @@ def diff(session: Session, /, base: str, tuned: str, **given: Any) -> int:
 
 
 def _options(given: dict[str, Any]) -> Options:
-    from ckptdiff.options import MaskRule, Options, parse_size
+    from ckptdiff.options import MaskRule, Options, SpectraOptions, parse_size
 
     return Options(
         compare=given["compare"],
@@ -157,6 +169,7 @@ def _options(given: dict[str, Any]) -> Options:
         max_memory=0 if given["max_memory"] is None else parse_size(given["max_memory"]),
         gpu_memory=0 if given["gpu_memory"] is None else parse_size(given["gpu_memory"]),
         io=given["io"],
+        spectra=SpectraOptions(given["spectra"], seed=given["seed"]) if given["spectra"] else None,
     )
 
 
@@ -165,7 +178,7 @@ def _run(base: str, tuned: str, out: Path | None, options: Options, request: Req
     from ckptdiff.report.as_ndjson import streams
     from ckptdiff.report.progress import ProgressDisplay
 
-    streaming = request.format == "ndjson" and streams(request.view) and not request.silent
+    streaming = request.format == "ndjson" and streams(request.view) and not request.silent and not options.spectra
     with ExitStack() as stack:
         listeners: list[Listener] = [_MembersExist(request)]
         if streaming:

@@ -15,6 +15,9 @@ COMMANDS = {
     "show": "Print any view of a run file.",
     "inspect": "List the tensors of a checkpoint.",
     "mask": "List the masks of a run file, or export them.",
+    "spectra": "Add spectra to a run file, or plot them.",
+    "claims": "Judge the sparse-update paper's claims for a pair.",
+    "lora": "Write the update as a PEFT (LoRA) adapter.",
     "doctor": "Say what this machine offers, and test every backend on it.",
 }
 """Every command with its short help."""

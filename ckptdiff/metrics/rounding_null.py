@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.backends.formats import FORMATS, Format
-from ckptdiff.backends.kernels.cuts import fit_null, null_overlap
+from ckptdiff.backends.kernels.cuts import change_chance, fit_null, null_overlap
 from ckptdiff.backends.partial import Partial
 
-__all__ = ["half_gaps", "low_coverage_null"]
+__all__ = ["change_chances", "half_gaps", "low_coverage_null"]
 
 
 def low_coverage_null(partial: Partial, compare: Format, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -45,6 +45,31 @@ def low_coverage_null(partial: Partial, compare: Format, ranks: NDArray[np.int64
     sigma = fit_null(weights, up, down, first, last, int(finite[1]))
     overlap = np.zeros(ranks.size)
     return overlap / null_overlap(weights, up, down, first, last, sigma, ranks, overlap)
+
+
+def change_chances(weights: NDArray[np.int64], changed: NDArray[np.int64]) -> NDArray[np.float64] | None:
+    """Chance of a weight of each bfloat16 magnitude to change, under the null.
+
+    Parameters
+    ----------
+    weights, changed : int64 array, shape (32768,)
+        Finite coordinates by magnitude code, and those that changed.
+
+    Returns
+    -------
+    float64 array, shape (32768,), or None
+        None if nothing changed or everything did; zero for codes that no weight has.
+    """
+    used = np.flatnonzero(weights)
+    support = int(changed.sum())
+    if not 0 < support < int(weights.sum()):
+        return None
+    up, down = half_gaps("bf16")
+    first, last = int(used[0]), int(used[-1])
+    chances = np.zeros(weights.size)
+    change_chance(up, down, first, last, fit_null(weights, up, down, first, last, support), chances)
+    chances[weights == 0] = 0.0
+    return chances
 
 
 @cache

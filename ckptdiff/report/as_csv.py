@@ -19,7 +19,7 @@ def write(diff: Diff, stream: TextIO, view: View) -> None:
     Control characters in names are written as ``\x1b`` here too: csv is often looked at in a terminal. The json
     formats hold the exact names.
     """
-    columns = flat_columns(view.rows_by)
+    columns = flat_columns(view.rows_by, spectra=diff.spectra is not None)
     table = csv.writer(stream, lineterminator="\n")
     table.writerow(columns)
     for row in rows(diff, view):

@@ -7,16 +7,19 @@ from typing import Any, TextIO
 
 from ckptdiff.errors import OptionError
 from ckptdiff.metrics.catalogue import FIGURES, flat_keys
+from ckptdiff.metrics.spectral import SPECTRAL_KEYS
 from ckptdiff.report.document import facts
 from ckptdiff.report.json_text import dumps
-from ckptdiff.report.rows import View, flat_columns, flatten, rows
+from ckptdiff.report.rows import SPECTRAL, View, flat_columns, flatten, rows
 from ckptdiff.result import Diff
 
 __all__ = ["require_pyarrow", "write"]
 
-_INTEGERS = {"layer", "tensors", "numel"}
+_INTEGERS = {"layer", "tensors", "numel", f"{SPECTRAL}_matrices", f"{SPECTRAL}_rank"}
 _COUNTED = {flat for figure in FIGURES if figure.unit == "count" for _, flat in flat_keys(figure)}
-_FIGURES = {flat for figure in FIGURES for _, flat in flat_keys(figure)}
+_FIGURES = {flat for figure in FIGURES for _, flat in flat_keys(figure)} | {
+    f"{SPECTRAL}_{key}" for key in SPECTRAL_KEYS
+}
 
 
 def require_pyarrow() -> None:
@@ -49,7 +52,8 @@ def write(diff: Diff, stream: TextIO, view: View) -> None:
     import pyarrow.parquet as pq
 
     members = [dict(flatten(row)) for row in rows(diff, view)]
-    fields = [pa.field(key, _type(pa, key)) for key in flat_columns(view.rows_by)]
+    keys = flat_columns(view.rows_by, spectra=diff.spectra is not None)
+    fields = [pa.field(key, _type(pa, key)) for key in keys]
     schema = pa.schema(fields, metadata={"ckptdiff": dumps(facts(diff))})
     columns = [pa.array([row.get(field.name) for row in members], field.type) for field in fields]
     # Made in memory, because a pipe cannot tell its position: a row is some 400 bytes.

@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import Any, TextIO
 
 from ckptdiff.metrics.catalogue import parameter_key
+from ckptdiff.report.member_labels import labels
 from ckptdiff.report.rows import View, rows
 from ckptdiff.report.screen import Column, Screen, bar, screen_of, table_lines
+from ckptdiff.report.spectra_section import spectra_section
 from ckptdiff.report.summary import summary
-from ckptdiff.report.text import number, percent, quantity, safe, shape_text
+from ckptdiff.report.text import number, percent, quantity, shape_text
 from ckptdiff.result import Diff, GroupBy
 
 __all__ = ["table", "write"]
@@ -51,11 +53,16 @@ def table(diff: Diff, view: View, screen: Screen) -> list[str]:
     lines = [screen.paint(headline, "bold"), *lines]
     legend = ["", *(screen.paint(line, "dim") for line in _LEGEND)]
     if view.by is not None:
-        return [*lines, *_section(diff, view, screen), *legend]
+        return [*lines, *_section(diff, view, screen), *legend, *spectra_section(diff, view, screen)]
     for by in _overview(diff):
         lines += _section(diff, View(by), screen)
     movers = View("tensor", view.sort or "delta_energy_share", view.top or _MOVERS)
-    return [*lines, *_section(diff, movers, screen, f"top {movers.top} movers"), *legend]
+    return [
+        *lines,
+        *_section(diff, movers, screen, f"top {movers.top} movers"),
+        *legend,
+        *spectra_section(diff, View("module"), screen),
+    ]
 
 
 def _overview(diff: Diff) -> Iterator[GroupBy]:
@@ -88,7 +95,7 @@ def _columns(members: Sequence[Mapping[str, Any]], by: GroupBy, screen: Screen) 
     single = by == "tensor"
     relative = [row["rel_norm"] for row in members]
     largest = max((value for value in relative if value is not None), default=0.0)
-    columns = [Column("", _labels(members, by), left=True)]
+    columns = [Column("", labels(members, by), left=True)]
     if single:
         columns += [
             Column("shape", [shape_text(tuple(row["shape"])) for row in members], rank=4),
@@ -120,14 +127,6 @@ def _of(part: float | None, whole: float) -> float | None:
 def _unless_empty(cells: list[str]) -> list[str]:
     """The cells, or nothing at all where every figure is undefined."""
     return cells if any(cell != percent(None) for cell in cells) else [""] * len(cells)
-
-
-def _labels(members: Sequence[Mapping[str, Any]], by: GroupBy) -> list[str]:
-    if by == "layer":
-        towers = {row["tower"] for row in members}
-        return [f"{row['tower']} {row['layer']}" if len(towers) > 1 else str(row["layer"]) for row in members]
-    key = {"tensor": "name", "module": "module_type"}.get(by, by)
-    return [safe(str(row[key])) or '""' for row in members]
 
 
 def _stored(row: Mapping[str, Any]) -> str:

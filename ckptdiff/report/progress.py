@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from ckptdiff.events import Event, Note, Progress, Started
+from ckptdiff.events import Event, Note, Progress, SpectraDone, Started
 from ckptdiff.report.text import duration, percent, safe, size
 
 if TYPE_CHECKING:
@@ -86,6 +86,8 @@ class ProgressDisplay:
             self._note(event)
         elif isinstance(event, Progress):
             self._show(event)
+        elif isinstance(event, SpectraDone):
+            self._show_spectra(event)
 
     def _note(self, note: Note) -> None:
         if not (self._warnings if note.warning else self._infos):
@@ -109,7 +111,22 @@ class ProgressDisplay:
                 self._print(f"ckptdiff: {', '.join(facts)}, {safe(event.tensor)}")
         elif now - self._begun >= _FIRST_BAR and (self._live is None or now - self._drawn >= 1 / _PER_SECOND):
             self._drawn = now
-            self._draw(event, facts)
+            self._draw(event.bytes_done / self._total if self._total else 1.0, event.tensor, facts)
+
+    def _show_spectra(self, event: SpectraDone) -> None:
+        now, done = time.monotonic(), event.index + 1
+        if event.index == 0:
+            self._begun = now
+        if not self._progress or now - self._drawn < (1 / _PER_SECOND if self._terminal else _FIRST_LINE):
+            return
+        self._drawn = now
+        facts = [f"spectra of {done:,} of {event.tensors:,} tensors"]
+        if done > 1:
+            facts.append(f"{duration((now - self._begun) / (done - 1) * (event.tensors - done))} left")
+        if self._terminal:
+            self._draw(done / event.tensors, event.tensor, facts)
+        else:
+            self._print(f"ckptdiff: {', '.join(facts)}, {safe(event.tensor)}")
 
     def _facts(self, event: Progress, seconds: float) -> list[str]:
         """Bytes, speed, time left and running sparsity, in words."""
@@ -121,7 +138,7 @@ class ProgressDisplay:
             facts.append(f"{percent(event.unchanged / event.compared)} unchanged")
         return facts
 
-    def _draw(self, event: Progress, facts: list[str]) -> None:
+    def _draw(self, share: float, tensor: str, facts: list[str]) -> None:
         from rich.text import Text
 
         if self._live is None:
@@ -132,9 +149,9 @@ class ProgressDisplay:
             self._live.start()
         words = "  ".join(facts)
         width = max(_SHORTEST, min(_LONGEST, self._live.console.width - len(words) - 3))
-        done = round(width * event.bytes_done / self._total) if self._total else width
+        done = round(width * share)
         bar = Text("━" * done, style="cyan") + Text("━" * (width - done), style="dim")
-        text = Text.assemble(bar, "  ", words, "\n", (safe(event.tensor), "dim"))
+        text = Text.assemble(bar, "  ", words, "\n", (safe(tensor), "dim"))
         text.no_wrap, text.overflow = True, "ellipsis"
         self._live.update(text, refresh=True)
 

@@ -9,11 +9,14 @@ from typing import Any
 
 from ckptdiff.errors import OptionError
 from ckptdiff.metrics.catalogue import FIGURES, flat_keys, parameter_key
+from ckptdiff.metrics.spectral import SPECTRAL_FIGURES, SPECTRAL_KEYS, spectral_keys
 from ckptdiff.result import Diff, GroupBy, TensorFacts
 
 __all__ = [
     "LABELS",
     "LIST_KEYS",
+    "SPECTRAL",
+    "SPECTRAL_FACTS",
     "View",
     "figure_paths",
     "flat_columns",
@@ -46,6 +49,11 @@ LABELS: Mapping[GroupBy, tuple[str, ...]] = {
     ),
 }
 """Keys of a row that say which member it is, before its counts and figures."""
+
+SPECTRAL = "spectral"
+"""Key of a row under which its spectral figures stand, if spectra were measured."""
+SPECTRAL_FACTS = ("method", "matrices", "rank", "reason")
+"""What stands there beside figures: groups have the first two."""
 
 _COUNTS = ("tensors", "numel")
 _DIRECTIONS = ("asc", "desc")
@@ -115,13 +123,22 @@ def figure_paths() -> dict[str, tuple[str, ...]]:
         for parameter, flat in flat_keys(figure):
             path = (figure.key,) if parameter is None else (figure.key, parameter_key(parameter))
             paths[flat] = paths[".".join(path)] = path
+    for spectral in SPECTRAL_FIGURES:
+        for parameter, flat in spectral_keys(spectral):
+            inner = (spectral.key,) if parameter is None else (spectral.key, parameter_key(parameter))
+            paths[f"{SPECTRAL}_{flat}"] = paths[".".join((SPECTRAL, *inner))] = (SPECTRAL, *inner)
     return paths
 
 
-def flat_columns(by: GroupBy) -> tuple[str, ...]:
+def flat_columns(by: GroupBy, *, spectra: bool = False) -> tuple[str, ...]:
     """Keys of flattened rows, in the order of csv and parquet columns."""
     counts = ("numel",) if by == "tensor" else _COUNTS
-    return (*LABELS[by], *counts, *(flat for figure in FIGURES for _, flat in flat_keys(figure)))
+    figures = (flat for figure in FIGURES for _, flat in flat_keys(figure))
+    columns = (*LABELS[by], *counts, *figures)
+    if not spectra:
+        return columns
+    facts = SPECTRAL_FACTS if by == "tensor" else SPECTRAL_FACTS[:2]
+    return (*columns, *(f"{SPECTRAL}_{key}" for key in (*facts, *SPECTRAL_KEYS)))
 
 
 def tensor_row(facts: TensorFacts, numel: int, figures: Mapping[str, Any]) -> Row:
@@ -169,6 +186,11 @@ def _chosen_tensors(diff: Diff, view: View) -> Sequence[int] | None:
     if view.sort is None:
         return None if view.top is None else range(min(view.top, len(diff.tensors)))
     path, descending = view.sort_path()
+    if path[0] == SPECTRAL:
+        spectral = [math.nan] * len(diff.tensors)
+        if diff.spectra is not None:
+            spectral = diff.spectra.columns["_".join(path[1:])].tolist()
+        return _sorted([None if math.isnan(value) else value for value in spectral], descending)[: view.top]
     for figure in FIGURES:
         for parameter, flat in flat_keys(figure):
             if figure_paths()[flat] == path:
@@ -189,7 +211,8 @@ def _sorted(values: Sequence[Any], descending: bool) -> list[int]:
 def _value(row: Mapping[str, Any], path: tuple[str, ...]) -> Any:
     value: Any = row
     for key in path:
-        value = value.get(key)
+        # A diff without spectra, or a vector, has no spectral figures at all.
+        value = None if value is None else value.get(key)
     return value
 
 
@@ -197,7 +220,7 @@ def flatten(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield (flat key, value): ``{"unchanged_abs": {"1e-05": x}}`` becomes ``("unchanged_abs_1e-05", x)``."""
     for key, value in row.items():
         if isinstance(value, Mapping):
-            for parameter, cell in value.items():
-                yield f"{key}_{parameter}", cell
+            for inner, cell in flatten(value):
+                yield f"{key}_{inner}", cell
         else:
             yield key, value

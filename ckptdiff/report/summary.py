@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 
 from ckptdiff.metrics.catalogue import parameter_key
-from ckptdiff.report.text import percent, plural, quantity, safe
+from ckptdiff.report.text import number, percent, plural, quantity, safe
 from ckptdiff.result import Diff
 
 __all__ = ["side_name", "summary"]
@@ -100,9 +100,23 @@ def _changes(diff: Diff) -> Iterator[str]:
     if low is not None:
         rounding = f"rounding {percent(null)}, " if null is not None else ""
         yield f"smallest 10 % of weights hold {percent(low)} of changes ({rounding}chance 10 %)"
+    yield from _spectra(diff)
     for key, side in (("nonfinite_base", "base"), ("nonfinite_tuned", "tuned")):
         if figures[key]:
             yield f"{plural(figures[key], 'value')} NaN or Inf in {side}: left out of sums"
+
+
+def _spectra(diff: Diff) -> Iterator[str]:
+    found = diff.median_2d.get("spectral")
+    if not found or found["method"] is None:
+        return
+    matrices, top = plural(found["matrices"], "matrix", "matrices"), percent(found["topk_energy"]["16"])
+    rank = number(found["stable_rank"])
+    yield f"spectra of {matrices} ({found['method']}): top 16 hold {top}, stable rank {rank}"
+    covered, null = found["principal_coverage"][_HEADLINE_RHO], found["principal_coverage_null"][_HEADLINE_RHO]
+    if covered is not None:
+        rounding = f"rounding {percent(null)}, " if null is not None else ""
+        yield f"principal 10 % of weights hold {percent(covered)} of changes ({rounding}chance 10 %)"
 
 
 def _as_stored(diff: Diff) -> str:

@@ -18,6 +18,7 @@ from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.result import Diff
 from ckptdiff.runfile.mask import MaskView
 from ckptdiff.runfile.schema import FORMAT, FORMAT_VERSION, HISTOGRAMS, unescape
+from ckptdiff.runfile.spectra_table import SpectraView, read_spectra
 from ckptdiff.runfile.tables import read_columns, read_facts, read_provenance, read_unmatched
 
 __all__ = ["HistogramView", "RunFile"]
@@ -77,6 +78,7 @@ class RunFile:
                 columns=columns,
                 ckptdiff_version=self.attributes["ckptdiff_version"],
                 warnings=tuple(provenance.pop("warnings")),
+                spectra=read_spectra(self._file),
                 **provenance,
                 **unmatched,
             )
@@ -111,6 +113,12 @@ class RunFile:
         """The histograms by tensor name."""
         with self._guard():
             return HistogramView(self._file["histograms"], self.names, self._guard)
+
+    @cached_property
+    def spectra(self) -> SpectraView:
+        """The singular values by tensor name; empty if the run measured no spectra."""
+        with self._guard():
+            return SpectraView(self._file.get("spectra"), self._guard)
 
     def _require_complete(self) -> None:
         found = self.attributes

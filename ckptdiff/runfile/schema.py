@@ -9,6 +9,9 @@
     /tensors/*       one 1-D dataset per fact (shape, dtype_base, layer, ...) and per column of the catalogue
     /histograms/*    delta_log2, base_log2, changed_log2 [tensors, 279] and ulp [tensors, 64], uint64, on the scales
                      name, log2_floor and ulp_floor
+    /tensors/spectral_*, /spectra/<name>/*
+                     only if spectra were measured: their figures, and the singular values that are known of each tensor
+                     (delta, base, tuned, angles_left, angles_right)
     /masks           attributes rule, compare, bit_order
     /masks/<name>    bit-packed mask of one tensor, uint8, with the attribute shape
 """

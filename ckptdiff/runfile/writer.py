@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 from h5py import h5a, h5d, h5p, h5s, h5t
+from numpy.typing import NDArray
 
 import ckptdiff
 from ckptdiff.errors import RunFileError
@@ -21,6 +22,7 @@ from ckptdiff.options import MaskRule
 from ckptdiff.result import Diff
 from ckptdiff.runfile.histogram_table import HistogramTable
 from ckptdiff.runfile.schema import BIT_ORDER, FORMAT, FORMAT_VERSION, escape_name, mask_chunk_bytes, packed_bytes
+from ckptdiff.runfile.spectra_table import add_spectrum, write_spectra
 from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.runfile.tables import write_provenance, write_tensors
 
@@ -143,6 +145,11 @@ class RunFileWriter:
         self._table.add(rows)
         self._staged.check()
 
+    def add_spectrum(self, name: str, method: str, lists: Mapping[str, NDArray[np.float64]]) -> None:
+        """Add the singular values of one tensor; see :func:`~ckptdiff.runfile.spectra_table.add_spectrum`."""
+        add_spectrum(self._file, name, method, lists)
+        self._staged.check()
+
     def finish(self, diff: Diff) -> None:
         """Write everything else and put the run file in place.
 
@@ -161,6 +168,8 @@ class RunFileWriter:
         self._table.finish(len(diff.tensors))
         write_tensors(self._file.create_group("tensors"), diff)
         self._table.name_rows(self._file["tensors/name"])
+        if diff.spectra is not None:
+            write_spectra(self._file, diff.spectra)
         write_provenance(self._file, diff)
         # Complete is set after everything else is in the file, should anyone open the temporary one.
         self._file.flush()

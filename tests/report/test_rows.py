@@ -6,6 +6,7 @@ import pytest
 
 from ckptdiff.errors import OptionError
 from ckptdiff.metrics.catalogue import FIGURES
+from ckptdiff.metrics.spectral import SPECTRAL_FIGURES
 from ckptdiff.report.rows import View, figure_paths, flat_columns, flatten, rows
 from ckptdiff.result import GROUPINGS, Diff
 
@@ -59,7 +60,9 @@ def test_top_must_be_positive(top: int) -> None:
 def test_every_figure_can_be_reached() -> None:
     paths = figure_paths()
     assert paths["unchanged_abs.0.0001"] == paths["unchanged_abs_0.0001"] == ("unchanged_abs", "0.0001")
-    assert {path[0] for path in paths.values()} == {figure.key for figure in FIGURES}
+    assert paths["spectral.stable_rank"] == ("spectral", "stable_rank")
+    assert {path[0] for path in paths.values()} == {"spectral", *(figure.key for figure in FIGURES)}
+    assert {path[1] for path in paths.values() if path[0] == "spectral"} == {figure.key for figure in SPECTRAL_FIGURES}
 
 
 @pytest.mark.parametrize("by", GROUPINGS)

@@ -15,6 +15,7 @@ from ckptdiff.backends.kernels.bits import float_bits
 from ckptdiff.backends.kernels.tiles import Array
 
 __all__ = [
+    "change_chance",
     "cut_from_bottom",
     "cut_from_top",
     "find_delta_cut",
@@ -265,3 +266,10 @@ def null_overlap(
     for rest in range(at, ranks.size):
         overlap[rest] = total
     return total
+
+
+@kernel
+def change_chance(up: Array, down: Array, first: int, last: int, sigma: float, chances: Array) -> None:
+    """Write the chance of each magnitude code ``first`` to ``last`` to change; parameters as in ``null_overlap``."""
+    for code in range(first, last + 1):
+        chances[code] = exceeds(up[code] / sigma) + exceeds(down[code] / sigma)

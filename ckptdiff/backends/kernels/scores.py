@@ -1,0 +1,81 @@
+"""Kernels on the entries of a panel: magnitudes of base weights, and what lies above a cut in a score."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ckptdiff.backends.kernel_cache import kernel
+from ckptdiff.backends.kernels.tiles import Array
+
+__all__ = ["count_magnitudes", "count_scores"]
+
+
+@kernel
+def count_magnitudes(base: Array, delta: Array, threshold: Any, counts: Array) -> int:
+    """Count entries by the leading 15 magnitude bits of the base.
+
+    Parameters
+    ----------
+    base : uint32 array, shape (rows, columns)
+        Codes of float32 values.
+    delta : float32 array of the same shape
+    threshold : float32
+    counts : int64 array, shape (2, 32768)
+        Added to: all entries, and those with delta != 0.
+
+    Returns
+    -------
+    int
+        Entries with |delta| > threshold.
+    """
+    above = 0
+    for i in range(base.shape[0]):
+        for j in range(base.shape[1]):
+            code = (base[i, j] >> np.uint32(16)) & np.uint32(0x7FFF)
+            counts[0, code] += 1
+            d = delta[i, j]
+            if d != 0:
+                counts[1, code] += 1
+                above += abs(d) > threshold
+    return above
+
+
+@kernel
+def count_scores(
+    scores: Array, base: Array, delta: Array, threshold: Any, low: Any, shift: Any, weights: Array, counts: Array
+) -> None:
+    """Add what is known of each entry to the bin of its score.
+
+    Parameters
+    ----------
+    scores : uint32 array, shape (rows, columns)
+        Codes of float32 values; their sign does not matter.
+    base : uint32 array of the same shape
+        Codes of float32 values.
+    delta : float32 array of the same shape
+    threshold : float32
+    low, shift : uint32
+        Score codes are shifted right, and bin 0 starts at ``low``.
+    weights : float64 array, shape (2, 32768)
+        By magnitude of the base: the chance to be changed under the null, and not to be among the smallest.
+    counts : float64 array, shape (bins + 1, 5)
+        Entries, changed ones, changed above the threshold, changed and not among the smallest, and sum of chances, by
+        bin of the score; the last row takes what lies above all bins, and what lies below is left out.
+    """
+    last = np.uint32(counts.shape[0] - 1)
+    for i in range(scores.shape[0]):
+        for j in range(scores.shape[1]):
+            code = (scores[i, j] & np.uint32(0x7FFF_FFFF)) >> shift
+            if code < low:
+                continue
+            bin_ = min(code - low, last)
+            magnitude = (base[i, j] >> np.uint32(16)) & np.uint32(0x7FFF)
+            counts[bin_, 0] += 1.0
+            counts[bin_, 4] += weights[0, magnitude]
+            d = delta[i, j]
+            if d != 0:
+                counts[bin_, 1] += 1.0
+                counts[bin_, 2] += abs(d) > threshold
+                counts[bin_, 3] += weights[1, magnitude]

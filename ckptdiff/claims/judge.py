@@ -1,0 +1,172 @@
+"""Does this pair show what the paper claims? Each claim by one figure, against what chance or rounding would give."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ckptdiff.claims.published import Row, figures_of
+from ckptdiff.linalg.principal import principal_rank
+from ckptdiff.report.text import percent
+from ckptdiff.result import Diff
+
+__all__ = ["Verdict", "judge"]
+
+Outcome = Literal["shown", "not shown", "no more than chance", "unknown"]
+
+_RANK = 16
+_POINTS = 20_000
+_CLEAR = 0.05
+"""A figure stands out from its null by this share of it at least."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One claim.
+
+    Attributes
+    ----------
+    claim : str
+    outcome : {"shown", "not shown", "no more than chance", "unknown"}
+    figure : str
+        Key of the figure it is judged by.
+    value, null : float or None
+        The figure, and what it is held against.
+    sentence : str
+        All of this in words.
+    """
+
+    claim: str
+    outcome: Outcome
+    figure: str
+    value: float | None
+    null: float | None
+    sentence: str
+
+
+def judge(diff: Diff) -> list[Verdict]:
+    """Judge every claim for a diff with spectra."""
+    row = figures_of(diff)
+    alone = [_sparse(row), _small(row), _full_rank(row)]
+    return [*alone, _concentrated(diff, row), *_off_principal(diff, row), _low(diff, row)]
+
+
+def _verdict(claim: str, figure: str, value: float | None, null: float | None, outcome: Outcome, words: str) -> Verdict:
+    if value is None:
+        return Verdict(claim, "unknown", figure, None, null, f"{claim}: unknown, {figure} is undefined here.")
+    return Verdict(claim, outcome, figure, value, null, f"{claim}: {outcome}; {words}.")
+
+
+def _sparse(row: Row) -> Verdict:
+    value = row["unchanged_bitwise"]
+    words = f"{percent(value)} of all coordinates kept their bits after the cast; dense training changes nearly all"
+    outcome: Outcome = "shown" if value is not None and value > 0.5 else "not shown"
+    return _verdict("most coordinates do not change", "global.unchanged_bitwise", value, 0.5, outcome, words)
+
+
+def _small(row: Row) -> Verdict:
+    value = row["rel_norm"]
+    theirs = "the paper's on-policy pairs have .04 to .14 %, the offline one 12 %"
+    words = f"its norm is {percent(value)} of the base's; {theirs}"
+    outcome: Outcome = "shown" if value is not None and value < 0.01 else "not shown"
+    return _verdict("the update is small", "global.rel_norm", value, 0.01, outcome, words)
+
+
+def _full_rank(row: Row) -> Verdict:
+    value = row["numerical_rank_frac"]
+    words = f"{percent(value)} of the median matrix's singular values exceed 1e-5 of the largest; so do those of noise"
+    outcome: Outcome = "shown" if value is not None and value > 0.9 else "not shown"
+    figure = "median_2d.spectral.numerical_rank_frac.1e-05"
+    return _verdict("the update is numerically full-rank", figure, value, 0.9, outcome, words)
+
+
+def _concentrated(diff: Diff, row: Row) -> Verdict:
+    value, null = row["topk_energy"], _median(diff, _noise_energy)
+    words = f"16 singular values hold {percent(value)} of the median update; of noise of these shapes, {percent(null)}"
+    outcome = _above(value, null)
+    return _verdict("it is spectrally concentrated", "median_2d.spectral.topk_energy.16", value, null, outcome, words)
+
+
+def _off_principal(diff: Diff, row: Row) -> list[Verdict]:
+    energy, chance = row["principal_energy"], _median(diff, _chance_energy)
+    covered = row["principal_coverage"]
+    null = diff.median_2d["spectral"]["principal_coverage_null"]["0.1"]
+    against = f"rounded noise, {percent(null)}; chance, 10 %" if null is not None else "chance, 10 %"
+    return [
+        _verdict(
+            "its energy lies off the base's principal subspaces",
+            "median_2d.spectral.principal_energy.0.1",
+            energy,
+            chance,
+            _below(energy, chance),
+            f"the top 10 % directions hold {percent(energy)} of it; of noise without a direction, {percent(chance)}",
+        ),
+        _verdict(
+            "it avoids the base's principal weights",
+            "median_2d.spectral.principal_coverage.0.1",
+            covered,
+            null if null is not None else 0.1,
+            _below(covered, null if null is not None else 0.1),
+            f"the 10 % principal weights hold {percent(covered)} of the changes; of {against}",
+        ),
+    ]
+
+
+def _low(diff: Diff, row: Row) -> Verdict:
+    value, null = row["low_coverage"], diff.median_2d["low_coverage_null"]["0.1"]
+    against = f"rounded noise, {percent(null)}; chance, 10 %" if null is not None else "chance, 10 %"
+    words = f"the 10 % smallest weights hold {percent(value)} of the changes; of {against}"
+    limit = null if null is not None else 0.1
+    claim, outcome = "it falls where weights are near zero", _above(value, limit)
+    return _verdict(claim, "median_2d.low_coverage.0.1", value, limit, outcome, words)
+
+
+def _above(value: float | None, null: float | None) -> Outcome:
+    if value is None or null is None:
+        return "unknown"
+    if abs(value - null) <= _CLEAR * null:
+        return "no more than chance"
+    return "shown" if value > null else "not shown"
+
+
+def _below(value: float | None, null: float | None) -> Outcome:
+    opposite = _above(value, null)
+    swapped: dict[Outcome, Outcome] = {"shown": "not shown", "not shown": "shown"}
+    return swapped.get(opposite, opposite)
+
+
+def _noise_energy(rows: int, columns: int) -> float:
+    """Energy of the 16 largest singular values of Gaussian noise, by the Marchenko-Pastur law of its spectrum."""
+    long, short = max(rows, columns), min(rows, columns)
+    if short <= _RANK:
+        return 1.0
+    ratio = short / long
+    low, high = (1 - math.sqrt(ratio)) ** 2, (1 + math.sqrt(ratio)) ** 2
+    # Midpoints in an angle, so that the density's square roots at both ends do no harm.
+    angles = (np.arange(_POINTS) + 0.5) * math.pi / _POINTS
+    values = (low + high) / 2 + (high - low) / 2 * np.cos(angles)
+    weights = np.sin(angles) ** 2 / values
+    shares = np.cumsum(weights) / weights.sum()
+    energies = np.cumsum(weights * values) / (weights * values).sum()
+    return float(np.interp(_RANK / short, shares, energies))
+
+
+def _chance_energy(rows: int, columns: int) -> float:
+    """Energy of noise in subspaces of the top 10 % directions on both sides."""
+    rank = principal_rank(0.1, min(rows, columns))
+    return rank / rows * rank / columns
+
+
+def _median(diff: Diff, of: Callable[[int, int], float]) -> float | None:
+    """Median of what noise gives over the matrices that were measured."""
+    assert diff.spectra is not None
+    found = [
+        of(tensor.shape[0], tensor.shape[1])
+        for tensor, method in zip(diff.tensors, diff.spectra.methods, strict=True)
+        if method and len(tensor.shape) == 2
+    ]
+    return float(np.median(found)) if found else None

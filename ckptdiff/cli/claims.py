@@ -1,0 +1,133 @@
+"""``ckptdiff claims``: the paper's table and claims for one pair."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from ckptdiff.cli.failures import OK
+from ckptdiff.cli.session import Session
+from ckptdiff.cli.signals import raise_pending
+from ckptdiff.cli.target import ReportTarget, files_of
+from ckptdiff.cli.view import verbosity
+from ckptdiff.errors import OptionError
+
+if TYPE_CHECKING:
+    from ckptdiff.events import Event, Listener
+    from ckptdiff.result import Diff
+
+__all__ = ["claims"]
+
+
+@click.command(short_help="Judge the sparse-update paper's claims for a pair.")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(), metavar="BASE TUNED | RUN.h5")
+@click.option(
+    "--spectra",
+    type=click.Choice(["randomized", "exact"]),
+    default="exact",
+    help="How to measure spectra; only exact has numerical ranks. A run file has its own.",
+)
+@click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", help="Format of the report.")
+@click.option(
+    "-O",
+    "--output",
+    type=click.Path(),
+    metavar="FILE",
+    show_default="-, that is stdout",
+    help="Write the report to a file.",
+)
+@verbosity
+@click.pass_obj
+def claims(session: Session, /, paths: tuple[str, ...], **given: Any) -> int:
+    """Print the table of arXiv 2606.13657 for BASE and TUNED, and whether the pair shows what that paper claims.
+
+    Each claim is judged by one figure against what chance, or noise of the same size after rounding, would give.
+    The paper's own rows stand beside it. RUN.h5 is a run file of `ckptdiff diff --spectra`.
+
+    \b
+      ckptdiff claims base/ tuned/
+      ckptdiff claims run.h5 --format json
+    """  # noqa: D301
+    session.traceback |= given["verbose"]
+    if len(paths) > 2:
+        raise OptionError("too many paths", expected="BASE TUNED, or a run file", found=len(paths))
+    kept = [file for path in paths for file in (files_of(path) if len(paths) == 2 else [Path(path)])]
+    target = ReportTarget.choose(given["output"], binary=False, kept=kept)
+    diff = _measured(*paths, given) if len(paths) == 2 else _loaded(paths[0])
+    if not given["quiet"]:
+        with target.open() as stream:
+            _write(stream, diff, given["form"])
+    return OK
+
+
+def _measured(base: str, tuned: str, given: dict[str, Any]) -> Diff:
+    from ckptdiff.engine import run
+    from ckptdiff.linalg.symmetric import require_scipy
+    from ckptdiff.options import MaskRule, Options, SpectraOptions
+    from ckptdiff.report.progress import ProgressDisplay
+
+    require_scipy()
+    options = Options(mask=MaskRule("none"), spectra=SpectraOptions(given["spectra"]))
+    with ExitStack() as stack:
+        displays: list[Listener] = []
+        if sys.stderr is not None:
+            told = not given["quiet"]
+            displays.append(stack.enter_context(ProgressDisplay(sys.stderr, progress=told, warnings=told)))
+
+        def tell(event: Event) -> None:
+            raise_pending()
+            for display in displays:
+                display(event)
+
+        return run(base, tuned, options=options, listener=tell)
+
+
+def _loaded(path: str) -> Diff:
+    from ckptdiff.runfile.reader import RunFile
+
+    with RunFile(path) as file:
+        diff = file.load()
+    if diff.spectra is None:
+        raise OptionError("the run file holds no spectra", file=path, hint=f"ckptdiff spectra add {path}")
+    return diff
+
+
+def _write(stream: TextIO, diff: Diff, form: str) -> None:
+    from dataclasses import asdict
+
+    from ckptdiff.claims.judge import judge
+    from ckptdiff.claims.published import COLUMNS, PUBLISHED, figures_of
+    from ckptdiff.report.json_text import dumps
+    from ckptdiff.report.screen import Column, screen_of, table_lines
+    from ckptdiff.report.summary import side_name
+    from ckptdiff.report.text import number, percent, safe
+
+    pair, verdicts = figures_of(diff), judge(diff)
+    if form == "json":
+        document = {
+            "schema": "ckptdiff.claims/1",
+            "base": diff.base["path"],
+            "tuned": diff.tuned["path"],
+            "compare": diff.compare,
+            "pair": dict(pair),
+            "published": [{"pair": name, **row} for name, row in PUBLISHED.items()],
+            "claims": [asdict(verdict) for verdict in verdicts],
+        }
+        stream.write(dumps(document) + "\n")
+        return
+    names = [safe(side_name(str(side["path"]))) for side in (diff.base, diff.tuned)]
+    rows = {f"{names[0]} -> {names[1]}": pair, **PUBLISHED}
+    columns = [Column("pair", list(rows), left=True)]
+    for key, title in COLUMNS.items():
+        spell = number if key == "stable_rank" else percent
+        columns.append(Column(title, [spell(row[key]) if row[key] is not None else "" for row in rows.values()]))
+    screen = screen_of(stream)
+    lines = [*table_lines(columns, screen), "", "published rows: arXiv 2606.13657, Tables 2, 8, 9.", ""]
+    for verdict in verdicts:
+        style = {"shown": "green", "not shown": "yellow"}.get(verdict.outcome, "")
+        lines.append(screen.paint(verdict.sentence[0].upper() + verdict.sentence[1:], style))
+    stream.write("\n".join(lines) + "\n")

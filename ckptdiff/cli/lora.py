@@ -1,0 +1,141 @@
+"""``ckptdiff lora``: write an update as a low-rank adapter."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from ckptdiff.cli.failures import OK
+from ckptdiff.cli.listing import format_option, output_option, write_rows
+from ckptdiff.cli.session import Session
+from ckptdiff.cli.signals import raise_pending
+from ckptdiff.cli.target import ReportTarget, files_of
+from ckptdiff.cli.view import verbosity
+from ckptdiff.errors import OptionError
+from ckptdiff.report.text import number, percent, plural, safe, shape_text
+
+if TYPE_CHECKING:
+    from ckptdiff.lora.extract import Extracted, Extraction
+
+__all__ = ["lora"]
+
+_KEYS = ("name", "shape", "delta_norm", "rank", "lost", "reason")
+_MOST = 128
+
+
+@click.command(short_help="Write the update as a PEFT (LoRA) adapter.")
+@click.argument("base", type=click.Path())
+@click.argument("tuned", type=click.Path())
+@click.option("-o", "--out", type=click.Path(), metavar="DIR", required=True, help="Folder to make for the adapter.")
+@click.option(
+    "--rank",
+    type=int,
+    metavar="R",
+    show_default="128 with --energy, else it must be given",
+    help="Rank of every matrix; with --energy the largest one.",
+)
+@click.option(
+    "--energy",
+    type=float,
+    metavar="SHARE",
+    show_default="all that the rank holds",
+    help="Take the smallest rank of each matrix that holds this share of its sum d^2.",
+)
+@click.option("--seed", type=int, default=0, metavar="N", help="Seed of the randomized SVD.")
+@click.option(
+    "--map", "renames", multiple=True, metavar="OLD=NEW", show_default="none", help="As for ckptdiff diff. Repeatable."
+)
+@click.option("--include", multiple=True, metavar="GLOB", show_default="all", help="Only these tensors. Repeatable.")
+@click.option("--exclude", multiple=True, metavar="GLOB", show_default="none", help="Not these tensors. Repeatable.")
+@format_option
+@output_option
+@verbosity
+@click.pass_obj
+def lora(session: Session, /, base: str, tuned: str, **given: Any) -> int:
+    """Write the update from BASE to TUNED as an adapter that peft loads, and say what it loses.
+
+    Linear layers are factored by a randomized SVD. What an adapter cannot express (vectors, embeddings, convolutions,
+    fused experts) is listed with its part of the update.
+
+    \b
+      ckptdiff lora base/ tuned/ -o adapter --rank 32
+      ckptdiff lora base/ tuned/ -o adapter --energy 0.9
+    """  # noqa: D301
+    session.traceback |= given["verbose"]
+    rank, energy = given["rank"], given["energy"]
+    if rank is None and energy is None:
+        raise OptionError("no rank", expected="--rank R or --energy SHARE")
+    if rank is not None and not 1 <= rank <= 4096:
+        raise OptionError("rank out of range", expected="1 to 4096", found=rank)
+    if energy is not None and not 0 < energy <= 1:
+        raise OptionError("energy out of range", expected="above 0, at most 1", found=energy)
+    target = ReportTarget.choose(given["output"], binary=False, kept=[*files_of(base), *files_of(tuned)])
+    from ckptdiff.linalg.symmetric import require_scipy
+    from ckptdiff.lora.extract import extract_lora
+    from ckptdiff.options import Options
+
+    require_scipy()
+
+    def tell(tensor: Extracted) -> None:
+        raise_pending()
+        if given["verbose"]:
+            done = tensor.reason or f"rank {tensor.rank}, {percent(tensor.lost)} lost"
+            print(f"ckptdiff: {safe(tensor.name)}: {done}", file=sys.stderr)
+
+    options = Options(renames=given["renames"], include=given["include"], exclude=given["exclude"])
+    made = extract_lora(
+        base,
+        tuned,
+        Path(given["out"]),
+        rank=rank or _MOST,
+        energy=energy,
+        seed=given["seed"],
+        options=options,
+        listener=tell,
+    )
+    if not given["quiet"]:
+        with target.open() as stream:
+            _write(stream, made, given["format"])
+    return OK
+
+
+def _write(stream: TextIO, made: Extraction, form: str) -> None:
+    rows = [
+        {
+            "name": tensor.name,
+            "shape": list(tensor.shape),
+            "delta_norm": tensor.delta_norm,
+            "rank": tensor.rank,
+            "lost": tensor.lost,
+            "reason": tensor.reason,
+        }
+        for tensor in made.tensors
+    ]
+    if form != "table":
+        totals = {"schema": "ckptdiff.lora/1", "adapter": str(made.folder), "lost": made.lost}
+        write_rows(stream, form, rows, _KEYS, {**totals, "unchanged": made.unchanged})
+        return
+    from ckptdiff.report.screen import Column, screen_of, table_lines
+
+    total = sum(tensor.delta_norm**2 for tensor in made.tensors)
+    columns = [
+        Column("tensor", [safe(tensor.name) or '""' for tensor in made.tensors], left=True),
+        Column("shape", [shape_text(tensor.shape) for tensor in made.tensors], rank=2),
+        Column("share", [percent(tensor.delta_norm**2 / total) for tensor in made.tensors], rank=1),
+        Column("rank", [number(tensor.rank) if tensor.rank else "" for tensor in made.tensors]),
+        Column("lost", [percent(tensor.lost) for tensor in made.tensors]),
+        Column("", [tensor.reason or "" for tensor in made.tensors], left=True),
+    ]
+    kept = sum(1 for tensor in made.tensors if tensor.rank)
+    left_out = len(made.tensors) - kept
+    lines = [
+        f"{plural(kept, 'matrix', 'matrices')} in {safe(str(made.folder))}, {plural(left_out, 'tensor')} left out, "
+        f"{made.unchanged:,} unchanged",
+        f"lost: {percent(made.lost)} of the energy of the whole update",
+        "",
+        *table_lines(columns, screen_of(stream)),
+    ]
+    stream.write("\n".join(lines) + "\n")

@@ -1,0 +1,109 @@
+"""``ckptdiff spectra``: add spectra to a run file, or plot them."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ckptdiff.cli.failures import OK
+from ckptdiff.cli.session import Session
+from ckptdiff.cli.signals import raise_pending
+from ckptdiff.cli.view import verbosity
+from ckptdiff.errors import OptionError
+from ckptdiff.report.text import safe
+
+if TYPE_CHECKING:
+    from ckptdiff.events import Event, Listener
+
+__all__ = ["spectra"]
+
+
+@click.group(short_help="Add spectra to a run file, or plot them.")
+def spectra() -> None:
+    """Add spectra to a run file, or plot them."""
+
+
+@spectra.command("add", short_help="Measure spectra and add them to a run file.")
+@click.argument("run", type=click.Path(), metavar="RUN.h5")
+@click.option(
+    "--spectra", "mode", type=click.Choice(["randomized", "exact"]), default="randomized", help="As for ckptdiff diff."
+)
+@click.option("--seed", type=int, default=0, metavar="N", help="Seed of the randomized spectra.")
+@click.option("--base", type=click.Path(), show_default="where it was", help="The base checkpoint, if it has moved.")
+@click.option("--tuned", type=click.Path(), show_default="where it was", help="The tuned one, if it has moved.")
+@click.option(
+    "--max-memory",
+    metavar="SIZE",
+    show_default="1 GB, or 4 GB for exact",
+    help="Bound on the peak memory of the whole process.",
+)
+@verbosity
+@click.pass_obj
+def add(session: Session, /, run: str, **given: Any) -> int:
+    """Measure the spectra of the checkpoints that RUN.h5 compared, and add them to it."""
+    session.traceback |= given["verbose"]
+    from ckptdiff.linalg.symmetric import require_scipy
+    from ckptdiff.options import SpectraOptions, parse_size
+    from ckptdiff.report.progress import ProgressDisplay
+    from ckptdiff.spectra.existing import add_spectra
+
+    require_scipy()
+    with ExitStack() as stack:
+        displays: list[Listener] = []
+        if sys.stderr is not None:
+            told = not given["quiet"]
+            displays.append(stack.enter_context(ProgressDisplay(sys.stderr, progress=told, warnings=told)))
+
+        def tell(event: Event) -> None:
+            raise_pending()
+            for display in displays:
+                display(event)
+
+        add_spectra(
+            run,
+            SpectraOptions(given["mode"], seed=given["seed"]),
+            base=given["base"],
+            tuned=given["tuned"],
+            max_memory=0 if given["max_memory"] is None else parse_size(given["max_memory"]),
+            listener=tell,
+        )
+    if not given["quiet"]:
+        print(f"spectra added      next: ckptdiff show {safe(run)} --by module")
+    return OK
+
+
+@spectra.command("plot", short_help="Plot the singular values of tensors.")
+@click.argument("run", type=click.Path(), metavar="RUN.h5")
+@click.argument("patterns", nargs=-1, metavar="[GLOB]...")
+def plot(run: str, patterns: tuple[str, ...]) -> int:
+    """Plot how the singular values of tensors fall, in RUN.h5.
+
+    Without a GLOB the tensor with the largest update is plotted.
+    """
+    from ckptdiff.checkpoint.globs import Globs
+    from ckptdiff.report.decay_plot import decay_plot
+    from ckptdiff.report.screen import screen_of
+    from ckptdiff.runfile.reader import RunFile
+
+    screen = screen_of(sys.stdout)
+    with RunFile(run) as file:
+        if not file.spectra:
+            raise OptionError("the run file holds no spectra", file=run, hint=f"ckptdiff spectra add {Path(run)}")
+        norms = dict(zip(file.names, file.load().columns["delta_norm"].tolist(), strict=True))
+        globs = Globs(patterns, ())
+        names = [name for name in file.names if name in file.spectra and globs.select(name)]
+        if not names:
+            raise OptionError("no tensor with spectra matches", file=run, found=" ".join(patterns))
+        for name in names if patterns else [max(names, key=lambda name: norms[name])]:
+            lists = file.spectra[name]
+            slices = range(len(lists["delta"])) if lists["delta"].ndim == 2 else [None]
+            for index in slices:
+                print(safe(name) + ("" if index is None else f" [{index}]"))
+                kept = {key: values if index is None else values[index] for key, values in lists.items()}
+                known = {key: values[values == values] for key, values in kept.items()}
+                print("\n".join(decay_plot(known, screen)))
+    return OK

@@ -1,0 +1,86 @@
+"""Principal angles between the leading singular subspaces of the base and of the tuned side.
+
+Cosines come from the product of the bases, sines from what of one basis is outside the other: an arccos alone is noise
+below 1e-8 (Björck and Golub 1973).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.linalg.passes import Array, Panel, Stage
+from ckptdiff.linalg.symmetric import add_gram, eigenvalues, solve_lower, whole
+
+__all__ = ["Angles", "angle_rank", "principal_angles"]
+
+Float64 = NDArray[np.float64]
+
+_MOST = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Angles:
+    """Principal angles, in radians, smallest first.
+
+    Attributes
+    ----------
+    long, short : float64 array, shape (k,)
+        Between the subspaces of the long and of the short side.
+    """
+
+    long: Float64
+    short: Float64
+
+
+def angle_rank(short: int) -> int:
+    """How many singular vectors are compared: min(512, floor(short / 2)) (S3, S4); 0 for a single column."""
+    return min(_MOST, short // 2)
+
+
+def principal_angles(base: Array, tuned: Array, xp: Any = np) -> Stage[Angles]:
+    """Compare two pairs of subspaces in two passes.
+
+    Parameters
+    ----------
+    base, tuned : float64 array, shape (short, k)
+        Leading eigenvectors of W0^T W0 and of W1^T W1.
+    xp : module
+        numpy or cupy.
+    """
+    count = base.shape[1]
+    ours, theirs, crossed = (xp.zeros((count, count)) for _ in range(3))
+
+    def meet(panel: Panel) -> None:
+        left, right = panel.base @ base, panel.side("tuned") @ tuned
+        add_gram(ours, left)
+        add_gram(theirs, right)
+        crossed.__iadd__(left.T @ right)
+
+    yield meet
+    our_factor, their_factor = (xp.linalg.cholesky(whole(gram)) for gram in (ours, theirs))
+    product = solve_lower(their_factor, solve_lower(our_factor, crossed).T).T
+    outside = xp.zeros((count, count))
+
+    def leave(panel: Panel) -> None:
+        left = solve_lower(our_factor, (panel.base @ base).T)
+        right = solve_lower(their_factor, (panel.side("tuned") @ tuned).T)
+        add_gram(outside, xp.ascontiguousarray((right - product.T @ left).T))
+
+    yield leave
+    across = base.T @ tuned
+    beyond = tuned - base @ across
+    return Angles(
+        _angles(xp.linalg.svd(product, compute_uv=False), np.sqrt(np.maximum(eigenvalues(outside), 0.0))),
+        _angles(xp.linalg.svd(across, compute_uv=False), xp.linalg.svd(beyond, compute_uv=False)),
+    )
+
+
+def _angles(cosines: Array, sines: Array) -> Float64:
+    """Angles from both lists, each largest first."""
+    host = [np.asarray(values.get() if hasattr(values, "get") else values) for values in (cosines, sines)]
+    angles: Float64 = np.arctan2(host[1][::-1], host[0])
+    return angles

@@ -1,0 +1,99 @@
+"""Every singular value of a matrix, from its float64 Gram matrix and one more pass for the small ones.
+
+Eigenvalues of a Gram matrix carry an error of c eps lambda_1, so singular values near zero are only good to
+3e-8 s_1. Where an eigenvalue is below 1e-6 lambda_1, its eigenvector is taken, and the singular values of A times
+all such vectors, found the same way from a much smaller Gram matrix, replace the square roots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.linalg.passes import Array, Panel, Side, Stage
+from ckptdiff.linalg.symmetric import add_gram, eigenvalues, eigh_bottom, eigh_top, gram_of
+
+__all__ = ["ACCURACY", "SideSpectrum", "effective_rank", "nss", "numerical_rank", "side_spectrum"]
+
+Float64 = NDArray[np.float64]
+
+ACCURACY = 1e-11
+"""Error of a singular value, as a share of the largest."""
+_SMALL = 1e-6
+"""Eigenvalues below this share of the largest are found again."""
+
+
+@dataclass(frozen=True, slots=True)
+class SideSpectrum:
+    """The spectrum of one matrix.
+
+    Attributes
+    ----------
+    values : float64 array, shape (short,)
+        Singular values, largest first.
+    eigenpairs : (values, vectors) or None
+        Leading eigenpairs of the Gram matrix, as many as were asked for.
+    """
+
+    values: Float64
+    eigenpairs: tuple[Array, Array] | None
+
+
+def side_spectrum(side: Side, short: int, vectors: int = 0, xp: Any = np) -> Stage[SideSpectrum]:
+    """Find all singular values of one side; two passes at most.
+
+    Parameters
+    ----------
+    side : {"base", "delta", "tuned"}
+    short : int
+        Columns of the matrix; its panels are float64.
+    vectors : int
+        How many leading eigenvectors of the Gram matrix to keep.
+    xp : module
+        numpy or cupy.
+    """
+    gram = yield from gram_of(side, short, np.float64, xp)
+    squares = eigenvalues(gram)
+    few = int((squares < _SMALL * squares[0]).sum()) if squares[0] > 0 else 0
+    bottom = eigh_bottom(gram.copy() if vectors else gram, few) if few else None
+    pairs = eigh_top(gram, min(vectors, short)) if vectors else None
+    del gram
+    values = np.sqrt(np.maximum(squares, 0.0))
+    if bottom is not None:
+        rest = xp.zeros((few, few))
+
+        def project(panel: Panel) -> None:
+            add_gram(rest, panel.side(side) @ bottom)
+
+        yield project
+        values[short - few :] = np.sqrt(np.maximum(eigenvalues(rest), 0.0))
+        values[::-1].sort()
+    return SideSpectrum(values, pairs)
+
+
+def numerical_rank(values: Float64, tau: float) -> tuple[int, int]:
+    """How many singular values exceed ``tau`` times the largest: the fewest and the most that rounding allows.
+
+    Parameters
+    ----------
+    values : float64 array
+        Singular values, largest first; the matrix is not zero.
+    tau : float
+    """
+    error = ACCURACY * values[0]
+    return int((values > tau * values[0] + error).sum()), int((values > tau * values[0] - error).sum())
+
+
+def effective_rank(values: Float64) -> float:
+    """``exp(-sum p ln p)`` with ``p = s / sum s`` (Roy and Vetterli 2007)."""
+    shares = values[values > 0] / values.sum()
+    return float(np.exp(-np.sum(shares * np.log(shares))))
+
+
+def nss(base: Float64, tuned: Float64) -> float:
+    """``norm(s(W1) - s(W0)) / norm(s(W0))`` (S3); NaN for a base of zero."""
+    size = float(np.linalg.norm(base))
+    return float(np.linalg.norm(tuned - base)) / size if size else float("nan")

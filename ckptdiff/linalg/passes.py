@@ -1,0 +1,125 @@
+"""A pair of matrices as a sequence of panels, and computations that share the passes over it.
+
+Every matrix is seen tall: ``long`` by ``short``. A stored matrix that is wide comes transposed, which changes neither
+its singular values nor any figure that counts entries; left and right singular vectors trade places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+
+__all__ = ["Array", "ArrayPanels", "Panel", "PanelSource", "Side", "Stage", "array_module", "run_together"]
+
+Array: TypeAlias = Any
+"""A NumPy or CuPy array."""
+
+Side: TypeAlias = Literal["base", "delta", "tuned"]
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """Consecutive rows of a tall pair.
+
+    Attributes
+    ----------
+    base, delta : float array, shape (rows, short), C-contiguous
+        W0 and d = W1 - W0, of one dtype (float32 or float64); overwritten when the next panel is read.
+    """
+
+    base: Array
+    delta: Array
+
+    def side(self, name: Side) -> Array:
+        """W0, d, or W1 = W0 + d."""
+        return self.base + self.delta if name == "tuned" else self.base if name == "base" else self.delta
+
+
+class PanelSource(Protocol):
+    """A pair of matrices that can be read as often as needed."""
+
+    long: int
+    short: int
+    dtype: Any
+    """Of the panels: float32 or float64."""
+
+    def panels(self) -> Iterator[Panel]:
+        """All rows, in order."""
+
+    def sample(self, count: int) -> Array:
+        """About `count` rows of W0, evenly spaced."""
+
+
+Stage: TypeAlias = Generator[Callable[[Panel], None], None, Result]
+"""A computation in passes: it yields what to do with each panel of a pass, and goes on when the pass is over."""
+
+
+def run_together(source: PanelSource, *stages: Stage[Any]) -> list[Any]:
+    """Run computations side by side, so that each pass over the pair is read once for all of them.
+
+    Returns
+    -------
+    list
+        What each stage returned.
+    """
+    results: list[Any] = [None] * len(stages)
+    live: dict[int, Callable[[Panel], None]] = {}
+
+    def advance(index: int) -> None:
+        try:
+            live[index] = next(stages[index])
+        except StopIteration as end:
+            live.pop(index, None)
+            results[index] = end.value
+
+    for index in range(len(stages)):
+        advance(index)
+    while live:
+        for panel in source.panels():
+            for visit in live.values():
+                visit(panel)
+        for index in list(live):
+            advance(index)
+    return results
+
+
+class ArrayPanels:
+    """A pair that is in memory.
+
+    Parameters
+    ----------
+    base, delta : float array, shape (long, short), C-contiguous
+        ``long >= short``.
+    rows : int
+        Rows of a panel.
+    """
+
+    def __init__(self, base: Array, delta: Array, rows: int = 512) -> None:
+        if base.shape != delta.shape or base.shape[0] < base.shape[1]:
+            raise ValueError(f"a tall pair of equal shapes is needed, not {base.shape} and {delta.shape}")
+        self._base, self._delta, self._rows = base, delta, rows
+        self.long, self.short = base.shape
+        self.dtype = base.dtype
+
+    def panels(self) -> Iterator[Panel]:
+        """All rows, in order."""
+        for first in range(0, self.long, self._rows):
+            yield Panel(self._base[first : first + self._rows], self._delta[first : first + self._rows])
+
+    def sample(self, count: int) -> Array:
+        """About `count` rows of W0, evenly spaced."""
+        return self._base[:: max(1, self.long // count)]
+
+
+def array_module(array: Array) -> Any:
+    """The library that an array belongs to: numpy or cupy."""
+    if isinstance(array, np.ndarray):
+        return np
+    import cupy
+
+    return cupy.get_array_module(array)

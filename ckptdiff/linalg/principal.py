@@ -1,0 +1,262 @@
+"""How much of an update lies in the principal subspaces of its base, and on the base's principal entries.
+
+The principal subspaces are spanned by the top singular vectors of W0. They come from the Gram matrix of the short side
+and a partial eigendecomposition: randomized rank-k subspaces would leave the energies off by up to several percent.
+With V the leading eigenvectors, A = W0 V spans the long side's subspace; it is made orthonormal by the Cholesky factor
+of A^T A, which keeps the subspaces of fewer vectors nested.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.linalg.passes import Array, Panel, PanelSource, Stage, array_module
+from ckptdiff.linalg.score_cut import Covered, ScoreCut
+from ckptdiff.linalg.survey import Survey
+from ckptdiff.linalg.symmetric import add_gram, eigh_top, gram_of, solve_lower, whole
+
+__all__ = ["Principal", "principal", "principal_rank"]
+
+_SMALLEST_GAP = {4: 1e-6, 8: 1e-9}
+"""By item size: a subspace is defined if its last eigenvalue stands out from the next by this share of the largest."""
+_NOISE = 64
+"""Eigenvalues of a Gram matrix are noise below this many units of rounding of the largest."""
+_SAMPLED_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """The figures of one rho.
+
+    Attributes
+    ----------
+    rho : float
+    rank : int
+        Singular vectors taken: max(1, floor(rho short)).
+    gap : float
+        (lambda_k - lambda_{k+1}) / lambda_1 of W0^T W0.
+    reason : str
+        Why there are no figures; empty if there are.
+    energy, energy_long, energy_short : float
+        Share of norm(d)^2 in both subspaces, in that of the long side, in that of the short side (S1).
+    coverage, coverage_above : float
+        Share of the changed entries, and of those with |d| > 1e-5, among the ceil(rho N) largest
+        |U_k S_k V_k^T| (S1).
+    not_low : float
+        Share of the changed entries there that are not among the ceil(rho N) smallest |W0| (S3).
+    null : float
+        What `coverage` would be for a rounded Gaussian update of the same support.
+    """
+
+    rho: float
+    rank: int
+    gap: float
+    reason: str = ""
+    energy: float = math.nan
+    energy_long: float = math.nan
+    energy_short: float = math.nan
+    coverage: float = math.nan
+    coverage_above: float = math.nan
+    not_low: float = math.nan
+    null: float = math.nan
+
+
+def principal_rank(rho: float, short: int) -> int:
+    """How many singular vectors a principal subspace takes."""
+    return max(1, math.floor(Fraction(str(rho)) * short))
+
+
+def principal(
+    source: PanelSource,
+    known: Survey,
+    rhos: Sequence[float],
+    chances: NDArray[np.float64] | None,
+    *,
+    error: float,
+    xp: Any = np,
+    eigenpairs: tuple[Array, Array] | None = None,
+) -> Stage[tuple[NDArray[np.float64], list[Principal]]]:
+    """Measure an update against the principal subspaces of its base.
+
+    Parameters
+    ----------
+    source : PanelSource
+    known : Survey
+        Of this pair, with counts; the update is not zero.
+    rhos : sequence of float
+        Ascending.
+    chances : float64 array, shape (32768,), optional
+        By magnitude of W0, the chance to be changed under the rounding null.
+    error : float
+        Standard error of a coverage that needs no further pass.
+    xp : module
+        numpy or cupy.
+    eigenpairs : (values, vectors), optional
+        Leading eigenpairs of W0^T W0, if they are known already.
+
+    Returns
+    -------
+    values : float64 array
+        Leading eigenvalues of W0^T W0, one more than the largest subspace has vectors (if there are so many).
+    figures : list of Principal
+        One for each rho.
+    """
+    short, dtype = source.short, source.dtype
+    wanted = min(principal_rank(rhos[-1], short) + 1, short)
+    if eigenpairs is None:
+        gram = yield from gram_of("base", short, dtype, xp)
+        eigenpairs = eigh_top(gram, wanted)
+        del gram
+    values, vectors = eigenpairs[0][:wanted], eigenpairs[1][:, :wanted]
+    spectrum = np.asarray(values.get() if hasattr(values, "get") else values, np.float64)
+    figures = [_subspace(rho, short, spectrum, np.dtype(dtype)) for rho in rhos]
+    defined = [figure for figure in figures if not figure.reason]
+    if not defined:
+        return spectrum, figures
+    vectors = xp.ascontiguousarray(vectors[:, : defined[-1].rank])
+    energies = _Energies(short, vectors)
+    cuts = _cuts(source, known, defined, vectors, chances, error)
+    scores = _Scores(vectors, [figure.rank for figure in defined], cuts)
+    yield _both(energies, scores)
+    while not scores.settle():
+        yield scores.add
+    found = energies.shares([figure.rank for figure in defined], known.delta_norm**2)
+    done = {
+        figure.rho: _complete(figure, shares, cut.covered, known, chances)
+        for figure, shares, cut in zip(defined, found, cuts, strict=True)
+    }
+    return spectrum, [done.get(figure.rho, figure) for figure in figures]
+
+
+def _subspace(rho: float, short: int, values: NDArray[np.float64], dtype: np.dtype[Any]) -> Principal:
+    """Whether the subspace of a rho is defined."""
+    rank = principal_rank(rho, short)
+    if not values[0] > 0:
+        return Principal(rho, rank, math.nan, "the base is zero")
+    following = max(float(values[rank]), 0.0) if rank < values.size else 0.0
+    gap = (float(values[rank - 1]) - following) / float(values[0])
+    if values[rank - 1] < _NOISE * np.finfo(dtype).eps * values[0]:
+        return Principal(rho, rank, gap, "the base's singular values are noise there")
+    if gap < _SMALLEST_GAP[dtype.itemsize]:
+        return Principal(rho, rank, gap, "the base's spectrum has no gap there")
+    return Principal(rho, rank, gap)
+
+
+def _cuts(
+    source: PanelSource,
+    known: Survey,
+    figures: Sequence[Principal],
+    vectors: Array,
+    chances: NDArray[np.float64] | None,
+    error: float,
+) -> list[ScoreCut]:
+    """A cut for each rho, which starts from that of a sample of rows."""
+    rows = source.sample(_SAMPLED_ROWS)
+    projected = rows @ vectors
+    cuts = []
+    for figure in figures:
+        scores = abs(projected[:, : figure.rank] @ vectors[:, : figure.rank].T).ravel()
+        guess = float(array_module(scores).quantile(scores, 1 - figure.rho))
+        weights = np.zeros((2, len(known.weights)))
+        weights[0] = 0.0 if chances is None else chances
+        weights[1] = known.above_low_cut(figure.rho)
+        rank = max(1, math.ceil(Fraction(str(figure.rho)) * known.numel))
+        cuts.append(ScoreCut(rank, guess, weights, error * known.support))
+    return cuts
+
+
+def _both(energies: _Energies, scores: _Scores) -> Callable[[Panel], None]:
+    def visit(panel: Panel) -> None:
+        projected = panel.base @ energies.vectors
+        energies.add(panel, projected)
+        scores.add(panel, projected)
+
+    return visit
+
+
+class _Energies:
+    """Projections of the update, panel by panel."""
+
+    def __init__(self, short: int, vectors: Array) -> None:
+        xp = array_module(vectors)
+        rank, dtype = vectors.shape[1], vectors.dtype
+        self.vectors = vectors
+        self._spanned = xp.zeros((rank, rank), dtype)
+        self._met = xp.zeros((rank, short), dtype)
+        self._kept = xp.zeros(rank, np.float64)
+
+    def add(self, panel: Panel, projected: Array) -> None:
+        """Take a panel and ``W0 V`` of its rows."""
+        xp = array_module(projected)
+        add_gram(self._spanned, projected)
+        self._met += projected.T @ panel.delta
+        moved = panel.delta @ self.vectors
+        self._kept += xp.einsum("ij,ij->j", moved, moved, dtype=np.float64)
+
+    def shares(self, ranks: Sequence[int], total: float) -> Iterator[tuple[float, float, float]]:
+        """Yield the share of the energy in both subspaces, the long side's, and the short side's, for each rank."""
+        xp = array_module(self.vectors)
+        factor = xp.linalg.cholesky(whole(self._spanned))
+        long_side = solve_lower(factor, self._met.astype(np.float64))
+        both = long_side @ self.vectors
+        for k in ranks:
+            joint, left, right = (both[:k, :k] ** 2).sum(), (long_side[:k] ** 2).sum(), self._kept[:k].sum()
+            yield float(joint) / total, float(left) / total, float(right) / total
+
+
+class _Scores:
+    """Scores |W0 V_k V_k^T| of every rho, each from the one before."""
+
+    def __init__(self, vectors: Array, ranks: Sequence[int], cuts: Sequence[ScoreCut]) -> None:
+        self._vectors, self._ranks, self._cuts = vectors, ranks, cuts
+        self._open = list(cuts)
+
+    def add(self, panel: Panel, projected: Array | None = None) -> None:
+        """Count the scores of a panel for every cut that is not settled."""
+        if projected is None:
+            projected = panel.base @ self._vectors
+        scores = array_module(projected).zeros((len(projected), len(self._vectors)), projected.dtype)
+        done = 0
+        for rank, cut in zip(self._ranks, self._cuts, strict=True):
+            scores += projected[:, done:rank] @ self._vectors[:, done:rank].T
+            done = rank
+            if cut in self._open:
+                cut.add(scores.astype(np.float32, copy=False), panel)
+
+    def settle(self) -> bool:
+        """Finish a pass: True if every cut is found."""
+        self._open = [cut for cut in self._open if not cut.settle()]
+        return not self._open
+
+
+def _complete(
+    figure: Principal,
+    shares: tuple[float, float, float],
+    covered: Covered | None,
+    known: Survey,
+    chances: NDArray[np.float64] | None,
+) -> Principal:
+    assert covered is not None
+    expected = math.nan if chances is None else float(chances @ known.weights)
+
+    def of(part: float, whole: float) -> float:
+        return part / whole if whole else math.nan
+
+    return Principal(
+        figure.rho,
+        figure.rank,
+        figure.gap,
+        "",
+        *shares,
+        coverage=of(covered.changed, known.support),
+        coverage_above=of(covered.above, known.above),
+        not_low=of(covered.not_low, known.support),
+        null=of(covered.chance, expected),
+    )

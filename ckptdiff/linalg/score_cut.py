@@ -1,0 +1,124 @@
+"""The largest entries of a score that is computed panel by panel: what they cover, without keeping any.
+
+Scores are counted by their float32 code in a window around the expected cut. Where the window missed, or the bin of the
+cut holds so many changed entries that their order in it matters, the window zooms and the pass is made again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.backends.kernels.scores import count_scores
+from ckptdiff.linalg.passes import Array, Panel, array_module
+from ckptdiff.linalg.survey import MAGNITUDES, SMALL_CHANGE
+
+__all__ = ["Covered", "ScoreCut"]
+
+_CODES = 1 << 31
+_BINS = 1 << 15
+_FIELDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Covered:
+    """What the entries with the largest scores hold; ties at the cut count fractionally.
+
+    Attributes
+    ----------
+    entries : float
+    changed : float
+        Of these, d != 0.
+    above : float
+        |d| > 1e-5.
+    not_low : float
+        d != 0 and |W0| not among the smallest.
+    chance : float
+        Sum of the chances to be changed under the null.
+    """
+
+    entries: float
+    changed: float
+    above: float
+    not_low: float
+    chance: float
+
+
+class ScoreCut:
+    """Finds the `rank` largest scores of a pair.
+
+    Parameters
+    ----------
+    rank : int
+        From 1.
+    guess : float
+        About where the cut is, 0 if nothing is known.
+    weights : float64 array, shape (2, 32768)
+        By magnitude of W0: the chance to be changed under the null, and not to be among the smallest.
+    error : float
+        Standard error of a count of changed entries that needs no further zoom.
+    """
+
+    def __init__(self, rank: int, guess: float, weights: NDArray[np.float64], error: float) -> None:
+        self._rank, self._weights, self._error = rank, weights, error
+        self.covered: Covered | None = None
+        code = int(np.float32(abs(guess)).view(np.uint32))
+        if np.isfinite(guess) and code >> 23:
+            # One octave around the guess, in 2^15 bins.
+            self._open(8, (code - (1 << 22)) >> 8, _BINS)
+        else:
+            self._open(16, 0, _BINS)
+
+    def _open(self, shift: int, low: int, bins: int) -> None:
+        self._shift, self._low = shift, low
+        self._counts = np.zeros((bins + 1, _FIELDS))
+
+    def add(self, scores: Array, panel: Panel) -> None:
+        """Count a panel.
+
+        Parameters
+        ----------
+        scores : float32 array, shape (rows, short), C-contiguous
+        panel : Panel
+            The same rows.
+        """
+        base = panel.base.astype(np.float32, copy=False).view(np.uint32)
+        delta = panel.delta.astype(np.float32, copy=False)
+        if array_module(scores) is np:
+            arguments = np.float32(SMALL_CHANGE), np.uint32(self._low), np.uint32(self._shift), self._weights
+            count_scores(scores.view(np.uint32), base, delta, *arguments, self._counts)
+        else:
+            self._add_anywhere(scores, base, delta, array_module(scores))
+
+    def _add_anywhere(self, scores: Array, base: Array, delta: Array, xp: Any) -> None:
+        """What the kernel does, in calls that NumPy and CuPy share."""
+        codes = ((scores.view(np.uint32) & (_CODES - 1)) >> self._shift).astype(np.int64).ravel()
+        inside = codes >= self._low
+        rows = len(self._counts)
+        bins = xp.minimum(codes[inside] - self._low, rows - 1)
+        weights = xp.asarray(self._weights)[:, (base.ravel()[inside] >> 16) & (MAGNITUDES - 1)]
+        values = abs(delta.ravel()[inside])
+        changed = (values != 0).astype(np.float64)
+        above = (values > SMALL_CHANGE).astype(np.float64)
+        for field, weight in enumerate((xp.ones_like(changed), changed, above, changed * weights[1], weights[0])):
+            found = xp.bincount(bins, weight, rows)
+            self._counts[:, field] += found.get() if hasattr(found, "get") else found
+
+    def settle(self) -> bool:
+        """Finish a pass: True if the cut is found, False if another pass is needed."""
+        from_top = np.cumsum(self._counts[::-1, 0])
+        place = int(np.searchsorted(from_top, self._rank))
+        row = len(self._counts) - 1 - place
+        if self._shift < 16 and not 0 <= row < len(self._counts) - 1:
+            self._open(16, 0, _BINS)
+            return False
+        at, above = self._counts[row], self._counts[row + 1 :].sum(axis=0)
+        if self._shift and 0.5 * at[1] ** 0.5 > self._error:
+            self._open(0, (self._low + row) << self._shift, 1 << self._shift)
+            return False
+        share = (self._rank - above[0]) / at[0]
+        self.covered = Covered(*(above + share * at).tolist())
+        return True

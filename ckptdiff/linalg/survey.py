@@ -1,0 +1,102 @@
+"""The first pass over a pair: norms, changed entries, and where the smallest base weights end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.backends.kernels.scores import count_magnitudes
+from ckptdiff.linalg.passes import Panel, Stage, array_module
+
+__all__ = ["MAGNITUDES", "SMALL_CHANGE", "Survey", "survey"]
+
+MAGNITUDES = 1 << 15
+"""Bins of |W0|: the leading 15 magnitude bits of its float32, which are all that bfloat16 has."""
+SMALL_CHANGE = 1e-5
+"""The threshold of the second support (S1)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What one pass tells of a pair.
+
+    Attributes
+    ----------
+    numel : int
+    base_norm, delta_norm : float
+        Frobenius norms, summed in float64; NaN or infinite if an entry is.
+    weights, changed : int64 array, shape (32768,)
+        Entries by magnitude of W0, and those with d != 0.
+    above : int
+        Entries with |d| > 1e-5.
+    """
+
+    numel: int
+    base_norm: float
+    delta_norm: float
+    weights: NDArray[np.int64]
+    changed: NDArray[np.int64]
+    above: int
+
+    @property
+    def support(self) -> int:
+        """Entries with d != 0."""
+        return int(self.changed.sum())
+
+    def above_low_cut(self, rho: float) -> NDArray[np.float64]:
+        """Chance of each magnitude not to be among the ceil(rho N) smallest; ties at the cut count fractionally.
+
+        Exact where a magnitude bin holds one value, as under bfloat16; for wider formats all of the boundary bin
+        counts as tied.
+        """
+        rank = max(1, math.ceil(Fraction(str(rho)) * self.numel))
+        before = np.cumsum(self.weights) - self.weights
+        taken = np.clip(rank - before, 0, self.weights)
+        low: NDArray[np.float64] = np.divide(taken, self.weights, out=np.ones(MAGNITUDES), where=self.weights > 0)
+        return 1.0 - low
+
+
+def survey(counted: bool = True) -> Stage[Survey]:
+    """One pass over a pair.
+
+    Parameters
+    ----------
+    counted : bool
+        Whether to count entries, not only to add up norms.
+    """
+    squares = np.zeros(2)
+    counts = np.zeros((2, MAGNITUDES), np.int64)
+    totals = [0, 0]
+
+    def add(panel: Panel) -> None:
+        squares[0] += _square(panel.base)
+        squares[1] += _square(panel.delta)
+        totals[0] += panel.base.size
+        if counted:
+            totals[1] += _count(panel, counts)
+
+    yield add
+    base, delta = np.sqrt(squares).tolist()
+    return Survey(totals[0], base, delta, counts[0], counts[1], totals[1])
+
+
+def _square(values: Any) -> float:
+    xp = array_module(values)
+    return float(xp.einsum("ij,ij->", values, values, dtype=np.float64))
+
+
+def _count(panel: Panel, counts: NDArray[np.int64]) -> int:
+    xp = array_module(panel.base)
+    base, delta = panel.base.astype(np.float32, copy=False), panel.delta.astype(np.float32, copy=False)
+    if xp is np:
+        above: int = count_magnitudes(base.view(np.uint32), delta, np.float32(SMALL_CHANGE), counts)
+        return above
+    codes = (base.view(np.uint32) >> 16 & (MAGNITUDES - 1)).ravel()
+    counts[0] += xp.bincount(codes, minlength=MAGNITUDES).get()
+    counts[1] += xp.bincount(codes[delta.ravel() != 0], minlength=MAGNITUDES).get()
+    return int((abs(delta) > SMALL_CHANGE).sum())

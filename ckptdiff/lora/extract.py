@@ -1,0 +1,177 @@
+"""From two checkpoints to an adapter, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ckptdiff.backends.formats import FORMATS, compare_format
+from ckptdiff.checkpoint import TensorPair
+from ckptdiff.engine import run
+from ckptdiff.errors import PairingError
+from ckptdiff.lora.adapter import AdapterWriter
+from ckptdiff.lora.factors import Factors, factorize
+from ckptdiff.lora.targets import refusal
+from ckptdiff.memory import resident
+from ckptdiff.options import MaskRule, Options
+from ckptdiff.planning import prepare
+from ckptdiff.result import Diff
+from ckptdiff.spectra.matrices import MatrixView, matrices_of
+from ckptdiff.spectra.memory import cache_bytes
+from ckptdiff.spectra.source import StoredPanels
+from ckptdiff.stream.reader import OpenShards, open_shards
+
+__all__ = ["Extracted", "Extraction", "extract_lora"]
+
+_MEMORY = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Extracted:
+    """What became of the update of one tensor.
+
+    Attributes
+    ----------
+    name : str
+    shape : tuple of int
+    delta_norm : float
+        Frobenius norm of its update.
+    rank : int
+        Of its factors; 0 if the adapter leaves it out.
+    lost : float
+        Share of its energy, sum d^2, that the adapter does not hold.
+    reason : str, optional
+        Why it is left out.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    delta_norm: float
+    rank: int
+    lost: float
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """An adapter that was written.
+
+    Attributes
+    ----------
+    folder : Path
+    tensors : tuple of Extracted
+        Every tensor with an update.
+    unchanged : int
+        Tensors without one.
+    """
+
+    folder: Path
+    tensors: tuple[Extracted, ...]
+    unchanged: int
+
+    @property
+    def lost(self) -> float:
+        """Share of the energy of the whole update that the adapter does not hold."""
+        total = sum(tensor.delta_norm**2 for tensor in self.tensors)
+        return sum(tensor.lost * tensor.delta_norm**2 for tensor in self.tensors) / total if total else 0.0
+
+
+def extract_lora(
+    base: str,
+    tuned: str,
+    folder: Path,
+    *,
+    rank: int,
+    energy: float | None = None,
+    seed: int = 0,
+    options: Options | None = None,
+    listener: Callable[[Extracted], None] | None = None,
+) -> Extraction:
+    """Write the update between two checkpoints as a PEFT adapter.
+
+    Values are compared as they are stored, in float32 where the dtypes differ.
+
+    Parameters
+    ----------
+    base, tuned : str
+        Paths of the checkpoints.
+    folder : Path
+        To be made.
+    rank : int
+        Of the factors; the largest one if `energy` is given.
+    energy : float, optional
+        Share of each tensor's energy to keep.
+    seed : int
+        Of the randomized SVD.
+    options : Options, optional
+        Which tensors, and how they are paired and read.
+    listener : callable, optional
+        Called with each tensor as it is done.
+
+    Raises
+    ------
+    CkptdiffError
+        If an input cannot be used, nothing changed that an adapter can hold, or the folder exists.
+    """
+    options = replace(options or Options(), compare="stored", mask=MaskRule("none"), spectra=None)
+    with AdapterWriter(folder, base) as writer:
+        diff = run(base, tuned, options=options)
+        plan = prepare(base, tuned, options=options)
+        found = []
+        with open_shards(plan.io) as shards:
+            job = _Job(shards, options, writer, rank, energy, seed)
+            strange = diff.columns["nonfinite_base"] + diff.columns["nonfinite_tuned"] > 0
+            for row, pair in enumerate(plan.pairs):
+                norm = float(diff.columns["delta_norm"][row])
+                if not norm > 0:
+                    continue
+                found.append(job.extract(pair, norm, "NaN or Inf in it" if strange[row] else refusal(pair)))
+                if listener is not None:
+                    listener(found[-1])
+        if not any(tensor.rank for tensor in found):
+            raise _nothing(diff, found)
+        writer.finish()
+    return Extraction(folder, tuple(found), len(plan.pairs) - len(found))
+
+
+def _nothing(diff: Diff, found: list[Extracted]) -> PairingError:
+    return PairingError(
+        "no update that an adapter of linear layers could hold",
+        file=str(diff.tuned["path"]),
+        expected="matrices that changed",
+        found=f"{len(found)} other tensors that changed" if found else "no tensor that changed",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    shards: OpenShards
+    options: Options
+    writer: AdapterWriter
+    rank: int
+    energy: float | None
+    seed: int
+
+    def extract(self, pair: TensorPair, norm: float, reason: str | None) -> Extracted:
+        """Factor one tensor and write it, or say why not."""
+        if reason is not None:
+            return Extracted(pair.name, pair.base.shape, norm, 0, 1.0, reason)
+        (view,) = matrices_of(pair.name, pair.base.shape)
+        factors = self._factors(pair, view, norm)
+        up, down = factors.long_side, factors.short_side
+        if view.wide:
+            up, down = down, up
+        self.writer.add(pair.name.removesuffix(".weight"), down.T, up)
+        return Extracted(pair.name, pair.base.shape, norm, factors.rank, factors.lost)
+
+    def _factors(self, pair: TensorPair, view: MatrixView, norm: float) -> Factors:
+        stored = FORMATS[pair.base.dtype.lower()], FORMATS[pair.tuned.dtype.lower()]
+        dtype = np.dtype(np.float32 if 1e-12 < norm < 1e12 else np.float64)
+        formats = *stored, compare_format(*stored, self.options.compare)
+        panels = StoredPanels(self.shards, pair, formats, view, dtype)
+        free = (self.options.max_memory or _MEMORY) - resident()
+        fits = 2 * cache_bytes(view, dtype.itemsize) < free
+        return factorize(panels.cached() if fits else panels, norm, self.rank, self.energy, self.seed)

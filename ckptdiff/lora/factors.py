@@ -1,0 +1,90 @@
+"""The best low-rank factors of a streamed update."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.linalg.krylov import KrylovOptions, direct_values, krylov_values
+from ckptdiff.linalg.passes import Array, Panel, PanelSource, Stage, run_together
+
+__all__ = ["Factors", "factorize"]
+
+_BLOCK, _STEPS = 32, 10
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """``long_side @ short_side.T`` is the update cut to a rank.
+
+    Attributes
+    ----------
+    long_side : float32 array, shape (long, rank)
+    short_side : float32 array, shape (short, rank)
+    lost : float
+        Share of the update's energy, sum d^2, that the rank leaves out.
+    """
+
+    long_side: NDArray[np.float32]
+    short_side: NDArray[np.float32]
+    lost: float
+
+    @property
+    def rank(self) -> int:
+        """Columns of both factors."""
+        rank: int = self.short_side.shape[1]
+        return rank
+
+
+def factorize(source: PanelSource, delta_norm: float, most: int, energy: float | None, seed: int) -> Factors:
+    """Find factors with the randomized SVD of the update, in one more pass than that takes.
+
+    The singular values are split evenly between both factors, so that neither needs a range the other lacks.
+
+    Parameters
+    ----------
+    source : PanelSource
+    delta_norm : float
+        Frobenius norm of the update, above 0.
+    most : int
+        Largest rank.
+    energy : float, optional
+        Take the smallest rank that holds this share of the energy, if one up to `most` does.
+    seed : int
+    """
+    wanted = min(most, source.short)
+    block = max(_BLOCK, math.ceil(wanted / 4))
+    if source.short <= 2 * block * _STEPS:
+        leading = direct_values(source.short, (wanted,))
+    else:
+        leading = krylov_values(source.short, (wanted,), source.dtype, KrylovOptions(block, _STEPS, seed=seed))
+    (found,) = run_together(source, leading)
+    shares = np.cumsum(found.lower) / delta_norm**2
+    kept = int((found.lower > np.finfo(np.float32).eps ** 2 * found.lower[0]).sum())
+    rank = max(1, min(kept, found.vectors.shape[1]))
+    if energy is not None:
+        rank = min(rank, int(np.searchsorted(shares, energy)) + 1)
+    vectors = np.ascontiguousarray(found.vectors[:, :rank], source.dtype)
+    (moved,) = run_together(source, _moved(vectors, source.long))
+    sizes = np.linalg.norm(moved.astype(np.float64), axis=0)
+    roots = np.sqrt(np.where(sizes > 0, sizes, 1.0))
+    lost = 1.0 - float(np.sum(sizes**2)) / delta_norm**2
+    return Factors((moved / roots).astype(np.float32), (vectors * roots).astype(np.float32), max(lost, 0.0))
+
+
+def _moved(vectors: Array, long: int) -> Stage[Any]:
+    """One pass: ``d V``."""
+    product = np.empty((long, vectors.shape[1]), vectors.dtype)
+    done = 0
+
+    def project(panel: Panel) -> None:
+        nonlocal done
+        product[done : done + len(panel.delta)] = panel.delta @ vectors
+        done += len(panel.delta)
+
+    yield project
+    return product

@@ -1,0 +1,111 @@
+"""Spectra in a run file: figures beside the other columns, and the singular values of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.metrics.spectral import SPECTRAL_FIGURES, Spectra, spectral_keys
+from ckptdiff.runfile.schema import escape_name, escape_text, unescape
+
+__all__ = ["SPECTRUM_LISTS", "SpectraView", "add_spectrum", "read_spectra", "write_spectra"]
+
+SPECTRUM_LISTS: Final = {
+    "delta": "singular values of d, largest first",
+    "base": "singular values of W0, largest first",
+    "tuned": "singular values of W1, largest first",
+    "angles_left": "principal angles between left singular subspaces of W0 and W1, smallest first",
+    "angles_right": "principal angles between right singular subspaces of W0 and W1, smallest first",
+}
+"""What a group under ``/spectra`` may hold, shape (n,), or (matrices, n) for a tensor of several matrices."""
+
+_PREFIX = "spectral_"
+_TEXT = h5py.string_dtype()
+_TEXTS = {"method": "how the spectrum was found: randomized, exact, or empty", "reason": "why figures are missing"}
+_COUNTS = {"matrices": "matrices the tensor is made of", "rank": "singular values of d that are known"}
+
+
+def add_spectrum(file: Any, name: str, method: str, lists: Mapping[str, NDArray[np.float64]]) -> None:
+    """Add the singular values of one tensor as ``/spectra/<name>/*``.
+
+    Parameters
+    ----------
+    file : h5py.File
+    name : str
+        Of the tensor.
+    method : str
+        "randomized" or "exact".
+    lists : mapping of str to float64 array
+        By a key of :data:`SPECTRUM_LISTS`.
+    """
+    group = file.require_group("spectra").create_group(escape_name(name))
+    group.attrs["method"] = method
+    for key, values in lists.items():
+        angles = key.startswith("angles")
+        group.create_dataset(key, data=values).attrs.update(
+            units="rad" if angles else "1", long_name=SPECTRUM_LISTS[key]
+        )
+
+
+def write_spectra(file: Any, spectra: Spectra) -> None:
+    """Add the figures of all tensors as ``/tensors/spectral_*``."""
+    tensors, names = file["tensors"], file["tensors/name"]
+    file.require_group("spectra").attrs["mode"] = spectra.mode
+
+    def add(key: str, values: Any, long_name: str, units: str | None = "1", **how: Any) -> None:
+        dataset = tensors.create_dataset(_PREFIX + key, data=values, **how)
+        dataset.attrs["long_name"] = long_name
+        if units is not None:
+            dataset.attrs["units"] = units
+        dataset.dims[0].attach_scale(names)
+
+    for (key, long_name), texts in zip(_TEXTS.items(), (spectra.methods, spectra.reasons), strict=True):
+        add(key, [escape_text(text) for text in texts], long_name, None, dtype=_TEXT)
+    for (key, long_name), counts in zip(_COUNTS.items(), (spectra.matrices, spectra.ranks), strict=True):
+        add(key, counts.astype(np.uint64), long_name)
+    for figure in SPECTRAL_FIGURES:
+        units = "rad" if figure.key.startswith("angle") else "1"
+        for parameter, key in spectral_keys(figure):
+            long_name = figure.long_name if parameter is None else f"{figure.long_name}, at {parameter:g}"
+            add(key, spectra.columns[key], long_name, units)
+
+
+def read_spectra(file: Any) -> Spectra | None:
+    """The figures of all tensors, None if the run measured no spectra."""
+    if "spectra" not in file:
+        return None
+    tensors = file["tensors"]
+    methods, reasons = (
+        tuple(unescape(text) for text in tensors[_PREFIX + key].asstr()[:]) if tensors["name"].size else ()
+        for key in _TEXTS
+    )
+    matrices, ranks = (tensors[_PREFIX + key][:].astype(np.int64) for key in _COUNTS)
+    columns = {key: tensors[_PREFIX + key][:] for figure in SPECTRAL_FIGURES for _, key in spectral_keys(figure)}
+    mode = str(file["spectra"].attrs["mode"])
+    return Spectra(mode, columns, methods, reasons, matrices, ranks)
+
+
+class SpectraView(Mapping[str, dict[str, NDArray[np.float64]]]):
+    """The singular values in a run file by tensor name; tensors that were not measured are missing."""
+
+    def __init__(self, group: Any, guard: Any) -> None:
+        self._group = group
+        self._guard = guard
+        with guard():
+            self._names = {} if group is None else {unescape(name): name for name in group}
+
+    def __getitem__(self, name: str) -> dict[str, NDArray[np.float64]]:
+        link = self._names[name]
+        with self._guard(tensor=name):
+            found = self._group[link]
+            return {key: found[key][:] for key in SPECTRUM_LISTS if key in found}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -1,0 +1,111 @@
+"""Add spectra to a run file that was made without them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import h5py
+
+from ckptdiff.checkpoint import Checkpoint, TensorPair, open_checkpoint, pair
+from ckptdiff.errors import OptionError, RunFileError
+from ckptdiff.events import Listener, SpectraDone
+from ckptdiff.options import Compare, Options, SpectraOptions
+from ckptdiff.result import Diff
+from ckptdiff.runfile.reader import RunFile
+from ckptdiff.runfile.spectra_table import add_spectrum, write_spectra
+from ckptdiff.runfile.staged import StagedFile
+from ckptdiff.spectra.stage import SpectraTable, measure_spectra
+from ckptdiff.stream.reader import open_shards
+
+__all__ = ["add_spectra"]
+
+
+def add_spectra(
+    path: str,
+    spectra: SpectraOptions,
+    *,
+    base: str | None = None,
+    tuned: str | None = None,
+    max_memory: int = 0,
+    listener: Listener | None = None,
+) -> Diff:
+    """Measure the spectra of a run's checkpoints and add them to its run file.
+
+    A copy takes the run file's name when it is complete.
+
+    Parameters
+    ----------
+    path : str
+        The run file.
+    spectra : SpectraOptions
+    base, tuned : str, optional
+        Where the checkpoints are now, if they have moved.
+    max_memory : int
+        As in :class:`~ckptdiff.options.Options`.
+    listener : callable, optional
+
+    Raises
+    ------
+    RunFileError
+        If the run file cannot be read or written, or has spectra already.
+    OptionError
+        If the checkpoints are not those of the run.
+    """
+    with RunFile(path) as run:
+        diff = run.load()
+    if diff.spectra is not None:
+        raise RunFileError("the run file has spectra already", file=path)
+    pairs = _pairs(path, diff, base or str(diff.base["path"]), tuned or str(diff.tuned["path"]))
+    options = Options(compare=cast(Compare, diff.compare), max_memory=max_memory, spectra=spectra)
+    staged = StagedFile(Path(path))
+    try:
+        with Path(path).open("rb") as old:
+            shutil.copyfileobj(old, cast(Any, staged), 1 << 22)
+        staged.check()
+        with open_shards("pread") as shards, h5py.File(staged, "r+") as file:
+            table = SpectraTable(spectra.mode, len(diff.tensors))
+            for found in measure_spectra(pairs, diff, shards, options):
+                table.take(found)
+                name = diff.tensors[found.index].name
+                if found.method:
+                    add_spectrum(file, name, found.method, found.lists)
+                    staged.check()
+                if listener is not None:
+                    listener(SpectraDone(found.index, len(diff.tensors), name))
+            shards.check()
+            measured = table.finish()
+            write_spectra(file, measured)
+        staged.commit()
+    finally:
+        # Nothing of what a failure left open is written any more.
+        staged.stop()
+        staged.discard()
+    return replace(diff, spectra=measured)
+
+
+def _pairs(path: str, diff: Diff, base: str, tuned: str) -> Sequence[TensorPair]:
+    """The tensor pairs of a run, from its checkpoints."""
+    sides = open_checkpoint(base), open_checkpoint(tuned)
+    for side, known in zip(sides, (diff.base, diff.tuned), strict=True):
+        _require_same(side, known)
+    given = dict(diff.options)
+    pairs = pair(*sides, renames=given["renames"], include=given["include"], exclude=given["exclude"]).pairs
+    if [found.name for found in pairs] != [tensor.name for tensor in diff.tensors]:
+        raise OptionError("the checkpoints do not pair as in the run", file=path, hint="run ckptdiff diff again")
+    return pairs
+
+
+def _require_same(side: Checkpoint, known: Any) -> None:
+    """Make sure that a checkpoint is the one of the run, by the sizes and headers of its shards."""
+    now = sorted((shard.size, shard.header_sha256) for shard in side.shards)
+    if now != sorted((shard["size"], shard["header_sha256"]) for shard in known["shards"]):
+        raise OptionError(
+            "the checkpoint is not the one of the run",
+            file=side.path,
+            expected=f"the shards of {known['path']} with equal sizes and headers",
+            hint="name it with --base or --tuned if it has moved",
+        )

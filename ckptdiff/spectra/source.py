@@ -1,0 +1,122 @@
+"""A matrix of a tensor pair as panels: decoded once if it fits into memory, else streamed in every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.backends.formats import Format
+from ckptdiff.checkpoint import TensorInfo, TensorPair
+from ckptdiff.linalg.passes import ArrayPanels, Panel
+from ckptdiff.spectra.decode import decode
+from ckptdiff.spectra.matrices import MatrixView
+from ckptdiff.stream.reader import OpenShards
+
+__all__ = ["PANEL", "StoredPanels"]
+
+PANEL = 1 << 21
+"""Entries of a panel, about."""
+
+Floats = NDArray[Any]
+
+
+class StoredPanels:
+    """A matrix pair on disk; a :class:`~ckptdiff.linalg.passes.PanelSource`.
+
+    Parameters
+    ----------
+    shards : OpenShards
+    pair : TensorPair
+        Of floating tensors.
+    formats : (base, tuned, compare)
+    view : MatrixView
+    dtype : dtype
+        Of the panels: float32 or float64.
+    """
+
+    def __init__(
+        self,
+        shards: OpenShards,
+        pair: TensorPair,
+        formats: tuple[Format, Format, Format],
+        view: MatrixView,
+        dtype: Any,
+    ) -> None:
+        self.long, self.short = view.long, view.short
+        self._shards, self._pair, self._view = shards, pair, view
+        self._formats, self.dtype = formats, np.dtype(dtype)
+        self._rows = max(1, PANEL // view.short)
+        self._raw = np.empty(0, np.uint8)
+
+    def panels(self) -> Iterator[Panel]:
+        """All rows of the tall pair, in order."""
+        for first in range(0, self.long, self._rows):
+            base, tuned = self._read(first, min(first + self._rows, self.long))
+            yield Panel(base, np.subtract(tuned, base, out=tuned))
+
+    def sample(self, count: int) -> Floats:
+        """About `count` rows of W0, evenly spaced."""
+        step = max(1, self.long // count)
+        return np.concatenate([self._side(0, row, row + 1) for row in range(0, self.long, step)])
+
+    def cached(self) -> ArrayPanels:
+        """The same pair, read and decoded now."""
+        base, delta = (np.empty((self.long, self.short), self.dtype) for _ in range(2))
+        if not self._view.wide:
+            for first, panel in self._numbered(self.panels()):
+                base[first : first + len(panel.base)] = panel.base
+                delta[first : first + len(panel.base)] = panel.delta
+        else:
+            rows = max(1, PANEL // self.long)
+            for first in range(0, self.short, rows):
+                stop = min(first + rows, self.short)
+                sides = [self._stored_rows(side, first, stop, 0, self.long) for side in (0, 1)]
+                base[:, first:stop] = sides[0].T
+                np.subtract(sides[1].T, sides[0].T, out=delta[:, first:stop])
+        return ArrayPanels(base, delta, self._rows)
+
+    @staticmethod
+    def _numbered(panels: Iterator[Panel]) -> Iterator[tuple[int, Panel]]:
+        first = 0
+        for panel in panels:
+            yield first, panel
+            first += len(panel.base)
+
+    def _read(self, first: int, stop: int) -> tuple[Floats, Floats]:
+        base = self._side(0, first, stop)
+        return base, base.copy() if self._pair.same_bytes else self._side(1, first, stop)
+
+    def _side(self, side: int, first: int, stop: int) -> Floats:
+        """Rows of the tall matrix of one side."""
+        if self._view.wide:
+            return np.ascontiguousarray(self._stored_rows(side, 0, self.short, first, stop).T)
+        return self._stored_rows(side, first, stop, 0, self.short)
+
+    def _stored_rows(self, side: int, first: int, stop: int, left: int, right: int) -> Floats:
+        """A block of one side as it is stored: rows `first` to `stop`, columns `left` to `right`."""
+        tensor = (self._pair.base, self._pair.tuned)[side]
+        format, compare = self._formats[side], self._formats[2]
+        out = np.empty((stop - first, right - left), self.dtype)
+        columns = self._view.columns
+        if right - left == columns:
+            decode(self._bytes(tensor, format, first * columns, stop * columns), format, compare, out)
+            return out
+        raw = np.empty((stop - first, (right - left) * format.bits // 8), np.uint8)
+        for row in range(first, stop):
+            raw[row - first] = self._bytes(tensor, format, row * columns + left, row * columns + right)
+        raw.flags.writeable = False
+        decode(raw.reshape(-1), format, compare, out)
+        return out
+
+    def _bytes(self, tensor: TensorInfo, format: Format, first: int, stop: int) -> NDArray[np.uint8]:
+        """Raw bytes of elements of the matrix; valid until the next call."""
+        size = format.bits // 8
+        start, end = (tensor.start + (self._view.offset + element) * size for element in (first, stop))
+        if self._raw.size < end - start:
+            self._raw = np.empty(end - start, np.uint8)
+        with self._shards[tensor.shard].window(tensor, start, end, self._raw) as window:
+            # A map is given back at the end of the block, a buffer is ours.
+            return window if np.shares_memory(window, self._raw) else window.copy()

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import ckptdiff
+from ckptdiff.claims.judge import _noise_energy, judge
+from ckptdiff.claims.published import COLUMNS, PUBLISHED, figures_of
+from ckptdiff.cli import main
+
+BF16 = ml_dtypes.bfloat16
+SHAPE = (240, 160)
+CLAIMS = (
+    "do not change",
+    "is small",
+    "full-rank",
+    "concentrated",
+    "principal subspaces",
+    "principal weights",
+    "near zero",
+)
+
+
+def weights_of(rng: np.random.Generator) -> np.ndarray:
+    """Weights with a spectrum that falls, so that principal weights are not just the large ones."""
+    return (0.02 * rng.standard_normal(SHAPE) * np.exp(-np.arange(SHAPE[1]) / 80)).astype(BF16)
+
+
+def diff_of(folder: Path, step: Any, seed: int = 0) -> ckptdiff.Diff:
+    rng = np.random.default_rng(seed)
+    base = {f"model.layers.{i}.mlp.up_proj.weight": weights_of(rng) for i in range(3)}
+    tuned = {name: (w.astype(np.float64) + step(rng, w.astype(np.float64))).astype(BF16) for name, w in base.items()}
+    save_file(base, folder / "base.safetensors")
+    save_file(tuned, folder / "tuned.safetensors")
+    return ckptdiff.diff(folder / "base.safetensors", folder / "tuned.safetensors", mask="none", spectra="exact")
+
+
+def outcomes(diff: ckptdiff.Diff) -> dict[str, str]:
+    found = {}
+    for verdict in judge(diff):
+        (short,) = (short for short in CLAIMS if short in verdict.claim)
+        found[short] = verdict.outcome
+        assert verdict.claim in verdict.sentence
+        assert verdict.outcome in verdict.sentence
+    assert tuple(found) == CLAIMS
+    return found
+
+
+def test_rounded_noise_shows_nothing_but_sparsity(tmp_path: Path) -> None:
+    found = outcomes(diff_of(tmp_path, lambda rng, w: 1e-5 * rng.standard_normal(w.shape)))
+    assert found["do not change"] == found["is small"] == found["full-rank"] == "shown"
+    assert found["near zero"] == found["principal weights"] == "no more than chance"
+
+
+def test_dense_training_is_not_sparse(tmp_path: Path) -> None:
+    found = outcomes(diff_of(tmp_path, lambda rng, w: 0.02 * rng.standard_normal(w.shape)))
+    assert found["do not change"] == found["is small"] == "not shown"
+    assert found["concentrated"] == "no more than chance"
+
+
+def test_an_update_of_low_rank_in_the_principal_subspaces(tmp_path: Path) -> None:
+    def step(rng: np.random.Generator, weights: np.ndarray) -> np.ndarray:
+        left, values, right = np.linalg.svd(weights, full_matrices=False)
+        return (left[:, :4] * values[:4] * 0.3) @ right[:4]
+
+    found = outcomes(diff_of(tmp_path, step))
+    assert found["concentrated"] == "shown"
+    assert found["principal subspaces"] == "not shown"
+
+
+def test_an_update_of_small_weights_alone_is_seen_against_rounding(tmp_path: Path) -> None:
+    def step(rng: np.random.Generator, weights: np.ndarray) -> np.ndarray:
+        return np.where(
+            np.abs(weights) < np.quantile(np.abs(weights), 0.05), 1e-4 * rng.standard_normal(weights.shape), 0
+        )
+
+    assert outcomes(diff_of(tmp_path, step))["near zero"] == "shown"
+
+
+@pytest.mark.parametrize("shape", [(400, 300), (1000, 200), (60, 60)], ids=str)
+def test_energy_of_noise(shape: tuple[int, int]) -> None:
+    values = np.linalg.svd(np.random.default_rng(0).standard_normal(shape), compute_uv=False)
+    assert _noise_energy(*shape) == pytest.approx(np.sum(values[:16] ** 2) / np.sum(values**2), rel=0.03)
+    assert _noise_energy(12, 500) == 1.0
+
+
+def test_published_rows_are_shares() -> None:
+    row = PUBLISHED["DS-Qwen -> OPD"]
+    assert row.keys() == COLUMNS.keys()
+    assert row["rel_norm"] == pytest.approx(0.00047)
+    assert row["stable_rank"] == 9.97
+    assert row["numerical_rank_frac"] is None
+
+
+def test_figures_follow_the_papers_conventions(tmp_path: Path) -> None:
+    diff = diff_of(tmp_path, lambda rng, w: 3e-5 * rng.standard_normal(w.shape))
+    row = figures_of(diff)
+    assert row["unchanged_abs"] == diff.overall["unchanged_abs"]["1e-05"]
+    assert row["rel_norm"] == diff.overall["rel_norm"]
+    ranks = [tensor["spectral"]["stable_rank"] for tensor in diff.per_tensor]
+    assert row["stable_rank"] == np.median(ranks)
+    assert row["low_coverage"] == np.median([tensor["low_coverage"]["0.1"] for tensor in diff.per_tensor])
+
+
+def test_undefined_figures_make_claims_unknown(tmp_path: Path) -> None:
+    diff = diff_of(tmp_path, lambda rng, w: 0 * w)
+    assert set(list(outcomes(diff).values())[2:]) == {"unknown"}
+    assert outcomes(diff)["do not change"] == "shown"
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    diff = diff_of(tmp_path, lambda rng, w: 3e-5 * rng.standard_normal(w.shape))
+    sides = [str(tmp_path / f"{side}.safetensors") for side in ("base", "tuned")]
+    run = str(tmp_path / "run.h5")
+    assert main(["claims", *sides, "--format", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["pair"] == figures_of(diff)
+    assert [claim["outcome"] for claim in document["claims"]] == [verdict.outcome for verdict in judge(diff)]
+    assert main(["diff", *sides, "-o", run]) == 0
+    assert main(["claims", run]) == 2
+    assert "spectra add" in capsys.readouterr().err
+    assert main(["spectra", "add", run, "--spectra", "exact"]) == 0
+    assert main(["claims", run, "-q"]) == 0
+    assert main(["claims", *sides, run]) == 2
+    capsys.readouterr()
+    assert main(["claims", run]) == 0
+    assert "DS-Qwen -> OPD" in capsys.readouterr().out
+
+
+def test_spectra_added_later_are_those_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    diff = diff_of(tmp_path, lambda rng, w: 3e-5 * rng.standard_normal(w.shape))
+    sides = [str(tmp_path / f"{side}.safetensors") for side in ("base", "tuned")]
+    run = str(tmp_path / "run.h5")
+    assert main(["diff", *sides, "-o", run]) == 0
+    assert main(["spectra", "plot", run]) == 2
+    moved = tmp_path / "elsewhere.safetensors"
+    Path(sides[0]).rename(moved)
+    assert main(["spectra", "add", run, "--spectra", "exact"]) == 2
+    assert main(["spectra", "add", run, "--spectra", "exact", "--base", str(moved)]) == 0
+    with ckptdiff.RunFile(run) as file:
+        loaded = file.load()
+        for tensor, known in zip(loaded.per_tensor, diff.per_tensor, strict=True):
+            assert tensor["spectral"] == known["spectral"]
+        assert len(file.masks) == 3
+    assert main(["spectra", "add", run]) == 2  # it has them
+    capsys.readouterr()
+    assert main(["spectra", "plot", run, "*layers.1*"]) == 0
+    assert "s_i / s_1" in capsys.readouterr().out
+    assert main(["spectra", "plot", run, "nothing"]) == 2
+
+
+def test_another_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    diff_of(tmp_path, lambda rng, w: 3e-5 * rng.standard_normal(w.shape))
+    run = str(tmp_path / "run.h5")
+    assert main(["diff", *(str(tmp_path / f"{side}.safetensors") for side in ("base", "tuned")), "-o", run]) == 0
+    before = Path(run).read_bytes()
+    save_file({"model.layers.0.mlp.up_proj.weight": np.zeros(SHAPE, BF16)}, tmp_path / "base.safetensors")
+    assert main(["spectra", "add", run]) == 2
+    assert "not the one of the run" in capsys.readouterr().err
+    assert Path(run).read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "run.h5", "tuned.safetensors"]

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+from spectrum_cases import base, singular_values, update
+
+from ckptdiff.linalg.angles import angle_rank, principal_angles
+from ckptdiff.linalg.exact import effective_rank, nss, numerical_rank, side_spectrum
+from ckptdiff.linalg.passes import ArrayPanels, run_together
+
+KINDS = ("flat", "s1", "power", "exponential", "low rank", "deficient")
+SHAPES = [(500, 260), (260, 260), (3000, 30), (7, 1), (3, 2)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_singular_value(kind: str, shape: tuple[int, int]) -> None:
+    weights, delta = base(*shape, seed=1).astype(np.float64), update(kind, *shape, seed=2)
+    stages = [side_spectrum(side, shape[1]) for side in ("base", "delta", "tuned")]
+    for found, matrix in zip(
+        run_together(ArrayPanels(weights, delta, 111), *stages), (weights, delta, weights + delta), strict=True
+    ):
+        known = singular_values(matrix)
+        assert np.abs(found.values - known).max() <= 1e-11 * known[0]
+        for tau in (1e-6, 1e-5, 1e-4):
+            fewest, most = numerical_rank(found.values, tau)
+            assert fewest == most == np.sum(known > tau * known[0])
+        shares = known[known > 0] / known.sum()
+        assert effective_rank(found.values) == pytest.approx(np.exp(-np.sum(shares * np.log(shares))), rel=1e-8)
+
+
+def test_a_rank_that_rounding_cannot_decide_is_an_interval() -> None:
+    assert numerical_rank(np.array([1.0, 1e-5 * (1 + 1e-9), 0.0]), 1e-5) == (1, 2)
+    assert numerical_rank(np.array([1.0, 1.1e-5, 0.9e-5]), 1e-5) == (2, 2)
+
+
+def test_nss() -> None:
+    weights, delta = base(300, 90, seed=1).astype(np.float64), update("s1", 300, 90, seed=2)
+    ours, theirs = run_together(ArrayPanels(weights, delta), side_spectrum("base", 90), side_spectrum("tuned", 90))
+    known = singular_values(weights), singular_values(weights + delta)
+    assert nss(ours.values, theirs.values) == pytest.approx(
+        np.linalg.norm(known[1] - known[0]) / np.linalg.norm(known[0]), rel=1e-8
+    )
+    assert np.isnan(nss(np.zeros(3), np.ones(3)))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+@pytest.mark.parametrize("shape", [(400, 150), (120, 120)], ids=str)
+def test_angles(shape: tuple[int, int], scale: float) -> None:
+    weights, delta = base(*shape, seed=4).astype(np.float64), scale * update("s1", *shape, seed=5)
+    source, k = ArrayPanels(weights, delta, 70), angle_rank(shape[1])
+    ours, theirs = run_together(source, *(side_spectrum(side, shape[1], k) for side in ("base", "tuned")))
+    assert ours.eigenpairs is not None
+    assert theirs.eigenpairs is not None
+    (found,) = run_together(source, principal_angles(ours.eigenpairs[1], theirs.eigenpairs[1]))
+    first, second = (np.linalg.svd(matrix, full_matrices=False) for matrix in (weights, weights + delta))
+    # SciPy lists the largest first, and takes small angles from sines as well.
+    long = scipy.linalg.subspace_angles(first[0][:, :k], second[0][:, :k])[::-1]
+    short = scipy.linalg.subspace_angles(first[2][:k].T, second[2][:k].T)[::-1]
+    assert np.allclose(found.long, long, rtol=1e-6, atol=1e-7 * long.max())
+    assert np.allclose(found.short, short, rtol=1e-6, atol=1e-7 * short.max())
+
+
+def test_no_angles_for_a_single_column() -> None:
+    assert angle_rank(1) == 0
+    assert angle_rank(2000) == 512

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from spectrum_cases import singular_values, update
+
+from ckptdiff.linalg.krylov import KrylovOptions, LeadingValues, direct_values, krylov_values
+from ckptdiff.linalg.passes import ArrayPanels, run_together
+
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+KINDS = ("flat", "s1", "power", "exponential", "low rank", "deficient")
+
+
+def leading(delta: np.ndarray, options: KrylovOptions | None = None, rows: int = 300) -> LeadingValues:
+    delta = np.ascontiguousarray(delta, np.float32)
+    source = ArrayPanels(delta, delta, rows)
+    (found,) = run_together(source, krylov_values(delta.shape[1], RANKS, np.float32, options or KrylovOptions()))
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1800, 720), (720, 720), (4000, 400)], ids=str)
+def test_values_are_those_of_a_full_decomposition(kind: str, shape: tuple[int, int]) -> None:
+    delta = update(kind, *shape, seed=3)
+    found, known = leading(delta), singular_values(delta.astype(np.float32))
+    total = np.sum(known**2)
+    shares, expected = np.cumsum(found.lower) / total, np.cumsum(known**2) / total
+    assert abs(shares[15] - expected[15]) <= min(0.005, 0.02 * expected[15])
+    assert found.lower[0] == pytest.approx(known[0] ** 2, rel=0.005)  # the stable rank
+    near = pytest.approx(known[63], rel=0.02 if kind == "flat" else 0.01, abs=1e-6 * known[0])
+    assert np.sqrt(found.lower[63]) == near
+    for k in RANKS:
+        assert found.upper[k] >= np.sum(known[:k] ** 2)
+
+
+def test_bound_holds_and_is_small_on_updates_like_the_papers() -> None:
+    small, held = [], 0
+    for seed in range(12):
+        delta = update("s1", 1100, 660, seed)
+        found = leading(delta, KrylovOptions(seed=seed))
+        energies = np.cumsum(singular_values(delta.astype(np.float32)) ** 2)
+        held += all(found.upper[k] >= energies[k - 1] for k in RANKS)
+        small.append((found.upper[16] - found.lower[:16].sum()) / energies[-1])
+    assert held == 12
+    assert np.median(small) < 0.01
+
+
+def test_stops_early_where_the_space_is_exhausted() -> None:
+    found = leading(update("low rank", 900, 700, seed=1))
+    assert found.steps <= 3
+    assert found.lower[:8].sum() == pytest.approx(found.lower.sum(), rel=1e-5)
+
+
+def test_seed_and_panels() -> None:
+    delta = update("s1", 1000, 650, seed=0)
+    once, again = leading(delta), leading(delta)
+    assert np.array_equal(once.lower, again.lower)
+    assert np.allclose(once.lower, leading(delta, rows=77).lower, rtol=1e-5)
+    assert np.allclose(once.lower[:16], leading(delta, KrylovOptions(seed=5)).lower[:16], rtol=1e-5)
+    assert not np.array_equal(once.vectors, leading(delta, KrylovOptions(seed=5)).vectors)
+
+
+def test_vectors_give_the_values() -> None:
+    delta = update("power", 900, 700, seed=2)
+    found = leading(delta)
+    assert np.allclose(np.linalg.norm(delta @ found.vectors, axis=0) ** 2, found.lower, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (9, 1), (5, 4), (300, 70), (64, 64)], ids=str)
+def test_small_matrices_are_decomposed_outright(shape: tuple[int, int]) -> None:
+    delta = update("flat", *shape, seed=1)
+    (found,) = run_together(ArrayPanels(delta, delta, 50), direct_values(shape[1], RANKS))
+    known = singular_values(delta)[:64]
+    assert np.allclose(np.sqrt(found.lower), known, rtol=1e-9, atol=1e-9 * known[0])
+    assert all(found.upper[k] >= np.sum(known[:k] ** 2) for k in found.upper)

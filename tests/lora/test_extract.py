@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ckptdiff.cli import main
+from ckptdiff.errors import OptionError, PairingError
+from ckptdiff.lora.extract import Extraction, extract_lora
+
+BF16 = ml_dtypes.bfloat16
+NAMES = {
+    "model.layers.0.mlp.up_proj.weight": (90, 40),
+    "model.layers.0.mlp.down_proj.weight": (40, 90),
+    "model.layers.0.self_attn.q_proj.weight": (48, 48),
+    "model.layers.0.self_attn.q_proj.bias": (48,),
+    "model.embed_tokens.weight": (60, 40),
+    "transformer.h.0.attn.c_attn.weight": (30, 90),
+    "model.experts.down_proj": (2, 8, 9),
+    "model.norm.weight": (40,),
+    "steps": (3, 3),
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("pair")
+    base = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in NAMES.items()}
+    tuned = {
+        name: values + 1e-3 * rng.standard_normal(values.shape).astype(np.float32) for name, values in base.items()
+    }
+    tuned["model.norm.weight"] = base["model.norm.weight"]
+    base["steps"] = np.zeros((3, 3), np.int64)
+    tuned["steps"] = np.ones((3, 3), np.int64)
+    save_file(base, folder / "base.safetensors")
+    save_file(tuned, folder / "tuned.safetensors")
+    return str(folder / "base.safetensors"), str(folder / "tuned.safetensors")
+
+
+def product(folder: Path, module: str) -> np.ndarray:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    up, down = (tensors[f"base_model.model.{module}.{part}.weight"].astype(np.float64) for part in ("lora_B", "lora_A"))
+    return up @ down
+
+
+def delta_of(pair: tuple[str, str], name: str) -> np.ndarray:
+    base, tuned = map(load_file, pair)
+    return (tuned[name] - base[name]).astype(np.float64)
+
+
+def rows_of(made: Extraction) -> dict[str, tuple[int, str | None]]:
+    return {tensor.name: (tensor.rank, tensor.reason) for tensor in made.tensors}
+
+
+def test_factors_are_the_best_ones(pair: tuple[str, str], tmp_path: Path) -> None:
+    made = extract_lora(*pair, tmp_path / "adapter", rank=7)
+    for tensor in made.tensors:
+        if not tensor.rank:
+            continue
+        left, values, right = np.linalg.svd(delta_of(pair, tensor.name), full_matrices=False)
+        best = (left[:, :7] * values[:7]) @ right[:7]
+        assert np.allclose(product(tmp_path / "adapter", tensor.name.removesuffix(".weight")), best, atol=1e-8)
+        assert tensor.rank == 7
+        assert tensor.lost == pytest.approx(np.sum(values[7:] ** 2) / np.sum(values**2), rel=1e-5)
+    total = sum(np.sum(delta_of(pair, tensor.name) ** 2) for tensor in made.tensors)
+    lost = sum(tensor.lost * np.sum(delta_of(pair, tensor.name) ** 2) for tensor in made.tensors)
+    assert made.lost == pytest.approx(lost / total, rel=1e-5)
+
+
+def test_what_an_adapter_cannot_hold_is_listed(pair: tuple[str, str], tmp_path: Path) -> None:
+    made = extract_lora(*pair, tmp_path / "adapter", rank=4)
+    assert rows_of(made) == {
+        "model.layers.0.mlp.up_proj.weight": (4, None),
+        "model.layers.0.mlp.down_proj.weight": (4, None),
+        "model.layers.0.self_attn.q_proj.weight": (4, None),
+        "model.layers.0.self_attn.q_proj.bias": (0, "a bias"),
+        "model.embed_tokens.weight": (0, "an embedding"),
+        "transformer.h.0.attn.c_attn.weight": (0, "stored transposed (Conv1D)"),
+        "model.experts.down_proj": (0, "not a matrix"),
+    }
+    assert made.unchanged == 2
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert config["r"] == config["lora_alpha"] == 4
+    assert sorted(config["target_modules"]) == sorted(
+        name.removesuffix(".weight") for name, (rank, _) in rows_of(made).items() if rank
+    )
+
+
+def test_energy_chooses_the_smallest_rank(pair: tuple[str, str], tmp_path: Path) -> None:
+    made = extract_lora(*pair, tmp_path / "adapter", rank=128, energy=0.6)
+    for tensor in made.tensors:
+        if tensor.rank:
+            values = np.linalg.svd(delta_of(pair, tensor.name), compute_uv=False)
+            shares = np.cumsum(values**2) / np.sum(values**2)
+            assert tensor.rank == np.sum(shares < 0.6) + 1
+            assert tensor.lost <= 0.4
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    for name, rank in config["rank_pattern"].items():
+        assert rank == config["alpha_pattern"][name] != config["r"]
+
+
+def test_a_large_update_goes_through_the_krylov_space(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    weights = rng.standard_normal((900, 700)).astype(BF16)
+    lead = rng.standard_normal((900, 5)) @ rng.standard_normal((5, 700))
+    moved = (weights.astype(np.float64) + 0.05 * lead).astype(BF16)
+    save_file({"a.weight": weights}, tmp_path / "base.safetensors")
+    save_file({"a.weight": moved}, tmp_path / "tuned.safetensors")
+    made = extract_lora(str(tmp_path / "base.safetensors"), str(tmp_path / "tuned.safetensors"), tmp_path / "x", rank=8)
+    values = np.linalg.svd(moved.astype(np.float64) - weights.astype(np.float64), compute_uv=False)
+    assert made.tensors[0].lost == pytest.approx(np.sum(values[8:] ** 2) / np.sum(values**2), abs=2e-6)
+
+
+def test_nothing_is_left_behind_on_failure(pair: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(PairingError, match="no update"):
+        extract_lora(pair[0], pair[0], tmp_path / "adapter", rank=4)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(OptionError, match="exists"):
+        extract_lora(*pair, tmp_path / "adapter", rank=4)
+    with pytest.raises(OptionError, match="no parent"):
+        extract_lora(*pair, tmp_path / "no" / "adapter", rank=4)
+
+
+def test_nan_is_left_out(tmp_path: Path) -> None:
+    weights = np.random.default_rng(0).standard_normal((9, 9)).astype(np.float32)
+    moved = 2 * weights
+    strange = moved.copy()
+    strange[1, 1] = np.nan
+    save_file({"a.weight": weights, "b.weight": weights + 1}, tmp_path / "base.safetensors")
+    save_file({"a.weight": moved, "b.weight": strange}, tmp_path / "tuned.safetensors")
+    made = extract_lora(str(tmp_path / "base.safetensors"), str(tmp_path / "tuned.safetensors"), tmp_path / "x", rank=9)
+    assert rows_of(made) == {"a.weight": (9, None), "b.weight": (0, "NaN or Inf in it")}
+
+
+def test_command_line(pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lora", *pair, "-o", str(tmp_path / "one"), "--rank", "4"]) == 0
+    assert "an embedding" in capsys.readouterr().out
+    assert main(["lora", *pair, "-o", str(tmp_path / "two"), "--energy", "0.5", "--format", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {row["name"] for row in document["tensors"] if row["rank"]} == {
+        name for name in NAMES if "proj.weight" in name
+    }
+    for bad in (["--rank", "0"], ["--energy", "1.5"], []):
+        assert main(["lora", *pair, "-o", str(tmp_path / "three"), *bad]) == 2
+    assert not (tmp_path / "three").exists()
+
+
+def test_peft_loads_it_and_computes_the_same(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+
+    def model() -> torch.nn.Module:
+        layers = [torch.nn.Linear(24, 60), torch.nn.Tanh(), torch.nn.Linear(60, 16)]
+        return torch.nn.Sequential(torch.nn.Embedding(10, 24), *layers)
+
+    base, tuned = model(), model()
+    tuned.load_state_dict({k: v + 0.1 * torch.randn_like(v) if v.ndim > 1 else v for k, v in base.state_dict().items()})
+    tuned[0].load_state_dict(base[0].state_dict())
+    for name, side in (("base", base), ("tuned", tuned)):
+        save_file({k: v.numpy() for k, v in side.state_dict().items()}, tmp_path / f"{name}.safetensors")
+    sides = str(tmp_path / "base.safetensors"), str(tmp_path / "tuned.safetensors")
+    extract_lora(*sides, tmp_path / "adapter", rank=30, energy=0.8)
+    tokens = torch.arange(10)
+    truncated = model()
+    state = base.state_dict()
+    for name in ("1.weight", "3.weight"):
+        state[name] = (
+            state[name] + torch.from_numpy(product(tmp_path / "adapter", name.removesuffix(".weight"))).float()
+        )
+    truncated.load_state_dict(state)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.allclose(adapted(tokens), truncated(tokens), atol=1e-5)
+        assert not torch.allclose(adapted(tokens), tuned(tokens), atol=1e-3)

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import ckptdiff
+from ckptdiff.cli import main
+from ckptdiff.options import SpectraOptions
+from ckptdiff.result import Diff
+
+BF16 = ml_dtypes.bfloat16
+Sides = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def sides() -> Sides:
+    """Weights of every shape, with a rounded update of low rank and noise."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "model.layers.0.self_attn.q_proj.weight": (96, 96),
+        "model.layers.0.mlp.down_proj.weight": (64, 200),
+        "model.layers.0.mlp.up_proj.weight": (200, 64),
+        "model.layers.0.mlp.experts.gate_up_proj": (3, 48, 80),
+        "vision_tower.patch_embed.weight": (40, 3, 5, 5),
+        "model.embed_tokens.weight": (300, 16),
+        "model.norm.weight": (64,),
+        "model.row": (1, 33),
+        "model.column": (33, 1),
+        "model.none": (0, 8),
+    }
+    base, tuned = {}, {}
+    for name, shape in shapes.items():
+        weights = (0.02 * rng.standard_normal(shape)).astype(BF16)
+        lead = rng.standard_normal((shape[0], *[1] * (len(shape) - 1))) * rng.standard_normal(shape[1:])
+        base[name] = weights
+        tuned[name] = (weights.astype(np.float32) + 2e-5 * (lead + rng.standard_normal(shape))).astype(BF16)
+    return base, tuned
+
+
+@pytest.fixture(scope="module")
+def pair(sides: Sides, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("pair")
+    for name, tensors in zip(("base", "tuned"), sides, strict=True):
+        save_file(tensors, folder / f"{name}.safetensors")
+    return folder / "base.safetensors", folder / "tuned.safetensors"
+
+
+def spectral(diff: Diff) -> dict[str, Any]:
+    return {facts.name: row["spectral"] for facts, row in zip(diff.tensors, diff.per_tensor, strict=True)}
+
+
+def delta_of(sides: Sides, name: str) -> np.ndarray:
+    return sides[1][name].astype(np.float64) - sides[0][name].astype(np.float64)
+
+
+@pytest.mark.parametrize("mode", ["randomized", "exact"])
+def test_every_matrix_of_a_checkpoint(pair: tuple[Path, Path], sides: Sides, mode: str) -> None:
+    found = spectral(ckptdiff.diff(*pair, spectra=mode))
+    assert found["model.norm.weight"] is None
+    assert found["model.none"] is None
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.row"):
+        values = np.linalg.svd(delta_of(sides, name), compute_uv=False)
+        energies = np.cumsum(values**2) / np.sum(values**2)
+        assert found[name]["method"] == mode
+        assert found[name]["topk_energy"]["16"] == pytest.approx(energies[min(16, values.size) - 1], rel=1e-6)
+        assert found[name]["stable_rank"] == pytest.approx(np.sum(values**2) / values[0] ** 2, rel=1e-6)
+        assert found[name]["error_bound"] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_left_and_right_are_those_of_the_stored_matrix(pair: tuple[Path, Path], sides: Sides, name: str) -> None:
+    found = spectral(ckptdiff.diff(*pair, spectra="exact"))[name]
+    left, _, right = np.linalg.svd(sides[0][name].astype(np.float64), full_matrices=False)
+    delta, k = delta_of(sides, name), 6
+    total = np.sum(delta**2)
+    assert found["principal_energy_left"]["0.1"] == pytest.approx(np.sum((left[:, :k].T @ delta) ** 2) / total)
+    assert found["principal_energy_right"]["0.1"] == pytest.approx(np.sum((delta @ right[:k].T) ** 2) / total)
+
+
+def test_slices_of_experts_and_convolutions(pair: tuple[Path, Path], sides: Sides) -> None:
+    diff = ckptdiff.diff(*pair, spectra="exact")
+    found = spectral(diff)
+    ranks = []
+    for part in delta_of(sides, "model.layers.0.mlp.experts.gate_up_proj"):
+        values = np.linalg.svd(part, compute_uv=False)
+        ranks.append(np.sum(values**2) / values[0] ** 2)
+    experts = found["model.layers.0.mlp.experts.gate_up_proj"]
+    assert experts["matrices"] == 3
+    assert experts["stable_rank"] == pytest.approx(np.median(ranks))
+    values = np.linalg.svd(delta_of(sides, "vision_tower.patch_embed.weight").reshape(40, 75), compute_uv=False)
+    patches = found["vision_tower.patch_embed.weight"]
+    assert patches["stable_rank"] == pytest.approx(np.sum(values**2) / values[0] ** 2)
+    native = [row["stable_rank"] for name, row in found.items() if row and len(sides[0][name].shape) == 2]
+    assert diff.median_2d["spectral"]["matrices"] == len(native)
+    assert diff.median_2d["spectral"]["stable_rank"] == pytest.approx(np.median(native))
+
+
+def test_a_matrix_streamed_is_a_matrix_in_memory(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {mode: spectral(ckptdiff.diff(*pair, spectra=mode)) for mode in ("randomized", "exact")}
+    monkeypatch.setattr("ckptdiff.spectra.stage.cache_bytes", lambda view, itemsize: 1 << 60)
+    monkeypatch.setattr("ckptdiff.spectra.source.PANEL", 1 << 10)
+    for io in ("pread", "mmap"):
+        for mode, known in kept.items():
+            streamed = spectral(ckptdiff.diff(*pair, spectra=mode, io=io))
+            for name, row in known.items():
+                assert_close(streamed[name], row, 1e-4 if mode == "randomized" else 1e-7)
+
+
+def assert_close(found: Any, known: Any, error: float) -> None:
+    if isinstance(known, dict):
+        assert found.keys() == known.keys()
+        for key in known:
+            assert_close(found[key], known[key], error)
+    elif isinstance(known, float):
+        assert found == pytest.approx(known, rel=error, abs=error)
+    else:
+        assert found == known
+
+
+def test_run_file_keeps_spectra(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    diff = ckptdiff.diff(*pair, spectra="exact", out=tmp_path / "run.h5")
+    with ckptdiff.RunFile(tmp_path / "run.h5") as run:
+        loaded = run.load()
+        assert loaded.per_tensor == diff.per_tensor
+        assert loaded.median_2d == diff.median_2d
+        assert loaded.grouped("module") == diff.grouped("module")
+        assert len(run.spectra) == 8
+        lists = run.spectra["model.layers.0.mlp.experts.gate_up_proj"]
+        assert lists["delta"].shape == (3, 48)
+        assert run.spectra["model.row"].keys() == {"delta", "base", "tuned"}
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "compare"), [("f32", "f32", "stored"), ("f32", "bf16", "bf16"), ("f16", "f64", "bf16")]
+)
+def test_other_dtypes(tmp_path: Path, base: str, tuned: str, compare: str) -> None:
+    rng = np.random.default_rng(1)
+    dtypes = {"f32": np.float32, "bf16": BF16, "f16": np.float16, "f64": np.float64}
+    weights = rng.standard_normal((60, 40)).astype(dtypes[base])
+    moved = (weights.astype(np.float64) + 0.05 * rng.standard_normal((60, 40))).astype(dtypes[tuned])
+    row = found_between(tmp_path, weights, moved, compare=compare, spectra="exact")
+    if compare == "bf16":
+        weights, moved = (side.astype(np.float32).astype(BF16) for side in (weights, moved))
+    values = np.linalg.svd(moved.astype(np.float64) - weights.astype(np.float64), compute_uv=False)
+    assert row["stable_rank"] == pytest.approx(np.sum(values**2) / values[0] ** 2, rel=1e-6)
+
+
+def found_between(folder: Path, base: np.ndarray, tuned: np.ndarray, **options: Any) -> Any:
+    save_file({"w": base}, folder / "a.safetensors")
+    save_file({"w": tuned}, folder / "b.safetensors")
+    return spectral(ckptdiff.diff(folder / "a.safetensors", folder / "b.safetensors", **options))["w"]
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e22])
+def test_norms_out_of_float32s_range(tmp_path: Path, scale: float) -> None:
+    rng = np.random.default_rng(1)
+    weights = (scale * rng.standard_normal((60, 40))).astype(BF16)
+    moved = (weights.astype(np.float64) + 0.05 * scale * rng.standard_normal((60, 40))).astype(BF16)
+    found = found_between(tmp_path, weights, moved, spectra="randomized")
+    left, _, right = np.linalg.svd(weights.astype(np.float64))
+    delta = moved.astype(np.float64) - weights.astype(np.float64)
+    known = np.sum((left[:, :4].T @ delta @ right[:4].T) ** 2) / np.sum(delta**2)
+    assert found["principal_energy"]["0.1"] == pytest.approx(known, rel=1e-5)
+
+
+def diff_of(tmp_path: Path, base: np.ndarray, tuned: np.ndarray, **options: Any) -> dict[str, Any]:
+    rest = np.ones((40, 30), BF16)
+    rest[:, :7] = 2
+    save_file({"w": base, "x": np.eye(40, 30).astype(BF16)}, tmp_path / "a.safetensors")
+    save_file({"w": tuned, "x": rest}, tmp_path / "b.safetensors")
+    return spectral(ckptdiff.diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **options))
+
+
+def poisoned(value: float) -> Callable[[np.ndarray], np.ndarray]:
+    def poison(weights: np.ndarray) -> np.ndarray:
+        weights = weights.copy()
+        weights[3, 4] = value
+        return weights
+
+    return poison
+
+
+@pytest.mark.parametrize("mode", ["randomized", "exact"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda weights: weights, "the update is zero"),
+        (poisoned(np.nan), "NaN or Inf"),
+        (poisoned(np.inf), "NaN or Inf"),
+    ],
+    ids=["zero", "NaN", "Inf"],
+)
+def test_what_cannot_be_measured_has_a_reason(
+    tmp_path: Path, mode: str, change: Callable[[np.ndarray], np.ndarray], reason: str
+) -> None:
+    weights = np.random.default_rng(0).standard_normal((40, 30)).astype(BF16)
+    found = diff_of(tmp_path, weights, change(weights), spectra=mode)
+    assert found["w"]["method"] is None
+    assert found["w"]["stable_rank"] is None
+    assert reason in found["w"]["reason"]
+    assert found["x"]["method"] == mode  # the run went on
+    assert "no gap" in found["x"]["reason"]
+
+
+def test_too_little_memory_has_a_reason(tmp_path: Path) -> None:
+    weights = np.random.default_rng(0).standard_normal((40, 30)).astype(BF16)
+    found = diff_of(tmp_path, weights, (2 * weights).astype(BF16), spectra="exact", max_memory="1G")
+    assert found["w"]["method"] == "exact"
+    found = diff_of(tmp_path, weights, (2 * weights).astype(BF16), spectra=SpectraOptions("exact", limit=20))
+    assert found["w"]["method"] == "randomized"
+    assert "longer than 20" in found["w"]["reason"]
+
+
+def test_command_line(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run.h5"
+    assert main(["diff", *map(str, pair), "--spectra", "randomized", "--format", "json", "-o", str(run)]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["median_2d"]["spectral"]["method"] == "randomized"
+    assert {row["module_type"]: row["spectral"]["matrices"] for row in document["modules"]}["norm"] == 0
+    assert main(["show", str(run), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == document
+    by_rank = ["--by", "tensor", "--sort", "spectral.stable_rank"]
+    for arguments in (["--format", "csv"], ["--format", "ndjson"], by_rank):
+        assert main(["show", str(run), *arguments]) == 0
+    assert "top 16" in capsys.readouterr().out
+    assert main(["show", str(run), "--fail-if", "median_2d.spectral.topk_energy.16>0.01", "-q"]) == 1
+    assert main(["show", str(run), "--fail-if", "median_2d.spectral.nss>0"]) == 2
