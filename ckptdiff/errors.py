@@ -10,6 +10,7 @@
     │   └── ChangedFileError  a shard that changed while it was read
     ├── PairingError          two checkpoints with nothing to compare
     ├── PlanError             work that does not fit the memory it may use
+    ├── MaskError             masks that do not fit a model, an optimizer or each other
     └── RunFileError          a run file that cannot be read or written
 """
 
@@ -23,6 +24,7 @@ __all__ = [
     "CkptdiffError",
     "HeaderError",
     "IndexFileError",
+    "MaskError",
     "OptionError",
     "PairingError",
     "PlanError",
@@ -104,6 +106,10 @@ class PairingError(CkptdiffError):
 
 class PlanError(CkptdiffError):
     """Work that does not fit the memory it may use."""
+
+
+class MaskError(CkptdiffError):
+    """Masks that do not fit a model, an optimizer or each other."""
 
 
 class RunFileError(CkptdiffError):
