@@ -14,7 +14,8 @@ COMMANDS = {
     "diff": "Compare two checkpoints; keep figures and masks in a run file.",
     "show": "Print any view of a run file.",
     "inspect": "List the tensors of a checkpoint.",
-    "mask": "List the masks of a run file, or export them.",
+    "mask": "List the masks of a run file, export them, or combine those of several.",
+    "overlap": "Compare the masks of several runs with each other and with chance.",
 }
 """Every command with its short help."""
 
