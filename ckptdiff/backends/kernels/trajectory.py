@@ -24,6 +24,8 @@ __all__ = ["PIECE", "Flow", "Rooms", "follow_span"]
 
 PIECE = 1 << 17
 """Coordinates at a time: three pieces of bfloat16 fit into a second-level cache."""
+TILE = 1 << 12
+"""Coordinates that are counted and then summed: they stay in the first-level cache in between."""
 PART = 1 << 10
 """Coordinates whose squares are summed in float32 before they are added in float64."""
 
@@ -211,13 +213,17 @@ def follow_span(
             return first
         sums[0, block] += sum_base(base, values)
         last = base
-        for words in rooms.words:
-            words[: (n + 63) // 64] = 0
+        for bits in rooms.words:
+            bits[: (n + 63) // 64] = 0
         for step in range(1, files.shape[0]):
             codes = read_codes(step, 1 + step % 2, first, stop, files, tables, rooms)
             if codes.size < n:
                 return first
-            count_flow(base, last, codes, magnitude, rooms.words, counts[step - 1])
-            sums[step, block] += sum_squares(base, codes, values)
+            for start in range(0, n, TILE):
+                end = min(start + TILE, n)
+                left, right = base[start:end], codes[start:end]
+                words = rooms.words[0][start // 64 :], rooms.words[1][start // 64 :]
+                count_flow(left, last[start:end], right, magnitude, words, counts[step - 1])
+                sums[step, block] += sum_squares(left, right, values)
             last = codes
     return extent[1]
