@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,7 @@ def make_masks(store: Store, scale: Scale, width: int) -> dict[str, Any]:
         def make(student: Model) -> torch.optim.Optimizer:
             return torch.optim.AdamW(student.parameters(), lr=scale.retrain_lr, weight_decay=0.0)
 
-        for _, student in train(method, base, teacher, scale, make, steps=scale.retrain_steps, seed=MASK_SEED):
-            pass
+        student = trained(train(method, base, teacher, scale, make, steps=scale.retrain_steps, seed=MASK_SEED))
         reached[method] = accuracy(student, scale.digits)
         tuned = checkpoints.save(student, place(store, width, f"mask-{method}"), torch.float32)
         for density in scale.densities:
@@ -120,8 +120,7 @@ def retrain(
         kept.append(masks_of(store, scale, student, variant, density, seed))
         return masked(student.parameters(), kept[0], lr)
 
-    for _, student in train("opd", base, teacher, scale, make, steps=scale.retrain_steps, seed=seed):
-        pass
+    student = trained(train("opd", base, teacher, scale, make, steps=scale.retrain_steps, seed=seed))
     result: dict[str, Any] = {
         "optimizer": optimizer,
         "variant": variant,
@@ -140,6 +139,12 @@ def retrain(
             moved += int((parameter != before).sum())
         result |= {"mask_density": kept[0].density, "moved": moved}
     return result
+
+
+def trained(steps: Iterator[tuple[int, Model]]) -> Model:
+    """The student after its last step."""
+    ((_, student),) = deque(steps, maxlen=1)
+    return student
 
 
 def masks_of(store: Store, scale: Scale, student: Model, variant: str, density: int, seed: int) -> ParameterMasks:

@@ -28,9 +28,11 @@ class Scale:
         What each optimizer's learning rate is chosen from.
     seeds : tuple of int
         Of the retraining runs; the masks were made with another one, learning rates chosen with a third.
-    pretrain_lr, pretrain_steps, pretrain_check : float, int, int
+    pretrain_lr, pretrain_steps : float, int
     teacher_accuracy, student_accuracy : float
         Where pretraining stops.
+    teacher_check, student_check : int
+        Steps between two looks at it: a student passes 40 % within a few.
     """
 
     digits: int
@@ -47,9 +49,10 @@ class Scale:
     seeds: tuple[int, ...]
     pretrain_lr: float
     pretrain_steps: int
-    pretrain_check: int
     teacher_accuracy: float
     student_accuracy: float
+    teacher_check: int
+    student_check: int
 
 
 FULL = Scale(
@@ -67,9 +70,10 @@ FULL = Scale(
     seeds=(0, 1, 2),
     pretrain_lr=1e-3,
     pretrain_steps=6000,
-    pretrain_check=50,
     teacher_accuracy=0.995,
     student_accuracy=0.4,
+    teacher_check=50,
+    student_check=4,
 )
 
 QUICK = Scale(
@@ -83,11 +87,12 @@ QUICK = Scale(
     retrain_lr=1e-3,
     retrain_steps=30,
     densities=(20,),
-    tuned_lrs={"adamw": (3e-4, 3e-3), "sgd": (0.1, 1.0)},
+    tuned_lrs={"adamw": (1e-3, 3e-3), "sgd": (0.1,)},
     seeds=(0,),
     pretrain_lr=3e-3,
     pretrain_steps=1500,
-    pretrain_check=20,
-    teacher_accuracy=0.99,
+    teacher_accuracy=0.95,
     student_accuracy=0.4,
+    teacher_check=20,
+    student_check=20,
 )

@@ -26,8 +26,8 @@ def prepare(store: Store, scale: Scale, width: int) -> dict[str, Any]:
     """Train a teacher and a student; the student, rounded to bfloat16, is the base of all that follows."""
 
     def work() -> dict[str, Any]:
-        teacher, taught = pretrain(scale, width, seed=1, until=scale.teacher_accuracy)
-        student, _ = pretrain(scale, width, seed=2, until=scale.student_accuracy)
+        teacher, taught = pretrain(scale, width, seed=1, until=scale.teacher_accuracy, every=scale.teacher_check)
+        student, _ = pretrain(scale, width, seed=2, until=scale.student_accuracy, every=scale.student_check)
         checkpoints.save(teacher, place(store, width, "teacher"), torch.float32)
         checkpoints.save(student, place(store, width, "base"), torch.bfloat16)
         base = checkpoints.load(place(store, width, "base"), scale, width)

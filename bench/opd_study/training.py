@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn import functional
 
 METHODS = ("opd", "sft", "rlvr")
-"""OPD: the student samples, and each token's reverse KL to the teacher is minimised (S1). SFT: cross-entropy on what the
-teacher samples. RLVR: REINFORCE on exact match, with the batch's mean as the baseline."""
+"""OPD: the student samples, and each token's reverse KL to the teacher is minimised (S1). SFT: cross-entropy on what
+the teacher samples. RLVR: REINFORCE on exact match, with the batch's mean as the baseline."""
 
 
-def pretrain(scale: Scale, width: int, seed: int, until: float) -> tuple[Model, float]:
-    """Train from scratch on right answers until an accuracy is reached, or the steps are used up."""
+def pretrain(scale: Scale, width: int, seed: int, until: float, every: int) -> tuple[Model, float]:
+    """Train from scratch on right answers until an accuracy is reached, looked at every so many steps."""
     model = Model(width, scale.layers, scale.digits, seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=scale.pretrain_lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
@@ -31,8 +31,8 @@ def pretrain(scale: Scale, width: int, seed: int, until: float) -> tuple[Model, 
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % scale.pretrain_check == 0:
-            reached = accuracy(model, scale.digits, 500)
+        if step % every == 0:
+            reached = accuracy(model, scale.digits, 400)
             if reached >= until:
                 break
     return model, reached
