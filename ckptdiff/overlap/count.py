@@ -126,7 +126,7 @@ def _population(bits: NDArray[np.uint8]) -> int:
 def _by_octave(runs: Sequence[RunFile], name: str) -> NDArray[np.int64]:
     """Coordinates by floor(log2 |W0|): all, then those of each bitwise mask, shape (1 + runs, 279)."""
     rows = [run.histograms[name] for run in runs]
-    return np.stack([rows[0].base, *(row.changed for row in rows)]).astype(np.int64)
+    return np.concatenate([rows[0].base, *(row.changed for row in rows)]).astype(np.int64)
 
 
 def _by_magnitude(shards: OpenShards, tensor: TensorInfo, masks: Sequence[Mask]) -> NDArray[np.int64]:
