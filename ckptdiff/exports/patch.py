@@ -68,29 +68,30 @@ def export_patch(
     masks = [run.masks[name] for name in chosen_masks(run, names)]
     checkpoint = open_side(run, "tuned", tuned)
     tuned_names = {facts.name: facts.tuned_name or facts.name for facts in run.load().tensors}
+    changed = [(mask, checkpoint.tensors[tuned_names[mask.name]]) for mask in masks if mask.count]
     check_folder(target)
     if target.exists() and not (target.is_file() and is_safetensors_of(target, PATCH_FORMAT)):
         raise RunFileError("the output exists and is no patch", file=target, hint="remove it, or choose another name")
-    metadata = {
-        "format": PATCH_FORMAT,
-        "rule": str(run.masks.rule),
-        "compare": run.masks.compare,
-        "shapes": json.dumps({mask.name: mask.shape for mask in masks if mask.count}),
-        "base": json.dumps(shards_json(run, "base")),
-        "tuned": json.dumps(shards_json(run, "tuned")),
-    }
     staged = StagedFile(target)
     try:
         with open_shards("pread") as shards:
-            entries: list[Entry] = []
-            for mask in masks:
-                if mask.count:
-                    entries += _entries(mask, checkpoint.tensors[tuned_names[mask.name]], shards)
-            write_safetensors(staged, entries, metadata)
+            entries = [entry for mask, tensor in changed for entry in _entries(mask, tensor, shards)]
+            write_safetensors(staged, entries, _metadata(run, [mask for mask, _ in changed]))
         staged.commit()
     finally:
         staged.discard()
-    return len(entries) // 2
+    return len(changed)
+
+
+def _metadata(run: RunFile, masks: Sequence[Mask]) -> dict[str, str]:
+    return {
+        "format": PATCH_FORMAT,
+        "rule": str(run.masks.rule),
+        "compare": run.masks.compare,
+        "shapes": json.dumps({mask.name: mask.shape for mask in masks}),
+        "base": json.dumps(shards_json(run, "base")),
+        "tuned": json.dumps(shards_json(run, "tuned")),
+    }
 
 
 def _entries(mask: Mask, tensor: TensorInfo, shards: OpenShards) -> Iterator[Entry]:

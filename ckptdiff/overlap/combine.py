@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.errors import MaskError, OptionError
 from ckptdiff.options import MaskRule
-from ckptdiff.overlap.common import common_tensors, require_same_base
+from ckptdiff.overlap.same_base import common_tensors, require_same_base
 from ckptdiff.result import Diff
 from ckptdiff.runfile.compress import compress_chunk
 from ckptdiff.runfile.mask import Mask
@@ -77,25 +77,27 @@ def combine(
         _, left_out = common_tensors(runs, diffs)
         if left_out:
             raise MaskError("the runs compared different tensors", file=runs[-1].path, found=left_out[0])
-        rule = MaskRule("combined")
-        first = diffs[0]
-        counts = np.zeros(len(first.tensors), np.uint64)
-        with RunFileWriter(target, rule=rule, compare=first.compare) as writer:
-            for row, facts in enumerate(first.tensors):
-                counts[row] = _write(writer, operation, [run.masks[facts.name] for run in runs])
-                writer.add_histograms(runs[0].histograms[facts.name])
-            result = replace(
-                first,
-                mask_rule=str(rule),
-                columns={**first.columns, "changed": counts},
-                warnings=(*first.warnings, *warnings),
-                run={**first.run, "combined": {"operation": operation, "runs": [run.path for run in runs]}},
-            )
-            writer.finish(result)
+        return _write(target, operation, runs, replace(diffs[0], warnings=(*diffs[0].warnings, *warnings)))
+
+
+def _write(target: Path, operation: Operation, runs: Sequence[RunFile], first: Diff) -> Diff:
+    rule = MaskRule("combined")
+    counts = np.zeros(len(first.tensors), np.uint64)
+    with RunFileWriter(target, rule=rule, compare=first.compare) as writer:
+        for row, facts in enumerate(first.tensors):
+            counts[row] = _write_mask(writer, operation, [run.masks[facts.name] for run in runs])
+            writer.add_histograms(runs[0].histograms[facts.name])
+        result = replace(
+            first,
+            mask_rule=str(rule),
+            columns={**first.columns, "changed": counts},
+            run={**first.run, "combined": {"operation": operation, "runs": [run.path for run in runs]}},
+        )
+        writer.finish(result)
     return result
 
 
-def _write(writer: RunFileWriter, operation: Operation, masks: Sequence[Mask]) -> int:
+def _write_mask(writer: RunFileWriter, operation: Operation, masks: Sequence[Mask]) -> int:
     name, shape, numel = masks[0].name, masks[0].shape, masks[0].numel
     if not numel:
         writer.begin_mask(name, shape)

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from ckptdiff.backends.formats import FORMATS
 from ckptdiff.backends.partial import BLOCK
-from ckptdiff.checkpoint import TensorInfo
+from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.errors import MaskError, OptionError
 from ckptdiff.exports.sources import open_side
-from ckptdiff.overlap.common import common_tensors, require_same_base
 from ckptdiff.overlap.figures import Overlap, PairCounts
+from ckptdiff.overlap.same_base import common_tensors, require_same_base
 from ckptdiff.result import TensorFacts
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
@@ -70,36 +70,35 @@ def overlap(
         warnings = require_same_base(runs, diffs, force)
         tensors, left_out = common_tensors(runs, diffs)
         checkpoint = None if base is None else open_side(runs[0], "base", base)
-        shards = stack.enter_context(open_shards("pread"))
-        pairs = list(combinations(range(len(runs)), 2))
-        both = np.zeros((len(pairs), len(tensors)), np.int64)
-        expected = np.full((len(pairs), len(tensors)), np.nan)
-        bitwise = all(run.masks.rule.kind == "bitwise" for run in runs)
-        for row, facts in enumerate(tensors):
-            masks = [run.masks[facts.name] for run in runs]
-            both[:, row] = _common(masks, pairs)
-            bins = None
-            if facts.compare != "bitwise":
-                if checkpoint is not None:
-                    bins = _by_magnitude(shards, checkpoint.tensors[facts.name], masks)
-                elif bitwise:
-                    bins = _by_octave(runs, facts.name)
-            if bins is not None:
-                rest = np.array([facts_numel(facts), *(mask.count for mask in masks)]) - bins.sum(axis=1)
-                expected[:, row] = [_expected(bins, rest, *pair) for pair in pairs]
-        counts = np.array([[run.masks[facts.name].count for facts in tensors] for run in runs])
         return Overlap(
             runs=tuple(os.fspath(path) for path in paths),
             rules=tuple(diff.mask_rule for diff in diffs),
             tensors=tuple(tensors),
-            pairs=tuple(PairCounts(i, j, counts[i], counts[j], both[k], expected[k]) for k, (i, j) in enumerate(pairs)),
+            pairs=_count(runs, tensors, checkpoint),
             warnings=(*warnings, *left_out),
         )
 
 
-def facts_numel(facts: TensorFacts) -> int:
-    """Coordinates of a tensor."""
-    return int(np.prod(facts.shape, dtype=np.int64))
+def _count(runs: Sequence[RunFile], tensors: Sequence[TensorFacts], base: Checkpoint | None) -> tuple[PairCounts, ...]:
+    pairs = list(combinations(range(len(runs)), 2))
+    counts = np.zeros((len(runs), len(tensors)), np.int64)
+    both = np.zeros((len(pairs), len(tensors)), np.int64)
+    expected = np.full((len(pairs), len(tensors)), np.nan)
+    bitwise = all(run.masks.rule.kind == "bitwise" for run in runs)
+    with open_shards("pread") as shards:
+        for row, facts in enumerate(tensors):
+            masks = [run.masks[facts.name] for run in runs]
+            counts[:, row] = [mask.count for mask in masks]
+            both[:, row] = _common(masks, pairs)
+            bins = None
+            if facts.compare != "bitwise" and base is not None:
+                bins = _by_magnitude(shards, base.tensors[facts.name], masks)
+            elif facts.compare != "bitwise" and bitwise:
+                bins = _by_octave(runs, facts.name)
+            if bins is not None:
+                rest = np.array([masks[0].numel, *counts[:, row]]) - bins.sum(axis=1)
+                expected[:, row] = [_expected(bins, rest, *pair) for pair in pairs]
+    return tuple(PairCounts(i, j, counts[i], counts[j], both[k], expected[k]) for k, (i, j) in enumerate(pairs))
 
 
 def _common(masks: Sequence[Mask], pairs: Sequence[tuple[int, int]]) -> NDArray[np.int64]:

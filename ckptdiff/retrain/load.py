@@ -59,11 +59,7 @@ def load_masks(run_file: str | os.PathLike[str] | RunFile, model: Module, *, str
         raise RunFileError(
             "the run file holds no masks", file=run_file.path, hint="run ckptdiff diff with a --mask rule"
         )
-    parameters = {
-        _PEFT.sub("", name): (name, parameter)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if not _PEFT_ORIGINAL.search(name)
-    }
+    parameters = _parameters(model)
     buffers = {name for name, _ in model.named_buffers()} - parameters.keys()
     matched, warnings = match_names(run_file.masks, [*parameters, *buffers])
     masks: dict[Parameter, PackedMask] = {}
@@ -85,6 +81,15 @@ def load_masks(run_file: str | os.PathLike[str] | RunFile, model: Module, *, str
     found = ParameterMasks(masks, names, report)
     _require_useful(found, strict, run_file.path)
     return found
+
+
+def _parameters(model: Module) -> dict[str, tuple[str, Parameter]]:
+    """Full name and parameter by the name without what PEFT adds to it; tied ones by each of their names."""
+    return {
+        _PEFT.sub("", name): (name, parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not _PEFT_ORIGINAL.search(name)
+    }
 
 
 def _read(mask: Mask, name: str, parameter: Parameter, path: str) -> PackedMask:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
@@ -24,7 +25,7 @@ __all__ = ["MaskedOptimizer"]
 _NARROW = (torch.bfloat16, torch.float16)
 
 
-class MaskedOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
+class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
     """An optimizer that holds state for masked coordinates only and never writes to any other.
 
     Subclasses say what a step is: to a compiled kernel, for parameters in main memory, and to torch's own functional
@@ -72,19 +73,19 @@ class MaskedOptimizer(torch.optim.Optimizer):  # type: ignore[misc]
                 found="none of them, or empty masks",
             )
 
+    @abstractmethod
     def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the state that each masked coordinate has."""
-        raise NotImplementedError
 
+    @abstractmethod
     def constants(self, group: dict[str, Any], step: int) -> list[float]:
         """Scalars of a step, as the kernels take them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def functional(
         self, group: dict[str, Any], values: list[Tensor], gradients: list[Tensor], states: list[Any]
     ) -> None:
         """Torch's own step, on the gathered values of parameters and their states."""
-        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:

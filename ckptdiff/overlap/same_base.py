@@ -1,4 +1,4 @@
-"""Whether runs can be laid on top of each other: the same base, tensors of the same shapes."""
+"""Whether runs start from the same base and have tensors in common."""
 
 from __future__ import annotations
 
