@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from make_pair import make_pair, parse_size
+from safetensors import safe_open
 
 import ckptdiff
 from ckptdiff.track import track
@@ -43,6 +44,7 @@ def main() -> None:
         work: dict[str, Callable[[], object]] = {
             "read once, 1 thread": partial(read, shards, 1),
             f"read once, {threads} threads": partial(read, shards, threads),
+            "load with safetensors": partial(load, shards),
             f"track, {threads} threads": lambda: track(checkpoints[0], checkpoints[1:]),
         }
         times: dict[str, list[float]] = {name: [] for name in work}
@@ -55,8 +57,9 @@ def main() -> None:
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     for name, seconds in medians.items():
         print(f"{name:<24}{seconds:8.3f} s{size / seconds / 1e9:8.2f} GB/s")
-    first, second, ours = medians.values()
+    first, second, loaded, ours = medians.values()
     print(f"track / read once: {ours / first:.2f} of 1 thread, {ours / second:.2f} of {threads}")
+    print(f"track / load: {ours / loaded:.2f}")
 
 
 def make(folder: Path, size: int) -> list[Path]:
@@ -73,6 +76,14 @@ def read(shards: list[Path], threads: int) -> None:
     """Read whole files into a buffer per thread."""
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(read_file, shards))
+
+
+def load(shards: list[Path]) -> None:
+    """Load one shard after the other, as a script would."""
+    for shard in shards:
+        with safe_open(shard, "pt") as file:
+            for name in file.keys():  # noqa: SIM118  (not a mapping)
+                file.get_tensor(name).clone()
 
 
 def read_file(path: Path) -> None:

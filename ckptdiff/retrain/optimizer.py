@@ -52,6 +52,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
 
     kernels: tuple[Callable[..., None], Callable[..., None]]
     """For float32 and for bfloat16."""
+    every_slot: tuple[str, ...]
+    """Slots in the order of the kernels' state, whether a group uses them or not."""
 
     def __init__(
         self,
@@ -207,6 +209,10 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         """Parameters of a group that have masked coordinates and a gradient."""
         for parameter in group["params"]:
             if parameter.grad is not None and parameter in self._supports:
+                if parameter.grad.is_sparse:
+                    raise MaskError(
+                        "masked optimizers take dense gradients", hint="make the embedding with sparse=False"
+                    )
                 yield parameter, self._supports[parameter]
 
     def _begin_state(self, parameter: Tensor, support: Support, group: dict[str, Any]) -> None:
@@ -235,9 +241,6 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         step = self.kernels[parameter.dtype == torch.bfloat16]
         for span in support.spans():
             yield partial(step, values, gradients, tuple(held), support.positions, support.starts, span, constants)
-
-    every_slot: tuple[str, ...] = ()
-    """Slots in the order of the kernels' state, whether a group uses them or not."""
 
     def _step_indexed(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """Gather, let torch step, scatter."""

@@ -17,7 +17,7 @@ from ckptdiff.backends.kernels.span import read_only
 from ckptdiff.backends.kernels.trajectory import PIECE, Flow, Rooms, follow_span
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES
-from ckptdiff.errors import CheckpointError
+from ckptdiff.errors import CheckpointError, OptionError
 from ckptdiff.options import Compare, default_threads
 from ckptdiff.stream.reader import OpenShards, open_shards
 from ckptdiff.track.plan import Followed, plan_track
@@ -71,6 +71,8 @@ def track(
     CkptdiffError
         A checkpoint that cannot be read, or changes; nothing to follow.
     """
+    if not 0 <= threads <= 1024:
+        raise OptionError("number of threads out of range", expected="0 to 1024", found=threads)
     plan = plan_track(base, steps, compare=compare, include=include, exclude=exclude)
     tensors = plan.tensors
     counts = np.zeros((len(Flow), len(plan.steps), len(tensors)), np.int64)

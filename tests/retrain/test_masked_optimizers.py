@@ -302,6 +302,14 @@ def test_what_cannot_be_trained_is_refused() -> None:
         optimizer.add_param_group({"params": [other]})
 
 
+def test_sparse_gradients_are_refused() -> None:
+    embedding = torch.nn.Embedding(5, 3, sparse=True)
+    optimizer = MaskedAdamW(embedding.parameters(), {embedding.weight: PackedMask.of(np.ones((5, 3), bool))})
+    embedding(torch.arange(2)).sum().backward()
+    with pytest.raises(MaskError, match="dense gradients"):
+        optimizer.step()
+
+
 @pytest.mark.parametrize(
     "make",
     [

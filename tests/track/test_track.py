@@ -140,6 +140,8 @@ def test_what_cannot_be_followed_is_refused(trajectory: Trajectory, tmp_path: Pa
     base = trajectory.paths[0]
     with pytest.raises(OptionError, match="nothing to follow"):
         track(base, [])
+    with pytest.raises(OptionError, match="threads out of range"):
+        track(base, trajectory.paths[1:], threads=-1)
     with pytest.raises(CheckpointError):
         track(base, [tmp_path / "absent"])
     save_file({"alone": np.ones(3, np.float32)}, tmp_path / "alone.safetensors")
