@@ -8,7 +8,7 @@ SIZE ?= 2GiB
 
 demo: .venv/demo.stamp
 	mkdir -p build
-	$(BIN)/ckptdiff diff fixtures/llama/base fixtures/llama/tuned -o build/llama.h5
+	$(BIN)/ckptdiff diff fixtures/addition/base fixtures/addition/tuned -o build/addition.h5
 
 test: .venv/test.stamp
 	$(BIN)/pytest

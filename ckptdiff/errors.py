@@ -11,6 +11,7 @@
     ├── PairingError          two checkpoints with nothing to compare
     ├── PlanError             work that does not fit the memory it may use
     ├── DeviceError           a GPU that is missing, unusable or failing
+    ├── MaskError             masks that do not fit a model, an optimizer or each other
     └── RunFileError          a run file that cannot be read or written
 """
 
@@ -25,6 +26,7 @@ __all__ = [
     "DeviceError",
     "HeaderError",
     "IndexFileError",
+    "MaskError",
     "OptionError",
     "PairingError",
     "PlanError",
@@ -110,6 +112,10 @@ class PlanError(CkptdiffError):
 
 class DeviceError(CkptdiffError):
     """A GPU that is missing, cannot be used, or failed."""
+
+
+class MaskError(CkptdiffError):
+    """Masks that do not fit a model, an optimizer or each other."""
 
 
 class RunFileError(CkptdiffError):

@@ -27,7 +27,7 @@ _LEADING = 64
 Compare: TypeAlias = Literal["bf16", "stored"]
 SpectraMode: TypeAlias = Literal["randomized", "exact"]
 Io: TypeAlias = Literal["auto", "mmap", "pread"]
-RuleKind: TypeAlias = Literal["bitwise", "abs", "eta", "rel", "top", "none"]
+RuleKind: TypeAlias = Literal["bitwise", "abs", "eta", "rel", "top", "none", "combined"]
 
 _MEANING = {
     "abs": "a threshold such as abs:1e-5",
@@ -43,7 +43,8 @@ _SUFFIX = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 class MaskRule:
     """Which coordinates belong to the mask.
 
-    ``bitwise``, ``abs:EPS``, ``eta:ETA``, ``rel:TAU`` (in units of RMS(W0)), ``top:PERCENT``, or ``none``.
+    ``bitwise``, ``abs:EPS``, ``eta:ETA``, ``rel:TAU`` (in units of RMS(W0)), ``top:PERCENT``, or ``none``; in run files
+    also ``combined``: masks that were made of others, which no diff can make.
     """
 
     kind: RuleKind
@@ -59,7 +60,7 @@ class MaskRule:
             If the rule is unknown or its number is missing, negative, not finite, or over 100 for ``top``.
         """
         kind, _, number = text.partition(":")
-        if kind in ("bitwise", "none") and not number and ":" not in text:
+        if kind in ("bitwise", "none", "combined") and ":" not in text:
             return cls(cast(RuleKind, kind))
         if kind not in _MEANING:
             raise OptionError(
@@ -201,6 +202,8 @@ class Options:
             raise OptionError(
                 "unknown value of device", expected="auto, cpu, cuda, cuda:N or reference", found=self.device
             )
+        if self.mask.kind == "combined":
+            raise OptionError("a diff has no masks to combine", found=self.mask, hint="ckptdiff mask combine")
         if not 0 <= self.threads <= 1024:
             raise OptionError("number of threads out of range", expected="0 to 1024", found=self.threads)
         for bound in (self.max_memory, self.gpu_memory):

@@ -242,3 +242,25 @@ def test_spectra_beside_torch():
     # At this size nothing is faster than anything.
     assert all("/ ckptdiff" in line for line in missed)
     assert "NSS" in output
+
+
+@needs_torch
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_masked_step_measures_and_checks_every_optimizer(dtype: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # on a busy machine, threads wait longer for each other than they work
+    printed = script(
+        "masked_step.py", "--numel", 96_000, "--rounds", 1, "--dtype", dtype, "--json", tmp_path / "rows.json"
+    )
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["optimizer"].split(",")[0] for row in rows] == ["MaskedAdamW"] + 3 * ["torch AdamW"]
+    assert rows[0]["bytes"] == pytest.approx(2.0 if dtype == "float32" else 2.8, rel=0.02)
+    assert "masked / fused:" in printed
+
+
+@needs_cli
+@pytest.mark.parametrize("name", ["overlap_speed.py", "track_speed.py"])
+def test_speeds_of_other_commands(name: str, tmp_path: Path):
+    pytest.importorskip("torch")
+    printed = script(name, "--size", "1MiB", "--rounds", 1, "--folder", tmp_path)
+    assert "ratio" in printed or "track / load:" in printed
+    assert not list(tmp_path.iterdir())

@@ -40,6 +40,10 @@ def bf16(*values: float) -> np.ndarray:
     return np.array(values, np.float32).astype(BF16)
 
 
+TRAINED = "addition/"
+"""Not written by the generator: a model was trained for it (bench/opd_study/fixture.py)."""
+
+
 def committed() -> dict[str, bytes]:
     found = (path for path in FOLDER.rglob("*") if path.is_file() and path.suffix in (".safetensors", ".json"))
     return {path.relative_to(FOLDER).as_posix(): path.read_bytes() for path in found}
@@ -56,7 +60,8 @@ def without_nulls(golden: bytes) -> tuple[object, list[float]]:
 
 
 def test_generator_reproduces_the_committed_files():
-    made, found = load("generate").fixture_files(), committed()
+    made = load("generate").fixture_files()
+    found = {name: content for name, content in committed().items() if not name.startswith(TRAINED)}
     assert made.keys() == found.keys()
     for name, content in made.items():
         if name.startswith("golden/"):
@@ -68,7 +73,7 @@ def test_generator_reproduces_the_committed_files():
 
 
 def test_fixtures_stay_small():
-    assert sum(map(len, committed().values())) < 1.5e6
+    assert sum(map(len, committed().values())) < 1.8e6
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.safetensors")), ids=lambda p: str(p.relative_to(FOLDER)))

@@ -21,7 +21,7 @@ from ckptdiff.backends.records import Records
 from ckptdiff.backends.source import Extent, Source, Window
 from ckptdiff.errors import CheckpointError
 
-__all__ = ["CpuWorker"]
+__all__ = ["CpuWorker", "cast_of"]
 
 _ITEM = 8
 """Bytes of the widest element."""
@@ -194,8 +194,8 @@ def _stored(base: Format, tuned: Format, compare: Format) -> tuple[Stored, Store
     code = max(compare.code_dtype, np.dtype(np.uint16))
 
     def facts(stored: Format) -> Stored:
-        cast, table = _cast(stored, compare)
-        common_cast, common_table = _cast(stored, common)
+        cast, table = cast_of(stored, compare)
+        common_cast, common_table = cast_of(stored, common)
         return Stored(
             stored.bits // 8,
             int(cast),
@@ -210,7 +210,8 @@ def _stored(base: Format, tuned: Format, compare: Format) -> tuple[Stored, Store
     return facts(base), facts(tuned)
 
 
-def _cast(stored: Format, target: Format) -> tuple[Cast, NDArray[np.unsignedinteger]]:
+def cast_of(stored: Format, target: Format) -> tuple[Cast, NDArray[np.unsignedinteger]]:
+    """How elements of a stored format become codes of another, and the table for ``Cast.TABLE``."""
     none = np.zeros(0, np.uint16)
     if stored == target and target.bits >= 16:
         return Cast.NONE, none

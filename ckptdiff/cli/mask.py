@@ -1,16 +1,17 @@
-"""``ckptdiff mask``: list the masks of a run file, or export them."""
+"""``ckptdiff mask``: list the masks of a run file, export them, or combine those of several."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO, cast
 
 import click
 
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.listing import format_option, output_option, write_rows
 from ckptdiff.cli.target import ReportTarget
+from ckptdiff.errors import OptionError
 from ckptdiff.report.text import percent, plural, quantity, safe, shape_text
 
 __all__ = ["mask"]
@@ -18,9 +19,9 @@ __all__ = ["mask"]
 _KEYS = ("name", "shape", "numel", "changed", "density")
 
 
-@click.group(short_help="List the masks of a run file, or export them.")
+@click.group(short_help="List the masks of a run file, export them, or combine those of several.")
 def mask() -> None:
-    """List the masks of a run file, or export them."""
+    """List the masks of a run file, export them, or combine those of several."""
 
 
 @mask.command("list", short_help="List the masks and their density.")
@@ -56,31 +57,111 @@ def list_masks(run: str, **given: Any) -> int:
     return OK
 
 
-@mask.command("export", short_help="Write masks to a safetensors or npz file.")
+@mask.command("export", short_help="Write masks for other programs.")
 @click.argument("run", type=click.Path(), metavar="RUN.h5")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option(
-    "-o", "--out", type=click.Path(), metavar="FILE", required=True, help="The file: F.safetensors or F.npz. Required."
+    "-o",
+    "--out",
+    type=click.Path(),
+    metavar="FILE",
+    required=True,
+    help="What to write: F.safetensors or F.npz; for shira a folder. Required.",
 )
 @click.option(
     "--layout",
-    type=click.Choice(["bool", "packed", "flat"]),
+    type=click.Choice(["bool", "packed", "flat", "coo", "patch", "shira"]),
     default="bool",
-    help="bool: one byte a coordinate, in the tensor's shape; packed: one bit, little-endian; "
-    "flat: row-major indices of the coordinates in the mask.",
+    help="bool: one byte a coordinate, in the tensor's shape; packed: one bit, little-endian; flat: row-major "
+    "indices of the coordinates in the mask; coo: one row of indices per axis; patch: flat indices and the tuned "
+    "values there; shira: a PEFT adapter of the largest changes.",
 )
-def export(run: str, names: tuple[str, ...], out: str, layout: Literal["bool", "packed", "flat"]) -> int:
-    """Write masks to a file that needs no ckptdiff to be read.
+@click.option(
+    "--rank",
+    type=int,
+    metavar="R",
+    show_default="none",
+    help="For shira: it holds R (m + n) coordinates of an m x n matrix.",
+)
+@click.option(
+    "--base", type=click.Path(), metavar="PATH", show_default="as the run found it", help="The base, for shira."
+)
+@click.option(
+    "--tuned",
+    type=click.Path(),
+    metavar="PATH",
+    show_default="as the run found it",
+    help="The tuned checkpoint, for shira and patch.",
+)
+def export(run: str, names: tuple[str, ...], out: str, layout: str, **given: Any) -> int:
+    """Write masks, and for some layouts the changes there, to a file that needs no ckptdiff to be read.
 
-    NAME is a tensor or a glob; all masks by default.
+    NAME is a tensor or a glob. By default all masks are written; for shira, those of all matrices in attention and
+    feed-forward blocks.
     """
-    from ckptdiff.runfile.export import export_masks
     from ckptdiff.runfile.reader import RunFile
 
+    _require_options(layout, given)
     with RunFile(run) as file:
-        count = export_masks(file, Path(out), layout=layout, names=names)
-    print(f"ckptdiff: {plural(count, 'mask')} written to {safe(out)}", file=sys.stderr)
+        if layout == "shira":
+            from ckptdiff.exports.shira import export_shira
+
+            adapter = export_shira(file, Path(out), names=names, **given)
+            kept = "" if adapter.energy is None else f", {percent(adapter.energy)} of their sum d^2"
+            what = f"{quantity(adapter.coordinates)} coordinates of {plural(adapter.layers, 'layer')}{kept},"
+        elif layout == "patch":
+            from ckptdiff.exports.patch import export_patch
+
+            what = plural(export_patch(file, Path(out), names=names, tuned=given["tuned"]), "changed tensor")
+        else:
+            from ckptdiff.runfile.export import Layout, export_masks
+
+            what = plural(export_masks(file, Path(out), layout=cast(Layout, layout), names=names), "mask")
+    print(f"ckptdiff: {what} written to {safe(out)}", file=sys.stderr)
     return OK
+
+
+@mask.command("combine", short_help="Write a run file with the union, intersection or difference of masks.")
+@click.argument("runs", nargs=-1, type=click.Path(), metavar="RUN1.h5 RUN2.h5 [...]")
+@click.option("--union", "operation", flag_value="union", show_default="off", help="Coordinates in any of the masks.")
+@click.option(
+    "--intersect", "operation", flag_value="intersect", show_default="off", help="Coordinates in all of them."
+)
+@click.option(
+    "--minus",
+    "operation",
+    flag_value="minus",
+    show_default="off",
+    help="Coordinates in the first and in none of the others.",
+)
+@click.option("-o", "--out", type=click.Path(), metavar="RUN.h5", required=True, help="The run file. Required.")
+@click.option("--force", is_flag=True, show_default="off", help="Combine runs of different bases too.")
+def combine(runs: tuple[str, ...], operation: str | None, out: str, force: bool) -> int:
+    """Write a run file with combined masks, to train with.
+
+    In all but its masks it is the first run: its figures are of that run's update.
+    """
+    if operation is None:
+        raise OptionError("how are the masks to be combined?", expected="--union, --intersect or --minus")
+    from ckptdiff.overlap.combine import Operation
+    from ckptdiff.overlap.combine import combine as combine_masks
+
+    diff = combine_masks(cast(Operation, operation), runs, out, force=force)
+    for warning in diff.warnings:
+        print(f"ckptdiff: warning: {safe(warning)}", file=sys.stderr)
+    changed, numel = (int(diff.columns[key].sum()) for key in ("changed", "numel"))
+    share = f", {percent(changed / numel)} of {quantity(numel)} values," if numel else ""
+    print(f"ckptdiff: {plural(len(diff.tensors), 'mask')}{share} written to {safe(out)}", file=sys.stderr)
+    return OK
+
+
+def _require_options(layout: str, given: dict[str, Any]) -> None:
+    meaningful = {"shira": {"rank", "base", "tuned"}, "patch": {"tuned"}}.get(layout, set())
+    for name, value in given.items():
+        if value is not None and name not in meaningful:
+            raise OptionError(f"--{name} means nothing for --layout {layout}")
+    if layout == "shira" and given["rank"] is None:
+        raise OptionError("--layout shira needs --rank", hint="--rank 32 takes as many values as a LoRA of rank 32")
 
 
 def _write_table(stream: TextIO, rows: list[dict[str, Any]], rule: str) -> None:

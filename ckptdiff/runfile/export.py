@@ -7,6 +7,7 @@ import math
 import zipfile
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias, cast, get_args
 
@@ -16,16 +17,16 @@ from numpy.typing import NDArray
 from ckptdiff.errors import OptionError, RunFileError
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
+from ckptdiff.runfile.safetensors_file import METADATA, Entry, is_safetensors_of, write_safetensors
 from ckptdiff.runfile.schema import BIT_ORDER, escape_name, packed_bytes
 from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.runfile.target import check_folder
 
-__all__ = ["EXPORT_FORMAT", "Layout", "export_masks"]
+__all__ = ["EXPORT_FORMAT", "Layout", "chosen_masks", "export_masks"]
 
-Layout: TypeAlias = Literal["bool", "packed", "flat"]
+Layout: TypeAlias = Literal["bool", "packed", "flat", "coo"]
 
 EXPORT_FORMAT = "ckptdiff-masks"
-_METADATA = "__metadata__"
 _SAFETENSORS_DTYPE = {"bool": "BOOL", "uint8": "U8", "int32": "I32", "int64": "I64"}
 
 
@@ -40,9 +41,10 @@ def export_masks(run: RunFile, target: Path, *, layout: Layout = "bool", names: 
         Where the masks are.
     target : Path
         What to write; its suffix says in which format. In an npz, names are escaped as in the run file.
-    layout : {"bool", "packed", "flat"}
+    layout : {"bool", "packed", "flat", "coo"}
         Booleans of the tensor's shape; bits in row-major order, least significant first, as uint8 of
-        (ceil(numel / 8),); or row-major indices, int32 where they fit, else int64. The metadata (safetensors
+        (ceil(numel / 8),); row-major indices, int32 where they fit, else int64; or one row of int64 indices per axis,
+        (ndim, count), as ``torch.sparse_coo_tensor`` takes them. The metadata (safetensors
         ``__metadata__``, in an npz JSON text of that name) hold format, layout, rule, compare, bit_order, and the
         shapes as JSON.
     names : sequence of str
@@ -64,11 +66,9 @@ def export_masks(run: RunFile, target: Path, *, layout: Layout = "bool", names: 
         raise OptionError("unknown layout", expected=", ".join(get_args(Layout)), found=layout)
     if target.suffix not in (".safetensors", ".npz"):
         raise OptionError("unknown export format", expected="a name in .safetensors or .npz", found=target)
-    masks = [run.masks[name] for name in _chosen(run, names)]
+    masks = [run.masks[name] for name in chosen_masks(run, names)]
     check_folder(target)
     _require_replaceable(target)
-    # The format wants every tensor aligned, so 8-byte indices come before 4-byte ones.
-    masks.sort(key=lambda mask: -_dtype(mask, layout).itemsize)
     metadata = {
         "format": EXPORT_FORMAT,
         "layout": layout,
@@ -87,7 +87,16 @@ def export_masks(run: RunFile, target: Path, *, layout: Layout = "bool", names: 
     return len(masks)
 
 
-def _chosen(run: RunFile, names: Sequence[str]) -> list[str]:
+def chosen_masks(run: RunFile, names: Sequence[str]) -> list[str]:
+    """Names of the masks that names and globs ask for; all of them if there are none.
+
+    Raises
+    ------
+    OptionError
+        A name that no mask has.
+    RunFileError
+        The run holds no masks.
+    """
     if not run.masks and run.masks.rule.kind == "none":
         raise RunFileError("the run file holds no masks", file=run.path, hint="run ckptdiff diff with a --mask rule")
     if not names:
@@ -104,18 +113,27 @@ def _chosen(run: RunFile, names: Sequence[str]) -> list[str]:
 def _dtype(mask: Mask, layout: Layout) -> np.dtype[Any]:
     if layout == "flat":
         return mask.index_dtype
+    if layout == "coo":
+        return np.dtype(np.int64)
     return np.dtype(np.bool_ if layout == "bool" else np.uint8)
 
 
 def _shape(mask: Mask, layout: Layout) -> tuple[int, ...]:
     if layout == "flat":
         return (mask.count,)
+    if layout == "coo":
+        return (len(mask.shape), mask.count)
     return mask.shape if layout == "bool" else (packed_bytes(mask.numel),)
 
 
 def _pieces(mask: Mask, layout: Layout) -> Iterator[NDArray[Any]]:
     if layout == "flat":
         yield from mask.iter_flat()
+        return
+    if layout == "coo":
+        # Axis by axis, as they are stored: the mask is read again for each, and never whole in memory.
+        for axis in range(len(mask.shape)):
+            yield from (np.unravel_index(piece, mask.shape)[axis] for piece in mask.iter_flat())
         return
     left = mask.numel
     for piece in mask.iter_packed():
@@ -140,25 +158,18 @@ def _little_endian(mask: Mask, layout: Layout) -> Iterator[bytes]:
 
 
 def _write_safetensors(staged: StagedFile, masks: Sequence[Mask], layout: Layout, metadata: dict[str, str]) -> None:
-    header: dict[str, Any] = {_METADATA: metadata}
-    stop = 0
-    for mask in masks:
-        dtype, shape = _dtype(mask, layout), _shape(mask, layout)
-        start, stop = stop, stop + math.prod(shape) * dtype.itemsize
-        header[mask.name] = {"dtype": _SAFETENSORS_DTYPE[dtype.name], "shape": shape, "data_offsets": [start, stop]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    staged.write(len(text).to_bytes(8, "little") + text)
-    for mask in masks:
-        for data in _little_endian(mask, layout):
-            staged.write(data)
-            staged.check()
+    entries = [
+        Entry(mask.name, dtype, _shape(mask, layout), partial(_little_endian, mask, layout))
+        for mask in masks
+        for dtype in [_SAFETENSORS_DTYPE[_dtype(mask, layout).name]]
+    ]
+    write_safetensors(staged, entries, metadata)
 
 
 def _write_npz(staged: StagedFile, masks: Sequence[Mask], layout: Layout, metadata: dict[str, str]) -> None:
     with zipfile.ZipFile(cast(IO[bytes], staged), "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         note = np.array(json.dumps(metadata))
-        with archive.open(f"{_METADATA}.npy", "w") as entry:
+        with archive.open(f"{METADATA}.npy", "w") as entry:
             np.lib.format.write_array(entry, note, allow_pickle=False)
         for mask in masks:
             with archive.open(f"{escape_name(mask.name)}.npy", "w", force_zip64=True) as entry:
@@ -183,8 +194,8 @@ def _require_replaceable(target: Path) -> None:
 
 
 def _is_export(path: Path) -> bool:
+    if path.suffix == ".safetensors":
+        return is_safetensors_of(path, EXPORT_FORMAT)
     with path.open("rb") as file:
-        if path.suffix == ".safetensors":
-            # The metadata are the first entry that ckptdiff writes.
-            return file.read(256)[8:].startswith(f'{{"{_METADATA}":{{"format":"{EXPORT_FORMAT}"'.encode())
-        return file.read(256)[30:].startswith(f"{_METADATA}.npy".encode())
+        # The metadata are the first entry that ckptdiff writes.
+        return file.read(256)[30:].startswith(f"{METADATA}.npy".encode())

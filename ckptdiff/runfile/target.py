@@ -12,10 +12,13 @@ import h5py
 from ckptdiff.errors import RunFileError
 from ckptdiff.runfile.schema import FORMAT
 
-__all__ = ["check_folder", "check_target"]
+__all__ = ["TRACK_FORMAT", "check_folder", "check_target"]
+
+TRACK_FORMAT = "ckptdiff-track"
+_KINDS = {FORMAT: "ckptdiff run file", TRACK_FORMAT: "ckptdiff track file"}
 
 
-def check_target(target: Path, inputs: Iterable[tuple[str | os.PathLike[str], int, int]]) -> None:
+def check_target(target: Path, inputs: Iterable[tuple[str | os.PathLike[str], int, int]], format: str = FORMAT) -> None:
     """Refuse a target that a run file could not, or must not, replace.
 
     Parameters
@@ -24,6 +27,8 @@ def check_target(target: Path, inputs: Iterable[tuple[str | os.PathLike[str], in
         Where the run file is to go.
     inputs : iterable of (path, device, inode)
         Every shard that will be read.
+    format : str
+        What a file that is there must be to be replaced: its root attribute ``format``.
 
     Raises
     ------
@@ -52,9 +57,9 @@ def check_target(target: Path, inputs: Iterable[tuple[str | os.PathLike[str], in
     if not stat.S_ISREG(status.st_mode):
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise RunFileError("the output is not a file", file=target, expected="a file name", found=kind)
-    if not _is_run_file(target):
+    if not _is_of(target, format):
         raise RunFileError(
-            "the output exists and is not a ckptdiff run file",
+            f"the output exists and is not a {_KINDS[format]}",
             file=target,
             hint="remove it, or choose another name",
         )
@@ -85,9 +90,9 @@ def check_folder(target: Path) -> None:
         )
 
 
-def _is_run_file(path: Path) -> bool:
+def _is_of(path: Path, format: str) -> bool:
     try:
         with h5py.File(path, "r", locking=False) as file:
-            return bool(file.attrs.get("format") == FORMAT)
+            return bool(file.attrs.get("format") == format)
     except OSError:
         return False

@@ -17,7 +17,7 @@ from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.runfile.export import export_masks
 from ckptdiff.runfile.reader import RunFile
 
-LAYOUTS = ["bool", "packed", "flat"]
+LAYOUTS = ["bool", "packed", "flat", "coo"]
 
 
 def expected(mask: np.ndarray, layout: str) -> np.ndarray:
@@ -25,6 +25,8 @@ def expected(mask: np.ndarray, layout: str) -> np.ndarray:
         return mask
     if layout == "packed":
         return np.packbits(mask.ravel(), bitorder="little")
+    if layout == "coo":
+        return np.stack(np.nonzero(mask)) if mask.ndim else np.empty((0, mask.sum()), np.int64)
     return np.flatnonzero(mask).astype(np.int32)
 
 

@@ -1,0 +1,111 @@
+"""``ckptdiff overlap``: compare the masks of several runs with each other and with chance."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from ckptdiff.cli.failures import OK
+from ckptdiff.cli.listing import format_option, output_option, write_rows
+from ckptdiff.cli.target import ReportTarget
+from ckptdiff.report.json_text import dumps
+from ckptdiff.report.text import percent, plural, quantity, safe
+
+if TYPE_CHECKING:
+    from ckptdiff.overlap import Overlap, PairCounts
+
+__all__ = ["overlap"]
+
+_LABELS = {"tensor": ("name",), "module": ("module_type",), "layer": ("tower", "layer"), "block": ("block",)}
+_COUNTS = ("numel", "masked_1", "masked_2", "masked_both")
+
+
+@click.command(short_help="Compare the masks of several runs with each other and with chance.")
+@click.argument("runs", nargs=-1, type=click.Path(), metavar="RUN1.h5 RUN2.h5 [...]")
+@click.option("--by", type=click.Choice(list(_LABELS)), default="block", help="What the rows stand for.")
+@click.option(
+    "--base",
+    type=click.Path(),
+    metavar="PATH",
+    show_default="the histograms of the runs, if their masks are bitwise",
+    help="Read this base checkpoint for the baseline that is conditional on the magnitude of weights.",
+)
+@click.option("--force", is_flag=True, show_default="off", help="Compare runs of different bases too.")
+@format_option
+@output_option
+def overlap(runs: tuple[str, ...], **given: Any) -> int:
+    """Compare the masks of runs that start from the same base, each two of them.
+
+    o1 is the share of the first mask that is in the second, o2 the reverse, Jaccard their intersection over their
+    union. Beside each stand three kinds of chance: masks that are independent everywhere, independent within each
+    tensor, and independent among weights of the same magnitude, since updates meet on small weights by rounding alone.
+    """
+    target = ReportTarget.choose(given["output"], binary=False, kept=map(Path, runs))
+    from ckptdiff.overlap import overlap as count_overlap
+    from ckptdiff.overlap.figures import FIGURES
+
+    found = count_overlap(runs, base=given["base"], force=given["force"])
+    for warning in found.warnings:
+        print(f"ckptdiff: warning: {safe(warning)}", file=sys.stderr)
+    with target.open() as stream:
+        if given["format"] == "table":
+            for pair in found.pairs:
+                _write_table(stream, found, pair, given["by"])
+        elif given["format"] == "json":
+            stream.write(dumps(_document(found)) + "\n")
+        else:
+            keys = ("first", "second", *_LABELS[given["by"]], *_COUNTS, *FIGURES)
+            rows = [
+                {"first": found.runs[pair.first], "second": found.runs[pair.second], **row}
+                for pair in found.pairs
+                for row in found.grouped(pair, given["by"])
+            ]
+            write_rows(stream, given["format"], rows, keys, {})
+    return OK
+
+
+def _document(found: Overlap) -> dict[str, Any]:
+    pairs = [
+        {
+            "first": pair.first,
+            "second": pair.second,
+            "global": found.overall(pair),
+            "modules": found.grouped(pair, "module"),
+            "layers": found.grouped(pair, "layer"),
+            "blocks": found.grouped(pair, "block"),
+            "tensors": found.grouped(pair, "tensor"),
+        }
+        for pair in found.pairs
+    ]
+    runs = [{"path": path, "mask_rule": rule} for path, rule in zip(found.runs, found.rules, strict=True)]
+    return {"schema": "ckptdiff.overlap/1", "runs": runs, "pairs": pairs}
+
+
+def _write_table(stream: TextIO, found: Overlap, pair: PairCounts, by: str) -> None:
+    from ckptdiff.report.screen import Column, screen_of, table_lines
+
+    rows = found.grouped(pair, by)
+    label = _LABELS[by][-1]
+    rows.append({**found.overall(pair), label: "all"})
+    columns = [
+        Column(by, [safe(str(row[label])) or '""' for row in rows], left=True),
+        Column("values", [quantity(row["numel"]) for row in rows], rank=4),
+        Column("in first", [percent(row["masked_1"] / row["numel"]) if row["numel"] else "" for row in rows], rank=2),
+        Column("in second", [percent(row["masked_2"] / row["numel"]) if row["numel"] else "" for row in rows], rank=2),
+    ]
+    for figure, title, rank in (("o1", "o1", 0), ("o2", "o2", 1), ("jaccard", "Jaccard", 3)):
+        columns.append(Column(title, [percent(row[figure]) for row in rows], style="bold", rank=rank))
+        for baseline, short in (("independent", "chance"), ("stratified", "by tensor"), ("conditional", "by size")):
+            cells = [percent(row[f"{figure}_{baseline}"]) for row in rows]
+            columns.append(Column(short, cells, style="dim", rank=rank or int(baseline != "independent")))
+    names = [f"{safe(found.runs[run])} ({safe(found.rules[run])})" for run in (pair.first, pair.second)]
+    lines = [
+        f"{names[0]} and {names[1]}, {plural(len(found.tensors), 'tensor')}",
+        *table_lines(columns, screen_of(stream)),
+    ]
+    if rows[-1]["o1"] is not None and rows[-1]["o1_conditional"] is None:
+        lines.append("by size: --base reads the base checkpoint for it, as these masks are not bitwise")
+    stream.write("\n".join(lines) + "\n")

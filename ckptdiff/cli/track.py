@@ -1,0 +1,172 @@
+"""``ckptdiff track``: follow an update through the checkpoints of a training run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import click
+
+from ckptdiff.cli.failures import OK
+from ckptdiff.cli.listing import format_option, output_option, write_rows
+from ckptdiff.cli.target import ReportTarget, files_of
+from ckptdiff.report.json_text import dumps
+from ckptdiff.report.text import percent, quantity, safe
+
+if TYPE_CHECKING:
+    from ckptdiff.options import Compare
+    from ckptdiff.track import Track
+
+__all__ = ["track"]
+
+_LABELS = {
+    "all": (),
+    "tensor": ("name",),
+    "module": ("module_type",),
+    "layer": ("tower", "layer"),
+    "block": ("block",),
+}
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+
+
+@click.command(short_help="Follow an update through the checkpoints of a training run.")
+@click.argument("base", type=click.Path(), metavar="BASE|TRACK.h5")
+@click.argument("steps", nargs=-1, type=click.Path(), metavar="[STEP]...")
+@click.option(
+    "-o", "--out", type=click.Path(), metavar="TRACK.h5", show_default="none", help="Keep the figures of each tensor."
+)
+@click.option("--by", type=click.Choice(list(_LABELS)), default="all", help="What the rows stand for, at each step.")
+@click.option(
+    "--compare",
+    type=click.Choice(["bf16", "stored"]),
+    default="bf16",
+    help="Cast to bfloat16 first, or compare stored values.",
+)
+@click.option(
+    "--include", multiple=True, metavar="GLOB", show_default="all", help="Follow only names that match. Repeatable."
+)
+@click.option(
+    "--exclude", multiple=True, metavar="GLOB", show_default="none", help="Leave out names that match. Repeatable."
+)
+@click.option("--threads", type=int, default=0, show_default="one per core", help="Threads that read and compare.")
+@format_option
+@output_option
+def track(base: str, steps: tuple[str, ...], **given: Any) -> int:
+    """Follow an update from BASE through each STEP, in order, reading every checkpoint once.
+
+    Support are the coordinates that differ from the base, union those that ever did. What moved since the step before
+    is new (it never did before), returned (it did, but not one step ago), reverted (it is back at the base) or churned
+    (it was in the support and has another value now). A TRACK.h5 alone is printed again.
+    """
+    kept = [file for path in (base, *steps) for file in files_of(path)] + ([Path(given["out"])] if given["out"] else [])
+    target = ReportTarget.choose(given["output"], binary=False, kept=kept)
+    found = _found(base, steps, given)
+    for warning in found.warnings:
+        print(f"ckptdiff: warning: {safe(warning)}", file=sys.stderr)
+    with target.open() as stream:
+        if given["format"] == "json":
+            stream.write(dumps(_document(found)) + "\n")
+        elif given["format"] == "table":
+            _write_tables(stream, found, given["by"])
+        else:
+            from ckptdiff.track.result import FIGURES
+
+            rows = [
+                {"step": step, "path": found.steps[step], **label, **row}
+                for label, rows in _grouped(found, given["by"])
+                for step, row in enumerate(rows)
+            ]
+            write_rows(stream, given["format"], rows, ("step", "path", *_LABELS[given["by"]], *FIGURES), {})
+    return OK
+
+
+def _found(base: str, steps: tuple[str, ...], given: dict[str, Any]) -> Track:
+    if not steps and _is_hdf5(base):
+        from ckptdiff.track import load_track
+
+        return load_track(base)
+    from ckptdiff.checkpoint import open_checkpoint
+    from ckptdiff.track import save_track
+    from ckptdiff.track import track as follow
+    from ckptdiff.track.file import check_track_target
+
+    if given["out"]:
+        shards = [shard for path in (base, *steps) for shard in open_checkpoint(path).shards]
+        check_track_target(Path(given["out"]), shards)
+    compare: Compare = given["compare"]
+    found = follow(
+        base,
+        steps,
+        compare=compare,
+        include=given["include"],
+        exclude=given["exclude"],
+        threads=given["threads"],
+    )
+    if given["out"]:
+        save_track(found, given["out"])
+    return found
+
+
+def _is_hdf5(path: str) -> bool:
+    if not Path(path).is_file():
+        return False
+    with Path(path).open("rb") as file:
+        return file.read(len(_HDF5)) == _HDF5
+
+
+def _grouped(found: Track, by: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    return [({}, found.overall())] if by == "all" else found.grouped(by)
+
+
+def _document(found: Track) -> dict[str, Any]:
+    groups = {f"{by}s": [{**label, "steps": rows} for label, rows in found.grouped(by)] for by in list(_LABELS)[1:]}
+    return {
+        "schema": "ckptdiff.track/1",
+        "base": found.base,
+        "steps": list(found.steps),
+        "compare": found.compare,
+        "global": found.overall(),
+        **groups,
+    }
+
+
+def _write_tables(stream: TextIO, found: Track, by: str) -> None:
+    from ckptdiff.report.plot import plot_lines
+    from ckptdiff.report.screen import screen_of
+
+    screen = screen_of(stream)
+    overall = found.overall()
+    numel = overall[0]["numel"]
+    lines = [f"{safe(found.base)}: {quantity(numel)} values, compared as {found.compare}", ""]
+    for label, rows in _grouped(found, by):
+        lines += [*([f"{safe(' '.join(map(str, label.values())))}"] if label else []), *_table(found, rows, screen), ""]
+    shares = {
+        "differs from the base": [row["support_fraction"] or 0.0 for row in overall],
+        "ever did": [row["union_fraction"] or 0.0 for row in overall],
+    }
+    plot = plot_lines({name: [0.0, *values] for name, values in shares.items()}, screen)
+    stream.write("\n".join([*lines, *plot]).rstrip() + "\n")
+
+
+def _table(found: Track, rows: list[dict[str, Any]], screen: Any) -> list[str]:
+    from ckptdiff.report.screen import Column, table_lines
+
+    names = [os.path.basename(os.path.normpath(path)) for path in found.steps]  # noqa: PTH119
+    columns = [
+        Column("step", [safe(name) for name in names], left=True),
+        Column("support", [percent(row["support_fraction"]) for row in rows], style="bold"),
+        *(
+            Column(title, [quantity(row[key]) for row in rows], rank=rank)
+            for title, key, rank in (
+                ("new", "touched", 0),
+                ("returned", "returned", 2),
+                ("reverted", "reverted", 1),
+                ("churned", "churned", 1),
+            )
+        ),
+        Column("union", [percent(row["union_fraction"]) for row in rows]),
+        Column("update", [percent(row["rel_norm"]) for row in rows]),
+    ]
+    return table_lines(columns, screen)

@@ -1,0 +1,116 @@
+"""A sparse patch: the tuned values of the masked coordinates."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ckptdiff.backends.partial import BLOCK
+from ckptdiff.checkpoint import DTYPES, TensorInfo
+from ckptdiff.errors import OptionError, RunFileError
+from ckptdiff.exports.sources import open_side, shards_json
+from ckptdiff.runfile.export import chosen_masks
+from ckptdiff.runfile.mask import Mask
+from ckptdiff.runfile.reader import RunFile
+from ckptdiff.runfile.safetensors_file import Entry, is_safetensors_of, write_safetensors
+from ckptdiff.runfile.schema import BIT_ORDER
+from ckptdiff.runfile.staged import StagedFile
+from ckptdiff.runfile.target import check_folder
+from ckptdiff.stream.blocks import blocks_of
+from ckptdiff.stream.reader import OpenShards, open_shards
+
+__all__ = ["PATCH_FORMAT", "export_patch"]
+
+PATCH_FORMAT = "ckptdiff-patch"
+
+
+def export_patch(
+    run: RunFile, target: Path, *, names: Sequence[str] = (), tuned: str | os.PathLike[str] | None = None
+) -> int:
+    """Write where the masked coordinates are and what the tuned checkpoint holds there.
+
+    For each tensor ``NAME`` with masked coordinates there are ``NAME.indices``, row-major and ascending, int32 where
+    that is enough, else int64, and ``NAME.values`` in the tuned side's dtype. With a bitwise mask of ``--compare
+    stored``, ``base.view(-1)[indices] = values`` makes the tuned tensor of the base; masks of other rules leave smaller
+    changes out. The metadata say which rule it was, and name both sides' shards with their sizes and header hashes.
+
+    Parameters
+    ----------
+    run : RunFile
+    target : Path
+        A name in ``.safetensors``.
+    names : sequence of str
+        Tensor names or globs; none stands for all.
+    tuned : path-like, optional
+        Where the tuned checkpoint is now.
+
+    Returns
+    -------
+    int
+        How many tensors the patch changes.
+
+    Raises
+    ------
+    OptionError
+        Another suffix, a name that no mask has, or a tensor whose elements are smaller than a byte.
+    CheckpointError
+        The tuned checkpoint is not what the run compared, or changes while it is read.
+    RunFileError
+        The run holds no masks or is damaged; the target cannot be written, or is there and no patch.
+    """
+    if target.suffix != ".safetensors":
+        raise OptionError("unknown format of a patch", expected="a name in .safetensors", found=target)
+    masks = [run.masks[name] for name in chosen_masks(run, names)]
+    checkpoint = open_side(run, "tuned", tuned)
+    tuned_names = {facts.name: facts.tuned_name or facts.name for facts in run.load().tensors}
+    changed = [(mask, checkpoint.tensors[tuned_names[mask.name]]) for mask in masks if mask.count]
+    check_folder(target)
+    if target.exists() and not (target.is_file() and is_safetensors_of(target, PATCH_FORMAT)):
+        raise RunFileError("the output exists and is no patch", file=target, hint="remove it, or choose another name")
+    staged = StagedFile(target)
+    try:
+        with open_shards("pread") as shards:
+            entries = [entry for mask, tensor in changed for entry in _entries(mask, tensor, shards)]
+            write_safetensors(staged, entries, _metadata(run, [mask for mask, _ in changed]))
+        staged.commit()
+    finally:
+        staged.discard()
+    return len(changed)
+
+
+def _metadata(run: RunFile, masks: Sequence[Mask]) -> dict[str, str]:
+    return {
+        "format": PATCH_FORMAT,
+        "rule": str(run.masks.rule),
+        "compare": run.masks.compare,
+        "shapes": json.dumps({mask.name: mask.shape for mask in masks}),
+        "base": json.dumps(shards_json(run, "base")),
+        "tuned": json.dumps(shards_json(run, "tuned")),
+    }
+
+
+def _entries(mask: Mask, tensor: TensorInfo, shards: OpenShards) -> Iterator[Entry]:
+    if DTYPES[tensor.dtype].bits % 8:
+        raise OptionError(
+            "elements smaller than a byte cannot be patched", tensor=mask.name, found=tensor.dtype, hint="leave it out"
+        )
+    index = "I64" if mask.index_dtype == np.int64 else "I32"
+    yield Entry(f"{mask.name}.indices", index, (mask.count,), partial(_indices, mask))
+    yield Entry(f"{mask.name}.values", tensor.dtype, (mask.count,), partial(_values, mask, tensor, shards))
+
+
+def _indices(mask: Mask) -> Iterator[bytes]:
+    for piece in mask.iter_flat():
+        yield piece.astype(piece.dtype.newbyteorder("<"), copy=False).tobytes()
+
+
+def _values(mask: Mask, tensor: TensorInfo, shards: OpenShards) -> Iterator[bytes]:
+    size = DTYPES[tensor.dtype].bits // 8
+    for bits, stored in zip(mask.iter_packed(BLOCK // 8), blocks_of(shards, tensor), strict=True):
+        elements = stored.reshape(-1, size)
+        yield elements[np.unpackbits(bits, bitorder=BIT_ORDER, count=len(elements)).view(np.bool_)].tobytes()

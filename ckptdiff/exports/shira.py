@@ -1,0 +1,226 @@
+"""A SHiRA adapter (Bhardwaj et al., arXiv 2406.13175) of the largest changes, for PEFT."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.backends.partial import BLOCK
+from ckptdiff.checkpoint import Checkpoint, TensorInfo
+from ckptdiff.checkpoint.globs import Globs
+from ckptdiff.errors import OptionError, RunFileError
+from ckptdiff.exports.sources import open_side
+from ckptdiff.result import TensorFacts
+from ckptdiff.runfile.reader import RunFile
+from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
+from ckptdiff.runfile.staged import StagedFile
+from ckptdiff.stream.blocks import blocks_of, values_of
+from ckptdiff.stream.reader import OpenShards, open_shards
+
+__all__ = ["ShiraExport", "export_shira"]
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_LINEAR_BLOCKS = ("attention", "ffn")
+
+
+@dataclass(frozen=True, slots=True)
+class ShiraExport:
+    """What an adapter holds.
+
+    Attributes
+    ----------
+    layers : int
+        Matrices it changes.
+    coordinates : int
+        How many of their coordinates.
+    energy : float or None
+        Share of those matrices' sum d^2 that it keeps; None if nothing changed.
+    """
+
+    layers: int
+    coordinates: int
+    energy: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Largest:
+    indices: NDArray[np.int64]
+    deltas: NDArray[np.float32]
+    kept: float
+    total: float
+
+
+def export_shira(
+    run: RunFile,
+    target: Path,
+    *,
+    rank: int,
+    names: Sequence[str] = (),
+    base: str | os.PathLike[str] | None = None,
+    tuned: str | os.PathLike[str] | None = None,
+) -> ShiraExport:
+    """Write a folder that ``PeftModel.from_pretrained`` loads onto the base model.
+
+    Of each m x n matrix it takes the ``rank * (m + n)`` largest changes (SHiRA holds exactly that many), in the mask or
+    not; ties go to the smaller index. Values are the differences in float32.
+
+    Parameters
+    ----------
+    run : RunFile
+        It need not hold masks.
+    target : Path
+        A folder; made if it is missing.
+    rank : int
+    names : sequence of str
+        Tensor names or globs of weights of linear layers; none stands for all matrices of attention and ffn blocks.
+    base, tuned : path-like, optional
+        Where the checkpoints are now.
+
+    Raises
+    ------
+    OptionError
+        No matrix of that name, a tensor that is no floating matrix ``*.weight``, or a rank that a matrix cannot meet:
+        ``rank * (m + n)`` exceeds its m n coordinates.
+    CheckpointError
+        A checkpoint is not what the run compared, or changes while it is read.
+    RunFileError
+        The run is damaged, or the target cannot be written, or is there and no adapter.
+    """
+    chosen = _chosen(run.load().tensors, names, run.path)
+    for facts in chosen:
+        _require_rank(facts, rank)
+    sides = open_side(run, "base", base), open_side(run, "tuned", tuned)
+    _prepare(target)
+    entries: list[Entry] = []
+    found: list[_Largest] = []
+    with open_shards("pread") as shards:
+        for facts in chosen:
+            pair = sides[0].tensors[facts.name], sides[1].tensors[facts.tuned_name or facts.name]
+            largest = _largest_changes(shards, *pair, rank * sum(facts.shape))
+            found.append(largest)
+            entries += _entries(facts, largest)
+    _write(target / _WEIGHTS, lambda staged: write_safetensors(staged, entries, {"format": "pt"}))
+    text = json.dumps(_config(chosen, rank, sides[0]), indent=2, sort_keys=True) + "\n"
+    _write(target / _CONFIG, lambda staged: staged.write(text.encode()))
+    total = sum(largest.total for largest in found)
+    return ShiraExport(
+        layers=len(found),
+        coordinates=sum(largest.indices.size for largest in found),
+        energy=sum(largest.kept for largest in found) / total if total else None,
+    )
+
+
+def _chosen(tensors: Sequence[TensorFacts], names: Sequence[str], path: str) -> list[TensorFacts]:
+    def is_linear(facts: TensorFacts) -> bool:
+        return len(facts.shape) == 2 and facts.compare != "bitwise" and facts.name.endswith(".weight")
+
+    globs = Globs(names, ())
+    chosen = [f for f in tensors if (globs.select(f.name) if names else is_linear(f) and f.block in _LINEAR_BLOCKS)]
+    unknown = globs.unmatched(facts.name for facts in tensors)
+    if unknown or not chosen:
+        raise OptionError(
+            "no matrix of that name" if names else "the run compared no matrix of an attention or ffn block",
+            file=path,
+            found="; ".join(unknown) or None,
+            hint="ckptdiff show --by tensor lists the names",
+        )
+    for facts in chosen:
+        if not is_linear(facts):
+            raise OptionError(
+                "SHiRA adapts the weights of linear layers only",
+                file=path,
+                tensor=facts.name,
+                expected="a floating matrix named *.weight",
+                found=f"{facts.dtype_base} of shape {facts.shape}",
+            )
+    return chosen
+
+
+def _require_rank(facts: TensorFacts, rank: int) -> None:
+    m, n = facts.shape
+    if not 0 < rank * (m + n) <= m * n:
+        raise OptionError(
+            "this rank cannot be met",
+            tensor=facts.name,
+            expected=f"rank * (m + n) coordinates of {m} x {n}: a rank from 1 to {m * n // max(m + n, 1)}",
+            found=f"rank {rank}",
+            hint="a smaller --rank, or name larger matrices only",
+        )
+
+
+def _largest_changes(shards: OpenShards, base: TensorInfo, tuned: TensorInfo, count: int) -> _Largest:
+    """The `count` largest changes, in ascending order of their index; NaN counts as nothing."""
+    indices, deltas = np.empty(0, np.int64), np.empty(0, np.float32)
+    total, cut = 0.0, np.float32(-1)
+    for block, (left, right) in enumerate(zip(blocks_of(shards, base), blocks_of(shards, tuned), strict=True)):
+        delta = np.nan_to_num(values_of(tuned.dtype, right) - values_of(base.dtype, left), posinf=0, neginf=0)
+        total += float(np.square(delta, dtype=np.float64).sum())
+        # Later coordinates of the same size lose to earlier ones, so only larger ones can still get in.
+        found = np.flatnonzero(np.abs(delta) > cut)
+        indices = np.concatenate([indices, found + block * BLOCK])
+        deltas = np.concatenate([deltas, delta[found].astype(np.float32)])
+        if indices.size > count:
+            order = np.argsort(-np.abs(deltas), kind="stable")[:count]
+            cut = np.abs(deltas[order[-1]])
+            order.sort()
+            indices, deltas = indices[order], deltas[order]
+    return _Largest(indices, deltas, float(np.square(deltas, dtype=np.float64).sum()), total)
+
+
+def _entries(facts: TensorFacts, largest: _Largest) -> list[Entry]:
+    prefix = f"base_model.model.{facts.name.removesuffix('.weight')}"
+    rows = np.stack(np.divmod(largest.indices, facts.shape[1])).astype("<i4")
+    weights = largest.deltas.astype("<f4")
+    return [
+        Entry(f"{prefix}.shira_indices", "I32", rows.shape, lambda: [rows.tobytes()]),
+        Entry(f"{prefix}.shira_weight", "F32", weights.shape, lambda: [weights.tobytes()]),
+    ]
+
+
+def _config(chosen: Sequence[TensorFacts], rank: int, base: Checkpoint) -> dict[str, Any]:
+    return {
+        "peft_type": "SHIRA",
+        "base_model_name_or_path": base.path,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_weights": True,
+        "mask_type": "random",
+        "modules_to_save": None,
+        "r": rank,
+        "random_seed": None,
+        "revision": None,
+        "target_modules": [facts.name.removesuffix(".weight") for facts in chosen],
+        "task_type": None,
+    }
+
+
+def _prepare(target: Path) -> None:
+    try:
+        target.mkdir(exist_ok=True)
+        others = {path.name for path in target.iterdir()}
+    except OSError as error:
+        raise RunFileError(f"cannot make the adapter's folder: {error.strerror}", file=target) from error
+    if others and _CONFIG not in others:
+        raise RunFileError(
+            "the output folder exists and holds no adapter",
+            file=target,
+            found=", ".join(sorted(others)[:3]),
+            hint="remove it, or choose another name",
+        )
+
+
+def _write(path: Path, write: Any) -> None:
+    staged = StagedFile(path)
+    try:
+        write(staged)
+        staged.commit()
+    finally:
+        staged.discard()

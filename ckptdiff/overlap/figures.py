@@ -1,0 +1,123 @@
+"""Figures of an overlap: shares, and what three kinds of chance would give (S1, S2, S3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.result import TensorFacts
+
+__all__ = ["FIGURES", "Overlap", "PairCounts"]
+
+_BASELINES = ("independent", "stratified", "conditional")
+FIGURES = tuple(
+    f"{figure}{suffix}" for figure in ("o1", "o2", "jaccard") for suffix in ("", *(f"_{b}" for b in _BASELINES))
+)
+"""Every figure, each followed by its three baselines."""
+
+_LABELS = {"module": "module_type", "layer": "layer", "block": "block"}
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class PairCounts:
+    """Counts of two runs, per tensor.
+
+    Attributes
+    ----------
+    first, second : int
+        Which runs.
+    ones, twos, both : int64 array, shape (tensors,)
+        Coordinates in the first mask, in the second, in both.
+    expected : float64 array, shape (tensors,)
+        Coordinates that would be in both if the masks met by chance among weights of the same magnitude; NaN unknown.
+    """
+
+    first: int
+    second: int
+    ones: NDArray[np.int64]
+    twos: NDArray[np.int64]
+    both: NDArray[np.int64]
+    expected: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Overlap:
+    """The overlap of each two of several runs.
+
+    Attributes
+    ----------
+    runs : tuple of str
+        Paths of the run files.
+    rules : tuple of str
+        Their mask rules.
+    tensors : tuple of TensorFacts
+        What they have in common.
+    pairs : tuple of PairCounts
+        In the order (0, 1), (0, 2), ..., (1, 2), ...
+    warnings : tuple of str
+    """
+
+    runs: tuple[str, ...]
+    rules: tuple[str, ...]
+    tensors: tuple[TensorFacts, ...]
+    pairs: tuple[PairCounts, ...]
+    warnings: tuple[str, ...] = ()
+
+    def overall(self, pair: PairCounts) -> dict[str, Any]:
+        """Figures over all floating tensors."""
+        return self._row(pair, self._valued())
+
+    def grouped(self, pair: PairCounts, by: str) -> list[dict[str, Any]]:
+        """Figures by "tensor", "module", "layer" or "block", each row with its label.
+
+        Groups are of floating tensors, in order of first appearance, layers in order of their number.
+        """
+        if by == "tensor":
+            return [{"name": facts.name, **self._row(pair, [row])} for row, facts in enumerate(self.tensors)]
+        members: dict[tuple[Any, ...], list[int]] = {}
+        for row in self._valued():
+            facts = self.tensors[row]
+            label = (facts.tower, facts.layer) if by == "layer" else (getattr(facts, _LABELS[by]),)
+            if label[-1] is not None:
+                members.setdefault(label, []).append(row)
+        labels = sorted(members, key=lambda label: label[-1]) if by == "layer" else list(members)
+        return [
+            {
+                **({"tower": label[0], "layer": label[1]} if by == "layer" else {_LABELS[by]: label[0]}),
+                "tensors": len(members[label]),
+                **self._row(pair, members[label]),
+            }
+            for label in labels
+        ]
+
+    def _valued(self) -> list[int]:
+        return [row for row, facts in enumerate(self.tensors) if facts.compare != "bitwise"]
+
+    def _row(self, pair: PairCounts, rows: Sequence[int]) -> dict[str, Any]:
+        numels = [math.prod(self.tensors[row].shape) for row in rows]
+        ones, twos = pair.ones[rows].tolist(), pair.twos[rows].tolist()
+        total, one, two, both = sum(numels), sum(ones), sum(twos), int(pair.both[rows].sum())
+        stratified = math.fsum(a * b / n for a, b, n in zip(ones, twos, numels, strict=True) if n)
+        # A tensor that one of the masks leaves out has nothing in common with it, whatever the magnitudes.
+        conditional = math.fsum(
+            0.0 if not (a and b) else expected
+            for a, b, expected in zip(ones, twos, pair.expected[rows].tolist(), strict=True)
+        )
+        chances = (one * two / total if total else math.nan, stratified, conditional)
+        counts = {"numel": total, "masked_1": one, "masked_2": two, "masked_both": both}
+        return {**counts, **_figures(one, two, both, chances)}
+
+
+def _figures(one: int, two: int, both: int, chances: Sequence[float]) -> dict[str, float | None]:
+    """O1, o2 and Jaccard of the observed intersection and of each expected one; null where a mask is empty."""
+    row: dict[str, float | None] = {}
+    for figure, size in (("o1", lambda _: one), ("o2", lambda _: two), ("jaccard", lambda shared: one + two - shared)):
+        for suffix, shared in zip(("", *(f"_{b}" for b in _BASELINES)), (both, *chances), strict=True):
+            defined = one > 0 and two > 0 and not math.isnan(shared)
+            row[f"{figure}{suffix}"] = shared / size(shared) if defined else None
+    return row

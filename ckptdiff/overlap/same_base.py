@@ -1,0 +1,106 @@
+"""Whether runs start from the same base and have tensors in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ckptdiff.errors import MaskError, RunFileError
+from ckptdiff.result import Diff, TensorFacts
+from ckptdiff.runfile.reader import RunFile
+
+__all__ = ["common_tensors", "require_same_base"]
+
+_SAME = 1e-9
+"""Norms of the same weights differ by less, whatever machine summed them."""
+_ROUNDED = 2.0**-8
+"""Casts to different dtypes move a norm by less than half a unit in bfloat16's last place."""
+
+
+def require_same_base(runs: Sequence[RunFile], diffs: Sequence[Diff], force: bool) -> list[str]:
+    """Compare the bases of runs by the norms of their tensors, since a file's name and time say little.
+
+    Returns
+    -------
+    list of str
+        Warnings: other bases that were forced, rules or casts that differ.
+
+    Raises
+    ------
+    MaskError
+        Two runs have different bases, and `force` is not set.
+    RunFileError
+        A run without masks.
+    """
+    warnings: list[str] = []
+    for run in runs:
+        if run.masks.rule.kind == "none":
+            raise RunFileError(
+                "the run file holds no masks", file=run.path, hint="run ckptdiff diff with a --mask rule"
+            )
+    first = diffs[0]
+    for run, diff in zip(runs[1:], diffs[1:], strict=True):
+        other = _other_base(first, diff)
+        if other is not None:
+            name, ours, theirs = other
+            if not force:
+                raise MaskError(
+                    "the runs do not start from the same base",
+                    file=run.path,
+                    tensor=name,
+                    expected=f"norm {ours!r}, as in {runs[0].path}",
+                    found=f"norm {theirs!r}",
+                    hint="--force compares them all the same",
+                )
+            warnings.append(f"{run.path} starts from another base than {runs[0].path}")
+        if (diff.compare, diff.mask_rule) != (first.compare, first.mask_rule):
+            warnings.append(
+                f"{run.path} has masks by {diff.mask_rule} of {diff.compare},"
+                f" {runs[0].path} by {first.mask_rule} of {first.compare}"
+            )
+    return warnings
+
+
+def common_tensors(runs: Sequence[RunFile], diffs: Sequence[Diff]) -> tuple[list[TensorFacts], list[str]]:
+    """Tensors that all runs have masked, in the order of the first, and warnings about those that some have not.
+
+    Raises
+    ------
+    MaskError
+        A tensor of different shapes, or none in common.
+    """
+    shapes = [{facts.name: facts.shape for facts in diff.tensors} for diff in diffs]
+    common = [facts for facts in diffs[0].tensors if all(facts.name in other for other in shapes)]
+    for facts in common:
+        for run, other in zip(runs, shapes, strict=True):
+            if other[facts.name] != facts.shape:
+                raise MaskError(
+                    "a tensor has different shapes in two runs",
+                    file=run.path,
+                    tensor=facts.name,
+                    expected=facts.shape,
+                    found=other[facts.name],
+                )
+    if not common:
+        raise MaskError(
+            "the runs have no tensor in common",
+            file=runs[-1].path,
+            expected=f"names as in {runs[0].path}",
+            found=", ".join([facts.name for facts in diffs[-1].tensors[:3]]),
+        )
+    left_out = {name for other in shapes for name in other} - {facts.name for facts in common}
+    if not left_out:
+        return common, []
+    shown = ", ".join(sorted(left_out)[:3]) + (", ..." if len(left_out) > 3 else "")
+    return common, [f"{len(left_out)} tensors are not in all runs and left out: {shown}"]
+
+
+def _other_base(first: Diff, other: Diff) -> tuple[str, float, float] | None:
+    """The first tensor whose base norms tell two bases apart."""
+    tolerance = _SAME if first.compare == other.compare else _ROUNDED
+    norms = dict(zip((facts.name for facts in other.tensors), other.columns["base_norm"].tolist(), strict=True))
+    for facts, ours in zip(first.tensors, first.columns["base_norm"].tolist(), strict=True):
+        theirs = norms.get(facts.name, math.nan)
+        if not (math.isnan(ours) or math.isnan(theirs) or math.isclose(ours, theirs, rel_tol=tolerance)):
+            return facts.name, ours, theirs
+    return None

@@ -1,0 +1,48 @@
+"""Train just the changed subnetwork: masks of a run file as masks of a model's parameters (needs torch).
+
+>>> from ckptdiff.retrain import MaskedAdamW, load_masks  # doctest: +SKIP
+>>> masks = load_masks("run.h5", model)  # doctest: +SKIP
+>>> optimizer = MaskedAdamW(model.parameters(), masks, lr=1e-5)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ckptdiff.errors import OptionError
+
+try:
+    import torch  # noqa: F401
+except ModuleNotFoundError as error:
+    raise OptionError("retraining needs torch", hint="pip install 'ckptdiff[retrain]'") from error
+
+from ckptdiff.retrain.adamw import MaskedAdamW
+from ckptdiff.retrain.freezing import Freezing, freeze_outside, mask_gradients
+from ckptdiff.retrain.load import load_masks
+from ckptdiff.retrain.packed import PackedMask
+from ckptdiff.retrain.parameters import MatchReport, ParameterMasks
+from ckptdiff.retrain.sgd import MaskedSGD
+
+if TYPE_CHECKING:
+    from ckptdiff.retrain.callback import MaskCallback
+
+__all__ = [
+    "Freezing",
+    "MaskCallback",
+    "MaskedAdamW",
+    "MaskedSGD",
+    "MatchReport",
+    "PackedMask",
+    "ParameterMasks",
+    "freeze_outside",
+    "load_masks",
+    "mask_gradients",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MaskCallback":  # transformers takes seconds to import
+        from ckptdiff.retrain.callback import MaskCallback
+
+        return MaskCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

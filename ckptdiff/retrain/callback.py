@@ -1,0 +1,61 @@
+"""The same guarantee inside transformers' ``Trainer``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ckptdiff.retrain.freezing import Freezing, freeze_outside
+from ckptdiff.retrain.load import load_masks
+from ckptdiff.retrain.parameters import ParameterMasks
+
+__all__ = ["MaskCallback"]
+
+
+class MaskCallback(TrainerCallback):  # type: ignore[misc]
+    """Train the masked coordinates of a run file, and keep every bit of the others.
+
+    Gradients are masked before the trainer clips them.
+
+    Parameters
+    ----------
+    run_file : path-like
+    change : callable, optional
+        Turns the masks that were loaded into those to use, such as ``lambda masks: masks.random(0)``.
+    strict : bool
+        As for :func:`~ckptdiff.retrain.load_masks`.
+
+    Examples
+    --------
+    >>> Trainer(model, arguments, train_dataset=data, callbacks=[MaskCallback("run.h5")])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        run_file: str | os.PathLike[str],
+        *,
+        change: Callable[[ParameterMasks], ParameterMasks] | None = None,
+        strict: bool = True,
+    ) -> None:
+        self._run_file = run_file
+        self._change = change
+        self._strict = strict
+        self._freezing: Freezing | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Load the masks and put the hooks in place, before the first batch."""
+        masks = load_masks(self._run_file, kwargs["model"], strict=self._strict)
+        if self._change is not None:
+            masks = self._change(masks)
+        # Accelerate wraps the optimizer; its hooks belong to the one inside.
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        self._freezing = freeze_outside(optimizer, masks)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the hooks away."""
+        if self._freezing is not None:
+            self._freezing.remove()
+            self._freezing = None

@@ -1,0 +1,289 @@
+"""What masked optimizers share: state on masked coordinates only, and everything else left alone."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ckptdiff.backends.kernels.masked_steps import square_bf16, square_f32
+from ckptdiff.errors import MaskError
+from ckptdiff.retrain.packed import PackedMask
+from ckptdiff.retrain.support import IndexSupport, Support, TileSupport, support_of
+from ckptdiff.retrain.threads import run_all
+
+__all__ = ["MaskedOptimizer"]
+
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
+    """An optimizer that holds state for masked coordinates only and never writes to any other.
+
+    Subclasses say what a step is: to a compiled kernel, for parameters in main memory, and to torch's own functional
+    form on gathered values, for all others.
+
+    Parameters
+    ----------
+    params : iterable
+        As for any torch optimizer. A parameter without a mask, or with an empty one, never moves.
+    masks : mapping of Parameter to PackedMask
+        Such as :func:`~ckptdiff.retrain.load_masks` returns. It is not kept: the optimizer holds two bytes per masked
+        coordinate of a float32 or bfloat16 parameter in main memory, four of any other.
+    defaults : dict
+    fp32_master : bool
+        Hold float32 masters of the masked coordinates of 16-bit parameters (four bytes each). Without them, steps
+        smaller than half a unit in the last place are lost. Where something else changes a parameter, its master
+        follows.
+
+    Raises
+    ------
+    MaskError
+        No parameter has a masked coordinate; a mask of another shape; a parameter that is sharded.
+    """
+
+    kernels: tuple[Callable[..., None], Callable[..., None]]
+    """For float32 and for bfloat16."""
+    every_slot: tuple[str, ...]
+    """Slots in the order of the kernels' state, whether a group uses them or not."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        masks: Mapping[Any, PackedMask],
+        defaults: dict[str, Any],
+        fp32_master: bool,
+    ) -> None:
+        self._masks: Mapping[Any, PackedMask] | None = masks
+        self._supports: dict[Tensor, Support] = {}
+        self._fingerprints: dict[Tensor, int] = {}
+        self._fp32_master = fp32_master
+        super().__init__(params, defaults)
+        self._masks = None
+        if not self._supports:
+            raise MaskError(
+                "no parameter of the optimizer has a masked coordinate: there is nothing to train",
+                expected=f"some of the {len(masks)} masked parameters",
+                found="none of them, or empty masks",
+            )
+
+    @abstractmethod
+    def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the state that each masked coordinate has."""
+
+    @abstractmethod
+    def constants(self, group: dict[str, Any], step: int) -> list[float]:
+        """Scalars of a step, as the kernels take them."""
+
+    @abstractmethod
+    def functional(
+        self, group: dict[str, Any], values: list[Tensor], gradients: list[Tensor], states: list[Any]
+    ) -> None:
+        """Torch's own step, on the gathered values of parameters and their states."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of state and of masked positions."""
+        held = chain.from_iterable(state.values() for state in self.state.values())
+        states: int = sum(value.nbytes for value in held if isinstance(value, Tensor) and value.ndim)
+        return states + sum(support.nbytes for support in self._supports.values())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; only while the optimizer is made, since it does not keep the masks."""
+        if self._masks is None:
+            raise MaskError("a masked optimizer takes all its parameters when it is made")
+        super().add_param_group(param_group)
+        for parameter in param_group["params"]:
+            mask = self._masks.get(parameter)
+            if mask is None:
+                continue
+            if mask.shape != tuple(parameter.shape) or hasattr(parameter, "placements"):
+                raise MaskError(
+                    "a mask does not fit its parameter",
+                    expected=f"a whole parameter of shape {mask.shape}",
+                    found=f"shape {tuple(parameter.shape)}"
+                    + (", sharded over devices" if hasattr(parameter, "placements") else ""),
+                    hint="freeze_outside works with sharded parameters",
+                )
+            if mask.count:
+                self._supports[parameter] = support_of(mask, parameter)
+                self._fingerprints[parameter] = mask.fingerprint
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step; parameters without a gradient are skipped.
+
+        Returns
+        -------
+        float or None
+            What `closure` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work: list[Callable[[], object]] = []
+        for group in self.param_groups:
+            indexed: list[Tensor] = []
+            for parameter, support in self._moving(group):
+                self._begin_state(parameter, support, group)
+                if isinstance(support, TileSupport):
+                    work += self._tile_work(parameter, support, group)
+                else:
+                    indexed.append(parameter)
+            if indexed:
+                self._step_indexed(group, indexed)
+        run_all(work)
+        return loss
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, *, error_if_nonfinite: bool = False) -> Tensor:
+        """Scale gradients so that their norm over the masked coordinates is at most `max_norm`.
+
+        Returns
+        -------
+        Tensor
+            That norm before, summed in float64; the value that ``torch.nn.utils.clip_grad_norm_`` gives where gradients
+            are zero outside the masks.
+
+        Raises
+        ------
+        RuntimeError
+            If it is not finite and `error_if_nonfinite` is set.
+        """
+        squares: list[float] = []
+        moving = list(chain.from_iterable(map(self._moving, self.param_groups)))
+        work: list[Callable[[], object]] = []
+        for parameter, support in moving:
+            if isinstance(support, TileSupport):
+                square = square_bf16 if parameter.dtype == torch.bfloat16 else square_f32
+                gradient = _flat_view(parameter.grad.contiguous())
+                for span in support.spans():
+                    work.append(partial(_add_square, squares, square, gradient, support, span))
+            else:
+                gathered = parameter.grad.reshape(-1)[support.index]
+                squares.append(float(gathered.double().square().sum()))
+        run_all(work)
+        norm = torch.tensor(math.sqrt(math.fsum(squares)))
+        if error_if_nonfinite and not norm.isfinite():
+            raise RuntimeError(f"the norm of the masked gradients is {norm.item()}")
+        torch.nn.utils.clip_grads_with_norm_([parameter for parameter, _ in moving], max_norm, norm)
+        return norm
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state, to resume where it was saved.
+
+        Raises
+        ------
+        MaskError
+            The state is not one of a masked optimizer, or was made with other masks.
+        """
+        saved = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+        ours = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        for key, parameter in zip(saved, ours, strict=False):
+            state = state_dict["state"].get(key)
+            if state is not None and state.get("mask") != self._fingerprints.get(parameter):
+                raise MaskError(
+                    "the optimizer's state belongs to other masks",
+                    expected="a state that was saved with the masks of this optimizer",
+                    found="one of other masks" if "mask" in state else "one of an optimizer without masks",
+                    hint="load the masks that the saved run used",
+                )
+        super().load_state_dict(state_dict)
+        # Torch has cast what it found to the dtype of the parameter, and float32 state would lose 16 bits by that.
+        for key, parameter in zip(saved, ours, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if isinstance(value, Tensor):
+                    device = parameter.device if value.ndim else value.device
+                    self.state[parameter][name] = value.to(device, copy=True)
+
+    def _moving(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, Support]]:
+        """Parameters of a group that have masked coordinates and a gradient."""
+        for parameter in group["params"]:
+            if parameter.grad is not None and parameter in self._supports:
+                if parameter.grad.is_sparse:
+                    raise MaskError(
+                        "masked optimizers take dense gradients", hint="make the embedding with sparse=False"
+                    )
+                yield parameter, self._supports[parameter]
+
+    def _begin_state(self, parameter: Tensor, support: Support, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if state:
+            return
+        narrow = parameter.dtype in _NARROW
+        kept = {"dtype": torch.float32 if narrow else parameter.dtype, "device": parameter.device}
+        state["mask"] = self._fingerprints[parameter]
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        for slot in self.slots(group):
+            state[slot] = torch.zeros(support.count, **kept)
+        if narrow and self._fp32_master:
+            # A NaN rounds to no code but its own, so the first step takes every value from the parameter.
+            state["master"] = torch.full((support.count,), math.nan, **kept)
+
+    def _tile_work(
+        self, parameter: Tensor, support: TileSupport, group: dict[str, Any]
+    ) -> Iterator[Callable[[], object]]:
+        state = self.state[parameter]
+        state["step"] += 1
+        constants = np.array(self.constants(group, int(state["step"])), np.float32)
+        nothing = np.empty(0, np.float32)
+        held = [state[slot].numpy() if slot in state else nothing for slot in (*self.every_slot, "master")]
+        values, gradients = _flat_view(parameter), _flat_view(parameter.grad.contiguous())
+        step = self.kernels[parameter.dtype == torch.bfloat16]
+        for span in support.spans():
+            yield partial(step, values, gradients, tuple(held), support.positions, support.starts, span, constants)
+
+    def _step_indexed(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """Gather, let torch step, scatter."""
+        states = [self.state[parameter] for parameter in parameters]
+        values, gradients = [], []
+        for parameter, state in zip(parameters, states, strict=True):
+            index = self._index(parameter)
+            found = parameter.reshape(-1)[index]
+            wide = found.float() if parameter.dtype in _NARROW else found
+            if "master" in state:
+                wide = torch.where(state["master"].to(found.dtype) == found, state["master"], wide)
+            values.append(wide)
+            gradients.append(parameter.grad.reshape(-1)[index].to(wide.dtype))
+        self.functional(group, values, gradients, states)
+        for parameter, state, value in zip(parameters, states, values, strict=True):
+            if "master" in state:
+                state["master"] = value
+            flat = parameter.reshape(-1)
+            flat[self._index(parameter)] = value.to(parameter.dtype)
+            if flat.data_ptr() != parameter.data_ptr():  # it was not contiguous, so this is a copy
+                parameter.copy_(flat.view(parameter.shape))
+
+    def _index(self, parameter: Tensor) -> Tensor:
+        support = self._supports[parameter]
+        assert isinstance(support, IndexSupport)
+        return support.index
+
+
+def _flat_view(tensor: Tensor) -> NDArray[Any]:
+    """The memory of a contiguous tensor: float32 values, or uint16 codes of bfloat16."""
+    flat = tensor.detach().view(-1)
+    if tensor.dtype == torch.bfloat16:
+        codes: NDArray[Any] = flat.view(torch.int16).numpy().view(np.uint16)
+        return codes
+    values: NDArray[Any] = flat.numpy()
+    return values
+
+
+def _add_square(
+    squares: list[float],
+    square: Callable[..., float],
+    gradient: NDArray[Any],
+    support: TileSupport,
+    span: tuple[int, int],
+) -> None:
+    squares.append(square(gradient, support.positions, support.starts, span))

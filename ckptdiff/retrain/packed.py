@@ -1,0 +1,101 @@
+"""The mask of one parameter, one bit per coordinate. NumPy only."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.errors import MaskError
+from ckptdiff.runfile.schema import BIT_ORDER, packed_bytes
+
+__all__ = ["PackedMask"]
+
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMask:
+    """A mask in memory: an eighth of a byte per coordinate.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Shape of the parameter.
+    bits : uint8 array, shape (ceil(numel / 8),)
+        Row-major, least significant bit first; bits after the last coordinate are zero.
+    """
+
+    shape: tuple[int, ...]
+    bits: NDArray[np.uint8]
+
+    def __post_init__(self) -> None:
+        if self.bits.dtype != np.uint8 or self.bits.shape != (packed_bytes(self.numel),):
+            raise ValueError(f"{self.bits.dtype} bits of shape {self.bits.shape} for a mask of shape {self.shape}")
+        if self.numel % 8 and self.bits[-1] >> self.numel % 8:
+            # Whoever else wrote the run file may have left something there.
+            bits = self.bits.copy()
+            bits[-1] &= (1 << self.numel % 8) - 1
+            object.__setattr__(self, "bits", bits)
+
+    @classmethod
+    def of(cls, dense: NDArray[np.bool_]) -> PackedMask:
+        """Pack booleans of the parameter's shape."""
+        return cls(dense.shape, np.packbits(dense, bitorder=BIT_ORDER))
+
+    @property
+    def numel(self) -> int:
+        """Coordinates of the parameter."""
+        return math.prod(self.shape)
+
+    @cached_property
+    def count(self) -> int:
+        """Coordinates in the mask."""
+        return int(np.bitwise_count(self.bits).sum(dtype=np.int64))
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """Checksum of the mask (CRC-32), by which an optimizer's state knows its mask."""
+        return zlib.crc32(self.bits.data)
+
+    def dense(self) -> NDArray[np.bool_]:
+        """Booleans of the parameter's shape."""
+        return np.unpackbits(self.bits, count=self.numel, bitorder=BIT_ORDER).view(np.bool_).reshape(self.shape)
+
+    def inverted(self) -> PackedMask:
+        """The coordinates that this mask leaves out."""
+        return PackedMask(self.shape, ~self.bits)
+
+    def shuffled(self, rng: np.random.Generator) -> PackedMask:
+        """A mask of equally many coordinates, drawn at random without replacement."""
+        sizes = [min(_BLOCK, self.numel - start) for start in range(0, self.numel, _BLOCK)]
+        if not sizes:
+            return self
+        bits = np.empty_like(self.bits)
+        left, chosen = self.numel, self.count
+        for block, size in enumerate(sizes):
+            # How many of the coordinates that are left to draw fall into this block.
+            share = int(rng.hypergeometric(chosen, left - chosen, size))
+            dense = np.zeros(size, np.bool_)
+            dense[rng.choice(size, share, replace=False, shuffle=False)] = True
+            bits[block * _BLOCK // 8 : (block + 1) * _BLOCK // 8] = np.packbits(dense, bitorder=BIT_ORDER)
+            left, chosen = left - size, chosen - share
+        return PackedMask(self.shape, bits)
+
+    def __or__(self, other: PackedMask) -> PackedMask:
+        return PackedMask(self.shape, self.bits | self._fitting(other))
+
+    def __and__(self, other: PackedMask) -> PackedMask:
+        return PackedMask(self.shape, self.bits & self._fitting(other))
+
+    def __sub__(self, other: PackedMask) -> PackedMask:
+        return PackedMask(self.shape, self.bits & ~self._fitting(other))
+
+    def _fitting(self, other: PackedMask) -> NDArray[np.uint8]:
+        if other.shape != self.shape:
+            raise MaskError("masks of different shapes cannot be combined", expected=self.shape, found=other.shape)
+        return other.bits

@@ -1,0 +1,159 @@
+"""The masks of a model's parameters, and what can be made of them."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+from torch.nn import Parameter
+
+from ckptdiff.errors import MaskError
+from ckptdiff.retrain.packed import PackedMask
+
+__all__ = ["MatchReport", "ParameterMasks"]
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class MatchReport:
+    """How the masks of a run file and the parameters of a model found each other.
+
+    Attributes
+    ----------
+    matched : mapping of str to str
+        Name in the run file to name in the model.
+    unused_masks : tuple of str
+        Masks for which the model has no parameter.
+    unmasked_parameters : tuple of str
+        Trainable parameters without a mask; masked optimizers leave them as they are.
+    buffers : tuple of str
+        Masks of what is a buffer in the model, which no optimizer moves.
+    warnings : tuple of str
+        Names that fit more than one parameter.
+    """
+
+    matched: Mapping[str, str]
+    unused_masks: tuple[str, ...] = ()
+    unmasked_parameters: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every mask has its parameter and every trainable parameter its mask."""
+        return not (self.unused_masks or self.unmasked_parameters)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.matched)} masks matched"]
+        for label, names in (
+            ("masks without a parameter", self.unused_masks),
+            ("parameters without a mask", self.unmasked_parameters),
+            ("masks of buffers", self.buffers),
+        ):
+            if names:
+                shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+                lines.append(f"{len(names)} {label}: {shown}")
+        return "; ".join([*lines, *self.warnings])
+
+
+class ParameterMasks(Mapping[Parameter, PackedMask]):
+    """Parameter to mask; parameters that are not in it are wholly frozen.
+
+    Parameters
+    ----------
+    masks : mapping of Parameter to PackedMask
+    names : mapping of Parameter to str
+        Their names in the model.
+    report : MatchReport, optional
+        How the masks were found.
+
+    Raises
+    ------
+    MaskError
+        A mask of another shape than its parameter.
+    """
+
+    def __init__(
+        self,
+        masks: Mapping[Parameter, PackedMask],
+        names: Mapping[Parameter, str],
+        report: MatchReport | None = None,
+    ) -> None:
+        self._masks: dict[Parameter, PackedMask] = dict(masks)
+        self.names = {parameter: names[parameter] for parameter in self._masks}
+        self.report = report or MatchReport({})
+        for parameter, mask in self._masks.items():
+            if tuple(parameter.shape) != mask.shape:
+                raise MaskError(
+                    "a mask does not fit its parameter",
+                    tensor=self.names[parameter],
+                    expected=f"a mask of shape {tuple(parameter.shape)}",
+                    found=mask.shape,
+                    hint="load masks before the parameters are sharded or flattened, into the model they were made of",
+                )
+
+    def __getitem__(self, parameter: Parameter) -> PackedMask:
+        return self._masks[parameter]
+
+    def __iter__(self) -> Iterator[Parameter]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    @property
+    def count(self) -> int:
+        """Coordinates in the masks."""
+        return sum(mask.count for mask in self._masks.values())
+
+    @property
+    def density(self) -> float:
+        """Share of the coordinates of all parameters here that are in the masks."""
+        return self.count / max(1, sum(mask.numel for mask in self._masks.values()))
+
+    def inverted(self) -> ParameterMasks:
+        """The complement of each mask; parameters without a mask stay frozen."""
+        return self._each(lambda mask, _: mask.inverted())
+
+    def random(self, seed: int) -> ParameterMasks:
+        """Random masks with as many coordinates in each parameter; the draw depends on seed and names alone."""
+        return self._each(lambda mask, name: mask.shuffled(np.random.default_rng([seed, zlib.crc32(name.encode())])))
+
+    def only(self, *patterns: str) -> ParameterMasks:
+        """The masks of parameters whose name matches one of the globs; the others are frozen.
+
+        Raises
+        ------
+        MaskError
+            A pattern that matches no parameter.
+        """
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in self.names.values()):
+                raise MaskError("no masked parameter of that name", found=pattern, expected=self.report)
+        kept = {
+            parameter: mask
+            for parameter, mask in self._masks.items()
+            if any(fnmatchcase(self.names[parameter], pattern) for pattern in patterns)
+        }
+        return ParameterMasks(kept, self.names, self.report)
+
+    def __or__(self, other: ParameterMasks) -> ParameterMasks:
+        empty = {p: PackedMask(m.shape, np.zeros_like(m.bits)) for p, m in {**self._masks, **other._masks}.items()}
+        combined = {p: self.get(p, none) | other.get(p, none) for p, none in empty.items()}
+        return ParameterMasks(combined, {**other.names, **self.names}, self.report)
+
+    def __and__(self, other: ParameterMasks) -> ParameterMasks:
+        combined = {parameter: mask & other[parameter] for parameter, mask in self._masks.items() if parameter in other}
+        return ParameterMasks(combined, self.names, self.report)
+
+    def __sub__(self, other: ParameterMasks) -> ParameterMasks:
+        combined = {p: mask - other[p] if p in other else mask for p, mask in self._masks.items()}
+        return ParameterMasks(combined, self.names, self.report)
+
+    def _each(self, change: Callable[[PackedMask, str], PackedMask]) -> ParameterMasks:
+        changed = {parameter: change(mask, self.names[parameter]) for parameter, mask in self._masks.items()}
+        return ParameterMasks(changed, self.names, self.report)

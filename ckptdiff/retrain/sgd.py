@@ -1,0 +1,103 @@
+"""SGD on the masked coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.optim.sgd import sgd
+
+from ckptdiff.backends.kernels.masked_steps import sgd_bf16, sgd_f32
+from ckptdiff.errors import OptionError
+from ckptdiff.retrain.optimizer import MaskedOptimizer
+from ckptdiff.retrain.packed import PackedMask
+
+__all__ = ["MaskedSGD"]
+
+
+class MaskedSGD(MaskedOptimizer):
+    """SGD, with or without momentum, that trains the masked coordinates and leaves all others alone.
+
+    On masked coordinates the trajectory is that of ``torch.optim.SGD`` with masked gradients; momentum that was there
+    before cannot move a frozen coordinate, because there is none.
+
+    Parameters
+    ----------
+    params, masks, fp32_master
+        See :class:`~ckptdiff.retrain.optimizer.MaskedOptimizer`.
+    lr, momentum, dampening, weight_decay : float
+    nesterov : bool
+        Needs momentum and no dampening.
+
+    Raises
+    ------
+    OptionError
+        A number out of range.
+    MaskError
+        Masks that do not fit.
+    """
+
+    kernels = (sgd_f32, sgd_bf16)
+    every_slot = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        masks: Mapping[Any, PackedMask],
+        lr: float = 1e-3,
+        *,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        fp32_master: bool = True,
+    ) -> None:
+        if not (lr >= 0 and momentum >= 0 and weight_decay >= 0):
+            raise OptionError(
+                "a number out of range",
+                expected="lr, momentum and weight_decay of at least 0",
+                found=f"lr {lr}, momentum {momentum}, weight_decay {weight_decay}",
+            )
+        if nesterov and (not momentum or dampening):
+            raise OptionError("Nesterov's momentum needs momentum, and no dampening", found=f"{momentum}, {dampening}")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+        }
+        super().__init__(params, masks, defaults, fp32_master)
+
+    def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The momentum buffer, if there is momentum."""
+        return self.every_slot if group["momentum"] else ()
+
+    def constants(self, group: dict[str, Any], step: int) -> list[float]:
+        """As :func:`~ckptdiff.backends.kernels.masked_steps.sgd_f32` takes them."""
+        fresh = 1 - group["dampening"] if step > 1 else 1.0
+        return [float(group["lr"]), group["weight_decay"], group["momentum"], fresh, float(group["nesterov"])]
+
+    def functional(
+        self, group: dict[str, Any], values: list[Tensor], gradients: list[Tensor], states: list[Any]
+    ) -> None:
+        """``torch.optim.sgd.sgd``."""
+        buffers: list[Tensor | None] = [
+            state["momentum_buffer"] if group["momentum"] and state["step"] > 0 else None for state in states
+        ]
+        sgd(
+            values,
+            gradients,
+            buffers,
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=float(group["lr"]),
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=False,
+        )
+        for state, buffer in zip(states, buffers, strict=True):
+            state["step"] += 1
+            if buffer is not None:
+                state["momentum_buffer"] = buffer

@@ -1,0 +1,117 @@
+"""Track files (HDF5).
+
+::
+
+    /                attributes format, format_version, ckptdiff_version, complete
+    /provenance      JSON text: base, steps, compare, warnings
+    /tensors/name    tensor names; % and NUL are percent-encoded
+    /tensors/shape   shapes, as JSON
+    /tensors/base_norm              [tensors]
+    /tensors/delta_norm             [steps, tensors]
+    /tensors/support, touched, ...  [steps, tensors]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+import ckptdiff
+from ckptdiff.backends.kernels.trajectory import Flow
+from ckptdiff.checkpoint import Shard
+from ckptdiff.errors import RunFileError
+from ckptdiff.runfile.schema import escape_text, unescape
+from ckptdiff.runfile.staged import StagedFile
+from ckptdiff.runfile.target import TRACK_FORMAT, check_target
+from ckptdiff.track.result import COUNTS, Track
+
+__all__ = ["check_track_target", "load_track", "save_track"]
+
+_VERSION = 1
+_TEXT = h5py.string_dtype()
+_COUNTED = tuple(flow.name.lower() for flow in Flow)
+
+
+def check_track_target(target: Path, shards: list[Shard]) -> None:
+    """Refuse a target that a track file could not, or must not, replace.
+
+    Raises
+    ------
+    RunFileError
+        See :func:`~ckptdiff.runfile.target.check_target`.
+    """
+    check_target(target, [(shard.path, shard.device, shard.inode) for shard in shards], TRACK_FORMAT)
+
+
+def save_track(track: Track, target: str | os.PathLike[str]) -> None:
+    """Write a track file; it takes its name when it is complete.
+
+    Raises
+    ------
+    RunFileError
+        The disk is full, or the file cannot be written.
+    """
+    staged = StagedFile(Path(target))
+    try:
+        with h5py.File(staged, "w") as file:
+            file.attrs.update(
+                format=TRACK_FORMAT, format_version=_VERSION, ckptdiff_version=ckptdiff.__version__, complete=1
+            )
+            # JSON with every character beyond ASCII escaped holds what HDF5 strings cannot.
+            file["provenance"] = json.dumps(
+                {"base": track.base, "steps": track.steps, "compare": track.compare, "warnings": track.warnings}
+            )
+            tensors = file.create_group("tensors")
+            tensors.create_dataset("name", data=[escape_text(name) for name in track.names], dtype=_TEXT)
+            tensors.create_dataset("shape", data=[json.dumps(shape) for shape in track.shapes], dtype=_TEXT)
+            tensors["base_norm"], tensors["delta_norm"] = track.base_norms, track.delta_norms
+            for key in _COUNTED:
+                tensors[key] = track.counts[key].astype(np.uint64)
+                tensors[key].attrs["long_name"] = COUNTS[key]
+        staged.commit()
+    finally:
+        staged.stop()
+        staged.discard()
+
+
+def load_track(path: str | os.PathLike[str]) -> Track:
+    """Read a track file.
+
+    Raises
+    ------
+    RunFileError
+        No such file, not a track file, or damaged.
+    """
+    try:
+        file = h5py.File(path, "r", locking=False)
+    except OSError as error:
+        raise RunFileError("cannot read the track file", file=path, found=str(error)) from error
+    with file:
+        if file.attrs.get("format") != TRACK_FORMAT or file.attrs.get("complete") != 1:
+            raise RunFileError(
+                "not a ckptdiff track file",
+                file=path,
+                expected=f"an HDF5 file with the attributes format = {TRACK_FORMAT} and complete = 1",
+                found=f"format = {file.attrs.get('format')}, complete = {file.attrs.get('complete')}",
+            )
+        if file.attrs["format_version"] > _VERSION:
+            raise RunFileError("the track file was written by a newer ckptdiff", file=path, hint="upgrade ckptdiff")
+        try:
+            known, tensors = json.loads(file["provenance"][()]), file["tensors"]
+            return Track(
+                base=known["base"],
+                steps=tuple(known["steps"]),
+                compare=known["compare"],
+                names=tuple(unescape(name) for name in tensors["name"].asstr()[:]),
+                shapes=tuple(tuple(json.loads(shape)) for shape in tensors["shape"].asstr()[:]),
+                counts={key: tensors[key][:].astype(np.int64) for key in _COUNTED},
+                base_norms=tensors["base_norm"][:],
+                delta_norms=tensors["delta_norm"][:],
+                warnings=tuple(known["warnings"]),
+            )
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise RunFileError("the track file is damaged or truncated", file=path, found=str(error)) from error

@@ -1,0 +1,133 @@
+"""Which tensors of a base and its later checkpoints can be followed, and how each is read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.backends.cpu import cast_of
+from ckptdiff.backends.formats import FORMATS, Format, compare_format
+from ckptdiff.checkpoint import Checkpoint, Kind, TensorInfo, open_checkpoint, pair
+from ckptdiff.errors import OptionError, PairingError
+from ckptdiff.options import Compare
+
+__all__ = ["Followed", "TrackPlan", "plan_track"]
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """One tensor through all checkpoints.
+
+    Attributes
+    ----------
+    sides : tuple of TensorInfo
+        The base, then every step.
+    compare : Format
+        What all of them are cast to.
+    """
+
+    sides: tuple[TensorInfo, ...]
+    compare: Format
+
+    @property
+    def code_dtype(self) -> np.dtype[np.unsignedinteger]:
+        """Dtype of codes; those of 8 bits are widened."""
+        return max(self.compare.code_dtype, np.dtype(np.uint16))
+
+    def casts(self) -> tuple[list[int], NDArray[np.unsignedinteger]]:
+        """How each side becomes codes, and the tables for it, of shape (sides, 0 or 65536)."""
+        found = [cast_of(FORMATS[side.dtype.lower()], self.compare) for side in self.sides]
+        size = 1 << 16 if any(table.size for _, table in found) else 0
+        tables = np.zeros((len(found), size), self.code_dtype)
+        for row, (_, table) in zip(tables, found, strict=True):
+            row[: table.size] = table
+        return [int(cast) for cast, _ in found], tables
+
+
+@dataclass(frozen=True, slots=True)
+class TrackPlan:
+    """What will be followed.
+
+    Attributes
+    ----------
+    base : Checkpoint
+    steps : tuple of Checkpoint
+    tensors : tuple of Followed
+        In the order of the base's files.
+    warnings : tuple of str
+    """
+
+    base: Checkpoint
+    steps: tuple[Checkpoint, ...]
+    tensors: tuple[Followed, ...]
+    warnings: tuple[str, ...]
+
+
+def plan_track(
+    base: str | os.PathLike[str],
+    steps: Sequence[str | os.PathLike[str]],
+    *,
+    compare: Compare = "bf16",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> TrackPlan:
+    """Open all checkpoints and find the floating tensors that every one of them has, by the names of the base.
+
+    Raises
+    ------
+    OptionError
+        No step.
+    CheckpointError
+        A checkpoint that cannot be read.
+    PairingError
+        A step that has no tensor of the base, or no floating tensor that all steps have.
+    """
+    if not steps:
+        raise OptionError("nothing to follow: name a base and at least one later checkpoint")
+    opened = open_checkpoint(base)
+    later = tuple(open_checkpoint(step) for step in steps)
+    warnings: dict[str, None] = dict.fromkeys(opened.warnings)
+    pairings = [pair(opened, step, include=include, exclude=exclude) for step in later]
+    for step, pairing in zip(later, pairings, strict=True):
+        warnings |= dict.fromkeys((*step.warnings, *pairing.warnings))
+        left_out = [*pairing.only_in_base, *(bad.name for bad in pairing.mismatched)]
+        if left_out:
+            shown = ", ".join(left_out[:_SHOWN]) + (", ..." if len(left_out) > _SHOWN else "")
+            warnings[f"{step.path} lacks {len(left_out)} tensors of the base, or has other shapes: {shown}"] = None
+    counterparts = [{matched.name: matched for matched in pairing.pairs} for pairing in pairings]
+    followed: list[Followed] = []
+    bitwise = 0
+    for name in counterparts[0]:
+        if not all(name in names for names in counterparts):
+            continue
+        tensor = opened.tensors[name]
+        if tensor.kind is not Kind.FLOAT:
+            bitwise += 1
+            continue
+        sides = (tensor, *(names[name].tuned for names in counterparts))
+        followed.append(Followed(sides, _common(sides, compare)))
+    if bitwise:
+        warnings[f"{bitwise} tensors are not floating and left out"] = None
+    if not followed:
+        raise PairingError(
+            "no floating tensor is in all checkpoints",
+            file=opened.path,
+            expected="tensors of the same names and shapes in the base and every step",
+            found=next(iter(warnings), "none"),
+        )
+    return TrackPlan(opened, later, tuple(followed), tuple(warnings))
+
+
+def _common(sides: Sequence[TensorInfo], compare: Compare) -> Format:
+    """One compare format for all sides, so that steps can be compared with each other."""
+    formats = [FORMATS[side.dtype.lower()] for side in sides]
+    common = formats[0]
+    for format in formats[1:]:
+        common = compare_format(common, format, "stored")
+    return common if compare == "stored" or (len({*formats}) == 1 and common.bits == 8) else FORMATS["bf16"]

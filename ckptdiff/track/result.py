@@ -1,0 +1,110 @@
+"""Track: the growth of an update, by tensor and step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.checkpoint import Place, locate
+
+__all__ = ["COUNTS", "FIGURES", "Track"]
+
+COUNTS = {
+    "support": "coordinates that differ from the base",
+    "touched": "those of them that never did before",
+    "returned": "those of them that did before, but not one step ago",
+    "reverted": "coordinates that differed one step ago and are back at the base",
+    "churned": "coordinates that differed one step ago, still do, and have another value now",
+    "union": "coordinates that have differed at any step so far",
+}
+"""Counts of a step. Whatever moved since the step before is touched, returned, reverted or churned."""
+
+FIGURES = ("numel", *COUNTS, "support_fraction", "union_fraction", "rel_norm")
+"""Keys of a row."""
+
+_LABELS = {"module": "module_type", "layer": "layer", "block": "block"}
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Track:
+    """The trajectory of an update.
+
+    Attributes
+    ----------
+    base : str
+        Path of the base.
+    steps : tuple of str
+        Paths of the later checkpoints, in order.
+    compare : str
+        "bf16" or "stored".
+    names : tuple of str
+        Tensors.
+    shapes : tuple of tuple of int
+    counts : mapping of str to int64 array, shape (steps, tensors)
+        :data:`COUNTS`, but "returned" and "union", which follow from the others.
+    base_norms : float64 array, shape (tensors,)
+        Frobenius norms of W0.
+    delta_norms : float64 array, shape (steps, tensors)
+        Frobenius norms of W - W0.
+    warnings : tuple of str
+        What was left out.
+    """
+
+    base: str
+    steps: tuple[str, ...]
+    compare: str
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    counts: dict[str, NDArray[np.int64]]
+    base_norms: NDArray[np.float64]
+    delta_norms: NDArray[np.float64]
+    warnings: tuple[str, ...] = ()
+
+    def overall(self) -> list[dict[str, Any]]:
+        """Figures of all tensors together, one row per step."""
+        return self._rows(range(len(self.names)))
+
+    def grouped(self, by: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """Label and rows, one per step, of each "tensor", "module", "layer" or "block"."""
+        if by == "tensor":
+            return [({"name": name}, self._rows([row])) for row, name in enumerate(self.names)]
+        members: dict[tuple[Any, ...], list[int]] = {}
+        for row, place in enumerate(self._places()):
+            label = (place.tower, place.layer) if by == "layer" else (getattr(place, _LABELS[by]),)
+            if label[-1] is not None:
+                members.setdefault(label, []).append(row)
+        labels = sorted(members, key=lambda label: label[-1]) if by == "layer" else list(members)
+        keys = ("tower", "layer") if by == "layer" else (_LABELS[by],)
+        return [(dict(zip(keys, label, strict=True)), self._rows(members[label])) for label in labels]
+
+    def _places(self) -> list[Place]:
+        return [locate(name, len(shape)) for name, shape in zip(self.names, self.shapes, strict=True)]
+
+    def _rows(self, tensors: Sequence[int]) -> list[dict[str, Any]]:
+        chosen = list(tensors)
+        numel = sum(math.prod(self.shapes[row]) for row in chosen)
+        base_norm = math.sqrt(math.fsum(np.square(self.base_norms[chosen])))
+        rows: list[dict[str, Any]] = []
+        support = union = 0
+        for step in range(len(self.steps)):
+            count = {key: int(values[step, chosen].sum()) for key, values in self.counts.items()}
+            union += count["touched"]
+            returned = count["support"] - support - count["touched"] + count["reverted"]
+            support = count["support"]
+            delta_norm = math.sqrt(math.fsum(np.square(self.delta_norms[step, chosen])))
+            known = {**count, "returned": returned, "union": union}
+            rows.append(
+                {
+                    "numel": numel,
+                    **{key: known[key] for key in COUNTS},
+                    "support_fraction": support / numel if numel else None,
+                    "union_fraction": union / numel if numel else None,
+                    "rel_norm": delta_norm / base_norm if base_norm else None,
+                }
+            )
+        return rows

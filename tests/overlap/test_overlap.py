@@ -1,0 +1,199 @@
+"""Overlaps against sets of coordinates, and their baselines against the formulas, by NumPy."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from updates import Updates
+
+import ckptdiff
+from ckptdiff.errors import CheckpointError, MaskError, OptionError, RunFileError
+from ckptdiff.overlap import overlap
+
+FLOATING = [
+    "model.embed_tokens.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.0.mlp.up_proj.weight",
+    "model.layers.1.mlp.up_proj.weight",
+    "model.norm.weight",
+    "empty",
+]
+
+
+def shares(one: float, two: float, both: float) -> tuple[float, float, float]:
+    return both / one, both / two, both / (one + two - both)
+
+
+def by_octaves(base: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
+    """Expected intersection if masks meet by chance among weights of one floor(log2 |W0|)."""
+    with np.errstate(divide="ignore"):
+        octave = np.floor(np.log2(np.abs(base.astype(np.float64))))
+    return sum(a[octave == o].sum() * b[octave == o].sum() / (octave == o).sum() for o in np.unique(octave))
+
+
+def by_codes(base: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
+    """The same for weights of one magnitude."""
+    magnitude = np.abs(base.astype(np.float32))
+    values, codes = np.unique(magnitude, return_inverse=True)
+    codes = codes.reshape(base.shape)
+    n, x, y = (np.bincount(codes[chosen], minlength=values.size) for chosen in (np.ones_like(a), a, b))
+    return (x * y / n).sum()
+
+
+def expected(
+    updates: Updates, i: int, j: int, names: list[str], expect: Callable, eps: float = 0.0
+) -> dict[str, float]:
+    a, b = updates.masks(i, eps), updates.masks(j, eps)
+    one, two = (sum(int(masks[name].sum()) for name in names) for masks in (a, b))
+    both = sum(int((a[name] & b[name]).sum()) for name in names)
+    numel = sum(a[name].size for name in names)
+    stratified = sum(a[n].sum() * b[n].sum() / a[n].size for n in names if a[n].size)
+    conditional = sum(expect(updates.base[n], a[n], b[n]) for n in names if a[n].size)
+    row: dict[str, float] = {"numel": numel, "masked_1": one, "masked_2": two, "masked_both": both}
+    for suffix, shared in (
+        ("", both),
+        ("_independent", one * two / numel),
+        ("_stratified", stratified),
+        ("_conditional", conditional),
+    ):
+        for key, share in zip(("o1", "o2", "jaccard"), shares(one, two, shared), strict=True):
+            row[key + suffix] = share
+    return row
+
+
+def test_every_pair_beside_its_baselines(updates: Updates) -> None:
+    found = overlap([updates.run(i) for i in range(3)])
+    assert [(pair.first, pair.second) for pair in found.pairs] == [(0, 1), (0, 2), (1, 2)]
+    for pair in found.pairs:
+        wanted = expected(updates, pair.first, pair.second, FLOATING, by_octaves)
+        assert found.overall(pair) == pytest.approx(wanted, rel=1e-12)
+    assert found.warnings == ()
+
+
+def test_groups_hold_their_floating_tensors(updates: Updates) -> None:
+    found = overlap([updates.run(1), updates.run(2)])
+    (pair,) = found.pairs
+    modules = {row.pop("module_type"): row for row in found.grouped(pair, "module")}
+    assert modules.keys() == {"embed_tokens", "q_proj", "up_proj", "norm", "other"}
+    up = [name for name in FLOATING if "up_proj" in name]
+    assert modules["up_proj"] == pytest.approx({"tensors": 2, **expected(updates, 1, 2, up, by_octaves)}, rel=1e-12)
+    layers = found.grouped(pair, "layer")
+    assert [(row["tower"], row["layer"], row["tensors"]) for row in layers] == [("language", 0, 2), ("language", 1, 1)]
+    assert {row["block"] for row in found.grouped(pair, "block")} == {"embedding", "attention", "ffn", "norm", "other"}
+    tensors = {row["name"]: row for row in found.grouped(pair, "tensor")}
+    assert tensors["ids"]["o1"] == 0  # an integer tensor stands alone, and in no group
+    assert tensors["ids"]["o1_conditional"] is None
+    assert tensors["empty"]["jaccard"] is None
+
+
+def test_an_empty_mask_has_no_overlap_to_speak_of(updates: Updates) -> None:
+    found = overlap([updates.run(0), updates.run(1)])
+    row = next(row for row in found.grouped(found.pairs[0], "module") if row["module_type"] == "norm")
+    assert row["masked_1"] == 0 < row["masked_2"]
+    assert all(row[key] is None for key in row if key.startswith(("o1", "o2", "jaccard")))
+
+
+def test_masks_of_other_rules_need_the_base_for_the_conditional_baseline(updates: Updates, tmp_path: Path) -> None:
+    runs = [updates.run(i, "abs:1e-05") for i in (1, 2)]
+    found = overlap(runs)
+    assert found.overall(found.pairs[0])["o1_conditional"] is None
+    with_base = overlap(runs, base=updates.folder / "base.safetensors")
+    wanted = expected(updates, 1, 2, FLOATING, by_codes, eps=1e-5)
+    assert with_base.overall(with_base.pairs[0]) == pytest.approx(wanted, rel=1e-12)
+    save_file({"w": np.ones(3, np.float32)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="not the base"):
+        overlap(runs, base=tmp_path / "other.safetensors")
+
+
+def test_different_rules_are_said(updates: Updates) -> None:
+    found = overlap([updates.run(0), updates.run(1, "top:20")])
+    assert "masks by top:20 of bf16" in found.warnings[0]
+
+
+def test_other_bases_are_refused_unless_forced(updates: Updates, tmp_path: Path) -> None:
+    ckptdiff.diff(
+        updates.folder / "tuned0.safetensors",
+        updates.folder / "tuned1.safetensors",
+        out=tmp_path / "run.h5",
+        mask="bitwise",
+    )
+    runs = [updates.run(0), tmp_path / "run.h5"]
+    with pytest.raises(MaskError, match="same base") as caught:
+        overlap(runs)
+    assert caught.value.tensor in FLOATING
+    forced = overlap(runs, force=True)
+    assert "another base" in forced.warnings[0]
+
+
+def test_tensors_that_one_run_lacks_are_left_out(updates: Updates, tmp_path: Path) -> None:
+    ckptdiff.diff(
+        updates.folder / "base.safetensors",
+        updates.folder / "tuned1.safetensors",
+        out=tmp_path / "run.h5",
+        mask="bitwise",
+        include=("*.mlp.*", "ids"),
+    )
+    found = overlap([updates.run(0), tmp_path / "run.h5"])
+    assert {facts.name for facts in found.tensors} == {name for name in FLOATING if ".mlp." in name} | {"ids"}
+    assert "4 tensors are not in all runs" in found.warnings[0]
+
+
+def test_shapes_that_differ_and_runs_without_a_common_tensor(updates: Updates, tmp_path: Path) -> None:
+    tensors = load_file(updates.folder / "base.safetensors")
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].T.copy()
+    save_file(tensors, tmp_path / "other.safetensors")
+    ckptdiff.diff(tmp_path / "other.safetensors", tmp_path / "other.safetensors", out=tmp_path / "shape.h5")
+    with pytest.raises(MaskError, match="different shapes"):
+        overlap([updates.run(0), tmp_path / "shape.h5"])
+    save_file({"alone": np.ones(3, np.float32)}, tmp_path / "alone.safetensors")
+    ckptdiff.diff(tmp_path / "alone.safetensors", tmp_path / "alone.safetensors", out=tmp_path / "alone.h5")
+    with pytest.raises(MaskError, match="no tensor in common"):
+        overlap([updates.run(0), tmp_path / "alone.h5"])
+
+
+def test_runs_that_say_nothing_are_refused(updates: Updates, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="two run files"):
+        overlap([updates.run(0)])
+    with pytest.raises(RunFileError, match="holds no masks"):
+        overlap([updates.run(0), updates.run(1, "none")])
+    (tmp_path / "text.h5").write_text("no")
+    with pytest.raises(RunFileError, match="not a ckptdiff run file"):
+        overlap([updates.run(0), tmp_path / "text.h5"])
+
+
+def test_the_command_prints_each_format(updates: Updates, invoke: Callable, capsys: pytest.CaptureFixture) -> None:
+    runs = [updates.run(i) for i in range(3)]
+    assert invoke("overlap", *runs, "--format", "json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == "ckptdiff.overlap/1"
+    assert [run["mask_rule"] for run in document["runs"]] == ["bitwise"] * 3
+    assert set(document["pairs"][2]) == {"first", "second", "global", "modules", "layers", "blocks", "tensors"}
+    assert document["pairs"][2]["global"] == pytest.approx(expected(updates, 1, 2, FLOATING, by_octaves), rel=1e-12)
+
+    assert invoke("overlap", *runs, "--format", "csv", "--by", "layer") == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [(row["first"], row["layer"]) for row in rows[:3]] == [
+        (str(runs[0]), "0"),
+        (str(runs[0]), "1"),
+        (str(runs[0]), "0"),
+    ]
+    assert float(rows[5]["o1"]) == pytest.approx(document["pairs"][2]["layers"][1]["o1"])
+
+    assert invoke("overlap", runs[0], runs[1]) == 0
+    table = capsys.readouterr().out
+    assert table.splitlines()[1].split()[:1] == ["block"]
+    assert any(line.startswith("all ") for line in table.splitlines())
+    assert "--base reads" not in table
+
+    assert invoke("overlap", runs[0], updates.run(1, "top:20")) == 0
+    printed = capsys.readouterr()
+    assert "--base reads the base checkpoint" in printed.out
+    assert "top:20" in printed.err
+    assert invoke("overlap", runs[0]) == 2

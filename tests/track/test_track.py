@@ -1,0 +1,215 @@
+"""Trajectories against sets of coordinates, by NumPy."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from itertools import pairwise
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from trajectories import SHAPES, Trajectory
+
+from ckptdiff.cli import main
+from ckptdiff.errors import ChangedFileError, CheckpointError, OptionError, PairingError, RunFileError
+from ckptdiff.track import Track, load_track, save_track, track
+from ckptdiff.track import follow as follow_module
+
+
+def assert_rows(found: list[dict], expected: list[dict]) -> None:
+    """Counts are equal, fractions and norms to seven digits; None is None."""
+    for row, wanted in zip(found, expected, strict=True):
+        assert row.keys() == wanted.keys()
+        for key, value in wanted.items():
+            if value is None or isinstance(value, int | np.integer):
+                assert row[key] == value, key
+            else:
+                assert row[key] == pytest.approx(value, rel=3e-7), key
+
+
+@pytest.mark.parametrize("compare", ["bf16", "stored"])
+def test_every_figure_at_every_step(any_trajectory: Trajectory, compare: str) -> None:
+    found = track(any_trajectory.paths[0], any_trajectory.paths[1:], compare=compare)
+    assert_rows(found.overall(), any_trajectory.rows(list(SHAPES), compare))
+    assert "1 tensors are not floating" in found.warnings[-1]
+    for label, rows in found.grouped("tensor"):
+        assert_rows(rows, any_trajectory.rows([label["name"]], compare))
+
+
+def test_groups(trajectory: Trajectory) -> None:
+    found = track(trajectory.paths[0], trajectory.paths[1:])
+    layers = found.grouped("layer")
+    assert [label for label, _ in layers] == [{"tower": "language", "layer": 0}, {"tower": "language", "layer": 1}]
+    assert_rows(layers[1][1], trajectory.rows(["model.layers.1.self_attn.q_proj.weight"], "bf16"))
+    modules = {label["module_type"] for label, _ in found.grouped("module")}
+    assert modules == {"embed_tokens", "up_proj", "q_proj", "norm", "other"}
+
+
+def test_no_digit_depends_on_threads_or_on_the_file_layout(trajectory: Trajectory, tmp_path: Path) -> None:
+    results = [track(trajectory.paths[0], trajectory.paths[1:], threads=threads) for threads in (1, 3)]
+    moved = [tmp_path / path.name for path in trajectory.paths]
+    for path, tensors in zip(moved, trajectory.sides, strict=True):
+        save_file(dict(reversed(tensors.items())), path)
+    results.append(track(moved[0], moved[1:]))
+    for other in results[1:]:
+        order = [other.names.index(name) for name in results[0].names]
+        assert np.array_equal(other.delta_norms[:, order], results[0].delta_norms)
+        assert np.array_equal(other.base_norms[order], results[0].base_norms)
+
+
+def test_each_byte_is_read_once(trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int, int]] = []
+    real = follow_module.follow_span
+
+    def spy(
+        files: np.ndarray, tables: object, values: object, magnitude: object, extent: tuple[int, int], *rest: object
+    ) -> int:
+        asked.extend((os.fstat(row[0]).st_ino, *(int(row[1] + row[2] * at) for at in extent)) for row in files)
+        return real(files, tables, values, magnitude, extent, *rest)
+
+    monkeypatch.setattr(follow_module, "follow_span", spy)
+    track(trajectory.paths[0], trajectory.paths[1:], exclude=("position_ids",))
+    for path, tensors in zip(trajectory.paths, trajectory.sides, strict=True):
+        spans = sorted(span[1:] for span in asked if span[0] == path.stat().st_ino)
+        assert all(stop <= start for (_, stop), (start, _) in pairwise(spans))
+        assert sum(stop - start for start, stop in spans) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_differences_that_float32_cannot_square(tmp_path: Path) -> None:
+    import ml_dtypes
+
+    base = np.zeros(3000, ml_dtypes.bfloat16)
+    tuned = base.copy()
+    tuned[:3] = np.array([1e-30, 3e-30, -2e-30], ml_dtypes.bfloat16)
+    huge = base.copy()
+    huge[2000] = 1e30
+    base[-1] = huge[-1] = tuned[-1] = 1.0
+    for name, values in (("base", base), ("tuned", tuned), ("huge", huge)):
+        save_file({"w": values}, tmp_path / f"{name}.safetensors")
+    found = track(tmp_path / "base.safetensors", [tmp_path / "tuned.safetensors", tmp_path / "huge.safetensors"])
+    expected = np.sqrt(np.square(tuned[:3].astype(np.float64)).sum())
+    assert found.delta_norms[:, 0] == pytest.approx([expected, float(huge[2000])], rel=1e-12)
+
+
+def test_a_track_file_brings_everything_back(trajectory: Trajectory, tmp_path: Path) -> None:
+    found = track(trajectory.paths[0], trajectory.paths[1:])
+    save_track(found, tmp_path / "track.h5")
+    loaded = load_track(tmp_path / "track.h5")
+    assert_equal(loaded, found)
+    with h5py.File(tmp_path / "track.h5") as file:  # as the docs say it, without ckptdiff
+        assert file["tensors/support"].shape == (4, len(SHAPES))
+        assert file["tensors/name"].asstr()[0] in SHAPES
+    assert [path.name for path in tmp_path.iterdir()] == ["track.h5"]
+
+
+def assert_equal(one: Track, two: Track) -> None:
+    for field in ("base", "steps", "compare", "names", "shapes", "warnings"):
+        assert getattr(one, field) == getattr(two, field)
+    for key in two.counts:
+        assert np.array_equal(one.counts[key], two.counts[key])
+    assert np.array_equal(one.base_norms, two.base_norms)
+    assert np.array_equal(one.delta_norms, two.delta_norms)
+
+
+@pytest.mark.parametrize("kind", ["absent", "text", "foreign", "incomplete", "newer", "damaged"])
+def test_files_that_are_no_track_files(kind: str, trajectory: Trajectory, tmp_path: Path) -> None:
+    path = tmp_path / "track.h5"
+    if kind == "text":
+        path.write_text("track")
+    elif kind != "absent":
+        save_track(track(trajectory.paths[0], trajectory.paths[1:2], include=("scalar",)), path)
+        with h5py.File(path, "r+") as file:
+            if kind == "foreign":
+                file.attrs["format"] = "other"
+            elif kind == "incomplete":
+                file.attrs["complete"] = 0
+            elif kind == "newer":
+                file.attrs["format_version"] = 99
+            else:
+                del file["tensors/support"]
+    with pytest.raises(RunFileError):
+        load_track(path)
+
+
+def test_what_cannot_be_followed_is_refused(trajectory: Trajectory, tmp_path: Path) -> None:
+    base = trajectory.paths[0]
+    with pytest.raises(OptionError, match="nothing to follow"):
+        track(base, [])
+    with pytest.raises(OptionError, match="threads out of range"):
+        track(base, trajectory.paths[1:], threads=-1)
+    with pytest.raises(CheckpointError):
+        track(base, [tmp_path / "absent"])
+    save_file({"alone": np.ones(3, np.float32)}, tmp_path / "alone.safetensors")
+    with pytest.raises(PairingError):
+        track(base, [tmp_path / "alone.safetensors"])
+    with pytest.raises(PairingError, match="no floating tensor"):
+        track(base, trajectory.paths[1:], include=("position_ids",))
+
+
+def test_tensors_that_one_step_lacks_are_left_out_and_said(trajectory: Trajectory, tmp_path: Path) -> None:
+    tensors = load_file(trajectory.paths[2])
+    del tensors["scalar"]
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:5].copy()
+    save_file(tensors, tmp_path / "step.safetensors")
+    found = track(trajectory.paths[0], [trajectory.paths[1], tmp_path / "step.safetensors"])
+    assert set(found.names) == set(SHAPES) - {"scalar", "model.norm.weight"}
+    assert any("lacks 2 tensors of the base" in warning for warning in found.warnings)
+
+
+def test_a_checkpoint_that_shrinks_is_an_error(
+    trajectory: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "step.safetensors"
+    copy.write_bytes(trajectory.paths[1].read_bytes())
+    real = follow_module.follow_span
+
+    def shrink(*arguments: object) -> int:
+        os.truncate(copy, 1000)
+        return real(*arguments)
+
+    monkeypatch.setattr(follow_module, "follow_span", shrink)
+    with pytest.raises(ChangedFileError):
+        track(trajectory.paths[0], [copy])
+
+
+def test_the_command(trajectory: Trajectory, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    paths, out = [str(path) for path in trajectory.paths], tmp_path / "track.h5"
+    expected = trajectory.rows(list(SHAPES), "bf16")
+    assert main(["track", *paths, "-o", str(out), "--format", "json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == "ckptdiff.track/1"
+    assert document["steps"] == paths[1:]
+    assert_rows(document["global"], expected)
+    assert {"tensors", "modules", "layers", "blocks"} < document.keys()
+    assert document["layers"][0]["layer"] == 0
+
+    assert main(["track", str(out), "--format", "csv", "--by", "block"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["step"] for row in rows[:4]] == ["0", "1", "2", "3"]
+    assert {row["block"] for row in rows} == {"embedding", "ffn", "attention", "norm", "other"}
+
+    assert main(["track", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].startswith("step1.safetensors")
+    assert any("●" in line for line in lines)
+    assert "\x1b" not in "".join(lines)
+
+
+def test_the_command_replaces_nothing_but_track_files(
+    trajectory: Trajectory, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    paths, out = [str(path) for path in trajectory.paths[:2]], tmp_path / "track.h5"
+    out.write_text("precious")
+    assert main(["track", *paths, "-o", str(out)]) == 2
+    assert "not a ckptdiff track file" in capsys.readouterr().err
+    assert out.read_text() == "precious"
+    assert main(["track", *paths, "-o", paths[0]]) == 2
+    assert "one of the inputs" in capsys.readouterr().err
+    assert main(["track", *paths, "-O", paths[1]]) == 2
+    assert main(["track", paths[0]]) == 2
+    assert "nothing to follow" in capsys.readouterr().err
