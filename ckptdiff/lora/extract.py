@@ -20,7 +20,7 @@ from ckptdiff.options import MaskRule, Options
 from ckptdiff.planning import prepare
 from ckptdiff.result import Diff
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
-from ckptdiff.spectra.memory import cache_bytes
+from ckptdiff.spectra.memory import cache_bytes, default_bound
 from ckptdiff.spectra.source import StoredPanels
 from ckptdiff.stream.reader import OpenShards, open_shards
 
@@ -172,6 +172,7 @@ class _Job:
         dtype = np.dtype(np.float32 if 1e-12 < norm < 1e12 else np.float64)
         formats = *stored, compare_format(*stored, self.options.compare)
         panels = StoredPanels(self.shards, pair, formats, view, dtype)
-        free = (self.options.max_memory or _MEMORY) - resident()
+        taken = resident()
+        free = (self.options.max_memory or default_bound(_MEMORY, taken)) - taken
         fits = 2 * cache_bytes(view, dtype.itemsize) < free
         return factorize(panels.cached() if fits else panels, norm, self.rank, self.energy, self.seed)

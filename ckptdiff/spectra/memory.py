@@ -11,10 +11,14 @@ from ckptdiff.options import Options
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.source import PANEL
 
-__all__ = ["Room", "cache_bytes", "exact_bytes", "randomized_bytes", "room_of"]
+__all__ = ["Room", "cache_bytes", "default_bound", "exact_bytes", "randomized_bytes", "room_of"]
 
 _DEFAULT = {"randomized": 1_000_000_000, "exact": 4_000_000_000}
 """Bound on the peak resident size where the user gave none; exact mode needs float64 copies of a Gram matrix."""
+
+
+_USUAL = 300_000_000
+"""What a process that runs nothing but ckptdiff holds before the spectra begin, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,12 @@ class Room:
 def room_of(options: Options, taken: int) -> Room:
     """The room of a run."""
     assert options.spectra is not None
-    return Room(options.max_memory or _DEFAULT[options.spectra.mode], taken)
+    return Room(options.max_memory or default_bound(_DEFAULT[options.spectra.mode], taken), taken)
+
+
+def default_bound(bound: int, taken: int) -> int:
+    """The bound where the user gave none: what a larger program holds already does not count against it."""
+    return bound + max(taken - _USUAL, 0)
 
 
 def cache_bytes(view: MatrixView, itemsize: int) -> int:

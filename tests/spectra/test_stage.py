@@ -211,7 +211,7 @@ def test_what_cannot_be_measured_has_a_reason(
 
 def test_too_little_memory_has_a_reason(tmp_path: Path) -> None:
     weights = np.random.default_rng(0).standard_normal((40, 30)).astype(BF16)
-    found = diff_of(tmp_path, weights, (2 * weights).astype(BF16), spectra="exact", max_memory="1G")
+    found = diff_of(tmp_path, weights, (2 * weights).astype(BF16), spectra="exact", max_memory="8G")
     assert found["w"]["method"] == "exact"
     found = diff_of(tmp_path, weights, (2 * weights).astype(BF16), spectra=SpectraOptions("exact", limit=20))
     assert found["w"]["method"] == "randomized"
