@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.session import Session
-from ckptdiff.cli.signals import raise_pending
 from ckptdiff.cli.target import ReportTarget, files_of
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError
 
 if TYPE_CHECKING:
-    from ckptdiff.events import Event, Listener
     from ckptdiff.result import Diff
 
 __all__ = ["claims"]
@@ -68,21 +65,10 @@ def _measured(base: str, tuned: str, given: dict[str, Any]) -> Diff:
     from ckptdiff.engine import run
     from ckptdiff.linalg.symmetric import require_scipy
     from ckptdiff.options import MaskRule, Options, SpectraOptions
-    from ckptdiff.report.progress import ProgressDisplay
 
     require_scipy()
     options = Options(mask=MaskRule("none"), spectra=SpectraOptions(given["spectra"]))
-    with ExitStack() as stack:
-        displays: list[Listener] = []
-        if sys.stderr is not None:
-            told = not given["quiet"]
-            displays.append(stack.enter_context(ProgressDisplay(sys.stderr, progress=told, warnings=told)))
-
-        def tell(event: Event) -> None:
-            raise_pending()
-            for display in displays:
-                display(event)
-
+    with progress(quiet=given["quiet"]) as tell:
         return run(base, tuned, options=options, listener=tell)
 
 

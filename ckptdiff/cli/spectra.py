@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
+from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.session import Session
-from ckptdiff.cli.signals import raise_pending
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError
 from ckptdiff.report.text import safe
-
-if TYPE_CHECKING:
-    from ckptdiff.events import Event, Listener
 
 __all__ = ["spectra"]
 
@@ -48,21 +44,10 @@ def add(session: Session, /, run: str, **given: Any) -> int:
     session.traceback |= given["verbose"]
     from ckptdiff.linalg.symmetric import require_scipy
     from ckptdiff.options import SpectraOptions, parse_size
-    from ckptdiff.report.progress import ProgressDisplay
     from ckptdiff.spectra.existing import add_spectra
 
     require_scipy()
-    with ExitStack() as stack:
-        displays: list[Listener] = []
-        if sys.stderr is not None:
-            told = not given["quiet"]
-            displays.append(stack.enter_context(ProgressDisplay(sys.stderr, progress=told, warnings=told)))
-
-        def tell(event: Event) -> None:
-            raise_pending()
-            for display in displays:
-                display(event)
-
+    with progress(quiet=given["quiet"]) as tell:
         add_spectra(
             run,
             SpectraOptions(given["mode"], seed=given["seed"]),

@@ -13,6 +13,7 @@ from ckptdiff import planning
 from ckptdiff.backends.cuda.slots import Room
 from ckptdiff.backends.cuda.worker import CudaWorker
 from ckptdiff.devices import Device
+from ckptdiff.errors import DeviceError
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 
@@ -67,3 +68,17 @@ def test_a_tensor_of_several_spans_and_ties_at_the_cut(on_host_gpu, tmp_path, se
     for name, side in (("base", tensors), ("tuned", tuned)):
         save_file(side, tmp_path / f"{name}.safetensors")
     run_both(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path, mask="top:7", threads=2)
+
+
+def test_a_gpu_lost_in_mid_run_leaves_no_run_file(libraries, tmp_path, monkeypatch):
+    class Lost(HostGpu):
+        def synchronize(self, event):
+            raise DeviceError("the GPU failed: cudaErrorDevicesUnavailable", found="cuda:0")
+
+    device = Device("cuda:0", lambda: CudaWorker(Lost(libraries), Room.smallest()), batches=True)
+    monkeypatch.setattr(Device, "warm_up", lambda *_: None)  # so that it is lost with the run under way
+    monkeypatch.setattr(planning, "open_device", lambda options: device)
+    sides = FIXTURES / "llama" / "base", FIXTURES / "llama" / "tuned"
+    with pytest.raises(DeviceError, match="DevicesUnavailable"):
+        ckptdiff.diff(*sides, out=tmp_path / "run.h5", device="cuda")
+    assert list(tmp_path.iterdir()) == []

@@ -13,6 +13,7 @@ import numpy as np
 
 from ckptdiff.backends.kernel_cache import helper, kernel, reducer
 from ckptdiff.backends.kernels.bits import bits_float, float_bits
+from ckptdiff.backends.kernels.stored import round_to_bf16
 from ckptdiff.backends.kernels.tiles import Array
 
 __all__ = ["adamw_bf16", "adamw_f32", "sgd_bf16", "sgd_f32", "square_bf16", "square_f32"]
@@ -31,10 +32,7 @@ def widened(code: Any) -> Any:
 @helper
 def narrowed(value: Any) -> Any:
     """Bfloat16 code of a float32, to nearest even; NaN becomes the quiet NaN of its sign."""
-    code = float_bits(value)
-    rounded = np.uint32(code + np.uint32(0x7FFF) + ((code >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    quiet = ((code >> np.uint32(16)) & np.uint32(0x8000)) | np.uint32(0x7FC0)
-    return np.uint16(quiet if (code & np.uint32(0x7FFF_FFFF)) > np.uint32(0x7F80_0000) else rounded)
+    return round_to_bf16(float_bits(value))
 
 
 @helper
@@ -66,8 +64,7 @@ def adamw(values: Array, gradients: Array, first: Array, second: Array, constant
         v = second[j] * beta2 + one_minus_beta2 * g * g
         first[j] = m
         second[j] = v
-        # np.divide, because Numba's / tests for zero, and LLVM does not vectorise over the test.
-        values[j] = values[j] * decay - np.divide(step * m, np.divide(np.sqrt(v), correction) + eps)
+        values[j] = values[j] * decay - step * m / (np.sqrt(v) / correction + eps)
 
 
 @helper

@@ -14,7 +14,7 @@ from ckptdiff.backends.kernels.bits import bits_float, float_bits
 from ckptdiff.backends.kernels.tiles import Array, Measure, count_nonfinite
 from ckptdiff.backends.partial import Count
 
-__all__ = ["Cast", "Stored", "count_off_grid", "count_stored", "decode"]
+__all__ = ["Cast", "Stored", "count_off_grid", "count_stored", "decode", "round_to_bf16"]
 
 
 class Cast(IntEnum):

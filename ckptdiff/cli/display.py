@@ -1,0 +1,33 @@
+"""The progress display of a command, as a listener of the engine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from ckptdiff.cli.signals import raise_pending
+
+if TYPE_CHECKING:
+    from ckptdiff.events import Event, Listener
+
+__all__ = ["progress"]
+
+
+@contextmanager
+def progress(*, quiet: bool) -> Iterator[Listener]:
+    """Show progress and warnings on stderr, if there is one; a signal that came ends the run at its next event."""
+    from ckptdiff.report.progress import ProgressDisplay
+
+    with ExitStack() as stack:
+        displays: list[Listener] = []
+        if sys.stderr is not None:
+            displays.append(stack.enter_context(ProgressDisplay(sys.stderr, progress=not quiet, warnings=not quiet)))
+
+        def tell(event: Event) -> None:
+            raise_pending()
+            for display in displays:
+                display(event)
+
+        yield tell
