@@ -248,8 +248,13 @@ def _tensor(name: str, entry: object, shard: Shard, data_start: int) -> TensorIn
 
 
 def _is_sizes(value: object) -> bool:
-    # `type(...) is int`: True is an int to isinstance, and no size.
-    return isinstance(value, list) and all(type(size) is int and 0 <= size < _SIZE_LIMIT for size in value)
+    if not isinstance(value, list):
+        return False
+    for size in value:  # not `all(...)`, which takes twice as long over a few sizes
+        # `type(...) is int`: True is an int to isinstance, and no size.
+        if type(size) is not int or not 0 <= size < _SIZE_LIMIT:
+            return False
+    return True
 
 
 def _check_coverage(tensors: list[TensorInfo], shard: Shard, data_start: int) -> None:

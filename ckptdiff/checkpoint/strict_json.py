@@ -11,6 +11,7 @@ __all__ = ["JsonProblemError", "parse_object"]
 
 # Twenty characters hold every 64-bit integer with its sign.
 _LONGEST_INTEGER = 20
+_UNUSUAL_INTEGER = re.compile(r"[0-9]{20}|-0")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -62,7 +63,8 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         value = json.loads(
             text,
             object_pairs_hook=_object_of_unique_keys,
-            parse_int=_integer,
+            # Python's own reader of integers takes a tenth of the time, and is as good where all are short.
+            parse_int=_integer if _UNUSUAL_INTEGER.search(text) else int,
             parse_float=_finite,
             parse_constant=_refuse_constant,
         )

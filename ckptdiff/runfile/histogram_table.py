@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +15,8 @@ from ckptdiff.runfile.schema import HISTOGRAMS
 __all__ = ["HistogramTable"]
 
 _ROWS = 64
+_WAITING = 8
+"""Chunks of each dataset that may wait to be compressed, 4 MB in all: the thread that does it has no core to itself."""
 _LEVEL = 1
 
 
@@ -29,7 +32,7 @@ class HistogramTable:
     def __init__(self, group: Any) -> None:
         self._rows = HistogramRows.empty(_ROWS)
         self._held = self._written = 0
-        self._waiting: tuple[int, dict[str, Future[bytes]]] | None = None
+        self._waiting: deque[tuple[int, dict[str, Future[bytes]]]] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ckptdiff-histograms")
         self._group = group
         log2 = group.create_dataset("log2_floor", data=log2_floor())
@@ -79,7 +82,8 @@ class HistogramTable:
             raise ValueError(f"{rows} rows of histograms for {tensors} tensors")
         if self._held:
             self._write()
-        self._write_waiting()
+        while self._waiting:
+            self._write_waiting()
 
     def close(self) -> None:
         """End the thread that compresses."""
@@ -92,22 +96,26 @@ class HistogramTable:
             dataset.dims[0].attach_scale(names)
 
     def _write(self) -> None:
-        """Hand the rows to be compressed, and write those that were handed before."""
+        """Hand the rows to be compressed, and write those that were handed some time ago."""
         chunks = {}
         for field in self._datasets:
             rows = getattr(self._rows, field)
             rows[self._held :] = 0
             # Compressed here, not by HDF5, because zlib gives the GIL away and HDF5 does not.
-            chunks[field] = self._pool.submit(zlib.compress, rows.tobytes(), _LEVEL)
-        start, self._written, self._held = self._written, self._written + self._held, 0
-        self._write_waiting()
-        self._waiting = start, chunks
+            chunks[field] = self._pool.submit(_deflated, rows.tobytes())
+        self._waiting.append((self._written, chunks))
+        self._written, self._held = self._written + self._held, 0
+        if len(self._waiting) > _WAITING:
+            self._write_waiting()
 
     def _write_waiting(self) -> None:
-        if self._waiting is None:
-            return
-        start, chunks = self._waiting
+        start, chunks = self._waiting.popleft()
         for field, dataset in self._datasets.items():
-            dataset.id.set_extent((self._written, self._datasets[field].shape[1]))
+            dataset.id.set_extent((min(start + _ROWS, self._written), getattr(self._rows, field).shape[1]))
             dataset.id.write_direct_chunk((start, 0), chunks[field].result())
-        self._waiting = None
+
+
+def _deflated(rows: bytes) -> bytes:
+    # Most bins are empty: looking for runs alone is faster than for any repeat, and finds more at this level.
+    encoder = zlib.compressobj(_LEVEL, strategy=zlib.Z_RLE)
+    return encoder.compress(rows) + encoder.flush()

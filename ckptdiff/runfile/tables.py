@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import h5py
@@ -31,21 +32,21 @@ def write_tensors(group: Any, diff: Diff) -> None:
     missing = {column.name for column in COLUMNS} ^ set(diff.columns)
     if missing:
         raise ValueError(f"columns that are not those of the catalogue: {', '.join(sorted(missing))}")
-    names = group.create_dataset("name", data=_texts([tensor.name for tensor in diff.tensors]), dtype=_TEXT)
+    texts = [escape_text(tensor.name) for tensor in diff.tensors]
+    names = group.create_dataset("name", data=texts, dtype=_TEXT)
     names.attrs["long_name"] = "tensor name; % and NUL are percent-encoded"
     names.make_scale("name")
     for fact, long_name in TEXT_FACTS.items():
-        texts = _texts([_fact(tensor, fact) for tensor in diff.tensors])
-        _describe(group.create_dataset(fact, data=texts, dtype=_TEXT), names, None, long_name)
+        _describe(_packed(group, fact, _fixed_length(_facts_of(diff.tensors, fact))), names, None, long_name)
     layers = [_NO_LAYER if tensor.layer is None else tensor.layer for tensor in diff.tensors]
-    _describe(_numbers(group, "layer", np.array(layers, np.int64)), names, "1", "layer number, -1 for none")
+    _describe(_packed(group, "layer", np.array(layers, np.int64)), names, "1", "layer number, -1 for none")
     same = np.array([tensor.same_bytes for tensor in diff.tensors], np.uint8)
-    _describe(_numbers(group, "same_bytes", same), names, "1", "1 if both sides are the same bytes of the same file")
+    _describe(_packed(group, "same_bytes", same), names, "1", "1 if both sides are the same bytes of the same file")
     for column in COLUMNS:
         values = np.asarray(diff.columns[column.name], column.dtype)
         if values.shape != (len(diff.tensors),):
             raise ValueError(f"column {column.name} has shape {values.shape} for {len(diff.tensors)} tensors")
-        _describe(_numbers(group, column.name, values), names, column.units, column.long_name)
+        _describe(_packed(group, column.name, values), names, column.units, column.long_name)
 
 
 def write_provenance(file: Any, diff: Diff) -> None:
@@ -127,24 +128,33 @@ def _facts(texts: Mapping[str, str], layer: int, same_bytes: bool) -> TensorFact
     )
 
 
-def _fact(tensor: TensorFacts, fact: str) -> Hashable:
-    if fact == "tuned_name" and tensor.tuned_name is None:
-        return tensor.name
-    value: Hashable = getattr(tensor, fact)
-    return value
+def _facts_of(tensors: Sequence[TensorFacts], fact: str) -> list[Hashable]:
+    """One fact of every tensor."""
+    if fact == "tuned_name":
+        return [tensor.name if tensor.tuned_name is None else tensor.tuned_name for tensor in tensors]
+    return list(map(attrgetter(fact), tensors))
 
 
-def _texts(values: Sequence[Hashable]) -> list[str]:
-    """Strings as they are stored, of values that are strings or become JSON."""
+def _fixed_length(values: Sequence[Hashable]) -> Any:
+    """Strings, or what becomes JSON, as an array of texts.
+
+    HDF5 takes far longer over texts of variable length, and cannot compress them.
+    """
     # Thousands of tensors have few shapes, dtypes and types between them.
-    texts = {value: escape_text(value if isinstance(value, str) else json.dumps(value)) for value in set(values)}
-    return [texts[value] for value in values]
+    texts = {value: _text(value).encode() for value in set(values)}
+    if not texts:
+        return np.empty(0, _TEXT)
+    return np.array([texts[value] for value in values], h5py.string_dtype("utf-8", max(1, *map(len, texts.values()))))
 
 
-def _numbers(group: Any, name: str, values: Any) -> Any:
+def _text(value: Hashable) -> str:
+    return escape_text(value if isinstance(value, str) else json.dumps(value))
+
+
+def _packed(group: Any, name: str, values: Any) -> Any:
     if not values.size:
         return group.create_dataset(name, data=values)
-    return group.create_dataset(name, data=values, chunks=(min(values.size, _CHUNK),), compression="gzip")
+    return group.create_dataset(name, data=values, chunks=(min(values.size, _CHUNK),), compression="gzip", compression_opts=1)
 
 
 def _describe(dataset: Any, names: Any, units: str | None, long_name: str) -> None:
