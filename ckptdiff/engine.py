@@ -98,7 +98,8 @@ def _run_file(plan: Plan, out: Path | None, title: str | None) -> Iterator[RunFi
     if out is None:
         yield None
         return
-    with RunFileWriter(out, rule=plan.options.mask, compare=plan.options.compare, title=title) as writer:
+    options = plan.options
+    with RunFileWriter(out, rule=options.mask, compare=options.compare, title=title, paged=plan.mostly_small) as writer:
         yield writer
 
 

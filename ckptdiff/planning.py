@@ -92,6 +92,11 @@ class Plan:
         """The bound it was fitted into, in bytes."""
         return self.options.max_memory or max(DEFAULT_MEMORY, self.projected_memory)
 
+    @property
+    def mostly_small(self) -> bool:
+        """Whether there are very many tensors, of 64 Ki coordinates at most on average."""
+        return len(self.loads) >= MANY_SMALL and sum(load.numel for load in self.loads) <= len(self.loads) << 16
+
     def measurement(self, index: int) -> FloatMeasurement | BitMeasurement:
         """A fresh measurement of one pair."""
         base, tuned = self.pairs[index].base, self.pairs[index].tuned

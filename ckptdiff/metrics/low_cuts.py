@@ -55,7 +55,7 @@ def first_nan_bin(compare: Format) -> int:
 def first_low_cut(partial: Partial, compare: Format, rank: int) -> LowCut:
     """Find a cut in the histogram of a scan; NaN weights are in no set."""
     first, last = int(partial.span[0]), min(int(partial.span[1]), first_nan_bin(compare) - 1)
-    bin_, below, at, changed_below, changed_at = find_low_cut(partial.weights, first, last, rank)
+    bin_, below, at, changed_below, changed_at = find_low_cut(partial.weights, first, last, rank, 0, 0)
     return LowCut(rank, bin_, max(compare.bits - 16, 0) if at else 0, below, at, changed_below, changed_at)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.backends.formats import FORMATS, Format
-from ckptdiff.backends.kernels.cuts import change_chance, fit_null, null_overlap
+from ckptdiff.backends.kernels.cuts import Gaps, change_chance, fit_null, null_overlap
 from ckptdiff.backends.partial import Partial
 
 __all__ = ["change_chances", "half_gaps", "low_coverage_null"]
@@ -40,11 +40,10 @@ def low_coverage_null(partial: Partial, compare: Format, ranks: NDArray[np.int64
     finite = partial.weights[:, first : last + 1].sum(axis=1)
     if not 0 < finite[1] < finite[0]:
         return np.full(ranks.size, np.nan)
-    up, down = half_gaps(compare.name)
-    weights = partial.weights[0]
-    sigma = fit_null(weights, up, down, first, last, int(finite[1]))
+    gaps, weights = half_gaps(compare.name), partial.weights[0]
+    sigma = fit_null(weights, gaps, first, last, int(finite[1]))
     overlap = np.zeros(ranks.size)
-    return overlap / null_overlap(weights, up, down, first, last, sigma, ranks, overlap)
+    return overlap / null_overlap(weights, gaps, first, last, sigma, ranks, overlap)
 
 
 def change_chances(weights: NDArray[np.int64], changed: NDArray[np.int64]) -> NDArray[np.float64] | None:
@@ -64,19 +63,21 @@ def change_chances(weights: NDArray[np.int64], changed: NDArray[np.int64]) -> ND
     support = int(changed.sum())
     if not 0 < support < int(weights.sum()):
         return None
-    up, down = half_gaps("bf16")
+    gaps = half_gaps("bf16")
     first, last = int(used[0]), int(used[-1])
     chances = np.zeros(weights.size)
-    change_chance(up, down, first, last, fit_null(weights, up, down, first, last, support), chances)
+    change_chance(gaps, first, last, fit_null(weights, gaps, first, last, support), chances)
     chances[weights == 0] = 0.0
     return chances
 
 
 @cache
-def half_gaps(name: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Half the gap from each finite magnitude code to its larger and its smaller neighbour."""
+def half_gaps(name: str) -> Gaps:
+    """Half the gaps from each finite magnitude code of a format to its neighbours."""
     format = FORMATS[name]
     values = format.values()[: format.infinite].astype(np.float64)
     half = np.diff(values) / 2
     # Zero has the least subnormal on both sides; above the largest value its own binade goes on.
-    return np.append(half, half[-1]), np.insert(half, 0, half[0])
+    up, down = np.append(half, half[-1]), np.insert(half, 0, half[0])
+    differs = (np.diff(up) != 0) | (np.diff(down) != 0)
+    return Gaps(up, down, np.concatenate([[0], np.flatnonzero(differs) + 1, [up.size]]))

@@ -25,6 +25,5 @@ def one_scan_suffices(compare: Format, rule: MaskRule) -> bool:
 @cache
 def wanted(compare: Format) -> Wanted:
     """What to find in the histograms of tensors of a compare format, and the tables that it takes."""
-    up, down = half_gaps(compare.name)
     groups = log2_of_bins("f32"), log2_of_bins(compare.name)
-    return Wanted(np.array(TAU), first_nan_bin(compare), *groups, up, down)
+    return Wanted(np.array(TAU), first_nan_bin(compare), *groups, half_gaps(compare.name))

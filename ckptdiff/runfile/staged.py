@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckptdiff.errors import RunFileError
-from ckptdiff.runfile.page_buffer import PageBuffer
 
 __all__ = ["StagedFile"]
 
@@ -22,8 +21,7 @@ class StagedFile:
 
     It can be handed to h5py as a file object. HDF5 crashes the process at a later close when one of its writes fails
     (seen with 2.0: segmentation fault on a full disk), so a failed write is not raised but kept in :attr:`failure`,
-    later writes are dropped, and whoever writes asks :meth:`check`. Small writes wait in memory for more of their kind,
-    1 MiB at most, and fail when they go out.
+    later writes are dropped, and whoever writes asks :meth:`check`.
 
     Parameters
     ----------
@@ -51,7 +49,6 @@ class StagedFile:
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise RunFileError(f"cannot create the output: {error.strerror}", file=target) from error
-        self._buffer = PageBuffer(self._get, self._put)
         self._stopped = False
         self._position = 0
         self._size = 0
@@ -70,7 +67,6 @@ class StagedFile:
     def stop(self) -> None:
         """Drop every later write: closing an HDF5 file that is given up must not need room."""
         self._stopped = True
-        self._buffer.drop()
 
     def commit(self) -> None:
         """Bring the file to the disk, then give it its name.
@@ -80,7 +76,6 @@ class StagedFile:
         RunFileError
             If a write failed, now or earlier; the target is as it was.
         """
-        self._buffer.flush()
         self.check()
         try:
             os.fsync(self._descriptor)
@@ -135,47 +130,37 @@ class StagedFile:
 
     def read(self, size: int) -> bytes:
         """Read up to `size` bytes."""
-        self._buffer.flush()
         piece = os.pread(self._descriptor, size, self._position)
         self._position += len(piece)
         return piece
 
     def readinto(self, buffer: memoryview) -> int:
         """Fill a buffer, with zeros where a failed write left nothing."""
-        self._buffer.flush()
-        self._get(self._position, buffer)
+        count = 0
+        try:
+            count = os.preadv(self._descriptor, [buffer], self._position)
+        except OSError as error:
+            self.failure = self.failure or error
+        buffer[count:] = bytes(len(buffer) - count)
         self._position += len(buffer)
         return len(buffer)
 
     def write(self, data: memoryview | bytes) -> int:
         """Write all of a buffer, unless a write has failed."""
         view = memoryview(data)
-        if self.failure is None and not self._stopped:
-            self._buffer.put(self._position, view)
+        done = 0
+        while done < len(view) and self.failure is None and not self._stopped:
+            try:
+                done += os.pwrite(self._descriptor, view[done:], self._position + done)
+            except OSError as error:
+                self.failure = error
         self._position += len(view)
         if self._position > self._size:
             self._size = self._position
         return len(view)
 
-    def _get(self, offset: int, buffer: memoryview) -> None:
-        count = 0
-        try:
-            count = os.preadv(self._descriptor, [buffer], offset)
-        except OSError as error:
-            self.failure = self.failure or error
-        buffer[count:] = bytes(len(buffer) - count)
-
-    def _put(self, offset: int, data: memoryview) -> None:
-        done = 0
-        while done < len(data) and self.failure is None and not self._stopped:
-            try:
-                done += os.pwrite(self._descriptor, data[done:], offset + done)
-            except OSError as error:
-                self.failure = error
-
     def truncate(self, size: int) -> int:
         """Set the file's size."""
-        self._buffer.flush()
         try:
             os.ftruncate(self._descriptor, size)
         except OSError as error:
@@ -184,4 +169,4 @@ class StagedFile:
         return size
 
     def flush(self) -> None:
-        """Nothing; what is held in memory goes out when the file is committed."""
+        """Nothing: no write waits here."""

@@ -154,7 +154,9 @@ def _text(value: Hashable) -> str:
 def _packed(group: Any, name: str, values: Any) -> Any:
     if not values.size:
         return group.create_dataset(name, data=values)
-    return group.create_dataset(name, data=values, chunks=(min(values.size, _CHUNK),), compression="gzip", compression_opts=1)
+    return group.create_dataset(
+        name, data=values, chunks=(min(values.size, _CHUNK),), compression="gzip", compression_opts=1
+    )
 
 
 def _describe(dataset: Any, names: Any, units: str | None, long_name: str) -> None:

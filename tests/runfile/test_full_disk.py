@@ -30,6 +30,7 @@ PREAMBLE = """
     from ckptdiff.runfile.writer import RunFileWriter
 
     folder = Path(sys.argv[1])
+    PAGED = len(sys.argv) > 2
     target = folder / "run.h5"
     names = [f"model.layers.{i}.weight" for i in range(300)]
     shape = (4000, 8)
@@ -41,7 +42,7 @@ PREAMBLE = """
     diff = Diff(facts, columns, {}, {}, "bf16", "bitwise", {}, "0.1.0")
 
     def write():
-        with RunFileWriter(target, rule=MaskRule("bitwise"), compare="bf16") as writer:
+        with RunFileWriter(target, rule=MaskRule("bitwise"), compare="bf16", paged=PAGED) as writer:
             for name in names:
                 writer.add_mask_chunk(name, shape, 0, payload, 1)
                 writer.add_histograms(HistogramRows.empty(1))
@@ -54,14 +55,18 @@ PREAMBLE = """
 """
 
 
-def run(code: str, folder: Path) -> str:
+def run(code: str, folder: Path, paged: bool = False) -> str:
     script = textwrap.dedent(PREAMBLE) + textwrap.dedent(code)
-    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=60)
+    options = ["paged"] if paged else []
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder), *options], capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout
 
 
-def test_a_run_file_that_does_not_fit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_run_file_that_does_not_fit(tmp_path: Path, paged: bool) -> None:
     output = run(
         """
         write()
@@ -82,6 +87,7 @@ def test_a_run_file_that_does_not_fit(tmp_path: Path) -> None:
         write()
         """,
         tmp_path,
+        paged,
     )
     assert int(output) == (tmp_path / "run.h5").stat().st_size
 
@@ -106,9 +112,10 @@ def test_an_export_that_does_not_fit(tmp_path: Path) -> None:
     )
 
 
-def test_an_interrupt_inside_of_a_write(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("paged", "stops"), [(False, "1, 2, 10, 100, 500"), (True, "1, 2, 5, 10, 15")])
+def test_an_interrupt_inside_of_a_write(tmp_path: Path, paged: bool, stops: str) -> None:
     run(
-        """
+        f"""
         real, calls = StagedFile.write, 0
 
         def interrupted(self, data):
@@ -119,17 +126,18 @@ def test_an_interrupt_inside_of_a_write(tmp_path: Path) -> None:
             return real(self, data)
 
         StagedFile.write = interrupted
-        for stop in (1, 2, 10, 100, 500):
+        for stop in ({stops}):
             calls = 0
             try:
                 write()
             except KeyboardInterrupt:
                 pass
             else:
-                sys.exit(f"interrupt {stop} got lost")
+                sys.exit(f"interrupt {{stop}} got lost")
             assert not os.listdir(folder)
         """,
         tmp_path,
+        paged,
     )
 
 

@@ -134,6 +134,25 @@ def test_a_diff_without_tensors_or_masks(tmp_path: Path, make_diff: Callable) ->
         assert len(file["masks"]) == 0
 
 
+def test_pages_hold_the_same(tmp_path: Path, make_diff: Callable, make_facts: Callable) -> None:
+    rng = np.random.default_rng(0)
+    masks = {f"w{i}": rng.random((i % 7, 1 + 50 * i)) < 0.5 for i in range(300)} | {"large": rng.random(3 << 20) < 0.5}
+    diff = make_diff(tensors=[(make_facts(name, mask.shape), 0.5) for name, mask in masks.items()])
+    held = []
+    for paged in (False, True):
+        path = tmp_path / f"{paged}.h5"
+        write(path, counted(diff, masks), masks, [HistogramRows.empty(len(masks))], paged=paged)
+        with h5py.File(path) as file:
+            held.append({name: (mask[:].tobytes(), tuple(mask.attrs["shape"])) for name, mask in file["masks"].items()})
+            assert file.id.get_create_plist().get_file_space_strategy()[0] == (1 if paged else 0)
+    assert held[0] == held[1]
+    assert {name: shape for name, (_, shape) in held[0].items()} == {name: mask.shape for name, mask in masks.items()}
+    assert all(
+        bits == np.packbits(mask, bitorder="little").tobytes()
+        for (bits, _), mask in ((held[0][name], mask) for name, mask in masks.items())
+    )
+
+
 def test_zero_masks_take_no_chunks(tmp_path: Path, make_diff: Callable, make_facts: Callable) -> None:
     shape = (300, 4096)
     diff = make_diff(tensors=[(make_facts("w", shape), 1.0)])

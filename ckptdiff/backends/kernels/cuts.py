@@ -6,15 +6,16 @@ A checkpoint can hold tens of thousands of small tensors, so what is done once p
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ckptdiff.backends.kernel_cache import helper, kernel
+from ckptdiff.backends.kernel_cache import helper, kernel, reducer
 from ckptdiff.backends.kernels.bits import float_bits
 from ckptdiff.backends.kernels.tiles import Array
 
 __all__ = [
+    "Gaps",
     "change_chance",
     "cut_from_bottom",
     "cut_from_top",
@@ -26,6 +27,9 @@ __all__ = [
     "single_value",
     "within_bins",
 ]
+
+NO_CHANCE = 39.0
+"""Sigmas that a float64 chance does not reach."""
 
 
 @kernel
@@ -113,15 +117,26 @@ def find_delta_cut(deltas: Array, span: Array, rank: int, width: int) -> tuple[i
 
 
 @kernel
-def find_low_cut(weights: Array, first: int, last: int, rank: int) -> tuple[int, int, int, int, int]:
+def find_low_cut(
+    weights: Array, first: int, last: int, rank: int, below: int, changed: int
+) -> tuple[int, int, int, int, int]:
     """Find the ``rank``-th smallest |W0| in the histogram of a scan.
+
+    Parameters
+    ----------
+    weights : int64 array, shape (3, bins)
+    first, last : int
+        Bins to look at.
+    rank : int
+        From 1.
+    below, changed : int
+        Weights below ``first``, and those of them that changed: where the search for a lower rank stopped.
 
     Returns
     -------
     bin, below, at, changed_below, changed_at
         As in :class:`~ckptdiff.metrics.low_cuts.LowCut`; ``at`` is 0 if there are fewer weights.
     """
-    below, changed = 0, 0
     for bin_ in range(first, last + 1):
         count = weights[0, bin_]
         if below + count >= rank:
@@ -160,9 +175,14 @@ def within_bins(deltas: Array, span: Array, threshold: float, width: int) -> Any
 @kernel
 def regroup(counts: Array, groups: Array, first: int, last: int, out: Array) -> None:
     """Add bins ``first`` to ``last`` up by group; groups past the end of ``out`` are left out."""
-    for bin_ in range(first, last + 1):
-        if groups[bin_] < out.size:
-            out[groups[bin_]] += np.uint64(counts[bin_])
+    start = first
+    while start <= last:
+        group, stop = groups[start], start + 1
+        while stop <= last and groups[stop] == group:
+            stop += 1
+        if group < out.size:
+            out[group] += np.uint64(count_run(counts, start, stop))
+        start = stop
 
 
 @helper
@@ -177,45 +197,68 @@ def density(gap: float) -> float:
     return gap * math.exp(-0.5 * gap * gap) / math.sqrt(2.0 * math.pi)
 
 
+class Gaps(NamedTuple):
+    """How far each finite magnitude code of a format is from rounding to a neighbour."""
+
+    up: Array
+    """Half the gap to the next larger value, float64, shape (codes,)."""
+    down: Array
+    """Half the gap to the next smaller value; ascending with the code, and at most ``up``."""
+    runs: Array
+    """First codes of runs whose codes share both gaps, int64, and behind them the number of codes."""
+
+
+@reducer
+def count_run(weights: Array, start: int, stop: int) -> int:
+    """Coordinates in bins ``start`` to ``stop`` - 1."""
+    total = 0
+    for code in range(start, stop):
+        total += weights[code]
+    return total
+
+
 @kernel
-def fit_null(weights: Array, up: Array, down: Array, first: int, last: int, changed: int) -> float:
+def fit_null(weights: Array, gaps: Gaps, first: int, last: int, changed: int) -> float:
     """Sigma of the Gaussian update that changes as many coordinates after rounding, by Newton's method.
 
     Parameters
     ----------
     weights : int64 array, shape (bins,)
         Coordinates by magnitude code.
-    up, down : float64 array, shape (bins,)
-        Half the gap to the next larger and smaller value of each code.
+    gaps : Gaps
     first, last : int
         Bins in use; all of finite values.
     changed : int
         Above 0 and below the sum of ``weights``.
     """
-    # Codes of one binade share their gaps (but for its first, whose lower gap is that of the binade below), so a few
-    # dozen gaps, each with the coordinates above and below which it lies, stand for thousands of codes.
-    gaps, sizes = np.empty(last - first + 3), np.zeros(last - first + 3)
-    gaps[0] = min(down[first], up[first])
-    top = 0
-    for code in range(first, last + 1):
-        if weights[code] == 0:
+    # A few dozen gaps, each with the coordinates above and below which it lies, stand for thousands of codes.
+    steps, sizes = np.empty(2 * gaps.runs.size), np.zeros(2 * gaps.runs.size)
+    top, total = -1, 0
+    for run in range(gaps.runs.size - 1):
+        start, stop = max(gaps.runs[run], first), min(gaps.runs[run + 1], last + 1)
+        count = count_run(weights, start, stop) if start < stop else 0
+        if count == 0:
             continue
-        if down[code] > gaps[top]:
-            top += 1
-            gaps[top] = down[code]
-        sizes[top] += weights[code]
-        if up[code] > gaps[top]:
-            top += 1
-            gaps[top] = up[code]
-        sizes[top] += weights[code]
-    low, high = math.log(gaps[0]) - 60.0, math.log(gaps[top]) + 60.0
-    at = 0.5 * (low + high)
+        for gap in (gaps.down[start], gaps.up[start]):
+            if top < 0 or gap > steps[top]:
+                top += 1
+                steps[top] = gap
+            sizes[top] += count
+        total += count
+    middle, seen = 0, sizes[0]
+    while seen < total:  # half of all gaps: there are two for each coordinate
+        middle += 1
+        seen += sizes[middle]
+    low, high = math.log(steps[0]) - 60.0, math.log(steps[top]) + 60.0
+    at = math.log(steps[middle])
     for _ in range(200):
         expected, slope = 0.0, 0.0
         sigma = math.exp(at)
         for gap in range(top + 1):
-            expected += sizes[gap] * exceeds(gaps[gap] / sigma)
-            slope += sizes[gap] * density(gaps[gap] / sigma)
+            if steps[gap] > NO_CHANCE * sigma:
+                break
+            expected += sizes[gap] * exceeds(steps[gap] / sigma)
+            slope += sizes[gap] * density(steps[gap] / sigma)
         if expected < changed:
             low = at
         else:
@@ -230,13 +273,13 @@ def fit_null(weights: Array, up: Array, down: Array, first: int, last: int, chan
 
 @kernel
 def null_overlap(
-    weights: Array, up: Array, down: Array, first: int, last: int, sigma: float, ranks: Array, overlap: Array
+    weights: Array, gaps: Gaps, first: int, last: int, sigma: float, ranks: Array, overlap: Array
 ) -> float:
     """Expected number of coordinates that a Gaussian update moves, and of those among the smallest weights.
 
     Parameters
     ----------
-    weights, up, down, first, last
+    weights, gaps, first, last
         As in ``fit_null``.
     sigma : float
     ranks : int64 array
@@ -249,27 +292,26 @@ def null_overlap(
     float
         Expected number over all coordinates.
     """
-    total, below, chance = 0.0, 0, 0.0
-    last_up, last_down = -1.0, -1.0
-    at = 0
-    for code in range(first, last + 1):
-        if weights[code] == 0:
+    total, below, at = 0.0, 0, 0
+    for run in range(gaps.runs.size - 1):
+        start, stop = max(gaps.runs[run], first), min(gaps.runs[run + 1], last + 1)
+        count = count_run(weights, start, stop) if start < stop else 0
+        if count == 0:
             continue
-        if up[code] != last_up or down[code] != last_down:
-            last_up, last_down = up[code], down[code]
-            chance = exceeds(last_up / sigma) + exceeds(last_down / sigma)
-        while at < ranks.size and ranks[at] <= below + weights[code]:
+        # All of the run have one chance, so it does not matter which of them a cut leaves out.
+        chance = exceeds(gaps.up[start] / sigma) + exceeds(gaps.down[start] / sigma)
+        while at < ranks.size and ranks[at] <= below + count:
             overlap[at] = total + (ranks[at] - below) * chance
             at += 1
-        total += weights[code] * chance
-        below += weights[code]
+        total += count * chance
+        below += count
     for rest in range(at, ranks.size):
         overlap[rest] = total
     return total
 
 
 @kernel
-def change_chance(up: Array, down: Array, first: int, last: int, sigma: float, chances: Array) -> None:
+def change_chance(gaps: Gaps, first: int, last: int, sigma: float, chances: Array) -> None:
     """Write the chance of each magnitude code ``first`` to ``last`` to change; parameters as in ``null_overlap``."""
     for code in range(first, last + 1):
-        chances[code] = exceeds(up[code] / sigma) + exceeds(down[code] / sigma)
+        chances[code] = exceeds(gaps.up[code] / sigma) + exceeds(gaps.down[code] / sigma)

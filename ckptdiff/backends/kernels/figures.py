@@ -9,6 +9,7 @@ import numpy as np
 from ckptdiff.backends.kernel_cache import helper, kernel
 from ckptdiff.backends.kernels.bits import bits_float
 from ckptdiff.backends.kernels.cuts import (
+    Gaps,
     find_delta_cut,
     find_low_cut,
     fit_null,
@@ -34,9 +35,7 @@ class Wanted(NamedTuple):
     delta_groups: Array
     """Log2 bin of every bin of ``deltas`` and of ``weights``."""
     base_groups: Array
-    up: Array
-    """Half the gap from each finite magnitude code to its larger and its smaller neighbour, float64."""
-    down: Array
+    gaps: Gaps
 
 
 @kernel
@@ -68,8 +67,8 @@ def take_null(totals: Totals, ranks: Array, last: int, wanted: Wanted, nulls: Ar
     if not 0 < changed < all_:
         return
     weights = totals.weights[0]
-    sigma = fit_null(weights, wanted.up, wanted.down, first, last, changed)
-    total = null_overlap(weights, wanted.up, wanted.down, first, last, sigma, ranks, nulls)
+    sigma = fit_null(weights, wanted.gaps, first, last, changed)
+    total = null_overlap(weights, wanted.gaps, first, last, sigma, ranks, nulls)
     for r in range(nulls.size):
         nulls[r] /= total
 
@@ -110,8 +109,11 @@ def take_figures(
     for code in range(first, last + 1):
         support += totals.weights[1, code]
     records.support[row] = support
+    bin_, below, changed_below = first, 0, 0
     for r in range(ranks[1].size):
-        _, below, at, changed_below, changed_at = find_low_cut(totals.weights, first, last, ranks[1][r])
+        bin_, below, at, changed_below, changed_at = find_low_cut(
+            totals.weights, bin_, last, ranks[1][r], below, changed_below
+        )
         share = (ranks[1][r] - below) / at if at > 0 else 0.0
         records.overlaps[row, r] = changed_below + share * changed_at
     if totals.counts[OFF_GRID] == 0:
