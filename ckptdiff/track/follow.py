@@ -8,13 +8,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.backends.kernels.span import read_only
-from ckptdiff.backends.kernels.trajectory import PIECE, Flow, Rooms, follow_span
+from ckptdiff.backends.kernels.trajectory import Flow, Rooms, follow_span, new_rooms
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES
 from ckptdiff.errors import CheckpointError, OptionError
@@ -25,9 +24,8 @@ from ckptdiff.track.result import Track
 
 __all__ = ["track"]
 
-_TASK = 8 * BLOCK
-"""Coordinates of one piece of work."""
-_WIDEST = 8
+_TASK = 4 * BLOCK
+"""Coordinates of one piece of work: small beside a checkpoint, so that all threads end at about the same time."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -50,7 +48,7 @@ def track(
 ) -> Track:
     """Follow an update through the checkpoints of a training run.
 
-    Counts are exact. Norms of bfloat16 checkpoints sum squares in float32 over at most 1024 coordinates, then in
+    Counts are exact. Norms of bfloat16 checkpoints sum squares in float32 over at most 256 coordinates, then in
     float64: they are good to seven digits.
 
     Parameters
@@ -109,7 +107,7 @@ def _execute(tensors: Sequence[Followed], shards: OpenShards, threads: int) -> I
             local.rooms = {}
         code = tensors[index].code_dtype
         if code.itemsize not in local.rooms:
-            local.rooms[code.itemsize] = _rooms(code)
+            local.rooms[code.itemsize] = new_rooms(code, len(tensors[index].sides))
         return _follow(tensors[index], index, first, shards, local.rooms[code.itemsize])
 
     planned = (
@@ -148,7 +146,7 @@ def _follow(followed: Followed, index: int, first: int, shards: OpenShards, room
     magnitude = followed.code_dtype.type(compare.magnitude)
     came = follow_span(files, tables, values, magnitude, (first, stop), rooms, found.counts, found.sums)
     if came < stop:
-        _fail(followed, came, min(came + PIECE, stop), shards)
+        _fail(followed, came, min(came + rooms.codes.shape[1], stop), shards)
     return found
 
 
@@ -161,14 +159,4 @@ def _fail(followed: Followed, first: int, stop: int, shards: OpenShards) -> None
             pass
     raise CheckpointError(
         f"cannot read the shard: coordinates {first} to {stop} of {followed.sides[0].name} failed once"
-    )
-
-
-def _rooms(code: np.dtype[Any]) -> Rooms:
-    base, odd, even = np.zeros((3, PIECE), code)
-    return Rooms(
-        raw=read_only(np.zeros(PIECE * _WIDEST, np.uint8)),
-        bytes=(read_only(base.view(np.uint8)), read_only(odd.view(np.uint8)), read_only(even.view(np.uint8))),
-        codes=(base, odd, even),
-        words=(np.zeros(PIECE // 64, np.uint64), np.zeros(PIECE // 64, np.uint64)),
     )

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import h5py
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -81,8 +82,6 @@ def test_each_byte_is_read_once(trajectory: Trajectory, monkeypatch: pytest.Monk
 
 
 def test_differences_that_float32_cannot_square(tmp_path: Path) -> None:
-    import ml_dtypes
-
     base = np.zeros(3000, ml_dtypes.bfloat16)
     tuned = base.copy()
     tuned[:3] = np.array([1e-30, 3e-30, -2e-30], ml_dtypes.bfloat16)
@@ -94,6 +93,25 @@ def test_differences_that_float32_cannot_square(tmp_path: Path) -> None:
     found = track(tmp_path / "base.safetensors", [tmp_path / "tuned.safetensors", tmp_path / "huge.safetensors"])
     expected = np.sqrt(np.square(tuned[:3].astype(np.float64)).sum())
     assert found.delta_norms[:, 0] == pytest.approx([expected, float(huge[2000])], rel=1e-12)
+
+
+def test_many_steps_with_zeros_of_either_sign(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    shape, zeros = (40_001,), slice(20_000, 20_100)
+    now = (rng.standard_normal(shape) * 0.02).astype(ml_dtypes.bfloat16)
+    now[zeros] = 0
+    sides = [{"w": now}]
+    for _ in range(70):
+        now = now.copy()
+        moves = rng.random(shape) < 0.02
+        now[moves] = (rng.choice([-1, 0, 1], moves.sum()) * 0.01).astype(ml_dtypes.bfloat16)
+        now[zeros] = np.where(rng.random(100) < 0.5, 0.0, -0.0).astype(ml_dtypes.bfloat16)
+        sides.append({"w": now})
+    paths = [tmp_path / f"{step}.safetensors" for step in range(71)]
+    for path, tensors in zip(paths, sides, strict=True):
+        save_file(tensors, path)
+    expected = Trajectory(tuple(paths), tuple(sides)).rows(["w"], "bf16")
+    assert_rows(track(paths[0], paths[1:]).overall(), expected)
 
 
 def test_a_track_file_brings_everything_back(trajectory: Trajectory, tmp_path: Path) -> None:

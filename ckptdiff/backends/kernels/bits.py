@@ -1,4 +1,4 @@
-"""Bit tricks that Numba lacks: sixty-four flags or comparisons to a word, lowest and highest set bit, bits of a float.
+"""Bit tricks that Numba lacks: sixty-four flags to a word, lowest and highest set bit, bits of a float.
 
 Each is portable LLVM IR, so the same source becomes one or two instructions with AVX-512, a few with AVX2 or NEON.
 """
@@ -12,7 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-__all__ = ["bits_float", "changed64", "float_bits", "floor_log2", "lowest_bit", "pack64", "population"]
+__all__ = ["bits_float", "float_bits", "floor_log2", "lowest_bit", "pack64", "population"]
 
 _FLAGS = 64
 
@@ -30,32 +30,6 @@ def pack64(typing: Any, flags: Any, start: Any) -> Any:
         return builder.bitcast(builder.icmp_unsigned("!=", load, ir.Constant(vector, [0] * _FLAGS)), ir.IntType(64))
 
     return types.uint64(flags, types.intp), generate
-
-
-@intrinsic
-def changed64(typing: Any, left: Any, right: Any, start: Any, magnitude: Any) -> Any:
-    """Word whose bit k is set where codes ``start + k`` differ and are not +0 and -0.
-
-    Both arrays are read from ``start`` to ``start + 63``, whatever their size.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        lanes = ir.VectorType(ir.IntType(signature.args[0].dtype.bitwidth), _FLAGS)
-        loads = []
-        for kind, value in zip(signature.args[:2], args[:2], strict=True):
-            data = make_array(kind)(context, builder, value).data
-            load = builder.load(builder.bitcast(builder.gep(data, [args[2]]), lanes.as_pointer()))
-            load.align = 1
-            loads.append(load)
-        one = builder.insert_element(ir.Constant(lanes, ir.Undefined), args[3], ir.Constant(ir.IntType(32), 0))
-        order = ir.Constant(ir.VectorType(ir.IntType(32), _FLAGS), [0] * _FLAGS)
-        mask = builder.shuffle_vector(one, ir.Constant(lanes, ir.Undefined), order)
-        zero = ir.Constant(lanes, [0] * _FLAGS)
-        differ = builder.icmp_unsigned("!=", loads[0], loads[1])
-        nonzero = builder.icmp_unsigned("!=", builder.and_(builder.or_(*loads), mask), zero)
-        return builder.bitcast(builder.and_(differ, nonzero), ir.IntType(64))
-
-    return types.uint64(left, right, types.intp, left.dtype), generate
 
 
 @intrinsic

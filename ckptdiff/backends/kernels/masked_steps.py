@@ -19,8 +19,9 @@ from ckptdiff.backends.kernels.tiles import Array
 __all__ = ["adamw_bf16", "adamw_f32", "sgd_bf16", "sgd_f32", "square_bf16", "square_f32"]
 
 TILE_BITS = 16
-PART = 4096
-"""Masked coordinates at a time: their buffers stay in the first-level cache."""
+PART = 128
+"""Masked coordinates at a time. So few that the processor gathers the next ones, and waits for memory, while it still
+divides and takes roots for these."""
 
 
 @helper

@@ -1,7 +1,7 @@
 """A base and any number of later checkpoints, piece by piece: which coordinates left the base, came back, moved on.
 
-A piece of the base stays in the cache while the same piece of one checkpoint after the other passes by, so that each is
-read once and nothing is kept between pieces but two bits per coordinate.
+The same piece of all checkpoints is read into the cache, then one pass over it takes sixty-four coordinates at a time
+through all steps: each code is loaded into a register once, and nothing is kept between pieces but counts and sums.
 """
 
 from __future__ import annotations
@@ -13,21 +13,34 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from ckptdiff.backends.kernel_cache import helper, kernel, reducer
-from ckptdiff.backends.kernels.bits import bits_float, changed64, population
+from ckptdiff.backends.kernel_cache import helper, kernel
+from ckptdiff.backends.kernels.bits import bits_float, population
 from ckptdiff.backends.kernels.fetch import Side, fetch
+from ckptdiff.backends.kernels.lanes import (
+    LANES,
+    SUMS,
+    add_squares,
+    any_lowest,
+    differing,
+    load_codes,
+    lower,
+    no_codes,
+    positive_zeros,
+)
 from ckptdiff.backends.kernels.stored import Cast, decode
 from ckptdiff.backends.kernels.tiles import Array
 from ckptdiff.backends.partial import BLOCK
 
-__all__ = ["PIECE", "Flow", "Rooms", "follow_span"]
+__all__ = ["Flow", "Rooms", "follow_span", "new_rooms"]
 
-PIECE = 1 << 17
-"""Coordinates at a time: three pieces of bfloat16 fit into a second-level cache."""
-TILE = 1 << 12
-"""Coordinates that are counted and then summed: they stay in the first-level cache in between."""
-PART = 1 << 10
-"""Coordinates whose squares are summed in float32 before they are added in float64."""
+PIECES_BYTES = 3 << 20
+"""Bytes of a piece of all checkpoints together: about the caches of a core."""
+LARGEST, SMALLEST = 1 << 18, 1 << 14
+"""Coordinates of a piece. A read costs a microsecond beside its bytes, so short ones are slower than a lower cache."""
+TILE = 1 << 13
+"""Coordinates whose squares are summed before they are added in float64: 256 in each sum."""
+_WIDEST = 8
+_LINE = 64
 
 NO_CAST = int(Cast.NONE)
 TINY = 1e-30
@@ -54,12 +67,33 @@ class Rooms(NamedTuple):
 
     raw: Array
     """Stored bytes that are to be cast."""
-    bytes: tuple[Array, Array, Array]
-    """Codes of base, last step and this step, as read-only bytes."""
-    codes: tuple[Array, Array, Array]
-    """The same memory, to be written."""
-    words: tuple[Array, Array]
-    """Bits of a piece: in the support one step ago; in any support so far."""
+    codes: Array
+    """Codes of a piece; shape (1 + steps, coordinates)."""
+    squares: Array
+    """Sums of squares of a tile; shape (1 + steps, SUMS)."""
+    flows: Array
+    """Counters of a tile; shape (1 + steps, len(Flow)). The base's stay zero."""
+
+
+def new_rooms(code: np.dtype[Any], sides: int) -> Rooms:
+    """Work space for so many checkpoints."""
+    piece = LARGEST
+    while piece > SMALLEST and sides * piece * code.itemsize > PIECES_BYTES:
+        piece //= 2
+    return Rooms(
+        raw=np.zeros(piece * _WIDEST, np.uint8),
+        codes=_aligned((sides, piece), code),
+        squares=_aligned((sides, SUMS), np.dtype(np.float32 if code.itemsize == 2 else np.float64)),
+        flows=np.zeros((sides, len(Flow)), np.int64),
+    )
+
+
+def _aligned(shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
+    """Zeros that begin where a cache line does: loads that cross lines take twice as long."""
+    size = shape[0] * shape[1] * dtype.itemsize
+    room = np.zeros(size + _LINE, np.uint8)
+    start = -room.ctypes.data % _LINE
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 @helper
@@ -85,87 +119,77 @@ def _value_of(code: Any, values: Any) -> Any:
     return lambda code, values: chosen(code, values)
 
 
-@reducer
-def squares_bf16(base: Array, codes: Array) -> Any:
-    """Sum of squared differences of bfloat16 codes, in float32."""
-    total = np.float32(0)
-    for i in range(base.size):
-        left = bits_float(np.uint32(np.uint32(base[i]) << np.uint32(16)))
-        delta = bits_float(np.uint32(np.uint32(codes[i]) << np.uint32(16))) - left
-        total += delta * delta
-    return total
-
-
 @helper
-def exact_squares(base: Array, codes: Array, values: Array) -> float:
-    """Sum of squared finite differences, in float64."""
+def exact_squares(codes: Array, row: int, start: int, stop: int, values: Array) -> float:
+    """Sum of squared finite differences from the base, or for row 0 of squared finite values, in float64."""
     total = 0.0
-    for i in range(base.size):
-        delta = np.float64(value_of(codes[i], values)) - np.float64(value_of(base[i], values))
+    for i in range(start, stop):
+        delta = np.float64(value_of(codes[row, i], values))
+        if row > 0:
+            delta -= np.float64(value_of(codes[0, i], values))
         if abs(delta) < np.inf:
             total += delta * delta
     return total
 
 
 @helper
-def sum_squares(base: Array, codes: Array, values: Array) -> float:
-    """Sum of squared finite differences of a piece."""
-    if base.itemsize > 2 or values.size:
-        return exact_squares(base, codes, values)
+def sum_tile(row: int, start: int, stop: int, values: Array, rooms: Rooms) -> float:
+    """Sum of squares of a row of a tile that was followed."""
     total = 0.0
-    for start in range(0, base.size, PART):
-        left, right = base[start : start + PART], codes[start : start + PART]
-        part = np.float64(squares_bf16(left, right))
-        # Overflow, NaN and what float32 cannot hold: rare, and worth a second look.
-        total += part if TINY < part < np.inf or part == 0 else exact_squares(left, right, values)
-    return total
-
-
-@reducer
-def sum_base(base: Array, values: Array) -> float:
-    """Sum of squares of finite values, in float64."""
-    total = 0.0
-    for i in range(base.size):
-        value = np.float64(value_of(base[i], values))
-        total += value * value if abs(value) < np.inf else 0.0
+    for part in rooms.squares[row]:
+        total += part
+    # Codes with a table of values; overflow, NaN, and what float32 cannot hold: rare, and worth a second look.
+    if values.size or not TINY < total < np.inf:
+        return exact_squares(rooms.codes, row, start, stop, values)
     return total
 
 
 @helper
-def count_flow(
-    base: Array, last: Array, codes: Array, magnitude: Any, words: tuple[Array, Array], counts: Array
-) -> None:
-    """Add a piece to the counters of a step, and bring its bits up to date."""
-    before, ever = words
-    n = codes.size
-    support, touched, reverted, churned = np.int64(0), np.int64(0), np.int64(0), np.int64(0)
-    for j in range((n + 63) // 64):
-        now, moved = changed64(base, codes, j * 64, magnitude), changed64(last, codes, j * 64, magnitude)
-        if n - j * 64 < 64:  # what is left in the room after the last coordinate
-            now &= (np.uint64(1) << np.uint64(n - j * 64)) - np.uint64(1)
-        earlier, so_far = before[j], ever[j]
-        support += population(now)
-        touched += population(now & ~so_far)
-        reverted += population(earlier & ~now)
-        churned += population(moved & now & earlier)
-        before[j], ever[j] = now, so_far | now
-    counts[SUPPORT] += support
-    counts[TOUCHED] += touched
-    counts[REVERTED] += reverted
-    counts[CHURNED] += churned
+def follow_tile(start: int, stop: int, magnitude: Any, signed: bool, rooms: Rooms) -> bool:
+    """Count and square a tile through all steps, its codes in registers from one step to the next.
+
+    With `signed`, zeros of either sign are the same. Without, -0 must not occur; it returns whether it did.
+    """
+    codes, flows, squares = rooms.codes, rooms.flows, rooms.squares
+    flows[:], squares[:] = 0, 0
+    low = load_codes(codes, 0, start)
+    for i in range(start, stop, LANES):
+        base = load_codes(codes, 0, i)
+        low = lower(low, base)
+        if signed:
+            base = positive_zeros(base, magnitude)
+        add_squares(squares, 0, no_codes(base), base)
+        last, before, ever = base, np.uint64(0), np.uint64(0)
+        for side in range(1, codes.shape[0]):
+            new = load_codes(codes, side, i)
+            low = lower(low, new)
+            if signed:
+                new = positive_zeros(new, magnitude)
+            now, moved = differing(base, new), differing(last, new)
+            add_squares(squares, side, base, new)
+            flows[side, SUPPORT] += population(now)
+            flows[side, TOUCHED] += population(now & ~ever)
+            flows[side, REVERTED] += population(before & ~now)
+            flows[side, CHURNED] += population(before & now & moved)
+            last, before, ever = new, now, ever | now
+    return bool(any_lowest(low))
 
 
 @helper
-def read_codes(side: int, slot: int, first: int, stop: int, files: Array, tables: Array, rooms: Rooms) -> Array:
-    """Codes of a piece of one checkpoint; fewer if it could not be read."""
-    descriptor, offset, itemsize, cast = files[side, 0], files[side, 1], files[side, 2], files[side, 3]
-    codes = rooms.codes[slot]
-    if cast == NO_CAST:
-        return fetch(Side(descriptor, offset, 0, rooms.bytes[slot], itemsize), first, stop).view(codes.dtype)
-    raw = fetch(Side(descriptor, offset, 0, rooms.raw, itemsize), first, stop)
-    n = raw.size // itemsize
-    decode(raw[: n * itemsize], cast, itemsize, tables[side], codes[:n])
-    return rooms.bytes[slot][: n * codes.itemsize].view(codes.dtype)
+def read_piece(first: int, stop: int, files: Array, tables: Array, rooms: Rooms) -> bool:
+    """Codes of a piece of all checkpoints; whether all could be read."""
+    n = stop - first
+    for side in range(files.shape[0]):
+        descriptor, offset, itemsize, cast = files[side, 0], files[side, 1], files[side, 2], files[side, 3]
+        codes = rooms.codes[side]
+        room = codes.view(np.uint8) if cast == NO_CAST else rooms.raw
+        raw = fetch(Side(descriptor, offset, 0, room, itemsize), first, stop)
+        if raw.size < n * itemsize:
+            return False
+        if cast != NO_CAST:
+            decode(raw, cast, itemsize, tables[side], codes[:n])
+        codes[n : (n + LANES - 1) // LANES * LANES] = 0  # equal on all sides, they count nothing
+    return True
 
 
 @kernel
@@ -205,25 +229,18 @@ def follow_span(
     int
         How far it came: less than all if a piece could not be read.
     """
-    for first in range(extent[0], extent[1], PIECE):
-        stop, block = min(first + PIECE, extent[1]), (first - extent[0]) // BLOCK
-        n = stop - first
-        base = read_codes(0, 0, first, stop, files, tables, rooms)
-        if base.size < n:
+    piece = rooms.codes.shape[1]
+    signs_lead = magnitude == np.iinfo(rooms.codes.dtype).max >> 1
+    for first in range(extent[0], extent[1], piece):
+        stop, block = min(first + piece, extent[1]), (first - extent[0]) // BLOCK
+        if not read_piece(first, stop, files, tables, rooms):
             return first
-        sums[0, block] += sum_base(base, values)
-        last = base
-        for bits in rooms.words:
-            bits[: (n + 63) // 64] = 0
-        for step in range(1, files.shape[0]):
-            codes = read_codes(step, 1 + step % 2, first, stop, files, tables, rooms)
-            if codes.size < n:
-                return first
-            for start in range(0, n, TILE):
-                end = min(start + TILE, n)
-                left, right = base[start:end], codes[start:end]
-                words = rooms.words[0][start // 64 :], rooms.words[1][start // 64 :]
-                count_flow(left, last[start:end], right, magnitude, words, counts[step - 1])
-                sums[step, block] += sum_squares(left, right, values)
-            last = codes
+        for start in range(0, stop - first, TILE):
+            end = min(start + TILE, stop - first)
+            if not signs_lead or follow_tile(start, end, magnitude, False, rooms):
+                follow_tile(start, end, magnitude, True, rooms)
+            counts += rooms.flows[1:]
+            for side in range(files.shape[0]):
+                if side == 0 or rooms.flows[side, SUPPORT] > 0:
+                    sums[side, block] += sum_tile(side, start, end, values, rooms)
     return extent[1]
