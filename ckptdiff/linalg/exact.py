@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.linalg.passes import Array, Panel, Side, Stage
-from ckptdiff.linalg.symmetric import add_gram, eigenvalues, eigh_bottom, eigh_top, gram_of
+from ckptdiff.linalg.products import add_gram, product
+from ckptdiff.linalg.symmetric import eigenvalues, eigh_bottom, eigh_top, gram_of
 
 __all__ = ["ACCURACY", "SideSpectrum", "effective_rank", "nss", "numerical_rank", "side_spectrum"]
 
@@ -66,7 +67,7 @@ def side_spectrum(side: Side, short: int, vectors: int = 0, xp: Any = np) -> Sta
         rest = xp.zeros((few, few))
 
         def project(panel: Panel) -> None:
-            add_gram(rest, panel.side(side) @ bottom)
+            add_gram(rest, product(panel.side(side), bottom))
 
         yield project
         values[short - few :] = np.sqrt(np.maximum(eigenvalues(rest), 0.0))

@@ -18,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.linalg.passes import Array, Panel, PanelSource, Stage, array_module
-from ckptdiff.linalg.score_cut import Covered, ScoreCut
+from ckptdiff.linalg.products import add_gram, add_product, cuts, product
+from ckptdiff.linalg.score_cut import LANES, Covered, ScoreCut
 from ckptdiff.linalg.survey import Survey
-from ckptdiff.linalg.symmetric import add_gram, eigh_top, gram_of, solve_lower, whole
+from ckptdiff.linalg.symmetric import eigh_top, gram_of, solve_lower, whole
+from ckptdiff.linalg.threads import in_parts
 
 __all__ = ["Principal", "principal", "principal_rank"]
 
@@ -28,7 +30,8 @@ _SMALLEST_GAP = {4: 1e-6, 8: 1e-9}
 """By item size: a subspace is defined if its last eigenvalue stands out from the next by this share of the largest."""
 _NOISE = 64
 """Eigenvalues of a Gram matrix are noise below this many units of rounding of the largest."""
-_SAMPLED_ROWS = 256
+_SAMPLED_ROWS, _SAMPLED = 64, 1 << 14
+"""Rows, and entries, that tell about where a cut is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,23 +161,22 @@ def _cuts(
     error: float,
 ) -> list[ScoreCut]:
     """A cut for each rho, which starts from that of a sample of rows."""
-    rows = source.sample(_SAMPLED_ROWS)
+    rows = source.sample(max(_SAMPLED_ROWS, _SAMPLED // source.short))
     projected = rows @ vectors
-    cuts = []
-    for figure in figures:
+    found = []
+    for figure, above_low in zip(figures, known.above_low_cuts([figure.rho for figure in figures]), strict=True):
         scores = abs(projected[:, : figure.rank] @ vectors[:, : figure.rank].T).ravel()
-        guess = float(array_module(scores).quantile(scores, 1 - figure.rho))
-        weights = np.zeros((2, len(known.weights)))
-        weights[0] = 0.0 if chances is None else chances
-        weights[1] = known.above_low_cut(figure.rho)
+        place = int((1 - figure.rho) * (scores.size - 1))
+        guess = float(array_module(scores).partition(scores, place)[place])
+        weights = np.stack([np.zeros(len(above_low)) if chances is None else chances, above_low])
         rank = max(1, math.ceil(Fraction(str(figure.rho)) * known.numel))
-        cuts.append(ScoreCut(rank, guess, weights, error * known.support))
-    return cuts
+        found.append(ScoreCut(rank, guess, weights, error * known.support))
+    return found
 
 
 def _both(energies: _Energies, scores: _Scores) -> Callable[[Panel], None]:
     def visit(panel: Panel) -> None:
-        projected = panel.base @ energies.vectors
+        projected = product(panel.base, energies.vectors)
         energies.add(panel, projected)
         scores.add(panel, projected)
 
@@ -196,8 +198,8 @@ class _Energies:
         """Take a panel and ``W0 V`` of its rows."""
         xp = array_module(projected)
         add_gram(self._spanned, projected)
-        self._met += projected.T @ panel.delta
-        moved = panel.delta @ self.vectors
+        add_product(self._met, projected.T, panel.delta)
+        moved = product(panel.delta, self.vectors)
         self._kept += xp.einsum("ij,ij->j", moved, moved, dtype=np.float64)
 
     def shares(self, ranks: Sequence[int], total: float) -> Iterator[tuple[float, float, float]]:
@@ -221,14 +223,24 @@ class _Scores:
     def add(self, panel: Panel, projected: Array | None = None) -> None:
         """Count the scores of a panel for every cut that is not settled."""
         if projected is None:
-            projected = panel.base @ self._vectors
-        scores = array_module(projected).zeros((len(projected), len(self._vectors)), projected.dtype)
-        done = 0
-        for rank, cut in zip(self._ranks, self._cuts, strict=True):
-            scores += projected[:, done:rank] @ self._vectors[:, done:rank].T
-            done = rank
-            if cut in self._open:
-                cut.add(scores.astype(np.float32, copy=False), panel)
+            projected = product(panel.base, self._vectors)
+        at = cuts(len(projected), most=LANES)
+        lines = self._vectors.T
+
+        def count(lane: int) -> None:
+            rows = slice(at[lane], at[lane + 1])
+            part = Panel(panel.base[rows], panel.delta[rows])
+            scores, done = None, 0
+            for rank, cut in zip(self._ranks, self._cuts, strict=True):
+                if scores is None:
+                    scores = product(projected[rows, :rank], lines[:rank])
+                else:
+                    add_product(scores, projected[rows, done:rank], lines[done:rank])
+                done = rank
+                if cut in self._open:
+                    cut.add(scores.astype(np.float32, copy=False), part, lane)
+
+        in_parts(count, len(at) - 1)
 
     def settle(self) -> bool:
         """Finish a pass: True if every cut is found."""

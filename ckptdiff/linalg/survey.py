@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -48,17 +49,20 @@ class Survey:
         """Entries with d != 0."""
         return int(self.changed.sum())
 
-    def above_low_cut(self, rho: float) -> NDArray[np.float64]:
-        """Chance of each magnitude not to be among the ceil(rho N) smallest; ties at the cut count fractionally.
+    def above_low_cuts(self, rhos: Sequence[float]) -> Iterator[NDArray[np.float64]]:
+        """Chance of each magnitude not to be among the ceil(rho N) smallest, shape (32768,), for each rho.
 
-        Exact where a magnitude bin holds one value, as under bfloat16; for wider formats all of the boundary bin
-        counts as tied.
+        Ties at the cut count fractionally. Exact where a magnitude bin holds one value, as under bfloat16; for wider
+        formats all of the boundary bin counts as tied.
         """
-        rank = max(1, math.ceil(Fraction(str(rho)) * self.numel))
-        before = np.cumsum(self.weights) - self.weights
-        taken = np.clip(rank - before, 0, self.weights)
-        low: NDArray[np.float64] = np.divide(taken, self.weights, out=np.ones(MAGNITUDES), where=self.weights > 0)
-        return 1.0 - low
+        up_to = np.cumsum(self.weights)
+        for rho in rhos:
+            rank = max(1, math.ceil(Fraction(str(rho)) * self.numel))
+            cut = int(np.searchsorted(up_to, rank))
+            above = np.ones(MAGNITUDES)
+            above[:cut] = 0.0
+            above[cut] = (up_to[cut] - rank) / self.weights[cut]
+            yield above
 
 
 def survey(counted: bool = True) -> Stage[Survey]:
