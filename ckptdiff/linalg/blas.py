@@ -49,6 +49,8 @@ def _call(library: str, name: str, *arguments: Any) -> None:
 
 def _seen(matrix: Floats) -> Matrix:
     size = matrix.itemsize
+    if matrix.shape[1] == 1:  # NumPy may say anything of the distance of columns then
+        return b"N", max(matrix.strides[0] // size, 1)
     if matrix.strides[1] == size:
         return b"N", max(matrix.strides[0] // size, matrix.shape[1], 1)
     if matrix.strides[0] == size:

@@ -8,16 +8,27 @@ eigenproblem of some hundred rows takes seconds instead of milliseconds.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 __all__ = ["in_parts", "one_blas_thread", "product_threads"]
 
-_POOL: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool of the products", default=None)
+
+@dataclass(frozen=True, slots=True)
+class _Threads:
+    """What the products of a matrix are shared among."""
+
+    pool: ThreadPoolExecutor | None = None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+_THREADS: ContextVar[_Threads] = ContextVar("threads of the products", default=_Threads())  # noqa: B039
 
 
 @cache
@@ -35,25 +46,31 @@ def one_blas_thread() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def product_threads(count: int) -> Iterator[None]:
-    """Share the products that this thread asks for among `count` threads."""
-    if count == 1:
-        yield
-        return
-    with ThreadPoolExecutor(count, thread_name_prefix="ckptdiff-products") as pool:
-        token = _POOL.set(pool)
+def product_threads(count: int, stop: threading.Event | None = None) -> Iterator[None]:
+    """Share the products that this thread asks for among `count` threads.
+
+    Parameters
+    ----------
+    count : int
+    stop : threading.Event, optional
+        The first product after it is set raises :class:`concurrent.futures.CancelledError`.
+    """
+    with ThreadPoolExecutor(count, thread_name_prefix="ckptdiff-products") if count > 1 else nullcontext() as pool:
+        token = _THREADS.set(_Threads(pool, stop or threading.Event()))
         try:
             yield
         finally:
-            _POOL.reset(token)
+            _THREADS.reset(token)
 
 
 def in_parts(work: Callable[[int], None], parts: int) -> None:
     """Call `work` with 0 to ``parts - 1``, in any order, on the threads that this matrix has."""
-    pool = _POOL.get()
-    if pool is None or parts == 1:
+    threads = _THREADS.get()
+    if threads.stop.is_set():
+        raise CancelledError
+    if threads.pool is None or parts == 1:
         for part in range(parts):
             work(part)
     else:
-        for _ in pool.map(work, range(parts)):
+        for _ in threads.pool.map(work, range(parts)):
             pass
