@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from ckptdiff.linalg.passes import Array, Panel, PanelSource, Stage, array_module
 from ckptdiff.linalg.products import add_gram, add_product, cuts, product
 from ckptdiff.linalg.score_cut import LANES, Covered, ScoreCut
-from ckptdiff.linalg.survey import Survey
+from ckptdiff.linalg.survey import Survey, exactly
 from ckptdiff.linalg.symmetric import eigh_top, gram_of, solve_lower, whole
 from ckptdiff.linalg.threads import in_parts
 
@@ -30,7 +29,7 @@ _SMALLEST_GAP = {4: 1e-6, 8: 1e-9}
 """By item size: a subspace is defined if its last eigenvalue stands out from the next by this share of the largest."""
 _NOISE = 64
 """Eigenvalues of a Gram matrix are noise below this many units of rounding of the largest."""
-_SAMPLED_ROWS, _SAMPLED = 64, 1 << 14
+_SAMPLED_ROWS, _SAMPLED = 32, 1 << 13
 """Rows, and entries, that tell about where a cut is."""
 
 
@@ -73,7 +72,7 @@ class Principal:
 
 def principal_rank(rho: float, short: int) -> int:
     """How many singular vectors a principal subspace takes."""
-    return max(1, math.floor(Fraction(str(rho)) * short))
+    return max(1, math.floor(exactly(rho) * short))
 
 
 def principal(
@@ -131,8 +130,9 @@ def principal(
     while not scores.settle():
         yield scores.add
     found = energies.shares([figure.rank for figure in defined], known.delta_norm**2)
+    expected = math.nan if chances is None else float(chances @ known.weights)
     done = {
-        figure.rho: _complete(figure, shares, cut.covered, known, chances)
+        figure.rho: _complete(figure, shares, cut.covered, known, expected)
         for figure, shares, cut in zip(defined, found, cuts, strict=True)
     }
     return spectrum, [done.get(figure.rho, figure) for figure in figures]
@@ -169,7 +169,7 @@ def _cuts(
         place = int((1 - figure.rho) * (scores.size - 1))
         guess = float(array_module(scores).partition(scores, place)[place])
         weights = np.stack([np.zeros(len(above_low)) if chances is None else chances, above_low])
-        rank = max(1, math.ceil(Fraction(str(figure.rho)) * known.numel))
+        rank = max(1, math.ceil(exactly(figure.rho) * known.numel))
         found.append(ScoreCut(rank, guess, weights, error * known.support))
     return found
 
@@ -253,10 +253,10 @@ def _complete(
     shares: tuple[float, float, float],
     covered: Covered | None,
     known: Survey,
-    chances: NDArray[np.float64] | None,
+    expected: float,
 ) -> Principal:
+    """The figures of a rho; `expected` is how many entries the null changes."""
     assert covered is not None
-    expected = math.nan if chances is None else float(chances @ known.weights)
 
     def of(part: float, whole: float) -> float:
         return part / whole if whole else math.nan

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,18 @@ from numpy.typing import NDArray
 from ckptdiff.backends.kernels.scores import count_magnitudes
 from ckptdiff.linalg.passes import Panel, Stage, array_module
 
-__all__ = ["MAGNITUDES", "SMALL_CHANGE", "Survey", "survey"]
+__all__ = ["MAGNITUDES", "SMALL_CHANGE", "Survey", "exactly", "survey"]
 
 MAGNITUDES = 1 << 15
 """Bins of |W0|: the leading 15 magnitude bits of its float32, which are all that bfloat16 has."""
 SMALL_CHANGE = 1e-5
 """The threshold of the second support (S1)."""
+
+
+@cache
+def exactly(rho: float) -> Fraction:
+    """A share as it is written: 0.1 is one tenth."""
+    return Fraction(str(rho))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,7 @@ class Survey:
         """
         up_to = np.cumsum(self.weights)
         for rho in rhos:
-            rank = max(1, math.ceil(Fraction(str(rho)) * self.numel))
+            rank = max(1, math.ceil(exactly(rho) * self.numel))
             cut = int(np.searchsorted(up_to, rank))
             above = np.ones(MAGNITUDES)
             above[:cut] = 0.0

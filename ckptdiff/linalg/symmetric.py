@@ -76,16 +76,18 @@ def eigenvalues(matrix: Array) -> NDArray[np.float64]:
     return np.asarray(found[::-1], np.float64)
 
 
-def eigh_top(matrix: Array, count: int) -> tuple[Array, Array]:
+def eigh_top(matrix: Array, count: int, *, with_vectors: bool = True) -> tuple[Array, Array]:
     """The `count` largest eigenpairs of a symmetric matrix given by its lower triangle; overwrites it.
 
     Returns
     -------
     values : array, shape (count,)
         Largest first.
-    vectors : array, shape (n, count)
+    vectors : array, shape (n, count), or (n, 0) if none are asked for
     """
     n = matrix.shape[0]
+    if not with_vectors:
+        return eigenvalues(matrix)[:count], array_module(matrix).empty((n, 0), matrix.dtype)
     values, vectors = _eigh(matrix, n - count, n - 1)
     return values[::-1], array_module(vectors).ascontiguousarray(vectors[:, ::-1])
 
