@@ -10,7 +10,8 @@ BLAS sees C-contiguous arrays as their transposes: what is the lower triangle he
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -36,15 +37,24 @@ def _routine(library: str, name: str, arguments: int) -> Any:
 
 def _call(library: str, name: str, *arguments: Any) -> None:
     """Call a routine with characters (bytes), integers, arrays and ctypes numbers, all passed by reference."""
-    given = [
-        argument.ctypes.data
-        if isinstance(argument, np.ndarray)
-        else argument
-        if isinstance(argument, bytes)
-        else ctypes.byref(ctypes.c_int(argument) if isinstance(argument, int) else argument)
-        for argument in arguments
-    ]
+    given = [_REFERENCE[type(argument)](argument) for argument in arguments]
     _routine(library, name, len(given))(*given)
+
+
+@lru_cache(1 << 12)
+def _integer(value: int) -> Any:
+    """An integer that routines only read; matrices of one size ask for the same ones over and over."""
+    return ctypes.pointer(ctypes.c_int(value))
+
+
+_REFERENCE: dict[type, Callable[[Any], Any]] = {
+    bytes: lambda text: text,
+    int: _integer,
+    np.ndarray: lambda array: array.__array_interface__["data"][0],
+    ctypes.c_int: ctypes.byref,
+    ctypes.c_float: ctypes.byref,
+    ctypes.c_double: ctypes.byref,
+}
 
 
 def _seen(matrix: Floats) -> Matrix:

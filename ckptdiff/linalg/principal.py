@@ -164,13 +164,13 @@ def _cuts(
     rows = source.sample(max(_SAMPLED_ROWS, _SAMPLED // source.short))
     projected = rows @ vectors
     found = []
-    for figure, above_low in zip(figures, known.above_low_cuts([figure.rho for figure in figures]), strict=True):
+    weights = np.zeros(len(known.weights)) if chances is None else chances
+    for figure, low in zip(figures, known.low_cuts([figure.rho for figure in figures]), strict=True):
         scores = abs(projected[:, : figure.rank] @ vectors[:, : figure.rank].T).ravel()
         place = int((1 - figure.rho) * (scores.size - 1))
         guess = float(array_module(scores).partition(scores, place)[place])
-        weights = np.stack([np.zeros(len(above_low)) if chances is None else chances, above_low])
         rank = max(1, math.ceil(exactly(figure.rho) * known.numel))
-        found.append(ScoreCut(rank, guess, weights, error * known.support))
+        found.append(ScoreCut(rank, guess, weights, low, error * known.support))
     return found
 
 

@@ -61,14 +61,18 @@ class ScoreCut:
         From 1.
     guess : float
         About where the cut is, 0 if nothing is known.
-    weights : float64 array, shape (2, 32768)
-        By magnitude of W0: the chance to be changed under the null, and not to be among the smallest.
+    chances : float64 array, shape (32768,)
+        By magnitude of W0, the chance to be changed under the null.
+    low : (int, float)
+        As :meth:`~ckptdiff.linalg.survey.Survey.low_cuts` gives it.
     error : float
         Standard error of a count of changed entries that needs no further zoom.
     """
 
-    def __init__(self, rank: int, guess: float, weights: NDArray[np.float64], error: float) -> None:
-        self._rank, self._weights, self._error = rank, weights, error
+    def __init__(
+        self, rank: int, guess: float, chances: NDArray[np.float64], low: tuple[int, float], error: float
+    ) -> None:
+        self._rank, self._chances, self._low, self._error = rank, chances, low, error
         self.covered: Covered | None = None
         code = int(np.float32(abs(guess)).view(np.uint32))
         if np.isfinite(guess) and code >> 23:
@@ -79,8 +83,8 @@ class ScoreCut:
         else:
             self._open(16, 0, _BINS)
 
-    def _open(self, shift: int, low: int, bins: int) -> None:
-        self._shift, self._low = shift, low
+    def _open(self, shift: int, start: int, bins: int) -> None:
+        self._shift, self._start = shift, start
         self._bins = bins
         self._lanes: list[NDArray[np.float64] | None] = [None] * LANES
 
@@ -101,22 +105,26 @@ class ScoreCut:
         if counts is None:
             counts = self._lanes[lane] = np.zeros((self._bins + 1, _FIELDS))
         if array_module(scores) is np:
-            arguments = np.float32(SMALL_CHANGE), np.uint32(self._low), np.uint32(self._shift), self._weights
-            count_scores(scores.view(np.uint32), base, delta, *arguments, counts)
+            window = np.uint32(self._shift), np.uint32(self._start)
+            low = np.uint32(self._low[0]), self._low[1]
+            values = scores.view(np.uint32), base, delta
+            count_scores(*values, self._chances, window, low, np.float32(SMALL_CHANGE), counts)
         else:
             self._add_anywhere(scores, base, delta, counts, array_module(scores))
 
     def _add_anywhere(self, scores: Array, base: Array, delta: Array, counts: NDArray[np.float64], xp: Any) -> None:
         """What the kernel does, in calls that NumPy and CuPy share."""
         codes = ((scores.view(np.uint32) & (_CODES - 1)) >> self._shift).astype(np.int64).ravel()
-        inside = codes >= self._low
+        inside = codes >= self._start
         rows = len(counts)
-        bins = xp.minimum(codes[inside] - self._low, rows - 1)
-        weights = xp.asarray(self._weights)[:, (base.ravel()[inside] >> 16) & (MAGNITUDES - 1)]
+        bins = xp.minimum(codes[inside] - self._start, rows - 1)
+        magnitudes = (base.ravel()[inside] >> 16) & (MAGNITUDES - 1)
+        not_low = xp.where(magnitudes == self._low[0], self._low[1], magnitudes > self._low[0])
+        chances = xp.asarray(self._chances)[magnitudes]
         values = abs(delta.ravel()[inside])
         changed = (values != 0).astype(np.float64)
         above = (values > SMALL_CHANGE).astype(np.float64)
-        for field, weight in enumerate((xp.ones_like(changed), changed, above, changed * weights[1], weights[0])):
+        for field, weight in enumerate((xp.ones_like(changed), changed, above, changed * not_low, chances)):
             found = xp.bincount(bins, weight, rows)
             counts[:, field] += found.get() if hasattr(found, "get") else found
 
@@ -132,7 +140,7 @@ class ScoreCut:
             return False
         at, above = counts[row], counts[row + 1 :].sum(axis=0)
         if self._shift and 0.5 * at[1] ** 0.5 > self._error:
-            self._open(0, (self._low + row) << self._shift, 1 << self._shift)
+            self._open(0, (self._start + row) << self._shift, 1 << self._shift)
             return False
         share = (self._rank - above[0]) / at[0]
         self.covered = Covered(*(above + share * at).tolist())

@@ -56,8 +56,8 @@ class Survey:
         """Entries with d != 0."""
         return int(self.changed.sum())
 
-    def above_low_cuts(self, rhos: Sequence[float]) -> Iterator[NDArray[np.float64]]:
-        """Chance of each magnitude not to be among the ceil(rho N) smallest, shape (32768,), for each rho.
+    def low_cuts(self, rhos: Sequence[float]) -> Iterator[tuple[int, float]]:
+        """Magnitude at which the ceil(rho N) smallest end, and the share of its entries beyond them, for each rho.
 
         Ties at the cut count fractionally. Exact where a magnitude bin holds one value, as under bfloat16; for wider
         formats all of the boundary bin counts as tied.
@@ -66,10 +66,7 @@ class Survey:
         for rho in rhos:
             rank = max(1, math.ceil(exactly(rho) * self.numel))
             cut = int(np.searchsorted(up_to, rank))
-            above = np.ones(MAGNITUDES)
-            above[:cut] = 0.0
-            above[cut] = (up_to[cut] - rank) / self.weights[cut]
-            yield above
+            yield cut, float((up_to[cut] - rank) / self.weights[cut])
 
 
 def survey(counted: bool = True) -> Stage[Survey]:
