@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.passes import Array, Panel, PanelSource, Stage, array_module
+from ckptdiff.linalg.passes import Array, Panel, PanelSource, Stage, array_module, meanwhile
 from ckptdiff.linalg.products import add_gram, add_product, cuts, product
 from ckptdiff.linalg.score_cut import LANES, Covered, ScoreCut
 from ckptdiff.linalg.survey import Survey, exactly
@@ -114,7 +115,7 @@ def principal(
     wanted = min(principal_rank(rhos[-1], short) + 1, short)
     if eigenpairs is None:
         gram = yield from gram_of("base", short, dtype, xp)
-        eigenpairs = eigh_top(gram, wanted)
+        eigenpairs = yield from meanwhile(partial(eigh_top, gram, wanted))
         del gram
     values, vectors = eigenpairs[0][:wanted], eigenpairs[1][:, :wanted]
     spectrum = np.asarray(values.get() if hasattr(values, "get") else values, np.float64)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-__all__ = ["in_parts", "one_blas_thread", "product_threads"]
+__all__ = ["in_background", "in_parts", "one_blas_thread", "product_threads"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,17 @@ def product_threads(count: int, stop: threading.Event | None = None) -> Iterator
             yield
         finally:
             _THREADS.reset(token)
+
+
+def in_background(work: Callable[[], None]) -> Future[None]:
+    """Begin work on a thread of this matrix, or do it now if the matrix has but one."""
+    pool = _THREADS.get().pool
+    if pool is not None:
+        return pool.submit(work)
+    done: Future[None] = Future()
+    work()
+    done.set_result(None)
+    return done
 
 
 def in_parts(work: Callable[[int], None], parts: int) -> None:

@@ -80,12 +80,11 @@ class Measuring:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def slots(self, job: Job) -> int:
-        """How many slots a matrix takes: as many as hold the memory that serves it best."""
+        """How many slots a matrix takes: as many as hold it, or all if nothing does and it is read in every pass."""
         if job.unchanged or not self.room.free:
             return 1
         exact = self._wanted.mode == "exact" and not self._too_large(job.view)
-        needed = [size for size in self._ways(job.view, exact) if size <= self.room.free]
-        return max(1, -(-self.threads * needed[0] // self.room.free)) if needed else 1
+        return max(1, min(-(-self.threads * self._best(job.view, exact) // self.room.free), self.threads))
 
     def measure_all(self, jobs: Sequence[Job], slots: int) -> list[tuple[int, MatrixSpectra]]:
         """Measure matrices one after the other, within so many slots."""
@@ -120,13 +119,11 @@ class Measuring:
         assert self.options.spectra is not None
         return self.options.spectra
 
-    def _ways(self, view: MatrixView, exact: bool) -> list[int]:
-        """What a matrix can take in memory, the quickest way first."""
-        cached = cache_bytes(view, 8 if exact else 4)
-        if not exact:
-            least = self._randomized_bytes(view, 4)
-            return [least + cached, least]
-        return [exact_bytes(view, False) + cached, exact_bytes(view, True), exact_bytes(view, False)]
+    def _best(self, view: MatrixView, exact: bool) -> int:
+        """What the quickest way to measure a matrix takes in memory."""
+        if exact:
+            return exact_bytes(view, False) + cache_bytes(view, 8)
+        return self._randomized_bytes(view, 4) + cache_bytes(view, 4)
 
     def _randomized_bytes(self, view: MatrixView, itemsize: int) -> int:
         return randomized_bytes(view, itemsize, self._wanted.block * self._wanted.steps)
