@@ -63,15 +63,21 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def llama_entries(numel: int) -> list[Entry]:
-    """Tensors of a Llama of `numel` values; the vocabulary takes up what whole layers leave."""
+def llama_entries(numel: int, shape: tuple[int, int] | None = None) -> list[Entry]:
+    """Tensors of a Llama of `numel` values; the vocabulary takes up what whole layers leave.
+
+    `shape` is (hidden size, layers); otherwise it is the widest model that leaves room for four layers.
+    """
     for hidden in (8192, 4096, 3072, 2048, 1024, 512, 256, 128, 64, 32, 16):
         ffn = -(-hidden * 8 // 3 // 32) * 32
         kv = max(hidden // 4, 16)
         layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * ffn + 2 * hidden
         vocab = min(hidden * 8, 32000)
         layers = (numel - 2 * vocab * hidden - hidden) // layer
-        if layers >= 4:
+        if shape is not None and hidden == shape[0] and layers >= shape[1]:
+            layers = shape[1]
+            break
+        if shape is None and layers >= 4:
             break
     else:
         raise SystemExit(f"a Llama-shaped pair needs more than {numel} values a side")
@@ -189,9 +195,17 @@ def write_shard(files: tuple[BinaryIO, BinaryIO], entries: Sequence[Entry], weig
 
 
 def make_pair(
-    size: int, out: Path, dtype: str = "bf16", tensors: str = "llama", seed: int = 0, changed: float = 0.1
+    size: int,
+    out: Path,
+    dtype: str = "bf16",
+    tensors: str = "llama",
+    seed: int = 0,
+    changed: float = 0.1,
+    shape: tuple[int, int] | None = None,
 ) -> int:
     """Write the pair to `out/base` and `out/tuned`; return the bytes of tensor data on both sides.
+
+    `shape` is as for :func:`llama_entries`.
 
     Raises
     ------
@@ -200,7 +214,7 @@ def make_pair(
     """
     itemsize = ITEMSIZE[SIDES[dtype][0]]
     numel = size // itemsize
-    entries = llama_entries(numel) if tensors == "llama" else tiny_entries(numel, itemsize)
+    entries = llama_entries(numel, shape) if tensors == "llama" else tiny_entries(numel, itemsize)
     folders = [out / "base", out / "tuned"]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)

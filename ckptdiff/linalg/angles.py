@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.linalg.passes import Array, Panel, Stage
-from ckptdiff.linalg.symmetric import add_gram, eigenvalues, solve_lower, whole
+from ckptdiff.linalg.products import add_gram, add_product, product
+from ckptdiff.linalg.symmetric import eigenvalues, solve_lower, whole
 
 __all__ = ["Angles", "angle_rank", "principal_angles"]
 
@@ -55,26 +56,26 @@ def principal_angles(base: Array, tuned: Array, xp: Any = np) -> Stage[Angles]:
     ours, theirs, crossed = (xp.zeros((count, count)) for _ in range(3))
 
     def meet(panel: Panel) -> None:
-        left, right = panel.base @ base, panel.side("tuned") @ tuned
+        left, right = product(panel.base, base), product(panel.side("tuned"), tuned)
         add_gram(ours, left)
         add_gram(theirs, right)
-        crossed.__iadd__(left.T @ right)
+        add_product(crossed, left.T, right)
 
     yield meet
     our_factor, their_factor = (xp.linalg.cholesky(whole(gram)) for gram in (ours, theirs))
-    product = solve_lower(their_factor, solve_lower(our_factor, crossed).T).T
+    cosines = solve_lower(their_factor, solve_lower(our_factor, crossed).T).T
     outside = xp.zeros((count, count))
 
     def leave(panel: Panel) -> None:
-        left = solve_lower(our_factor, (panel.base @ base).T)
-        right = solve_lower(their_factor, (panel.side("tuned") @ tuned).T)
-        add_gram(outside, xp.ascontiguousarray((right - product.T @ left).T))
+        left = solve_lower(our_factor, product(panel.base, base).T)
+        right = solve_lower(their_factor, product(panel.side("tuned"), tuned).T)
+        add_gram(outside, xp.ascontiguousarray((right - cosines.T @ left).T))
 
     yield leave
     across = base.T @ tuned
     beyond = tuned - base @ across
     return Angles(
-        _angles(xp.linalg.svd(product, compute_uv=False), np.sqrt(np.maximum(eigenvalues(outside), 0.0))),
+        _angles(xp.linalg.svd(cosines, compute_uv=False), np.sqrt(np.maximum(eigenvalues(outside), 0.0))),
         _angles(xp.linalg.svd(across, compute_uv=False), xp.linalg.svd(beyond, compute_uv=False)),
     )
 

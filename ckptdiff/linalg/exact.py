@@ -8,13 +8,15 @@ all such vectors, found the same way from a much smaller Gram matrix, replace th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.passes import Array, Panel, Side, Stage
-from ckptdiff.linalg.symmetric import add_gram, eigenvalues, eigh_bottom, eigh_top, gram_of
+from ckptdiff.linalg.passes import Array, Panel, Side, Stage, meanwhile
+from ckptdiff.linalg.products import add_gram, product
+from ckptdiff.linalg.symmetric import eigenvalues, eigh_bottom, eigh_top, gram_of
 
 __all__ = ["ACCURACY", "SideSpectrum", "effective_rank", "nss", "numerical_rank", "side_spectrum"]
 
@@ -56,22 +58,28 @@ def side_spectrum(side: Side, short: int, vectors: int = 0, xp: Any = np) -> Sta
         numpy or cupy.
     """
     gram = yield from gram_of(side, short, np.float64, xp)
-    squares = eigenvalues(gram)
-    few = int((squares < _SMALL * squares[0]).sum()) if squares[0] > 0 else 0
-    bottom = eigh_bottom(gram.copy() if vectors else gram, few) if few else None
-    pairs = eigh_top(gram, min(vectors, short)) if vectors else None
+    squares, bottom, pairs = yield from meanwhile(partial(_decomposed, gram, vectors))
     del gram
     values = np.sqrt(np.maximum(squares, 0.0))
     if bottom is not None:
+        few = bottom.shape[1]
         rest = xp.zeros((few, few))
 
         def project(panel: Panel) -> None:
-            add_gram(rest, panel.side(side) @ bottom)
+            add_gram(rest, product(panel.side(side), bottom))
 
         yield project
         values[short - few :] = np.sqrt(np.maximum(eigenvalues(rest), 0.0))
         values[::-1].sort()
     return SideSpectrum(values, pairs)
+
+
+def _decomposed(gram: Array, vectors: int) -> tuple[Float64, Array | None, tuple[Array, Array] | None]:
+    """All eigenvalues, the eigenvectors of those to be found again, and as many leading eigenpairs as asked for."""
+    squares = eigenvalues(gram)
+    few = int((squares < _SMALL * squares[0]).sum()) if squares[0] > 0 else 0
+    bottom = eigh_bottom(gram.copy() if vectors else gram, few) if few else None
+    return squares, bottom, eigh_top(gram, min(vectors, len(gram))) if vectors else None
 
 
 def numerical_rank(values: Float64, tau: float) -> tuple[int, int]:

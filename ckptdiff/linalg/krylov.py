@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.blas_threads import one_blas_thread
 from ckptdiff.linalg.passes import Array, Panel, Stage
+from ckptdiff.linalg.products import add_product, product
 from ckptdiff.linalg.symmetric import eigh_top, gram_of
 
 __all__ = ["KrylovOptions", "LeadingValues", "direct_values", "krylov_values"]
@@ -36,6 +36,9 @@ _PROBE_PASSES = 3
 _CHI_SQUARE = 3.942
 """What a chi-square variable of 16 degrees of freedom exceeds with probability 0.999."""
 _FEWEST_STEPS = 3
+_NEAR = 1e-8
+_ROWS = 512
+"""Rows of the bases that are taken to float64 at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class LeadingValues:
     upper : dict of int to float
         Upper bound of the sum of the first k eigenvalues, by k.
     vectors : array, shape (short, at most k)
-        Ritz vectors: approximate singular vectors on the short side.
+        Ritz vectors: approximate singular vectors on the short side; without columns if none were asked for.
     steps : int
         Blocks that were used; 0 without a Krylov space.
     """
@@ -110,11 +113,12 @@ def krylov_values(
         yield _applied(block, image)
         basis.add(block, image)
         steps += 1
-        if steps >= _FEWEST_STEPS and basis.residual(wanted) <= options.tolerance:
-            break
         if steps == options.steps or basis.full:
             break
-        block = basis.next_block(image)
+        rest = basis.deflate(image)
+        if steps >= _FEWEST_STEPS and basis.residual(rest, wanted) <= options.tolerance:
+            break
+        block = basis.next_block(rest)
         if not block.shape[1]:
             break  # the space is invariant: it holds all of the update's row space that the seed can see
     beyond = 0.0
@@ -129,14 +133,14 @@ def krylov_values(
     return basis.result(ranks, beyond, steps)
 
 
-def direct_values(short: int, ranks: Sequence[int], xp: Any = np) -> Stage[LeadingValues]:
+def direct_values(short: int, ranks: Sequence[int], *, with_vectors: bool = True, xp: Any = np) -> Stage[LeadingValues]:
     """Find the same from the float64 Gram matrix in one pass, which is quicker for a small short side.
 
-    Parameters as for :func:`krylov_values`.
+    Parameters as for :func:`krylov_values`; without vectors it takes half the time.
     """
     ranks = _within(ranks, short)
     gram = yield from gram_of("delta", short, np.float64, xp)
-    values, vectors = eigh_top(gram, ranks[-1])
+    values, vectors = eigh_top(gram, ranks[-1], with_vectors=with_vectors)
     lower = np.maximum(_host(values), 0.0)
     slack = short * float(np.finfo(np.float64).eps) * float(lower[0])
     return LeadingValues(lower, {k: float(lower[:k].sum()) + k * slack for k in ranks}, vectors, 0)
@@ -151,30 +155,34 @@ def _applied(block: Array, image: Array) -> Callable[[Panel], None]:
     """Add ``d^T d block`` to `image`, panel by panel."""
 
     def apply(panel: Panel) -> None:
-        image.__iadd__(panel.delta.T @ (panel.delta @ block))
+        add_product(image, panel.delta.T, product(panel.delta, block))
 
     return apply
 
 
 def _orthonormal(block: Array, floor: float, xp: Any) -> Array:
     """Orthonormal basis of a block's columns, without directions of a norm below `floor`."""
-    with one_blas_thread():
-        wide = block.astype(np.float64)
-        values, vectors = xp.linalg.eigh(wide.T @ wide)
-        kept = values > max(floor**2, 1e-30 * float(values[-1]))
-        basis, _ = xp.linalg.qr(wide @ (vectors[:, kept] / xp.sqrt(values[kept])))
-        return basis.astype(block.dtype)
+    wide = block.astype(np.float64)
+    values, vectors = xp.linalg.eigh(wide.T @ wide)
+    kept = values > max(floor**2, 1e-30 * float(values[-1]))
+    basis = wide @ (vectors[:, kept] / xp.sqrt(values[kept]))
+    if values[0] > _NEAR * values[-1]:
+        # So near to orthonormal that a Cholesky factor does the rest, at a fraction of the price of Householder's.
+        factor = xp.linalg.cholesky(basis.T @ basis)
+        return (basis @ xp.linalg.inv(factor).T).astype(block.dtype)
+    return xp.linalg.qr(basis)[0].astype(block.dtype)
 
 
 class _Basis:
-    """The Krylov space so far: Q, G Q and H."""
+    """The Krylov space so far: Q, G Q and H = Q^T G Q."""
 
     def __init__(self, short: int, capacity: int, dtype: Any, xp: Any) -> None:
         self._xp = xp
         self._dtype = dtype
         self._vectors = xp.empty((short, capacity), dtype)
         self._images = xp.empty((short, capacity), dtype)
-        self._size = 0
+        self._met = xp.empty((capacity, capacity))
+        self._size = self._newest = 0
         self._unit = float(np.finfo(dtype).eps)
         self._pairs: tuple[Array, Array] | None = None
 
@@ -185,79 +193,87 @@ class _Basis:
 
     def add(self, block: Array, image: Array) -> None:
         """Take a block and what G makes of it."""
-        stop = self._size + block.shape[1]
-        self._vectors[:, self._size : stop] = block
-        self._images[:, self._size : stop] = image
-        self._size, self._pairs = stop, None
+        first, stop = self._size, self._size + block.shape[1]
+        self._vectors[:, first:stop] = block
+        self._images[:, first:stop] = image
+        self._size, self._newest, self._pairs = stop, first, None
+        met = self._vectors[:, :stop].astype(np.float64).T @ image.astype(np.float64)
+        self._met[:stop, first:stop] = met
+        self._met[first:stop, :stop] = met.T
+        self._met[first:stop, first:stop] = (met[first:] + met[first:].T) / 2
 
     def deflate(self, block: Array) -> Array:
         """The part of a block that is orthogonal to the space."""
         space = self._vectors[:, : self._size]
         for _ in range(2):
-            block = block - space @ (space.T @ block)
+            block = block - product(space, product(space.T, block))
         return block
 
-    def next_block(self, image: Array) -> Array:
-        """The next block; it has no columns if the space is invariant."""
-        largest = float(self._ritz()[0][0]) if self._size else 0.0
-        rest = self.deflate(image)
+    def next_block(self, rest: Array) -> Array:
+        """The next block from what is outside the space of the newest image; without columns if nothing is."""
+        largest = float(self._ritz()[0][0])
         room = self._vectors.shape[1] - self._size
         block = _orthonormal(rest, 16 * self._unit * largest, self._xp)[:, :room]
         # Once more: what was small before it was scaled up is not orthogonal any more.
         return _orthonormal(self.deflate(block), 0.5, self._xp) if block.shape[1] else block
 
-    def residual(self, wanted: int) -> float:
-        """Largest residual of a wanted Ritz pair, as a share of its Ritz value; infinite if there are too few."""
+    def residual(self, rest: Array, wanted: int) -> float:
+        """Largest residual of a wanted Ritz pair, as a share of its Ritz value; infinite if there are too few.
+
+        `rest` is what is outside the space of the newest image: of the older ones nothing is, up to rounding.
+        """
         if self._size < min(wanted, self._vectors.shape[0]):
             return float("inf")
         values, vectors = self._ritz()
         wanted = min(wanted, self._size)
-        space, images = self._parts()
-        leading = vectors[:, :wanted]
-        rest = images @ leading - (space @ leading) * values[:wanted]
-        norms = self._xp.sqrt((rest * rest).sum(axis=0))
+        norms = self._xp.linalg.norm(rest @ vectors[self._newest :, :wanted].astype(self._dtype), axis=0)
         floor = 16 * self._unit * float(values[0])
         return float((norms / self._xp.maximum(values[:wanted], floor)).max())
 
     def result(self, ranks: Sequence[int], beyond: float, steps: int) -> LeadingValues:
         """Ritz values and the bound, with `beyond` the largest eigenvalue on the complement."""
         xp, count = self._xp, min(ranks[-1], self._size)
-        values, vectors = self._ritz()
-        space, images = self._parts()
-        rest = images @ vectors - (space @ vectors) * values
-        square = rest.T @ rest
+        values, coordinates = self._ritz()
+        met = self._met[: self._size, : self._size]
+        square = xp.zeros_like(met)
+        vectors = xp.empty((len(self._vectors), count), self._dtype)
+        for first in range(0, len(vectors), _ROWS):
+            rows = slice(first, first + _ROWS)
+            space, images = (side[rows, : self._size].astype(np.float64) for side in (self._vectors, self._images))
+            rest = images - space @ met
+            square += rest.T @ rest
+            vectors[rows] = space @ coordinates[:, :count]
         lower = np.zeros(ranks[-1])
         lower[:count] = np.maximum(_host(values[:count]), 0.0)
         # What rounding of the products may have taken from each eigenvalue.
         slack = 4 * self._unit * float(values[0])
-        with one_blas_thread():
-            upper = {k: _upper(xp, values, square, min(k, count), beyond) + k * slack for k in ranks}
-        return LeadingValues(lower, upper, (space @ vectors[:, :count]).astype(self._dtype), steps)
-
-    def _parts(self) -> tuple[Array, Array]:
-        wide = np.float64
-        return self._vectors[:, : self._size].astype(wide), self._images[:, : self._size].astype(wide)
+        bound = _Bound(xp, values, coordinates.T @ square @ coordinates, beyond)
+        return LeadingValues(lower, {k: bound.upper(min(k, count)) + k * slack for k in ranks}, vectors, steps)
 
     def _ritz(self) -> tuple[Array, Array]:
         """Ritz values, largest first, and the coordinates of their vectors in the basis."""
         if self._pairs is None:
-            space, images = self._parts()
-            small = space.T @ images
-            with one_blas_thread():
-                values, vectors = self._xp.linalg.eigh((small + small.T) / 2)
+            values, vectors = self._xp.linalg.eigh(self._met[: self._size, : self._size])
             self._pairs = values[::-1], vectors[:, ::-1]
         return self._pairs
 
 
-def _upper(xp: Any, values: Array, square: Array, k: int, beyond: float) -> float:
-    """Upper bound of the sum of the first `k` eigenvalues; `square` is R^T R in the basis of Ritz vectors."""
-    gap = float(values[k - 1]) - beyond
-    largest = math.sqrt(max(float(xp.linalg.eigvalsh(square)[-1]), 0.0))
-    loose = float(xp.maximum(values[:k], beyond).sum()) + k * largest
-    if gap <= 0:
-        return loose
-    shifted = xp.diag(values) + square / gap
-    return min(loose, float(xp.linalg.eigvalsh(shifted)[-k:].sum()))
+class _Bound:
+    """Upper bounds of sums of eigenvalues, from Ritz values and ``R^T R`` in the basis of their vectors."""
+
+    def __init__(self, xp: Any, values: Array, square: Array, beyond: float) -> None:
+        self._xp, self._values, self._square, self._beyond = xp, values, square, beyond
+        self._largest = math.sqrt(max(float(xp.linalg.eigvalsh(square)[-1]), 0.0))
+
+    def upper(self, k: int) -> float:
+        """Of the sum of the first `k`."""
+        xp, values = self._xp, self._values
+        gap = float(values[k - 1]) - self._beyond
+        loose = float(xp.maximum(values[:k], self._beyond).sum()) + k * self._largest
+        if gap <= 0:
+            return loose
+        shifted = xp.diag(values) + self._square / gap
+        return min(loose, float(xp.linalg.eigvalsh(shifted)[-k:].sum()))
 
 
 def _host(values: Array) -> Float64:

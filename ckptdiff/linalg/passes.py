@@ -7,12 +7,26 @@ its singular values nor any figure that counts entries; left and right singular 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-__all__ = ["Array", "ArrayPanels", "Panel", "PanelSource", "Side", "Stage", "array_module", "run_together"]
+from ckptdiff.linalg.threads import in_background
+
+__all__ = [
+    "Array",
+    "ArrayPanels",
+    "Meanwhile",
+    "Panel",
+    "PanelSource",
+    "Side",
+    "Stage",
+    "array_module",
+    "meanwhile",
+    "run_together",
+]
 
 Array: TypeAlias = Any
 """A NumPy or CuPy array."""
@@ -55,8 +69,27 @@ class PanelSource(Protocol):
         """About `count` rows of W0, evenly spaced."""
 
 
-Stage: TypeAlias = Generator[Callable[[Panel], None], None, Result]
+@dataclass(frozen=True, slots=True)
+class Meanwhile:
+    """Work of a stage between two of its passes, during which other stages may go on with theirs.
+
+    Attributes
+    ----------
+    work : callable
+    """
+
+    work: Callable[[], None]
+
+
+Stage: TypeAlias = Generator[Callable[[Panel], None] | Meanwhile, None, Result]
 """A computation in passes: it yields what to do with each panel of a pass, and goes on when the pass is over."""
+
+
+def meanwhile(work: Callable[[], Result]) -> Stage[Result]:
+    """Part of a stage: work of its own, during which other stages may go on."""
+    found: list[Result] = []
+    yield Meanwhile(lambda: found.append(work()))
+    return found[0]
 
 
 def run_together(source: PanelSource, *stages: Stage[Any]) -> list[Any]:
@@ -69,22 +102,34 @@ def run_together(source: PanelSource, *stages: Stage[Any]) -> list[Any]:
     """
     results: list[Any] = [None] * len(stages)
     live: dict[int, Callable[[Panel], None]] = {}
+    busy: dict[int, Future[None]] = {}
 
     def advance(index: int) -> None:
+        live.pop(index, None)
         try:
-            live[index] = next(stages[index])
+            step = next(stages[index])
         except StopIteration as end:
-            live.pop(index, None)
             results[index] = end.value
+            return
+        if isinstance(step, Meanwhile):
+            busy[index] = in_background(step.work)
+        else:
+            live[index] = step
 
     for index in range(len(stages)):
         advance(index)
-    while live:
-        for panel in source.panels():
-            for visit in live.values():
-                visit(panel)
-        for index in list(live):
-            advance(index)
+    while live or busy:
+        for index, future in list(busy.items()):
+            if future.done() or not live:
+                del busy[index]
+                future.result()
+                advance(index)
+        if live:
+            for panel in source.panels():
+                for visit in live.values():
+                    visit(panel)
+            for index in list(live):
+                advance(index)
     return results
 
 

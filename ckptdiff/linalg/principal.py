@@ -11,16 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.passes import Array, Panel, PanelSource, Stage, array_module
-from ckptdiff.linalg.score_cut import Covered, ScoreCut
-from ckptdiff.linalg.survey import Survey
-from ckptdiff.linalg.symmetric import add_gram, eigh_top, gram_of, solve_lower, whole
+from ckptdiff.linalg.passes import Array, Panel, PanelSource, Stage, array_module, meanwhile
+from ckptdiff.linalg.products import add_gram, add_product, cuts, product
+from ckptdiff.linalg.score_cut import LANES, Covered, ScoreCut
+from ckptdiff.linalg.survey import Survey, exactly
+from ckptdiff.linalg.symmetric import eigh_top, gram_of, solve_lower, whole
+from ckptdiff.linalg.threads import in_parts
 
 __all__ = ["Principal", "principal", "principal_rank"]
 
@@ -28,7 +30,8 @@ _SMALLEST_GAP = {4: 1e-6, 8: 1e-9}
 """By item size: a subspace is defined if its last eigenvalue stands out from the next by this share of the largest."""
 _NOISE = 64
 """Eigenvalues of a Gram matrix are noise below this many units of rounding of the largest."""
-_SAMPLED_ROWS = 256
+_SAMPLED_ROWS, _SAMPLED = 32, 1 << 13
+"""Rows, and entries, that tell about where a cut is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class Principal:
 
 def principal_rank(rho: float, short: int) -> int:
     """How many singular vectors a principal subspace takes."""
-    return max(1, math.floor(Fraction(str(rho)) * short))
+    return max(1, math.floor(exactly(rho) * short))
 
 
 def principal(
@@ -112,7 +115,7 @@ def principal(
     wanted = min(principal_rank(rhos[-1], short) + 1, short)
     if eigenpairs is None:
         gram = yield from gram_of("base", short, dtype, xp)
-        eigenpairs = eigh_top(gram, wanted)
+        eigenpairs = yield from meanwhile(partial(eigh_top, gram, wanted))
         del gram
     values, vectors = eigenpairs[0][:wanted], eigenpairs[1][:, :wanted]
     spectrum = np.asarray(values.get() if hasattr(values, "get") else values, np.float64)
@@ -128,8 +131,9 @@ def principal(
     while not scores.settle():
         yield scores.add
     found = energies.shares([figure.rank for figure in defined], known.delta_norm**2)
+    expected = math.nan if chances is None else float(chances @ known.weights)
     done = {
-        figure.rho: _complete(figure, shares, cut.covered, known, chances)
+        figure.rho: _complete(figure, shares, cut.covered, known, expected)
         for figure, shares, cut in zip(defined, found, cuts, strict=True)
     }
     return spectrum, [done.get(figure.rho, figure) for figure in figures]
@@ -158,23 +162,22 @@ def _cuts(
     error: float,
 ) -> list[ScoreCut]:
     """A cut for each rho, which starts from that of a sample of rows."""
-    rows = source.sample(_SAMPLED_ROWS)
+    rows = source.sample(max(_SAMPLED_ROWS, _SAMPLED // source.short))
     projected = rows @ vectors
-    cuts = []
-    for figure in figures:
+    found = []
+    weights = np.zeros(len(known.weights)) if chances is None else chances
+    for figure, low in zip(figures, known.low_cuts([figure.rho for figure in figures]), strict=True):
         scores = abs(projected[:, : figure.rank] @ vectors[:, : figure.rank].T).ravel()
-        guess = float(array_module(scores).quantile(scores, 1 - figure.rho))
-        weights = np.zeros((2, len(known.weights)))
-        weights[0] = 0.0 if chances is None else chances
-        weights[1] = known.above_low_cut(figure.rho)
-        rank = max(1, math.ceil(Fraction(str(figure.rho)) * known.numel))
-        cuts.append(ScoreCut(rank, guess, weights, error * known.support))
-    return cuts
+        place = int((1 - figure.rho) * (scores.size - 1))
+        guess = float(array_module(scores).partition(scores, place)[place])
+        rank = max(1, math.ceil(exactly(figure.rho) * known.numel))
+        found.append(ScoreCut(rank, guess, weights, low, error * known.support))
+    return found
 
 
 def _both(energies: _Energies, scores: _Scores) -> Callable[[Panel], None]:
     def visit(panel: Panel) -> None:
-        projected = panel.base @ energies.vectors
+        projected = product(panel.base, energies.vectors)
         energies.add(panel, projected)
         scores.add(panel, projected)
 
@@ -196,8 +199,8 @@ class _Energies:
         """Take a panel and ``W0 V`` of its rows."""
         xp = array_module(projected)
         add_gram(self._spanned, projected)
-        self._met += projected.T @ panel.delta
-        moved = panel.delta @ self.vectors
+        add_product(self._met, projected.T, panel.delta)
+        moved = product(panel.delta, self.vectors)
         self._kept += xp.einsum("ij,ij->j", moved, moved, dtype=np.float64)
 
     def shares(self, ranks: Sequence[int], total: float) -> Iterator[tuple[float, float, float]]:
@@ -221,14 +224,24 @@ class _Scores:
     def add(self, panel: Panel, projected: Array | None = None) -> None:
         """Count the scores of a panel for every cut that is not settled."""
         if projected is None:
-            projected = panel.base @ self._vectors
-        scores = array_module(projected).zeros((len(projected), len(self._vectors)), projected.dtype)
-        done = 0
-        for rank, cut in zip(self._ranks, self._cuts, strict=True):
-            scores += projected[:, done:rank] @ self._vectors[:, done:rank].T
-            done = rank
-            if cut in self._open:
-                cut.add(scores.astype(np.float32, copy=False), panel)
+            projected = product(panel.base, self._vectors)
+        at = cuts(len(projected), most=LANES)
+        lines = self._vectors.T
+
+        def count(lane: int) -> None:
+            rows = slice(at[lane], at[lane + 1])
+            part = Panel(panel.base[rows], panel.delta[rows])
+            scores, done = None, 0
+            for rank, cut in zip(self._ranks, self._cuts, strict=True):
+                if scores is None:
+                    scores = product(projected[rows, :rank], lines[:rank])
+                else:
+                    add_product(scores, projected[rows, done:rank], lines[done:rank])
+                done = rank
+                if cut in self._open:
+                    cut.add(scores.astype(np.float32, copy=False), part, lane)
+
+        in_parts(count, len(at) - 1)
 
     def settle(self) -> bool:
         """Finish a pass: True if every cut is found."""
@@ -241,10 +254,10 @@ def _complete(
     shares: tuple[float, float, float],
     covered: Covered | None,
     known: Survey,
-    chances: NDArray[np.float64] | None,
+    expected: float,
 ) -> Principal:
+    """The figures of a rho; `expected` is how many entries the null changes."""
     assert covered is not None
-    expected = math.nan if chances is None else float(chances @ known.weights)
 
     def of(part: float, whole: float) -> float:
         return part / whole if whole else math.nan

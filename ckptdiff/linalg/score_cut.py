@@ -16,11 +16,16 @@ from ckptdiff.backends.kernels.scores import count_scores
 from ckptdiff.linalg.passes import Array, Panel, array_module
 from ckptdiff.linalg.survey import MAGNITUDES, SMALL_CHANGE
 
-__all__ = ["Covered", "ScoreCut"]
+__all__ = ["LANES", "Covered", "ScoreCut"]
 
 _CODES = 1 << 31
+_OCTAVE = 1 << 23
 _BINS = 1 << 15
+_FEW_BINS, _FEW = 1 << 11, 1 << 15
+"""So many scores above the cut are counted in few bins, which cost less than the scores."""
 _FIELDS = 5
+LANES = 4
+"""Parts of a panel that are counted apart. Their sums are added in order, whichever threads made them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +61,34 @@ class ScoreCut:
         From 1.
     guess : float
         About where the cut is, 0 if nothing is known.
-    weights : float64 array, shape (2, 32768)
-        By magnitude of W0: the chance to be changed under the null, and not to be among the smallest.
+    chances : float64 array, shape (32768,)
+        By magnitude of W0, the chance to be changed under the null.
+    low : (int, float)
+        As :meth:`~ckptdiff.linalg.survey.Survey.low_cuts` gives it.
     error : float
         Standard error of a count of changed entries that needs no further zoom.
     """
 
-    def __init__(self, rank: int, guess: float, weights: NDArray[np.float64], error: float) -> None:
-        self._rank, self._weights, self._error = rank, weights, error
+    def __init__(
+        self, rank: int, guess: float, chances: NDArray[np.float64], low: tuple[int, float], error: float
+    ) -> None:
+        self._rank, self._chances, self._low, self._error = rank, chances, low, error
         self.covered: Covered | None = None
         code = int(np.float32(abs(guess)).view(np.uint32))
         if np.isfinite(guess) and code >> 23:
-            # One octave around the guess, in 2^15 bins.
-            self._open(8, (code - (1 << 22)) >> 8, _BINS)
+            # One octave around the guess.
+            bins = _BINS if rank > _FEW else _FEW_BINS
+            shift = (_OCTAVE // bins).bit_length() - 1
+            self._open(shift, (code - _OCTAVE // 2) >> shift, bins)
         else:
             self._open(16, 0, _BINS)
 
-    def _open(self, shift: int, low: int, bins: int) -> None:
-        self._shift, self._low = shift, low
-        self._counts = np.zeros((bins + 1, _FIELDS))
+    def _open(self, shift: int, start: int, bins: int) -> None:
+        self._shift, self._start = shift, start
+        self._bins = bins
+        self._lanes: list[NDArray[np.float64] | None] = [None] * LANES
 
-    def add(self, scores: Array, panel: Panel) -> None:
+    def add(self, scores: Array, panel: Panel, lane: int = 0) -> None:
         """Count a panel.
 
         Parameters
@@ -84,40 +96,51 @@ class ScoreCut:
         scores : float32 array, shape (rows, short), C-contiguous
         panel : Panel
             The same rows.
+        lane : int
+            From 0 to ``LANES - 1``; several may be filled at a time.
         """
         base = panel.base.astype(np.float32, copy=False).view(np.uint32)
         delta = panel.delta.astype(np.float32, copy=False)
+        counts = self._lanes[lane]
+        if counts is None:
+            counts = self._lanes[lane] = np.zeros((self._bins + 1, _FIELDS))
         if array_module(scores) is np:
-            arguments = np.float32(SMALL_CHANGE), np.uint32(self._low), np.uint32(self._shift), self._weights
-            count_scores(scores.view(np.uint32), base, delta, *arguments, self._counts)
+            window = np.uint32(self._shift), np.uint32(self._start)
+            low = np.uint32(self._low[0]), self._low[1]
+            values = scores.view(np.uint32), base, delta
+            count_scores(*values, self._chances, window, low, np.float32(SMALL_CHANGE), counts)
         else:
-            self._add_anywhere(scores, base, delta, array_module(scores))
+            self._add_anywhere(scores, base, delta, counts, array_module(scores))
 
-    def _add_anywhere(self, scores: Array, base: Array, delta: Array, xp: Any) -> None:
+    def _add_anywhere(self, scores: Array, base: Array, delta: Array, counts: NDArray[np.float64], xp: Any) -> None:
         """What the kernel does, in calls that NumPy and CuPy share."""
         codes = ((scores.view(np.uint32) & (_CODES - 1)) >> self._shift).astype(np.int64).ravel()
-        inside = codes >= self._low
-        rows = len(self._counts)
-        bins = xp.minimum(codes[inside] - self._low, rows - 1)
-        weights = xp.asarray(self._weights)[:, (base.ravel()[inside] >> 16) & (MAGNITUDES - 1)]
+        inside = codes >= self._start
+        rows = len(counts)
+        bins = xp.minimum(codes[inside] - self._start, rows - 1)
+        magnitudes = (base.ravel()[inside] >> 16) & (MAGNITUDES - 1)
+        not_low = xp.where(magnitudes == self._low[0], self._low[1], magnitudes > self._low[0])
+        chances = xp.asarray(self._chances)[magnitudes]
         values = abs(delta.ravel()[inside])
         changed = (values != 0).astype(np.float64)
         above = (values > SMALL_CHANGE).astype(np.float64)
-        for field, weight in enumerate((xp.ones_like(changed), changed, above, changed * weights[1], weights[0])):
+        for field, weight in enumerate((xp.ones_like(changed), changed, above, changed * not_low, chances)):
             found = xp.bincount(bins, weight, rows)
-            self._counts[:, field] += found.get() if hasattr(found, "get") else found
+            counts[:, field] += found.get() if hasattr(found, "get") else found
 
     def settle(self) -> bool:
         """Finish a pass: True if the cut is found, False if another pass is needed."""
-        from_top = np.cumsum(self._counts[::-1, 0])
+        counts = sum(lane for lane in self._lanes if lane is not None)
+        assert isinstance(counts, np.ndarray)
+        from_top = np.cumsum(counts[::-1, 0])
         place = int(np.searchsorted(from_top, self._rank))
-        row = len(self._counts) - 1 - place
-        if self._shift < 16 and not 0 <= row < len(self._counts) - 1:
+        row = len(counts) - 1 - place
+        if self._shift < 16 and not 0 <= row < len(counts) - 1:
             self._open(16, 0, _BINS)
             return False
-        at, above = self._counts[row], self._counts[row + 1 :].sum(axis=0)
+        at, above = counts[row], counts[row + 1 :].sum(axis=0)
         if self._shift and 0.5 * at[1] ** 0.5 > self._error:
-            self._open(0, (self._low + row) << self._shift, 1 << self._shift)
+            self._open(0, (self._start + row) << self._shift, 1 << self._shift)
             return False
         share = (self._rank - above[0]) / at[0]
         self.covered = Covered(*(above + share * at).tolist())

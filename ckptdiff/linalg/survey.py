@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,12 +15,18 @@ from numpy.typing import NDArray
 from ckptdiff.backends.kernels.scores import count_magnitudes
 from ckptdiff.linalg.passes import Panel, Stage, array_module
 
-__all__ = ["MAGNITUDES", "SMALL_CHANGE", "Survey", "survey"]
+__all__ = ["MAGNITUDES", "SMALL_CHANGE", "Survey", "exactly", "survey"]
 
 MAGNITUDES = 1 << 15
 """Bins of |W0|: the leading 15 magnitude bits of its float32, which are all that bfloat16 has."""
 SMALL_CHANGE = 1e-5
 """The threshold of the second support (S1)."""
+
+
+@cache
+def exactly(rho: float) -> Fraction:
+    """A share as it is written: 0.1 is one tenth."""
+    return Fraction(str(rho))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +56,17 @@ class Survey:
         """Entries with d != 0."""
         return int(self.changed.sum())
 
-    def above_low_cut(self, rho: float) -> NDArray[np.float64]:
-        """Chance of each magnitude not to be among the ceil(rho N) smallest; ties at the cut count fractionally.
+    def low_cuts(self, rhos: Sequence[float]) -> Iterator[tuple[int, float]]:
+        """Magnitude at which the ceil(rho N) smallest end, and the share of its entries beyond them, for each rho.
 
-        Exact where a magnitude bin holds one value, as under bfloat16; for wider formats all of the boundary bin
-        counts as tied.
+        Ties at the cut count fractionally. Exact where a magnitude bin holds one value, as under bfloat16; for wider
+        formats all of the boundary bin counts as tied.
         """
-        rank = max(1, math.ceil(Fraction(str(rho)) * self.numel))
-        before = np.cumsum(self.weights) - self.weights
-        taken = np.clip(rank - before, 0, self.weights)
-        low: NDArray[np.float64] = np.divide(taken, self.weights, out=np.ones(MAGNITUDES), where=self.weights > 0)
-        return 1.0 - low
+        up_to = np.cumsum(self.weights)
+        for rho in rhos:
+            rank = max(1, math.ceil(exactly(rho) * self.numel))
+            cut = int(np.searchsorted(up_to, rank))
+            yield cut, float((up_to[cut] - rank) / self.weights[cut])
 
 
 def survey(counted: bool = True) -> Stage[Survey]:

@@ -1,4 +1,4 @@
-"""The two dense kernels that the spectra rest on: Gram matrices, and their leading eigenpairs."""
+"""Symmetric matrices: Gram matrices, and their eigenpairs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.errors import OptionError
+from ckptdiff.linalg.blas import eigh_all, eigh_part, solve_lower_block
 from ckptdiff.linalg.passes import Array, Panel, Side, Stage, array_module
+from ckptdiff.linalg.products import add_gram
 
 __all__ = [
-    "add_gram",
     "eigenvalues",
     "eigh_bottom",
     "eigh_top",
@@ -37,24 +38,6 @@ def require_scipy() -> None:
         raise OptionError(
             "spectra need SciPy and threadpoolctl, which are not installed", hint="pip install 'ckptdiff[spectra]'"
         ) from None
-
-
-def add_gram(total: Array, panel: Array) -> None:
-    """Add ``panel.T @ panel`` to the lower triangle of `total`, in place.
-
-    Parameters
-    ----------
-    total : float array, shape (n, n), C-contiguous
-    panel : float array, shape (rows, n), C-contiguous, of the same dtype
-    """
-    if array_module(panel) is not np:
-        total += panel.T @ panel
-        return
-    from scipy.linalg import blas
-
-    # BLAS sees the C-contiguous arrays as their transposes, so its upper triangle is the lower one here.
-    rank_k = blas.ssyrk if panel.dtype == np.float32 else blas.dsyrk
-    rank_k(1.0, panel.T, beta=1.0, c=total.T, overwrite_c=True)
 
 
 def gram_of(side: Side, short: int, dtype: Any, xp: Any = np) -> Stage[Array]:
@@ -89,22 +72,22 @@ def eigenvalues(matrix: Array) -> NDArray[np.float64]:
     if array_module(matrix) is not np:
         found = array_module(matrix).linalg.eigvalsh(matrix).get()
     else:
-        import scipy.linalg
-
-        found = scipy.linalg.eigh(matrix.T, lower=False, eigvals_only=True, driver="evr", check_finite=False)
+        found, _ = eigh_part(matrix.copy(), 0, len(matrix) - 1, vectors=False)
     return np.asarray(found[::-1], np.float64)
 
 
-def eigh_top(matrix: Array, count: int) -> tuple[Array, Array]:
+def eigh_top(matrix: Array, count: int, *, with_vectors: bool = True) -> tuple[Array, Array]:
     """The `count` largest eigenpairs of a symmetric matrix given by its lower triangle; overwrites it.
 
     Returns
     -------
     values : array, shape (count,)
         Largest first.
-    vectors : array, shape (n, count)
+    vectors : array, shape (n, count), or (n, 0) if none are asked for
     """
     n = matrix.shape[0]
+    if not with_vectors:
+        return eigenvalues(matrix)[:count], array_module(matrix).empty((n, 0), matrix.dtype)
     values, vectors = _eigh(matrix, n - count, n - 1)
     return values[::-1], array_module(vectors).ascontiguousarray(vectors[:, ::-1])
 
@@ -121,23 +104,21 @@ def _eigh(matrix: Array, first: int, last: int) -> tuple[Array, Array]:
     if xp is not np:
         values, vectors = xp.linalg.eigh(matrix)
         return values[first : last + 1], vectors[:, first : last + 1]
-    import scipy.linalg
-
-    # The transpose is the Fortran-ordered array that LAPACK works on in place.
-    given: dict[str, Any] = {"lower": False, "overwrite_a": True, "check_finite": False}
     if 3 * (last - first) < matrix.shape[0]:
         # Inverse iteration is the quicker way to a part of the vectors.
-        values, vectors = scipy.linalg.eigh(matrix.T, subset_by_index=(first, last), driver="evr", **given)
-        return values, vectors
+        values, rows = eigh_part(matrix, first, last)
+        return values, rows.T
     # Divide and conquer is the quicker one to most of them, and the safe one among many equal eigenvalues.
-    values, vectors = scipy.linalg.eigh(matrix.T, driver="evd", **given)
-    return values[first : last + 1], vectors[:, first : last + 1]
+    values, rows = eigh_all(matrix)
+    return values[first : last + 1], rows[first : last + 1].T
 
 
 def solve_lower(factor: Array, right: Array) -> Array:
     """Solve ``factor @ x = right`` for a lower triangular factor."""
-    if array_module(factor) is np:
-        from scipy.linalg import solve_triangular
-    else:
+    if array_module(factor) is not np:
         from cupyx.scipy.linalg import solve_triangular
-    return solve_triangular(factor, right, lower=True, check_finite=False)
+
+        return solve_triangular(factor, right, lower=True, check_finite=False)
+    found = np.array(right, order="C")
+    solve_lower_block(np.ascontiguousarray(factor), found)
+    return found

@@ -12,11 +12,12 @@ from ckptdiff.backends.formats import FORMATS, compare_format
 from ckptdiff.checkpoint import TensorPair
 from ckptdiff.engine import run
 from ckptdiff.errors import PairingError
+from ckptdiff.linalg.threads import one_blas_thread, product_threads
 from ckptdiff.lora.adapter import AdapterWriter
 from ckptdiff.lora.factors import Factors, factorize
 from ckptdiff.lora.targets import refusal
 from ckptdiff.memory import resident
-from ckptdiff.options import MaskRule, Options
+from ckptdiff.options import MaskRule, Options, default_threads
 from ckptdiff.planning import prepare
 from ckptdiff.result import Diff
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
@@ -175,4 +176,5 @@ class _Job:
         taken = resident()
         free = (self.options.max_memory or default_bound(_MEMORY, taken)) - taken
         fits = 2 * cache_bytes(view, dtype.itemsize) < free
-        return factorize(panels.cached() if fits else panels, norm, self.rank, self.energy, self.seed)
+        with one_blas_thread(), product_threads(self.options.threads or default_threads()):
+            return factorize(panels.cached() if fits else panels, norm, self.rank, self.energy, self.seed)

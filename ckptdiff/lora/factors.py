@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.linalg.krylov import KrylovOptions, direct_values, krylov_values
 from ckptdiff.linalg.passes import Array, Panel, PanelSource, Stage, run_together
+from ckptdiff.linalg.products import product
 
 __all__ = ["Factors", "factorize"]
 
@@ -78,13 +79,13 @@ def factorize(source: PanelSource, delta_norm: float, most: int, energy: float |
 
 def _moved(vectors: Array, long: int) -> Stage[Any]:
     """One pass: ``d V``."""
-    product = np.empty((long, vectors.shape[1]), vectors.dtype)
+    projected = np.empty((long, vectors.shape[1]), vectors.dtype)
     done = 0
 
     def project(panel: Panel) -> None:
         nonlocal done
-        product[done : done + len(panel.delta)] = panel.delta @ vectors
+        projected[done : done + len(panel.delta)] = product(panel.delta, vectors)
         done += len(panel.delta)
 
     yield project
-    return product
+    return projected

@@ -72,7 +72,7 @@ def measure_randomized(
     """
     short = source.short
     if short <= options.block * options.steps * 2:
-        leading = direct_values(short, ENERGY_RANKS)
+        leading = direct_values(short, ENERGY_RANKS, with_vectors=False)
     else:
         krylov = KrylovOptions(options.block, options.steps, seed=options.seed)
         leading = krylov_values(short, ENERGY_RANKS, source.dtype, krylov)

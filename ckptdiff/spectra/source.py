@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from ckptdiff.backends.formats import Format
 from ckptdiff.checkpoint import TensorInfo, TensorPair
 from ckptdiff.linalg.passes import ArrayPanels, Panel
+from ckptdiff.linalg.products import cuts
+from ckptdiff.linalg.threads import in_parts
 from ckptdiff.spectra.decode import decode
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.stream.reader import OpenShards
@@ -65,25 +67,30 @@ class StoredPanels:
     def cached(self) -> ArrayPanels:
         """The same pair, read and decoded now."""
         base, delta = (np.empty((self.long, self.short), self.dtype) for _ in range(2))
-        if not self._view.wide:
-            for first, panel in self._numbered(self.panels()):
-                base[first : first + len(panel.base)] = panel.base
-                delta[first : first + len(panel.base)] = panel.delta
-        else:
-            rows = max(1, PANEL // self.long)
-            for first in range(0, self.short, rows):
-                stop = min(first + rows, self.short)
-                sides = [self._stored_rows(side, first, stop, 0, self.long) for side in (0, 1)]
-                base[:, first:stop] = sides[0].T
-                np.subtract(sides[1].T, sides[0].T, out=delta[:, first:stop])
+        # Stored rows, a panel or so at a time.
+        count = self.short if self._view.wide else self.long
+        rows = max(1, PANEL // self._view.columns)
+        at = cuts(count)
+
+        def decode_part(part: int) -> None:
+            reader = StoredPanels(self._shards, self._pair, self._formats, self._view, self.dtype)
+            for first in range(at[part], at[part + 1], rows):
+                stop = min(first + rows, at[part + 1])
+                sides = reader._whole_rows(first, stop)
+                if self._view.wide:
+                    base[:, first:stop] = sides[0].T
+                    np.subtract(sides[1].T, sides[0].T, out=delta[:, first:stop])
+                else:
+                    base[first:stop] = sides[0]
+                    np.subtract(sides[1], sides[0], out=delta[first:stop])
+
+        in_parts(decode_part, len(at) - 1)
         return ArrayPanels(base, delta, self._rows)
 
-    @staticmethod
-    def _numbered(panels: Iterator[Panel]) -> Iterator[tuple[int, Panel]]:
-        first = 0
-        for panel in panels:
-            yield first, panel
-            first += len(panel.base)
+    def _whole_rows(self, first: int, stop: int) -> list[Floats]:
+        """Stored rows of both sides."""
+        sides = [self._stored_rows(0, first, stop, 0, self._view.columns)]
+        return [*sides, sides[0] if self._pair.same_bytes else self._stored_rows(1, first, stop, 0, self._view.columns)]
 
     def _read(self, first: int, stop: int) -> tuple[Floats, Floats]:
         base = self._side(0, first, stop)

@@ -1,40 +1,34 @@
-"""The spectral stage: every matrix of a plan, one after the other, after the coordinate pass.
-
-BLAS uses the cores of the machine, so that matrices need no threads of their own.
-"""
+"""The spectral stage: every matrix of a plan, several at a time, after the coordinate pass."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.formats import FORMATS, compare_format
 from ckptdiff.checkpoint import Kind, TensorPair
-from ckptdiff.linalg.blas_threads import blas_threads
-from ckptdiff.linalg.passes import PanelSource, run_together
-from ckptdiff.linalg.survey import Survey, survey
+from ckptdiff.linalg.threads import one_blas_thread
 from ckptdiff.memory import resident
 from ckptdiff.metrics.catalogue import RHO, flat_key
 from ckptdiff.metrics.spectral import SPECTRAL_KEYS, Spectra
-from ckptdiff.options import Options, SpectraOptions, default_threads
+from ckptdiff.options import Options, default_threads
 from ckptdiff.result import Diff
-from ckptdiff.spectra.matrices import MatrixView, matrices_of
-from ckptdiff.spectra.measure import MatrixSpectra, measure_exact, measure_randomized
-from ckptdiff.spectra.memory import Room, cache_bytes, exact_bytes, randomized_bytes, room_of
-from ckptdiff.spectra.source import StoredPanels
+from ckptdiff.spectra.in_order import Task, in_order
+from ckptdiff.spectra.job import Job, Measuring
+from ckptdiff.spectra.matrices import matrices_of
+from ckptdiff.spectra.measure import MatrixSpectra
+from ckptdiff.spectra.memory import room_of
 from ckptdiff.stream.reader import OpenShards
 
 __all__ = ["SpectraTable", "TensorSpectra", "measure_spectra"]
 
-_SMALL = 1 << 19
-"""Entries of a matrix that one thread measures in no more time than it takes several to agree."""
-_SAFE = (1e-12, 1e12)
-"""Norms whose squares and fourth powers float32 can add up."""
+_SMALL = 1 << 20
+"""Entries of the matrices that are handed to a thread together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,85 +84,46 @@ def measure_spectra(
     """
     unchanged = diff.columns["numel"] == diff.columns["unchanged_bitwise"]
     on_grid = ~np.isnan(diff.columns[flat_key("low_coverage_null", RHO[0])]) & (options.compare == "bf16")
-    room, threads = room_of(options, resident()), options.threads or default_threads()
-    for index, pair in enumerate(pairs):
-        views = matrices_of(pair.name, pair.base.shape) if pair.base.kind is Kind.FLOAT else []
-        if unchanged[index]:
-            yield TensorSpectra(index, tuple(_failed("the update is zero") for _ in views))
-            continue
-        job = _Job(pair, shards, options, room, bool(on_grid[index]))
-        found = []
-        for view in views:
-            with blas_threads(threads if view.long * view.short > _SMALL else 1):
-                found.append(job.measure(view))
-        yield TensorSpectra(index, tuple(found))
+    threads = options.threads or default_threads()
+    measuring = Measuring(shards, options, room_of(options, resident()), threads)
+
+    def jobs() -> Iterator[Job]:
+        for index, pair in enumerate(pairs):
+            views = matrices_of(pair.name, pair.base.shape) if pair.base.kind is Kind.FLOAT else []
+            for view in views:
+                yield Job(index, pair, view, bool(on_grid[index]), bool(unchanged[index]))
+
+    with one_blas_thread():
+        done = in_order(_tasks(jobs(), measuring), threads, measuring.stop.set)
+        yield from _by_tensor((found for batch in done for found in batch), len(pairs))
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What the matrices of one tensor have in common."""
+def _tasks(jobs: Iterator[Job], measuring: Measuring) -> Iterator[Task[list[tuple[int, MatrixSpectra]]]]:
+    """Matrices as tasks: small ones many at a time, since each would take less time than to hand it over."""
+    batch: list[Job] = []
 
-    pair: TensorPair
-    shards: OpenShards
-    options: Options
-    room: Room
-    on_grid: bool
+    def taken() -> Task[list[tuple[int, MatrixSpectra]]]:
+        size, slots = sum(job.size for job in batch), max(measuring.slots(job) for job in batch)
+        return Task(partial(measuring.measure_all, tuple(batch), slots), slots, size)
 
-    def measure(self, view: MatrixView) -> MatrixSpectra:
-        """Measure one matrix in the mode that was asked for, or in the one that it allows."""
-        wanted = self._wanted
-        note = self._too_large(view) if wanted.mode == "exact" else ""
-        exact = wanted.mode == "exact" and not note
-        needed = exact_bytes(view, False) if exact else self._randomized_bytes(view, 4)
-        if needed > self.room.free:
-            return _failed(f"it takes {needed >> 20} MiB, and --max-memory leaves {self.room.free >> 20} MiB")
-        source = self._source(view, np.dtype(np.float64 if exact else np.float32), needed)
-        (known,) = run_together(source, survey())
-        reason = _unmeasurable(known)
-        if reason:
-            return _failed(reason)
-        if exact:
-            together = exact_bytes(view, True) <= self.room.free
-            return measure_exact(source, known, view, self.on_grid, together)
-        if not all(_SAFE[0] < norm < _SAFE[1] for norm in (known.base_norm, known.delta_norm) if norm):
-            source = self._source(view, np.dtype(np.float64), self._randomized_bytes(view, 8))
-        found = measure_randomized(source, known, view, self.on_grid, wanted)
-        return replace(found, reasons=(*([note] if note else []), *found.reasons))
-
-    @property
-    def _wanted(self) -> SpectraOptions:
-        assert self.options.spectra is not None
-        return self.options.spectra
-
-    def _randomized_bytes(self, view: MatrixView, itemsize: int) -> int:
-        return randomized_bytes(view, itemsize, self._wanted.block * self._wanted.steps)
-
-    def _too_large(self, view: MatrixView) -> str:
-        """Why exact mode falls back to randomized."""
-        if view.short > self._wanted.limit:
-            return f"both sides are longer than {self._wanted.limit}: randomized"
-        needed = exact_bytes(view, False)
-        if needed > self.room.free:
-            return f"exact takes {needed >> 20} MiB, and --max-memory leaves {self.room.free >> 20} MiB: randomized"
-        return ""
-
-    def _source(self, view: MatrixView, dtype: np.dtype[Any], needed: int) -> PanelSource:
-        """The matrix in memory if it fits beside the work space, else read in every pass."""
-        stored = FORMATS[self.pair.base.dtype.lower()], FORMATS[self.pair.tuned.dtype.lower()]
-        formats = *stored, compare_format(*stored, self.options.compare)
-        panels = StoredPanels(self.shards, self.pair, formats, view, dtype)
-        fits = needed + cache_bytes(view, dtype.itemsize) <= self.room.free
-        return panels.cached() if fits else panels
+    for job in jobs:
+        if batch and sum(held.size for held in batch) + job.size > _SMALL:
+            yield taken()
+            batch.clear()
+        batch.append(job)
+    if batch:
+        yield taken()
 
 
-def _failed(reason: str) -> MatrixSpectra:
-    return MatrixSpectra("", reasons=(reason,))
-
-
-def _unmeasurable(known: Survey) -> str:
-    if not math.isfinite(known.base_norm) or not math.isfinite(known.delta_norm):
-        return "NaN or Inf in it"
-    return "" if known.delta_norm else "the update is zero"
+def _by_tensor(found: Iterator[tuple[int, MatrixSpectra]], tensors: int) -> Iterator[TensorSpectra]:
+    """Gather the matrices of each tensor."""
+    following = next(found, None)
+    for index in range(tensors):
+        matrices = []
+        while following is not None and following[0] == index:
+            matrices.append(following[1])
+            following = next(found, None)
+        yield TensorSpectra(index, tuple(matrices))
 
 
 class SpectraTable:
@@ -195,4 +150,4 @@ class SpectraTable:
 
 def _median(values: Sequence[float]) -> float:
     defined = [value for value in values if not math.isnan(value)]
-    return float(np.median(defined)) if defined else math.nan
+    return statistics.median(defined) if defined else math.nan

@@ -14,6 +14,9 @@ import ckptdiff
 from ckptdiff.cli import main
 from ckptdiff.options import SpectraOptions
 from ckptdiff.result import Diff
+from ckptdiff.spectra.job import Measuring
+from ckptdiff.spectra.matrices import MatrixView
+from ckptdiff.spectra.memory import Room, cache_bytes, randomized_bytes
 
 BF16 = ml_dtypes.bfloat16
 Sides = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
@@ -104,13 +107,43 @@ def test_slices_of_experts_and_convolutions(pair: tuple[Path, Path], sides: Side
 
 def test_a_matrix_streamed_is_a_matrix_in_memory(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {mode: spectral(ckptdiff.diff(*pair, spectra=mode)) for mode in ("randomized", "exact")}
-    monkeypatch.setattr("ckptdiff.spectra.stage.cache_bytes", lambda view, itemsize: 1 << 60)
+    monkeypatch.setattr("ckptdiff.spectra.job.cache_bytes", lambda view, itemsize: 1 << 60)
     monkeypatch.setattr("ckptdiff.spectra.source.PANEL", 1 << 10)
     for io in ("pread", "mmap"):
         for mode, known in kept.items():
             streamed = spectral(ckptdiff.diff(*pair, spectra=mode, io=io))
             for name, row in known.items():
                 assert_close(streamed[name], row, 1e-4 if mode == "randomized" else 1e-7)
+
+
+@pytest.mark.parametrize("mode", ["randomized", "exact"])
+def test_no_digit_depends_on_threads_memory_or_io(pair: tuple[Path, Path], mode: str) -> None:
+    expected = json.dumps(spectral(ckptdiff.diff(*pair, spectra=mode, threads=1)))
+    for how in ({"threads": 2}, {"threads": 5, "io": "mmap"}, {"threads": 3, "max_memory": "8G"}):
+        assert json.dumps(spectral(ckptdiff.diff(*pair, spectra=mode, **how))) == expected
+
+
+def test_a_large_matrix_takes_the_threads_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    base = {f"w{i}": rng.standard_normal((700, 650)).astype(np.float32) for i in range(3)}
+    tuned = {name: side + np.float32(1e-3) * rng.standard_normal(side.shape, np.float32) for name, side in base.items()}
+    save_file(base, tmp_path / "a.safetensors")
+    save_file(tuned, tmp_path / "b.safetensors")
+    sides = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    known = spectral(ckptdiff.diff(*sides, spectra="randomized", threads=4))
+    slots: list[int] = []
+    measure_all = Measuring.measure_all
+    monkeypatch.setattr(
+        Measuring, "measure_all", lambda self, jobs, taken: slots.append(taken) or measure_all(self, jobs, taken)
+    )
+    free = randomized_bytes(MatrixView(0, 700, 650), 4, 320) + cache_bytes(MatrixView(0, 700, 650), 4)
+    monkeypatch.setattr("ckptdiff.spectra.stage.room_of", lambda options, taken: Room(free, 0))
+    assert spectral(ckptdiff.diff(*sides, spectra="randomized", threads=4)) == known
+    assert slots == [4, 4]  # two of them in one go
+    slots.clear()
+    monkeypatch.setattr("ckptdiff.spectra.stage.room_of", lambda options, taken: Room(2 * free, 0))
+    assert spectral(ckptdiff.diff(*sides, spectra="randomized", threads=4)) == known
+    assert slots == [2, 2]
 
 
 def assert_close(found: Any, known: Any, error: float) -> None:

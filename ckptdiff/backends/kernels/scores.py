@@ -44,7 +44,7 @@ def count_magnitudes(base: Array, delta: Array, threshold: Any, counts: Array) -
 
 @kernel
 def count_scores(
-    scores: Array, base: Array, delta: Array, threshold: Any, low: Any, shift: Any, weights: Array, counts: Array
+    scores: Array, base: Array, delta: Array, chances: Array, window: Any, low: Any, threshold: Any, counts: Array
 ) -> None:
     """Add what is known of each entry to the bin of its score.
 
@@ -55,27 +55,34 @@ def count_scores(
     base : uint32 array of the same shape
         Codes of float32 values.
     delta : float32 array of the same shape
+    chances : float64 array, shape (32768,)
+        By magnitude of the base, the chance to be changed under the null.
+    window : (uint32, uint32)
+        Score codes are shifted right by the first, and bin 0 starts at the second.
+    low : (uint32, float64)
+        Magnitude of the base at which the smallest end, and which share of the entries there is not among them.
     threshold : float32
-    low, shift : uint32
-        Score codes are shifted right, and bin 0 starts at ``low``.
-    weights : float64 array, shape (2, 32768)
-        By magnitude of the base: the chance to be changed under the null, and not to be among the smallest.
     counts : float64 array, shape (bins + 1, 5)
         Entries, changed ones, changed above the threshold, changed and not among the smallest, and sum of chances, by
         bin of the score; the last row takes what lies above all bins, and what lies below is left out.
     """
     last = np.uint32(counts.shape[0] - 1)
+    shift, start = window
+    low_cut, not_low = low
     for i in range(scores.shape[0]):
         for j in range(scores.shape[1]):
             code = (scores[i, j] & np.uint32(0x7FFF_FFFF)) >> shift
-            if code < low:
+            if code < start:
                 continue
-            bin_ = min(code - low, last)
+            bin_ = min(code - start, last)
             magnitude = (base[i, j] >> np.uint32(16)) & np.uint32(0x7FFF)
             counts[bin_, 0] += 1.0
-            counts[bin_, 4] += weights[0, magnitude]
+            counts[bin_, 4] += chances[magnitude]
             d = delta[i, j]
             if d != 0:
                 counts[bin_, 1] += 1.0
                 counts[bin_, 2] += abs(d) > threshold
-                counts[bin_, 3] += weights[1, magnitude]
+                if magnitude > low_cut:
+                    counts[bin_, 3] += 1.0
+                elif magnitude == low_cut:
+                    counts[bin_, 3] += not_low

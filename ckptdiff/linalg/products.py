@@ -1,0 +1,86 @@
+"""Matrix products, cut into parts that the threads of a matrix share.
+
+The parts depend on the sizes alone, so that no digit depends on the number of threads.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ckptdiff.linalg.blas import add_gram_block, add_product_block
+from ckptdiff.linalg.passes import Array, array_module
+from ckptdiff.linalg.threads import in_parts
+
+__all__ = ["add_gram", "add_product", "cuts", "product"]
+
+_PART = 256
+"""Rows of a part, at least: what a part reads again should cost little beside its product."""
+_MOST_PARTS = 16
+_GRAM_PART = 512
+
+
+def cuts(size: int, least: int = _PART, most: int = _MOST_PARTS) -> list[int]:
+    """Where to cut `size` rows: a power of two of nearly equal parts of `least` rows or more, ends included."""
+    parts = min(1 << max((size // least).bit_length() - 1, 0), most)
+    # Whole vectors of the processor.
+    step = -(-size // (16 * parts)) * 16
+    return [min(step * part, size) for part in range(parts + 1)]
+
+
+def product(left: Array, right: Array) -> Array:
+    """``left @ right``.
+
+    Parameters
+    ----------
+    left, right : float arrays of one dtype, shapes (m, k) and (k, n), with contiguous rows or columns
+    """
+    if array_module(left) is not np:
+        return left @ right
+    out = np.empty((left.shape[0], right.shape[1]), left.dtype)
+    _products(out, left, right, keep=False)
+    return out
+
+
+def add_product(out: Array, left: Array, right: Array) -> None:
+    """Add ``left @ right`` to `out`, in place.
+
+    Parameters
+    ----------
+    out : float array, shape (m, n), C-contiguous
+    left, right
+        As for :func:`product`.
+    """
+    if array_module(left) is not np:
+        out += left @ right
+    else:
+        _products(out, left, right, keep=True)
+
+
+def _products(out: Array, left: Array, right: Array, *, keep: bool) -> None:
+    at = cuts(len(out))
+    in_parts(
+        lambda part: add_product_block(out[at[part] : at[part + 1]], left[at[part] : at[part + 1]], right, keep=keep),
+        len(at) - 1,
+    )
+
+
+def add_gram(total: Array, panel: Array) -> None:
+    """Add ``panel.T @ panel`` to the lower triangle of `total`, in place.
+
+    Parameters
+    ----------
+    total : float array, shape (n, n), C-contiguous
+    panel : float array, shape (rows, n), C-contiguous, of the same dtype
+    """
+    if array_module(panel) is not np:
+        total += panel.T @ panel
+        return
+    at = cuts(panel.shape[1], _GRAM_PART)
+
+    def add(part: int) -> None:
+        first, stop = at[part], at[part + 1]
+        add_gram_block(total[first:stop, first:stop], panel[:, first:stop])
+        if stop < at[-1]:
+            add_product_block(total[stop:, first:stop], panel[:, stop:].T, panel[:, first:stop])
+
+    in_parts(add, len(at) - 1)

@@ -1,0 +1,75 @@
+"""Run tasks of different weight side by side, and hand back what they give in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+__all__ = ["Task", "in_order"]
+
+Result = TypeVar("Result")
+
+_AHEAD = 8
+"""Tasks a slot that may be begun before the first that is not done: enough for a large one to begin in good time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task(Generic[Result]):
+    """Something to do.
+
+    Attributes
+    ----------
+    work : callable
+    slots : int
+        Of the machine, that it takes.
+    size : int
+        About how long it takes; of those that may begin the longest is first.
+    """
+
+    work: Callable[[], Result]
+    slots: int
+    size: int
+
+
+def in_order(tasks: Iterator[Task[Result]], slots: int, stop: Callable[[], None]) -> Iterator[Result]:
+    """Yield the result of each task, in the order of the tasks.
+
+    Parameters
+    ----------
+    tasks : iterator of Task
+        Each of at most `slots` slots.
+    slots : int
+        What all tasks that run at a time may take together.
+    stop : callable
+        Called when the caller gives up or a task fails, so that tasks under way may end early.
+    """
+    waiting: list[tuple[int, Task[Result]]] = []
+    running: dict[Future[Result], tuple[int, int]] = {}
+    done: dict[int, Result] = {}
+    begun, ended, free = 0, 0, slots
+    pool = ThreadPoolExecutor(slots, thread_name_prefix="ckptdiff-spectra")
+    try:
+        while True:
+            while begun < ended + _AHEAD * slots and (task := next(tasks, None)) is not None:
+                waiting.append((begun, task))
+                begun += 1
+            for place, task in sorted(waiting, key=lambda entry: -entry[1].size):
+                if task.slots <= free:
+                    waiting.remove((place, task))
+                    running[pool.submit(task.work)] = place, task.slots
+                    free -= task.slots
+            if ended in done:
+                yield done.pop(ended)
+                ended += 1
+                continue
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                place, freed = running.pop(future)
+                free += freed
+                done[place] = future.result()
+    finally:
+        stop()
+        pool.shutdown(wait=True, cancel_futures=True)

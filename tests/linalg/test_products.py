@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import threading
+from concurrent.futures import CancelledError
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from spectrum_cases import base, update
+
+from ckptdiff.linalg.krylov import KrylovOptions, krylov_values
+from ckptdiff.linalg.passes import ArrayPanels, run_together
+from ckptdiff.linalg.principal import principal
+from ckptdiff.linalg.products import add_gram, add_product, cuts, product
+from ckptdiff.linalg.survey import survey
+from ckptdiff.linalg.threads import in_parts, one_blas_thread, product_threads
+
+
+@given(st.integers(1, 1 << 20), st.integers(256, 1024), st.integers(1, 16))
+def test_cuts_leave_no_part_empty(size: int, least: int, most: int) -> None:
+    at = cuts(size, least, most)
+    assert at[0] == 0
+    assert at[-1] == size
+    assert all(first < stop for first, stop in pairwise(at))
+    assert len(at) - 1 <= most
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_products(dtype: Any, threads: int) -> None:
+    rng = np.random.default_rng(0)
+    left, right, panel = (rng.standard_normal(shape).astype(dtype) for shape in ((1200, 90), (90, 70), (60, 1500)))
+    error = 1e-3 if dtype == np.float32 else 1e-11
+    with product_threads(threads):
+        found = product(left, right)
+        assert np.allclose(found, left @ right, rtol=0, atol=error)
+        add_product(found, left, right)
+        assert np.allclose(found, 2 * left @ right, rtol=0, atol=error)
+        total = np.zeros((1500, 1500), dtype)
+        for _ in range(2):
+            add_gram(total, panel)
+    assert np.allclose(np.tril(total), np.tril(2 * panel.T @ panel), rtol=0, atol=error)
+
+
+def test_no_digit_depends_on_the_number_of_threads() -> None:
+    weights, delta = (side.astype(np.float32) for side in (base(1333, 701, 1), update("s1", 1333, 701, 2)))
+    source = ArrayPanels(weights, delta, 1100)
+    found = []
+    for threads in (1, 2, 5):
+        with one_blas_thread(), product_threads(threads):
+            (known,) = run_together(source, survey())
+            stages = (
+                krylov_values(701, (16, 64), np.float32, KrylovOptions()),
+                principal(source, known, (0.05, 0.2), np.full(1 << 15, 0.3), error=1e-6),
+            )
+            leading, (values, figures) = run_together(source, *stages)
+            found.append((leading.lower.tobytes(), leading.upper, values.tobytes(), figures))
+    assert found[0] == found[1] == found[2]
+
+
+def test_parts_are_all_done_and_failures_come_through() -> None:
+    done: list[int] = []
+    with product_threads(4):
+        in_parts(done.append, 9)
+        assert sorted(done) == list(range(9))
+        with pytest.raises(ZeroDivisionError):
+            in_parts(lambda part: 1 // part, 3)
+
+
+def test_products_end_when_told_to() -> None:
+    stop = threading.Event()
+    with product_threads(1, stop):
+        product(np.ones((2, 2)), np.ones((2, 2)))
+        stop.set()
+        with pytest.raises(CancelledError):
+            product(np.ones((2, 2)), np.ones((2, 2)))
+    product(np.ones((2, 2)), np.ones((2, 2)))
