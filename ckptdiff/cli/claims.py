@@ -9,6 +9,7 @@ import click
 
 from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
+from ckptdiff.cli.inputs import progress_option, resource_options, tensor_options
 from ckptdiff.cli.session import Session
 from ckptdiff.cli.target import ReportTarget, files_of
 from ckptdiff.cli.view import verbosity
@@ -28,6 +29,8 @@ __all__ = ["claims"]
     default="exact",
     help="How to measure spectra; only exact has numerical ranks. A run file has its own.",
 )
+@tensor_options
+@resource_options
 @click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", help="Format of the report.")
 @click.option(
     "-O",
@@ -37,6 +40,7 @@ __all__ = ["claims"]
     show_default="-, that is stdout",
     help="Write the report to a file.",
 )
+@progress_option
 @verbosity
 @click.pass_obj
 def claims(session: Session, /, paths: tuple[str, ...], **given: Any) -> int:
@@ -52,6 +56,8 @@ def claims(session: Session, /, paths: tuple[str, ...], **given: Any) -> int:
     session.traceback |= given["verbose"]
     if len(paths) > 2:
         raise OptionError("too many paths", expected="BASE TUNED, or a run file", found=len(paths))
+    if len(paths) == 1 and (given["renames"] or given["include"] or given["exclude"]):
+        raise OptionError("--map, --include and --exclude are for BASE TUNED", file=paths[0], hint="leave them out")
     kept = [file for path in paths for file in (files_of(path) if len(paths) == 2 else [Path(path)])]
     target = ReportTarget.choose(given["output"], binary=False, kept=kept)
     diff = _measured(*paths, given) if len(paths) == 2 else _loaded(paths[0])
@@ -64,11 +70,19 @@ def claims(session: Session, /, paths: tuple[str, ...], **given: Any) -> int:
 def _measured(base: str, tuned: str, given: dict[str, Any]) -> Diff:
     from ckptdiff.engine import run
     from ckptdiff.linalg.symmetric import require_scipy
-    from ckptdiff.options import MaskRule, Options, SpectraOptions
+    from ckptdiff.options import MaskRule, Options, SpectraOptions, parse_size
 
     require_scipy()
-    options = Options(mask=MaskRule("none"), spectra=SpectraOptions(given["spectra"]))
-    with progress(quiet=given["quiet"]) as tell:
+    options = Options(
+        mask=MaskRule("none"),
+        renames=given["renames"],
+        include=given["include"],
+        exclude=given["exclude"],
+        threads=given["threads"],
+        max_memory=0 if given["max_memory"] is None else parse_size(given["max_memory"]),
+        spectra=SpectraOptions(given["spectra"]),
+    )
+    with progress(shown=given["progress"], quiet=given["quiet"]) as tell:
         return run(base, tuned, options=options, listener=tell)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckptdiff.cli.inputs import progress_option, resource_options, tensor_options
 from ckptdiff.cli.session import Session
 from ckptdiff.cli.signals import raise_pending
 from ckptdiff.cli.target import abandon_stdout, files_of
@@ -46,28 +47,7 @@ __all__ = ["diff"]
     default="abs:1e-05",
     help="Which coordinates belong to the mask: bitwise, abs:EPS, eta:ETA, rel:TAU, top:PERCENT or none.",
 )
-@click.option(
-    "--map",
-    "renames",
-    multiple=True,
-    metavar="OLD=NEW",
-    show_default="none",
-    help="Regex substitution that turns names of BASE into names of TUNED. Repeatable.",
-)
-@click.option(
-    "--include",
-    multiple=True,
-    metavar="GLOB",
-    show_default="all",
-    help="Compare only tensors whose name matches. Repeatable.",
-)
-@click.option(
-    "--exclude",
-    multiple=True,
-    metavar="GLOB",
-    show_default="none",
-    help="Leave out tensors whose name matches. Repeatable.",
-)
+@tensor_options
 @click.option(
     "--group",
     "groups",
@@ -83,20 +63,7 @@ __all__ = ["diff"]
     help="Where to compute: cpu, cuda or cuda:N (a GPU), reference (the slow NumPy oracle), or auto: a GPU if one "
     "works, else the processor.",
 )
-@click.option(
-    "--threads",
-    type=int,
-    metavar="N",
-    default=0,
-    show_default="0, that is one per core",
-    help="Worker threads.",
-)
-@click.option(
-    "--max-memory",
-    metavar="SIZE",
-    show_default="400M, or what one thread needs if that is more",
-    help="Bound on the peak memory of the whole process, mapped pages included.",
-)
+@resource_options
 @click.option(
     "--gpu-memory",
     metavar="SIZE",
@@ -121,9 +88,7 @@ __all__ = ["diff"]
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of the randomized spectra.")
 @click.option("--dry-run", is_flag=True, show_default="off", help="Print the plan and its memory, and read no data.")
 @view_options
-@click.option(
-    "--progress/--no-progress", default=True, help="Show progress on stderr: a bar on a terminal, else a line at times."
-)
+@progress_option
 @verbosity
 @click.pass_obj
 def diff(session: Session, /, base: str, tuned: str, **given: Any) -> int:

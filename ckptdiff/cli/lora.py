@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from ckptdiff.cli.failures import OK
+from ckptdiff.cli.inputs import tensor_options
 from ckptdiff.cli.listing import format_option, output_option, write_rows
 from ckptdiff.cli.session import Session
 from ckptdiff.cli.signals import raise_pending
@@ -45,11 +46,7 @@ _MOST = 128
     help="Take the smallest rank of each matrix that holds this share of its sum d^2.",
 )
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of the randomized SVD.")
-@click.option(
-    "--map", "renames", multiple=True, metavar="OLD=NEW", show_default="none", help="As for ckptdiff diff. Repeatable."
-)
-@click.option("--include", multiple=True, metavar="GLOB", show_default="all", help="Only these tensors. Repeatable.")
-@click.option("--exclude", multiple=True, metavar="GLOB", show_default="none", help="Not these tensors. Repeatable.")
+@tensor_options
 @format_option
 @output_option
 @verbosity

@@ -10,6 +10,7 @@ import click
 
 from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
+from ckptdiff.cli.inputs import progress_option, resource_options
 from ckptdiff.cli.session import Session
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError
@@ -31,12 +32,8 @@ def spectra() -> None:
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of the randomized spectra.")
 @click.option("--base", type=click.Path(), show_default="where it was", help="The base checkpoint, if it has moved.")
 @click.option("--tuned", type=click.Path(), show_default="where it was", help="The tuned one, if it has moved.")
-@click.option(
-    "--max-memory",
-    metavar="SIZE",
-    show_default="1 GB, or 4 GB for exact",
-    help="Bound on the peak memory of the whole process.",
-)
+@resource_options
+@progress_option
 @verbosity
 @click.pass_obj
 def add(session: Session, /, run: str, **given: Any) -> int:
@@ -47,12 +44,13 @@ def add(session: Session, /, run: str, **given: Any) -> int:
     from ckptdiff.spectra.existing import add_spectra
 
     require_scipy()
-    with progress(quiet=given["quiet"]) as tell:
+    with progress(shown=given["progress"], quiet=given["quiet"]) as tell:
         add_spectra(
             run,
             SpectraOptions(given["mode"], seed=given["seed"]),
             base=given["base"],
             tuned=given["tuned"],
+            threads=given["threads"],
             max_memory=0 if given["max_memory"] is None else parse_size(given["max_memory"]),
             listener=tell,
         )

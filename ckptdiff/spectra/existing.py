@@ -30,6 +30,7 @@ def add_spectra(
     *,
     base: str | None = None,
     tuned: str | None = None,
+    threads: int = 0,
     max_memory: int = 0,
     listener: Listener | None = None,
 ) -> Diff:
@@ -44,7 +45,7 @@ def add_spectra(
     spectra : SpectraOptions
     base, tuned : str, optional
         Where the checkpoints are now, if they have moved.
-    max_memory : int
+    threads, max_memory : int
         As in :class:`~ckptdiff.options.Options`.
     listener : callable, optional
 
@@ -60,7 +61,7 @@ def add_spectra(
     if diff.spectra is not None:
         raise RunFileError("the run file has spectra already", file=path)
     pairs = _pairs(path, diff, base or str(diff.base["path"]), tuned or str(diff.tuned["path"]))
-    options = Options(compare=cast(Compare, diff.compare), max_memory=max_memory, spectra=spectra)
+    options = Options(compare=cast(Compare, diff.compare), threads=threads, max_memory=max_memory, spectra=spectra)
     staged = StagedFile(Path(path))
     try:
         with Path(path).open("rb") as old:

@@ -133,6 +133,24 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "DS-Qwen -> OPD" in capsys.readouterr().out
 
 
+def test_the_pair_of_the_command_line_can_be_narrowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    base = {name: rng.standard_normal((40, 30)).astype(np.float32) for name in ("a.w", "b.w")}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file({f"old_{name}": value * 1.01 for name, value in base.items()}, tmp_path / "tuned.safetensors")
+    sides = [str(tmp_path / f"{side}.safetensors") for side in ("base", "tuned")]
+    narrow = ["--map", "^=old_", "--include", "*a.w", "--threads", "1", "--max-memory", "2G", "--no-progress"]
+    assert main(["claims", *sides]) == 2
+    assert main(["claims", *sides, *narrow, "--format", "json"]) == 0
+    output = capsys.readouterr()
+    one = ckptdiff.diff(*sides, renames=["^=old_"], include=["*a.w"], compare="bf16", spectra="exact")
+    assert len(one.tensors) == 1
+    assert json.loads(output.out)["pair"] == figures_of(one)
+    assert main(["diff", *sides, *narrow, "-o", str(tmp_path / "run.h5"), "--spectra", "exact"]) == 0
+    assert main(["claims", str(tmp_path / "run.h5"), "--include", "a.w"]) == 2
+    assert "leave them out" in capsys.readouterr().err
+
+
 def test_spectra_added_later_are_those_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     diff = diff_of(tmp_path, lambda rng, w: 3e-5 * rng.standard_normal(w.shape))
     sides = [str(tmp_path / f"{side}.safetensors") for side in ("base", "tuned")]

@@ -1,0 +1,73 @@
+"""Options that several commands share: which tensors to compare, with how much of the machine, and what to show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+
+__all__ = ["progress_option", "resource_options", "tensor_options"]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_Option = Callable[[Any], Any]
+
+_TENSORS: Sequence[_Option] = (
+    click.option(
+        "--map",
+        "renames",
+        multiple=True,
+        metavar="OLD=NEW",
+        show_default="none",
+        help="Regex substitution that turns names of BASE into names of TUNED. Repeatable.",
+    ),
+    click.option(
+        "--include",
+        multiple=True,
+        metavar="GLOB",
+        show_default="all",
+        help="Compare only tensors whose name matches. Repeatable.",
+    ),
+    click.option(
+        "--exclude",
+        multiple=True,
+        metavar="GLOB",
+        show_default="none",
+        help="Leave out tensors whose name matches. Repeatable.",
+    ),
+)
+_RESOURCES: Sequence[_Option] = (
+    click.option(
+        "--threads",
+        type=int,
+        metavar="N",
+        default=0,
+        show_default="0, that is one per core",
+        help="Worker threads.",
+    ),
+    click.option(
+        "--max-memory",
+        metavar="SIZE",
+        show_default="400M, or what one thread needs if that is more; 1G or 4G for randomized or exact spectra",
+        help="Bound on the peak memory of the whole process, mapped pages included.",
+    ),
+)
+progress_option = click.option(
+    "--progress/--no-progress", default=True, help="Show progress on stderr: a bar on a terminal, else a line at times."
+)
+
+
+def tensor_options(command: _Command) -> _Command:
+    """Add ``--map``, ``--include`` and ``--exclude``."""
+    return _with(_TENSORS, command)
+
+
+def resource_options(command: _Command) -> _Command:
+    """Add ``--threads`` and ``--max-memory``."""
+    return _with(_RESOURCES, command)
+
+
+def _with(options: Sequence[_Option], command: _Command) -> _Command:
+    for option in reversed(options):
+        command = option(command)
+    return command
