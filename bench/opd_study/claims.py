@@ -71,7 +71,7 @@ def _of_the_surface(store: Store, scale: Scale) -> list[tuple[str, str, bool]]:
 
 
 def _of_spectra(end: dict[str, Any]) -> list[tuple[str, str, bool]]:
-    """Claims about matrices: the verdicts of ``ckptdiff claims``, beside those of the master and the permuted update."""
+    """Claims about matrices: verdicts of ``ckptdiff claims``, beside those of the master and the permuted update."""
     judged = {kind: {row["figure"]: row for row in end[kind]["claims"]} for kind in ("bf16", "master", "permuted")}
     return [
         (
