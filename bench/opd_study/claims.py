@@ -66,7 +66,27 @@ def _of_the_surface(store: Store, scale: Scale) -> list[tuple[str, str, bool]]:
             ", ".join(f"{block} {100 * row['rel_norm']:.2g} %" for block, row in blocks.items()),
             blocks["ffn"]["rel_norm"] > blocks["attention"]["rel_norm"] > blocks["norm"]["rel_norm"],
         ),
+        *_of_spectra(ends["opd"]),
     ]
+
+
+def _of_spectra(end: dict[str, Any]) -> list[tuple[str, str, bool]]:
+    """Claims about matrices: verdicts of ``ckptdiff claims``, beside those of the master and the permuted update."""
+    judged = {kind: {row["figure"]: row for row in end[kind]["claims"]} for kind in ("bf16", "master", "permuted")}
+    return [
+        (
+            f"{row['claim'].capitalize()} (`ckptdiff claims`)",
+            f"{row['sentence'].split('; ', 1)[1].rstrip('.')}; float32 master {_outcome(judged['master'][figure])},"
+            f" permuted {_outcome(judged['permuted'][figure])}",
+            row["outcome"] == "shown",
+        )
+        for figure, row in judged["bf16"].items()
+        if "spectral" in figure and row["value"] is not None
+    ]
+
+
+def _outcome(row: dict[str, Any]) -> str:
+    return "n/a" if row["value"] is None else f"{row['value']:.3g} ({row['outcome']})"
 
 
 def _of_retraining(store: Store, scale: Scale) -> list[tuple[str, str, bool]]:
@@ -109,12 +129,15 @@ def _of_retraining(store: Store, scale: Scale) -> list[tuple[str, str, bool]]:
 
 def _of_overlap(store: Store) -> list[tuple[str, str, bool]]:
     """Claims about two masks."""
-    pairs = store.results("pairs").get("", {}).get("overlap", {})
+    rows = store.results("pairs").get("", {}).get("overlap", [])
+    same = {row["density"]: row["o1"] for row in rows if row["other"] == "again"}
     return [
         (
-            f"Different methods move the same coordinates (S2), beyond chance and magnitude; top {density} %",
-            f"o1 {row['o1']:.1%}; chance {row['o1_independent']:.1%}, by magnitude {row['o1_conditional']:.1%}",
+            f"Different methods move the same coordinates (S2), beyond chance and magnitude; top {row['density']} %",
+            f"OPD and SFT share {row['o1']:.1%}, two runs of OPD {same[row['density']]:.1%}; chance"
+            f" {row['o1_independent']:.1%}, by magnitude {row['o1_conditional']:.1%}",
             row["o1"] > 1.2 * row["o1_conditional"],
         )
-        for density, row in pairs.items()
+        for row in rows
+        if row["other"] == "sft"
     ]

@@ -19,8 +19,9 @@ def report(store: Store, scale: Scale) -> str:
     sections = [
         ("Models", prepared(store)),
         ("Sparsity over learning rate, steps and width", surface_rows(store)),
+        ("Spectra and subspaces, medians over matrices, at the last step", spectral_rows(store)),
         ("Retraining: accuracy, mean over seeds (lowest to highest)", retraining_rows(store, scale)),
-        ("Overlap of the OPD and the SFT mask, beside chance", overlap_rows(store)),
+        ("Overlap of the OPD mask with others, beside chance", overlap_rows(store)),
         ("The paper's claims at this scale", claims(store, scale)),
     ]
     return "\n".join(f"## {title}\n\n{table(rows)}\n" for title, rows in sections if rows)
@@ -53,9 +54,13 @@ def prepared(store: Store) -> list[dict[str, Any]]:
     ]
 
 
+def runs_of_the_surface(store: Store) -> list[dict[str, Any]]:
+    """Every run, in the order in which tables list them."""
+    return sorted(store.results("surface-").values(), key=lambda run: (run["width"], run["method"], run["lr"]))
+
+
 def surface_rows(store: Store) -> list[dict[str, Any]]:
     """One row per run and step."""
-    runs = sorted(store.results("surface-").values(), key=lambda run: (run["width"], run["method"], run["lr"]))
     return [
         {
             "width": run["width"],
@@ -73,8 +78,32 @@ def surface_rows(store: Store) -> list[dict[str, Any]]:
             "permuted ": percent(row[PERMUTED]["global"]["low_coverage"]),
             "ever changed": f"{row['track']['union']:,}",
         }
-        for run in runs
+        for run in runs_of_the_surface(store)
         for row in run["rows"]
+    ]
+
+
+def spectral_rows(store: Store) -> list[dict[str, Any]]:
+    """One row per run and kind of update, after the last step."""
+    titles = {
+        "topk_energy": "top 16",
+        "numerical_rank_frac": "rank 1e-5",
+        "principal_energy": "principal energy",
+        "principal_coverage": "principal coverage",
+        "principal_coverage_null": "rounding null",
+    }
+    return [
+        {
+            "width": run["width"],
+            "method": run["method"],
+            "lr": f"{run['lr']:g}",
+            "update": title,
+            "stable rank": "n/a" if found["stable_rank"] is None else f"{found['stable_rank']:.3g}",
+            **{name: percent(found[key]) for key, name in titles.items()},
+        }
+        for run in runs_of_the_surface(store)
+        for kind, title in ((BF16, "bf16 file"), (MASTER, "float32 master"), (PERMUTED, "permuted"))
+        for found in [run["rows"][-1][kind]["spectral"]]
     ]
 
 
@@ -114,9 +143,10 @@ def retraining_rows(store: Store, scale: Scale) -> list[dict[str, Any]]:
 
 
 def overlap_rows(store: Store) -> list[dict[str, Any]]:
-    """One row per density."""
-    pairs = store.results("pairs").get("", {}).get("overlap", {})
+    """One row per density and other mask."""
+    titles = {"sft": "SFT", "again": "OPD, other samples"}
     return [
-        {"density": f"{density} %", **{key: percent(row[key]) for key in row if key.startswith(("o1", "jaccard"))}}
-        for density, row in pairs.items()
+        {"with": titles[row["other"]], "density": f"{row['density']} %"}
+        | {key: percent(row[key]) for key in row if key.startswith(("o1", "jaccard"))}
+        for row in store.results("pairs").get("", {}).get("overlap", [])
     ]

@@ -25,7 +25,9 @@ VARIANTS = ("full", "opd", "random", "magnitude", "lowest", "sft", "complement")
 """All coordinates; the mask of the OPD run; as many at random, at random with the same magnitudes of the base, the
 smallest weights; the mask of the SFT run; what the OPD mask leaves out."""
 
-MASK_SEED, SPARE_SEED = 77, 99
+MASK_RUNS = {"opd": ("opd", 77), "again": ("opd", 78), "sft": ("sft", 77)}
+"""Method and sampling seed of the runs that make masks: OPD twice, for scale."""
+SPARE_SEED = 99
 OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], Callable[..., torch.optim.Optimizer]]] = {
     "adamw": (
         lambda p, lr: torch.optim.AdamW(p, lr=lr, weight_decay=0.01),
@@ -60,40 +62,41 @@ def retraining(store: Store, scale: Scale) -> None:
 
 
 def make_masks(store: Store, scale: Scale, width: int) -> dict[str, Any]:
-    """One OPD and one SFT run from the base, with run files of their largest changes."""
+    """Run OPD twice and SFT once from the base, and write run files of their largest changes."""
     base, teacher = models(store, scale, width)
     reached = {}
-    for method in ("opd", "sft"):
+    for name, (method, seed) in MASK_RUNS.items():
 
         def make(student: Model) -> torch.optim.Optimizer:
             return torch.optim.AdamW(student.parameters(), lr=scale.retrain_lr, weight_decay=0.0)
 
-        student = trained(train(method, base, teacher, scale, make, steps=scale.retrain_steps, seed=MASK_SEED))
-        reached[method] = accuracy(student, scale.digits)
-        tuned = checkpoints.save(student, place(store, width, f"mask-{method}"), torch.float32)
+        student = trained(train(method, base, teacher, scale, make, steps=scale.retrain_steps, seed=seed))
+        reached[name] = accuracy(student, scale.digits)
+        tuned = checkpoints.save(student, place(store, width, f"mask-{name}"), torch.float32)
         for density in scale.densities:
             ckptdiff.diff(
                 place(store, width, "base-f32"),
                 tuned,
-                out=run_file(store, width, method, density),
+                out=run_file(store, width, name, density),
                 mask=f"top:{density}",
                 compare="stored",
             )
     return {"accuracy": reached}
 
 
-def run_file(store: Store, width: int, method: str, density: int) -> Path:
+def run_file(store: Store, width: int, name: str, density: int) -> Path:
     """Run file of a mask."""
-    return place(store, width, f"mask-{method}-{density}.h5")
+    return place(store, width, f"mask-{name}-{density}.h5")
 
 
 def compare_masks(store: Store, scale: Scale, width: int) -> dict[str, Any]:
-    """What the masks of OPD and SFT have in common, beside chance."""
-    rows = {}
+    """What the OPD mask has in common with that of SFT, and with that of OPD on other samples, beside chance."""
+    rows = []
     for density in scale.densities:
-        runs = [run_file(store, width, method, density) for method in ("opd", "sft")]
-        found = overlap(runs, base=place(store, width, "base-f32"))
-        rows[str(density)] = found.overall(found.pairs[0])
+        for other in ("sft", "again"):
+            runs = [run_file(store, width, name, density) for name in ("opd", other)]
+            found = overlap(runs, base=place(store, width, "base-f32"))
+            rows.append({"density": density, "other": other, **found.overall(found.pairs[0])})
     return {"overlap": rows}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,18 @@ from task import accuracy
 from training import METHODS, pretrain, train
 
 import ckptdiff
+from ckptdiff.claims.judge import judge
 from ckptdiff.track import track
 
 FIGURES = ("rel_norm", "unchanged_bitwise", "max_abs")
 KEYED = {"unchanged_abs": "1e-05", "low_coverage": "0.1", "low_coverage_null": "0.1", "coord_energy": "1"}
+SPECTRAL = {
+    "topk_energy": "16",
+    "numerical_rank_frac": "1e-05",
+    "principal_energy": "0.1",
+    "principal_coverage": "0.1",
+    "principal_coverage_null": "0.1",
+}
 
 
 def prepare(store: Store, scale: Scale, width: int) -> dict[str, Any]:
@@ -98,28 +107,31 @@ def measure(store: Store, width: int, tuned: Path, base: Model, student: Model) 
             delta = (after - before).flatten()
             shuffled += delta[torch.randperm(delta.numel(), generator=generator)].view(shuffled.shape)
     null = checkpoints.save(permuted, tuned.with_name(f"{tuned.name}-permuted"), torch.bfloat16)
+    stored, master = place(store, width, "base"), place(store, width, "base-f32")
+    exact = {"spectra": "exact"}
     measured = {
-        "bf16": figures(ckptdiff.diff(place(store, width, "base"), tuned, out=tuned / "run.h5", mask="bitwise")),
+        "bf16": figures(ckptdiff.diff(stored, tuned, out=tuned / "run.h5", mask="bitwise", **exact)),
         "master": figures(
-            ckptdiff.diff(
-                place(store, width, "base-f32"), tuned.with_name(f"{tuned.name}-f32"), compare="stored", mask="none"
-            )
+            ckptdiff.diff(master, tuned.with_name(f"{tuned.name}-f32"), compare="stored", mask="none", **exact)
         ),
-        "permuted": figures(ckptdiff.diff(place(store, width, "base"), null, mask="none")),
+        "permuted": figures(ckptdiff.diff(stored, null, mask="none", **exact)),
     }
     shutil.rmtree(null)
     return measured
 
 
 def figures(diff: ckptdiff.Diff) -> dict[str, Any]:
-    """What the study keeps of a diff: all values together, medians over matrices, and the share of each block."""
+    """What the study keeps of a diff: all values together, medians over matrices, the share of each block, verdicts."""
 
     def chosen(row: dict[str, Any]) -> dict[str, Any]:
         return {key: row[key] for key in FIGURES} | {key: row[key][at] for key, at in KEYED.items()}
 
+    spectral = diff.median_2d["spectral"]
     return {
         "global": chosen(diff.overall),
         "median_2d": chosen(diff.median_2d),
+        "spectral": {"stable_rank": spectral["stable_rank"]} | {key: spectral[key][at] for key, at in SPECTRAL.items()},
+        "claims": [asdict(verdict) for verdict in judge(diff)],
         "blocks": {
             row["block"]: {key: row[key] for key in ("rel_norm", "delta_energy_share", "unchanged_bitwise")}
             for row in diff.grouped("block")
