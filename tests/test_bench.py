@@ -262,5 +262,5 @@ def test_masked_step_measures_and_checks_every_optimizer(dtype: str, tmp_path: P
 def test_speeds_of_other_commands(name: str, tmp_path: Path):
     pytest.importorskip("torch")
     printed = script(name, "--size", "1MiB", "--rounds", 1, "--folder", tmp_path)
-    assert "ratio" in printed or "track / load:" in printed
+    assert "ratio" in printed or "track / load with safetensors:" in printed
     assert not list(tmp_path.iterdir())
