@@ -32,12 +32,13 @@ def write_tensors(group: Any, diff: Diff) -> None:
     missing = {column.name for column in COLUMNS} ^ set(diff.columns)
     if missing:
         raise ValueError(f"columns that are not those of the catalogue: {', '.join(sorted(missing))}")
-    texts = [escape_text(tensor.name) for tensor in diff.tensors]
-    names = group.create_dataset("name", data=texts, dtype=_TEXT)
+    names = group.create_dataset("name", data=[escape_text(tensor.name) for tensor in diff.tensors], dtype=_TEXT)
     names.attrs["long_name"] = "tensor name; % and NUL are percent-encoded"
     names.make_scale("name")
     for fact, long_name in TEXT_FACTS.items():
-        _describe(_packed(group, fact, _fixed_length(_facts_of(diff.tensors, fact))), names, None, long_name)
+        texts = _packed(group, fact, _fixed_length(_facts_of(diff.tensors, fact)))
+        texts.attrs["_Encoding"] = "utf-8"  # so that xarray reads strings, not bytes
+        _describe(texts, names, None, long_name)
     layers = [_NO_LAYER if tensor.layer is None else tensor.layer for tensor in diff.tensors]
     _describe(_packed(group, "layer", np.array(layers, np.int64)), names, "1", "layer number, -1 for none")
     same = np.array([tensor.same_bytes for tensor in diff.tensors], np.uint8)

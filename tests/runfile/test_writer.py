@@ -19,6 +19,7 @@ from ckptdiff.errors import RunFileError
 from ckptdiff.metrics.catalogue import COLUMNS
 from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.options import MaskRule
+from ckptdiff.runfile.schema import TEXT_FACTS
 from ckptdiff.runfile.writer import RunFileWriter
 
 RULE = MaskRule("abs", 1e-5)
@@ -84,6 +85,8 @@ def test_columns_are_datasets_on_the_scale_of_names(sample: Sample) -> None:
         assert tensors["layer"][:3].tolist() == [0, 0, -1]
         assert tensors["same_bytes"][:3].tolist() == [0, 0, 1]
         assert tensors["tuned_name"].asstr()[1:4].tolist() == ["model.layers.0.self_attn.k_proj.weight", "", "seven"]
+        for fact in TEXT_FACTS:  # the attribute by which xarray makes strings of bytes
+            assert (tensors[fact].dtype.kind, tensors[fact].attrs["_Encoding"]) == ("S", "utf-8")
 
 
 @pytest.mark.parametrize("batches", [[1] * 150, [150], [63, 2, 64, 0, 21]])
