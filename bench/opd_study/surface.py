@@ -91,14 +91,14 @@ def point(store: Store, scale: Scale, width: int, method: str, lr: float, steps:
             checkpoints.save(student, folder / f"step{step}", torch.bfloat16)
             checkpoints.save(student, folder / f"step{step}-f32", torch.float32)
             rows.append({"step": step, "accuracy": accuracy(student, scale.digits)})
-            rows[-1] |= measure(store, width, folder / f"step{step}", base, student)
+            rows[-1] |= measure(store, width, folder / f"step{step}", base, student, spectra=step == steps[-1])
     growth = track(place(store, width, "base"), [folder / f"step{step}" for step in steps])
     for row, grown in zip(rows, growth.overall(), strict=True):
         row["track"] = {key: grown[key] for key in ("support", "touched", "returned", "reverted", "churned", "union")}
     return {"width": width, "method": method, "lr": lr, "rows": rows}
 
 
-def measure(store: Store, width: int, tuned: Path, base: Model, student: Model) -> dict[str, Any]:
+def measure(store: Store, width: int, tuned: Path, base: Model, student: Model, *, spectra: bool) -> dict[str, Any]:
     """Figures of the bfloat16 file, of the float32 master, and of the same update with its coordinates permuted."""
     permuted = copy.deepcopy(base)
     generator = torch.Generator().manual_seed(0)
@@ -108,7 +108,7 @@ def measure(store: Store, width: int, tuned: Path, base: Model, student: Model) 
             shuffled += delta[torch.randperm(delta.numel(), generator=generator)].view(shuffled.shape)
     null = checkpoints.save(permuted, tuned.with_name(f"{tuned.name}-permuted"), torch.bfloat16)
     stored, master = place(store, width, "base"), place(store, width, "base-f32")
-    exact = {"spectra": "exact"}
+    exact = {"spectra": "exact" if spectra else None}
     measured = {
         "bf16": figures(ckptdiff.diff(stored, tuned, out=tuned / "run.h5", mask="bitwise", **exact)),
         "master": figures(
@@ -126,12 +126,15 @@ def figures(diff: ckptdiff.Diff) -> dict[str, Any]:
     def chosen(row: dict[str, Any]) -> dict[str, Any]:
         return {key: row[key] for key in FIGURES} | {key: row[key][at] for key, at in KEYED.items()}
 
-    spectral = diff.median_2d["spectral"]
-    return {
+    found: dict[str, Any] = {}
+    if diff.spectra is not None:
+        medians = diff.median_2d["spectral"]
+        found["spectral"] = {key: medians[key][at] for key, at in SPECTRAL.items()}
+        found["spectral"]["stable_rank"] = medians["stable_rank"]
+        found["claims"] = [asdict(verdict) for verdict in judge(diff)]
+    return found | {
         "global": chosen(diff.overall),
         "median_2d": chosen(diff.median_2d),
-        "spectral": {"stable_rank": spectral["stable_rank"]} | {key: spectral[key][at] for key, at in SPECTRAL.items()},
-        "claims": [asdict(verdict) for verdict in judge(diff)],
         "blocks": {
             row["block"]: {key: row[key] for key in ("rel_norm", "delta_energy_share", "unchanged_bitwise")}
             for row in diff.grouped("block")
