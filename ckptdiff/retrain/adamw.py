@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ckptdiff.backends.kernels.masked_steps import adamw_bf16, adamw_f32
+from ckptdiff.backends.kernels.masked_steps import adamw_step
 from ckptdiff.errors import OptionError
 from ckptdiff.retrain.optimizer import MaskedOptimizer
 from ckptdiff.retrain.packed import PackedMask
@@ -43,7 +43,7 @@ class MaskedAdamW(MaskedOptimizer):
         Masks that do not fit.
     """
 
-    kernels = (adamw_f32, adamw_bf16)
+    kernel = staticmethod(adamw_step)
     every_slot = ("exp_avg", "exp_avg_sq")
 
     def __init__(
@@ -71,7 +71,7 @@ class MaskedAdamW(MaskedOptimizer):
         return self.every_slot
 
     def constants(self, group: dict[str, Any], step: int) -> list[float]:
-        """As :func:`~ckptdiff.backends.kernels.masked_steps.adamw_f32` takes them."""
+        """As :func:`~ckptdiff.backends.kernels.masked_steps.adamw_step` takes them."""
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
         return [
             1 - lr * group["weight_decay"],

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ckptdiff.backends.kernels.masked_steps import square_bf16, square_f32
+from ckptdiff.backends.kernels.masked_steps import sum_masked_squares
 from ckptdiff.errors import MaskError
 from ckptdiff.retrain.packed import PackedMask
 from ckptdiff.retrain.support import IndexSupport, Support, TileSupport, support_of
@@ -50,10 +50,10 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         No parameter has a masked coordinate; a mask of another shape; a parameter that is sharded.
     """
 
-    kernels: tuple[Callable[..., None], Callable[..., None]]
-    """For float32 and for bfloat16."""
+    kernel: Callable[..., None]
+    """One step on some tiles of a parameter."""
     every_slot: tuple[str, ...]
-    """Slots in the order of the kernels' state, whether a group uses them or not."""
+    """Slots in the order of the kernel's state, whether a group uses them or not."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
 
     @abstractmethod
     def constants(self, group: dict[str, Any], step: int) -> list[float]:
-        """Scalars of a step, as the kernels take them."""
+        """Scalars of a step, as the kernel takes them."""
 
     @abstractmethod
     def functional(
@@ -164,10 +164,9 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         work: list[Callable[[], object]] = []
         for parameter, support in moving:
             if isinstance(support, TileSupport):
-                square = square_bf16 if parameter.dtype == torch.bfloat16 else square_f32
                 gradient = _flat_view(parameter.grad.contiguous())
                 for span in support.spans():
-                    work.append(partial(_add_square, squares, square, gradient, support, span))
+                    work.append(partial(_add_square, squares, gradient, support, span))
             else:
                 gathered = parameter.grad.reshape(-1)[support.index]
                 squares.append(float(gathered.double().square().sum()))
@@ -238,9 +237,10 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         nothing = np.empty(0, np.float32)
         held = [state[slot].numpy() if slot in state else nothing for slot in (*self.every_slot, "master")]
         values, gradients = _flat_view(parameter), _flat_view(parameter.grad.contiguous())
-        step = self.kernels[parameter.dtype == torch.bfloat16]
         for span in support.spans():
-            yield partial(step, values, gradients, tuple(held), support.positions, support.starts, span, constants)
+            yield partial(
+                self.kernel, values, gradients, tuple(held), support.positions, support.starts, span, constants
+            )
 
     def _step_indexed(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """Gather, let torch step, scatter."""
@@ -279,11 +279,5 @@ def _flat_view(tensor: Tensor) -> NDArray[Any]:
     return values
 
 
-def _add_square(
-    squares: list[float],
-    square: Callable[..., float],
-    gradient: NDArray[Any],
-    support: TileSupport,
-    span: tuple[int, int],
-) -> None:
-    squares.append(square(gradient, support.positions, support.starts, span))
+def _add_square(squares: list[float], gradient: NDArray[Any], support: TileSupport, span: tuple[int, int]) -> None:
+    squares.append(sum_masked_squares(gradient, support.positions, support.starts, span))

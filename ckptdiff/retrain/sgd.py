@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from ckptdiff.backends.kernels.masked_steps import sgd_bf16, sgd_f32
+from ckptdiff.backends.kernels.masked_steps import sgd_step
 from ckptdiff.errors import OptionError
 from ckptdiff.retrain.optimizer import MaskedOptimizer
 from ckptdiff.retrain.packed import PackedMask
@@ -38,7 +38,7 @@ class MaskedSGD(MaskedOptimizer):
         Masks that do not fit.
     """
 
-    kernels = (sgd_f32, sgd_bf16)
+    kernel = staticmethod(sgd_step)
     every_slot = ("momentum_buffer",)
 
     def __init__(
@@ -75,7 +75,7 @@ class MaskedSGD(MaskedOptimizer):
         return self.every_slot if group["momentum"] else ()
 
     def constants(self, group: dict[str, Any], step: int) -> list[float]:
-        """As :func:`~ckptdiff.backends.kernels.masked_steps.sgd_f32` takes them."""
+        """As :func:`~ckptdiff.backends.kernels.masked_steps.sgd_step` takes them."""
         fresh = 1 - group["dampening"] if step > 1 else 1.0
         return [float(group["lr"]), group["weight_decay"], group["momentum"], fresh, float(group["nesterov"])]
 

@@ -3,6 +3,8 @@
 A parameter is cut into tiles of 2^16 coordinates, and the masked ones of a tile are named by their 16-bit positions
 (``retrain/support.py``). Whatever is not named is never written. Each kernel takes a range of tiles, so that threads
 share a parameter. The order of operations is that of torch's own optimizers in float32.
+
+Parameters are float32, or uint16 codes of bfloat16: each kernel is compiled for either.
 """
 
 from __future__ import annotations
@@ -10,13 +12,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from ckptdiff.backends.kernel_cache import helper, kernel, reducer
 from ckptdiff.backends.kernels.bits import bits_float, float_bits
 from ckptdiff.backends.kernels.stored import round_to_bf16
 from ckptdiff.backends.kernels.tiles import Array
 
-__all__ = ["adamw_bf16", "adamw_f32", "sgd_bf16", "sgd_f32", "square_bf16", "square_f32"]
+__all__ = ["adamw_step", "sgd_step", "sum_masked_squares"]
 
 TILE_BITS = 16
 PART = 128
@@ -24,20 +28,32 @@ PART = 128
 divides and takes roots for these."""
 
 
-@helper
-def widened(code: Any) -> Any:
-    """Float32 value of a bfloat16 code."""
-    return bits_float(np.uint32(np.uint32(code) << np.uint32(16)))
+def value_of(stored: Any) -> Any:
+    """Float32 value of what is stored."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(value_of, jit_options={"nogil": True}, strict=False)
+def _value_of(stored: Any) -> Any:
+    if stored == types.uint16:
+        return lambda stored: bits_float(np.uint32(np.uint32(stored) << np.uint32(16)))
+    return lambda stored: stored
+
+
+def rounded(value: Any, like: Any) -> Any:
+    """A float32 as it is stored: as it is, or to nearest even as a code; NaN becomes the quiet NaN of its sign."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(rounded, jit_options={"nogil": True}, strict=False)
+def _rounded(value: Any, like: Any) -> Any:
+    if like == types.uint16:
+        return lambda value, like: round_to_bf16(float_bits(value))
+    return lambda value, like: value
 
 
 @helper
-def narrowed(value: Any) -> Any:
-    """Bfloat16 code of a float32, to nearest even; NaN becomes the quiet NaN of its sign."""
-    return round_to_bf16(float_bits(value))
-
-
-@helper
-def begin(codes: Array, where: Array, held: Array, all_masters: Array, start: int) -> Array:
+def begin(near: Array, where: Array, held: Array, all_masters: Array, start: int) -> Array:
     """Float32 values to start from: the masters, or without them what is stored.
 
     Where a master does not round to what is stored, something else has changed the parameter: the master follows.
@@ -46,11 +62,11 @@ def begin(codes: Array, where: Array, held: Array, all_masters: Array, start: in
     if all_masters.size:
         masters = all_masters[start : start + n]
         for j in range(n):
-            code = codes[where[j]]
-            masters[j] = masters[j] if narrowed(masters[j]) == code else widened(code)
+            stored = near[where[j]]
+            masters[j] = masters[j] if rounded(masters[j], stored) == stored else value_of(stored)
         return masters
     for j in range(n):
-        held[j] = widened(codes[where[j]])
+        held[j] = value_of(near[where[j]])
     return held[:n]
 
 
@@ -82,16 +98,17 @@ def sgd(values: Array, gradients: Array, buffer: Array, constants: Array) -> Non
 
 
 @kernel
-def adamw_f32(
+def adamw_step(
     values: Array, gradients: Array, state: Any, positions: Array, starts: Array, span: Any, constants: Array
 ) -> None:
-    """AdamW on the masked coordinates of tiles ``span[0]`` to ``span[1]`` - 1 of a float32 parameter.
+    """AdamW on the masked coordinates of tiles ``span[0]`` to ``span[1]`` - 1 of a parameter.
 
     Parameters
     ----------
-    values, gradients : float32 array, shape (numel,)
+    values, gradients : float32 or uint16 array, shape (numel,)
     state : tuple of three float32 arrays, shape (masked,)
-        First moment, second moment, and an array that is not used.
+        First moment, second moment, and the masters of a bfloat16 parameter; without them, in an empty array, a step
+        starts from what is stored.
     positions : uint16 array, shape (masked,)
         Position of each masked coordinate in its tile, ascending.
     starts : int64 array, shape (tiles + 1,)
@@ -106,67 +123,22 @@ def adamw_f32(
         for start in range(starts[tile], starts[tile + 1], PART):
             stop = min(start + PART, starts[tile + 1])
             where, n = positions[start:stop], stop - start
-            for j in range(n):
-                held[j] = near[where[j]]
-                slopes[j] = near_gradients[where[j]]
-            adamw(held[:n], slopes[:n], state[0][start:stop], state[1][start:stop], constants)
-            for j in range(n):
-                near[where[j]] = held[j]
-
-
-@kernel
-def adamw_bf16(
-    values: Array, gradients: Array, state: Any, positions: Array, starts: Array, span: Any, constants: Array
-) -> None:
-    """AdamW on the masked coordinates of a bfloat16 parameter.
-
-    As :func:`adamw_f32`, except that `values` and `gradients` are uint16 codes, and the third array of `state` holds
-    the float32 masters, or is empty: then the step starts from the rounded value.
-    """
-    held, slopes = np.empty(PART, np.float32), np.empty(PART, np.float32)
-    for tile in range(span[0], span[1]):
-        near, near_gradients = values[tile << TILE_BITS :], gradients[tile << TILE_BITS :]
-        for start in range(starts[tile], starts[tile + 1], PART):
-            stop = min(start + PART, starts[tile + 1])
-            where, n = positions[start:stop], stop - start
             masters = begin(near, where, held, state[2], start)
             for j in range(n):
-                slopes[j] = widened(near_gradients[where[j]])
+                slopes[j] = value_of(near_gradients[where[j]])
             adamw(masters, slopes[:n], state[0][start:stop], state[1][start:stop], constants)
             for j in range(n):
-                near[where[j]] = narrowed(masters[j])
+                near[where[j]] = rounded(masters[j], near[where[j]])
 
 
 @kernel
-def sgd_f32(
+def sgd_step(
     values: Array, gradients: Array, state: Any, positions: Array, starts: Array, span: Any, constants: Array
 ) -> None:
-    """SGD on the masked coordinates of a float32 parameter.
+    """SGD on the masked coordinates of tiles ``span[0]`` to ``span[1]`` - 1 of a parameter.
 
-    As :func:`adamw_f32`, except that `state` is the momentum buffer, empty for none, and an array that is not used, and
-    `constants` are lr, weight_decay, momentum, 1 - dampening (1 at the first step), and 1 for Nesterov's momentum.
-    """
-    held, slopes = np.empty(PART, np.float32), np.empty(PART, np.float32)
-    for tile in range(span[0], span[1]):
-        near, near_gradients = values[tile << TILE_BITS :], gradients[tile << TILE_BITS :]
-        for start in range(starts[tile], starts[tile + 1], PART):
-            stop = min(start + PART, starts[tile + 1])
-            where, n = positions[start:stop], stop - start
-            for j in range(n):
-                held[j] = near[where[j]]
-                slopes[j] = near_gradients[where[j]]
-            sgd(held[:n], slopes[:n], state[0][start:stop], constants)
-            for j in range(n):
-                near[where[j]] = held[j]
-
-
-@kernel
-def sgd_bf16(
-    values: Array, gradients: Array, state: Any, positions: Array, starts: Array, span: Any, constants: Array
-) -> None:
-    """SGD on the masked coordinates of a bfloat16 parameter; parameters as in :func:`sgd_f32` and :func:`adamw_bf16`.
-
-    `state` is the momentum buffer and the masters.
+    As :func:`adamw_step`, except that `state` is the momentum buffer, empty for none, and the masters, and `constants`
+    are lr, weight_decay, momentum, 1 - dampening (1 at the first step), and 1 for Nesterov's momentum.
     """
     held, slopes = np.empty(PART, np.float32), np.empty(PART, np.float32)
     for tile in range(span[0], span[1]):
@@ -176,10 +148,10 @@ def sgd_bf16(
             where, n = positions[start:stop], stop - start
             masters = begin(near, where, held, state[1], start)
             for j in range(n):
-                slopes[j] = widened(near_gradients[where[j]])
+                slopes[j] = value_of(near_gradients[where[j]])
             sgd(masters, slopes[:n], state[0][start:stop], constants)
             for j in range(n):
-                near[where[j]] = narrowed(masters[j])
+                near[where[j]] = rounded(masters[j], near[where[j]])
 
 
 @reducer
@@ -192,8 +164,8 @@ def sum_squares(gradients: Array) -> float:
 
 
 @kernel
-def square_f32(gradients: Array, positions: Array, starts: Array, span: Any) -> float:
-    """Sum of squares over the masked coordinates of a float32 gradient, in float64."""
+def sum_masked_squares(gradients: Array, positions: Array, starts: Array, span: Any) -> float:
+    """Sum of squares over the masked coordinates of a gradient, in float64; parameters as in :func:`adamw_step`."""
     slopes = np.empty(PART, np.float32)
     total = 0.0
     for tile in range(span[0], span[1]):
@@ -201,21 +173,6 @@ def square_f32(gradients: Array, positions: Array, starts: Array, span: Any) -> 
         for start in range(starts[tile], starts[tile + 1], PART):
             stop = min(start + PART, starts[tile + 1])
             for j in range(stop - start):
-                slopes[j] = near[positions[start + j]]
-            total += sum_squares(slopes[: stop - start])
-    return total
-
-
-@kernel
-def square_bf16(gradients: Array, positions: Array, starts: Array, span: Any) -> float:
-    """Sum of squares over the masked coordinates of a bfloat16 gradient, given as uint16 codes."""
-    slopes = np.empty(PART, np.float32)
-    total = 0.0
-    for tile in range(span[0], span[1]):
-        near = gradients[tile << TILE_BITS :]
-        for start in range(starts[tile], starts[tile + 1], PART):
-            stop = min(start + PART, starts[tile + 1])
-            for j in range(stop - start):
-                slopes[j] = widened(near[positions[start + j]])
+                slopes[j] = value_of(near[positions[start + j]])
             total += sum_squares(slopes[: stop - start])
     return total
