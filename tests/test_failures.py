@@ -25,6 +25,7 @@ from ckptdiff.engine import run
 from ckptdiff.errors import ChangedFileError
 from ckptdiff.events import Event, Finished, Progress, Started
 from ckptdiff.options import Options
+from ckptdiff.runfile.writer import RunFileWriter
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 Pair = tuple[Path, Path]
@@ -175,6 +176,23 @@ def test_a_signal_that_a_callback_swallows_is_raised_again(signum: int, monkeypa
         with pytest.raises(expected):
             raise_pending()
     raise_pending()
+
+
+def test_an_error_that_takes_the_place_of_a_signal(
+    small: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As HDF5's does when the signal arrives just before a write."""
+
+    def lost(*_: object) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("unable to write")
+
+    monkeypatch.setattr(RunFileWriter, "add_mask_chunk", lost)
+    before = sorted(tmp_path.iterdir())
+    code = main(["diff", *map(str, small), "-o", str(tmp_path / "run.h5"), "--no-progress"])
+    assert (code, capsys.readouterr()) == (130, ("", "ckptdiff: interrupted\n"))
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def limited(size: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from ckptdiff.cli.failures import OK, failure
 from ckptdiff.cli.group import ckptdiff
 from ckptdiff.cli.session import Session
-from ckptdiff.cli.signals import signals_raise
+from ckptdiff.cli.signals import pending, signals_raise
 from ckptdiff.cli.target import abandon_stdout
 
 __all__ = ["main"]
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SystemExit:
             raise
         except BaseException as error:
-            code, message = failure(error, session)
+            code, message = failure(pending() or error, session)
         abandon_stdout()
         if message and sys.stderr is not None:
             with contextlib.suppress(OSError):

@@ -10,7 +10,7 @@ from types import FrameType
 
 from ckptdiff.cli.session import Terminated
 
-__all__ = ["raise_pending", "signals_raise"]
+__all__ = ["pending", "raise_pending", "signals_raise"]
 
 _GRACE = 10.0
 """Seconds after a signal in which others are ignored: they would cut the cleaning up short."""
@@ -40,18 +40,25 @@ def signals_raise() -> Iterator[None]:
         _received = None
 
 
+def pending() -> BaseException | None:
+    """The exception of the last signal, which may have been lost, or None if there was no signal.
+
+    Python drops an exception that a signal raises inside a callback from C, of which the compiler makes many, and HDF5
+    may put an error of its own in its place.
+    """
+    return None if _received is None else _exception(_received[0])
+
+
 def raise_pending() -> None:
     """Raise a signal again that was lost.
-
-    Python drops an exception that a signal raises inside a callback from C, of which the compiler makes many.
 
     Raises
     ------
     KeyboardInterrupt, Terminated
         If a signal was received before.
     """
-    if _received is not None:
-        raise _exception(_received[0])
+    if (lost := pending()) is not None:
+        raise lost
 
 
 def _receive(signum: int, frame: FrameType | None) -> None:

@@ -72,14 +72,11 @@ def export_patch(
     check_folder(target)
     if target.exists() and not (target.is_file() and is_safetensors_of(target, PATCH_FORMAT)):
         raise RunFileError("the output exists and is no patch", file=target, hint="remove it, or choose another name")
-    staged = StagedFile(target)
-    try:
+    with StagedFile(target) as staged:
         with open_shards("pread") as shards:
             entries = [entry for mask, tensor in changed for entry in _entries(mask, tensor, shards)]
             write_safetensors(staged, entries, _metadata(run, [mask for mask, _ in changed]))
         staged.commit()
-    finally:
-        staged.discard()
     return len(changed)
 
 

@@ -218,9 +218,6 @@ def _prepare(target: Path) -> None:
 
 
 def _write(path: Path, write: Any) -> None:
-    staged = StagedFile(path)
-    try:
+    with StagedFile(path) as staged:
         write(staged)
         staged.commit()
-    finally:
-        staged.discard()

@@ -77,13 +77,10 @@ def export_masks(run: RunFile, target: Path, *, layout: Layout = "bool", names: 
         "bit_order": BIT_ORDER,
         "shapes": json.dumps({mask.name: mask.shape for mask in masks}),
     }
-    staged = StagedFile(target)
-    try:
-        write = _write_safetensors if target.suffix == ".safetensors" else _write_npz
+    write = _write_safetensors if target.suffix == ".safetensors" else _write_npz
+    with StagedFile(target) as staged:
         write(staged, masks, layout, metadata)
         staged.commit()
-    finally:
-        staged.discard()
     return len(masks)
 
 

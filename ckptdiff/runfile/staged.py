@@ -7,8 +7,9 @@ import os
 import secrets
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 
-from ckptdiff.errors import RunFileError
+from ckptdiff.errors import CkptdiffError, RunFileError
 
 __all__ = ["StagedFile"]
 
@@ -17,11 +18,14 @@ _FOLDERS_NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 
 
 class StagedFile:
-    """A new file beside its target that replaces the target when it is committed.
+    """A new file beside its target that replaces the target when it is committed: a context manager.
+
+    Leaving the ``with`` block without a :meth:`commit`, for whatever reason, removes what was written and leaves the
+    target as it was.
 
     It can be handed to h5py as a file object. HDF5 crashes the process at a later close when one of its writes fails
-    (seen with 2.0: segmentation fault on a full disk), so a failed write is not raised but kept in :attr:`failure`,
-    later writes are dropped, and whoever writes asks :meth:`check`.
+    (seen with 2.0: segmentation fault on a full disk) and may lose an interrupt that it meets, so whatever ends a write
+    early is not raised but kept in :attr:`failure`, later writes are dropped, and whoever writes asks :meth:`check`.
 
     Parameters
     ----------
@@ -30,8 +34,8 @@ class StagedFile:
 
     Attributes
     ----------
-    failure : OSError or None
-        Why the first failed write failed.
+    failure : BaseException or None
+        What ended the first failed write: an OSError, or an interrupt.
 
     Raises
     ------
@@ -41,7 +45,7 @@ class StagedFile:
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.failure: OSError | None = None
+        self.failure: BaseException | None = None
         self._real = Path(os.path.realpath(target))
         stem = os.fsdecode(os.fsencode(self._real.name)[:_LONGEST_STEM])
         self._path = self._real.with_name(f".{stem}.{secrets.token_hex(4)}.tmp")
@@ -53,6 +57,24 @@ class StagedFile:
         self._position = 0
         self._size = 0
 
+    def __enter__(self) -> StagedFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        self.discard()
+        if isinstance(error, Exception) and not isinstance(error, CkptdiffError):
+            # HDF5 stumbles over what a failed write left out; the failed write is the reason to tell.
+            self.check()
+            cause: BaseException | None = error
+            while isinstance(cause, Exception):
+                cause = cause.__cause__ or cause.__context__
+            if cause is not None:
+                # An interrupt that came just before the first line of a write, which h5py has wrapped in a SystemError.
+                raise cause
+
     def check(self) -> None:
         """Raise the failure of an earlier write, if there was one.
 
@@ -60,12 +82,16 @@ class StagedFile:
         ------
         RunFileError
             Disk full, quota or size limit reached, or any other failure of a write.
+        BaseException
+            The interrupt that came in a write, as it was.
         """
-        if self.failure is not None:
+        if isinstance(self.failure, OSError):
             raise self._explained(self.failure) from self.failure
+        if self.failure is not None:
+            raise self.failure
 
     def stop(self) -> None:
-        """Drop every later write: closing an HDF5 file that is given up must not need room."""
+        """Drop every later write."""
         self._stopped = True
 
     def commit(self) -> None:
@@ -139,7 +165,7 @@ class StagedFile:
         count = 0
         try:
             count = os.preadv(self._descriptor, [buffer], self._position)
-        except OSError as error:
+        except BaseException as error:
             self.failure = self.failure or error
         buffer[count:] = bytes(len(buffer) - count)
         self._position += len(buffer)
@@ -149,11 +175,11 @@ class StagedFile:
         """Write all of a buffer, unless a write has failed."""
         view = memoryview(data)
         done = 0
-        while done < len(view) and self.failure is None and not self._stopped:
-            try:
+        try:
+            while done < len(view) and self.failure is None and not self._stopped:
                 done += os.pwrite(self._descriptor, view[done:], self._position + done)
-            except OSError as error:
-                self.failure = error
+        except BaseException as error:
+            self.failure = self.failure or error
         self._position += len(view)
         if self._position > self._size:
             self._size = self._position
@@ -163,7 +189,7 @@ class StagedFile:
         """Set the file's size."""
         try:
             os.ftruncate(self._descriptor, size)
-        except OSError as error:
+        except BaseException as error:
             self.failure = self.failure or error
         self._size = size
         return size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -15,7 +15,6 @@ from h5py import h5a, h5d, h5o, h5p, h5s, h5t
 from numpy.typing import NDArray
 
 import ckptdiff
-from ckptdiff.errors import RunFileError
 from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.options import MaskRule
 from ckptdiff.result import Diff
@@ -77,8 +76,9 @@ class RunFileWriter:
         self._table: HistogramTable | None = None
 
     def __enter__(self) -> RunFileWriter:
-        self._staged = StagedFile(self._target)
-        try:
+        with ExitStack() as stack:
+            self._staged = stack.enter_context(StagedFile(self._target))
+            stack.callback(self._close)
             # The layout of HDF5 1.10 (2016) finds a chunk without a B-tree of two kilobytes for each mask.
             cache = {"rdcc_nslots": 1, "rdcc_nbytes": 0}
             self._file = h5py.File(
@@ -88,9 +88,7 @@ class RunFileWriter:
             self._masks = self._file.create_group("masks")
             self._masks.attrs.update(rule=str(self._rule), compare=self._compare, bit_order=BIT_ORDER)
             self._table = HistogramTable(self._file.create_group("histograms"))
-        except BaseException:
-            self._abandon()
-            raise
+            self._stack = stack.pop_all()
         return self
 
     def begin_mask(self, name: str, shape: tuple[int, ...]) -> None:
@@ -194,18 +192,10 @@ class RunFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._abandon()
-        if isinstance(error, Exception) and not isinstance(error, RunFileError):
-            # HDF5 stumbles over what a failed write left out; the failed write is the reason to tell.
-            self._staged.check()
-            cause: BaseException | None = error
-            while isinstance(cause, Exception):
-                cause = cause.__cause__ or cause.__context__
-            if cause is not None:
-                # An interrupt in the middle of a write, which h5py has wrapped in a SystemError.
-                raise cause
+        self._stack.__exit__(kind, error, trace)
 
-    def _abandon(self) -> None:
+    def _close(self) -> None:
+        # What HDF5 still writes as it closes a file that is thrown away must not need room.
         self._staged.stop()
         if self._table is not None:
             self._table.close()
@@ -215,7 +205,6 @@ class RunFileWriter:
             # What HDF5 says of a file that is thrown away must not hide why it is thrown away.
             with suppress(OSError, RuntimeError, SystemError):
                 self._file.close()
-        self._staged.discard()
 
     def _require_masks(self, diff: Diff) -> None:
         if self._open:

@@ -62,8 +62,7 @@ def add_spectra(
         raise RunFileError("the run file has spectra already", file=path)
     pairs = _pairs(path, diff, base or str(diff.base["path"]), tuned or str(diff.tuned["path"]))
     options = Options(compare=cast(Compare, diff.compare), threads=threads, max_memory=max_memory, spectra=spectra)
-    staged = StagedFile(Path(path))
-    try:
+    with StagedFile(Path(path)) as staged:
         with Path(path).open("rb") as old:
             shutil.copyfileobj(old, cast(Any, staged), 1 << 22)
         staged.check()
@@ -81,10 +80,6 @@ def add_spectra(
             measured = table.finish()
             write_spectra(file, measured)
         staged.commit()
-    finally:
-        # Nothing of what a failure left open is written any more.
-        staged.stop()
-        staged.discard()
     return replace(diff, spectra=measured)
 
 

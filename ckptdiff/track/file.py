@@ -55,8 +55,7 @@ def save_track(track: Track, target: str | os.PathLike[str]) -> None:
     RunFileError
         The disk is full, or the file cannot be written.
     """
-    staged = StagedFile(Path(target))
-    try:
+    with StagedFile(Path(target)) as staged:
         with h5py.File(staged, "w") as file:
             file.attrs.update(
                 format=TRACK_FORMAT, format_version=_VERSION, ckptdiff_version=ckptdiff.__version__, complete=1
@@ -73,9 +72,6 @@ def save_track(track: Track, target: str | os.PathLike[str]) -> None:
                 tensors[key] = track.counts[key].astype(np.uint64)
                 tensors[key].attrs["long_name"] = COUNTS[key]
         staged.commit()
-    finally:
-        staged.stop()
-        staged.discard()
 
 
 def load_track(path: str | os.PathLike[str]) -> Track:

@@ -11,9 +11,12 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import h5py
 import pytest
+
+from ckptdiff.runfile.staged import StagedFile
 
 PREAMBLE = """
     import os, resource, signal, sys
@@ -112,25 +115,38 @@ def test_an_export_that_does_not_fit(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("paged", "stops"), [(False, "1, 2, 10, 100, 500"), (True, "1, 2, 5, 10, 15")])
-def test_an_interrupt_inside_of_a_write(tmp_path: Path, paged: bool, stops: str) -> None:
+INTERRUPTED_WRITES = [(False, "1, 2, 10, 100, 500"), (True, "1, 2, 5, 10, 15")]
+
+
+@pytest.mark.parametrize(("paged", "stops"), INTERRUPTED_WRITES)
+@pytest.mark.parametrize(
+    ("where", "raised"),
+    [
+        ((os, "pwrite"), "KeyboardInterrupt"),
+        # Before the first line of a callback nothing of ours can catch it, and an error of HDF5 may take its place.
+        ((StagedFile, "write"), "(KeyboardInterrupt, RuntimeError, SystemError)"),
+    ],
+    ids=["in", "before"],
+)
+def test_an_interrupt_of_a_write(tmp_path: Path, where: tuple[Any, str], raised: str, paged: bool, stops: str) -> None:
+    owner, name = where
     run(
         f"""
-        real, calls = StagedFile.write, 0
+        real, calls = {owner.__name__}.{name}, 0
 
-        def interrupted(self, data):
+        def interrupted(*arguments):
             global calls
             calls += 1
             if calls == stop:
                 raise KeyboardInterrupt
-            return real(self, data)
+            return real(*arguments)
 
-        StagedFile.write = interrupted
+        {owner.__name__}.{name} = interrupted
         for stop in ({stops}):
             calls = 0
             try:
                 write()
-            except KeyboardInterrupt:
+            except {raised}:
                 pass
             else:
                 sys.exit(f"interrupt {{stop}} got lost")

@@ -62,6 +62,34 @@ def test_a_full_disk_is_told_by_the_next_check(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interrupt_in_a_write_is_told_by_the_next_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught, StagedFile(tmp_path / "made") as file:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", interrupted)
+            writes(file, 0, b"few")
+        writes(file, 3, b"more")
+        assert os.fstat(file._descriptor).st_size == 0
+        for tell in (file.check, file.commit):
+            with pytest.raises(KeyboardInterrupt):
+                tell()
+        # What HDF5 makes of a write that left nothing does not hide the reason.
+        raise RuntimeError("unable to read")
+    assert caught.value is file.failure
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("wrong"), RunFileError("wrong")])
+def test_an_error_before_the_commit_leaves_the_target_alone(tmp_path: Path, error: BaseException) -> None:
+    (tmp_path / "made").write_bytes(b"before")
+    with pytest.raises(type(error)), StagedFile(tmp_path / "made") as file:
+        writes(file, 0, b"after")
+        raise error
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("made", b"before")]
+
+
 def test_nothing_is_written_after_a_stop(tmp_path: Path) -> None:
     file = StagedFile(tmp_path / "made")
     writes(file, 0, b"before")
