@@ -11,7 +11,7 @@ demo: .venv/demo.stamp
 	$(BIN)/ckptdiff diff fixtures/addition/base fixtures/addition/tuned -o build/addition.h5
 
 test: .venv/test.stamp
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses logical --maxprocesses 8
 
 lint: .venv/test.stamp .venv/lint.stamp
 	$(BIN)/ruff check
