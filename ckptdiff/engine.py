@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.events import Finished, Listener, Note, Progress, SpectraDone, Started, TensorsDone
+from ckptdiff.events import Finished, Listener, Note, Progress, StageProgress, Started, TensorsDone
 from ckptdiff.metrics.catalogue import COLUMNS
 from ckptdiff.metrics.columns import Measured
 from ckptdiff.metrics.spectral import Spectra
@@ -128,7 +128,7 @@ def _spectra(
         name = plan.pairs[found.index].name
         if writer is not None and found.method:
             writer.add_spectrum(name, found.method, found.lists)
-        tell(SpectraDone(found.index, plan.tensors, name))
+        tell(StageProgress("spectra", found.index, plan.tensors, name))
     return table.finish()
 
 

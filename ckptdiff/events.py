@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from ckptdiff.result import Diff
 
-__all__ = ["Event", "Finished", "Listener", "Note", "Progress", "SpectraDone", "Started", "TensorsDone"]
+__all__ = ["Event", "Finished", "Listener", "Note", "Progress", "StageProgress", "Started", "TensorsDone"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +45,17 @@ class TensorsDone:
 
 
 @dataclass(frozen=True, slots=True)
-class SpectraDone:
-    """The spectra of a tensor and of all before it in plan order are done."""
+class StageProgress:
+    """A stage other than the comparison (spectra, factors of an adapter, steps of a run) is done with a tensor."""
 
+    stage: str
+    """What was made, in the plural."""
     index: int
+    """Of the tensor; all before it are done too."""
     tensors: int
     tensor: str
+    outcome: str = ""
+    """What became of it, in words; shown with ``-v``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,5 +74,5 @@ class Finished:
     seconds: float
 
 
-Event: TypeAlias = Started | Progress | TensorsDone | SpectraDone | Note | Finished
+Event: TypeAlias = Started | Progress | TensorsDone | StageProgress | Note | Finished
 Listener: TypeAlias = Callable[[Event], None]

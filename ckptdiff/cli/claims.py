@@ -61,7 +61,7 @@ def claims(session: Session, /, paths: tuple[str, ...], **given: Any) -> int:
     kept = [file for path in paths for file in (files_of(path) if len(paths) == 2 else [Path(path)])]
     target = ReportTarget.choose(given["output"], binary=False, kept=kept)
     diff = _measured(*paths, given) if len(paths) == 2 else _loaded(paths[0])
-    if not given["quiet"]:
+    if not (given["quiet"] and target.is_stdout):
         with target.open() as stream:
             _write(stream, diff, given["form"])
     return OK
@@ -82,7 +82,7 @@ def _measured(base: str, tuned: str, given: dict[str, Any]) -> Diff:
         max_memory=0 if given["max_memory"] is None else parse_size(given["max_memory"]),
         spectra=SpectraOptions(given["spectra"]),
     )
-    with progress(shown=given["progress"], quiet=given["quiet"]) as tell:
+    with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
         return run(base, tuned, options=options, listener=tell)
 
 

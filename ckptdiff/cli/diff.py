@@ -13,7 +13,7 @@ from ckptdiff.cli.inputs import progress_option, resource_options, tensor_option
 from ckptdiff.cli.session import Session
 from ckptdiff.cli.signals import raise_pending
 from ckptdiff.cli.target import abandon_stdout, files_of
-from ckptdiff.cli.view import Request, verbosity, view_options
+from ckptdiff.cli.view import Request, verdict_verbosity, view_options
 
 if TYPE_CHECKING:
     from ckptdiff.events import Event, Listener
@@ -89,7 +89,7 @@ __all__ = ["diff"]
 @click.option("--dry-run", is_flag=True, show_default="off", help="Print the plan and its memory, and read no data.")
 @view_options
 @progress_option
-@verbosity
+@verdict_verbosity
 @click.pass_obj
 def diff(session: Session, /, base: str, tuned: str, **given: Any) -> int:
     """Compare two checkpoints, BASE and TUNED.
@@ -99,7 +99,7 @@ def diff(session: Session, /, base: str, tuned: str, **given: Any) -> int:
 
     \b
       ckptdiff diff base/ tuned/ -o run.h5
-      ckptdiff diff base/ tuned/ --format ndjson | jq .name
+      ckptdiff diff base/ tuned/ --format json | jq .global.rel_norm
       ckptdiff diff base/ tuned/ --fail-if 'global.unchanged_bitwise<0.5'
     """  # noqa: D301
     session.traceback |= given["verbose"]

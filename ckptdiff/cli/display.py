@@ -16,16 +16,15 @@ __all__ = ["progress"]
 
 
 @contextmanager
-def progress(*, shown: bool, quiet: bool) -> Iterator[Listener]:
+def progress(*, shown: bool, quiet: bool, verbose: bool = False) -> Iterator[Listener]:
     """Show progress and warnings on stderr, if there is one; a signal that came ends the run at its next event."""
     from ckptdiff.report.progress import ProgressDisplay
 
     with ExitStack() as stack:
         displays: list[Listener] = []
         if sys.stderr is not None:
-            displays.append(
-                stack.enter_context(ProgressDisplay(sys.stderr, progress=shown and not quiet, warnings=not quiet))
-            )
+            display = ProgressDisplay(sys.stderr, progress=shown and not quiet, warnings=not quiet, infos=verbose)
+            displays.append(stack.enter_context(display))
 
         def tell(event: Event) -> None:
             raise_pending()

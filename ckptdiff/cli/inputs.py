@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["progress_option", "resource_options", "tensor_options"]
+__all__ = ["progress_option", "resource_options", "tensor_options", "threads_option"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Option = Callable[[Any], Any]
@@ -36,15 +36,11 @@ _TENSORS: Sequence[_Option] = (
         help="Leave out tensors whose name matches. Repeatable.",
     ),
 )
+threads_option = click.option(
+    "--threads", type=int, metavar="N", default=0, show_default="0, that is one per core", help="Worker threads."
+)
 _RESOURCES: Sequence[_Option] = (
-    click.option(
-        "--threads",
-        type=int,
-        metavar="N",
-        default=0,
-        show_default="0, that is one per core",
-        help="Worker threads.",
-    ),
+    threads_option,
     click.option(
         "--max-memory",
         metavar="SIZE",

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
-from ckptdiff.cli.inputs import tensor_options
+from ckptdiff.cli.inputs import progress_option, tensor_options
 from ckptdiff.cli.listing import format_option, output_option, write_rows
 from ckptdiff.cli.session import Session
-from ckptdiff.cli.signals import raise_pending
 from ckptdiff.cli.target import ReportTarget, files_of
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError
 from ckptdiff.report.text import number, percent, plural, safe, shape_text
 
 if TYPE_CHECKING:
-    from ckptdiff.lora.extract import Extracted, Extraction
+    from ckptdiff.lora.extract import Extraction
 
 __all__ = ["lora"]
 
@@ -49,6 +48,7 @@ _MOST = 128
 @tensor_options
 @format_option
 @output_option
+@progress_option
 @verbosity
 @click.pass_obj
 def lora(session: Session, /, base: str, tuned: str, **given: Any) -> int:
@@ -76,24 +76,19 @@ def lora(session: Session, /, base: str, tuned: str, **given: Any) -> int:
 
     require_scipy()
 
-    def tell(tensor: Extracted) -> None:
-        raise_pending()
-        if given["verbose"]:
-            done = tensor.reason or f"rank {tensor.rank}, {percent(tensor.lost)} lost"
-            print(f"ckptdiff: {safe(tensor.name)}: {done}", file=sys.stderr)
-
     options = Options(renames=given["renames"], include=given["include"], exclude=given["exclude"])
-    made = extract_lora(
-        base,
-        tuned,
-        Path(given["out"]),
-        rank=rank or _MOST,
-        energy=energy,
-        seed=given["seed"],
-        options=options,
-        listener=tell,
-    )
-    if not given["quiet"]:
+    with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
+        made = extract_lora(
+            base,
+            tuned,
+            Path(given["out"]),
+            rank=rank or _MOST,
+            energy=energy,
+            seed=given["seed"],
+            options=options,
+            listener=tell,
+        )
+    if not (given["quiet"] and target.is_stdout):
         with target.open() as stream:
             _write(stream, made, given["format"])
     return OK

@@ -66,7 +66,7 @@ def list_masks(run: str, **given: Any) -> int:
     type=click.Path(),
     metavar="FILE",
     required=True,
-    help="What to write: F.safetensors or F.npz; for shira a folder. Required.",
+    help="What to write: F.safetensors or F.npz; for shira a folder.",
 )
 @click.option(
     "--layout",
@@ -134,7 +134,7 @@ def export(run: str, names: tuple[str, ...], out: str, layout: str, **given: Any
     show_default="off",
     help="Coordinates in the first and in none of the others.",
 )
-@click.option("-o", "--out", type=click.Path(), metavar="RUN.h5", required=True, help="The run file. Required.")
+@click.option("-o", "--out", type=click.Path(), metavar="RUN.h5", required=True, help="The run file to write.")
 @click.option("--force", is_flag=True, show_default="off", help="Combine runs of different bases too.")
 def combine(runs: tuple[str, ...], operation: str | None, out: str, force: bool) -> int:
     """Write a run file with combined masks, to train with.

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ckptdiff.cli.session import Session
-from ckptdiff.cli.view import Request, verbosity, view_options
+from ckptdiff.cli.view import Request, verdict_verbosity, view_options
 
 __all__ = ["show"]
 
@@ -16,7 +16,7 @@ __all__ = ["show"]
 @click.command(short_help="Print any view of a run file.")
 @click.argument("run", type=click.Path(), metavar="RUN.h5")
 @view_options
-@verbosity
+@verdict_verbosity
 @click.pass_obj
 def show(session: Session, /, run: str, **given: Any) -> int:
     """Print any view of a run file, as `ckptdiff diff` printed it.

@@ -44,7 +44,7 @@ def add(session: Session, /, run: str, **given: Any) -> int:
     from ckptdiff.spectra.existing import add_spectra
 
     require_scipy()
-    with progress(shown=given["progress"], quiet=given["quiet"]) as tell:
+    with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
         add_spectra(
             run,
             SpectraOptions(given["mode"], seed=given["seed"]),

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
+from ckptdiff.cli.inputs import progress_option, threads_option
 from ckptdiff.cli.listing import format_option, output_option, write_rows
 from ckptdiff.cli.target import ReportTarget, files_of
 from ckptdiff.report.json_text import dumps
@@ -50,9 +52,10 @@ _HDF5 = b"\x89HDF\r\n\x1a\n"
 @click.option(
     "--exclude", multiple=True, metavar="GLOB", show_default="none", help="Leave out names that match. Repeatable."
 )
-@click.option("--threads", type=int, default=0, show_default="one per core", help="Threads that read and compare.")
+@threads_option
 @format_option
 @output_option
+@progress_option
 def track(base: str, steps: tuple[str, ...], **given: Any) -> int:
     """Follow an update from BASE through each STEP, in order, reading every checkpoint once.
 
@@ -96,14 +99,16 @@ def _found(base: str, steps: tuple[str, ...], given: dict[str, Any]) -> Track:
         shards = [shard for path in (base, *steps) for shard in open_checkpoint(path).shards]
         check_track_target(Path(given["out"]), shards)
     compare: Compare = given["compare"]
-    found = follow(
-        base,
-        steps,
-        compare=compare,
-        include=given["include"],
-        exclude=given["exclude"],
-        threads=given["threads"],
-    )
+    with progress(shown=given["progress"], quiet=False) as tell:
+        found = follow(
+            base,
+            steps,
+            compare=compare,
+            include=given["include"],
+            exclude=given["exclude"],
+            threads=given["threads"],
+            listener=tell,
+        )
     if given["out"]:
         save_track(found, given["out"])
     return found

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ckptdiff.report.rows import View
     from ckptdiff.result import Diff
 
-__all__ = ["BY", "FORMATS", "Request", "verbosity", "view_options"]
+__all__ = ["BY", "FORMATS", "Request", "verbosity", "verdict_verbosity", "view_options"]
 
 # Spelled out here, so that --help needs no import of NumPy; a test compares them with their definitions.
 FORMATS = ("table", "json", "ndjson", "csv", "parquet")
@@ -67,12 +67,7 @@ _OPTIONS = (
         "'modules.q_proj.rel_norm>0.1'; keys are those of --format json. Repeatable.",
     ),
 )
-_VERBOSITY = (
-    click.option("-v", "--verbose", is_flag=True, show_default="off", help="Tell more on stderr."),
-    click.option(
-        "-q", "--quiet", is_flag=True, show_default="off", help="Print nothing but errors; implies --exit-code."
-    ),
-)
+_VERBOSE = click.option("-v", "--verbose", is_flag=True, show_default="off", help="Tell more on stderr.")
 
 
 def view_options(command: _Command) -> _Command:
@@ -84,9 +79,16 @@ def view_options(command: _Command) -> _Command:
 
 def verbosity(command: _Command) -> _Command:
     """Give a command ``-v`` and ``-q``."""
-    for option in reversed(_VERBOSITY):
-        command = option(command)
-    return command
+    return _VERBOSE(_quiet("Print nothing but errors.")(command))
+
+
+def verdict_verbosity(command: _Command) -> _Command:
+    """Give a command that has ``--exit-code`` ``-v`` and ``-q``."""
+    return _VERBOSE(_quiet("Print nothing but errors; implies --exit-code.")(command))
+
+
+def _quiet(text: str) -> Callable[[_Command], _Command]:
+    return click.option("-q", "--quiet", is_flag=True, show_default="off", help=text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ckptdiff.backends.formats import FORMATS, compare_format
 from ckptdiff.checkpoint import TensorPair
 from ckptdiff.engine import run
 from ckptdiff.errors import PairingError
+from ckptdiff.events import Listener, StageProgress
 from ckptdiff.linalg.threads import one_blas_thread, product_threads
 from ckptdiff.lora.adapter import AdapterWriter
 from ckptdiff.lora.factors import Factors, factorize
@@ -19,6 +19,7 @@ from ckptdiff.lora.targets import refusal
 from ckptdiff.memory import resident
 from ckptdiff.options import MaskRule, Options, default_threads
 from ckptdiff.planning import prepare
+from ckptdiff.report.text import percent
 from ckptdiff.result import Diff
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.memory import cache_bytes, default_bound
@@ -89,7 +90,7 @@ def extract_lora(
     energy: float | None = None,
     seed: int = 0,
     options: Options | None = None,
-    listener: Callable[[Extracted], None] | None = None,
+    listener: Listener | None = None,
 ) -> Extraction:
     """Write the update between two checkpoints as a PEFT adapter.
 
@@ -110,7 +111,7 @@ def extract_lora(
     options : Options, optional
         Which tensors, and how they are paired and read.
     listener : callable, optional
-        Called with each tensor as it is done.
+        Called with every event of the comparison, then with a `StageProgress` for each tensor that changed.
 
     Raises
     ------
@@ -119,23 +120,27 @@ def extract_lora(
     """
     options = replace(options or Options(), compare="stored", mask=MaskRule("none"), spectra=None)
     with AdapterWriter(folder, base) as writer:
-        diff = run(base, tuned, options=options)
+        diff = run(base, tuned, options=options, listener=listener)
         plan = prepare(base, tuned, options=options)
         found = []
         with open_shards(plan.io) as shards:
             job = _Job(shards, options, writer, rank, energy, seed)
             strange = diff.columns["nonfinite_base"] + diff.columns["nonfinite_tuned"] > 0
-            for row, pair in enumerate(plan.pairs):
-                norm = float(diff.columns["delta_norm"][row])
-                if not norm > 0:
-                    continue
-                found.append(job.extract(pair, norm, "NaN or Inf in it" if strange[row] else refusal(pair)))
+            norms = diff.columns["delta_norm"]
+            moved = [(row, pair) for row, pair in enumerate(plan.pairs) if norms[row] > 0]
+            for index, (row, pair) in enumerate(moved):
+                reason = "NaN or Inf in it" if strange[row] else refusal(pair)
+                found.append(job.extract(pair, float(norms[row]), reason))
                 if listener is not None:
-                    listener(found[-1])
+                    listener(StageProgress("factors", index, len(moved), pair.name, _outcome(found[-1])))
         if not any(tensor.rank for tensor in found):
             raise _nothing(diff, found)
         writer.finish()
     return Extraction(folder, tuple(found), len(plan.pairs) - len(found))
+
+
+def _outcome(tensor: Extracted) -> str:
+    return f"left out: {tensor.reason}" if tensor.reason else f"rank {tensor.rank}, {percent(tensor.lost)} lost"
 
 
 def _nothing(diff: Diff, found: list[Extracted]) -> PairingError:

@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from ckptdiff.events import Event, Note, Progress, SpectraDone, Started
+from ckptdiff.events import Event, Note, Progress, StageProgress, Started
 from ckptdiff.report.text import duration, percent, safe, size
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class ProgressDisplay:
         self._terminal = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
         self._held: list[str] | None = [] if repeated else None
         self._total = 0
-        self._begun = time.monotonic()
-        self._drawn = self._begun
+        self._opened = self._begun = self._drawn = time.monotonic()
+        self._first: tuple[float, int] | None = None
         self._live: Live | None = None
 
     def __enter__(self) -> ProgressDisplay:
@@ -82,12 +82,15 @@ class ProgressDisplay:
         if isinstance(event, Started):
             self._total = event.total_bytes
             self._begun = self._drawn = time.monotonic()
+            self._first = None
         elif isinstance(event, Note):
             self._note(event)
         elif isinstance(event, Progress):
             self._show(event)
-        elif isinstance(event, SpectraDone):
-            self._show_spectra(event)
+        elif isinstance(event, StageProgress):
+            if event.outcome:
+                self._note(Note(f"{event.tensor}: {event.outcome}"))
+            self._show_stage(event)
 
     def _note(self, note: Note) -> None:
         if not (self._warnings if note.warning else self._infos):
@@ -104,7 +107,7 @@ class ProgressDisplay:
             self._print_held()
         if not self._progress:
             return
-        facts = self._facts(event, now - self._begun)
+        facts = self._facts(event, now)
         if not self._terminal:
             if now - self._drawn >= _FIRST_LINE:
                 self._drawn = now
@@ -113,14 +116,16 @@ class ProgressDisplay:
             self._drawn = now
             self._draw(event.bytes_done / self._total if self._total else 1.0, event.tensor, facts)
 
-    def _show_spectra(self, event: SpectraDone) -> None:
+    def _show_stage(self, event: StageProgress) -> None:
         now, done = time.monotonic(), event.index + 1
         if event.index == 0:
             self._begun = now
         if not self._progress or now - self._drawn < (1 / _PER_SECOND if self._terminal else _FIRST_LINE):
             return
+        if self._terminal and self._live is None and now - self._opened < _FIRST_BAR:
+            return
         self._drawn = now
-        facts = [f"spectra of {done:,} of {event.tensors:,} tensors"]
+        facts = [f"{event.stage} of {done:,} of {event.tensors:,} tensors"]
         if done > 1:
             facts.append(f"{duration((now - self._begun) / (done - 1) * (event.tensors - done))} left")
         if self._terminal:
@@ -128,12 +133,16 @@ class ProgressDisplay:
         else:
             self._print(f"ckptdiff: {', '.join(facts)}, {safe(event.tensor)}")
 
-    def _facts(self, event: Progress, seconds: float) -> list[str]:
-        """Bytes, speed, time left and running sparsity, in words."""
-        speed = event.bytes_done / seconds if seconds > 0.0 else 0.0
-        facts = [f"{size(event.bytes_done)} of {size(self._total)}", f"{speed / 1e9:.2f} GB/s"]
-        if speed > 0.0:
-            facts.append(f"{duration((self._total - event.bytes_done) / speed)} left")
+    def _facts(self, event: Progress, now: float) -> list[str]:
+        """Bytes, speed, time left and running sparsity, in words.
+
+        The clock of the speed starts with the first data, which may have waited for kernels to be compiled.
+        """
+        begun, before = self._first = self._first or (now, event.bytes_done)
+        facts = [f"{size(event.bytes_done)} of {size(self._total)}"]
+        if event.bytes_done > before and now > begun:
+            speed = (event.bytes_done - before) / (now - begun)
+            facts += [f"{speed / 1e9:.2f} GB/s", f"{duration((self._total - event.bytes_done) / speed)} left"]
         if event.compared:
             facts.append(f"{percent(event.unchanged / event.compared)} unchanged")
         return facts

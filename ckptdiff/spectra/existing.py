@@ -12,7 +12,7 @@ import h5py
 
 from ckptdiff.checkpoint import Checkpoint, TensorPair, open_checkpoint, pair
 from ckptdiff.errors import OptionError, RunFileError
-from ckptdiff.events import Listener, SpectraDone
+from ckptdiff.events import Listener, StageProgress
 from ckptdiff.options import Compare, Options, SpectraOptions
 from ckptdiff.result import Diff
 from ckptdiff.runfile.reader import RunFile
@@ -75,7 +75,7 @@ def add_spectra(
                     add_spectrum(file, name, found.method, found.lists)
                     staged.check()
                 if listener is not None:
-                    listener(SpectraDone(found.index, len(diff.tensors), name))
+                    listener(StageProgress("spectra", found.index, len(diff.tensors), name))
             shards.check()
             measured = table.finish()
             write_spectra(file, measured)

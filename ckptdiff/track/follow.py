@@ -17,6 +17,7 @@ from ckptdiff.backends.kernels.trajectory import Flow, Rooms, follow_span, new_r
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES
 from ckptdiff.errors import CheckpointError, OptionError
+from ckptdiff.events import Listener, StageProgress
 from ckptdiff.options import Compare, default_threads
 from ckptdiff.stream.reader import OpenShards, open_shards
 from ckptdiff.track.plan import Followed, plan_track
@@ -45,6 +46,7 @@ def track(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     threads: int = 0,
+    listener: Listener | None = None,
 ) -> Track:
     """Follow an update through the checkpoints of a training run.
 
@@ -63,6 +65,8 @@ def track(
         Globs on tensor names.
     threads : int
         0 stands for one per available core.
+    listener : callable, optional
+        Called with a `StageProgress` for every part of a tensor that was followed.
 
     Raises
     ------
@@ -81,6 +85,8 @@ def track(
             counts[:, :, found.tensor] += found.counts.T
             for block in found.sums.T:
                 squares[:, found.tensor] += block
+            if listener is not None:
+                listener(StageProgress("steps", found.tensor, len(tensors), tensors[found.tensor].sides[0].name))
     norms = np.sqrt(squares)
     return Track(
         base=plan.base.path,

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from ckptdiff.cli import main
 from ckptdiff.errors import OptionError, PairingError
+from ckptdiff.events import Event, StageProgress, Started
 from ckptdiff.lora.extract import Extraction, extract_lora
 
 BF16 = ml_dtypes.bfloat16
@@ -180,3 +181,26 @@ def test_peft_loads_it_and_computes_the_same(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.allclose(adapted(tokens), truncated(tokens), atol=1e-5)
         assert not torch.allclose(adapted(tokens), tuned(tokens), atol=1e-3)
+
+
+def test_a_listener_follows_the_comparison_and_every_tensor(pair: tuple[str, str], tmp_path: Path) -> None:
+    told: list[Event] = []
+    made = extract_lora(*pair, tmp_path / "adapter", rank=4, listener=told.append)
+    stages = [event for event in told if isinstance(event, StageProgress)]
+    assert any(isinstance(event, Started) for event in told)
+    assert [event.tensor for event in stages] == [tensor.name for tensor in made.tensors]
+    assert [event.index for event in stages] == list(range(stages[0].tensors))
+    assert {event.stage for event in stages} == {"factors"}
+
+
+def test_verbose_tells_of_every_tensor_and_quiet_writes_files_only(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["lora", *pair, "-o", str(tmp_path / "one"), "--rank", "4", "-v"]) == 0
+    told = capsys.readouterr().err
+    assert "ckptdiff: model.embed_tokens.weight: left out: an embedding\n" in told
+    assert "ckptdiff: model.layers.0.mlp.up_proj.weight: rank 4, " in told
+    listed = tmp_path / "list.json"
+    command = ["lora", *pair, "-o", str(tmp_path / "two"), "--rank", "4", "-q", "--format", "json", "-O", str(listed)]
+    assert main(command) == 0
+    assert capsys.readouterr() == ("", "") and json.loads(listed.read_text())["schema"] == "ckptdiff.lora/1"

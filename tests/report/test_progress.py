@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ckptdiff.events import Note, Progress, Started
+from ckptdiff.events import Note, Progress, StageProgress, Started
 from ckptdiff.report import progress
 from ckptdiff.report.progress import ProgressDisplay
 from ckptdiff.result import Diff
@@ -150,4 +150,45 @@ def test_an_empty_run(clock: Clock, diff: Diff) -> None:
         display(Started(1, 0, diff))
         clock.now += 9.0
         display(Progress(0, "empty", 0, 0))
-    assert stream.getvalue() == "ckptdiff: 0 B of 0 B, 0.00 GB/s, empty\n"
+    assert stream.getvalue() == "ckptdiff: 0 B of 0 B, empty\n"
+
+
+def test_the_clock_of_the_speed_starts_with_the_first_data(clock: Clock, diff: Diff) -> None:
+    stream = io.StringIO()
+    with ProgressDisplay(stream) as display:
+        display(Started(2, 9_000_000_000, diff))
+        clock.now += 8.0  # kernels are compiled
+        display(Progress(1_000, "first", 10, 10))
+        clock.now += 5.0
+        display(Progress(5_000_001_000, "second", 10, 10))
+    assert stream.getvalue().splitlines() == [
+        "ckptdiff: 1 kB of 9 GB, 100 % unchanged, first",
+        "ckptdiff: 5 GB of 9 GB, 1.00 GB/s, 4 s left, 100 % unchanged, second",
+    ]
+
+
+@pytest.mark.parametrize("stage", ["spectra", "factors", "steps"])
+def test_the_tensors_of_a_stage_are_counted(clock: Clock, stage: str) -> None:
+    def told(stream: io.StringIO, **options: bool) -> str:
+        with ProgressDisplay(stream, **options) as display:
+            for index in range(5):
+                clock.now += 3.0
+                display(StageProgress(stage, index, 5, f"layer.{index}\x1b[2J", f"rank {index}"))
+        return stream.getvalue()
+
+    assert told(io.StringIO()).splitlines() == [
+        f"ckptdiff: {stage} of 2 of 5 tensors, 9 s left, layer.1\\x1b[2J",
+        f"ckptdiff: {stage} of 4 of 5 tensors, 3 s left, layer.3\\x1b[2J",
+    ]
+    assert told(io.StringIO(), progress=False) == ""
+    assert told(io.StringIO(), progress=False, infos=True).splitlines()[4] == "ckptdiff: layer.4\\x1b[2J: rank 4"
+    bar = told(Terminal())
+    assert f"{stage} of 5 of 5 tensors" in bar and "━" in bar and "\x1b[?25h" in bar
+
+
+def test_a_short_stage_draws_nothing(clock: Clock) -> None:
+    stream = Terminal()
+    with ProgressDisplay(stream) as display:
+        clock.now += 0.3
+        display(StageProgress("steps", 0, 1, "x"))
+    assert stream.getvalue() == ""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import h5py
@@ -18,6 +19,7 @@ from trajectories import SHAPES, Trajectory
 
 from ckptdiff.cli import main
 from ckptdiff.errors import ChangedFileError, CheckpointError, OptionError, PairingError, RunFileError
+from ckptdiff.events import Event, StageProgress
 from ckptdiff.track import Track, load_track, save_track, track
 from ckptdiff.track import follow as follow_module
 
@@ -40,6 +42,16 @@ def test_every_figure_at_every_step(any_trajectory: Trajectory, compare: str) ->
     assert "1 tensors are not floating" in found.warnings[-1]
     for label, rows in found.grouped("tensor"):
         assert_rows(rows, any_trajectory.rows([label["name"]], compare))
+
+
+def test_a_listener_follows_the_tensors(trajectory: Trajectory) -> None:
+    told: list[Event] = []
+    found = track(trajectory.paths[0], trajectory.paths[1:], listener=told.append)
+    stages = [event for event in told if isinstance(event, StageProgress)]
+    assert len(stages) == len(told)
+    with_values = [name for name, shape in zip(found.names, found.shapes, strict=True) if math.prod(shape)]
+    assert [name for name, _ in groupby(event.tensor for event in stages)] == with_values
+    assert {(event.stage, event.tensors) for event in stages} == {("steps", len(found.names))}
 
 
 def test_groups(trajectory: Trajectory) -> None:
