@@ -259,7 +259,7 @@ def _nothing_to_compare(base: Checkpoint, tuned: Checkpoint, everything: Pairing
 
 def _tie_warnings(aliased: Iterable[Alias]) -> list[str]:
     return [
-        f"{alias.name} is stored only in {alias.side}: taken as tied to {alias.of}, not compared"
+        f"{alias.name} is stored only in {alias.side}: taken as tied to {alias.of}, its values not compared"
         for alias in aliased
         if alias.side != "both"
     ]

@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TextIO
 
+import numpy as np
+
 from ckptdiff.metrics.catalogue import parameter_key
+from ckptdiff.report.legend import legend_lines
 from ckptdiff.report.member_labels import labels
 from ckptdiff.report.rows import View, rows
 from ckptdiff.report.screen import Column, Screen, bar, screen_of, table_lines
@@ -31,11 +34,13 @@ _TITLES: Mapping[GroupBy, str] = {
     "tower": "tower",
     "group": "group",
 }
-_LEGEND = (
-    "update: norm of d / norm of W0.   share: part of the sum of d^2 of all tensors.",
-    "low 10 %: part of the changes that is on the 10 % smallest weights; rounding:",
-    "the same if the update were noise of this size, rounded.   rms: that of W0.",
-)
+_MEANINGS = {
+    "update": "update: norm of d / norm of W0.",
+    "share": "share: part of the sum of d^2 of all tensors.",
+    "low 10 %": "low 10 %: part of the changes that is on the 10 % smallest weights.",
+    "rounding": "rounding: the same if the update were noise of this size, rounded.",
+    "|d|<=1e-3 rms": "rms: that of W0.",
+}
 
 
 def write(diff: Diff, stream: TextIO, view: View) -> None:
@@ -49,20 +54,23 @@ def table(diff: Diff, view: View, screen: Screen) -> list[str]:
     Without `view.by`: block, module type and layer tables, towers and the user's groups where there are any, and the
     tensors with the largest share of the update. With it: that one table.
     """
-    headline, *lines = (_highlight(line, screen) for line in summary(diff, view.run_file))
+    headline, *lines = (_highlight(line, screen) for line in summary(diff, view.run_file, overview=view.by is None))
     lines = [screen.paint(headline, "bold"), *lines]
-    legend = ["", *(screen.paint(line, "dim") for line in _LEGEND)]
     if view.by is not None:
-        return [*lines, *_section(diff, view, screen), *legend, *spectra_section(diff, view, screen)]
-    for by in _overview(diff):
-        lines += _section(diff, View(by), screen)
-    movers = View("tensor", view.sort or "delta_energy_share", view.top or _MOVERS)
-    return [
-        *lines,
-        *_section(diff, movers, screen, f"top {movers.top} movers"),
-        *legend,
-        *spectra_section(diff, View("module"), screen),
-    ]
+        tables = [_section(diff, view, screen)]
+    else:
+        tables = [_section(diff, View(by), screen) for by in _overview(diff)]
+        movers = min(view.top or _MOVERS, int(np.count_nonzero(diff.columns["delta_norm"])))
+        if movers:
+            largest = View("tensor", view.sort or "delta_energy_share", movers)
+            tables.append(_section(diff, largest, screen, f"top {movers} movers"))
+    for columns in filter(None, tables):
+        lines += ["", *table_lines(columns, screen)]
+    if view.by is not None and not tables[0]:
+        defined = "; --group NAME=REGEX of ckptdiff diff makes them" if view.by == "group" else ""
+        lines += ["", f"no {_TITLES[view.by]} to show{defined}"]
+    lines += legend_lines(_MEANINGS, [columns for columns in tables if columns], screen)
+    return [*lines, *spectra_section(diff, view if view.by is not None else View("module"), screen)]
 
 
 def _overview(diff: Diff) -> Iterator[GroupBy]:
@@ -79,13 +87,14 @@ def _highlight(line: str, screen: Screen) -> str:
     return line
 
 
-def _section(diff: Diff, view: View, screen: Screen, title: str | None = None) -> list[str]:
+def _section(diff: Diff, view: View, screen: Screen, title: str | None = None) -> list[Column]:
+    """The columns of one table; none if it has no rows."""
     members = rows(diff, view)
     if not members:
-        return ["", f"no {_TITLES[view.rows_by]} to show"] if view.by != "layer" or title else []
+        return []
     columns = _columns(members, view.rows_by, screen)
     columns[0] = replace(columns[0], title=title or _TITLES[view.rows_by])
-    return ["", *table_lines(columns, screen)]
+    return columns
 
 
 def _columns(members: Sequence[Mapping[str, Any]], by: GroupBy, screen: Screen) -> list[Column]:

@@ -12,7 +12,7 @@ from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
 
-__all__ = ["Column", "Screen", "bar", "screen_of", "table_lines"]
+__all__ = ["Column", "Screen", "bar", "screen_of", "shown_columns", "table_lines"]
 
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _GAP = "  "
@@ -119,9 +119,7 @@ def table_lines(columns: Sequence[Column], screen: Screen) -> list[str]:
     Columns that do not fit a terminal are left out by rank; if that does not do, the first column is folded over
     several lines. Off-terminal every column is printed as wide as it is.
     """
-    kept = [columns[0], *(column for column in columns[1:] if any(column.cells))]
-    while screen.width is not None and _total(kept) > screen.width and (worst := max(c.rank for c in kept)):
-        kept = [column for column in kept if column.rank < worst]
+    kept = shown_columns(columns, screen)
     widths = [column.width for column in kept]
     if screen.width is not None:
         widths[0] = max(min(widths[0], _NARROWEST), widths[0] - max(0, _total(kept) - screen.width))
@@ -131,6 +129,14 @@ def table_lines(columns: Sequence[Column], screen: Screen) -> list[str]:
         lines.append(_line([first, *cells], kept, widths, screen))
         lines += [screen.paint(part, kept[0].style) for part in more]
     return lines
+
+
+def shown_columns(columns: Sequence[Column], screen: Screen) -> list[Column]:
+    """The columns of a table that hold anything and have room."""
+    kept = [columns[0], *(column for column in columns[1:] if any(column.cells))]
+    while screen.width is not None and _total(kept) > screen.width and (worst := max(c.rank for c in kept)):
+        kept = [column for column in kept if column.rank < worst]
+    return kept
 
 
 def _total(columns: Sequence[Column]) -> int:

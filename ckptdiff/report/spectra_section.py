@@ -7,6 +7,7 @@ from typing import Any
 
 from ckptdiff.metrics.catalogue import parameter_key
 from ckptdiff.metrics.spectral import ENERGY_RANKS
+from ckptdiff.report.legend import legend_lines
 from ckptdiff.report.member_labels import labels
 from ckptdiff.report.rows import SPECTRAL, View, rows
 from ckptdiff.report.screen import Column, Screen, table_lines
@@ -19,12 +20,20 @@ _RHO = parameter_key(0.1)
 _TAU = parameter_key(1e-5)
 _LEVELS = " ▁▂▃▄▅▆▇█"
 _LISTED = 3
-_LEGEND = (
-    "spectra of d: unweighted medians over matrices.   top 16: part of its energy in 16 singular values, too low by",
-    "`more` at most.   decay: singular values at 1, 2, 4, ... 64.   princ. energy: part of the energy in the top 10 %",
-    "singular directions of W0, left and right at once (1 % by chance in a square matrix).   princ. 10 %: part of the",
-    "changes on the 10 % largest weights of W0 cut to these directions; not low: those not on the smallest 10 %.",
-)
+_MEANINGS = {
+    "spectra": "spectra of d: unweighted medians over matrices.",
+    "top 16": "top 16: part of its energy in 16 singular values.",
+    "more": "more: by how much that is too low at most.",
+    "stable rank": "stable rank: norm(d)^2 / s_1^2.",
+    "decay": "decay: singular values at 1, 2, 4, ... 64.",
+    "rank 1e-5": "rank 1e-5: part of the singular values above 1e-5 of the largest.",
+    "NSS": "NSS: norm of the shift of W0's singular values / their norm.",
+    "angle": "angle: the largest between the top right singular subspaces of W0 and W1, in radians.",
+    "princ. energy": "princ. energy: part of the energy in the top 10 % singular directions of W0, left and right at "
+    "once (1 % by chance in a square matrix).",
+    "princ. 10 %": "princ. 10 %: part of the changes on the 10 % largest weights of W0 cut to these directions.",
+    "not low": "not low: those of them not on the smallest 10 %.",
+}
 
 
 def spectra_section(diff: Diff, view: View, screen: Screen) -> list[str]:
@@ -36,7 +45,7 @@ def spectra_section(diff: Diff, view: View, screen: Screen) -> list[str]:
     if not members:
         return ["", "no spectra: no matrix with an update", *left_out]
     columns = [Column("spectra", labels(members, view.rows_by), left=True), *_columns(members, screen)]
-    legend = ["", *(screen.paint(line, "dim") for line in _LEGEND)]
+    legend = legend_lines(_MEANINGS, [columns], screen)
     return ["", *table_lines(columns, screen), *legend, *(screen.paint(line, "yellow") for line in left_out)]
 
 

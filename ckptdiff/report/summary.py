@@ -19,7 +19,7 @@ _LISTED = 3
 _GENERIC = {"model", "models", "model_files", "checkpoint", "weights", "base", "tuned", ""}
 
 
-def summary(diff: Diff, run_file: str | None = None) -> list[str]:
+def summary(diff: Diff, run_file: str | None = None, *, overview: bool = True) -> list[str]:
     """The first block of the table, a few lines of at most 80 characters where names allow.
 
     Parameters
@@ -27,6 +27,8 @@ def summary(diff: Diff, run_file: str | None = None) -> list[str]:
     diff : Diff
     run_file : str, optional
         Where the masks are; None if there is no run file.
+    overview : bool
+        Whether the tables of the overview follow: then the next command shows what they do not.
 
     Returns
     -------
@@ -38,7 +40,7 @@ def summary(diff: Diff, run_file: str | None = None) -> list[str]:
         *_changes(diff),
         *_left_out(diff),
         *(f"warning: {safe(text)}" for text in diff.warnings),
-        *_next(diff, run_file),
+        *_next(diff, run_file, overview),
     ]
 
 
@@ -88,6 +90,8 @@ def _changes(diff: Diff) -> Iterator[str]:
         yield "nothing to measure: no floating values on both sides"
         return
     cast = "/".join(sorted({facts.compare.upper() for facts in diff.tensors if facts.compare != "bitwise"}))
+    if diff.identical:
+        yield "identical: no value differs, and every tensor has its counterpart"
     yield f"unchanged   {percent(figures['unchanged_bitwise'])} in {cast}{_as_stored(diff)}"
     within = f"|d| <= 1e-5 {percent(figures['unchanged_abs'][_HEADLINE_EPS])}"
     yield f"{within:<28} relative update {percent(figures['rel_norm'])}"
@@ -136,9 +140,13 @@ def _as_stored(diff: Diff) -> str:
 def _left_out(diff: Diff) -> Iterator[str]:
     yield from _named(diff.only_in_base, "only in base")
     yield from _named(diff.only_in_tuned, "only in tuned")
-    for name, of in diff.aliased[:_LISTED]:
+    # What one side alone stores is among the warnings.
+    tied = [
+        (name, of) for name, of in diff.aliased if not any(text.startswith(f"{name} is ") for text in diff.warnings)
+    ]
+    for name, of in tied[:_LISTED]:
         yield f"{safe(name)} is tied to {safe(of)}: counted once"
-    yield from _more(len(diff.aliased), "tied")
+    yield from _more(len(tied), "tied")
     for tensor in diff.mismatched[:_LISTED]:
         yield f"not compared: {safe(tensor.name)}: {safe(tensor.reason)}"
     yield from _more(len(diff.mismatched), "not compared")
@@ -155,7 +163,7 @@ def _more(count: int, what: str) -> Iterator[str]:
         yield f"{count - _LISTED:,} more {what}"
 
 
-def _next(diff: Diff, run_file: str | None) -> Iterator[str]:
+def _next(diff: Diff, run_file: str | None, overview: bool) -> Iterator[str]:
     if run_file is None:
         yield "masks: none      next: add -o run.h5 to keep the masks and the figures"
         return
@@ -164,5 +172,8 @@ def _next(diff: Diff, run_file: str | None) -> Iterator[str]:
     made = f"run file: {path}, no masks" if diff.mask_rule == "none" else f"masks: {path}"
     if changed is not None and numel:
         made += f" ({safe(diff.mask_rule)}: {percent(changed / numel)} of the values)"
-    following = f"next: ckptdiff show {path} --by module"
+    if not overview:
+        yield made
+        return
+    following = f"next: ckptdiff show {path} --by tensor"
     yield from [f"{made}      {following}"] if len(made) + len(following) < 75 else [made, following]

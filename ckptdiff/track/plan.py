@@ -14,6 +14,7 @@ from ckptdiff.backends.formats import FORMATS, Format, compare_format
 from ckptdiff.checkpoint import Checkpoint, Kind, TensorInfo, open_checkpoint, pair
 from ckptdiff.errors import OptionError, PairingError
 from ckptdiff.options import Compare
+from ckptdiff.report.text import plural
 
 __all__ = ["Followed", "TrackPlan", "plan_track"]
 
@@ -113,7 +114,7 @@ def plan_track(
         sides = (tensor, *(names[name].tuned for names in counterparts))
         followed.append(Followed(sides, _common(sides, compare)))
     if bitwise:
-        warnings[f"{bitwise} tensors are not floating and left out"] = None
+        warnings[f"{plural(bitwise, 'tensor')} of integers or opaque codes left out"] = None
     if not followed:
         raise PairingError(
             "no floating tensor is in all checkpoints",

@@ -94,7 +94,8 @@ def test_no_line_holds_an_escape_or_break(make_diff: MakeDiff) -> None:
 
 
 def test_the_next_command_can_be_pasted(diff: Diff) -> None:
-    assert summary(diff, "my run.h5")[-1].endswith("next: ckptdiff show 'my run.h5' --by module")
+    assert summary(diff, "my run.h5")[-1].endswith("next: ckptdiff show 'my run.h5' --by tensor")
+    assert "next:" not in "".join(summary(diff, "my run.h5", overview=False))
     assert "-o run.h5" in summary(diff)[-1]
     assert "no masks" in "\n".join(summary(replace(diff, mask_rule="none"), "r.h5"))
 
@@ -116,3 +117,16 @@ def test_nonfinite_values_are_said(make_diff: MakeDiff) -> None:
     counted[0] = 3
     text = "\n".join(summary(replace(diff, columns={**diff.columns, "nonfinite_tuned": counted})))
     assert "3 values NaN or Inf in tuned" in text and "in base" not in text
+
+
+def test_equal_checkpoints_are_called_identical(diff: Diff) -> None:
+    equal = dict.fromkeys(("unchanged_bitwise", "unchanged_stored"), diff.columns["numel"])
+    assert any(line.startswith("identical:") for line in summary(replace(diff, columns={**diff.columns, **equal})))
+    assert not any(line.startswith("identical:") for line in summary(diff))
+
+
+def test_a_tie_is_told_once(make_diff: MakeDiff) -> None:
+    tied = (("lm_head.weight", "model.embed_tokens.weight"),)
+    told = "lm_head.weight is stored only in tuned: taken as tied to model.embed_tokens.weight, its values not compared"
+    lines = summary(make_diff(aliased=tied, warnings=(told,)))
+    assert [line for line in lines if "lm_head" in line] == [f"warning: {told}"]

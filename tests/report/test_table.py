@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from rich.color import ColorSystem
 
@@ -169,3 +171,22 @@ def test_screens() -> None:
 def test_thirty_thousand_tensors_print_in_reasonable_time(make_diff: MakeDiff) -> None:
     lines = table(make_diff(250), View("tensor"), Screen())
     assert len(lines) > 250 * 8
+
+
+def test_the_legend_tells_of_what_is_shown(diff: Diff, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "rms: that of W0" in printed(diff, Pipe()) and "No room for" not in printed(diff, Pipe())
+    monkeypatch.setenv("COLUMNS", "80")
+    text = ANSI.sub("", printed(diff, Terminal(), View("block")))
+    assert "update: norm of d" in text and "rms: that of W0" not in text
+    legend = " ".join(text.split("update: norm of d")[1].split())
+    assert "No room for: |d|<=1e-3 rms" in legend and "max |d|" in legend and "unchanged" not in legend
+
+
+def test_movers_are_tensors_that_moved(diff: Diff) -> None:
+    norms = np.zeros_like(diff.columns["delta_norm"])
+    still = replace(diff, columns={**diff.columns, "delta_norm": norms})
+    assert "movers" not in printed(still, Pipe())
+    one = norms.copy()
+    one[3] = 0.5
+    text = printed(replace(diff, columns={**diff.columns, "delta_norm": one}), Pipe())
+    assert text.split("top 1 movers")[1].splitlines()[1].split()[0] == diff.tensors[3].name

@@ -39,7 +39,7 @@ def assert_rows(found: list[dict], expected: list[dict]) -> None:
 def test_every_figure_at_every_step(any_trajectory: Trajectory, compare: str) -> None:
     found = track(any_trajectory.paths[0], any_trajectory.paths[1:], compare=compare)
     assert_rows(found.overall(), any_trajectory.rows(list(SHAPES), compare))
-    assert "1 tensors are not floating" in found.warnings[-1]
+    assert "1 tensor of integers or opaque codes" in found.warnings[-1]
     for label, rows in found.grouped("tensor"):
         assert_rows(rows, any_trajectory.rows([label["name"]], compare))
 

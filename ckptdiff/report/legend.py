@@ -1,0 +1,39 @@
+"""What the titles of tables mean, for the columns that are shown, and which ones had no room."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from textwrap import wrap
+
+from ckptdiff.report.screen import Column, Screen, shown_columns
+
+__all__ = ["legend_lines"]
+
+_WIDTH = 110
+"""Characters of a line off-terminal, and at most."""
+
+
+def legend_lines(meanings: Mapping[str, str], tables: Sequence[Sequence[Column]], screen: Screen) -> list[str]:
+    """Lay out what stands below tables.
+
+    Parameters
+    ----------
+    meanings : mapping of str to str
+        A sentence for each title that needs one.
+    tables : sequence of sequence of Column
+        As they were given to `table_lines`.
+    screen : Screen
+
+    Returns
+    -------
+    list of str
+        An empty line and the legend; nothing if no title needs it.
+    """
+    shown = {column.title for columns in tables for column in shown_columns(columns, screen)}
+    filled = dict.fromkeys(column.title for columns in tables for column in columns[1:] if any(column.cells))
+    sentences = [meaning for title, meaning in meanings.items() if title in shown]
+    hidden = [title for title in filled if title and title not in shown]
+    if hidden:
+        sentences.append(f"No room for: {', '.join(hidden)}; a pipe shows all.")
+    lines = wrap("   ".join(sentences), min(screen.width or _WIDTH, _WIDTH), break_long_words=False)
+    return ["", *(screen.paint(line, "dim") for line in lines)] if lines else []
