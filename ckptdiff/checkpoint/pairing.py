@@ -248,12 +248,15 @@ def _nothing_to_compare(base: Checkpoint, tuned: Checkpoint, everything: Pairing
             found=first.reason,
             hint="check that the two checkpoints are of the same model",
         )
+    adapter = next((side for side in (base, tuned) if any(".lora_A." in name for name in side.tensors)), None)
     return PairingError(
         "the two checkpoints have no tensor name in common",
         file=tuned.path,
         expected=f"names as in {base.path}: {_some(base.tensors) or 'none'}",
         found=_some(tuned.tensors) or "none",
-        hint="rename the base's tensors with --map 'OLD=NEW', for example --map '^encoder\\.=model.'",
+        hint="rename the base's tensors with --map 'OLD=NEW', for example --map '^encoder\\.=model.'"
+        if adapter is None
+        else f"{adapter.path} is an adapter: merge it into its model first (merge_and_unload of peft), and save that",
     )
 
 

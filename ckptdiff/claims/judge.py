@@ -51,13 +51,13 @@ class Verdict:
 def judge(diff: Diff) -> list[Verdict]:
     """Judge every claim for a diff with spectra."""
     row = figures_of(diff)
-    alone = [_sparse(row), _small(row), _full_rank(row)]
+    alone = [_sparse(row), _small(row), _full_rank(diff, row)]
     return [*alone, _concentrated(diff, row), *_off_principal(diff, row), _low(diff, row)]
 
 
 def _verdict(claim: str, figure: str, value: float | None, null: float | None, outcome: Outcome, words: str) -> Verdict:
     if value is None:
-        return Verdict(claim, "unknown", figure, None, null, f"{claim}: unknown, {figure} is undefined here.")
+        return Verdict(claim, "unknown", figure, None, null, f"{claim}: unknown; {figure} is undefined for this pair.")
     return Verdict(claim, outcome, figure, value, null, f"{claim}: {outcome}; {words}.")
 
 
@@ -70,18 +70,21 @@ def _sparse(row: Row) -> Verdict:
 
 def _small(row: Row) -> Verdict:
     value = row["rel_norm"]
-    theirs = "the paper's on-policy pairs have .04 to .14 %, the offline one 12 %"
+    theirs = "the paper's on-policy pairs have 0.04 to 0.14 %, the offline one 12 %"
     words = f"its norm is {percent(value)} of the base's; {theirs}"
     outcome: Outcome = "shown" if value is not None and value < 0.01 else "not shown"
     return _verdict("the update is small", "global.rel_norm", value, 0.01, outcome, words)
 
 
-def _full_rank(row: Row) -> Verdict:
+def _full_rank(diff: Diff, row: Row) -> Verdict:
     value = row["numerical_rank_frac"]
+    claim, figure = "the update is numerically full-rank", "median_2d.spectral.numerical_rank_frac.1e-05"
+    if value is None and diff.median_2d["spectral"]["method"] == "randomized":
+        words = f"{claim}: unknown; only exact spectra have numerical ranks (--spectra exact)."
+        return Verdict(claim, "unknown", figure, None, 0.9, words)
     words = f"{percent(value)} of the median matrix's singular values exceed 1e-5 of the largest; so do those of noise"
     outcome: Outcome = "shown" if value is not None and value > 0.9 else "not shown"
-    figure = "median_2d.spectral.numerical_rank_frac.1e-05"
-    return _verdict("the update is numerically full-rank", figure, value, 0.9, outcome, words)
+    return _verdict(claim, figure, value, 0.9, outcome, words)
 
 
 def _concentrated(diff: Diff, row: Row) -> Verdict:

@@ -43,7 +43,12 @@ class AdapterWriter:
 
     def __init__(self, folder: Path, base: str) -> None:
         if folder.exists():
-            raise OptionError("the adapter's folder exists", file=folder, expected="a new folder")
+            raise OptionError(
+                "the adapter's folder exists",
+                file=folder,
+                expected="a new folder",
+                hint="remove it, or choose another -o",
+            )
         if not folder.absolute().parent.is_dir():
             raise OptionError("the adapter's folder has no parent", file=folder, found=folder.absolute().parent)
         self._folder, self._base = folder, base

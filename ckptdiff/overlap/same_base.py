@@ -55,8 +55,8 @@ def require_same_base(runs: Sequence[RunFile], diffs: Sequence[Diff], force: boo
             warnings.append(f"{run.path} starts from another base than {runs[0].path}")
         if (diff.compare, diff.mask_rule) != (first.compare, first.mask_rule):
             warnings.append(
-                f"{run.path} has masks by {diff.mask_rule} of {diff.compare},"
-                f" {runs[0].path} by {first.mask_rule} of {first.compare}"
+                f"masks by different rules: {run.path} by {diff.mask_rule} (compared as {diff.compare}),"
+                f" {runs[0].path} by {first.mask_rule} ({first.compare})"
             )
     return warnings
 

@@ -102,7 +102,9 @@ def chosen_masks(run: RunFile, names: Sequence[str]) -> list[str]:
     for wanted in names:
         matches = [wanted] if wanted in run.masks else [name for name in run.masks if fnmatchcase(name, wanted)]
         if not matches:
-            raise OptionError("no mask of that name", file=run.path, found=wanted, hint="ckptdiff mask list")
+            raise OptionError(
+                "no mask of that name", file=run.path, found=wanted, hint=f"ckptdiff mask list {run.path} lists them"
+            )
         found.update(dict.fromkeys(matches))
     return list(found)
 

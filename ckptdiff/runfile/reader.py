@@ -128,6 +128,7 @@ class RunFile:
                 file=self.path,
                 expected=f"an HDF5 file with the attribute format = {FORMAT}",
                 found=f"format = {found['format']}" if "format" in found else "an HDF5 file without it",
+                hint=f"ckptdiff track {self.path} prints it" if found.get("format") == "ckptdiff-track" else None,
             )
         version = found.get("format_version")
         if not isinstance(version, int) or version < 1:
@@ -166,6 +167,7 @@ class RunFile:
                 file=self.path,
                 expected="an HDF5 file that ckptdiff diff -o wrote",
                 found="a file without the HDF5 signature" if regular else "not a regular file",
+                hint="ckptdiff diff BASE TUNED -o RUN.h5 makes one",
             )
 
     def _damaged(self, error: Exception, tensor: str | None = None) -> RunFileError:

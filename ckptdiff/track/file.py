@@ -93,6 +93,7 @@ def load_track(path: str | os.PathLike[str]) -> Track:
                 file=path,
                 expected=f"an HDF5 file with the attributes format = {TRACK_FORMAT} and complete = 1",
                 found=f"format = {file.attrs.get('format')}, complete = {file.attrs.get('complete')}",
+                hint=f"ckptdiff show {path} prints it" if file.attrs.get("format") == "ckptdiff-run" else None,
             )
         if file.attrs["format_version"] > _VERSION:
             raise RunFileError("the track file was written by a newer ckptdiff", file=path, hint="upgrade ckptdiff")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.numpy import save_file
 import ckptdiff
 from ckptdiff.claims.judge import _noise_energy, judge
 from ckptdiff.claims.published import COLUMNS, PUBLISHED, figures_of
-from ckptdiff.cli import main
+from ckptdiff.cli import claims, main
 
 BF16 = ml_dtypes.bfloat16
 SHAPE = (240, 160)
@@ -183,3 +184,34 @@ def test_another_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert "not the one of the run" in capsys.readouterr().err
     assert Path(run).read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "run.h5", "tuned.safetensors"]
+
+
+def test_randomized_spectra_say_what_numerical_ranks_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    diff_of(tmp_path, lambda rng, w: 3e-5 * rng.standard_normal(w.shape))
+    sides = [str(tmp_path / f"{side}.safetensors") for side in ("base", "tuned")]
+    assert main(["claims", *sides, "--spectra", "randomized", "--seed", "1"]) == 0
+    assert "full-rank: unknown; only exact spectra have numerical ranks (--spectra exact)." in capsys.readouterr().out
+
+
+def test_a_checkpoint_alone_is_no_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (tmp_path, tmp_path / "base.safetensors"):
+        assert main(["claims", str(path)]) == 2
+        assert "expected: BASE and TUNED, or a run file" in capsys.readouterr().err
+
+
+def test_a_narrow_terminal_is_not_overrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        encoding = "utf-8"
+
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    diff = diff_of(tmp_path, lambda rng, w: 3e-5 * rng.standard_normal(w.shape))
+    claims._write(stream, diff, "table")
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "No room for: |d|<=1e-5, stable rank, princ. energy" in " ".join(lines)
+    assert sum(line.startswith("  ") for line in lines) >= len(CLAIMS)

@@ -114,7 +114,7 @@ def test_masks_of_other_rules_need_the_base_for_the_conditional_baseline(updates
 
 def test_different_rules_are_said(updates: Updates) -> None:
     found = overlap([updates.run(0), updates.run(1, "top:20")])
-    assert "masks by top:20 of bf16" in found.warnings[0]
+    assert "by top:20 (compared as bf16)" in found.warnings[0]
 
 
 def test_other_bases_are_refused_unless_forced(updates: Updates, tmp_path: Path) -> None:

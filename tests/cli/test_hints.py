@@ -1,0 +1,48 @@
+"""An error says what to do next, where a newcomer takes one kind of file for another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ckptdiff.cli import main
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pair, an adapter beside it, a run file with spectra and a track file."""
+    folder = tmp_path_factory.mktemp("files")
+    rng = np.random.default_rng(0)
+    name = "model.layers.0.mlp.up_proj.weight"
+    base = rng.standard_normal((24, 16)).astype(np.float32)
+    save_file({name: base}, folder / "base.safetensors")
+    save_file({name: base * np.float32(1.01)}, folder / "tuned.safetensors")
+    factors = {
+        f"base_model.model.{name.replace('.weight', part)}": base for part in (".lora_A.weight", ".lora_B.weight")
+    }
+    save_file(factors, folder / "adapter_model.safetensors")
+    sides = [str(folder / f"{side}.safetensors") for side in ("base", "tuned")]
+    assert main(["diff", *sides, "-o", str(folder / "run.h5"), "--spectra", "randomized", "-q"]) == 1
+    assert main(["track", *sides, "-o", str(folder / "track.h5"), "-O", str(folder / "list.txt")]) == 0
+    assert main(["lora", *sides, "-o", str(folder / "lora"), "--rank", "2", "-q"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(("command", "hint"), [
+    ("show track.h5", "ckptdiff track {}/track.h5 prints it"),
+    ("show base.safetensors", "ckptdiff diff BASE TUNED -o RUN.h5 makes one"),
+    ("track run.h5", "ckptdiff show {}/run.h5 prints it"),
+    ("spectra add run.h5", "for others compare again: ckptdiff diff BASE TUNED --spectra exact -o RUN.h5"),
+    ("mask export run.h5 nothing -o masks.npz", "ckptdiff mask list {}/run.h5"),
+    ("lora base.safetensors tuned.safetensors -o lora --rank 2", "remove it, or choose another -o"),
+    ("diff base.safetensors adapter_model.safetensors", "{}/adapter_model.safetensors is an adapter: merge it"),
+])  # fmt: skip
+def test_what_to_do_next(files: Path, command: str, hint: str, cli) -> None:
+    words = [str(files / word) if "." in word or word == "lora" else word for word in command.split()]
+    words[0] = command.split()[0]
+    code, out, err = cli(*words)
+    assert code == 2 and out == ""
+    assert f"try:      {hint.format(files)}" in err
