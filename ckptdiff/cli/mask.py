@@ -110,9 +110,10 @@ def export(run: str, names: tuple[str, ...], out: str, layout: str, **given: Any
             kept = "" if adapter.energy is None else f", {percent(adapter.energy)} of their sum d^2"
             what = f"{quantity(adapter.coordinates)} coordinates of {plural(adapter.layers, 'layer')}{kept},"
         elif layout == "patch":
-            from ckptdiff.exports.patch import export_patch
+            from ckptdiff.exports.patch import export_patch, missing_from_patch
 
             what = plural(export_patch(file, Path(out), names=names, tuned=given["tuned"]), "changed tensor")
+            _warn_of_missing(*missing_from_patch(file, names))
         else:
             from ckptdiff.runfile.export import Layout, export_masks
 
@@ -153,6 +154,18 @@ def combine(runs: tuple[str, ...], operation: str | None, out: str, force: bool)
     share = f", {percent(changed / numel)} of {quantity(numel)} values," if numel else ""
     print(f"ckptdiff: {plural(len(diff.tensors), 'mask')}{share} written to {safe(out)}", file=sys.stderr)
     return OK
+
+
+def _warn_of_missing(changed: int, tensors: int) -> None:
+    if changed:
+        all_of_them = "ckptdiff diff --compare stored --mask bitwise takes all"
+        print(
+            f"ckptdiff: warning: {quantity(changed)} values changed but are not in the patch; {all_of_them}",
+            file=sys.stderr,
+        )
+    if tensors:
+        what = "without a counterpart of its shape in the base: not in the patch"
+        print(f"ckptdiff: warning: {plural(tensors, 'tensor')} of the tuned checkpoint {what}", file=sys.stderr)
 
 
 def _require_options(layout: str, given: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from ckptdiff.runfile.target import check_folder
 from ckptdiff.stream.blocks import blocks_of
 from ckptdiff.stream.reader import OpenShards, open_shards
 
-__all__ = ["PATCH_FORMAT", "export_patch"]
+__all__ = ["PATCH_FORMAT", "export_patch", "missing_from_patch"]
 
 PATCH_FORMAT = "ckptdiff-patch"
 
@@ -78,6 +78,33 @@ def export_patch(
             write_safetensors(staged, entries, _metadata(run, [mask for mask, _ in changed]))
         staged.commit()
     return len(changed)
+
+
+def missing_from_patch(run: RunFile, names: Sequence[str] = ()) -> tuple[int, int]:
+    """What the tuned checkpoint holds beside the base and a patch of this run.
+
+    Parameters
+    ----------
+    run : RunFile
+    names : sequence of str
+        As for `export_patch`.
+
+    Returns
+    -------
+    changed : int
+        Coordinates of the chosen tensors that changed, as stored, and are in no mask.
+    tensors : int
+        Tensors that only the tuned side has, or has in another shape.
+    """
+    diff, chosen = run.load(), set(chosen_masks(run, names))
+    columns = diff.columns
+    equal = np.where(columns["wide"].astype(bool), columns["unchanged_stored"], columns["unchanged_bitwise"])
+    # Masks by percentage may hold more coordinates than have changed.
+    left = np.maximum(
+        columns["numel"].astype(np.int64) - equal.astype(np.int64) - columns["changed"].astype(np.int64), 0
+    )
+    rows = [row for row, facts in enumerate(diff.tensors) if facts.name in chosen]
+    return int(left[rows].sum()), len(diff.only_in_tuned) + len(diff.mismatched)
 
 
 def _metadata(run: RunFile, masks: Sequence[Mask]) -> dict[str, str]:

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ckptdiff
+from ckptdiff.cli import main
 from ckptdiff.errors import CheckpointError, OptionError, RunFileError
-from ckptdiff.exports.patch import export_patch
+from ckptdiff.exports.patch import export_patch, missing_from_patch
 
 
 def patched(base: Path, patch: Path) -> dict[str, torch.Tensor]:
@@ -110,3 +111,29 @@ def test_what_cannot_be_written_is_refused(make_run: Callable, tmp_path: Path) -
     assert (tmp_path / "patch.safetensors").read_text() == "precious"
     with ckptdiff.RunFile(make_run(mask="none")) as run, pytest.raises(RunFileError, match="holds no masks"):
         export_patch(run, tmp_path / "other.safetensors")
+
+
+def test_what_a_patch_leaves_out_is_said(
+    sides: tuple[Path, Path], make_run: Callable, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, tuned = map(load_file, sides)
+    for rule, compare in (("bitwise", "stored"), ("abs:1e-3", "stored"), ("top:10", "bf16")):
+        with ckptdiff.RunFile(make_run(mask=rule, compare=compare)) as run:
+            path, masked = run.path, {name: torch.from_numpy(run.masks[name].dense()) for name in run.masks}
+        left = sum(((base[name] != tuned[name]) & ~mask).sum().item() for name, mask in masked.items())
+        assert (left == 0) == (rule == "bitwise")
+        with ckptdiff.RunFile(path) as run:
+            assert missing_from_patch(run) == (left, 0)
+        capsys.readouterr()
+        assert main(["mask", "export", path, "-o", str(tmp_path / "p.safetensors"), "--layout", "patch"]) == 0
+        assert ("values changed but are not in the patch" in capsys.readouterr().err) == (left > 0)
+
+
+def test_tensors_that_no_patch_can_make_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shared = torch.ones(4, 4)
+    save_file({"a": shared, "b": torch.ones(3)}, tmp_path / "base.safetensors")
+    save_file({"a": shared * 2, "b": torch.ones(4), "c": shared}, tmp_path / "tuned.safetensors")
+    run = tmp_path / "run.h5"
+    ckptdiff.diff(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", out=run)
+    assert main(["mask", "export", str(run), "-o", str(tmp_path / "p.safetensors"), "--layout", "patch"]) == 0
+    assert "2 tensors of the tuned checkpoint without a counterpart" in capsys.readouterr().err
