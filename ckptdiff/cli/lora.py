@@ -24,6 +24,10 @@ __all__ = ["lora"]
 
 _KEYS = ("name", "shape", "delta_norm", "rank", "lost", "reason")
 _MOST = 128
+_MEANINGS = {
+    "share": "share: part of the sum of d^2 of all tensors.",
+    "lost": "lost: part of the tensor's sum of d^2 that the adapter does not hold.",
+}
 
 
 @click.command(short_help="Write the update as a PEFT (LoRA) adapter.")
@@ -110,6 +114,7 @@ def _write(stream: TextIO, made: Extraction, form: str) -> None:
         totals = {"schema": "ckptdiff.lora/1", "adapter": str(made.folder), "lost": made.lost}
         write_rows(stream, form, rows, _KEYS, {**totals, "unchanged": made.unchanged})
         return
+    from ckptdiff.report.legend import legend_lines
     from ckptdiff.report.screen import Column, screen_of, table_lines
 
     total = sum(tensor.delta_norm**2 for tensor in made.tensors)
@@ -123,11 +128,13 @@ def _write(stream: TextIO, made: Extraction, form: str) -> None:
     ]
     kept = sum(1 for tensor in made.tensors if tensor.rank)
     left_out = len(made.tensors) - kept
+    screen = screen_of(stream)
     lines = [
         f"{plural(kept, 'matrix', 'matrices')} in {safe(str(made.folder))}, {plural(left_out, 'tensor')} left out, "
         f"{made.unchanged:,} unchanged",
         f"lost: {percent(made.lost)} of the energy of the whole update",
         "",
-        *table_lines(columns, screen_of(stream)),
+        *table_lines(columns, screen),
+        *legend_lines(_MEANINGS, [columns], screen),
     ]
     stream.write("\n".join(lines) + "\n")

@@ -20,6 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["overlap"]
 
 _LABELS = {"tensor": ("name",), "module": ("module_type",), "layer": ("tower", "layer"), "block": ("block",)}
+_MEANINGS = {
+    "o1": "o1: share of the first mask that is in the second.",
+    "o2": "o2: the reverse.",
+    "chance": "chance: of independent masks.",
+    "by tensor": "by tensor: independent within each tensor.",
+    "by size": "by size: independent among weights of the same magnitude.",
+}
 _COUNTS = ("numel", "masked_1", "masked_2", "masked_both")
 
 
@@ -85,6 +92,7 @@ def _document(found: Overlap) -> dict[str, Any]:
 
 
 def _write_table(stream: TextIO, found: Overlap, pair: PairCounts, by: str) -> None:
+    from ckptdiff.report.legend import legend_lines
     from ckptdiff.report.screen import Column, screen_of, table_lines
 
     rows = found.grouped(pair, by)
@@ -99,13 +107,16 @@ def _write_table(stream: TextIO, found: Overlap, pair: PairCounts, by: str) -> N
     for figure, title, rank in (("o1", "o1", 0), ("o2", "o2", 1), ("jaccard", "Jaccard", 3)):
         columns.append(Column(title, [percent(row[figure]) for row in rows], style="bold", rank=rank))
         for baseline, short in (("independent", "chance"), ("stratified", "by tensor"), ("conditional", "by size")):
-            cells = [percent(row[f"{figure}_{baseline}"]) for row in rows]
+            known = any(row[f"{figure}_{baseline}"] is not None for row in rows)
+            cells = [percent(row[f"{figure}_{baseline}"]) if known else "" for row in rows]
             columns.append(Column(short, cells, style="dim", rank=rank or int(baseline != "independent")))
     names = [f"{safe(found.runs[run])} ({safe(found.rules[run])})" for run in (pair.first, pair.second)]
+    screen = screen_of(stream)
     lines = [
         f"{names[0]} and {names[1]}, {plural(len(found.tensors), 'tensor')}",
-        *table_lines(columns, screen_of(stream)),
+        *table_lines(columns, screen),
+        *legend_lines(_MEANINGS, [columns], screen),
     ]
     if rows[-1]["o1"] is not None and rows[-1]["o1_conditional"] is None:
-        lines.append("by size: --base reads the base checkpoint for it, as these masks are not bitwise")
+        lines.append("No chance by size: these masks are not bitwise, so that --base PATH has to name the base for it.")
     stream.write("\n".join(lines) + "\n")

@@ -19,6 +19,7 @@ from ckptdiff.report.text import percent, quantity, safe
 
 if TYPE_CHECKING:
     from ckptdiff.options import Compare
+    from ckptdiff.report.screen import Column
     from ckptdiff.track import Track
 
 __all__ = ["track"]
@@ -29,6 +30,15 @@ _LABELS = {
     "module": ("module_type",),
     "layer": ("tower", "layer"),
     "block": ("block",),
+}
+_MEANINGS = {
+    "support": "support: part that differs from the base.",
+    "new": "new: never did before.",
+    "returned": "returned: did, but not one step ago.",
+    "reverted": "reverted: back at the base.",
+    "churned": "churned: was in the support, and has another value.",
+    "union": "union: part that ever differed.",
+    "update": "update: norm of d / norm of the base.",
 }
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
@@ -138,28 +148,36 @@ def _document(found: Track) -> dict[str, Any]:
 
 
 def _write_tables(stream: TextIO, found: Track, by: str) -> None:
+    from ckptdiff.report.legend import legend_lines
     from ckptdiff.report.plot import plot_lines
-    from ckptdiff.report.screen import screen_of
+    from ckptdiff.report.screen import screen_of, table_lines
 
     screen = screen_of(stream)
     overall = found.overall()
     numel = overall[0]["numel"]
     lines = [f"{safe(found.base)}: {quantity(numel)} values, compared as {found.compare}", ""]
     for label, rows in _grouped(found, by):
-        lines += [*([f"{safe(' '.join(map(str, label.values())))}"] if label else []), *_table(found, rows, screen), ""]
+        lines += [
+            *([f"{safe(' '.join(map(str, label.values())))}"] if label else []),
+            *table_lines(_columns(found, rows), screen),
+            "",
+        ]
     shares = {
         "differs from the base": [row["support_fraction"] or 0.0 for row in overall],
         "ever did": [row["union_fraction"] or 0.0 for row in overall],
     }
+    if lines[-1] == "":
+        lines.pop()
+    lines += [*legend_lines(_MEANINGS, [_columns(found, overall)], screen), ""]
     plot = plot_lines({name: [0.0, *values] for name, values in shares.items()}, screen)
     stream.write("\n".join([*lines, *plot]).rstrip() + "\n")
 
 
-def _table(found: Track, rows: list[dict[str, Any]], screen: Any) -> list[str]:
-    from ckptdiff.report.screen import Column, table_lines
+def _columns(found: Track, rows: list[dict[str, Any]]) -> list[Column]:
+    from ckptdiff.report.screen import Column
 
     names = [os.path.basename(os.path.normpath(path)) for path in found.steps]  # noqa: PTH119
-    columns = [
+    return [
         Column("step", [safe(name) for name in names], left=True),
         Column("support", [percent(row["support_fraction"]) for row in rows], style="bold"),
         *(
@@ -174,4 +192,3 @@ def _table(found: Track, rows: list[dict[str, Any]], screen: Any) -> list[str]:
         Column("union", [percent(row["union_fraction"]) for row in rows]),
         Column("update", [percent(row["rel_norm"]) for row in rows]),
     ]
-    return table_lines(columns, screen)

@@ -31,9 +31,12 @@ def legend_lines(meanings: Mapping[str, str], tables: Sequence[Sequence[Column]]
     """
     shown = {column.title for columns in tables for column in shown_columns(columns, screen)}
     filled = dict.fromkeys(column.title for columns in tables for column in columns[1:] if any(column.cells))
-    sentences = [meaning for title, meaning in meanings.items() if title in shown]
+    # A title is not broken: textwrap leaves no-break spaces alone.
+    sentences = [
+        meaning.replace(title, title.replace(" ", "\xa0")) for title, meaning in meanings.items() if title in shown
+    ]
     hidden = [title for title in filled if title and title not in shown]
     if hidden:
         sentences.append(f"No room for: {', '.join(hidden)}; a pipe shows all.")
     lines = wrap("   ".join(sentences), min(screen.width or _WIDTH, _WIDTH), break_long_words=False)
-    return ["", *(screen.paint(line, "dim") for line in lines)] if lines else []
+    return ["", *(screen.paint(line.replace("\xa0", " "), "dim") for line in lines)] if lines else []

@@ -190,10 +190,10 @@ def test_the_command_prints_each_format(updates: Updates, invoke: Callable, caps
     table = capsys.readouterr().out
     assert table.splitlines()[1].split()[:1] == ["block"]
     assert any(line.startswith("all ") for line in table.splitlines())
-    assert "--base reads" not in table
+    assert "--base PATH" not in table and "by size: independent" in table
 
     assert invoke("overlap", runs[0], updates.run(1, "top:20")) == 0
     printed = capsys.readouterr()
-    assert "--base reads the base checkpoint" in printed.out
+    assert "--base PATH has to name the base" in printed.out and "by size:" not in printed.out
     assert "top:20" in printed.err
     assert invoke("overlap", runs[0]) == 2
