@@ -33,6 +33,7 @@ clean:
 .venv/bench.stamp: EXTRAS = [bench]
 
 .venv/%.stamp: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing ckptdiff$(EXTRAS) into .venv; the first time takes minutes."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.$(EXTRAS)'
 	touch $@
 

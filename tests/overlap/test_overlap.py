@@ -194,6 +194,6 @@ def test_the_command_prints_each_format(updates: Updates, invoke: Callable, caps
 
     assert invoke("overlap", runs[0], updates.run(1, "top:20")) == 0
     printed = capsys.readouterr()
-    assert "--base PATH has to name the base" in printed.out and "by size:" not in printed.out
+    assert "--base PATH has to name the base" in printed.out and "by size: independent" not in printed.out
     assert "top:20" in printed.err
     assert invoke("overlap", runs[0]) == 2
