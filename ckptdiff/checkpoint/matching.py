@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ckptdiff.checkpoint.renames import parse_renames, rename_all
 from ckptdiff.checkpoint.wrappers import unwrapped
+from ckptdiff.report.text import plural
 
 __all__ = ["match_names"]
 
@@ -59,7 +60,7 @@ def match_names(
     if ambiguous:
         shown = "; ".join(ambiguous[:_SHOWN]) + ("; ..." if len(ambiguous) > _SHOWN else "")
         warnings += (
-            f"{len(ambiguous)} names without their prefixes fit more than one tensor, left unmatched"
+            f"{plural(len(ambiguous), 'name')} could be that of more than one tensor without prefixes, left unmatched"
             f" (--map decides): {shown}",
         )
     return matched, warnings

@@ -111,13 +111,12 @@ def _loaded(path: str) -> Diff:
 
 def _write(stream: TextIO, diff: Diff, form: str) -> None:
     from dataclasses import asdict
-    from textwrap import wrap
 
     from ckptdiff.claims.judge import judge
     from ckptdiff.claims.published import COLUMNS, PUBLISHED, figures_of
     from ckptdiff.report.json_text import dumps
     from ckptdiff.report.legend import legend_lines
-    from ckptdiff.report.screen import Column, screen_of, table_lines
+    from ckptdiff.report.screen import Column, folded, screen_of, table_lines
     from ckptdiff.report.summary import side_name
     from ckptdiff.report.text import number, percent, safe
 
@@ -146,6 +145,6 @@ def _write(stream: TextIO, diff: Diff, form: str) -> None:
     for verdict in verdicts:
         style = {"shown": "green", "not shown": "yellow"}.get(verdict.outcome, "")
         sentence = verdict.sentence[0].upper() + verdict.sentence[1:]
-        folded = [sentence] if screen.width is None else wrap(sentence, screen.width, subsequent_indent="  ")
-        lines += [screen.paint(line, style) for line in folded]
+        wrapped = [sentence] if screen.width is None else folded(sentence, screen.width, indent="  ")
+        lines += [screen.paint(line, style) for line in wrapped]
     stream.write("\n".join(lines) + "\n")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from textwrap import wrap
 
-from ckptdiff.report.screen import Column, Screen, shown_columns
+from ckptdiff.report.screen import Column, Screen, folded, shown_columns
 
 __all__ = ["legend_lines"]
 
@@ -31,12 +30,12 @@ def legend_lines(meanings: Mapping[str, str], tables: Sequence[Sequence[Column]]
     """
     shown = {column.title for columns in tables for column in shown_columns(columns, screen)}
     filled = dict.fromkeys(column.title for columns in tables for column in columns[1:] if any(column.cells))
-    # A title is not broken: textwrap leaves no-break spaces alone.
+    # A title is not broken: no-break spaces are left alone.
     sentences = [
         meaning.replace(title, title.replace(" ", "\xa0")) for title, meaning in meanings.items() if title in shown
     ]
     hidden = [title for title in filled if title and title not in shown]
     if hidden:
         sentences.append(f"No room for: {', '.join(hidden)}; a pipe shows all.")
-    lines = wrap("   ".join(sentences), min(screen.width or _WIDTH, _WIDTH), break_long_words=False)
-    return ["", *(screen.paint(line.replace("\xa0", " "), "dim") for line in lines)] if lines else []
+    lines = folded("   ".join(sentences), min(screen.width or _WIDTH, _WIDTH))
+    return ["", *(screen.paint(line, "dim") for line in lines)] if lines else []

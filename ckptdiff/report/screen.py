@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import TextIO
 
 from rich.cells import cell_len
@@ -12,7 +13,7 @@ from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
 
-__all__ = ["Column", "Screen", "bar", "screen_of", "shown_columns", "table_lines"]
+__all__ = ["Column", "Screen", "bar", "folded", "screen_of", "shown_columns", "table_lines"]
 
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _GAP = "  "
@@ -72,6 +73,12 @@ def screen_of(stream: TextIO) -> Screen:
 
 def _asked(variable: str) -> bool:
     return os.environ.get(variable, "") not in ("", "0")
+
+
+def folded(text: str, width: int, indent: str = "") -> list[str]:
+    """Text in lines of at most `width` cells; a number stays with its percent sign."""
+    lines = wrap(text.replace(" %", "\xa0%"), width, subsequent_indent=indent, break_long_words=False)
+    return [line.replace("\xa0", " ") for line in lines]
 
 
 def bar(share: float | None, width: int, screen: Screen) -> str:

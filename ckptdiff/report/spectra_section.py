@@ -75,8 +75,8 @@ def _columns(members: list[dict[str, Any]], screen: Screen) -> list[Column]:
         shares("princ. 10 %", cells("principal_coverage", _RHO)),
         shares("rounding", cells("principal_coverage_null", _RHO)),
         shares("not low", cells("principal_not_low", _RHO), 4),
-        shares("low 10 %", [row["low_coverage"][_RHO] for row in members]),
-        shares("rounding", [row["low_coverage_null"][_RHO] for row in members]),
+        shares("low 10 %", [row["low_coverage"][_RHO] for row in members], 5),
+        shares("rounding", [row["low_coverage_null"][_RHO] for row in members], 5),
     ]
     return columns
 

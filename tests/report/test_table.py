@@ -6,14 +6,17 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.color import ColorSystem
+from safetensors.numpy import save_file
 
+import ckptdiff
 from ckptdiff.report.as_table import table, write
 from ckptdiff.report.rows import View
-from ckptdiff.report.screen import Column, Screen, bar, screen_of, table_lines
+from ckptdiff.report.screen import Column, Screen, bar, folded, screen_of, table_lines
 from ckptdiff.result import GROUPINGS, Diff
 
 MakeDiff = Callable[..., Diff]
@@ -190,3 +193,23 @@ def test_movers_are_tensors_that_moved(diff: Diff) -> None:
     one[3] = 0.5
     text = printed(replace(diff, columns={**diff.columns, "delta_norm": one}), Pipe())
     assert text.split("top 1 movers")[1].splitlines()[1].split()[0] == diff.tensors[3].name
+
+
+@pytest.mark.parametrize("width", [80, 100, 130])
+def test_spectra_do_not_overrun_a_terminal(tmp_path: Path, width: int) -> None:
+    rng = np.random.default_rng(0)
+    name = "model.layers.0.mlp.up_proj.weight"
+    base = rng.standard_normal((40, 30)).astype(np.float32)
+    save_file({name: base}, tmp_path / "base.safetensors")
+    save_file({name: base * (1 + 1e-2 * rng.standard_normal(base.shape))}, tmp_path / "tuned.safetensors")
+    diff = ckptdiff.diff(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", mask="none", spectra="exact")
+    lines = table(diff, View("tensor"), Screen(width=width))[1:]  # after the names of the files
+    assert max(map(len, lines)) <= width
+    assert any(line.startswith("spectra ") and "princ. 10 %" in line for line in lines)
+    wide = table(diff, View("tensor"), Screen())
+    assert "rank 1e-5: part of the singular values" in " ".join(wide) and "No room for" not in " ".join(wide)
+
+
+def test_folded_lines_keep_percent_signs() -> None:
+    assert folded("it holds 12.5 % of all", 15, "  ") == ["it holds 12.5 %", "  of all"]
+    assert folded("it holds 12.5 % of all", 14, "  ") == ["it holds", "  12.5 % of", "  all"]
