@@ -59,12 +59,8 @@ def add_spectra(
     with RunFile(path) as run:
         diff = run.load()
     if diff.spectra is not None:
-        raise RunFileError(
-            "the run file has spectra already",
-            file=path,
-            found=f"{diff.spectra.mode} spectra",
-            hint="for others compare again: ckptdiff diff BASE TUNED --spectra exact -o RUN.h5",
-        )
+        again = "for others compare again: ckptdiff diff BASE TUNED --spectra exact -o RUN.h5"
+        raise RunFileError("the run file has spectra already", file=path, found=diff.spectra.mode, hint=again)
     pairs = _pairs(path, diff, base or str(diff.base["path"]), tuned or str(diff.tuned["path"]))
     options = Options(compare=cast(Compare, diff.compare), threads=threads, max_memory=max_memory, spectra=spectra)
     with StagedFile(Path(path)) as staged:

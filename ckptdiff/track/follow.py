@@ -50,8 +50,7 @@ def track(
 ) -> Track:
     """Follow an update through the checkpoints of a training run.
 
-    Counts are exact. Norms of bfloat16 checkpoints sum squares in float32 over at most 256 coordinates, then in
-    float64: they are good to seven digits.
+    Counts are exact; norms of bfloat16 checkpoints, summed in float32 over 256 coordinates, are good to seven digits.
 
     Parameters
     ----------
