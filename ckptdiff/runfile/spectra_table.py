@@ -85,7 +85,9 @@ def read_spectra(file: Any) -> Spectra | None:
         for key in _TEXTS
     )
     matrices, ranks = (of_tensors(tensors, _PREFIX + key)[:].astype(np.int64) for key in _COUNTS)
-    columns = {key: of_tensors(tensors, _PREFIX + key)[:] for figure in SPECTRAL_FIGURES for _, key in spectral_keys(figure)}
+    columns = {
+        key: of_tensors(tensors, _PREFIX + key)[:] for figure in SPECTRAL_FIGURES for _, key in spectral_keys(figure)
+    }
     mode = str(file["spectra"].attrs["mode"])
     return Spectra(mode, columns, methods, reasons, matrices, ranks)
 

@@ -14,7 +14,15 @@ from ckptdiff.metrics.catalogue import COLUMNS
 from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
 from ckptdiff.runfile.schema import TEXT_FACTS, escape_text, unescape
 
-__all__ = ["of_tensors", "read_columns", "read_facts", "read_provenance", "read_unmatched", "write_provenance", "write_tensors"]
+__all__ = [
+    "of_tensors",
+    "read_columns",
+    "read_facts",
+    "read_provenance",
+    "read_unmatched",
+    "write_provenance",
+    "write_tensors",
+]
 
 _NO_LAYER = -1
 _TEXT = h5py.string_dtype()

@@ -115,7 +115,9 @@ def _read(file: Any) -> Track:
     figures = {key: tensors[key][:] for key in (*_COUNTED, "delta_norm")}
     for key, values in figures.items():
         if values.shape != (len(known["steps"]), len(shapes)):
-            raise ValueError(f"{key} has shape {values.shape} for {len(known['steps'])} steps and {len(shapes)} tensors")
+            raise ValueError(
+                f"{key} has shape {values.shape} for {len(known['steps'])} steps and {len(shapes)} tensors"
+            )
     return Track(
         base=known["base"],
         steps=tuple(known["steps"]),
