@@ -97,15 +97,15 @@ def load_track(path: str | os.PathLike[str]) -> Track:
 
 
 def _require_ours(file: Any, path: str | os.PathLike[str]) -> None:
-    found = dict(file.attrs)
-    if found.get("format") != TRACK_FORMAT or found.get("complete") != 1:
+    found = {key: file.attrs.get(key) for key in ("format", "complete")}
+    if found != {"format": TRACK_FORMAT, "complete": 1}:
         raise RunFileError(
             "not a ckptdiff track file",
             file=path,
             expected=f"an HDF5 file with the attributes format = {TRACK_FORMAT} and complete = 1",
-            found=f"format = {found.get('format')}, complete = {found.get('complete')}",
+            found=f"format = {found['format']}, complete = {found['complete']}",
         )
-    if found["format_version"] > _VERSION:
+    if file.attrs["format_version"] > _VERSION:
         raise RunFileError("the track file was written by a newer ckptdiff", file=path, hint="upgrade ckptdiff")
 
 
