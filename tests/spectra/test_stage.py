@@ -203,6 +203,17 @@ def test_norms_out_of_float32s_range(tmp_path: Path, scale: float) -> None:
     assert found["principal_energy"]["0.1"] == pytest.approx(known, rel=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "known"), [(ml_dtypes.float8_e4m3fn, False), (BF16, True)], ids=["f8", "bf16"])
+def test_the_rounding_null_is_for_the_grid_of_bfloat16(tmp_path: Path, dtype: Any, known: bool) -> None:
+    rng = np.random.default_rng(0)
+    base = 0.1 * rng.standard_normal((64, 48))
+    tuned = base + 0.003 * rng.standard_normal(base.shape)
+    for compare in ("bf16", "stored"):
+        found = found_between(tmp_path, base.astype(dtype), tuned.astype(dtype), compare=compare, spectra="randomized")
+        assert found["principal_coverage"]["0.1"] is not None
+        assert (found["principal_coverage_null"]["0.1"] is not None) == known
+
+
 def diff_of(tmp_path: Path, base: np.ndarray, tuned: np.ndarray, **options: Any) -> dict[str, Any]:
     rest = np.ones((40, 30), BF16)
     rest[:, :7] = 2
