@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from ckptdiff.errors import MaskError, RunFileError
 from ckptdiff.result import Diff, TensorFacts
 from ckptdiff.runfile.reader import RunFile
@@ -98,9 +100,16 @@ def common_tensors(runs: Sequence[RunFile], diffs: Sequence[Diff]) -> tuple[list
 def _other_base(first: Diff, other: Diff) -> tuple[str, float, float] | None:
     """The first tensor whose base norms tell two bases apart."""
     tolerance = _SAME if first.compare == other.compare else _ROUNDED
-    norms = dict(zip((facts.name for facts in other.tensors), other.columns["base_norm"].tolist(), strict=True))
-    for facts, ours in zip(first.tensors, first.columns["base_norm"].tolist(), strict=True):
+    norms = dict(zip((facts.name for facts in other.tensors), _base_norms(other), strict=True))
+    for facts, ours in zip(first.tensors, _base_norms(first), strict=True):
         theirs = norms.get(facts.name, math.nan)
         if not (math.isnan(ours) or math.isnan(theirs) or math.isclose(ours, theirs, rel_tol=tolerance)):
             return facts.name, ours, theirs
     return None
+
+
+def _base_norms(diff: Diff) -> list[float]:
+    """Norm of the base of each tensor, NaN where NaN or Inf of either side left coordinates out of it."""
+    columns = diff.columns
+    norms: list[float] = np.where(columns["finite"] == columns["numel"], columns["base_norm"], math.nan).tolist()
+    return norms
