@@ -8,24 +8,17 @@ import numpy as np
 
 from ckptdiff.backends.kernel_cache import helper
 from ckptdiff.backends.kernels.bits import bits_float
-from ckptdiff.backends.kernels.tiles import (
-    Array,
-    Facts,
-    Measure,
-    Tile,
-    Totals,
-    count_deltas,
-    count_distances,
+from ckptdiff.backends.kernels.changed import (
     count_nonfinite,
     count_strange,
     first_of,
     keep_finite,
     mark_changed,
-    mask_tile,
     positions,
-    summarise,
-    widen_span,
 )
+from ckptdiff.backends.kernels.deltas import count_deltas, count_distances, summarise, widen_span
+from ckptdiff.backends.kernels.masks import mask_tile
+from ckptdiff.backends.kernels.tiles import Array, Facts, Measure, Tile, Totals
 from ckptdiff.backends.partial import Count
 
 __all__ = ["find_bins", "gather_codes", "measure_codes", "note_bins"]

@@ -11,7 +11,8 @@ from numba.extending import overload
 
 from ckptdiff.backends.kernel_cache import STEP, helper
 from ckptdiff.backends.kernels.bits import bits_float, float_bits
-from ckptdiff.backends.kernels.tiles import Array, Measure, count_nonfinite
+from ckptdiff.backends.kernels.changed import count_nonfinite
+from ckptdiff.backends.kernels.tiles import Array, Measure
 from ckptdiff.backends.partial import Count
 
 __all__ = ["Cast", "Stored", "count_off_grid", "count_stored", "decode", "round_to_bf16"]
