@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ckptdiff.backends.kernel_cache import helper
+from ckptdiff.backends.kernels.bfloat16 import bf16_to_f32
 from ckptdiff.backends.kernels.bits import bits_float
 from ckptdiff.backends.kernels.changed import (
     count_nonfinite,
@@ -72,8 +73,8 @@ def gather_codes(a: Array, b: Array, values: Array, tile: Tile) -> None:
         tile.left[j], tile.right[j] = a[at], b[at]
     if values.size == 0:  # bfloat16: a code is the upper half of its float32
         for j in range(tile.found.size):
-            tile.base[j] = bits_float(np.uint32(np.uint32(tile.left[j]) << np.uint32(16)))
-            tile.tuned[j] = bits_float(np.uint32(np.uint32(tile.right[j]) << np.uint32(16)))
+            tile.base[j] = bits_float(bf16_to_f32(tile.left[j]))
+            tile.tuned[j] = bits_float(bf16_to_f32(tile.right[j]))
     else:
         for j in range(tile.found.size):
             tile.base[j], tile.tuned[j] = values[tile.left[j]], values[tile.right[j]]
