@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.formats import FORMATS
+from ckptdiff.backends.formats import stored_format
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.errors import MaskError, OptionError
@@ -132,7 +132,7 @@ def _by_magnitude(shards: OpenShards, tensor: TensorInfo, masks: Sequence[Mask])
     """Coordinates by the leading 15 bits of |W0| as stored, shape (1 + masks, 2^15)."""
     if tensor.shape != masks[0].shape:
         raise MaskError("a mask does not fit the base", tensor=tensor.name, expected=masks[0].shape, found=tensor.shape)
-    format = FORMATS[tensor.dtype.lower()]
+    format = stored_format(tensor.dtype)
     shift = max(format.bits - 16, 0)
     bins = np.zeros((1 + len(masks), _MAGNITUDES), np.int64)
     pieces: Iterator[tuple[NDArray[np.uint8], ...]] = zip(
