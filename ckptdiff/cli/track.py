@@ -12,6 +12,7 @@ import click
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.listing import format_option, output_option, write_rows
 from ckptdiff.cli.target import ReportTarget, files_of
+from ckptdiff.members import LABEL_KEYS
 from ckptdiff.report.json_text import dumps
 from ckptdiff.report.text import percent, quantity, safe
 
@@ -21,13 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["track"]
 
-_LABELS = {
-    "all": (),
-    "tensor": ("name",),
-    "module": ("module_type",),
-    "layer": ("tower", "layer"),
-    "block": ("block",),
-}
+_BY = ("all", "tensor", "module", "layer", "block")
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
@@ -37,7 +32,7 @@ _HDF5 = b"\x89HDF\r\n\x1a\n"
 @click.option(
     "-o", "--out", type=click.Path(), metavar="TRACK.h5", show_default="none", help="Keep the figures of each tensor."
 )
-@click.option("--by", type=click.Choice(list(_LABELS)), default="all", help="What the rows stand for, at each step.")
+@click.option("--by", type=click.Choice(_BY), default="all", help="What the rows stand for, at each step.")
 @click.option(
     "--compare",
     type=click.Choice(["bf16", "stored"]),
@@ -78,7 +73,7 @@ def track(base: str, steps: tuple[str, ...], **given: Any) -> int:
                 for label, rows in _grouped(found, given["by"])
                 for step, row in enumerate(rows)
             ]
-            write_rows(stream, given["format"], rows, ("step", "path", *_LABELS[given["by"]], *FIGURES), {})
+            write_rows(stream, given["format"], rows, ("step", "path", *LABEL_KEYS.get(given["by"], ()), *FIGURES), {})
     return OK
 
 
@@ -121,7 +116,7 @@ def _grouped(found: Track, by: str) -> list[tuple[dict[str, Any], list[dict[str,
 
 
 def _document(found: Track) -> dict[str, Any]:
-    groups = {f"{by}s": [{**label, "steps": rows} for label, rows in found.grouped(by)] for by in list(_LABELS)[1:]}
+    groups = {f"{by}s": [{**label, "steps": rows} for label, rows in found.grouped(by)] for by in _BY[1:]}
     return {
         "schema": "ckptdiff.track/1",
         "base": found.base,

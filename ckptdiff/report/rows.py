@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptdiff.errors import OptionError
+from ckptdiff.members import LABEL_KEYS, GroupBy
 from ckptdiff.metrics.catalogue import FIGURES, flat_keys, parameter_key
 from ckptdiff.metrics.spectral import SPECTRAL_FIGURES, SPECTRAL_KEYS, spectral_keys
-from ckptdiff.result import Diff, GroupBy, TensorFacts
+from ckptdiff.result import Diff, TensorFacts
 
 __all__ = [
     "LABELS",
@@ -37,12 +38,8 @@ LIST_KEYS: Mapping[GroupBy, str] = {
 }
 """Key of the output contract under which each grouping is listed."""
 
-LABELS: Mapping[GroupBy, tuple[str, ...]] = {
-    "module": ("module_type",),
-    "layer": ("tower", "layer"),
-    "block": ("block",),
-    "tower": ("tower",),
-    "group": ("group",),
+LABELS: Mapping[str, tuple[str, ...]] = {
+    **LABEL_KEYS,
     "tensor": (
         *("name", "tuned_name", "shape", "dtype_base", "dtype_tuned", "compare"),
         *("tower", "layer", "module_type", "block", "groups"),
