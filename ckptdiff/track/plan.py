@@ -12,12 +12,10 @@ from numpy.typing import NDArray
 from ckptdiff.backends.cpu import cast_of
 from ckptdiff.backends.formats import FORMATS, Format, compare_format, stored_format
 from ckptdiff.checkpoint import Checkpoint, Kind, TensorInfo, open_checkpoint, pair
-from ckptdiff.errors import OptionError, PairingError
+from ckptdiff.errors import OptionError, PairingError, first_few
 from ckptdiff.options import Compare
 
 __all__ = ["Followed", "TrackPlan", "plan_track"]
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +96,8 @@ def plan_track(
         warnings |= dict.fromkeys((*step.warnings, *pairing.warnings))
         left_out = [*pairing.only_in_base, *(bad.name for bad in pairing.mismatched)]
         if left_out:
-            shown = ", ".join(left_out[:_SHOWN]) + (", ..." if len(left_out) > _SHOWN else "")
-            warnings[f"{step.path} lacks {len(left_out)} tensors of the base, or has other shapes: {shown}"] = None
+            lacking = f"lacks {len(left_out)} tensors of the base, or has other shapes: {first_few(left_out)}"
+            warnings[f"{step.path} {lacking}"] = None
     counterparts = [{matched.name: matched for matched in pairing.pairs} for pairing in pairings]
     followed: list[Followed] = []
     bitwise = 0
