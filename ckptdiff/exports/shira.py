@@ -16,10 +16,10 @@ from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.checkpoint.globs import Globs
 from ckptdiff.errors import OptionError, RunFileError, first_few
-from ckptdiff.exports.sources import open_side
 from ckptdiff.result import TensorFacts
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
+from ckptdiff.runfile.sides import open_side
 from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.stream.blocks import blocks_of, values_of
 from ckptdiff.stream.reader import OpenShards, open_shards

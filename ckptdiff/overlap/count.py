@@ -14,13 +14,13 @@ from ckptdiff.backends.formats import stored_format
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.errors import MaskError, OptionError
-from ckptdiff.exports.sources import open_side
 from ckptdiff.overlap.figures import Overlap, PairCounts
 from ckptdiff.overlap.same_base import common_tensors, require_same_base
 from ckptdiff.result import TensorFacts
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.schema import BIT_ORDER
+from ckptdiff.runfile.sides import open_side
 from ckptdiff.stream.blocks import blocks_of
 from ckptdiff.stream.reader import OpenShards, open_shards
 
