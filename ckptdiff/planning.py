@@ -122,9 +122,14 @@ def prepare(base: str, tuned: str, *, out: Path | None = None, options: Options 
     Raises
     ------
     CkptdiffError
-        If a checkpoint is damaged, nothing can be compared, the output cannot be written, or memory does not suffice.
+        If a checkpoint is damaged, nothing can be compared, the output cannot be written, memory does not suffice, or
+        spectra are asked for and SciPy is missing.
     """
     options = options or Options()
+    if options.spectra is not None:
+        from ckptdiff.linalg.blas import require_scipy
+
+        require_scipy()
     sides = open_checkpoint(base), open_checkpoint(tuned)
     if out is not None:
         check_target(out, [(shard.path, shard.device, shard.inode) for side in sides for shard in side.shards])

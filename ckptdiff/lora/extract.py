@@ -12,6 +12,7 @@ from ckptdiff.backends.formats import formats_of
 from ckptdiff.checkpoint import TensorPair
 from ckptdiff.engine import run
 from ckptdiff.errors import PairingError
+from ckptdiff.linalg.blas import require_scipy
 from ckptdiff.linalg.threads import one_blas_thread, product_threads
 from ckptdiff.lora.adapter import AdapterWriter
 from ckptdiff.lora.factors import Factors, factorize
@@ -115,8 +116,9 @@ def extract_lora(
     Raises
     ------
     CkptdiffError
-        If an input cannot be used, nothing changed that an adapter can hold, or the folder exists.
+        If an input cannot be used, nothing changed that an adapter can hold, the folder exists, or SciPy is missing.
     """
+    require_scipy()
     options = replace(options or Options(), compare="stored", mask=MaskRule("none"), spectra=None)
     with AdapterWriter(folder, base) as writer:
         diff = run(base, tuned, options=options)

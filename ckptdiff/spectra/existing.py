@@ -13,6 +13,7 @@ import h5py
 from ckptdiff.checkpoint import Checkpoint, TensorPair, pair
 from ckptdiff.errors import OptionError, RunFileError
 from ckptdiff.events import Listener, SpectraDone
+from ckptdiff.linalg.blas import require_scipy
 from ckptdiff.options import Compare, Options, SpectraOptions
 from ckptdiff.result import Diff
 from ckptdiff.runfile.reader import RunFile
@@ -57,8 +58,9 @@ def add_spectra(
     CheckpointError
         If the checkpoints are not those of the run.
     OptionError
-        If they do not pair as they did.
+        If they do not pair as they did, or SciPy is missing.
     """
+    require_scipy()
     with RunFile(path) as run:
         diff = run.load()
         if diff.spectra is not None:
