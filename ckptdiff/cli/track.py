@@ -15,6 +15,7 @@ from ckptdiff.cli.target import ReportTarget, files_of
 from ckptdiff.members import LABEL_KEYS
 from ckptdiff.report.json_text import dumps
 from ckptdiff.report.text import percent, quantity, safe
+from ckptdiff.runfile.schema import HDF5_SIGNATURE
 
 if TYPE_CHECKING:
     from ckptdiff.options import Compare
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["track"]
 
 _BY = ("all", "tensor", "module", "layer", "block")
-_HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
 @click.command(short_help="Follow an update through the checkpoints of a training run.")
@@ -108,7 +108,7 @@ def _is_hdf5(path: str) -> bool:
     if not Path(path).is_file():
         return False
     with Path(path).open("rb") as file:
-        return file.read(len(_HDF5)) == _HDF5
+        return file.read(len(HDF5_SIGNATURE)) == HDF5_SIGNATURE
 
 
 def _grouped(found: Track, by: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:

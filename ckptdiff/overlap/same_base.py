@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ckptdiff.errors import MaskError, RunFileError, first_few
+from ckptdiff.errors import MaskError, first_few
 from ckptdiff.result import Diff, TensorFacts
 from ckptdiff.runfile.reader import RunFile
 
@@ -34,10 +34,7 @@ def require_same_base(runs: Sequence[RunFile], diffs: Sequence[Diff], force: boo
     """
     warnings: list[str] = []
     for run in runs:
-        if run.masks.rule.kind == "none":
-            raise RunFileError(
-                "the run file holds no masks", file=run.path, hint="run ckptdiff diff with a --mask rule"
-            )
+        run.require_masks()
     first = diffs[0]
     for run, diff in zip(runs[1:], diffs[1:], strict=True):
         other = _other_base(first, diff)

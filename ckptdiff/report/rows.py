@@ -118,13 +118,17 @@ def figure_paths() -> dict[str, tuple[str, ...]]:
     paths: dict[str, tuple[str, ...]] = {}
     for figure in FIGURES:
         for parameter, flat in flat_keys(figure):
-            path = (figure.key,) if parameter is None else (figure.key, parameter_key(parameter))
+            path = _place(figure.key, parameter)
             paths[flat] = paths[".".join(path)] = path
     for spectral in SPECTRAL_FIGURES:
         for parameter, flat in spectral_keys(spectral):
-            inner = (spectral.key,) if parameter is None else (spectral.key, parameter_key(parameter))
-            paths[f"{SPECTRAL}_{flat}"] = paths[".".join((SPECTRAL, *inner))] = (SPECTRAL, *inner)
+            path = (SPECTRAL, *_place(spectral.key, parameter))
+            paths[f"{SPECTRAL}_{flat}"] = paths[".".join(path)] = path
     return paths
+
+
+def _place(key: str, parameter: float | None) -> tuple[str, ...]:
+    return (key,) if parameter is None else (key, parameter_key(parameter))
 
 
 def flat_columns(by: GroupBy, *, spectra: bool = False) -> tuple[str, ...]:
@@ -189,8 +193,8 @@ def _chosen_tensors(diff: Diff, view: View) -> Sequence[int] | None:
             spectral = diff.spectra.columns["_".join(path[1:])].tolist()
         return _sorted([None if math.isnan(value) else value for value in spectral], descending)[: view.top]
     for figure in FIGURES:
-        for parameter, flat in flat_keys(figure):
-            if figure_paths()[flat] == path:
+        for parameter, _ in flat_keys(figure):
+            if _place(figure.key, parameter) == path:
                 values = [None if math.isnan(value) else value for value in diff.values(figure, parameter).tolist()]
                 return _sorted(values, descending)[: view.top]
     numel = diff.columns["numel"].tolist()

@@ -9,7 +9,7 @@ import numpy as np
 from torch.nn import Module, Parameter
 
 from ckptdiff.checkpoint.matching import match_names
-from ckptdiff.errors import MaskError, RunFileError, first_few
+from ckptdiff.errors import MaskError, first_few
 from ckptdiff.retrain.packed import PackedMask
 from ckptdiff.retrain.parameters import MatchReport, ParameterMasks
 from ckptdiff.runfile.mask import Mask
@@ -54,10 +54,7 @@ def load_masks(run_file: str | os.PathLike[str] | RunFile, model: Module, *, str
     if not isinstance(run_file, RunFile):
         with RunFile(run_file) as run:
             return load_masks(run, model, strict=strict)
-    if run_file.masks.rule.kind == "none":
-        raise RunFileError(
-            "the run file holds no masks", file=run_file.path, hint="run ckptdiff diff with a --mask rule"
-        )
+    run_file.require_masks()
     parameters = _parameters(model)
     buffers = {name for name, _ in model.named_buffers()} - parameters.keys()
     matched, warnings = match_names(run_file.masks, [*parameters, *buffers])
