@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -10,6 +9,7 @@ import click
 
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.listing import format_option, output_option, write_rows
+from ckptdiff.cli.messages import warn
 from ckptdiff.cli.target import ReportTarget
 from ckptdiff.members import LABEL_KEYS
 from ckptdiff.report.json_text import dumps
@@ -49,8 +49,7 @@ def overlap(runs: tuple[str, ...], **given: Any) -> int:
     from ckptdiff.overlap.figures import FIGURES
 
     found = count_overlap(runs, base=given["base"], force=given["force"])
-    for warning in found.warnings:
-        print(f"ckptdiff: warning: {safe(warning)}", file=sys.stderr)
+    warn(found.warnings)
     with target.open() as stream:
         if given["format"] == "table":
             for pair in found.pairs:

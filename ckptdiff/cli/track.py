@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -11,6 +10,7 @@ import click
 
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.listing import format_option, output_option, write_rows
+from ckptdiff.cli.messages import warn
 from ckptdiff.cli.target import ReportTarget, files_of
 from ckptdiff.members import LABEL_KEYS
 from ckptdiff.report.json_text import dumps
@@ -58,8 +58,7 @@ def track(base: str, steps: tuple[str, ...], **given: Any) -> int:
     kept = [file for path in (base, *steps) for file in files_of(path)] + ([Path(given["out"])] if given["out"] else [])
     target = ReportTarget.choose(given["output"], binary=False, kept=kept)
     found = _found(base, steps, given)
-    for warning in found.warnings:
-        print(f"ckptdiff: warning: {safe(warning)}", file=sys.stderr)
+    warn(found.warnings)
     with target.open() as stream:
         if given["format"] == "json":
             stream.write(dumps(_document(found)) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import click
 
 from ckptdiff.cli.checks import Check
 from ckptdiff.cli.failures import DIFFERS, OK
+from ckptdiff.cli.messages import say
 from ckptdiff.cli.target import ReportTarget
 from ckptdiff.members import GROUPINGS
 from ckptdiff.report.text import safe
@@ -149,5 +149,5 @@ class Request:
         failed = [check for check in self.checks if check.failed(diff)]
         if not self.quiet:
             for check in failed:
-                print(f"ckptdiff: check failed: {safe(check.text)} (it is {check.value(diff)!r})", file=sys.stderr)
+                say(f"check failed: {safe(check.text)} (it is {check.value(diff)!r})")
         return DIFFERS if failed or (self.exit_code and not diff.identical) else OK
