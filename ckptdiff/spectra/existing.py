@@ -65,8 +65,7 @@ def add_spectra(
         diff = run.load()
         if diff.spectra is not None:
             raise RunFileError("the run file has spectra already", file=path)
-        sides = open_side(run, "base", base), open_side(run, "tuned", tuned)
-    pairs = _pairs(path, diff, *sides)
+        pairs = _pairs(path, diff, open_side(run, "base", base), open_side(run, "tuned", tuned))
     options = Options(compare=cast(Compare, diff.compare), threads=threads, max_memory=max_memory, spectra=spectra)
     with StagedFile(Path(path)) as staged:
         with Path(path).open("rb") as old:

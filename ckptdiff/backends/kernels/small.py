@@ -108,9 +108,9 @@ def scan_small(
     tables : (Facts, Wanted)
     measure : Measure
     room : (Work, Totals)
-        Totals of nothing seen; left so.
+        Work space, and totals of nothing seen, which are left so.
     out : (Records, uint64 array)
-        Of k rows, which receive the figures; and what receives the masks.
+        k rows that receive the figures, and words that receive the masks.
 
     Returns
     -------
