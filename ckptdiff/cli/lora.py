@@ -70,11 +70,8 @@ def lora(session: Session, /, base: str, tuned: str, **given: Any) -> int:
     if energy is not None and not 0 < energy <= 1:
         raise OptionError("energy out of range", expected="above 0, at most 1", found=energy)
     target = ReportTarget.choose(given["output"], binary=False, kept=[*files_of(base), *files_of(tuned)])
-    from ckptdiff.linalg.symmetric import require_scipy
     from ckptdiff.lora.extract import extract_lora
     from ckptdiff.options import Options
-
-    require_scipy()
 
     def tell(tensor: Extracted) -> None:
         raise_pending()

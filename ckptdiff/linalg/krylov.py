@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.passes import Array, Panel, Stage
+from ckptdiff.linalg.passes import Array, Panel, Stage, on_host
 from ckptdiff.linalg.products import add_product, product
 from ckptdiff.linalg.symmetric import eigh_top, gram_of
 
@@ -148,7 +148,7 @@ def direct_values(short: int, ranks: Sequence[int], *, with_vectors: bool = True
     ranks = _within(ranks, short)
     gram = yield from gram_of("delta", short, np.float64, xp)
     values, vectors = eigh_top(gram, ranks[-1], with_vectors=with_vectors)
-    lower = np.maximum(_host(values), 0.0)
+    lower = np.maximum(on_host(values).astype(np.float64), 0.0)
     slack = short * float(np.finfo(np.float64).eps) * float(lower[0])
     return LeadingValues(lower, {k: float(lower[:k].sum()) + k * slack for k in ranks}, vectors, 0)
 
@@ -252,7 +252,7 @@ class _Basis:
             square += rest.T @ rest
             vectors[rows] = space @ coordinates[:, :count]
         lower = np.zeros(ranks[-1])
-        lower[:count] = np.maximum(_host(values[:count]), 0.0)
+        lower[:count] = np.maximum(on_host(values[:count]).astype(np.float64), 0.0)
         # What rounding of the products may have taken from each eigenvalue, and from the first if all rows share its
         # direction.
         slack = self._unit * float(values[0])
@@ -284,7 +284,3 @@ class _Bound:
             return loose
         shifted = xp.diag(values) + self._square / gap
         return min(loose, float(xp.linalg.eigvalsh(shifted)[-k:].sum()))
-
-
-def _host(values: Array) -> Float64:
-    return np.asarray(values.get() if hasattr(values, "get") else values, np.float64)

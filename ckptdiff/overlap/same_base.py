@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ckptdiff.errors import MaskError, RunFileError
+from ckptdiff.errors import MaskError, first_few
 from ckptdiff.result import Diff, TensorFacts
 from ckptdiff.runfile.reader import RunFile
 
@@ -36,10 +36,7 @@ def require_same_base(runs: Sequence[RunFile], diffs: Sequence[Diff], force: boo
     """
     warnings: list[str] = []
     for run in runs:
-        if run.masks.rule.kind == "none":
-            raise RunFileError(
-                "the run file holds no masks", file=run.path, hint="run ckptdiff diff with a --mask rule"
-            )
+        run.require_masks()
     first = diffs[0]
     for run, diff in zip(runs[1:], diffs[1:], strict=True):
         other = _other_base(first, diff)
@@ -88,13 +85,12 @@ def common_tensors(runs: Sequence[RunFile], diffs: Sequence[Diff]) -> tuple[list
             "the runs have no tensor in common",
             file=runs[-1].path,
             expected=f"names as in {runs[0].path}",
-            found=", ".join([facts.name for facts in diffs[-1].tensors[:3]]),
+            found=first_few(facts.name for facts in diffs[-1].tensors),
         )
     left_out = {name for other in shapes for name in other} - {facts.name for facts in common}
     if not left_out:
         return common, []
-    shown = ", ".join(sorted(left_out)[:3]) + (", ..." if len(left_out) > 3 else "")
-    return common, [f"{len(left_out)} tensors are not in all runs and left out: {shown}"]
+    return common, [f"{len(left_out)} tensors are not in all runs and left out: {first_few(sorted(left_out))}"]
 
 
 def _other_base(first: Diff, other: Diff) -> tuple[str, float, float] | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TextIO
 
+from ckptdiff.members import GroupBy
 from ckptdiff.metrics.catalogue import parameter_key
 from ckptdiff.report.member_labels import labels
 from ckptdiff.report.rows import View, rows
@@ -13,7 +14,7 @@ from ckptdiff.report.screen import Column, Screen, bar, screen_of, table_lines
 from ckptdiff.report.spectra_section import spectra_section
 from ckptdiff.report.summary import summary
 from ckptdiff.report.text import number, percent, quantity, shape_text
-from ckptdiff.result import Diff, GroupBy
+from ckptdiff.result import Diff
 
 __all__ = ["table", "write"]
 
