@@ -21,9 +21,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness import Bench, Section
+from harness import Bench, Section, show
 from make_pair import parse_size
-from measure import machine, table
+from measure import machine
 from sections import SECTIONS, names
 
 
@@ -49,16 +49,6 @@ def as_json(section: Section) -> dict[str, Any]:
     """A section for the JSON file."""
     targets = [asdict(target) | {"met": target.met} for target in section.targets]
     return asdict(section) | {"targets": targets}
-
-
-def show(section: Section) -> None:
-    """Print a section."""
-    print(table(section.title, section.rows))
-    if section.targets:
-        print(table("", [target.row() for target in section.targets]))
-    for note in section.notes:
-        print(f"  {note}")
-    print(flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from make_pair import make_pair
-from measure import Run, run
+from measure import Run, run, table
 
 HERE = Path(__file__).parent
 Pair = tuple[Path, Path]
@@ -43,6 +43,16 @@ class Section:
     rows: list[dict[str, Any]]
     targets: list[Target] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+
+def show(section: Section) -> None:
+    """Print a section."""
+    print(table(section.title, section.rows))
+    if section.targets:
+        print(table("", [target.row() for target in section.targets]))
+    for note in section.notes:
+        print(f"  {note}")
+    print(flush=True)
 
 
 @dataclass(frozen=True, slots=True)

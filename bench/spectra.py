@@ -20,8 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness import Section
-from measure import machine, table
+from harness import Section, show
+from measure import machine
 from spectra_accuracy import accuracy
 from spectra_commands import memory, tiny, whole_pair
 from spectra_settings import Settings
@@ -82,12 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for name in options.sections:
             section = SECTIONS[name](settings)
-            print(table(section.title, section.rows))
-            if section.targets:
-                print(table("", [target.row() for target in section.targets]))
-            for note in section.notes:
-                print(f"  {note}")
-            print(flush=True)
+            show(section)
             report["sections"][name] = asdict(section)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")

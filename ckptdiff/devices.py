@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ckptdiff.backends.backend import Backend, Batching
-from ckptdiff.backends.formats import Format
+from ckptdiff.backends.formats import Format, Formats
 from ckptdiff.backends.kernels.fetch import WINDOW
 from ckptdiff.backends.partial import BLOCK, Partial, Refined, Rule, Scan, Targets
 from ckptdiff.backends.source import InMemory
@@ -21,10 +21,7 @@ from ckptdiff.metrics.small import wanted
 from ckptdiff.options import MaskRule, Options, default_threads
 from ckptdiff.runfile.compress import compress_chunk
 
-__all__ = ["Device", "Formats", "open_device"]
-
-Formats = tuple[Format, Format, Format]
-"""Stored in the base, stored in the tuned side, compared as."""
+__all__ = ["Device", "open_device"]
 
 
 def _no_scratch(numel: int) -> int:

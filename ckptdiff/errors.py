@@ -18,6 +18,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 __all__ = [
     "ChangedFileError",
@@ -31,6 +32,8 @@ __all__ = [
     "PairingError",
     "PlanError",
     "RunFileError",
+    "first_few",
+    "plural",
 ]
 
 
@@ -120,3 +123,14 @@ class MaskError(CkptdiffError):
 
 class RunFileError(CkptdiffError):
     """A run file that cannot be read or written."""
+
+
+def first_few(names: Iterable[str], most: int = 3, between: str = ", ") -> str:
+    """Some of many names as a message lists them: "a, b, c, ..."; "" if there are none."""
+    listed = list(names)
+    return between.join([*listed[:most], *(["..."] if len(listed) > most else [])])
+
+
+def plural(count: int, noun: str, many: str | None = None) -> str:
+    """Spell "1 tensor", "2 tensors"; `many` is an irregular plural."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {many or noun + 's'}"

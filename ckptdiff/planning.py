@@ -5,17 +5,16 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import ckptdiff
-from ckptdiff.backends.formats import FORMATS, compare_format
+from ckptdiff.backends.formats import Formats, formats_of
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorInfo, TensorPair, locate, open_checkpoint, pair
-from ckptdiff.devices import Device, Formats, open_device
+from ckptdiff.devices import Device, open_device
 from ckptdiff.memory import peak_resident, resident
 from ckptdiff.metrics.catalogue import COLUMNS
 from ckptdiff.metrics.measurement import BitMeasurement, FloatMeasurement
@@ -105,7 +104,7 @@ class Plan:
             want_mask = self.want_masks and rule.kind != "none"
             return BitMeasurement(base.numel, DTYPES[base.dtype].bits, want_mask, rule)
         return FloatMeasurement(
-            *_formats(base.dtype, tuned.dtype, self.options.compare), base.numel, rule, self.want_masks
+            *formats_of(base.dtype, tuned.dtype, self.options.compare), base.numel, rule, self.want_masks
         )
 
 
@@ -123,9 +122,14 @@ def prepare(base: str, tuned: str, *, out: Path | None = None, options: Options 
     Raises
     ------
     CkptdiffError
-        If a checkpoint is damaged, nothing can be compared, the output cannot be written, or memory does not suffice.
+        If a checkpoint is damaged, nothing can be compared, the output cannot be written, memory does not suffice, or
+        spectra are asked for and SciPy is missing.
     """
     options = options or Options()
+    if options.spectra is not None:
+        from ckptdiff.linalg.blas import require_scipy
+
+        require_scipy()
     sides = open_checkpoint(base), open_checkpoint(tuned)
     if out is not None:
         check_target(out, [(shard.path, shard.device, shard.inode) for side in sides for shard in side.shards])
@@ -150,17 +154,10 @@ def _warm_up(
     alone: set[Formats] = set()
     for one, load in zip(pairs, loads, strict=True):
         if one.base.kind is Kind.FLOAT:
-            formats = _formats(one.base.dtype, one.tuned.dtype, options.compare)
+            formats = formats_of(one.base.dtype, one.tuned.dtype, options.compare)
             (alone if load.kind is None else alike).add(formats)
     chunk = mask_chunk_bytes(max((load.numel for load in loads), default=0)) if want_masks else 0
     device.warm_up(sorted(alike, key=str), sorted(alone, key=str), chunk)
-
-
-@cache
-def _formats(base: str, tuned: str, compare: str) -> Formats:
-    """Formats of two stored dtypes, and what they are compared as."""
-    stored = FORMATS[base.lower()], FORMATS[tuned.lower()]
-    return *stored, compare_format(*stored, compare)
 
 
 def _loads(pairs: tuple[TensorPair, ...], options: Options, device: Device, io: str) -> tuple[Load, ...]:
@@ -176,7 +173,7 @@ def _load(pair: TensorPair, options: Options, device: Device) -> Load:
     bits = tuple(DTYPES[side.dtype].bits for side in sides)
     if pair.base.kind is not Kind.FLOAT:
         return Load(numel, bits, min(numel, BLOCK) * 4)
-    formats = _formats(pair.base.dtype, pair.tuned.dtype, options.compare)
+    formats = formats_of(pair.base.dtype, pair.tuned.dtype, options.compare)
     alike = not same and 0 < numel <= BLOCK and one_scan_suffices(formats[2], options.mask)
     return Load(numel, bits, device.scratch(numel), formats if alike else None)
 
@@ -206,7 +203,7 @@ def _facts(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Optio
 def _tensor_facts(pair: TensorPair, options: Options, groups: list[tuple[str, Any]]) -> TensorFacts:
     base, tuned = pair.base, pair.tuned
     place = locate(pair.name, len(base.shape))
-    compare = _formats(base.dtype, tuned.dtype, options.compare)[2].name if base.kind is Kind.FLOAT else "bitwise"
+    compare = formats_of(base.dtype, tuned.dtype, options.compare)[2].name if base.kind is Kind.FLOAT else "bitwise"
     return TensorFacts(
         name=pair.name,
         shape=base.shape,

@@ -5,23 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptdiff.members import LABEL_KEYS, GroupBy, members_of
 from ckptdiff.metrics.catalogue import Figure
 from ckptdiff.metrics.grouping import Grouping, figures_of, median_2d, values_of
 from ckptdiff.metrics.spectral import Spectra
 
-__all__ = ["GROUPINGS", "Diff", "GroupBy", "TensorFacts", "UnmatchedTensor"]
-
-GroupBy: TypeAlias = Literal["tensor", "module", "layer", "block", "tower", "group"]
-
-GROUPINGS: tuple[GroupBy, ...] = ("tensor", "module", "layer", "block", "tower", "group")
-"""What figures can be grouped by; "group" are the user's own (``--group NAME=REGEX``)."""
-
-_LABEL_KEY = {"module": "module_type", "layer": "layer", "block": "block", "tower": "tower", "group": "group"}
+__all__ = ["Diff", "TensorFacts", "UnmatchedTensor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,19 +153,14 @@ class Diff:
         """
         if by == "tensor":
             raise ValueError("per_tensor holds the figures of single tensors")
-        members: dict[tuple[Any, ...], list[int]] = {}
-        for row in np.flatnonzero(self._valued).tolist():
-            for label in self._labels(by, self.tensors[row]):
-                members.setdefault(label, []).append(row)
-        labels = sorted(members, key=lambda label: label[1]) if by == "layer" else list(members)
-        rows = np.array([row for label in labels for row in members[label]], np.intp)
-        ids = np.repeat(np.arange(len(labels)), [len(members[label]) for label in labels])
-        groups = Grouping({k: v[rows] for k, v in self.columns.items()}, ids, len(labels), self._delta_energy)
+        members = members_of(by, ((row, self.tensors[row]) for row in np.flatnonzero(self._valued).tolist()))
+        rows = np.array([row for found in members.values() for row in found], np.intp)
+        ids = np.repeat(np.arange(len(members)), [len(found) for found in members.values()])
+        groups = Grouping({k: v[rows] for k, v in self.columns.items()}, ids, len(members), self._delta_energy)
         numel = groups.total("numel")
         result = []
-        for i, (label, figures) in enumerate(zip(labels, figures_of(groups), strict=True)):
-            head = {"tower": label[0], "layer": label[1]} if by == "layer" else {_LABEL_KEY[by]: label[0]}
-            found = members[label]
+        for i, ((label, found), figures) in enumerate(zip(members.items(), figures_of(groups), strict=True)):
+            head = dict(zip(LABEL_KEYS[by], label, strict=True))
             counts = {"tensors": len(found), "numel": int(numel[i])}
             result.append({**head, **counts, **figures, **self._spectral(found)})
         return result
@@ -182,14 +171,6 @@ class Diff:
             return {}
         moved = self.columns["delta_norm"] > 0
         return {"spectral": self.spectra.median([r for r in rows if len(self.tensors[r].shape) == 2 and moved[r]])}
-
-    @staticmethod
-    def _labels(by: GroupBy, tensor: TensorFacts) -> list[tuple[Any, ...]]:
-        if by == "layer":
-            return [] if tensor.layer is None else [(tensor.tower, tensor.layer)]
-        if by == "group":
-            return [(name,) for name in tensor.groups]
-        return [(getattr(tensor, _LABEL_KEY[by]),)]
 
     def _grouping(self, labels: NDArray[np.intp], size: int, keep: NDArray[np.bool_] | None) -> Grouping:
         columns = self.columns

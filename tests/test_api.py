@@ -4,7 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import ckptdiff
 from ckptdiff.events import Finished, Progress, Started, TensorsDone
@@ -62,3 +64,13 @@ def test_one_whole_use(tmp_path):
 def test_bad_options_are_refused(options):
     with pytest.raises(ckptdiff.CkptdiffError):
         ckptdiff.diff(LLAMA / "base", LLAMA / "tuned", **options)
+
+
+def test_squares_beyond_float64_leave_shares_undefined(tmp_path: Path) -> None:
+    base = np.array([1.0, -2.0, 1e200, 3.0])
+    save_file({"w": base}, tmp_path / "base.safetensors")
+    save_file({"w": base + np.array([0.0, 1.0, 3e199, 0.0])}, tmp_path / "tuned.safetensors")
+    diff = ckptdiff.diff(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", compare="stored")
+    assert diff.overall["unchanged_bitwise"] == 0.5
+    assert diff.overall["max_abs"] == pytest.approx(3e199)
+    assert set(diff.overall["coord_energy"].values()) == {None}

@@ -8,7 +8,7 @@ import pytest
 from ckptdiff import errors
 from ckptdiff.errors import CheckpointError, CkptdiffError, HeaderError, RunFileError
 
-LEAVES = [getattr(errors, name) for name in errors.__all__]
+LEAVES = [leaf for leaf in map(vars(errors).get, errors.__all__) if isinstance(leaf, type)]
 
 
 @pytest.mark.parametrize("leaf", LEAVES)
@@ -45,3 +45,10 @@ def test_errors_cross_processes() -> None:
     error = pickle.loads(pickle.dumps(RunFileError("full", file="run.h5", hint="make room")))
     assert isinstance(error, RunFileError)
     assert (error.problem, error.file, error.hint) == ("full", "run.h5", "make room")
+
+
+def test_a_message_lists_the_first_few_names() -> None:
+    assert errors.first_few([]) == ""
+    assert errors.first_few("abc") == "a, b, c"
+    assert errors.first_few(iter("abcd")) == "a, b, c, ..."
+    assert errors.first_few("abc", 2, "; ") == "a; b; ..."

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ckptdiff.result import GROUPINGS, Diff
+from ckptdiff.members import GROUPINGS
+from ckptdiff.result import Diff
 
 
 def test_counts_of_tensors(troubled_diff: Diff) -> None:

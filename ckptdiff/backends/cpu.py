@@ -129,7 +129,7 @@ class CpuWorker:
         compare, numel = scan.compare, places[:, 4]
         words = -(-numel // 64)
         stops = np.cumsum(words)
-        room = self._room_for_mask(64 * int(stops[-1]) if scan.want_mask else 0)
+        masks = self._room_for_mask(64 * int(stops[-1]) if scan.want_mask else 0)
         self._small.open_blocks(1 - len(self._small.sums), len(scan.thresholds))
         done = scan_small(
             (
@@ -140,13 +140,11 @@ class CpuWorker:
             np.column_stack([places, stops - words]),
             ranks,
             (facts_of(compare), wanted),
-            self._work_for(compare),
             new_measure(scan, _real(compare)),
-            totals_of(self._small, 1),
-            records,
-            room,
+            (self._work_for(compare), totals_of(self._small, 1)),
+            (records, masks),
         )
-        return done, room.view(np.uint8), 8 * (stops - words)
+        return done, masks.view(np.uint8), 8 * (stops - words)
 
     def _sides(self, window: Window, scan: Scan) -> tuple[Side, Side]:
         base = self._side(window.base, window.first, scan.base, 0)

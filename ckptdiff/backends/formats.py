@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +12,14 @@ from numpy.typing import NDArray
 __all__ = [
     "FORMATS",
     "Format",
+    "Formats",
     "common_format",
     "compare_format",
+    "formats_of",
     "is_wide",
     "recode_table",
     "round_to_bf16",
+    "stored_format",
 ]
 
 
@@ -66,7 +70,15 @@ FORMATS = {
         Format("f64", 64, 0x7FF0_0000_0000_0000, 0x7FF0_0000_0000_0001),
     )
 }
-"""Every format by name; the stored dtype "F8_E4M3" is the format "f8_e4m3"."""
+"""Every format by name."""
+
+Formats: TypeAlias = tuple[Format, Format, Format]
+"""Stored in the base, stored in the tuned side, compared as."""
+
+
+def stored_format(dtype: str) -> Format:
+    """The format of a floating dtype as a header spells it: "F8_E4M3" is "f8_e4m3"."""
+    return FORMATS[dtype.lower()]
 
 
 @cache
@@ -151,6 +163,13 @@ def compare_format(base: Format, tuned: Format, compare: str) -> Format:
     if compare == "stored" or (base == tuned and base.bits == 8):
         return common_format(base, tuned)
     return FORMATS["bf16"]
+
+
+@cache
+def formats_of(base: str, tuned: str, compare: str) -> Formats:
+    """Formats of two floating dtypes as headers spell them, and what the pair is compared as."""
+    stored = stored_format(base), stored_format(tuned)
+    return *stored, compare_format(*stored, compare)
 
 
 def is_wide(stored: Format, compare: Format) -> bool:

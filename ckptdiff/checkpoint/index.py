@@ -11,14 +11,12 @@ from ckptdiff.checkpoint.foreign import CONVERT_PICKLE
 from ckptdiff.checkpoint.header import Shard, TensorInfo
 from ckptdiff.checkpoint.regular_file import read_whole, stat_path
 from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
-from ckptdiff.errors import CheckpointError, IndexFileError
+from ckptdiff.errors import CheckpointError, IndexFileError, first_few
 
 __all__ = ["MAX_INDEX_BYTES", "Index", "check_index", "read_index"]
 
 MAX_INDEX_BYTES = 100_000_000
 """The longest index that is read."""
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +121,7 @@ def check_index(index: Index, shards: Mapping[str, Shard], tensors: Mapping[str,
     warnings: list[str] = []
     unnamed = [name for name in tensors if name not in index.weight_map]
     if unnamed:
-        shown = ", ".join(unnamed[:_SHOWN]) + (", ..." if len(unnamed) > _SHOWN else "")
-        warnings.append(f"{index.path} leaves out {len(unnamed)} tensors that its shards hold: {shown}")
+        warnings.append(f"{index.path} leaves out {len(unnamed)} tensors that its shards hold: {first_few(unnamed)}")
     held = sum(tensor.nbytes for tensor in tensors.values())
     named = sum(tensors[name].nbytes for name in index.weight_map)
     if index.total_size is not None and index.total_size not in (held, named):

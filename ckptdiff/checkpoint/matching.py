@@ -7,11 +7,9 @@ from collections.abc import Iterable, Sequence
 
 from ckptdiff.checkpoint.renames import parse_renames, rename_all
 from ckptdiff.checkpoint.wrappers import unwrapped
-from ckptdiff.report.text import plural
+from ckptdiff.errors import first_few, plural
 
 __all__ = ["match_names"]
-
-_SHOWN = 3
 
 
 def match_names(
@@ -58,9 +56,8 @@ def match_names(
         elif theirs:
             ambiguous.append(f"{' and '.join(ours)} against {' and '.join(theirs)}")
     if ambiguous:
-        shown = "; ".join(ambiguous[:_SHOWN]) + ("; ..." if len(ambiguous) > _SHOWN else "")
         warnings += (
             f"{plural(len(ambiguous), 'name')} could be that of more than one tensor without prefixes, left unmatched"
-            f" (--map decides): {shown}",
+            f" (--map decides): {first_few(ambiguous, between='; ')}",
         )
     return matched, warnings

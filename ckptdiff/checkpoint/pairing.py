@@ -12,11 +12,9 @@ from ckptdiff.checkpoint.globs import Globs
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.matching import match_names
 from ckptdiff.checkpoint.ties import tied_embedding, twice_named
-from ckptdiff.errors import PairingError
+from ckptdiff.errors import PairingError, first_few
 
 __all__ = ["Alias", "Mismatch", "Pairing", "TensorPair", "pair"]
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +232,8 @@ def _nothing_to_compare(base: Checkpoint, tuned: Checkpoint, everything: Pairing
     if everything.pairs:
         return PairingError(
             "--include and --exclude leave no tensor to compare",
-            expected=f"some of {len(everything.pairs)} pairs, such as " + _some(pair.name for pair in everything.pairs),
+            expected=f"some of {len(everything.pairs)} pairs, such as "
+            + first_few(pair.name for pair in everything.pairs),
             found="none",
             hint="patterns are shell-style and match whole names: '*.mlp.*', not 'mlp'",
         )
@@ -252,8 +251,8 @@ def _nothing_to_compare(base: Checkpoint, tuned: Checkpoint, everything: Pairing
     return PairingError(
         "the two checkpoints have no tensor name in common",
         file=tuned.path,
-        expected=f"names as in {base.path}: {_some(base.tensors) or 'none'}",
-        found=_some(tuned.tensors) or "none",
+        expected=f"names as in {base.path}: {first_few(base.tensors) or 'none'}",
+        found=first_few(tuned.tensors) or "none",
         hint="rename the base's tensors with --map 'OLD=NEW', for example --map '^encoder\\.=model.'"
         if adapter is None
         else f"{adapter.path} is an adapter: merge it into its model first (merge_and_unload of peft), and save that",
@@ -284,8 +283,3 @@ def _scaled_modules(checkpoint: Checkpoint) -> set[str]:
 def _is_scaled(tensor: TensorInfo, scaled_modules: set[str]) -> bool:
     is_fp8 = tensor.kind is Kind.FLOAT and tensor.dtype.startswith("F8_")
     return is_fp8 and (tensor.name.rpartition(".")[0] in scaled_modules or tensor.name in scaled_modules)
-
-
-def _some(names: Iterable[str]) -> str:
-    shown = list(names)
-    return ", ".join(shown[:_SHOWN]) + (", ..." if len(shown) > _SHOWN else "")

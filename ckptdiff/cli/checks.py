@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptdiff.errors import OptionError
+from ckptdiff.members import LABEL_KEYS, GroupBy
 
 if TYPE_CHECKING:
-    from ckptdiff.result import Diff, GroupBy, TensorFacts
+    from ckptdiff.result import Diff, TensorFacts
 
 __all__ = ["Check"]
 
@@ -168,7 +169,7 @@ def _labels(by: GroupBy, tensors: Iterable[TensorFacts]) -> Iterator[tuple[str, 
 
 def _row_labels(by: GroupBy, row: Mapping[str, Any]) -> tuple[str, ...]:
     if by != "layer":
-        return (row["module_type" if by == "module" else by],)
+        return (row[LABEL_KEYS[by][0]],)
     if row["layer"] is None:
         return ()
     full = f"{row['tower']}.{row['layer']}"

@@ -78,10 +78,8 @@ def claims(session: Session, /, paths: tuple[str, ...], **given: Any) -> int:
 
 def _measured(base: str, tuned: str, given: dict[str, Any]) -> Diff:
     from ckptdiff.engine import run
-    from ckptdiff.linalg.symmetric import require_scipy
     from ckptdiff.options import MaskRule, Options, SpectraOptions, parse_size
 
-    require_scipy()
     options = Options(
         mask=MaskRule("none"),
         renames=given["renames"],

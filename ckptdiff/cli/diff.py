@@ -107,10 +107,6 @@ def diff(session: Session, /, base: str, tuned: str, **given: Any) -> int:
     kept = [*files_of(base), *files_of(tuned), *([] if out is None else [out])]
     request = Request.of(given, run_file=given["out"], kept=kept)
     options = _options(given)
-    if options.spectra is not None:
-        from ckptdiff.linalg.symmetric import require_scipy
-
-        require_scipy()
     if given["dry_run"]:
         from ckptdiff.cli.plan import print_plan
 

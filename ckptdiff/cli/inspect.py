@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.listing import format_option, output_option, write_rows
+from ckptdiff.cli.messages import warn
 from ckptdiff.cli.target import ReportTarget, files_of
-from ckptdiff.errors import OptionError
-from ckptdiff.report.text import plural, quantity, safe, shape_text, size
+from ckptdiff.errors import OptionError, plural
+from ckptdiff.report.text import quantity, safe, shape_text, size
 
 if TYPE_CHECKING:
     from ckptdiff.checkpoint import TensorInfo
@@ -43,8 +43,7 @@ def inspect(checkpoint: str, **given: Any) -> int:
 
     opened = open_checkpoint(checkpoint)
     globs = Globs(given["include"], given["exclude"])
-    for warning in (*opened.warnings, *globs.unmatched(opened.tensors)):
-        print(f"ckptdiff: warning: {safe(warning)}", file=sys.stderr)
+    warn((*opened.warnings, *globs.unmatched(opened.tensors)))
     chosen = [tensor for tensor in opened.tensors.values() if globs.select(tensor.name)]
     if opened.tensors and not chosen:
         raise OptionError("no tensor is left to list", file=checkpoint, hint="check --include and --exclude")

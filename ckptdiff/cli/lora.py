@@ -14,8 +14,8 @@ from ckptdiff.cli.listing import format_option, output_option, write_rows
 from ckptdiff.cli.session import Session
 from ckptdiff.cli.target import ReportTarget, files_of
 from ckptdiff.cli.view import verbosity
-from ckptdiff.errors import OptionError
-from ckptdiff.report.text import number, percent, plural, safe, shape_text
+from ckptdiff.errors import OptionError, plural
+from ckptdiff.report.text import number, percent, safe, shape_text
 
 if TYPE_CHECKING:
     from ckptdiff.lora.extract import Extraction
@@ -74,11 +74,8 @@ def lora(session: Session, /, base: str, tuned: str, **given: Any) -> int:
     if energy is not None and not 0 < energy <= 1:
         raise OptionError("energy out of range", expected="above 0, at most 1", found=energy)
     target = ReportTarget.choose(given["output"], binary=False, kept=[*files_of(base), *files_of(tuned)])
-    from ckptdiff.linalg.symmetric import require_scipy
     from ckptdiff.lora.extract import extract_lora
     from ckptdiff.options import Options
-
-    require_scipy()
 
     options = Options(renames=given["renames"], include=given["include"], exclude=given["exclude"])
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:

@@ -11,8 +11,8 @@ import click
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.listing import format_option, output_option, write_rows
 from ckptdiff.cli.target import ReportTarget
-from ckptdiff.errors import OptionError
-from ckptdiff.report.text import percent, plural, quantity, safe, shape_text
+from ckptdiff.errors import OptionError, plural
+from ckptdiff.report.text import percent, quantity, safe, shape_text
 
 __all__ = ["mask"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -10,16 +9,19 @@ import click
 
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.listing import format_option, output_option, write_rows
+from ckptdiff.cli.messages import warn
 from ckptdiff.cli.target import ReportTarget
+from ckptdiff.errors import plural
+from ckptdiff.members import LABEL_KEYS
 from ckptdiff.report.json_text import dumps
-from ckptdiff.report.text import percent, plural, quantity, safe
+from ckptdiff.report.text import percent, quantity, safe
 
 if TYPE_CHECKING:
     from ckptdiff.overlap import Overlap, PairCounts
 
 __all__ = ["overlap"]
 
-_LABELS = {"tensor": ("name",), "module": ("module_type",), "layer": ("tower", "layer"), "block": ("block",)}
+_BY = ("tensor", "module", "layer", "block")
 _MEANINGS = {
     "o1": "o1: share of the first mask that is in the second.",
     "o2": "o2: the reverse.",
@@ -32,7 +34,7 @@ _COUNTS = ("numel", "masked_1", "masked_2", "masked_both")
 
 @click.command(short_help="Compare the masks of several runs with each other and with chance.")
 @click.argument("runs", nargs=-1, type=click.Path(), metavar="RUN1.h5 RUN2.h5 [...]")
-@click.option("--by", type=click.Choice(list(_LABELS)), default="block", help="What the rows stand for.")
+@click.option("--by", type=click.Choice(_BY), default="block", help="What the rows stand for.")
 @click.option(
     "--base",
     type=click.Path(),
@@ -55,8 +57,7 @@ def overlap(runs: tuple[str, ...], **given: Any) -> int:
     from ckptdiff.overlap.figures import FIGURES
 
     found = count_overlap(runs, base=given["base"], force=given["force"])
-    for warning in found.warnings:
-        print(f"ckptdiff: warning: {safe(warning)}", file=sys.stderr)
+    warn(found.warnings)
     with target.open() as stream:
         if given["format"] == "table":
             for pair in found.pairs:
@@ -64,7 +65,7 @@ def overlap(runs: tuple[str, ...], **given: Any) -> int:
         elif given["format"] == "json":
             stream.write(dumps(_document(found)) + "\n")
         else:
-            keys = ("first", "second", *_LABELS[given["by"]], *_COUNTS, *FIGURES)
+            keys = ("first", "second", *LABEL_KEYS[given["by"]], *_COUNTS, *FIGURES)
             rows = [
                 {"first": found.runs[pair.first], "second": found.runs[pair.second], **row}
                 for pair in found.pairs
@@ -96,7 +97,7 @@ def _write_table(stream: TextIO, found: Overlap, pair: PairCounts, by: str) -> N
     from ckptdiff.report.screen import Column, screen_of, table_lines
 
     rows = found.grouped(pair, by)
-    label = _LABELS[by][-1]
+    label = LABEL_KEYS[by][-1]
     rows.append({**found.overall(pair), label: "all"})
     columns = [
         Column(by, [safe(str(row[label])) or '""' for row in rows], left=True),

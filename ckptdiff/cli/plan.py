@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckptdiff.cli.view import Request
-from ckptdiff.errors import OptionError
+from ckptdiff.errors import OptionError, plural
 from ckptdiff.report.json_text import dumps
-from ckptdiff.report.text import binary_size, plural, size
+from ckptdiff.report.text import binary_size, size
 
 if TYPE_CHECKING:
     from ckptdiff.options import Options

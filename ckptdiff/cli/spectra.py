@@ -39,11 +39,9 @@ def spectra() -> None:
 def add(session: Session, /, run: str, **given: Any) -> int:
     """Measure the spectra of the checkpoints that RUN.h5 compared, and add them to it."""
     session.traceback |= given["verbose"]
-    from ckptdiff.linalg.symmetric import require_scipy
     from ckptdiff.options import SpectraOptions, parse_size
     from ckptdiff.spectra.existing import add_spectra
 
-    require_scipy()
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
         add_spectra(
             run,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -13,9 +12,12 @@ from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option, threads_option
 from ckptdiff.cli.listing import format_option, output_option, write_rows
+from ckptdiff.cli.messages import warn
 from ckptdiff.cli.target import ReportTarget, files_of
+from ckptdiff.members import LABEL_KEYS
 from ckptdiff.report.json_text import dumps
 from ckptdiff.report.text import percent, quantity, safe
+from ckptdiff.runfile.schema import HDF5_SIGNATURE
 
 if TYPE_CHECKING:
     from ckptdiff.options import Compare
@@ -24,13 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["track"]
 
-_LABELS = {
-    "all": (),
-    "tensor": ("name",),
-    "module": ("module_type",),
-    "layer": ("tower", "layer"),
-    "block": ("block",),
-}
+_BY = ("all", "tensor", "module", "layer", "block")
 _MEANINGS = {
     "support": "support: part that differs from the base.",
     "new": "new: never did before.",
@@ -40,7 +36,6 @@ _MEANINGS = {
     "union": "union: part that ever differed.",
     "update": "update: norm of d / norm of the base.",
 }
-_HDF5 = b"\x89HDF\r\n\x1a\n"
 
 
 @click.command(short_help="Follow an update through the checkpoints of a training run.")
@@ -49,7 +44,7 @@ _HDF5 = b"\x89HDF\r\n\x1a\n"
 @click.option(
     "-o", "--out", type=click.Path(), metavar="TRACK.h5", show_default="none", help="Keep the figures of each tensor."
 )
-@click.option("--by", type=click.Choice(list(_LABELS)), default="all", help="What the rows stand for, at each step.")
+@click.option("--by", type=click.Choice(_BY), default="all", help="What the rows stand for, at each step.")
 @click.option(
     "--compare",
     type=click.Choice(["bf16", "stored"]),
@@ -76,8 +71,7 @@ def track(base: str, steps: tuple[str, ...], **given: Any) -> int:
     kept = [file for path in (base, *steps) for file in files_of(path)] + ([Path(given["out"])] if given["out"] else [])
     target = ReportTarget.choose(given["output"], binary=False, kept=kept)
     found = _found(base, steps, given)
-    for warning in found.warnings:
-        print(f"ckptdiff: warning: {safe(warning)}", file=sys.stderr)
+    warn(found.warnings)
     with target.open() as stream:
         if given["format"] == "json":
             stream.write(dumps(_document(found)) + "\n")
@@ -91,7 +85,7 @@ def track(base: str, steps: tuple[str, ...], **given: Any) -> int:
                 for label, rows in _grouped(found, given["by"])
                 for step, row in enumerate(rows)
             ]
-            write_rows(stream, given["format"], rows, ("step", "path", *_LABELS[given["by"]], *FIGURES), {})
+            write_rows(stream, given["format"], rows, ("step", "path", *LABEL_KEYS.get(given["by"], ()), *FIGURES), {})
     return OK
 
 
@@ -128,7 +122,7 @@ def _is_hdf5(path: str) -> bool:
     if not Path(path).is_file():
         return False
     with Path(path).open("rb") as file:
-        return file.read(len(_HDF5)) == _HDF5
+        return file.read(len(HDF5_SIGNATURE)) == HDF5_SIGNATURE
 
 
 def _grouped(found: Track, by: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
@@ -136,7 +130,7 @@ def _grouped(found: Track, by: str) -> list[tuple[dict[str, Any], list[dict[str,
 
 
 def _document(found: Track) -> dict[str, Any]:
-    groups = {f"{by}s": [{**label, "steps": rows} for label, rows in found.grouped(by)] for by in list(_LABELS)[1:]}
+    groups = {f"{by}s": [{**label, "steps": rows} for label, rows in found.grouped(by)] for by in _BY[1:]}
     return {
         "schema": "ckptdiff.track/1",
         "base": found.base,

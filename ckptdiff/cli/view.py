@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,9 @@ import click
 
 from ckptdiff.cli.checks import Check
 from ckptdiff.cli.failures import DIFFERS, OK
+from ckptdiff.cli.messages import say
 from ckptdiff.cli.target import ReportTarget
+from ckptdiff.members import GROUPINGS
 from ckptdiff.report.text import safe
 
 if TYPE_CHECKING:
@@ -20,11 +21,10 @@ if TYPE_CHECKING:
     from ckptdiff.report.rows import View
     from ckptdiff.result import Diff
 
-__all__ = ["BY", "FORMATS", "Request", "verbosity", "verdict_verbosity", "view_options"]
+__all__ = ["FORMATS", "Request", "verbosity", "verdict_verbosity", "view_options"]
 
-# Spelled out here, so that --help needs no import of NumPy; a test compares them with their definitions.
 FORMATS = ("table", "json", "ndjson", "csv", "parquet")
-BY = ("tensor", "module", "layer", "block", "tower", "group")
+"""Spelled out here, so that --help needs no import of NumPy; a test compares them with their definition."""
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -32,7 +32,7 @@ _OPTIONS = (
     click.option("--format", type=click.Choice(FORMATS), default="table", help="Format of the report."),
     click.option(
         "--by",
-        type=click.Choice(BY),
+        type=click.Choice(GROUPINGS),
         show_default="an overview; tensor for csv, parquet and ndjson",
         help="What the rows stand for.",
     ),
@@ -151,5 +151,5 @@ class Request:
         failed = [check for check in self.checks if check.failed(diff)]
         if not self.quiet:
             for check in failed:
-                print(f"ckptdiff: check failed: {safe(check.text)} (it is {check.value(diff)!r})", file=sys.stderr)
+                say(f"check failed: {safe(check.text)} (it is {check.value(diff)!r})")
         return DIFFERS if failed or (self.exit_code and not diff.identical) else OK

@@ -13,12 +13,12 @@ import numpy as np
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES, TensorInfo
 from ckptdiff.errors import OptionError, RunFileError
-from ckptdiff.exports.sources import open_side, shards_json
 from ckptdiff.runfile.export import chosen_masks
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import Entry, is_safetensors_of, write_safetensors
 from ckptdiff.runfile.schema import BIT_ORDER
+from ckptdiff.runfile.sides import open_side, shards_json
 from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.runfile.target import check_folder
 from ckptdiff.stream.blocks import blocks_of

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.checkpoint.globs import Globs
-from ckptdiff.errors import OptionError, RunFileError
-from ckptdiff.exports.sources import open_side
+from ckptdiff.errors import OptionError, RunFileError, first_few
 from ckptdiff.result import TensorFacts
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
+from ckptdiff.runfile.sides import open_side
 from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.stream.blocks import blocks_of, values_of
 from ckptdiff.stream.reader import OpenShards, open_shards
@@ -212,7 +212,7 @@ def _prepare(target: Path) -> None:
         raise RunFileError(
             "the output folder exists and holds no adapter",
             file=target,
-            found=", ".join(sorted(others)[:3]),
+            found=first_few(sorted(others)),
             hint="remove it, or choose another name",
         )
 

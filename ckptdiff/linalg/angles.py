@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.passes import Array, Panel, Stage
+from ckptdiff.linalg.passes import Array, Panel, Stage, on_host
 from ckptdiff.linalg.products import add_gram, add_product, product
 from ckptdiff.linalg.symmetric import eigenvalues, solve_lower, whole
 
@@ -82,6 +82,5 @@ def principal_angles(base: Array, tuned: Array, xp: Any = np) -> Stage[Angles]:
 
 def _angles(cosines: Array, sines: Array) -> Float64:
     """Angles from both lists, each largest first."""
-    host = [np.asarray(values.get() if hasattr(values, "get") else values) for values in (cosines, sines)]
-    angles: Float64 = np.arctan2(host[1][::-1], host[0])
+    angles: Float64 = np.arctan2(on_host(sines)[::-1], on_host(cosines))
     return angles

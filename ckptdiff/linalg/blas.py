@@ -17,13 +17,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["add_gram_block", "add_product_block", "eigh_all", "eigh_part", "solve_lower_block"]
+from ckptdiff.errors import OptionError
+
+__all__ = ["add_gram_block", "add_product_block", "eigh_all", "eigh_part", "require_scipy", "solve_lower_block"]
 
 Floats = NDArray[Any]
 Matrix = tuple[bytes, int]
 """How BLAS reads an array: "N" as its transpose or "T" as it is, and the distance of its lines."""
 
 _REAL = {4: ("s", ctypes.c_float), 8: ("d", ctypes.c_double)}
+
+
+def require_scipy() -> None:
+    """Check that SciPy is installed, before a long run rather than after it.
+
+    Raises
+    ------
+    OptionError
+        If it is not.
+    """
+    try:
+        import scipy.linalg  # noqa: F401
+        import threadpoolctl  # noqa: F401
+    except ImportError:
+        raise OptionError(
+            "spectra need SciPy and threadpoolctl, which are not installed", hint="pip install 'ckptdiff[spectra]'"
+        ) from None
 
 
 @cache

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.passes import Array, Panel, Stage
+from ckptdiff.linalg.passes import Array, Panel, Stage, on_host
 from ckptdiff.linalg.products import add_product, product
 from ckptdiff.linalg.symmetric import eigh_top, gram_of
 
@@ -37,6 +37,8 @@ _CHI_SQUARE = 3.942
 """What a chi-square variable of 16 degrees of freedom exceeds with probability 0.999."""
 _FEWEST_STEPS = 3
 _NEAR = 1e-8
+_COHERENT = 256
+"""Units of rounding by which a sum of equal terms may be off: between two powers of two all round the same way."""
 _ROWS = 512
 """Rows of the bases that are taken to float64 at a time."""
 
@@ -124,12 +126,17 @@ def krylov_values(
     beyond = 0.0
     if not basis.full:
         probes = basis.deflate(xp.asarray(rng.standard_normal((short, _PROBES)), dtype))
+        scale = 0
         for _ in range(_PROBE_PASSES):
             image = xp.zeros_like(probes)
             yield _applied(probes, image)
             probes = basis.deflate(image)
+            # Third powers of eigenvalues may leave the range of float32; scaled by powers of two they lose no digit.
+            exponent = math.frexp(float(xp.linalg.norm(probes.astype(np.float64))))[1]
+            probes = xp.ldexp(probes, -exponent)
+            scale += exponent
         square = float((probes.astype(np.float64) ** 2).sum())
-        beyond = (square / _CHI_SQUARE) ** (1 / (2 * _PROBE_PASSES))
+        beyond = (square / _CHI_SQUARE) ** (1 / (2 * _PROBE_PASSES)) * 2.0 ** (scale / _PROBE_PASSES)
     return basis.result(ranks, beyond, steps)
 
 
@@ -141,7 +148,7 @@ def direct_values(short: int, ranks: Sequence[int], *, with_vectors: bool = True
     ranks = _within(ranks, short)
     gram = yield from gram_of("delta", short, np.float64, xp)
     values, vectors = eigh_top(gram, ranks[-1], with_vectors=with_vectors)
-    lower = np.maximum(_host(values), 0.0)
+    lower = np.maximum(on_host(values).astype(np.float64), 0.0)
     slack = short * float(np.finfo(np.float64).eps) * float(lower[0])
     return LeadingValues(lower, {k: float(lower[:k].sum()) + k * slack for k in ranks}, vectors, 0)
 
@@ -226,7 +233,8 @@ class _Basis:
             return float("inf")
         values, vectors = self._ritz()
         wanted = min(wanted, self._size)
-        norms = self._xp.linalg.norm(rest @ vectors[self._newest :, :wanted].astype(self._dtype), axis=0)
+        outside = rest @ vectors[self._newest :, :wanted].astype(self._dtype)
+        norms = self._xp.linalg.norm(outside.astype(np.float64), axis=0)  # float32 may not hold their squares
         floor = 16 * self._unit * float(values[0])
         return float((norms / self._xp.maximum(values[:wanted], floor)).max())
 
@@ -244,11 +252,13 @@ class _Basis:
             square += rest.T @ rest
             vectors[rows] = space @ coordinates[:, :count]
         lower = np.zeros(ranks[-1])
-        lower[:count] = np.maximum(_host(values[:count]), 0.0)
-        # What rounding of the products may have taken from each eigenvalue.
-        slack = 4 * self._unit * float(values[0])
+        lower[:count] = np.maximum(on_host(values[:count]).astype(np.float64), 0.0)
+        # What rounding of the products may have taken from each eigenvalue, and from the first if all rows share its
+        # direction.
+        slack = self._unit * float(values[0])
         bound = _Bound(xp, values, coordinates.T @ square @ coordinates, beyond)
-        return LeadingValues(lower, {k: bound.upper(min(k, count)) + k * slack for k in ranks}, vectors, steps)
+        upper = {k: bound.upper(min(k, count)) + (_COHERENT + 4 * k) * slack for k in ranks}
+        return LeadingValues(lower, upper, vectors, steps)
 
     def _ritz(self) -> tuple[Array, Array]:
         """Ritz values, largest first, and the coordinates of their vectors in the basis."""
@@ -274,7 +284,3 @@ class _Bound:
             return loose
         shifted = xp.diag(values) + self._square / gap
         return min(loose, float(xp.linalg.eigvalsh(shifted)[-k:].sum()))
-
-
-def _host(values: Array) -> Float64:
-    return np.asarray(values.get() if hasattr(values, "get") else values, np.float64)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptdiff.linalg.threads import in_background
 
@@ -25,6 +26,7 @@ __all__ = [
     "Stage",
     "array_module",
     "meanwhile",
+    "on_host",
     "run_together",
 ]
 
@@ -168,3 +170,8 @@ def array_module(array: Array) -> Any:
     import cupy
 
     return cupy.get_array_module(array)
+
+
+def on_host(array: Array) -> NDArray[Any]:
+    """The same numbers as a NumPy array."""
+    return np.asarray(array.get() if hasattr(array, "get") else array)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.passes import Array, Panel, PanelSource, Stage, array_module, meanwhile
+from ckptdiff.linalg.passes import Array, Panel, PanelSource, Stage, array_module, meanwhile, on_host
 from ckptdiff.linalg.products import add_gram, add_product, cuts, product
 from ckptdiff.linalg.score_cut import LANES, Covered, ScoreCut
 from ckptdiff.linalg.survey import Survey, exactly
@@ -118,7 +118,7 @@ def principal(
         eigenpairs = yield from meanwhile(partial(eigh_top, gram, wanted))
         del gram
     values, vectors = eigenpairs[0][:wanted], eigenpairs[1][:, :wanted]
-    spectrum = np.asarray(values.get() if hasattr(values, "get") else values, np.float64)
+    spectrum = on_host(values).astype(np.float64)
     figures = [_subspace(rho, short, spectrum, np.dtype(dtype)) for rho in rhos]
     defined = [figure for figure in figures if not figure.reason]
     if not defined:

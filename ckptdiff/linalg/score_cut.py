@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.backends.kernels.scores import count_scores
-from ckptdiff.linalg.passes import Array, Panel, array_module
+from ckptdiff.linalg.passes import Array, Panel, array_module, on_host
 from ckptdiff.linalg.survey import MAGNITUDES, SMALL_CHANGE
 
 __all__ = ["LANES", "Covered", "ScoreCut"]
@@ -125,8 +125,7 @@ class ScoreCut:
         changed = (values != 0).astype(np.float64)
         above = (values > SMALL_CHANGE).astype(np.float64)
         for field, weight in enumerate((xp.ones_like(changed), changed, above, changed * not_low, chances)):
-            found = xp.bincount(bins, weight, rows)
-            counts[:, field] += found.get() if hasattr(found, "get") else found
+            counts[:, field] += on_host(xp.bincount(bins, weight, rows))
 
     def settle(self) -> bool:
         """Finish a pass: True if the cut is found, False if another pass is needed."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.backends.kernels.scores import count_magnitudes
-from ckptdiff.linalg.passes import Panel, Stage, array_module
+from ckptdiff.linalg.passes import Panel, Stage, array_module, on_host
 
 __all__ = ["MAGNITUDES", "SMALL_CHANGE", "Survey", "exactly", "survey"]
 
@@ -105,6 +105,6 @@ def _count(panel: Panel, counts: NDArray[np.int64]) -> int:
         above: int = count_magnitudes(base.view(np.uint32), delta, np.float32(SMALL_CHANGE), counts)
         return above
     codes = (base.view(np.uint32) >> 16 & (MAGNITUDES - 1)).ravel()
-    counts[0] += xp.bincount(codes, minlength=MAGNITUDES).get()
-    counts[1] += xp.bincount(codes[delta.ravel() != 0], minlength=MAGNITUDES).get()
+    counts[0] += on_host(xp.bincount(codes, minlength=MAGNITUDES))
+    counts[1] += on_host(xp.bincount(codes[delta.ravel() != 0], minlength=MAGNITUDES))
     return int((abs(delta) > SMALL_CHANGE).sum())

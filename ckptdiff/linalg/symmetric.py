@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.errors import OptionError
 from ckptdiff.linalg.blas import eigh_all, eigh_part, solve_lower_block
-from ckptdiff.linalg.passes import Array, Panel, Side, Stage, array_module
+from ckptdiff.linalg.passes import Array, Panel, Side, Stage, array_module, on_host
 from ckptdiff.linalg.products import add_gram
 
 __all__ = [
@@ -17,27 +16,9 @@ __all__ = [
     "eigh_bottom",
     "eigh_top",
     "gram_of",
-    "require_scipy",
     "solve_lower",
     "whole",
 ]
-
-
-def require_scipy() -> None:
-    """Check that SciPy is installed, before a long run rather than after it.
-
-    Raises
-    ------
-    OptionError
-        If it is not.
-    """
-    try:
-        import scipy.linalg  # noqa: F401
-        import threadpoolctl  # noqa: F401
-    except ImportError:
-        raise OptionError(
-            "spectra need SciPy and threadpoolctl, which are not installed", hint="pip install 'ckptdiff[spectra]'"
-        ) from None
 
 
 def gram_of(side: Side, short: int, dtype: Any, xp: Any = np) -> Stage[Array]:
@@ -70,7 +51,7 @@ def whole(lower: Array) -> Array:
 def eigenvalues(matrix: Array) -> NDArray[np.float64]:
     """All eigenvalues of a symmetric matrix given by its lower triangle, largest first, on the host."""
     if array_module(matrix) is not np:
-        found = array_module(matrix).linalg.eigvalsh(matrix).get()
+        found = on_host(array_module(matrix).linalg.eigvalsh(matrix))
     else:
         found, _ = eigh_part(matrix.copy(), 0, len(matrix) - 1, vectors=False)
     return np.asarray(found[::-1], np.float64)

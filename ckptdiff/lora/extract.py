@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ckptdiff.backends.formats import FORMATS, compare_format
+from ckptdiff.backends.formats import formats_of
 from ckptdiff.checkpoint import TensorPair
 from ckptdiff.engine import run
 from ckptdiff.errors import PairingError
 from ckptdiff.events import Listener, StageProgress
+from ckptdiff.linalg.blas import require_scipy
 from ckptdiff.linalg.threads import one_blas_thread, product_threads
 from ckptdiff.lora.adapter import AdapterWriter
 from ckptdiff.lora.factors import Factors, factorize
@@ -116,8 +117,9 @@ def extract_lora(
     Raises
     ------
     CkptdiffError
-        If an input cannot be used, nothing changed that an adapter can hold, or the folder exists.
+        If an input cannot be used, nothing changed that an adapter can hold, the folder exists, or SciPy is missing.
     """
+    require_scipy()
     options = replace(options or Options(), compare="stored", mask=MaskRule("none"), spectra=None)
     with AdapterWriter(folder, base) as writer:
         diff = run(base, tuned, options=options, listener=listener)
@@ -174,9 +176,8 @@ class _Job:
         return Extracted(pair.name, pair.base.shape, norm, factors.rank, factors.lost)
 
     def _factors(self, pair: TensorPair, view: MatrixView, norm: float) -> Factors:
-        stored = FORMATS[pair.base.dtype.lower()], FORMATS[pair.tuned.dtype.lower()]
         dtype = np.dtype(np.float32 if 1e-12 < norm < 1e12 else np.float64)
-        formats = *stored, compare_format(*stored, self.options.compare)
+        formats = formats_of(pair.base.dtype, pair.tuned.dtype, self.options.compare)
         panels = StoredPanels(self.shards, pair, formats, view, dtype)
         taken = resident()
         free = (self.options.max_memory or default_bound(_MEMORY, taken)) - taken

@@ -45,6 +45,11 @@ RHO = (0.01, 0.05, 0.1, 0.2)
 ETA = 1e-3
 """Relative threshold of ``unchanged_eta`` (S3)."""
 
+_ROUNDING = 1e-13
+"""What sums in float64 over equal and opposite terms may leave of them."""
+_SHORTEST = 1e-5
+"""Ratio of two norms below which their cosine is undefined: float32 differences would leave it a few digits or none."""
+
 Unit = Literal["fraction", "norm", "count", "value", "cosine"]
 
 
@@ -166,15 +171,20 @@ def _delta_square(groups: Grouping) -> FloatArray:
 
 
 def _tuned_norm(groups: Grouping, _: float | None = None) -> FloatArray:
-    square = _base_square(groups) + 2 * groups.total("base_dot_delta") + _delta_square(groups)
-    return np.sqrt(np.maximum(square, 0.0))
+    base = _base_square(groups)
+    square = base + 2 * groups.total("base_dot_delta") + _delta_square(groups)
+    # What is left of a tensor that was set to zero is rounding.
+    return np.sqrt(np.where(groups.ratio(square, base) <= _ROUNDING, 0.0, square))
 
 
 def _cosine(groups: Grouping, _: float | None) -> FloatArray:
     # 1 - cos from sums over d, so that it is right near 1e-6, where the quotient of dot products is all rounding.
     base, tuned = np.sqrt(_base_square(groups)), _tuned_norm(groups)
     growth = groups.ratio(2 * groups.total("base_dot_delta") + _delta_square(groups), base + tuned)
-    return 1.0 - groups.ratio(_delta_square(groups) - growth**2, 2 * base * tuned)
+    cosine = 1.0 - groups.ratio(_delta_square(groups) - growth**2, 2 * base * tuned)
+    # Beside a far longer vector those sums say nothing of the direction of the shorter one.
+    known = np.minimum(base, tuned) >= _SHORTEST * np.maximum(base, tuned)
+    return np.where(known, np.clip(cosine, -1.0, 1.0), np.nan)
 
 
 def _delta_energy_share(groups: Grouping, _: float | None) -> FloatArray:

@@ -56,7 +56,7 @@ class DeltaCut:
     def energy(self, above: float | None = None) -> float:
         """Sum of the ``rank`` largest d^2, given the sum above the cut where the scan cannot know it."""
         rest = self.rank - self.above if self.at else 0
-        return (self.energy_above if above is None else above) + rest * self.value**2
+        return (self.energy_above if above is None else above) + rest * self.value * self.value
 
 
 def first_delta_cut(partial: Partial, width: int, rank: int) -> DeltaCut:

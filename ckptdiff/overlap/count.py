@@ -10,17 +10,17 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.formats import FORMATS
+from ckptdiff.backends.formats import stored_format
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.errors import MaskError, OptionError
-from ckptdiff.exports.sources import open_side
 from ckptdiff.overlap.figures import Overlap, PairCounts
 from ckptdiff.overlap.same_base import common_tensors, require_same_base
 from ckptdiff.result import TensorFacts
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.schema import BIT_ORDER
+from ckptdiff.runfile.sides import open_side
 from ckptdiff.stream.blocks import blocks_of
 from ckptdiff.stream.reader import OpenShards, open_shards
 
@@ -132,7 +132,7 @@ def _by_magnitude(shards: OpenShards, tensor: TensorInfo, masks: Sequence[Mask])
     """Coordinates by the leading 15 bits of |W0| as stored, shape (1 + masks, 2^15)."""
     if tensor.shape != masks[0].shape:
         raise MaskError("a mask does not fit the base", tensor=tensor.name, expected=masks[0].shape, found=tensor.shape)
-    format = FORMATS[tensor.dtype.lower()]
+    format = stored_format(tensor.dtype)
     shift = max(format.bits - 16, 0)
     bins = np.zeros((1 + len(masks), _MAGNITUDES), np.int64)
     pieces: Iterator[tuple[NDArray[np.uint8], ...]] = zip(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptdiff.members import LABEL_KEYS, members_of
 from ckptdiff.result import TensorFacts
 
 __all__ = ["FIGURES", "Overlap", "PairCounts"]
@@ -19,8 +20,6 @@ FIGURES = tuple(
     f"{figure}{suffix}" for figure in ("o1", "o2", "jaccard") for suffix in ("", *(f"_{b}" for b in _BASELINES))
 )
 """Every figure, each followed by its three baselines."""
-
-_LABELS = {"module": "module_type", "layer": "layer", "block": "block"}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -79,20 +78,10 @@ class Overlap:
         """
         if by == "tensor":
             return [{"name": facts.name, **self._row(pair, [row])} for row, facts in enumerate(self.tensors)]
-        members: dict[tuple[Any, ...], list[int]] = {}
-        for row in self._valued():
-            facts = self.tensors[row]
-            label = (facts.tower, facts.layer) if by == "layer" else (getattr(facts, _LABELS[by]),)
-            if label[-1] is not None:
-                members.setdefault(label, []).append(row)
-        labels = sorted(members, key=lambda label: label[-1]) if by == "layer" else list(members)
+        members = members_of(by, ((row, self.tensors[row]) for row in self._valued()))
         return [
-            {
-                **({"tower": label[0], "layer": label[1]} if by == "layer" else {_LABELS[by]: label[0]}),
-                "tensors": len(members[label]),
-                **self._row(pair, members[label]),
-            }
-            for label in labels
+            {**dict(zip(LABEL_KEYS[by], label, strict=True)), "tensors": len(rows), **self._row(pair, rows)}
+            for label, rows in members.items()
         ]
 
     def _valued(self) -> list[int]:

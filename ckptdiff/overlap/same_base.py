@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ckptdiff.errors import MaskError, RunFileError
+import numpy as np
+
+from ckptdiff.errors import MaskError, first_few
 from ckptdiff.result import Diff, TensorFacts
 from ckptdiff.runfile.reader import RunFile
 
@@ -34,10 +36,7 @@ def require_same_base(runs: Sequence[RunFile], diffs: Sequence[Diff], force: boo
     """
     warnings: list[str] = []
     for run in runs:
-        if run.masks.rule.kind == "none":
-            raise RunFileError(
-                "the run file holds no masks", file=run.path, hint="run ckptdiff diff with a --mask rule"
-            )
+        run.require_masks()
     first = diffs[0]
     for run, diff in zip(runs[1:], diffs[1:], strict=True):
         other = _other_base(first, diff)
@@ -86,21 +85,27 @@ def common_tensors(runs: Sequence[RunFile], diffs: Sequence[Diff]) -> tuple[list
             "the runs have no tensor in common",
             file=runs[-1].path,
             expected=f"names as in {runs[0].path}",
-            found=", ".join([facts.name for facts in diffs[-1].tensors[:3]]),
+            found=first_few(facts.name for facts in diffs[-1].tensors),
         )
     left_out = {name for other in shapes for name in other} - {facts.name for facts in common}
     if not left_out:
         return common, []
-    shown = ", ".join(sorted(left_out)[:3]) + (", ..." if len(left_out) > 3 else "")
-    return common, [f"{len(left_out)} tensors are not in all runs and left out: {shown}"]
+    return common, [f"{len(left_out)} tensors are not in all runs and left out: {first_few(sorted(left_out))}"]
 
 
 def _other_base(first: Diff, other: Diff) -> tuple[str, float, float] | None:
     """The first tensor whose base norms tell two bases apart."""
     tolerance = _SAME if first.compare == other.compare else _ROUNDED
-    norms = dict(zip((facts.name for facts in other.tensors), other.columns["base_norm"].tolist(), strict=True))
-    for facts, ours in zip(first.tensors, first.columns["base_norm"].tolist(), strict=True):
+    norms = dict(zip((facts.name for facts in other.tensors), _base_norms(other), strict=True))
+    for facts, ours in zip(first.tensors, _base_norms(first), strict=True):
         theirs = norms.get(facts.name, math.nan)
         if not (math.isnan(ours) or math.isnan(theirs) or math.isclose(ours, theirs, rel_tol=tolerance)):
             return facts.name, ours, theirs
     return None
+
+
+def _base_norms(diff: Diff) -> list[float]:
+    """Norm of the base of each tensor, NaN where NaN or Inf of either side left coordinates out of it."""
+    columns = diff.columns
+    norms: list[float] = np.where(columns["finite"] == columns["numel"], columns["base_norm"], math.nan).tolist()
+    return norms

@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from ckptdiff.members import GroupBy
 from ckptdiff.metrics.catalogue import parameter_key
 from ckptdiff.report.legend import legend_lines
 from ckptdiff.report.member_labels import labels
@@ -16,7 +17,7 @@ from ckptdiff.report.screen import Column, Screen, bar, screen_of, table_lines
 from ckptdiff.report.spectra_section import spectra_section
 from ckptdiff.report.summary import summary
 from ckptdiff.report.text import number, percent, quantity, shape_text
-from ckptdiff.result import Diff, GroupBy
+from ckptdiff.result import Diff
 
 __all__ = ["table", "write"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ckptdiff.members import LABEL_KEYS, GroupBy
 from ckptdiff.report.text import safe
-from ckptdiff.result import GroupBy
 
 __all__ = ["labels"]
 
@@ -16,5 +16,5 @@ def labels(members: Sequence[Mapping[str, Any]], by: GroupBy) -> list[str]:
     if by == "layer":
         towers = {row["tower"] for row in members}
         return [f"{row['tower']} {row['layer']}" if len(towers) > 1 else str(row["layer"]) for row in members]
-    key = {"tensor": "name", "module": "module_type"}.get(by, by)
+    (key,) = LABEL_KEYS[by]
     return [safe(str(row[key])) or '""' for row in members]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptdiff.errors import OptionError
+from ckptdiff.members import LABEL_KEYS, GroupBy
 from ckptdiff.metrics.catalogue import FIGURES, flat_keys, parameter_key
 from ckptdiff.metrics.spectral import SPECTRAL_FIGURES, SPECTRAL_KEYS, spectral_keys
-from ckptdiff.result import Diff, GroupBy, TensorFacts
+from ckptdiff.result import Diff, TensorFacts
 
 __all__ = [
     "LABELS",
@@ -37,12 +38,8 @@ LIST_KEYS: Mapping[GroupBy, str] = {
 }
 """Key of the output contract under which each grouping is listed."""
 
-LABELS: Mapping[GroupBy, tuple[str, ...]] = {
-    "module": ("module_type",),
-    "layer": ("tower", "layer"),
-    "block": ("block",),
-    "tower": ("tower",),
-    "group": ("group",),
+LABELS: Mapping[str, tuple[str, ...]] = {
+    **LABEL_KEYS,
     "tensor": (
         *("name", "tuned_name", "shape", "dtype_base", "dtype_tuned", "compare"),
         *("tower", "layer", "module_type", "block", "groups"),
@@ -121,13 +118,17 @@ def figure_paths() -> dict[str, tuple[str, ...]]:
     paths: dict[str, tuple[str, ...]] = {}
     for figure in FIGURES:
         for parameter, flat in flat_keys(figure):
-            path = (figure.key,) if parameter is None else (figure.key, parameter_key(parameter))
+            path = _place(figure.key, parameter)
             paths[flat] = paths[".".join(path)] = path
     for spectral in SPECTRAL_FIGURES:
         for parameter, flat in spectral_keys(spectral):
-            inner = (spectral.key,) if parameter is None else (spectral.key, parameter_key(parameter))
-            paths[f"{SPECTRAL}_{flat}"] = paths[".".join((SPECTRAL, *inner))] = (SPECTRAL, *inner)
+            path = (SPECTRAL, *_place(spectral.key, parameter))
+            paths[f"{SPECTRAL}_{flat}"] = paths[".".join(path)] = path
     return paths
+
+
+def _place(key: str, parameter: float | None) -> tuple[str, ...]:
+    return (key,) if parameter is None else (key, parameter_key(parameter))
 
 
 def flat_columns(by: GroupBy, *, spectra: bool = False) -> tuple[str, ...]:
@@ -192,8 +193,8 @@ def _chosen_tensors(diff: Diff, view: View) -> Sequence[int] | None:
             spectral = diff.spectra.columns["_".join(path[1:])].tolist()
         return _sorted([None if math.isnan(value) else value for value in spectral], descending)[: view.top]
     for figure in FIGURES:
-        for parameter, flat in flat_keys(figure):
-            if figure_paths()[flat] == path:
+        for parameter, _ in flat_keys(figure):
+            if _place(figure.key, parameter) == path:
                 values = [None if math.isnan(value) else value for value in diff.values(figure, parameter).tolist()]
                 return _sorted(values, descending)[: view.top]
     numel = diff.columns["numel"].tolist()

@@ -6,8 +6,9 @@ import shlex
 from collections.abc import Iterator
 from pathlib import PurePath
 
+from ckptdiff.errors import plural
 from ckptdiff.metrics.catalogue import parameter_key
-from ckptdiff.report.text import number, percent, plural, quantity, safe
+from ckptdiff.report.text import number, percent, quantity, safe
 from ckptdiff.result import Diff
 
 __all__ = ["side_name", "summary"]

@@ -10,7 +10,6 @@ __all__ = [
     "duration",
     "number",
     "percent",
-    "plural",
     "quantity",
     "safe",
     "shape_text",
@@ -105,11 +104,6 @@ def duration(seconds: float) -> str:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def plural(count: int, noun: str, many: str | None = None) -> str:
-    """Spell "1 tensor", "2 tensors"; `many` is an irregular plural."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {many or noun + 's'}"
 
 
 def shape_text(shape: tuple[int, ...]) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
 
 import numpy as np
 from torch.nn import Module, Parameter
 
 from ckptdiff.checkpoint.matching import match_names
-from ckptdiff.errors import MaskError, RunFileError
+from ckptdiff.errors import MaskError, first_few
 from ckptdiff.retrain.packed import PackedMask
 from ckptdiff.retrain.parameters import MatchReport, ParameterMasks
 from ckptdiff.runfile.mask import Mask
@@ -55,10 +54,7 @@ def load_masks(run_file: str | os.PathLike[str] | RunFile, model: Module, *, str
     if not isinstance(run_file, RunFile):
         with RunFile(run_file) as run:
             return load_masks(run, model, strict=strict)
-    if run_file.masks.rule.kind == "none":
-        raise RunFileError(
-            "the run file holds no masks", file=run_file.path, hint="run ckptdiff diff with a --mask rule"
-        )
+    run_file.require_masks()
     parameters = _parameters(model)
     buffers = {name for name, _ in model.named_buffers()} - parameters.keys()
     matched, warnings = match_names(run_file.masks, [*parameters, *buffers])
@@ -123,8 +119,8 @@ def _require_useful(masks: ParameterMasks, strict: bool, path: str) -> None:
         raise MaskError(
             "no mask of the run file fits a parameter of the model",
             file=path,
-            expected=_some(report.unmasked_parameters),
-            found=_some(report.unused_masks),
+            expected=first_few(report.unmasked_parameters) or "none",
+            found=first_few(report.unused_masks) or "none",
             hint="check that the run compared checkpoints of this model",
         )
     if strict and not report.complete:
@@ -142,8 +138,3 @@ def _require_useful(masks: ParameterMasks, strict: bool, path: str) -> None:
             found="no coordinate in any mask",
             hint="compare with a rule that selects more, such as --mask bitwise",
         )
-
-
-def _some(names: Iterable[str]) -> str:
-    shown = list(names)
-    return (", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")) or "none"

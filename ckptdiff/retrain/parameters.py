@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 from torch.nn import Parameter
 
-from ckptdiff.errors import MaskError
+from ckptdiff.errors import MaskError, first_few
 from ckptdiff.retrain.packed import PackedMask
 
 __all__ = ["MatchReport", "ParameterMasks"]
@@ -55,8 +55,7 @@ class MatchReport:
             ("masks of buffers", self.buffers),
         ):
             if names:
-                shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-                lines.append(f"{len(names)} {label}: {shown}")
+                lines.append(f"{len(names)} {label}: {first_few(names, _SHOWN)}")
         return "; ".join([*lines, *self.warnings])
 
 

@@ -94,8 +94,7 @@ def chosen_masks(run: RunFile, names: Sequence[str]) -> list[str]:
     RunFileError
         The run holds no masks.
     """
-    if not run.masks and run.masks.rule.kind == "none":
-        raise RunFileError("the run file holds no masks", file=run.path, hint="run ckptdiff diff with a --mask rule")
+    run.require_masks()
     if not names:
         return list(run.masks)
     found: dict[str, None] = {}

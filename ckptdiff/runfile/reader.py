@@ -17,13 +17,11 @@ from ckptdiff.errors import OptionError, RunFileError
 from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.result import Diff
 from ckptdiff.runfile.mask import MaskView
-from ckptdiff.runfile.schema import FORMAT, FORMAT_VERSION, HISTOGRAMS, unescape
+from ckptdiff.runfile.schema import FORMAT, FORMAT_VERSION, HDF5_SIGNATURE, HISTOGRAMS, unescape
 from ckptdiff.runfile.spectra_table import SpectraView, read_spectra
 from ckptdiff.runfile.tables import read_columns, read_facts, read_provenance, read_unmatched
 
 __all__ = ["HistogramView", "RunFile"]
-
-_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 class RunFile:
@@ -108,6 +106,19 @@ class RunFile:
             counts = self._file["tensors/changed"][:].tolist()
             return MaskView(self._file["masks"], dict(zip(self.names, counts, strict=True)), self._guard)
 
+    def require_masks(self) -> None:
+        """Make sure that there are masks.
+
+        Raises
+        ------
+        RunFileError
+            If the mask rule is ``none``.
+        """
+        if self.masks.rule.kind == "none":
+            raise RunFileError(
+                "the run file holds no masks", file=self.path, hint="run ckptdiff diff with a --mask rule"
+            )
+
     @cached_property
     def histograms(self) -> HistogramView:
         """The histograms by tensor name."""
@@ -157,11 +168,11 @@ class RunFile:
             start = b""
             if regular:
                 with Path(self.path).open("rb") as file:
-                    start = file.read(len(_SIGNATURE))
+                    start = file.read(len(HDF5_SIGNATURE))
         except (OSError, ValueError) as error:
             text = getattr(error, "strerror", None) or str(error)
             raise RunFileError(f"cannot read the run file: {text}", file=self.path) from error
-        if start != _SIGNATURE:
+        if start != HDF5_SIGNATURE:
             raise RunFileError(
                 "not a ckptdiff run file",
                 file=self.path,

@@ -25,6 +25,7 @@ __all__ = [
     "BIT_ORDER",
     "FORMAT",
     "FORMAT_VERSION",
+    "HDF5_SIGNATURE",
     "HISTOGRAMS",
     "MASK_CHUNK",
     "TEXT_FACTS",
@@ -37,6 +38,8 @@ __all__ = [
 
 FORMAT: Final = "ckptdiff-run"
 FORMAT_VERSION: Final = 1
+HDF5_SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"
+"""The first bytes of any HDF5 file."""
 BIT_ORDER: Final = "little"
 MASK_CHUNK: Final = 1 << 17
 """Bytes of a full mask chunk: one bit for each of the 2^20 coordinates of a block."""

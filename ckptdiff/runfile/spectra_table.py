@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.metrics.spectral import SPECTRAL_FIGURES, Spectra, spectral_keys
 from ckptdiff.runfile.schema import escape_name, escape_text, unescape
+from ckptdiff.runfile.tables import of_tensors
 
 __all__ = ["SPECTRUM_LISTS", "SpectraView", "add_spectrum", "read_spectra", "write_spectra"]
 
@@ -80,11 +81,13 @@ def read_spectra(file: Any) -> Spectra | None:
         return None
     tensors = file["tensors"]
     methods, reasons = (
-        tuple(unescape(text) for text in tensors[_PREFIX + key].asstr()[:]) if tensors["name"].size else ()
+        tuple(unescape(text) for text in of_tensors(tensors, _PREFIX + key).asstr()[:]) if tensors["name"].size else ()
         for key in _TEXTS
     )
-    matrices, ranks = (tensors[_PREFIX + key][:].astype(np.int64) for key in _COUNTS)
-    columns = {key: tensors[_PREFIX + key][:] for figure in SPECTRAL_FIGURES for _, key in spectral_keys(figure)}
+    matrices, ranks = (of_tensors(tensors, _PREFIX + key)[:].astype(np.int64) for key in _COUNTS)
+    columns = {
+        key: of_tensors(tensors, _PREFIX + key)[:] for figure in SPECTRAL_FIGURES for _, key in spectral_keys(figure)
+    }
     mode = str(file["spectra"].attrs["mode"])
     return Spectra(mode, columns, methods, reasons, matrices, ranks)
 

@@ -14,7 +14,15 @@ from ckptdiff.metrics.catalogue import COLUMNS
 from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
 from ckptdiff.runfile.schema import TEXT_FACTS, escape_text, unescape
 
-__all__ = ["read_columns", "read_facts", "read_provenance", "read_unmatched", "write_provenance", "write_tensors"]
+__all__ = [
+    "of_tensors",
+    "read_columns",
+    "read_facts",
+    "read_provenance",
+    "read_unmatched",
+    "write_provenance",
+    "write_tensors",
+]
 
 _NO_LAYER = -1
 _TEXT = h5py.string_dtype()
@@ -77,15 +85,29 @@ def write_provenance(file: Any, diff: Diff) -> None:
     )
 
 
+def of_tensors(group: Any, name: str) -> Any:
+    """A dataset of ``/tensors``.
+
+    Raises
+    ------
+    ValueError
+        If it does not hold one value per tensor.
+    """
+    dataset, tensors = group[name], group["name"].size
+    if dataset.shape != (tensors,):
+        raise ValueError(f"{dataset.name} has shape {dataset.shape} for {tensors} tensors")
+    return dataset
+
+
 def read_columns(group: Any) -> dict[str, Any]:
     """Every column of the catalogue, by name."""
-    return {column.name: group[column.name][:].astype(column.dtype, copy=False) for column in COLUMNS}
+    return {column.name: of_tensors(group, column.name)[:].astype(column.dtype, copy=False) for column in COLUMNS}
 
 
 def read_facts(group: Any) -> tuple[TensorFacts, ...]:
     """What is known of each tensor, in plan order."""
-    texts = {fact: group[fact].asstr()[:] for fact in ("name", *TEXT_FACTS)}
-    layers, same = group["layer"][:].tolist(), group["same_bytes"][:].tolist()
+    texts = {fact: of_tensors(group, fact).asstr()[:] for fact in ("name", *TEXT_FACTS)}
+    layers, same = of_tensors(group, "layer")[:].tolist(), of_tensors(group, "same_bytes")[:].tolist()
     return tuple(
         _facts({fact: unescape(values[row]) for fact, values in texts.items()}, layers[row], same[row] == 1)
         for row in range(len(layers))

@@ -115,11 +115,6 @@ class RunFileWriter:
             self._open[name] = _OpenMask(h5d.open(self._masks.id, link), blank.chunk, blank.chunks)
         self._staged.check()
 
-    def add_zero_mask(self, name: str, shape: tuple[int, ...]) -> None:
-        """Add the mask of a tensor of which no coordinate is selected; nothing is stored for its chunks."""
-        self.begin_mask(name, shape)
-        self._open.pop(name, None)
-
     def add_mask_chunk(self, name: str, shape: tuple[int, ...], index: int, payload: bytes, filter_mask: int) -> None:
         """Add one chunk of a mask, as :func:`~ckptdiff.runfile.compress.compress_chunk` returned it.
 

@@ -10,12 +10,14 @@ from typing import Any, cast
 
 import h5py
 
-from ckptdiff.checkpoint import Checkpoint, TensorPair, open_checkpoint, pair
+from ckptdiff.checkpoint import Checkpoint, TensorPair, pair
 from ckptdiff.errors import OptionError, RunFileError
 from ckptdiff.events import Listener, StageProgress
+from ckptdiff.linalg.blas import require_scipy
 from ckptdiff.options import Compare, Options, SpectraOptions
 from ckptdiff.result import Diff
 from ckptdiff.runfile.reader import RunFile
+from ckptdiff.runfile.sides import open_side
 from ckptdiff.runfile.spectra_table import add_spectrum, write_spectra
 from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.spectra.stage import SpectraTable, measure_spectra
@@ -53,15 +55,18 @@ def add_spectra(
     ------
     RunFileError
         If the run file cannot be read or written, or has spectra already.
-    OptionError
+    CheckpointError
         If the checkpoints are not those of the run.
+    OptionError
+        If they do not pair as they did, or SciPy is missing.
     """
+    require_scipy()
     with RunFile(path) as run:
         diff = run.load()
-    if diff.spectra is not None:
-        again = "for others compare again: ckptdiff diff BASE TUNED --spectra exact -o RUN.h5"
-        raise RunFileError("the run file has spectra already", file=path, found=diff.spectra.mode, hint=again)
-    pairs = _pairs(path, diff, base or str(diff.base["path"]), tuned or str(diff.tuned["path"]))
+        if diff.spectra is not None:
+            again = "for others compare again: ckptdiff diff BASE TUNED --spectra exact -o RUN.h5"
+            raise RunFileError("the run file has spectra already", file=path, found=diff.spectra.mode, hint=again)
+        pairs = _pairs(path, diff, open_side(run, "base", base), open_side(run, "tuned", tuned))
     options = Options(compare=cast(Compare, diff.compare), threads=threads, max_memory=max_memory, spectra=spectra)
     with StagedFile(Path(path)) as staged:
         with Path(path).open("rb") as old:
@@ -84,25 +89,10 @@ def add_spectra(
     return replace(diff, spectra=measured)
 
 
-def _pairs(path: str, diff: Diff, base: str, tuned: str) -> Sequence[TensorPair]:
+def _pairs(path: str, diff: Diff, base: Checkpoint, tuned: Checkpoint) -> Sequence[TensorPair]:
     """The tensor pairs of a run, from its checkpoints."""
-    sides = open_checkpoint(base), open_checkpoint(tuned)
-    for side, known in zip(sides, (diff.base, diff.tuned), strict=True):
-        _require_same(side, known)
     given = dict(diff.options)
-    pairs = pair(*sides, renames=given["renames"], include=given["include"], exclude=given["exclude"]).pairs
+    pairs = pair(base, tuned, renames=given["renames"], include=given["include"], exclude=given["exclude"]).pairs
     if [found.name for found in pairs] != [tensor.name for tensor in diff.tensors]:
         raise OptionError("the checkpoints do not pair as in the run", file=path, hint="run ckptdiff diff again")
     return pairs
-
-
-def _require_same(side: Checkpoint, known: Any) -> None:
-    """Make sure that a checkpoint is the one of the run, by the sizes and headers of its shards."""
-    now = sorted((shard.size, shard.header_sha256) for shard in side.shards)
-    if now != sorted((shard["size"], shard["header_sha256"]) for shard in known["shards"]):
-        raise OptionError(
-            "the checkpoint is not the one of the run",
-            file=side.path,
-            expected=f"the shards of {known['path']} with equal sizes and headers",
-            hint="name it with --base or --tuned if it has moved",
-        )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptdiff.backends.formats import FORMATS, compare_format
+from ckptdiff.backends.formats import formats_of
 from ckptdiff.checkpoint import TensorPair
 from ckptdiff.linalg.passes import PanelSource, run_together
 from ckptdiff.linalg.survey import Survey, survey
@@ -139,8 +139,7 @@ class Measuring:
 
     def _source(self, job: Job, dtype: np.dtype[Any], left: int) -> PanelSource:
         """The matrix in memory if it fits into what is left, else read in every pass."""
-        stored = FORMATS[job.pair.base.dtype.lower()], FORMATS[job.pair.tuned.dtype.lower()]
-        formats = *stored, compare_format(*stored, self.options.compare)
+        formats = formats_of(job.pair.base.dtype, job.pair.tuned.dtype, self.options.compare)
         panels = StoredPanels(self.shards, job.pair, formats, job.view, dtype)
         return panels.cached() if cache_bytes(job.view, dtype.itemsize) <= left else panels
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.formats import Format
+from ckptdiff.backends.formats import Format, Formats
 from ckptdiff.checkpoint import TensorInfo, TensorPair
 from ckptdiff.linalg.passes import ArrayPanels, Panel
 from ckptdiff.linalg.products import cuts
@@ -43,7 +43,7 @@ class StoredPanels:
         self,
         shards: OpenShards,
         pair: TensorPair,
-        formats: tuple[Format, Format, Format],
+        formats: Formats,
         view: MatrixView,
         dtype: Any,
     ) -> None:

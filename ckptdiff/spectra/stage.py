@@ -83,7 +83,8 @@ def measure_spectra(
         With spectra.
     """
     unchanged = diff.columns["numel"] == diff.columns["unchanged_bitwise"]
-    on_grid = ~np.isnan(diff.columns[flat_key("low_coverage_null", RHO[0])]) & (options.compare == "bf16")
+    on_grid = ~np.isnan(diff.columns[flat_key("low_coverage_null", RHO[0])])
+    on_grid &= np.array([tensor.compare == "bf16" for tensor in diff.tensors], bool)  # float8 has a grid of its own
     threads = options.threads or default_threads()
     measuring = Measuring(shards, options, room_of(options, resident()), threads)
 

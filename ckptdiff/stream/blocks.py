@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.formats import FORMATS
+from ckptdiff.backends.formats import stored_format
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES, TensorInfo
 from ckptdiff.stream.reader import OpenShards
@@ -33,7 +33,7 @@ def values_of(dtype: str, stored: NDArray[np.uint8]) -> NDArray[np.floating]:
         Of a floating tensor, such as "BF16".
     stored : uint8 array
     """
-    format = FORMATS[dtype.lower()]
+    format = stored_format(dtype)
     if format.bits > 16:
         values: NDArray[np.floating] = stored.view(np.float64 if format.bits == 64 else np.float32)
         return values

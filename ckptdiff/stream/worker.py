@@ -137,11 +137,7 @@ class Worker:
         return result
 
     def _pass(
-        self,
-        pair: TensorPair,
-        measurement: FloatMeasurement | BitMeasurement,
-        span: Span,
-        partial: Partial | None,
+        self, pair: TensorPair, measurement: Measurement, span: Span, partial: Partial | None
     ) -> tuple[Partial | Refined, list[Chunk]]:
         todo = measurement.next
         assert todo is not None

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -26,6 +27,7 @@ from ckptdiff.checkpoint import Shard
 from ckptdiff.errors import RunFileError
 from ckptdiff.runfile.schema import escape_text, unescape
 from ckptdiff.runfile.staged import StagedFile
+from ckptdiff.runfile.tables import of_tensors
 from ckptdiff.runfile.target import TRACK_FORMAT, check_target
 from ckptdiff.track.result import COUNTS, Track
 
@@ -87,28 +89,44 @@ def load_track(path: str | os.PathLike[str]) -> Track:
     except OSError as error:
         raise RunFileError("cannot read the track file", file=path, found=str(error)) from error
     with file:
-        if file.attrs.get("format") != TRACK_FORMAT or file.attrs.get("complete") != 1:
-            raise RunFileError(
-                "not a ckptdiff track file",
-                file=path,
-                expected=f"an HDF5 file with the attributes format = {TRACK_FORMAT} and complete = 1",
-                found=f"format = {file.attrs.get('format')}, complete = {file.attrs.get('complete')}",
-                hint=f"ckptdiff show {path} prints it" if file.attrs.get("format") == "ckptdiff-run" else None,
-            )
-        if file.attrs["format_version"] > _VERSION:
-            raise RunFileError("the track file was written by a newer ckptdiff", file=path, hint="upgrade ckptdiff")
         try:
-            known, tensors = json.loads(file["provenance"][()]), file["tensors"]
-            return Track(
-                base=known["base"],
-                steps=tuple(known["steps"]),
-                compare=known["compare"],
-                names=tuple(unescape(name) for name in tensors["name"].asstr()[:]),
-                shapes=tuple(tuple(json.loads(shape)) for shape in tensors["shape"].asstr()[:]),
-                counts={key: tensors[key][:].astype(np.int64) for key in _COUNTED},
-                base_norms=tensors["base_norm"][:],
-                delta_norms=tensors["delta_norm"][:],
-                warnings=tuple(known["warnings"]),
-            )
-        except (OSError, KeyError, ValueError, TypeError) as error:
+            _require_ours(file, path)
+            return _read(file)
+        except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise RunFileError("the track file is damaged or truncated", file=path, found=str(error)) from error
+
+
+def _require_ours(file: Any, path: str | os.PathLike[str]) -> None:
+    found = {key: file.attrs.get(key) for key in ("format", "complete")}
+    if found != {"format": TRACK_FORMAT, "complete": 1}:
+        raise RunFileError(
+            "not a ckptdiff track file",
+            file=path,
+            expected=f"an HDF5 file with the attributes format = {TRACK_FORMAT} and complete = 1",
+            found=f"format = {found['format']}, complete = {found['complete']}",
+            hint=f"ckptdiff show {path} prints it" if found["format"] == "ckptdiff-run" else None,
+        )
+    if file.attrs["format_version"] > _VERSION:
+        raise RunFileError("the track file was written by a newer ckptdiff", file=path, hint="upgrade ckptdiff")
+
+
+def _read(file: Any) -> Track:
+    known, tensors = json.loads(file["provenance"][()]), file["tensors"]
+    shapes = tuple(tuple(json.loads(shape)) for shape in of_tensors(tensors, "shape").asstr()[:])
+    figures = {key: tensors[key][:] for key in (*_COUNTED, "delta_norm")}
+    for key, values in figures.items():
+        if values.shape != (len(known["steps"]), len(shapes)):
+            raise ValueError(
+                f"{key} has shape {values.shape} for {len(known['steps'])} steps and {len(shapes)} tensors"
+            )
+    return Track(
+        base=known["base"],
+        steps=tuple(known["steps"]),
+        compare=known["compare"],
+        names=tuple(unescape(name) for name in tensors["name"].asstr()[:]),
+        shapes=shapes,
+        counts={key: figures[key].astype(np.int64) for key in _COUNTED},
+        base_norms=of_tensors(tensors, "base_norm")[:],
+        delta_norms=figures["delta_norm"],
+        warnings=tuple(known["warnings"]),
+    )

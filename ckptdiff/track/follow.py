@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.kernels.span import read_only
+from ckptdiff.backends.kernels.tiles import facts_of
 from ckptdiff.backends.kernels.trajectory import Flow, Rooms, follow_span, new_rooms
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES
@@ -141,14 +141,12 @@ def _follow(followed: Followed, index: int, first: int, shards: OpenShards, room
         size = DTYPES[side.dtype].bits // 8
         descriptor = shards[side.shard].ready(side.start + first * size, side.start + stop * size)
         row[:] = descriptor, side.start, size, cast
-    lookup = compare.bits <= 16 and compare.name != "bf16"
-    values = read_only(compare.values() if lookup else np.zeros(0, np.float32))
     found = _Found(
         index,
         np.zeros((len(sides) - 1, len(Flow)), np.int64),
         np.zeros((len(sides), -(-(stop - first) // BLOCK))),
     )
-    magnitude = followed.code_dtype.type(compare.magnitude)
+    values, magnitude = facts_of(compare).values, followed.code_dtype.type(compare.magnitude)
     came = follow_span(files, tables, values, magnitude, (first, stop), rooms, found.counts, found.sums)
     if came < stop:
         _fail(followed, came, min(came + rooms.codes.shape[1], stop), shards)

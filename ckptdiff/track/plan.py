@@ -10,15 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.backends.cpu import cast_of
-from ckptdiff.backends.formats import FORMATS, Format, compare_format
+from ckptdiff.backends.formats import FORMATS, Format, compare_format, stored_format
 from ckptdiff.checkpoint import Checkpoint, Kind, TensorInfo, open_checkpoint, pair
-from ckptdiff.errors import OptionError, PairingError
+from ckptdiff.errors import OptionError, PairingError, first_few, plural
 from ckptdiff.options import Compare
-from ckptdiff.report.text import plural
 
 __all__ = ["Followed", "TrackPlan", "plan_track"]
-
-_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +40,7 @@ class Followed:
 
     def casts(self) -> tuple[list[int], NDArray[np.unsignedinteger]]:
         """How each side becomes codes, and the tables for it, of shape (sides, 0 or 65536)."""
-        found = [cast_of(FORMATS[side.dtype.lower()], self.compare) for side in self.sides]
+        found = [cast_of(stored_format(side.dtype), self.compare) for side in self.sides]
         size = 1 << 16 if any(table.size for _, table in found) else 0
         tables = np.zeros((len(found), size), self.code_dtype)
         for row, (_, table) in zip(tables, found, strict=True):
@@ -99,8 +96,8 @@ def plan_track(
         warnings |= dict.fromkeys((*step.warnings, *pairing.warnings))
         left_out = [*pairing.only_in_base, *(bad.name for bad in pairing.mismatched)]
         if left_out:
-            shown = ", ".join(left_out[:_SHOWN]) + (", ..." if len(left_out) > _SHOWN else "")
-            warnings[f"{step.path} lacks {len(left_out)} tensors of the base, or has other shapes: {shown}"] = None
+            lacking = f"lacks {len(left_out)} tensors of the base, or has other shapes: {first_few(left_out)}"
+            warnings[f"{step.path} {lacking}"] = None
     counterparts = [{matched.name: matched for matched in pairing.pairs} for pairing in pairings]
     followed: list[Followed] = []
     bitwise = 0
@@ -127,7 +124,7 @@ def plan_track(
 
 def _common(sides: Sequence[TensorInfo], compare: Compare) -> Format:
     """One compare format for all sides, so that steps can be compared with each other."""
-    formats = [FORMATS[side.dtype.lower()] for side in sides]
+    formats = [stored_format(side.dtype) for side in sides]
     common = formats[0]
     for format in formats[1:]:
         common = compare_format(common, format, "stored")

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint import Place, locate
+from ckptdiff.checkpoint import locate
+from ckptdiff.members import LABEL_KEYS, members_of
 
 __all__ = ["COUNTS", "FIGURES", "Track"]
 
@@ -26,8 +27,6 @@ COUNTS = {
 
 FIGURES = ("numel", *COUNTS, "support_fraction", "union_fraction", "rel_norm")
 """Keys of a row."""
-
-_LABELS = {"module": "module_type", "layer": "layer", "block": "block"}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -73,17 +72,11 @@ class Track:
         """Label and rows, one per step, of each "tensor", "module", "layer" or "block"."""
         if by == "tensor":
             return [({"name": name}, self._rows([row])) for row, name in enumerate(self.names)]
-        members: dict[tuple[Any, ...], list[int]] = {}
-        for row, place in enumerate(self._places()):
-            label = (place.tower, place.layer) if by == "layer" else (getattr(place, _LABELS[by]),)
-            if label[-1] is not None:
-                members.setdefault(label, []).append(row)
-        labels = sorted(members, key=lambda label: label[-1]) if by == "layer" else list(members)
-        keys = ("tower", "layer") if by == "layer" else (_LABELS[by],)
-        return [(dict(zip(keys, label, strict=True)), self._rows(members[label])) for label in labels]
-
-    def _places(self) -> list[Place]:
-        return [locate(name, len(shape)) for name, shape in zip(self.names, self.shapes, strict=True)]
+        places = (locate(name, len(shape)) for name, shape in zip(self.names, self.shapes, strict=True))
+        return [
+            (dict(zip(LABEL_KEYS[by], label, strict=True)), self._rows(rows))
+            for label, rows in members_of(by, enumerate(places)).items()
+        ]
 
     def _rows(self, tensors: Sequence[int]) -> list[dict[str, Any]]:
         chosen = list(tensors)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,14 +175,25 @@ def test_spectra_added_later_are_those_of_the_run(tmp_path: Path, capsys: pytest
     assert main(["spectra", "plot", run, "nothing"]) == 2
 
 
-def test_another_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def other_tensors(base: Path) -> None:
+    save_file({"model.layers.0.mlp.up_proj.weight": np.zeros(SHAPE, BF16)}, base)
+
+
+def other_values(base: Path) -> None:
+    base.write_bytes(base.read_bytes()[:-2] + b"\x00\x40")
+
+
+@pytest.mark.parametrize("overwrite", [other_tensors, other_values])
+def test_another_checkpoint_is_refused(
+    overwrite: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     diff_of(tmp_path, lambda rng, w: 3e-5 * rng.standard_normal(w.shape))
     run = str(tmp_path / "run.h5")
     assert main(["diff", *(str(tmp_path / f"{side}.safetensors") for side in ("base", "tuned")), "-o", run]) == 0
     before = Path(run).read_bytes()
-    save_file({"model.layers.0.mlp.up_proj.weight": np.zeros(SHAPE, BF16)}, tmp_path / "base.safetensors")
+    overwrite(tmp_path / "base.safetensors")
     assert main(["spectra", "add", run]) == 2
-    assert "not the one of the run" in capsys.readouterr().err
+    assert "not the base checkpoint that the run compared" in capsys.readouterr().err
     assert Path(run).read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "run.h5", "tuned.safetensors"]
 

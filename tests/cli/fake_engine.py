@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from ckptdiff.events import Finished, Listener, Note, Progress, Started, Tensors
 from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.options import DEFAULT_MEMORY, MaskRule, Options
 from ckptdiff.result import Diff
+from ckptdiff.runfile.schema import mask_chunk_bytes
 
 
 @dataclass
@@ -44,7 +46,11 @@ class FakeEngine:
             with RunFileWriter(out, rule=MaskRule.parse(self.diff.mask_rule), compare="bf16", title=title) as writer:
                 self._play(tell)
                 for facts in self.diff.tensors:
-                    writer.add_zero_mask(facts.name, facts.shape)
+                    size = mask_chunk_bytes(math.prod(facts.shape))
+                    if not size:
+                        writer.begin_mask(facts.name, facts.shape)
+                    for index in range(-(-math.prod(facts.shape) // (1 << 20))):
+                        writer.add_mask_chunk(facts.name, facts.shape, index, bytes(size), 1)
                 writer.add_histograms(HistogramRows.empty(len(self.diff.tensors)))
                 writer.finish(self.diff)
         tell(Finished(self.diff, 0.1))

@@ -17,7 +17,6 @@ from ckptdiff.cli import view
 from ckptdiff.cli.group import COMMANDS, ckptdiff
 from ckptdiff.options import DEFAULT_MEMORY, Options
 from ckptdiff.report.exporters import Format
-from ckptdiff.result import GROUPINGS
 
 _HEAVY = {"numpy", "numba", "h5py", "rich", "torch", "pyarrow", "safetensors"}
 
@@ -72,7 +71,6 @@ def test_defaults_are_those_of_the_library() -> None:
 
 def test_choices_are_those_of_the_library() -> None:
     assert get_args(Format) == view.FORMATS
-    assert view.BY == GROUPINGS
 
 
 def test_io_help_tells_of_sigbus(cli) -> None:

@@ -75,3 +75,9 @@ def test_trouble(cli: Cli, tmp_path: Path) -> None:
     for path in (tmp_path / "missing", tmp_path / "broken.safetensors"):
         code, out, err = cli("inspect", path)
         assert (code, out) == (2, "") and path.name in err
+
+
+def test_a_closed_stderr_leaves_the_report_alone(cli: Cli, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    found = cli("inspect", checkpoint, "--include", "nothing", "--include", "*", "--format", "json")
+    assert found.code == 0 and len(json.loads(found.out)["tensors"]) == 3

@@ -45,6 +45,23 @@ def test_bound_holds_and_is_small_on_updates_like_the_papers() -> None:
     assert np.median(small) < 0.01
 
 
+@pytest.mark.parametrize("scale", [2.0**-43, 2.0**-30, 2.0**30], ids=str)
+def test_values_and_bound_scale_with_the_update(scale: float) -> None:
+    delta = update("flat", 720, 700, seed=0)
+    found, scaled = leading(delta), leading(scale * delta)
+    assert scaled.steps == found.steps
+    assert np.allclose(scaled.lower / scale**2, found.lower, rtol=1e-6)
+    assert [scaled.upper[k] / scale**2 for k in RANKS] == pytest.approx([found.upper[k] for k in RANKS], rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.49408308, 0.82407445])
+def test_bound_holds_for_a_constant_update(value: float) -> None:
+    delta = np.full((1400, 650), value, np.float32)
+    energy = delta.size * float(delta[0, 0]) ** 2
+    found = leading(delta, rows=1400)
+    assert energy <= found.upper[1] <= (1 + 1e-4) * energy
+
+
 def test_stops_early_where_the_space_is_exhausted() -> None:
     found = leading(update("low rank", 900, 700, seed=1))
     assert found.steps <= 3

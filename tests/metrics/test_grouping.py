@@ -100,6 +100,26 @@ def test_the_distance_of_the_cosine_from_one_is_right_where_it_is_tiny() -> None
     assert (d2 - ((2 * dot + d2) / (n0 + n1)) ** 2) / (2 * n0 * n1) == pytest.approx(float(exact), rel=1e-6)
 
 
+def test_a_tensor_that_was_set_to_zero_has_no_norm_and_no_direction() -> None:
+    rng = np.random.default_rng(0)
+    for size in range(1, 400, 3):
+        row = measured(base := rng.normal(size=size), np.zeros(size))
+        row["base_dot_delta"] = math.fsum(-base * base)  # another order of adding than that of the norms
+        figures = grouped([row], [0], 1)[0]
+        assert (figures["tuned_norm"], figures["cosine"]) == (0.0, None)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e-6])
+def test_the_cosine_with_a_vanishing_vector_is_null(scale: float) -> None:
+    base = np.random.default_rng(0).normal(size=5000).astype(np.float32)
+    tuned = (scale * base).astype(np.float32)
+    for pair in ((base, tuned), (tuned, base)):
+        row = measured(*(side.astype(np.float64) for side in pair))
+        row["base_dot_delta"] = pair[0].astype(np.float64) @ (pair[1] - pair[0]).astype(np.float64)
+        row["delta_norm"] = np.linalg.norm((pair[1] - pair[0]).astype(np.float64))
+        assert grouped([row], [0], 1)[0]["cosine"] is None
+
+
 def test_shares_of_groups_are_weighted() -> None:
     pairs = tensors(1, [40, 400, 7])
     rows = [measured(*pair) for pair in pairs]

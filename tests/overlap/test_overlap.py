@@ -132,6 +132,16 @@ def test_other_bases_are_refused_unless_forced(updates: Updates, tmp_path: Path)
     assert "another base" in forced.warnings[0]
 
 
+def test_a_run_that_broke_down_still_has_its_base(updates: Updates, tmp_path: Path) -> None:
+    tensors = load_file(updates.folder / "tuned1.safetensors")
+    tensors["model.embed_tokens.weight"][0, :3] = np.nan
+    save_file(tensors, tmp_path / "broken.safetensors")
+    ckptdiff.diff(
+        updates.folder / "base.safetensors", tmp_path / "broken.safetensors", out=tmp_path / "run.h5", mask="bitwise"
+    )
+    assert overlap([updates.run(0), tmp_path / "run.h5"]).warnings == ()
+
+
 def test_tensors_that_one_run_lacks_are_left_out(updates: Updates, tmp_path: Path) -> None:
     ckptdiff.diff(
         updates.folder / "base.safetensors",

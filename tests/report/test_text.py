@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptdiff.report.text import binary_size, duration, number, percent, plural, quantity, safe, shape_text, size
+from ckptdiff.errors import plural
+from ckptdiff.report.text import binary_size, duration, number, percent, quantity, safe, shape_text, size
 
 _DANGEROUS = {"Cc", "Cf", "Cs", "Zl", "Zp", "Co", "Cn"}
 

@@ -152,6 +152,17 @@ def test_a_missing_part_is_damage(sample: Sample, tmp_path: Path, name: str) -> 
         run.load()
 
 
+@pytest.mark.parametrize("name", ["delta_norm", "block", "name", "same_bytes"])
+def test_a_column_of_another_length_is_damage(sample: Sample, tmp_path: Path, name: str) -> None:
+    path = Path(shutil.copy(sample.path, tmp_path / "run.h5"))
+    with h5py.File(path, "a") as file:
+        values = file["tensors"][name][:-1]
+        del file["tensors"][name]
+        file["tensors"][name] = values
+    with RunFile(path) as run, pytest.raises(RunFileError, match="damaged or truncated"):
+        run.load()
+
+
 def test_a_damaged_mask_names_its_tensor(sample: Sample, tmp_path: Path) -> None:
     path = Path(shutil.copy(sample.path, tmp_path / "run.h5"))
     name = "model.layers.0.self_attn.q_proj.weight"

@@ -156,18 +156,6 @@ def test_pages_hold_the_same(tmp_path: Path, make_diff: Callable, make_facts: Ca
     )
 
 
-def test_zero_masks_take_no_chunks(tmp_path: Path, make_diff: Callable, make_facts: Callable) -> None:
-    shape = (300, 4096)
-    diff = make_diff(tensors=[(make_facts("w", shape), 1.0)])
-    with RunFileWriter(tmp_path / "run.h5", rule=RULE, compare="bf16") as writer:
-        writer.add_zero_mask("w", shape)
-        writer.add_histograms(HistogramRows.empty(1))
-        writer.finish(diff)
-    with h5py.File(tmp_path / "run.h5") as file:
-        assert not file["masks/w"][:].any()
-        assert file["masks/w"].id.get_num_chunks() == 0
-
-
 def test_chunks_of_several_masks_may_come_in_any_order(
     tmp_path: Path, make_diff: Callable, make_facts: Callable
 ) -> None:
@@ -208,12 +196,12 @@ def test_wrong_use_is_refused(tmp_path: Path, make_diff: Callable, make_facts: C
         writer.add_histograms(HistogramRows.empty(1))
         writer.finish(diff)
     with start(tmp_path) as writer, pytest.raises(ValueError, match="0 rows of histograms for 1 tensors"):
-        writer.add_zero_mask("w", shape)
+        add_mask(writer, "w", np.zeros(shape, bool))
         writer.finish(diff)
     with start(tmp_path, MaskRule("none")) as writer, pytest.raises(ValueError, match="no mask expected"):
         writer.begin_mask("w", shape)
     with start(tmp_path) as writer, pytest.raises(ValueError, match="columns that are not those"):
-        writer.add_zero_mask("w", shape)
+        add_mask(writer, "w", np.zeros(shape, bool))
         writer.add_histograms(HistogramRows.empty(1))
         writer.finish(replace(diff, columns={**diff.columns, "more": np.zeros(1)}))
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from safetensors.numpy import save_file
 
 import ckptdiff
 from ckptdiff.cli import main
+from ckptdiff.errors import OptionError
+from ckptdiff.lora.extract import extract_lora
 from ckptdiff.options import SpectraOptions
 from ckptdiff.result import Diff
+from ckptdiff.spectra.existing import add_spectra
 from ckptdiff.spectra.job import Measuring
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.memory import Room, cache_bytes, randomized_bytes
@@ -203,6 +207,17 @@ def test_norms_out_of_float32s_range(tmp_path: Path, scale: float) -> None:
     assert found["principal_energy"]["0.1"] == pytest.approx(known, rel=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "known"), [(ml_dtypes.float8_e4m3fn, False), (BF16, True)], ids=["f8", "bf16"])
+def test_the_rounding_null_is_for_the_grid_of_bfloat16(tmp_path: Path, dtype: Any, known: bool) -> None:
+    rng = np.random.default_rng(0)
+    base = 0.1 * rng.standard_normal((64, 48))
+    tuned = base + 0.003 * rng.standard_normal(base.shape)
+    for compare in ("bf16", "stored"):
+        found = found_between(tmp_path, base.astype(dtype), tuned.astype(dtype), compare=compare, spectra="randomized")
+        assert found["principal_coverage"]["0.1"] is not None
+        assert (found["principal_coverage_null"]["0.1"] is not None) == known
+
+
 def diff_of(tmp_path: Path, base: np.ndarray, tuned: np.ndarray, **options: Any) -> dict[str, Any]:
     rest = np.ones((40, 30), BF16)
     rest[:, :7] = 2
@@ -265,3 +280,20 @@ def test_command_line(pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.Ca
     assert "top 16" in capsys.readouterr().out
     assert main(["show", str(run), "--fail-if", "median_2d.spectral.topk_energy.16>0.01", "-q"]) == 1
     assert main(["show", str(run), "--fail-if", "median_2d.spectral.nss>0"]) == 2
+
+
+def test_a_missing_scipy_is_said_before_any_work(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run.h5"
+    ckptdiff.diff(*pair, out=run)
+    monkeypatch.setitem(sys.modules, "scipy.linalg", None)
+    ckptdiff.diff(*pair)
+    for work in (
+        lambda: ckptdiff.diff(*pair, out=tmp_path / "other.h5", spectra="randomized"),
+        lambda: add_spectra(str(run), SpectraOptions()),
+        lambda: extract_lora(str(pair[0]), str(pair[1]), tmp_path / "adapter", rank=4),
+    ):
+        with pytest.raises(OptionError, match="need SciPy"):
+            work()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.h5"]

@@ -146,7 +146,7 @@ def assert_equal(one: Track, two: Track) -> None:
     assert np.array_equal(one.delta_norms, two.delta_norms)
 
 
-@pytest.mark.parametrize("kind", ["absent", "text", "foreign", "incomplete", "newer", "damaged"])
+@pytest.mark.parametrize("kind", ["absent", "text", "foreign", "incomplete", "newer", "no version", "damaged", "short"])
 def test_files_that_are_no_track_files(kind: str, trajectory: Trajectory, tmp_path: Path) -> None:
     path = tmp_path / "track.h5"
     if kind == "text":
@@ -160,6 +160,12 @@ def test_files_that_are_no_track_files(kind: str, trajectory: Trajectory, tmp_pa
                 file.attrs["complete"] = 0
             elif kind == "newer":
                 file.attrs["format_version"] = 99
+            elif kind == "no version":
+                del file.attrs["format_version"]
+            elif kind == "short":
+                counts = file["tensors/support"][:0]
+                del file["tensors/support"]
+                file["tensors/support"] = counts
             else:
                 del file["tensors/support"]
     with pytest.raises(RunFileError):

@@ -14,19 +14,16 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast
 import numpy as np
 
 from ckptdiff.backends.cuda.source import kernel_options, kernel_source
-from ckptdiff.backends.formats import Format
+from ckptdiff.backends.formats import Formats
 from ckptdiff.backends.source import ByteArray
 from ckptdiff.errors import CkptdiffError, DeviceError
 
-__all__ = ["THREADS", "CupyGpu", "Formats", "Gpu"]
+__all__ = ["THREADS", "CupyGpu", "Gpu"]
 
 THREADS = 512
 """Threads of a block, as the kernels are compiled."""
 
 KERNEL_NAMES = ("scan", "refine", "harvest", "place_ties", "take_ties")
-
-Formats = tuple[Format, Format, Format]
-"""Base, tuned, compare."""
 
 Buffer = Any
 """Bytes in GPU memory. Slicing gives a part of it."""

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.cuda.gpu import Formats, Gpu
+from ckptdiff.backends.cuda.gpu import Gpu
 from ckptdiff.backends.cuda.layout import RECORD, TILE, TILE_RECORD
 from ckptdiff.backends.cuda.slots import ALIGN, ENTRIES, SLOTS, Room, Slot, Totals, view_of
+from ckptdiff.backends.formats import Formats
 from ckptdiff.backends.partial import Sum
 
 __all__ = ["Bins", "Job", "Landed", "Part", "Pipeline", "Work"]

@@ -23,7 +23,7 @@ from ckptdiff.backends.cuda.layout import (
 from ckptdiff.backends.cuda.pipeline import Job, Part, Pipeline, Work
 from ckptdiff.backends.cuda.slots import Room, Slot, Totals
 from ckptdiff.backends.cuda.small import Rows, UnreadableError, groups, read_into
-from ckptdiff.backends.formats import Format
+from ckptdiff.backends.formats import Formats
 from ckptdiff.backends.kernels.figures import Wanted
 from ckptdiff.backends.partial import BINS, Partial, Refined, Rule, Scan, Targets
 from ckptdiff.backends.records import Records
@@ -178,7 +178,7 @@ def open_pipeline(gpu: Gpu, room: Room) -> Pipeline:
     )
 
 
-def _formats(scan: Scan) -> tuple[Format, Format, Format]:
+def _formats(scan: Scan) -> Formats:
     return scan.base, scan.tuned, scan.compare
 
 

@@ -7,25 +7,19 @@ from typing import Any
 import numpy as np
 
 from ckptdiff.backends.kernel_cache import helper
+from ckptdiff.backends.kernels.bfloat16 import bf16_to_f32
 from ckptdiff.backends.kernels.bits import bits_float
-from ckptdiff.backends.kernels.tiles import (
-    Array,
-    Facts,
-    Measure,
-    Tile,
-    Totals,
-    count_deltas,
-    count_distances,
+from ckptdiff.backends.kernels.changed import (
     count_nonfinite,
     count_strange,
     first_of,
     keep_finite,
     mark_changed,
-    mask_tile,
     positions,
-    summarise,
-    widen_span,
 )
+from ckptdiff.backends.kernels.deltas import count_deltas, count_distances, summarise, widen_span
+from ckptdiff.backends.kernels.masks import mask_tile
+from ckptdiff.backends.kernels.tiles import Array, Facts, Measure, Tile, Totals
 from ckptdiff.backends.partial import Count
 
 __all__ = ["find_bins", "gather_codes", "measure_codes", "note_bins"]
@@ -79,8 +73,8 @@ def gather_codes(a: Array, b: Array, values: Array, tile: Tile) -> None:
         tile.left[j], tile.right[j] = a[at], b[at]
     if values.size == 0:  # bfloat16: a code is the upper half of its float32
         for j in range(tile.found.size):
-            tile.base[j] = bits_float(np.uint32(np.uint32(tile.left[j]) << np.uint32(16)))
-            tile.tuned[j] = bits_float(np.uint32(np.uint32(tile.right[j]) << np.uint32(16)))
+            tile.base[j] = bits_float(bf16_to_f32(tile.left[j]))
+            tile.tuned[j] = bits_float(bf16_to_f32(tile.right[j]))
     else:
         for j in range(tile.found.size):
             tile.base[j], tile.tuned[j] = values[tile.left[j]], values[tile.right[j]]

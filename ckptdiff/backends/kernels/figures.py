@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ckptdiff.backends.kernel_cache import helper, kernel
+from ckptdiff.backends.kernels.bfloat16 import bf16_to_f32
 from ckptdiff.backends.kernels.bits import bits_float
 from ckptdiff.backends.kernels.cuts import (
     Gaps,
@@ -47,10 +48,8 @@ def base_sums(weights: Array, first: int, last: int, facts: Facts) -> tuple[int,
         count = weights[0, code] - weights[2, code]
         if count == 0:
             continue
-        if facts.values.size == 0:
-            value = np.float64(bits_float(np.uint32(np.uint32(code) << np.uint32(16))))
-        else:
-            value = np.float64(facts.values[code])
+        bf16 = facts.values.size == 0
+        value = np.float64(bits_float(bf16_to_f32(code)) if bf16 else facts.values[code])
         finite += count
         square += count * value * value
     return finite, square

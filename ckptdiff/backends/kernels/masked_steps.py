@@ -16,8 +16,8 @@ from numba import types
 from numba.extending import overload
 
 from ckptdiff.backends.kernel_cache import helper, kernel, reducer
+from ckptdiff.backends.kernels.bfloat16 import bf16_to_f32, round_to_bf16
 from ckptdiff.backends.kernels.bits import bits_float, float_bits
-from ckptdiff.backends.kernels.stored import round_to_bf16
 from ckptdiff.backends.kernels.tiles import Array
 
 __all__ = ["adamw_step", "sgd_step", "sum_masked_squares"]
@@ -36,7 +36,7 @@ def value_of(stored: Any) -> Any:
 @overload(value_of, jit_options={"nogil": True}, strict=False)
 def _value_of(stored: Any) -> Any:
     if stored == types.uint16:
-        return lambda stored: bits_float(np.uint32(np.uint32(stored) << np.uint32(16)))
+        return lambda stored: bits_float(bf16_to_f32(stored))
     return lambda stored: stored
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from ckptdiff.backends.kernel_cache import kernel
-from ckptdiff.backends.kernels.stored import round_to_bf16
+from ckptdiff.backends.kernels.bfloat16 import bf16_to_f32, round_to_bf16
 from ckptdiff.backends.kernels.tiles import Array
 
 __all__ = ["cast_to_bf16", "widen_bf16"]
@@ -21,7 +19,7 @@ def widen_bf16(codes: Array, out: Array) -> None:
     out : uint32 array, shape (n,)
     """
     for i in range(codes.size):
-        out[i] = np.uint32(codes[i]) << np.uint32(16)
+        out[i] = bf16_to_f32(codes[i])
 
 
 @kernel
@@ -34,4 +32,4 @@ def cast_to_bf16(codes: Array, out: Array) -> None:
     out : uint32 array, shape (n,)
     """
     for i in range(codes.size):
-        out[i] = np.uint32(round_to_bf16(codes[i])) << np.uint32(16)
+        out[i] = bf16_to_f32(round_to_bf16(codes[i]))

@@ -13,19 +13,12 @@ import numpy as np
 
 from ckptdiff.backends.kernel_cache import helper, kernel
 from ckptdiff.backends.kernels.bits import float_bits
+from ckptdiff.backends.kernels.changed import first_of, keep_finite, mark_changed, positions
+from ckptdiff.backends.kernels.deltas import count_within
 from ckptdiff.backends.kernels.fetch import FETCH, Side, fetch
 from ckptdiff.backends.kernels.span import Work, codes_of, gather_values
 from ckptdiff.backends.kernels.stored import Stored
-from ckptdiff.backends.kernels.tiles import (
-    TILE,
-    Array,
-    Facts,
-    count_within,
-    first_of,
-    keep_finite,
-    mark_changed,
-    positions,
-)
+from ckptdiff.backends.kernels.tiles import TILE, Array, Facts
 from ckptdiff.backends.partial import BLOCK
 
 __all__ = ["Found", "Search", "refine_span"]

@@ -89,11 +89,9 @@ def scan_small(
     places: Array,
     ranks: tuple[Array, Array],
     tables: tuple[Facts, Wanted],
-    work: Work,
     measure: Measure,
-    totals: Totals,
-    records: Any,
-    words: Array,
+    room: tuple[Work, Totals],
+    out: tuple[Any, Array],
 ) -> int:
     """Measure whole tensors of at most a block, of a compare format of at most 16 bits.
 
@@ -108,21 +106,18 @@ def scan_small(
     ranks : pair of int64 array, shape (k, ...)
         Sizes of the sets of largest |d| and of smallest weights.
     tables : (Facts, Wanted)
-    work, measure
-        As in ``scan_span``.
-    totals : Totals
-        Of nothing seen; left so.
-    records : Records
-        Of k rows; receives the figures.
-    words : uint64 array
-        Receives the masks.
+    measure : Measure
+    room : (Work, Totals)
+        Work space, and totals of nothing seen, which are left so.
+    out : (Records, uint64 array)
+        k rows that receive the figures, and words that receive the masks.
 
     Returns
     -------
     int
         How many tensors were measured: less than all if one could not be read.
     """
-    base, tuned = sides
+    (base, tuned), (work, totals), (records, words) = sides, room, out
     for row in range(len(places)):
         place = places[row]
         numel = place[4]

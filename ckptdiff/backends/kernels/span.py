@@ -10,9 +10,10 @@ from numba.extending import overload
 
 from ckptdiff.backends.kernel_cache import STEP, helper, kernel
 from ckptdiff.backends.kernels.codes import find_bins, gather_codes, measure_codes, note_bins
+from ckptdiff.backends.kernels.deltas import add_ulp
 from ckptdiff.backends.kernels.fetch import FETCH, Side, fetch
 from ckptdiff.backends.kernels.stored import Cast, Stored, count_stored, decode
-from ckptdiff.backends.kernels.tiles import TILE, Array, Facts, Measure, Tile, Totals, add_ulp, new_tile
+from ckptdiff.backends.kernels.tiles import TILE, Array, Facts, Measure, Tile, Totals, new_tile
 from ckptdiff.backends.kernels.wide import gather_wide, measure_wide
 from ckptdiff.backends.partial import BLOCK
 

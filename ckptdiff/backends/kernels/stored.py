@@ -10,11 +10,13 @@ from numba import types
 from numba.extending import overload
 
 from ckptdiff.backends.kernel_cache import STEP, helper
+from ckptdiff.backends.kernels.bfloat16 import bf16_to_f32, round_to_bf16
 from ckptdiff.backends.kernels.bits import bits_float, float_bits
-from ckptdiff.backends.kernels.tiles import Array, Measure, count_nonfinite
+from ckptdiff.backends.kernels.changed import count_nonfinite
+from ckptdiff.backends.kernels.tiles import Array, Measure
 from ckptdiff.backends.partial import Count
 
-__all__ = ["Cast", "Stored", "count_off_grid", "count_stored", "decode", "round_to_bf16"]
+__all__ = ["Cast", "Stored", "count_off_grid", "count_stored", "decode"]
 
 
 class Cast(IntEnum):
@@ -57,14 +59,6 @@ def look_up(codes: Array, table: Array, out: Array) -> None:
     """Code of each stored code."""
     for i in range(codes.size):
         out[i] = table[codes[i]]
-
-
-@helper
-def round_to_bf16(code: Any) -> Any:
-    """Bfloat16 code of a float32 code, to nearest even; NaN becomes the quiet NaN of its sign."""
-    rounded = np.uint32(code + np.uint32(0x7FFF) + ((code >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    quiet = ((code >> np.uint32(16)) & np.uint32(0x8000)) | np.uint32(0x7FC0)
-    return np.uint16(quiet if (code & np.uint32(0x7FFF_FFFF)) > np.uint32(0x7F80_0000) else rounded)
 
 
 def decode(raw: Array, cast: int, itemsize: int, table: Array, out: Array) -> None:
@@ -110,7 +104,7 @@ def decode_single(raw: Array, cast: int, itemsize: int, table: Array, out: Array
     else:
         halves = raw.view(np.uint16)
         for i in range(out.size):
-            out[i] = np.uint32(np.uint32(halves[i]) << np.uint32(16))
+            out[i] = bf16_to_f32(halves[i])
 
 
 @helper
@@ -158,7 +152,7 @@ def equal_halves(halves: Array, singles: Array) -> int:
     """How many bfloat16 and float32 elements are equal, +0 equal to -0."""
     count: Any = np.int32(0)
     for i in range(halves.size):
-        wide = np.uint32(np.uint32(halves[i]) << np.uint32(16))
+        wide = bf16_to_f32(halves[i])
         count = np.int32(count + ((wide == singles[i]) | (((wide | singles[i]) & np.uint32(0x7FFF_FFFF)) == 0)))
     return int(count)
 
@@ -224,7 +218,7 @@ def count_off_grid(raw: Array, stored: Stored, codes: Array) -> int:
         return int(count)
     doubles = raw.view(np.float64)
     for i in range(doubles.size):
-        cast = np.float64(bits_float(np.uint32(np.uint32(codes[i]) << np.uint32(16))))
+        cast = np.float64(bits_float(bf16_to_f32(codes[i])))
         count = np.int32(count + ((doubles[i] != cast) & (doubles[i] == doubles[i])))
     return int(count)
 

@@ -14,6 +14,7 @@ from numba import types
 from numba.extending import overload
 
 from ckptdiff.backends.kernel_cache import helper, kernel
+from ckptdiff.backends.kernels.bfloat16 import bf16_to_f32
 from ckptdiff.backends.kernels.bits import bits_float, population
 from ckptdiff.backends.kernels.fetch import Side, fetch
 from ckptdiff.backends.kernels.lanes import (
@@ -99,7 +100,7 @@ def _aligned(shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
 @helper
 def value16(code: Any, values: Array) -> Any:
     """Value of a 16-bit code: of bfloat16, or by table."""
-    return bits_float(np.uint32(np.uint32(code) << np.uint32(16))) if values.size == 0 else values[code]
+    return bits_float(bf16_to_f32(code)) if values.size == 0 else values[code]
 
 
 @helper

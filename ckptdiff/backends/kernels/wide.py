@@ -7,24 +7,17 @@ from typing import Any
 import numpy as np
 
 from ckptdiff.backends.kernel_cache import helper, reducer
-from ckptdiff.backends.kernels.tiles import (
-    Array,
-    Facts,
-    Measure,
-    Tile,
-    Totals,
-    count_deltas,
-    count_distances,
+from ckptdiff.backends.kernels.changed import (
     count_nonfinite,
     count_strange,
     first_of,
     keep_finite,
     mark_changed,
-    mask_tile,
     positions,
-    summarise,
-    widen_span,
 )
+from ckptdiff.backends.kernels.deltas import count_deltas, count_distances, summarise, widen_span
+from ckptdiff.backends.kernels.masks import mask_tile
+from ckptdiff.backends.kernels.tiles import Array, Facts, Measure, Tile, Totals
 from ckptdiff.backends.partial import BINS, Count, Sum
 
 __all__ = ["gather_wide", "measure_wide"]

@@ -1,0 +1,53 @@
+"""What a row of figures can stand for, and which tensors belong to it. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, TypeAlias, get_args
+
+__all__ = ["GROUPINGS", "LABEL_KEYS", "GroupBy", "members_of"]
+
+GroupBy: TypeAlias = Literal["tensor", "module", "layer", "block", "tower", "group"]
+
+GROUPINGS: tuple[GroupBy, ...] = get_args(GroupBy)
+"""What figures can be grouped by; "group" are the user's own (``--group NAME=REGEX``)."""
+
+LABEL_KEYS: Mapping[str, tuple[str, ...]] = {
+    "tensor": ("name",),
+    "module": ("module_type",),
+    "layer": ("tower", "layer"),
+    "block": ("block",),
+    "tower": ("tower",),
+    "group": ("group",),
+}
+"""Keys under which a row says which member of its grouping it is."""
+
+
+def members_of(by: str, tensors: Iterable[tuple[int, Any]]) -> dict[tuple[Any, ...], list[int]]:
+    """Gather tensors by the label of their group.
+
+    Parameters
+    ----------
+    by : str
+        A key of :data:`LABEL_KEYS`.
+    tensors : iterable of (int, Place or TensorFacts)
+        Row of each tensor, and where it is in the model.
+
+    Returns
+    -------
+    dict of tuple to list of int
+        Rows by label, whose parts are named by :data:`LABEL_KEYS`: in order of first appearance, layers in order of
+        their number. A tensor outside of the layers, or in none of the user's groups, is nowhere.
+    """
+    members: dict[tuple[Any, ...], list[int]] = {}
+    for row, tensor in tensors:
+        for label in _labels(by, tensor):
+            members.setdefault(label, []).append(row)
+    return dict(sorted(members.items(), key=lambda member: member[0][-1])) if by == "layer" else members
+
+
+def _labels(by: str, tensor: Any) -> Iterator[tuple[Any, ...]]:
+    if by == "group":
+        yield from ((name,) for name in tensor.groups)
+    elif by != "layer" or tensor.layer is not None:
+        yield tuple(getattr(tensor, key) for key in LABEL_KEYS[by])
