@@ -50,7 +50,7 @@ def track(
 ) -> Track:
     """Follow an update through the checkpoints of a training run.
 
-    Counts are exact; norms of bfloat16 checkpoints, summed in float32 over 256 coordinates, are good to seven digits.
+    Counts are exact; norms of bfloat16 checkpoints, summed in float32 over 256 coordinates, are good to six digits.
 
     Parameters
     ----------
