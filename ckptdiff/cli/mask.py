@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -10,6 +9,7 @@ import click
 
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.listing import format_option, output_option, write_rows
+from ckptdiff.cli.messages import say, warn
 from ckptdiff.cli.target import ReportTarget
 from ckptdiff.errors import OptionError, plural
 from ckptdiff.report.text import percent, quantity, safe, shape_text
@@ -118,7 +118,7 @@ def export(run: str, names: tuple[str, ...], out: str, layout: str, **given: Any
             from ckptdiff.runfile.export import Layout, export_masks
 
             what = plural(export_masks(file, Path(out), layout=cast(Layout, layout), names=names), "mask")
-    print(f"ckptdiff: {what} written to {safe(out)}", file=sys.stderr)
+    say(f"{what} written to {safe(out)}")
     return OK
 
 
@@ -148,24 +148,20 @@ def combine(runs: tuple[str, ...], operation: str | None, out: str, force: bool)
     from ckptdiff.overlap.combine import combine as combine_masks
 
     diff = combine_masks(cast(Operation, operation), runs, out, force=force)
-    for warning in diff.warnings:
-        print(f"ckptdiff: warning: {safe(warning)}", file=sys.stderr)
+    warn(diff.warnings)
     changed, numel = (int(diff.columns[key].sum()) for key in ("changed", "numel"))
     share = f", {percent(changed / numel)} of {quantity(numel)} values," if numel else ""
-    print(f"ckptdiff: {plural(len(diff.tensors), 'mask')}{share} written to {safe(out)}", file=sys.stderr)
+    say(f"{plural(len(diff.tensors), 'mask')}{share} written to {safe(out)}")
     return OK
 
 
 def _warn_of_missing(changed: int, tensors: int) -> None:
     if changed:
         all_of_them = "ckptdiff diff --compare stored --mask bitwise takes all"
-        print(
-            f"ckptdiff: warning: {quantity(changed)} values changed but are not in the patch; {all_of_them}",
-            file=sys.stderr,
-        )
+        warn([f"{quantity(changed)} values changed but are not in the patch; {all_of_them}"])
     if tensors:
         what = "without a counterpart of its shape in the base: not in the patch"
-        print(f"ckptdiff: warning: {plural(tensors, 'tensor')} of the tuned checkpoint {what}", file=sys.stderr)
+        warn([f"{plural(tensors, 'tensor')} of the tuned checkpoint {what}"])
 
 
 def _require_options(layout: str, given: dict[str, Any]) -> None:

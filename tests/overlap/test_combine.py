@@ -51,6 +51,18 @@ def test_the_command_says_what_it_wrote(
     assert "--union, --intersect or --minus" in capsys.readouterr().err
 
 
+def test_without_stderr_the_command_says_nothing(
+    updates: Updates,
+    tmp_path: Path,
+    invoke: Callable,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stderr", None)
+    assert invoke("mask", "combine", updates.run(1), updates.run(2), "--union", "-o", tmp_path / "any.h5") == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_what_cannot_be_combined_is_refused_and_nothing_is_written(updates: Updates, tmp_path: Path) -> None:
     out = tmp_path / "combined.h5"
     ckptdiff.diff(
