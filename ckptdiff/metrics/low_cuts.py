@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from ckptdiff.backends.formats import Format
 from ckptdiff.backends.kernels.cuts import cut_from_bottom, find_low_cut
 from ckptdiff.backends.partial import BINS, Partial
 
-__all__ = ["LowCut", "first_low_cut", "first_nan_bin", "refine_low_cut"]
+__all__ = ["LowCut", "first_low_cuts", "first_nan_bin", "refine_low_cut"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +53,18 @@ def first_nan_bin(compare: Format) -> int:
     return compare.nan if compare.bits <= 16 else BINS - 1
 
 
-def first_low_cut(partial: Partial, compare: Format, rank: int) -> LowCut:
-    """Find a cut in the histogram of a scan; NaN weights are in no set."""
-    first, last = int(partial.span[0]), min(int(partial.span[1]), first_nan_bin(compare) - 1)
-    bin_, below, at, changed_below, changed_at = find_low_cut(partial.weights, first, last, rank, 0, 0)
-    return LowCut(rank, bin_, max(compare.bits - 16, 0) if at else 0, below, at, changed_below, changed_at)
+def first_low_cuts(partial: Partial, compare: Format, ranks: Sequence[int]) -> list[LowCut]:
+    """Find cuts in the histogram of a scan, for ascending ranks; NaN weights are in no set."""
+    bin_, last = int(partial.span[0]), min(int(partial.span[1]), first_nan_bin(compare) - 1)
+    below, changed_below, cuts = 0, 0, []
+    for rank in ranks:
+        # Each search goes on where the one before it stopped.
+        bin_, below, at, changed_below, changed_at = find_low_cut(
+            partial.weights, bin_, last, rank, below, changed_below
+        )
+        unknown = max(compare.bits - 16, 0) if at else 0
+        cuts.append(LowCut(rank, bin_, unknown, below, at, changed_below, changed_at))
+    return cuts
 
 
 def refine_low_cut(cut: LowCut, counts: NDArray[np.int64]) -> LowCut:

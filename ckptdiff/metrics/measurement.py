@@ -33,7 +33,7 @@ from ckptdiff.metrics.columns import (
     set_sizes,
 )
 from ckptdiff.metrics.delta_cuts import DeltaCut, first_delta_cut, refine_delta_cut
-from ckptdiff.metrics.low_cuts import LowCut, first_low_cut, first_nan_bin, refine_low_cut
+from ckptdiff.metrics.low_cuts import LowCut, first_low_cuts, first_nan_bin, refine_low_cut
 from ckptdiff.metrics.rounding_null import low_coverage_null
 from ckptdiff.options import MaskRule
 
@@ -163,7 +163,7 @@ class FloatMeasurement:
             ranks.append(max(self._top_room(), 1))
         self._cuts = [first_delta_cut(self._partial, self._width, rank) for rank in ranks]
         low = set_sizes(SMALLEST, np.array([self.numel]))[0].tolist()
-        self._low = [first_low_cut(self._partial, self.compare, rank) for rank in low]
+        self._low = first_low_cuts(self._partial, self.compare, low)
         self._within_rel = [self._count_within(tau * self._rms()) for tau in TAU]
 
     def _decide(self) -> Pass | None:
