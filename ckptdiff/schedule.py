@@ -26,10 +26,11 @@ def execute(plan: Plan, shards: OpenShards) -> Iterator[Result]:
     stop = threading.Event()
     local = threading.local()
     large: dict[int, _LargeTensor] = {}
+    spare: deque[Partial] = deque()
 
     def work(task: Task) -> list[Result]:
         if not hasattr(local, "worker"):
-            local.worker = Worker(plan.device.worker(), shards, stop)
+            local.worker = Worker(plan.device.worker(), shards, stop, spare)
         worker: Worker = local.worker
         span = task.spans[0]
         if task.alike:
@@ -50,7 +51,7 @@ def execute(plan: Plan, shards: OpenShards) -> Iterator[Result]:
                 if task is None:
                     break
                 if not task.whole and task.spans[0].tensor not in large:
-                    large[task.spans[0].tensor] = _LargeTensor(plan, task.spans[0].tensor)
+                    large[task.spans[0].tensor] = _LargeTensor(plan, task.spans[0].tensor, spare)
                 pending.append((task, pool.submit(work, task)))
             if not pending:
                 return
@@ -69,10 +70,11 @@ def execute(plan: Plan, shards: OpenShards) -> Iterator[Result]:
 class _LargeTensor:
     """A tensor pair that several tasks share."""
 
-    def __init__(self, plan: Plan, index: int) -> None:
+    def __init__(self, plan: Plan, index: int, spare: deque[Partial]) -> None:
         self.measurement = plan.measurement(index)
         self._index, self._load = index, plan.loads[index]
         self._found: Partial | Refined | None = None
+        self._spare = spare
 
     def take(self, result: Result) -> list[Task]:
         """Merge the next span; after the last one, complete the result or return the tasks of a further pass."""
@@ -81,6 +83,7 @@ class _LargeTensor:
         elif isinstance(self._found, Partial):
             assert isinstance(result.found, Partial)
             self._found.add(result.found)
+            self._spare.append(result.found)
         else:
             assert isinstance(result.found, Refined)
             self._found.add(result.found)
@@ -90,8 +93,10 @@ class _LargeTensor:
             return []
         assert self._found is not None
         self.measurement.take(self._found)
-        self._found = None
+        last, self._found = self._found, None
         if self.measurement.next is not None:
             return list(cut(self._index, self._load))
         result.measured = self.measurement.measured()
+        if isinstance(last, Partial):
+            self._spare.append(last)
         return []

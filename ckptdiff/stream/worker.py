@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -80,26 +80,30 @@ class Worker:
     shards : OpenShards
     stop : threading.Event
         Set when the run is given up; the thread then leaves at the next block.
+    spare : deque of Partial
+        Partials that nobody reads any more, shared by all threads: to clear the bins of one that were in use is
+        cheaper than to get zeros for all.
     """
 
-    def __init__(self, backend: Backend, shards: OpenShards, stop: threading.Event) -> None:
+    def __init__(self, backend: Backend, shards: OpenShards, stop: threading.Event, spare: deque[Partial]) -> None:
         self._backend, self._shards, self._stop = backend, shards, stop
+        self._spare = spare
         self._buffers = Buffers()
-        self._partial = Partial()
 
     def measure(self, pair: TensorPair, measurement: Measurement, span: Span) -> Result:
         """Carry out every pass over a whole tensor pair."""
         result = Result(range(span.tensor, span.tensor + 1))
-        reusable: Partial | None = self._partial
+        partials = []
         while measurement.next is not None:
-            found, chunks = self._pass(pair, measurement, span, reusable)
-            reusable = None  # the measurement keeps the first one until the end
+            found, chunks = self._pass(pair, measurement, span)
             result.chunks += chunks
             measurement.take(found)
+            if isinstance(found, Partial):
+                partials.append(found)
         result.measured = measurement.measured()
         if isinstance(measurement, FloatMeasurement):
             result.compared, result.unchanged = measurement.numel, int(result.measured.columns["unchanged_bitwise"][0])
-        self._partial.clear()
+        self._spare.extend(partials)  # only now: the measurement reads the first one to the end
         return result
 
     def measure_alike(
@@ -130,15 +134,13 @@ class Worker:
     def pass_over(self, pair: TensorPair, measurement: Measurement, span: Span) -> Result:
         """Carry out the pass at hand over a part of a tensor pair."""
         first = measurement.scanning
-        found, chunks = self._pass(pair, measurement, span, None)
+        found, chunks = self._pass(pair, measurement, span)
         result = Result(range(span.tensor, span.tensor + 1), span, found, chunks, fresh=first)
         if first and isinstance(found, Partial) and isinstance(measurement, FloatMeasurement):
             result.compared, result.unchanged = found.numel, found.numel - int(found.counts[Count.CHANGED])
         return result
 
-    def _pass(
-        self, pair: TensorPair, measurement: Measurement, span: Span, partial: Partial | None
-    ) -> tuple[Partial | Refined, list[Chunk]]:
+    def _pass(self, pair: TensorPair, measurement: Measurement, span: Span) -> tuple[Partial | Refined, list[Chunk]]:
         todo = measurement.next
         assert todo is not None
         source = ShardSource(self._shards, pair, span, self._buffers, self._stop)
@@ -147,12 +149,21 @@ class Worker:
             refined = Refined.empty(todo)
             self._backend.refine(measurement.scan, todo, source, refined)
             return refined, []
-        partial = partial or Partial()
+        partial = self._blank()
         if isinstance(todo, BitScan):
             mask = scan_bits(todo, source, partial)
         else:
             mask = self._backend.scan(todo, source, partial, measurement.first_tie(span.first))
         return partial, [] if mask is None else list(_compressed(mask, span.tensor, span.first, pair.base.numel))
+
+    def _blank(self) -> Partial:
+        """Nothing seen yet."""
+        try:
+            partial = self._spare.pop()
+        except IndexError:
+            return Partial()
+        partial.clear()
+        return partial
 
     def _places(self, pairs: Sequence[TensorPair]) -> NDArray[np.int64]:
         """Descriptor and offset of both sides of each pair, and its coordinates; tells the disk what comes next."""
