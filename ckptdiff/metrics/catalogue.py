@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -86,6 +87,7 @@ def parameter_key(parameter: float) -> str:
     return f"{parameter:g}"
 
 
+@cache
 def flat_key(key: str, parameter: float | None) -> str:
     """Name of the flat column of a figure and its parameter, such as ``unchanged_abs_1e-05``."""
     return key if parameter is None else f"{key}_{parameter_key(parameter)}"

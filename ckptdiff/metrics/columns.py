@@ -18,7 +18,17 @@ from ckptdiff.metrics.catalogue import COLUMNS, EPS, RHO, TAU, P, flat_key
 from ckptdiff.metrics.histograms import LOG2_BINS, HistogramRows, log2_bins
 from ckptdiff.options import MaskRule
 
-__all__ = ["LARGEST", "SMALLEST", "Measured", "bits_only", "empty_records", "log2_of_bins", "measured", "set_sizes"]
+__all__ = [
+    "LARGEST",
+    "SMALLEST",
+    "Measured",
+    "bits_only",
+    "empty_records",
+    "log2_of_bins",
+    "measured",
+    "set_size",
+    "set_sizes",
+]
 
 LARGEST = tuple(Fraction(str(p)) / 100 for p in P)
 """Fractions of coordinates whose energy ``coord_energy`` tells."""
@@ -49,8 +59,13 @@ class Measured:
             getattr(self.histograms, field.name)[row] = getattr(one.histograms, field.name)[0]
 
 
+def set_size(fraction: Fraction, numel: int) -> int:
+    """Size of a set that holds a fraction of the coordinates, rounded up, at least one."""
+    return max(-(-numel * fraction.numerator // fraction.denominator), 1)
+
+
 def set_sizes(fractions: tuple[Fraction, ...], numel: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Sizes of sets that hold fractions of the coordinates, rounded up, at least one, shape (k, fractions)."""
+    """Do as ``set_size`` for many tensors and fractions; shape (k, fractions)."""
     sizes = [-(-numel * fraction.numerator // fraction.denominator) for fraction in fractions]
     return np.maximum(np.stack(sizes, axis=1), 1)
 

@@ -30,7 +30,7 @@ from ckptdiff.metrics.columns import (
     empty_records,
     log2_of_bins,
     measured,
-    set_sizes,
+    set_size,
 )
 from ckptdiff.metrics.delta_cuts import DeltaCut, first_delta_cut, refine_delta_cut
 from ckptdiff.metrics.low_cuts import LowCut, first_low_cuts, first_nan_bin, refine_low_cut
@@ -158,13 +158,14 @@ class FloatMeasurement:
 
     def _start(self) -> None:
         """Find the cuts as far as the scan tells."""
-        ranks = [*set_sizes(LARGEST, np.array([self.numel]))[0].tolist()]
+        ranks = [set_size(fraction, self.numel) for fraction in LARGEST]
         if self.rule.kind == "top":
             ranks.append(max(self._top_room(), 1))
         self._cuts = [first_delta_cut(self._partial, self._width, rank) for rank in ranks]
-        low = set_sizes(SMALLEST, np.array([self.numel]))[0].tolist()
+        low = [set_size(fraction, self.numel) for fraction in SMALLEST]
         self._low = first_low_cuts(self._partial, self.compare, low)
-        self._within_rel = [self._count_within(tau * self._rms()) for tau in TAU]
+        rms = self._rms()
+        self._within_rel = [self._count_within(tau * rms) for tau in TAU]
 
     def _decide(self) -> Pass | None:
         """The next pass, None if all is known."""
@@ -208,8 +209,7 @@ class FloatMeasurement:
         """How many coordinates of finite d a ``top`` mask may hold."""
         # Coordinates that became NaN or Inf are in every mask; they use up their part of the percentage first.
         strange = int(self._partial.counts[Count.CHANGED]) - self._moved()
-        size = set_sizes((Fraction(str(self.rule.value)) / 100,), np.array([self.numel]))
-        return int(size[0, 0]) - strange
+        return set_size(Fraction(str(self.rule.value)) / 100, self.numel) - strange
 
     def _refine(self, found: Refined) -> None:
         targets = self.next
