@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ckptdiff.backends.formats import Format, common_format, recode_table
 from ckptdiff.backends.kernels.fetch import FETCH, SHARED, WINDOW, Side
 from ckptdiff.backends.kernels.figures import Wanted
+from ckptdiff.backends.kernels.lanes import aligned
 from ckptdiff.backends.kernels.refine import Found, Search, refine_span
 from ckptdiff.backends.kernels.small import scan_small
 from ckptdiff.backends.kernels.span import Work, new_work, read_only, scan_span
@@ -34,7 +35,7 @@ class CpuWorker:
         self._work: dict[int, Work] = {}
         self._words = np.zeros(0, np.uint64)
         self._small = Partial()
-        self._rooms = [read_only(np.empty(FETCH * _ITEM, np.uint8)) for _ in range(2)]
+        self._rooms = [read_only(aligned((FETCH * _ITEM,), np.uint8)) for _ in range(2)]
 
     def scan(self, scan: Scan, source: Source, partial: Partial, first_tie: int = 0) -> NDArray[np.uint8] | None:
         """Measure a span of blocks.
@@ -60,7 +61,7 @@ class CpuWorker:
         totals = totals_of(partial, blocks)
         stored, facts, work = _stored(scan.base, scan.tuned, compare), facts_of(compare), self._work_for(compare)
         words = self._room_for_mask(source.numel if scan.want_mask else 0)
-        before = _native_counts(partial, compare)
+        changed, strange = _native_counts(partial, compare)
         for window in source.windows():
             sides = self._sides(window, scan)
             first = window.first
@@ -69,9 +70,10 @@ class CpuWorker:
                 first = _advanced(source, window, first, came)
         partial.numel += source.numel
         if measure.native:
-            changed, strange = _native_counts(partial, compare) - before
-            partial.counts[Count.STORED_EQUAL] += source.numel - changed
-            partial.counts[[Count.NONFINITE_BASE, Count.NONFINITE_TUNED]] += strange
+            changed_now, strange_now = _native_counts(partial, compare)
+            partial.counts[Count.STORED_EQUAL] += source.numel - (changed_now - changed)
+            partial.counts[Count.NONFINITE_BASE] += strange_now - strange
+            partial.counts[Count.NONFINITE_TUNED] += strange_now - strange
         return words.view(np.uint8)[: -(-source.numel // 8)] if scan.want_mask else None
 
     def refine(self, scan: Scan, targets: Targets, source: Source, refined: Refined) -> None:
@@ -220,8 +222,7 @@ def cast_of(stored: Format, target: Format) -> tuple[Cast, NDArray[np.unsignedin
     return Cast.TABLE, recode_table(stored, target)
 
 
-def _native_counts(partial: Partial, compare: Format) -> NDArray[np.int64]:
+def _native_counts(partial: Partial, compare: Format) -> tuple[int, int]:
     """Changed coordinates so far, and base codes that are NaN or Inf, where both sides are stored as compared."""
-    if compare.bits > 16:
-        return np.array([partial.counts[Count.CHANGED], 0])
-    return np.array([partial.counts[Count.CHANGED], partial.weights[0, compare.infinite :].sum()])
+    strange = 0 if compare.bits > 16 else int(partial.weights[0, compare.infinite :].sum())
+    return int(partial.counts[Count.CHANGED]), strange

@@ -23,7 +23,7 @@ import llvmlite.binding
 import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
-__all__ = ["STEP", "cache_folder", "helper", "kernel", "reducer"]
+__all__ = ["STEP", "cache_folder", "helper", "kernel", "processor_features", "reducer"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -89,6 +89,12 @@ def cache_folder() -> Path | None:
     return folder
 
 
+def processor_features() -> str:
+    """What the processor that is compiled for can do, as LLVM names it: "+avx2,-avx512f,..."."""
+    named: str | None = numba.config.CPU_FEATURES
+    return llvmlite.binding.get_host_cpu_features().flatten() if named is None else named
+
+
 def _fingerprint() -> str:
     """Hash of all that machine code depends on."""
     digest = hashlib.sha256()
@@ -99,8 +105,8 @@ def _fingerprint() -> str:
     for version in (
         numba.__version__,
         platform.python_version(),
-        llvmlite.binding.get_host_cpu_name(),
-        llvmlite.binding.get_host_cpu_features().flatten(),
+        numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name(),
+        processor_features(),
     ):
         digest.update(version.encode() + b"\0")
     return digest.hexdigest()[:20]

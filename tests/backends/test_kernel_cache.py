@@ -258,6 +258,13 @@ def test_the_compiler_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel_cache._fingerprint() != before
 
 
+@pytest.mark.parametrize("setting", ["CPU_NAME", "CPU_FEATURES"])
+def test_the_processor_counts(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    before = kernel_cache._fingerprint()
+    monkeypatch.setattr(kernel_cache.numba.config, setting, "generic")
+    assert kernel_cache._fingerprint() != before
+
+
 def start(code: str, cache: Path, folder: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "CKPTDIFF_CACHE_DIR": str(cache)}
     return subprocess.Popen(

@@ -12,7 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-__all__ = ["bits_float", "float_bits", "floor_log2", "lowest_bit", "pack64", "population"]
+__all__ = ["bits_float", "float_bits", "floor_log2", "lowest_bit", "pack64", "population", "unpack64"]
 
 _FLAGS = 64
 
@@ -30,6 +30,21 @@ def pack64(typing: Any, flags: Any, start: Any) -> Any:
         return builder.bitcast(builder.icmp_unsigned("!=", load, ir.Constant(vector, [0] * _FLAGS)), ir.IntType(64))
 
     return types.uint64(flags, types.intp), generate
+
+
+@intrinsic
+def unpack64(typing: Any, word: Any, flags: Any, start: Any) -> Any:
+    """Set the byte ``flags[start + k]`` to bit k of a word."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = make_array(signature.args[1])(context, builder, args[1])
+        vector = ir.VectorType(ir.IntType(8), _FLAGS)
+        address = builder.gep(array.data, [args[2]])
+        bits = builder.bitcast(args[0], ir.VectorType(ir.IntType(1), _FLAGS))
+        builder.store(builder.zext(bits, vector), builder.bitcast(address, vector.as_pointer())).align = 1
+        return context.get_dummy_value()
+
+    return types.void(types.uint64, flags, types.intp), generate
 
 
 @intrinsic

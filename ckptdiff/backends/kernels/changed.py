@@ -1,8 +1,8 @@
-"""Which coordinates of a tile changed: the first steps of every kernel.
+"""Which coordinates of a tile changed: the first step of every kernel.
 
-Most coordinates of an update did not change, and those add nothing to any figure of d. So a kernel marks what changed,
-gathers the changed coordinates, and does everything about d on those alone. Each loop here is short and branch-free so
-that LLVM vectorises it; fused into one loop they would not be.
+Most coordinates of an update did not change, and those add nothing to any figure of d. So a kernel gathers the codes of
+those that changed and does everything about d on them alone, in loops so short and free of branches that LLVM
+vectorises each; fused into one loop they would not be.
 """
 
 from __future__ import annotations
@@ -12,41 +12,60 @@ from typing import Any
 import numpy as np
 
 from ckptdiff.backends.kernel_cache import helper
-from ckptdiff.backends.kernels.bits import lowest_bit, pack64, population
+from ckptdiff.backends.kernels.bits import lowest_bit, population
+from ckptdiff.backends.kernels.lanes import LANES, PACKS, changed_lanes, load_codes, pack_lanes
 from ckptdiff.backends.kernels.tiles import Array, Tile
 
-__all__ = ["count_nonfinite", "count_strange", "first_of", "keep_finite", "mark_changed", "positions"]
+__all__ = ["count_nonfinite", "count_strange", "find_changed", "first_of", "keep_finite"]
 
 
 @helper
-def mark_changed(a: Array, b: Array, magnitude: Any, marks: Array) -> None:
-    """Mark codes that differ and are not +0 and -0; clear the marks after the end up to a multiple of 64."""
-    n = a.size
-    for i in range(n):
-        marks[i] = ((a[i] ^ b[i]) != 0) & (((a[i] | b[i]) & magnitude) != 0)
-    for i in range(n, (n + 63) // 64 * 64):
-        marks[i] = 0
+def pack_codes(left: Array, right: Array, start: int, word: Any, tile: Tile, count: int) -> None:
+    """Append the codes of a word's coordinates to those gathered so far."""
+    pack_lanes(load_codes(left, 0, start), word, tile.left, count)
+    pack_lanes(load_codes(right, 0, start), word, tile.right, count)
 
 
 @helper
-def positions(marks: Array, n: int, found: Array) -> int:
-    """Write the positions of set marks in ascending order; returns how many there are.
+def pick_codes(left: Array, right: Array, start: int, word: Any, tile: Tile, count: int) -> None:
+    """Do as ``pack_codes``, one bit after the other.
 
-    A loop that ends with the last set bit would end anywhere, and the processor guess wrong. So eight positions are
-    written whatever there is (what is too many is overwritten by the next word), and more only where there are more.
+    A loop that ends with the last set bit would end anywhere, and the processor guess wrong. So eight codes are written
+    whatever there is (what is too many is overwritten by the next word), and more only where there are more.
     """
+    total = population(word)
+    for k in range(8):
+        at = np.uint64(start) + (lowest_bit(word) & np.uint64(63))
+        tile.left[count + k], tile.right[count + k] = left[0, at], right[0, at]
+        word &= word - np.uint64(1)
+    for k in range(8, total):
+        at = np.uint64(start) + lowest_bit(word)
+        tile.left[count + k], tile.right[count + k] = left[0, at], right[0, at]
+        word &= word - np.uint64(1)
+
+
+append_codes = pack_codes if PACKS else pick_codes
+
+
+@helper
+def find_changed(a: Array, b: Array, magnitude: Any, tile: Tile) -> int:
+    """Mark codes that differ and are not +0 and -0, and gather them; returns how many there are."""
+    whole = a.size // LANES * LANES
+    left, right = a[:whole].reshape(1, whole), b[:whole].reshape(1, whole)
     count = 0
-    for j in range((n + 63) // 64):
-        word = pack64(marks, j * 64)
-        total = population(word)
-        for k in range(8):
-            found[count + k] = np.uint16(np.uint64(j * 64) + lowest_bit(word))
-            word &= word - np.uint64(1)
-        if total > 8:
-            for k in range(8, total):
-                found[count + k] = np.uint16(np.uint64(j * 64) + lowest_bit(word))
-                word &= word - np.uint64(1)
-        count += total
+    for start in range(0, whole, LANES):
+        word = changed_lanes(load_codes(left, 0, start), load_codes(right, 0, start), magnitude)
+        tile.marks[start // LANES] = word
+        append_codes(left, right, start, word, tile, count)
+        count += population(word)
+    if whole < a.size:
+        word = np.uint64(0)
+        for i in range(whole, a.size):
+            if a[i] != b[i] and (a[i] | b[i]) & magnitude != 0:
+                word |= np.uint64(1) << np.uint64(i - whole)
+                tile.left[count], tile.right[count] = a[i], b[i]
+                count += 1
+        tile.marks[whole // LANES] = word
     return count
 
 
@@ -55,6 +74,7 @@ def first_of(tile: Tile, count: int) -> Tile:
     """The work space cut to its first entries."""
     return Tile(
         tile.marks,
+        tile.flags,
         tile.found[:count],
         tile.left[:count],
         tile.right[:count],

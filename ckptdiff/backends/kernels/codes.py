@@ -9,20 +9,13 @@ import numpy as np
 from ckptdiff.backends.kernel_cache import helper
 from ckptdiff.backends.kernels.bfloat16 import bf16_to_f32
 from ckptdiff.backends.kernels.bits import bits_float
-from ckptdiff.backends.kernels.changed import (
-    count_nonfinite,
-    count_strange,
-    first_of,
-    keep_finite,
-    mark_changed,
-    positions,
-)
+from ckptdiff.backends.kernels.changed import count_nonfinite, count_strange, find_changed, first_of, keep_finite
 from ckptdiff.backends.kernels.deltas import count_deltas, count_distances, summarise, widen_span
-from ckptdiff.backends.kernels.masks import mask_tile
+from ckptdiff.backends.kernels.masks import mask_tile, open_mask
 from ckptdiff.backends.kernels.tiles import Array, Facts, Measure, Tile, Totals
 from ckptdiff.backends.partial import Count
 
-__all__ = ["find_bins", "gather_codes", "measure_codes", "note_bins"]
+__all__ = ["find_bins", "measure_codes", "note_bins", "take_values"]
 
 CHANGED, NONFINITE_TUNED = int(Count.CHANGED), int(Count.NONFINITE_TUNED)
 
@@ -66,19 +59,16 @@ def count_weights(codes: Array, magnitude: Any, weights: Array) -> None:
 
 
 @helper
-def gather_codes(a: Array, b: Array, values: Array, tile: Tile) -> None:
-    """Collect codes, values and d of the coordinates found."""
-    for j in range(tile.found.size):
-        at = tile.found[j]
-        tile.left[j], tile.right[j] = a[at], b[at]
+def take_values(values: Array, tile: Tile) -> None:
+    """Values and d of changed codes."""
     if values.size == 0:  # bfloat16: a code is the upper half of its float32
-        for j in range(tile.found.size):
+        for j in range(tile.delta.size):
             tile.base[j] = bits_float(bf16_to_f32(tile.left[j]))
             tile.tuned[j] = bits_float(bf16_to_f32(tile.right[j]))
     else:
-        for j in range(tile.found.size):
+        for j in range(tile.delta.size):
             tile.base[j], tile.tuned[j] = values[tile.left[j]], values[tile.right[j]]
-    for j in range(tile.found.size):
+    for j in range(tile.delta.size):
         tile.delta[j] = tile.tuned[j] - tile.base[j]
 
 
@@ -115,11 +105,11 @@ def measure_codes(
 ) -> None:
     """Measure one tile; see :func:`~ckptdiff.backends.kernels.span.measure_tile`."""
     magnitude, infinite = np.uint16(facts.magnitude), np.uint16(facts.infinite)
-    mark_changed(a, b, magnitude, tile.marks)
     count_weights(a, facts.magnitude, totals.weights)
-    changed = positions(tile.marks, a.size, tile.found)
+    changed = find_changed(a, b, magnitude, tile)
+    open_mask(tile, measure, a.size)
     found = first_of(tile, changed)
-    gather_codes(a, b, facts.values, found)
+    take_values(facts.values, found)
     totals.counts[CHANGED] += changed
     count_into(1, found.left, facts.magnitude, totals.weights)
     if count_strange(found.delta) > 0:
@@ -128,8 +118,8 @@ def measure_codes(
             gained = count_nonfinite(found.right, magnitude, infinite)
             totals.counts[NONFINITE_TUNED] += gained - count_nonfinite(found.left, magnitude, infinite)
         found = first_of(tile, keep_finite(found))
-    count_deltas(found.delta, np.uint32(0x7FFF_FFFF), np.uint32(16), totals)
+    extremes = count_deltas(found.delta, np.uint32(0x7FFF_FFFF), np.uint32(16), totals)
     measure_distances(found.left, found.right, np.int32(magnitude), found.distance)
     count_distances(found)
-    summarise(found, measure, totals, sums)
+    summarise(found, extremes, measure, totals, sums)
     mask_tile(found, measure, changed, totals, sums, words)

@@ -16,6 +16,8 @@ __all__ = ["add_ulp", "count_deltas", "count_distances", "count_within", "summar
 WITHIN_ETA = int(Count.WITHIN_ETA)
 DELTA, ABS_DELTA, DELTA_SQUARE = int(Sum.DELTA), int(Sum.ABS_DELTA), int(Sum.DELTA_SQUARE)
 BASE_DELTA = int(Sum.BASE_DELTA)
+FEW = 256
+"""Distances below this have eight powers of two."""
 
 
 @helper
@@ -26,31 +28,55 @@ def widen_span(span: Array, at: int, first: int, last: int) -> None:
 
 
 @helper
-def count_deltas(delta: Array, magnitude: Any, shift: Any, totals: Totals) -> None:
-    """Histogram of |d|, for a d of 32 bits with the moments of the bits below each bin."""
-    smallest, largest = magnitude, type(magnitude)(0)
+def count_deltas(delta: Array, magnitude: Any, shift: Any, totals: Totals) -> tuple[Any, Any]:
+    """Histogram of |d|, for a d of 32 bits with the moments of the bits below each bin; returns the extreme |d|."""
+    smallest, largest, all_bits = magnitude, type(magnitude)(0), type(magnitude)(0)
     for j in range(delta.size):
         bits = type(magnitude)(float_bits(delta[j]) & magnitude)
+        all_bits |= bits
         smallest = bits if bits < smallest else smallest
         largest = bits if bits > largest else largest
     widen_span(totals.span, 2, int(smallest >> shift), int(largest >> shift))
     totals.max_abs[0] = max(totals.max_abs[0], np.float64(bits_float(largest)))
     for j in range(delta.size):
-        bits = float_bits(delta[j]) & magnitude
-        bin_ = bits >> shift
-        totals.deltas[0, bin_] += np.uint64(1)
-        if shift == 16:
+        totals.deltas[0, (float_bits(delta[j]) & magnitude) >> shift] += np.uint64(1)
+    if shift == 16 and all_bits & 0xFFFF:  # none between bfloat16 values of about the same size
+        for j in range(delta.size):
+            bits = float_bits(delta[j]) & magnitude
             below = np.uint64(bits & 0xFFFF)
             if below:
-                totals.deltas[1, bin_] += below
-                totals.deltas[2, bin_] += below * below
+                totals.deltas[1, bits >> shift] += below
+                totals.deltas[2, bits >> shift] += below * below
+    return bits_float(smallest), bits_float(largest)
+
+
+@helper
+def count_from(distance: Array, least: Any) -> Any:
+    """How many distances are at least so large."""
+    count: Any = np.int32(0)
+    for j in range(distance.size):
+        count = np.int32(count + (distance[j] >= least))
+    return count
 
 
 @helper
 def count_distances(tile: Tile) -> None:
-    """Histogram of floor(log2(distance)); ``add_ulp`` brings it into the totals."""
+    """Histogram of floor(log2(distance)); ``add_ulp`` brings it into the totals.
+
+    A pass for each power that occurs, in vectors, is cheaper than an increment for each distance while powers are few.
+    """
+    largest = tile.distance.dtype.type(0)
     for j in range(tile.distance.size):
-        tile.ulp[j & 3, floor_log2(np.uint64(tile.distance[j]))] += 1
+        largest = tile.distance[j] if tile.distance[j] > largest else largest
+    if largest >= FEW:
+        for j in range(tile.distance.size):
+            tile.ulp[j & 3, floor_log2(np.uint64(tile.distance[j]))] += 1
+        return
+    rest, power = tile.distance.size, 0
+    while rest > 0:
+        larger = count_from(tile.distance, tile.distance.dtype.type(2 << power))
+        tile.ulp[0, power] += rest - larger
+        rest, power = larger, power + 1
 
 
 @helper
@@ -99,12 +125,13 @@ def add_sums(base: Array, delta: Array, sums: Array) -> None:
 
 
 @helper
-def summarise(tile: Tile, measure: Measure, totals: Totals, sums: Array) -> None:
-    """Count and sum over the changed coordinates of a tile."""
+def summarise(tile: Tile, extremes: tuple[Any, Any], measure: Measure, totals: Totals, sums: Array) -> None:
+    """Count and sum over the changed coordinates of a tile, whose |d| lie between two extremes."""
     add_sums(tile.base, tile.delta, sums)
     for t in range(measure.thresholds.size):
-        if measure.thresholds[t] == 0:  # a changed coordinate has d != 0
-            continue
-        totals.within[t] += count_within(tile.delta, measure.thresholds[t])
+        if measure.thresholds[t] >= extremes[1]:
+            totals.within[t] += tile.delta.size
+        elif measure.thresholds[t] >= extremes[0]:
+            totals.within[t] += count_within(tile.delta, measure.thresholds[t])
     if measure.eta > 0:
         totals.counts[WITHIN_ETA] += count_within_eta(tile, measure.eta)

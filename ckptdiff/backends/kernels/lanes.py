@@ -6,9 +6,13 @@ with AVX2, and more with NEON. Loops over them are plain Python for Numba.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import llvmlite.binding
+import numpy as np
+import numpy.typing as npt
 from llvmlite import ir
 from numba import types
 from numba.core.datamodel import models
@@ -16,21 +20,32 @@ from numba.core.datamodel.registry import register_default
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
+from ckptdiff.backends.kernel_cache import processor_features
+
 __all__ = [
     "LANES",
+    "PACKS",
     "SUMS",
     "add_squares",
+    "aligned",
     "any_lowest",
+    "changed_lanes",
     "differing",
     "load_codes",
     "lower",
     "no_codes",
+    "pack_lanes",
     "positive_zeros",
 ]
 
 LANES = 64
 SUMS = LANES // 2
 """Sums that are kept apart: two codes each."""
+PACKS = llvmlite.binding.llvm_version_info >= (20,) and "+avx512vbmi2" in processor_features().split(",")
+"""Whether ``pack_lanes`` is a few instructions here; without them it would be slower than a loop over bits."""
+
+_REGISTER = 512
+_LINE = 64
 
 
 class Codes(types.Type):  # type: ignore[misc]
@@ -51,6 +66,11 @@ def _filled(vector: ir.VectorType, value: int) -> ir.Constant:
     return ir.Constant(vector, [value] * vector.count)
 
 
+def _everywhere(builder: Any, value: Any, vector: ir.VectorType) -> Any:
+    """The same value in all lanes."""
+    return _part(builder, builder.insert_element(_filled(vector, 0), value, ir.IntType(32)(0)), [0] * vector.count)
+
+
 def _part(builder: Any, vector: Any, lanes: Sequence[int]) -> Any:
     """Some lanes of a vector."""
     order = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), list(lanes))
@@ -60,6 +80,14 @@ def _part(builder: Any, vector: Any, lanes: Sequence[int]) -> Any:
 def _lowest(codes: Any) -> ir.Constant:
     """The sign bit alone."""
     return _filled(codes.type, -(1 << (codes.type.element.width - 1)))
+
+
+def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Room, not cleared, that begins where a cache line does: loads that cross lines take twice as long."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + _LINE, np.uint8)
+    start = -room.ctypes.data % _LINE
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 @intrinsic
@@ -95,14 +123,56 @@ def differing(typing: Any, left: Any, right: Any) -> Any:
 
 
 @intrinsic
+def changed_lanes(typing: Any, left: Any, right: Any, magnitude: Any) -> Any:
+    """Word whose bit k is set where codes k differ and are not +0 and -0."""
+    scalar = types.Integer.from_bitwidth(left.bits, signed=False)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        left, right, magnitude = args
+        size = builder.and_(builder.or_(left, right), _everywhere(builder, magnitude, left.type))
+        changed = builder.and_(
+            builder.icmp_unsigned("!=", left, right), builder.icmp_unsigned("!=", size, _filled(left.type, 0))
+        )
+        return builder.bitcast(changed, ir.IntType(LANES))
+
+    return types.uint64(left, right, scalar), generate
+
+
+@intrinsic
+def pack_lanes(typing: Any, codes: Any, word: Any, packed: Any, at: Any) -> Any:
+    """Write the codes whose bit in ``word`` is set to ``packed[at:]``, side by side, and anything into what follows.
+
+    Up to 64 entries from ``at`` on are overwritten.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        codes, word, _, at = args
+        data = make_array(signature.args[2])(context, builder, args[2]).data
+        code = codes.type.element
+        count = _REGISTER // code.width
+        part, flags = ir.VectorType(code, count), ir.VectorType(ir.IntType(1), count)
+        name = f"llvm.experimental.vector.compress.v{count}i{code.width}"
+        compress = builder.module.globals.get(name)
+        if compress is None:
+            compress = ir.Function(builder.module, ir.FunctionType(part, [part, flags, part]), name)
+        for first in range(0, LANES, count):
+            bits = builder.trunc(builder.lshr(word, word.type(first)), ir.IntType(count))
+            some = _part(builder, codes, range(first, first + count))
+            dense = builder.call(compress, [some, builder.bitcast(bits, flags), ir.Constant(part, ir.Undefined)])
+            builder.store(dense, builder.bitcast(builder.gep(data, [at]), part.as_pointer())).align = code.width // 8
+            at = builder.add(at, builder.zext(builder.ctpop(bits), at.type))
+        return context.get_dummy_value()
+
+    return types.void(codes, types.uint64, packed, types.intp), generate
+
+
+@intrinsic
 def positive_zeros(typing: Any, codes: Any, magnitude: Any) -> Any:
     """The same codes, but zero where all bits of the magnitude are."""
     scalar = types.Integer.from_bitwidth(codes.bits, signed=False)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        zeros = _filled(args[0].type, 0)
-        one = builder.insert_element(zeros, args[1], ir.IntType(32)(0))
-        mask = _part(builder, one, [0] * LANES)
+        zeros, mask = _filled(args[0].type, 0), _everywhere(builder, args[1], args[0].type)
         return builder.select(builder.icmp_unsigned("==", builder.and_(args[0], mask), zeros), zeros, args[0])
 
     return codes(codes, scalar), generate

@@ -13,10 +13,10 @@ import numpy as np
 
 from ckptdiff.backends.kernel_cache import helper, kernel
 from ckptdiff.backends.kernels.bits import float_bits
-from ckptdiff.backends.kernels.changed import first_of, keep_finite, mark_changed, positions
+from ckptdiff.backends.kernels.changed import find_changed, first_of, keep_finite
 from ckptdiff.backends.kernels.deltas import count_within
 from ckptdiff.backends.kernels.fetch import FETCH, Side, fetch
-from ckptdiff.backends.kernels.span import Work, codes_of, gather_values
+from ckptdiff.backends.kernels.span import Work, codes_of, values_of
 from ckptdiff.backends.kernels.stored import Stored
 from ckptdiff.backends.kernels.tiles import TILE, Array, Facts
 from ckptdiff.backends.partial import BLOCK
@@ -52,7 +52,7 @@ def count_weights(codes: Array, marks: Array, magnitude: Any, search: Search, we
             if size >> search.shift == search.weights[r]:
                 next_bits = (size >> (search.shift - np.uint64(16))) & np.uint64(0xFFFF)
                 weights[r, 0, next_bits] += 1
-                weights[r, 1, next_bits] += marks[i]
+                weights[r, 1, next_bits] += (marks[i >> 6] >> np.uint64(i & 63)) & np.uint64(1)
 
 
 @helper
@@ -103,10 +103,9 @@ def refine_span(
             end = min(start + TILE, stop - first)
             a = codes_of(base[start * widths[0] : end * widths[0]], stored, 0, work)
             b = codes_of(tuned[start * widths[1] : end * widths[1]], stored, 1, work)
-            mark_changed(a, b, magnitude, work.tile.marks)
+            some = first_of(work.tile, find_changed(a, b, magnitude, work.tile))
             count_weights(a, work.tile.marks, magnitude, search, found.weights)
-            some = first_of(work.tile, positions(work.tile.marks, a.size, work.tile.found))
-            gather_values(a, b, facts, some)
+            values_of(facts, some)
             some = first_of(work.tile, keep_finite(some))
             search_deltas(some.delta, search, found, found.tails[first // BLOCK])
         first = stop

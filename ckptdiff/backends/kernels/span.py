@@ -9,15 +9,15 @@ from numba import types
 from numba.extending import overload
 
 from ckptdiff.backends.kernel_cache import STEP, helper, kernel
-from ckptdiff.backends.kernels.codes import find_bins, gather_codes, measure_codes, note_bins
+from ckptdiff.backends.kernels.codes import find_bins, measure_codes, note_bins, take_values
 from ckptdiff.backends.kernels.deltas import add_ulp
 from ckptdiff.backends.kernels.fetch import FETCH, Side, fetch
 from ckptdiff.backends.kernels.stored import Cast, Stored, count_stored, decode
 from ckptdiff.backends.kernels.tiles import TILE, Array, Facts, Measure, Tile, Totals, new_tile
-from ckptdiff.backends.kernels.wide import gather_wide, measure_wide
+from ckptdiff.backends.kernels.wide import measure_wide, take_floats
 from ckptdiff.backends.partial import BLOCK
 
-__all__ = ["Work", "codes_of", "gather_values", "new_work", "read_only", "scan_span"]
+__all__ = ["Work", "codes_of", "new_work", "read_only", "scan_span", "values_of"]
 
 NO_CAST = int(Cast.NONE)
 MANY = 1 << 19
@@ -80,15 +80,15 @@ def _measure_tile(a: Any, b: Any, facts: Any, tile: Any, measure: Any, totals: A
     )
 
 
-def gather_values(a: Array, b: Array, facts: Facts, tile: Tile) -> None:
-    """Collect codes, values and d of the coordinates found in a tile."""
+def values_of(facts: Facts, tile: Tile) -> None:
+    """Values and d of the changed coordinates of a tile."""
     raise NotImplementedError("compiled code only")
 
 
-@overload(gather_values, jit_options=STEP, inline="never", strict=False)
-def _gather_values(a: Any, b: Any, facts: Any, tile: Any) -> Any:
-    chosen = gather_codes if a.dtype == types.uint16 else gather_wide
-    return lambda a, b, facts, tile: chosen(a, b, facts.values, tile)
+@overload(values_of, jit_options=STEP, inline="never", strict=False)
+def _values_of(facts: Any, tile: Any) -> Any:
+    chosen = take_values if tile[3].dtype == types.uint16 else take_floats
+    return lambda facts, tile: chosen(facts.values, tile)
 
 
 def note_span(codes: Array, facts: Facts, totals: Totals, many: bool) -> None:

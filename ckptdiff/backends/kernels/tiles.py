@@ -31,12 +31,17 @@ Array = Any  # Numba infers element types; NumPy's own would have to be generic 
 
 
 class Tile(NamedTuple):
-    """Work space of one thread. All but ``marks`` and ``ulp`` hold one entry per changed coordinate."""
+    """Work space of one thread. From ``found`` on, one entry per changed coordinate.
+
+    ``found``, ``left`` and ``right`` have room for 64 more.
+    """
 
     marks: Array
-    """One byte per coordinate of the tile: changed, later: in the mask."""
+    """One bit per coordinate of the tile: changed."""
+    flags: Array
+    """One byte per coordinate of the tile: in the mask; used by rules that leave changed coordinates out."""
     found: Array
-    """Positions in the tile, with room for eight more."""
+    """Positions in the tile; known to those rules only."""
     left: Array
     """Codes of the base."""
     right: Array
@@ -94,21 +99,26 @@ class Totals(NamedTuple):
 
 def new_tile(code: np.dtype[Any], real: np.dtype[Any]) -> Tile:
     """Work space for codes and a d of the given dtypes."""
-    left, right = np.zeros((2, TILE), code)
+    marks, flags, found = np.zeros(TILE // 64, np.uint64), np.zeros(TILE, np.uint8), np.zeros(TILE + 64, np.uint16)
+    left, right = np.zeros((2, TILE + 64), code)
     base, tuned, delta = np.zeros((3, TILE), real)
     distance = np.zeros(TILE, np.uint32 if code.itemsize == 2 else np.uint64)
-    found = np.zeros(TILE + 8, np.uint16)
-    return Tile(np.zeros(TILE, np.uint8), found, left, right, base, tuned, delta, distance, np.zeros((4, 64), np.int64))
+    return Tile(marks, flags, found, left, right, base, tuned, delta, distance, np.zeros((4, 64), np.int64))
 
 
 def new_measure(scan: Scan, real: np.dtype[Any], first_tie: int = 0) -> Measure:
     """Kernel parameters of a scan."""
-    thresholds = np.array([round_down(threshold, real) for threshold in scan.thresholds], real)
     tie = np.array([first_tie, scan.ties, scan.take], np.int64)
     # Two bfloat16 values that differ do so by 2**-8 of the larger one at least.
     eta = 0.0 if scan.compare.name == "bf16" and scan.eta < 2**-8 else scan.eta
     native = scan.base == scan.tuned == scan.compare
+    thresholds = _rounded_down(scan.thresholds, real)
     return Measure(thresholds, eta, int(scan.rule), scan.cut, tie, native, is_wide(scan.base, scan.compare))
+
+
+@cache
+def _rounded_down(thresholds: tuple[float, ...], real: np.dtype[Any]) -> Array:
+    return np.array([round_down(threshold, real) for threshold in thresholds], real)
 
 
 def round_down(value: float, real: np.dtype[Any]) -> float:

@@ -21,6 +21,7 @@ from ckptdiff.backends.kernels.lanes import (
     LANES,
     SUMS,
     add_squares,
+    aligned,
     any_lowest,
     differing,
     load_codes,
@@ -41,7 +42,6 @@ LARGEST, SMALLEST = 1 << 18, 1 << 14
 TILE = 1 << 13
 """Coordinates whose squares are summed before they are added in float64: 256 in each sum."""
 _WIDEST = 8
-_LINE = 64
 
 NO_CAST = int(Cast.NONE)
 TINY = 1e-30
@@ -83,18 +83,10 @@ def new_rooms(code: np.dtype[Any], sides: int) -> Rooms:
         piece //= 2
     return Rooms(
         raw=np.zeros(piece * _WIDEST, np.uint8),
-        codes=_aligned((sides, piece), code),
-        squares=_aligned((sides, SUMS), np.dtype(np.float32 if code.itemsize == 2 else np.float64)),
+        codes=aligned((sides, piece), code),
+        squares=aligned((sides, SUMS), np.dtype(np.float32 if code.itemsize == 2 else np.float64)),
         flows=np.zeros((sides, len(Flow)), np.int64),
     )
-
-
-def _aligned(shape: tuple[int, int], dtype: np.dtype[Any]) -> Array:
-    """Zeros that begin where a cache line does: loads that cross lines take twice as long."""
-    size = shape[0] * shape[1] * dtype.itemsize
-    room = np.zeros(size + _LINE, np.uint8)
-    start = -room.ctypes.data % _LINE
-    return room[start : start + size].view(dtype).reshape(shape)
 
 
 @helper

@@ -7,20 +7,13 @@ from typing import Any
 import numpy as np
 
 from ckptdiff.backends.kernel_cache import helper, reducer
-from ckptdiff.backends.kernels.changed import (
-    count_nonfinite,
-    count_strange,
-    first_of,
-    keep_finite,
-    mark_changed,
-    positions,
-)
+from ckptdiff.backends.kernels.changed import count_nonfinite, count_strange, find_changed, first_of, keep_finite
 from ckptdiff.backends.kernels.deltas import count_deltas, count_distances, summarise, widen_span
-from ckptdiff.backends.kernels.masks import mask_tile
+from ckptdiff.backends.kernels.masks import mask_tile, open_mask
 from ckptdiff.backends.kernels.tiles import Array, Facts, Measure, Tile, Totals
 from ckptdiff.backends.partial import BINS, Count, Sum
 
-__all__ = ["gather_wide", "measure_wide"]
+__all__ = ["measure_wide", "take_floats"]
 
 CHANGED, FINITE, BASE_SQUARE = int(Count.CHANGED), int(Count.FINITE), int(Sum.BASE_SQUARE)
 NONFINITE_BASE, NONFINITE_TUNED = int(Count.NONFINITE_BASE), int(Count.NONFINITE_TUNED)
@@ -69,14 +62,12 @@ def add_base(x: Array, y: Array, all_finite: bool, counts: Array, sums: Array) -
 
 
 @helper
-def gather_wide(a: Array, b: Array, values: Array, tile: Tile) -> None:
-    """Collect codes, values and d of the coordinates found."""
-    x, y = a.view(tile.delta.dtype), b.view(tile.delta.dtype)
-    for j in range(tile.found.size):
-        at = tile.found[j]
-        tile.left[j], tile.right[j] = a[at], b[at]
-        tile.base[j], tile.tuned[j] = x[at], y[at]
-    for j in range(tile.found.size):
+def take_floats(values: Array, tile: Tile) -> None:
+    """Values and d of changed codes that are floats themselves."""
+    x, y = tile.left.view(tile.delta.dtype), tile.right.view(tile.delta.dtype)
+    for j in range(tile.delta.size):
+        tile.base[j], tile.tuned[j] = x[j], y[j]
+    for j in range(tile.delta.size):
         tile.delta[j] = tile.tuned[j] - tile.base[j]
 
 
@@ -106,11 +97,11 @@ def measure_wide(
     magnitude, infinite = a.dtype.type(facts.magnitude), a.dtype.type(facts.infinite)
     shift = a.dtype.type(8 * a.itemsize - 16)
     x, y = a.view(tile.delta.dtype), b.view(tile.delta.dtype)
-    mark_changed(a, b, magnitude, tile.marks)
     count_weights(0, a, magnitude, infinite, shift, totals)
-    changed = positions(tile.marks, a.size, tile.found)
+    changed = find_changed(a, b, magnitude, tile)
+    open_mask(tile, measure, a.size)
     found = first_of(tile, changed)
-    gather_wide(a, b, facts.values, found)
+    take_floats(facts.values, found)
     totals.counts[CHANGED] += changed
     count_weights(1, found.left, magnitude, infinite, shift, totals)
     strange = count_strange(found.delta)
@@ -123,8 +114,8 @@ def measure_wide(
     if strange > 0:
         count_lost(found, magnitude, infinite, shift, totals.weights)
         found = first_of(tile, keep_finite(found))
-    count_deltas(found.delta, magnitude, shift, totals)
+    extremes = count_deltas(found.delta, magnitude, shift, totals)
     measure_distances(found.left, found.right, magnitude, found.distance)
     count_distances(found)
-    summarise(found, measure, totals, sums)
+    summarise(found, extremes, measure, totals, sums)
     mask_tile(found, measure, changed, totals, sums, words)
