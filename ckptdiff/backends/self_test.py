@@ -17,7 +17,7 @@ __all__ = ["SELF_TESTED", "self_test"]
 SELF_TESTED = (("bf16", "bf16", "bf16"), ("f32", "bf16", "bf16"), ("f32", "f32", "f32"))
 """Base, tuned and compare format of what ``ckptdiff doctor`` tries."""
 _NUMEL = 70_001
-"""Several tiles of every backend, and no multiple of anything."""
+"""More than a tile of every backend, and no multiple of anything."""
 
 
 def self_test(backend: Backend, names: tuple[str, str, str] = SELF_TESTED[0]) -> str | None:

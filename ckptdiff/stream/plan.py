@@ -173,7 +173,7 @@ def fit_memory(
     block = max((load.block_bytes for load in loads), default=0)
     scratch = max((load.scratch for load in loads), default=0)
     # A block of both sides, work space, two measurements at a time, the mask of a task, and a chunk compressed.
-    per_thread = block + scratch + 2 * _MEASUREMENT + (TASK_BLOCKS + 4) * (BLOCK // 8) + (4 << 20)
+    per_thread = block + scratch + 2 * _MEASUREMENT + (TASK_BLOCKS + 4) * (BLOCK // 8) + (8 << 20)
     waiting = _MEASUREMENT + (TASK_BLOCKS * BLOCK // 8 if masks else 0)
     results = len(loads) * (3 << 10) + (16 << 20 if masks else 4 << 20)
     for count in range(max(threads, 1), 0, -1):

@@ -14,7 +14,7 @@ from ckptdiff.backends.partial import BLOCK, Partial, Refined, Rule, Scan, Sum, 
 from ckptdiff.backends.reference import ReferenceWorker
 from ckptdiff.backends.source import InMemory
 
-SIZES = (0, 1, 7, 8, 63, 64, 65, 4097, 32_767, 32_768, 32_769, (1 << 17) + 77)
+SIZES = (0, 1, 7, 8, 63, 64, 65, 4097, 32_768, 65_535, 65_536, 65_537, (1 << 17) + 77)
 PAIRS = [(a, b) for a in FORMATS for b in FORMATS]
 CPU, REFERENCE = CpuWorker(), ReferenceWorker()
 

@@ -24,7 +24,7 @@ __all__ = [
     "totals_of",
 ]
 
-TILE = 1 << 15
+TILE = 1 << 16
 """Coordinates in a tile; its buffers stay in the caches of one core. A multiple of 64, at most 2**16."""
 
 Array = Any  # Numba infers element types; NumPy's own would have to be generic over every width
