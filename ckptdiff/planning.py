@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -152,19 +153,23 @@ def _warm_up(
 ) -> None:
     alike: set[Formats] = set()
     alone: set[Formats] = set()
-    for one, load in zip(pairs, loads, strict=True):
-        if one.base.kind is Kind.FLOAT:
-            formats = formats_of(one.base.dtype, one.tuned.dtype, options.compare)
-            (alone if load.kind is None else alike).add(formats)
+    kinds = {(one.base.dtype, one.tuned.dtype, load.kind is None) for one, load in zip(pairs, loads, strict=True)}
+    for base, tuned, by_itself in kinds:
+        if DTYPES[base].kind is Kind.FLOAT:
+            (alone if by_itself else alike).add(formats_of(base, tuned, options.compare))
     chunk = mask_chunk_bytes(max((load.numel for load in loads), default=0)) if want_masks else 0
     device.warm_up(sorted(alike, key=str), sorted(alone, key=str), chunk)
 
 
 def _loads(pairs: tuple[TensorPair, ...], options: Options, device: Device, io: str) -> tuple[Load, ...]:
-    loads = tuple(_load(pair, options, device) for pair in pairs)
-    if device.batches and io == "pread" and sum(load.kind is not None for load in loads) >= MANY_SMALL:
-        return loads
-    return tuple(replace(load, kind=None) if load.kind is not None else load for load in loads)
+    shared: dict[Hashable, Load] = {}
+    asked = [(one.base.dtype, one.tuned.dtype, one.base.numel, one.same_bytes) for one in pairs]
+    for what, one in zip(asked, pairs, strict=True):
+        if what not in shared:
+            shared[what] = _load(one, options, device)
+    if not device.batches or io != "pread" or sum(shared[what].kind is not None for what in asked) < MANY_SMALL:
+        shared = {what: replace(load, kind=None) for what, load in shared.items()}
+    return tuple(shared[what] for what in asked)
 
 
 def _load(pair: TensorPair, options: Options, device: Device) -> Load:

@@ -269,6 +269,8 @@ def _tie_warnings(aliased: Iterable[Alias]) -> list[str]:
 
 def _scale_warnings(base: Checkpoint, tuned: Checkpoint, pairs: Iterable[TensorPair]) -> list[str]:
     base_scales, tuned_scales = _scaled_modules(base), _scaled_modules(tuned)
+    if not base_scales and not tuned_scales:
+        return []
     count = sum(_is_scaled(pair.base, base_scales) or _is_scaled(pair.tuned, tuned_scales) for pair in pairs)
     if not count:
         return []
@@ -276,7 +278,7 @@ def _scale_warnings(base: Checkpoint, tuned: Checkpoint, pairs: Iterable[TensorP
 
 
 def _scaled_modules(checkpoint: Checkpoint) -> set[str]:
-    split = (name.rpartition(".") for name in checkpoint.tensors)
+    split = (name.rpartition(".") for name in checkpoint.tensors if "scale" in name)
     return {module for module, _, parameter in split if "scale" in parameter}
 
 

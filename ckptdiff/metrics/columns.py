@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.backends.formats import FORMATS
+from ckptdiff.backends.kernels.cuts import Groups
 from ckptdiff.backends.partial import BINS, Count, Sum
 from ckptdiff.backends.records import Records, new_records
 from ckptdiff.metrics.catalogue import COLUMNS, EPS, RHO, TAU, P, flat_key
@@ -24,7 +25,7 @@ __all__ = [
     "Measured",
     "bits_only",
     "empty_records",
-    "log2_of_bins",
+    "log2_groups",
     "measured",
     "set_size",
     "set_sizes",
@@ -138,8 +139,8 @@ def bits_only(numel: int, changed: int, rule: MaskRule) -> Measured:
 
 
 @cache
-def log2_of_bins(name: str) -> NDArray[np.intp]:
-    """Log2 bin of every bin of a format's magnitude histogram; ``LOG2_BINS`` for bins that are not finite.
+def log2_groups(name: str) -> Groups:
+    """Log2 bins of the bins of a format's magnitude histogram; ``LOG2_BINS`` for bins that are not finite.
 
     A bin of several float32 or float64 subnormals counts as its smallest nonzero power of two.
     """
@@ -154,7 +155,8 @@ def log2_of_bins(name: str) -> NDArray[np.intp]:
         values = np.where(np.arange(BINS) < finite, codes.view(f"f{format.bits // 8}"), 0).astype(np.float64)
     bins = log2_bins(values)
     bins[finite:] = LOG2_BINS
-    return bins
+    starts = np.append(0, np.flatnonzero(np.diff(bins)) + 1)
+    return Groups(np.append(starts, BINS), bins[starts])
 
 
 def _ratio(numerator: NDArray[Any], denominator: NDArray[Any]) -> NDArray[np.float64]:

@@ -28,7 +28,7 @@ from ckptdiff.metrics.columns import (
     Measured,
     bits_only,
     empty_records,
-    log2_of_bins,
+    log2_groups,
     measured,
     set_size,
 )
@@ -251,7 +251,7 @@ class FloatMeasurement:
 
     def _fill_histograms(self, records: Records) -> None:
         partial = self._partial
-        delta_groups, base_groups = log2_of_bins("f64" if self._width == 64 else "f32"), log2_of_bins(self.compare.name)
+        delta_groups, base_groups = log2_groups("f64" if self._width == 64 else "f32"), log2_groups(self.compare.name)
         first, last, first_delta, last_delta = partial.span.tolist()
         regroup(partial.deltas[0], delta_groups, first_delta, last_delta, records.delta_log2[0])
         records.delta_log2[0, 0] += np.uint64(self._finite - self._moved())

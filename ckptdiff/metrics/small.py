@@ -9,7 +9,7 @@ import numpy as np
 from ckptdiff.backends.formats import Format
 from ckptdiff.backends.kernels.figures import Wanted
 from ckptdiff.metrics.catalogue import TAU
-from ckptdiff.metrics.columns import log2_of_bins
+from ckptdiff.metrics.columns import log2_groups
 from ckptdiff.metrics.low_cuts import first_nan_bin
 from ckptdiff.metrics.rounding_null import half_gaps
 from ckptdiff.options import MaskRule
@@ -25,5 +25,5 @@ def one_scan_suffices(compare: Format, rule: MaskRule) -> bool:
 @cache
 def wanted(compare: Format) -> Wanted:
     """What to find in the histograms of tensors of a compare format, and the tables that it takes."""
-    groups = log2_of_bins("f32"), log2_of_bins(compare.name)
+    groups = log2_groups("f32"), log2_groups(compare.name)
     return Wanted(np.array(TAU), first_nan_bin(compare), *groups, half_gaps(compare.name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ckptdiff.backends.partial import BINS, BLOCK
 from ckptdiff.errors import PlanError
@@ -33,9 +34,9 @@ _MEASUREMENT = 8 * BINS * 6 + (1 << 17)
 _HINT_STEP = 10 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Load:
-    """What one tensor pair asks of the plan.
+    """What one tensor pair asks of the plan. Pairs that ask for the same may share one.
 
     Attributes
     ----------
@@ -54,12 +55,12 @@ class Load:
     scratch: int = 0
     kind: Hashable = None
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Blocks of 2**20 coordinates; an empty tensor has none."""
         return -(-self.numel // BLOCK)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes to read."""
         return sum(self.numel * bits // 8 for bits in self.bits)
@@ -69,7 +70,7 @@ class Load:
         numel = min(span.stop * BLOCK, self.numel) - span.first * BLOCK
         return sum(numel * bits // 8 for bits in self.bits)
 
-    @property
+    @cached_property
     def block_bytes(self) -> int:
         """Bytes of its largest block, all sides."""
         return sum(min(self.numel, BLOCK) * bits // 8 for bits in self.bits)

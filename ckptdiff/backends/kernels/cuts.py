@@ -16,6 +16,7 @@ from ckptdiff.backends.kernels.tiles import Array
 
 __all__ = [
     "Gaps",
+    "Groups",
     "change_chance",
     "cut_from_bottom",
     "cut_from_top",
@@ -172,17 +173,26 @@ def within_bins(deltas: Array, span: Array, threshold: float, width: int) -> Any
     return below
 
 
+class Groups(NamedTuple):
+    """Groups that the bins of a histogram fall into."""
+
+    starts: Array
+    """First bins of runs that belong to one group, int64, and behind them the number of bins."""
+    numbers: Array
+    """Group of each run, int64."""
+
+
 @kernel
-def regroup(counts: Array, groups: Array, first: int, last: int, out: Array) -> None:
+def regroup(counts: Array, groups: Groups, first: int, last: int, out: Array) -> None:
     """Add bins ``first`` to ``last`` up by group; groups past the end of ``out`` are left out."""
-    start = first
-    while start <= last:
-        group, stop = groups[start], start + 1
-        while stop <= last and groups[stop] == group:
-            stop += 1
-        if group < out.size:
-            out[group] += np.uint64(count_run(counts, start, stop))
-        start = stop
+    run = 0
+    while run < groups.numbers.size and groups.starts[run + 1] <= first:
+        run += 1
+    while run < groups.numbers.size and groups.starts[run] <= last:
+        if groups.numbers[run] < out.size:
+            start, stop = max(groups.starts[run], first), min(groups.starts[run + 1], last + 1)
+            out[groups.numbers[run]] += np.uint64(count_run(counts, start, stop))
+        run += 1
 
 
 @helper
@@ -211,9 +221,9 @@ class Gaps(NamedTuple):
 @reducer
 def count_run(weights: Array, start: int, stop: int) -> int:
     """Coordinates in bins ``start`` to ``stop`` - 1."""
-    total = 0
-    for code in range(start, stop):
-        total += weights[code]
+    run, total = weights[start:stop], 0
+    for j in range(run.size):  # from 0: an index that might be negative keeps the loop out of vectors
+        total += run[j]
     return total
 
 

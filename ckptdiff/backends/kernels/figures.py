@@ -11,6 +11,7 @@ from ckptdiff.backends.kernels.bfloat16 import bf16_to_f32
 from ckptdiff.backends.kernels.bits import bits_float
 from ckptdiff.backends.kernels.cuts import (
     Gaps,
+    Groups,
     find_delta_cut,
     find_low_cut,
     fit_null,
@@ -33,9 +34,9 @@ class Wanted(NamedTuple):
     """Thresholds in units of RMS(W0), float64."""
     nan: int
     """First bin of ``weights`` that holds NaN."""
-    delta_groups: Array
-    """Log2 bin of every bin of ``deltas`` and of ``weights``."""
-    base_groups: Array
+    delta_groups: Groups
+    """Log2 bins of the bins of ``deltas`` and of ``weights``."""
+    base_groups: Groups
     gaps: Gaps
 
 
