@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,7 @@ def test_an_input_that_changes_meanwhile(
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """A tensor of 200 MB, all of it a hole in the file, and a patch of 5 million of its values."""
     folder = tmp_path_factory.mktemp("large")
     base, numel = folder / "base.safetensors", 50_000_000
@@ -161,7 +162,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         "w.indices": Stored("I32", indices.shape, indices.tobytes()),
         "w.values": Stored("F32", indices.shape, np.ones(indices.size, "<f4").tobytes()),
     }
-    return base, write(folder / "patch.safetensors", entries, metadata_of(base, {"w": (numel,)}))
+    yield base, write(folder / "patch.safetensors", entries, metadata_of(base, {"w": (numel,)}))
+    shutil.rmtree(folder)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
