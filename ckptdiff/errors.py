@@ -12,6 +12,7 @@
     ├── PlanError             work that does not fit the memory it may use
     ├── DeviceError           a GPU that is missing, unusable or failing
     ├── MaskError             masks that do not fit a model, an optimizer or each other
+    ├── PatchError            a patch that is damaged, or does not fit a checkpoint
     └── RunFileError          a run file that cannot be read or written
 """
 
@@ -30,6 +31,7 @@ __all__ = [
     "MaskError",
     "OptionError",
     "PairingError",
+    "PatchError",
     "PlanError",
     "RunFileError",
     "first_few",
@@ -119,6 +121,10 @@ class DeviceError(CkptdiffError):
 
 class MaskError(CkptdiffError):
     """Masks that do not fit a model, an optimizer or each other."""
+
+
+class PatchError(CkptdiffError):
+    """A patch that is damaged, or does not fit a checkpoint."""
 
 
 class RunFileError(CkptdiffError):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckptdiff.checkpoint.header import Shard, TensorInfo, read_header
-from ckptdiff.checkpoint.index import check_index
+from ckptdiff.checkpoint.index import Index, check_index
 from ckptdiff.checkpoint.shards import find_shards
 from ckptdiff.errors import CheckpointError
 
@@ -28,12 +28,15 @@ class Checkpoint:
         By name, in the order of shards and, inside a shard, of bytes.
     warnings : tuple of str
         What the user should know although the checkpoint can be read.
+    index : Index or None
+        The index that names the shards, if there is one.
     """
 
     path: str
     shards: tuple[Shard, ...]
     tensors: Mapping[str, TensorInfo]
     warnings: tuple[str, ...]
+    index: Index | None = None
 
     @property
     def numel(self) -> int:
@@ -89,7 +92,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
                 raise _stored_twice(other, tensor)
     if source.index is not None:
         warnings += check_index(source.index, by_path, tensors)
-    return Checkpoint(os.fspath(path), tuple(shards), tensors, tuple(warnings))
+    return Checkpoint(os.fspath(path), tuple(shards), tensors, tuple(warnings), source.index)
 
 
 def _stored_twice(first: TensorInfo, second: TensorInfo) -> CheckpointError:

@@ -15,6 +15,7 @@ COMMANDS = {
     "show": "Print any view of a run file.",
     "inspect": "List the tensors of a checkpoint.",
     "mask": "List the masks of a run file, export them, or combine those of several.",
+    "patch": "Apply a sparse patch to a checkpoint.",
     "track": "Follow an update through the checkpoints of a training run.",
     "overlap": "Compare the masks of several runs with each other and with chance.",
     "spectra": "Add spectra to a run file, or plot them.",

@@ -155,13 +155,15 @@ def combine(runs: tuple[str, ...], operation: str | None, out: str, force: bool)
     return OK
 
 
-def _warn_of_missing(changed: int, tensors: int) -> None:
+def _warn_of_missing(changed: int, tensors: int, retyped: int) -> None:
     if changed:
         all_of_them = "ckptdiff diff --compare stored --mask bitwise takes all"
         warn([f"{quantity(changed)} values changed but are not in the patch; {all_of_them}"])
     if tensors:
         what = "without a counterpart of its shape in the base: not in the patch"
         warn([f"{plural(tensors, 'tensor')} of the tuned checkpoint {what}"])
+    if retyped:
+        warn([f"{plural(retyped, 'tensor')} in another dtype than the base's: ckptdiff patch apply refuses the patch"])
 
 
 def _require_options(layout: str, given: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ def export_patch(
     that is enough, else int64, and ``NAME.values`` in the tuned side's dtype. With a bitwise mask of ``--compare
     stored``, ``base.view(-1)[indices] = values`` makes the tuned tensor of the base; masks of other rules leave smaller
     changes out. The metadata say which rule it was, and name both sides' shards with their sizes and header hashes.
+    `ckptdiff.exports.apply.apply_patch` applies it.
 
     Parameters
     ----------
@@ -80,7 +81,7 @@ def export_patch(
     return len(changed)
 
 
-def missing_from_patch(run: RunFile, names: Sequence[str] = ()) -> tuple[int, int]:
+def missing_from_patch(run: RunFile, names: Sequence[str] = ()) -> tuple[int, int, int]:
     """What the tuned checkpoint holds beside the base and a patch of this run.
 
     Parameters
@@ -95,6 +96,8 @@ def missing_from_patch(run: RunFile, names: Sequence[str] = ()) -> tuple[int, in
         Coordinates of the chosen tensors that changed, as stored, and are in no mask.
     tensors : int
         Tensors that only the tuned side has, or has in another shape.
+    retyped : int
+        Changed tensors that the base stores in another dtype: `apply_patch` refuses them.
     """
     diff, chosen = run.load(), set(chosen_masks(run, names))
     columns = diff.columns
@@ -104,7 +107,10 @@ def missing_from_patch(run: RunFile, names: Sequence[str] = ()) -> tuple[int, in
         columns["numel"].astype(np.int64) - equal.astype(np.int64) - columns["changed"].astype(np.int64), 0
     )
     rows = [row for row, facts in enumerate(diff.tensors) if facts.name in chosen]
-    return int(left[rows].sum()), len(diff.only_in_tuned) + len(diff.mismatched)
+    retyped = [
+        row for row in rows if columns["changed"][row] and diff.tensors[row].dtype_base != diff.tensors[row].dtype_tuned
+    ]
+    return int(left[rows].sum()), len(diff.only_in_tuned) + len(diff.mismatched), len(retyped)
 
 
 def _metadata(run: RunFile, masks: Sequence[Mask]) -> dict[str, str]:

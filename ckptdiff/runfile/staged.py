@@ -11,7 +11,7 @@ from types import TracebackType
 
 from ckptdiff.errors import CkptdiffError, RunFileError
 
-__all__ = ["StagedFile"]
+__all__ = ["StagedFile", "sync_folder"]
 
 _LONGEST_STEM = 200
 _FOLDERS_NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
@@ -108,9 +108,9 @@ class StagedFile:
             os.close(self._descriptor)
             self._descriptor = -1
             self._path.replace(self._real)
+            sync_folder(self._real.parent)
         except OSError as error:
             raise self._explained(error) from error
-        self._sync_folder()
 
     def discard(self) -> None:
         """Remove the temporary file; harmless after :meth:`commit`."""
@@ -119,17 +119,6 @@ class StagedFile:
             self._descriptor = -1
         with suppress(FileNotFoundError):
             self._path.unlink()
-
-    def _sync_folder(self) -> None:
-        folder = os.open(self._real.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        except OSError as error:
-            # Some network file systems cannot; the file itself is on the disk and has its name.
-            if error.errno not in _FOLDERS_NOT_SYNCED:
-                raise self._explained(error) from error
-        finally:
-            os.close(folder)
 
     def _explained(self, error: OSError) -> RunFileError:
         hint = None
@@ -196,3 +185,22 @@ class StagedFile:
 
     def flush(self) -> None:
         """Nothing: no write waits here."""
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk.
+
+    Raises
+    ------
+    OSError
+        The system cannot, though its file system could.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot; the files themselves are on the disk and have their names.
+        if error.errno not in _FOLDERS_NOT_SYNCED:
+            raise
+    finally:
+        os.close(descriptor)

@@ -12,7 +12,7 @@ import h5py
 from ckptdiff.errors import RunFileError
 from ckptdiff.runfile.schema import FORMAT
 
-__all__ = ["TRACK_FORMAT", "check_folder", "check_target"]
+__all__ = ["TRACK_FORMAT", "check_folder", "check_new", "check_target"]
 
 TRACK_FORMAT = "ckptdiff-track"
 _KINDS = {FORMAT: "ckptdiff run file", TRACK_FORMAT: "ckptdiff track file"}
@@ -73,14 +73,31 @@ def check_folder(target: Path) -> None:
     RunFileError
         As said, or if the target itself is a directory.
     """
+    _check_parent(target)
+    if target.is_dir():
+        raise RunFileError("the output is a directory", file=target, expected="a file name", found="a directory")
+
+
+def check_new(target: Path) -> None:
+    """Refuse a target that exists, whatever it is, or whose folder is missing, not a folder, or not writable.
+
+    Raises
+    ------
+    RunFileError
+        As said.
+    """
+    _check_parent(target)
+    if os.path.lexists(target):
+        raise RunFileError("the output exists", file=target, expected="a new name", hint="choose another name")
+
+
+def _check_parent(target: Path) -> None:
     # A symbolic link is followed: the file it names is replaced, and the link stays.
     folder = Path(os.path.realpath(target)).parent
     if not folder.exists():
         raise RunFileError("the output folder does not exist", file=target, found=folder, hint=f"mkdir -p {folder}")
     if not folder.is_dir():
         raise RunFileError("the output folder is not a folder", file=target, found=folder)
-    if target.is_dir():
-        raise RunFileError("the output is a directory", file=target, expected="a file name", found="a directory")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise RunFileError(
             "the output folder is not writable",

@@ -79,7 +79,16 @@ def test_io_help_tells_of_sigbus(cli) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["diff", "--help"], ["show", "-h"], ["inspect", "-h"], ["mask", "-h"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["diff", "--help"],
+        ["show", "-h"],
+        ["inspect", "-h"],
+        ["mask", "-h"],
+        ["patch", "apply", "-h"],
+    ],
 )
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     code = (

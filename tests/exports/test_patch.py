@@ -123,7 +123,7 @@ def test_what_a_patch_leaves_out_is_said(
         left = sum(((base[name] != tuned[name]) & ~mask).sum().item() for name, mask in masked.items())
         assert (left == 0) == (rule == "bitwise")
         with ckptdiff.RunFile(path) as run:
-            assert missing_from_patch(run) == (left, 0)
+            assert missing_from_patch(run) == (left, 0, 0)
         capsys.readouterr()
         assert main(["mask", "export", path, "-o", str(tmp_path / "p.safetensors"), "--layout", "patch"]) == 0
         assert ("values changed but are not in the patch" in capsys.readouterr().err) == (left > 0)

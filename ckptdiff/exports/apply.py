@@ -1,0 +1,265 @@
+"""A base and a sparse patch make a checkpoint: the base's files with some values set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.checkpoint import Checkpoint, Shard, TensorInfo, open_checkpoint
+from ckptdiff.checkpoint.index import MAX_INDEX_BYTES
+from ckptdiff.checkpoint.regular_file import read_whole
+from ckptdiff.errors import CheckpointError, OptionError, PatchError
+from ckptdiff.events import Listener, StageProgress
+from ckptdiff.exports.patch_reader import Patch, TensorPatch, changes_of, open_patch
+from ckptdiff.runfile.staged import StagedFile
+from ckptdiff.runfile.staged_folder import StagedFolder
+from ckptdiff.runfile.target import check_new
+from ckptdiff.stream.blocks import blocks_of
+from ckptdiff.stream.reader import OpenShards, open_shards
+
+__all__ = ["Applied", "apply_patch"]
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """A checkpoint that was written.
+
+    Attributes
+    ----------
+    tensors : int
+        How many of them the patch changed.
+    coordinates : int
+        How many values it set.
+    rule, compare : str
+        Which changes the patch was made of.
+    left_out : tuple of str
+        What else lies in the base's folder, and was not copied.
+    warnings : tuple of str
+    """
+
+    tensors: int
+    coordinates: int
+    rule: str
+    compare: str
+    left_out: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def apply_patch(
+    base: str | os.PathLike[str],
+    patch: str | os.PathLike[str],
+    target: Path,
+    *,
+    force: bool = False,
+    listener: Listener | None = None,
+) -> Applied:
+    """Write the base with the patched coordinates set: the same files and headers, and all other bytes as they are.
+
+    A block of a tensor is in memory at a time, and the target takes its name when everything is written.
+
+    Parameters
+    ----------
+    base : path-like
+        A checkpoint, as `open_checkpoint` takes it.
+    patch : path-like
+        What `export_patch` wrote.
+    target : Path
+        To be made: a file in ``.safetensors`` if the base is a single file, else a folder.
+    force : bool
+        Also take a base whose headers are not those of the base that the patch was made for.
+    listener : callable, optional
+        Called with a `StageProgress` for each tensor that was written.
+
+    Raises
+    ------
+    OptionError
+        A file name for a folder, or the other way round.
+    PatchError
+        The patch is no patch, is damaged, or does not fit the base.
+    CheckpointError
+        Base or patch cannot be read, or change while they are read.
+    RunFileError
+        The target exists or cannot be written.
+    """
+    checkpoint, found = open_checkpoint(base), open_patch(patch)
+    single = checkpoint.index is None and not Path(base).is_dir()
+    _require_name(target, single)
+    check_new(target)
+    _require_a_name_each(checkpoint)
+    warnings = [*checkpoint.warnings, *_require_base(checkpoint, found, force)]
+    for change in found.tensors.values():
+        _require_fit(checkpoint, change)
+    left_out = () if single else _left_out(checkpoint)
+    copy = _Copy(checkpoint, found, listener)
+    if single:
+        with StagedFile(target) as staged:
+            with open_shards("pread") as shards:
+                copy.write(staged, shards, checkpoint.shards[0])
+            staged.commit()
+    else:
+        _write_folder(copy, target)
+    return Applied(
+        tensors=sum(1 for change in found.tensors.values() if change.count),
+        coordinates=sum(change.count for change in found.tensors.values()),
+        rule=found.rule,
+        compare=found.compare,
+        left_out=left_out,
+        warnings=tuple(warnings),
+    )
+
+
+class _Copy:
+    """Writes the shards of a base with a patch applied, and tells the listener of each tensor."""
+
+    def __init__(self, checkpoint: Checkpoint, patch: Patch, listener: Listener | None) -> None:
+        self.checkpoint, self._patch, self._listener = checkpoint, patch, listener
+        self._held = {
+            path: list(tensors)
+            for path, tensors in groupby(checkpoint.tensors.values(), lambda tensor: tensor.shard.path)
+        }
+        self._done = 0
+
+    def write(self, staged: StagedFile, shards: OpenShards, shard: Shard) -> None:
+        tensors = self._held.get(shard.path, [])
+        # The header is copied as it is, so that order, metadata and padding stay.
+        length = tensors[0].start if tensors else shard.size
+        for piece in blocks_of(shards, TensorInfo("the header", "U8", (length,), shard, 0, length)):
+            staged.write(piece.data)
+        staged.check()
+        for tensor in tensors:
+            change = self._patch.tensors.get(tensor.name)
+            for piece in _patched(shards, tensor, change) if change else blocks_of(shards, tensor):
+                staged.write(piece.data)
+                staged.check()
+            if self._listener is not None:
+                total = len(self.checkpoint.tensors)
+                self._listener(StageProgress("values", self._done, total, tensor.name))
+            self._done += 1
+
+
+def _write_folder(copy: _Copy, target: Path) -> None:
+    checkpoint = copy.checkpoint
+    folder = _folder(checkpoint)
+    with StagedFolder(target) as made:
+        with open_shards("pread") as shards:
+            for shard in checkpoint.shards:
+                path = made.path / Path(shard.path).relative_to(folder)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with StagedFile(path) as staged:
+                    copy.write(staged, shards, shard)
+                    staged.commit()
+        if checkpoint.index is not None:
+            index = checkpoint.index.path
+            with StagedFile(made.path / Path(index).name) as staged:
+                staged.write(read_whole(index, MAX_INDEX_BYTES))
+                staged.commit()
+        made.commit()
+
+
+def _patched(shards: OpenShards, tensor: TensorInfo, patch: TensorPatch) -> Iterator[NDArray[np.uint8]]:
+    """Stored bytes of a tensor, a block at a time, with the patch applied."""
+    changes = changes_of(shards, patch)
+    change = next(changes, None)
+    for block, stored in enumerate(blocks_of(shards, tensor)):
+        if change is None or change.block != block:
+            yield stored
+            continue
+        codes = stored.view(change.values.dtype).copy()
+        while change is not None and change.block == block:
+            codes[change.offsets] = change.values
+            change = next(changes, None)
+        yield codes.view(np.uint8)
+
+
+def _require_name(target: Path, single: bool) -> None:
+    if single == (target.suffix == ".safetensors"):
+        return
+    raise OptionError(
+        "the base is a single file" if single else "the base is a folder of shards",
+        file=target,
+        expected="a name in .safetensors" if single else "the name of a folder",
+        found=target.name,
+    )
+
+
+def _require_a_name_each(checkpoint: Checkpoint) -> None:
+    """Refuse an index that names a file twice, by a link: the copy would lack one of the names."""
+    index = checkpoint.index
+    if index is not None and len(index.shard_paths) != len(checkpoint.shards):
+        raise CheckpointError(
+            "the index gives one file two names",
+            file=index.path,
+            expected=f"{len(index.shard_paths)} files",
+            found=f"{len(checkpoint.shards)}",
+        )
+
+
+def _require_base(checkpoint: Checkpoint, patch: Patch, force: bool) -> list[str]:
+    """Compare the base's headers with those that the patch was made for; returns a warning if they may differ."""
+    if any((shard.device, shard.inode) == (patch.shard.device, patch.shard.inode) for shard in checkpoint.shards):
+        raise PatchError(
+            "the patch lies among the shards of the base, and would be read as one of them",
+            file=patch.shard.path,
+            hint="move it to another folder",
+        )
+    found = sorted((shard.header_sha256, shard.size) for shard in checkpoint.shards)
+    if found == list(patch.base):
+        return []
+    known = len(set(found) & set(patch.base))
+    if force:
+        return ["the base is not the one that the patch was made for, by its headers; applied all the same"]
+    raise PatchError(
+        "not the base that the patch was made for",
+        file=checkpoint.path,
+        expected=f"{len(patch.base)} shards with the headers that {patch.shard.path} names",
+        found=f"{len(found)} shards, of which {known} have such a header",
+        hint="if it holds the same weights in other files, --force",
+    )
+
+
+def _require_fit(checkpoint: Checkpoint, patch: TensorPatch) -> None:
+    file = patch.indices.shard.path
+    tensor = checkpoint.tensors.get(patch.name)
+    if tensor is None:
+        raise PatchError(
+            "the base lacks a tensor that the patch changes",
+            file=file,
+            tensor=patch.name,
+            expected=f"the tensor in {checkpoint.path}",
+            found="it is in no shard",
+        )
+    if tensor.shape != patch.shape:
+        raise PatchError(
+            "the tensor has another shape in the base",
+            file=file,
+            tensor=patch.name,
+            expected=f"shape {list(patch.shape)}, as when the patch was made",
+            found=f"shape {list(tensor.shape)}",
+        )
+    if tensor.dtype != patch.values.dtype:
+        raise PatchError(
+            "the tensor has another dtype in the base",
+            file=file,
+            tensor=patch.name,
+            expected=f"{tensor.dtype}, as in {checkpoint.path}",
+            found=f"values in {patch.values.dtype}",
+            hint="export a patch without this tensor, or of a tuned checkpoint in the base's dtypes",
+        )
+
+
+def _folder(checkpoint: Checkpoint) -> Path:
+    return Path(checkpoint.index.path if checkpoint.index else checkpoint.shards[0].path).parent
+
+
+def _left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
+    folder = _folder(checkpoint)
+    copied = {Path(shard.path).relative_to(folder).parts[0] for shard in checkpoint.shards}
+    if checkpoint.index is not None:
+        copied.add(Path(checkpoint.index.path).name)
+    return tuple(sorted(path.name for path in folder.iterdir() if path.name not in copied and path.name[0] != "."))

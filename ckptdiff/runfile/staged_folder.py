@@ -1,0 +1,72 @@
+"""A folder that takes its name only when all its files are complete."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+from ckptdiff.errors import CkptdiffError, RunFileError
+from ckptdiff.runfile.staged import sync_folder
+
+__all__ = ["StagedFolder"]
+
+_LONGEST_STEM = 100
+
+
+class StagedFolder:
+    """A new folder beside its target, to be filled and then committed: a context manager.
+
+    Leaving the ``with`` block without a :meth:`commit`, for whatever reason, removes it and all that is in it. Errors
+    about a file in it name the file where it was to be.
+
+    Parameters
+    ----------
+    target : Path
+        The final name, which nothing has yet.
+
+    Attributes
+    ----------
+    path : Path
+        Where the files are to be written.
+
+    Raises
+    ------
+    RunFileError
+        If the folder cannot be made.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.path = target.with_name(f".{target.name[:_LONGEST_STEM]}.{secrets.token_hex(4)}.tmp")
+
+    def __enter__(self) -> StagedFolder:
+        try:
+            self.path.mkdir()
+        except OSError as error:
+            raise RunFileError(f"cannot create the output: {error.strerror}", file=self.target) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        if isinstance(error, CkptdiffError) and error.file is not None:
+            file = Path(error.file)
+            if file.is_relative_to(self.path):
+                error.file = str(self.target / file.relative_to(self.path))
+
+    def commit(self) -> None:
+        """Give the folder its name.
+
+        Raises
+        ------
+        RunFileError
+            If the system does not, as when something has taken the name meanwhile.
+        """
+        try:
+            self.path.rename(self.target)
+            sync_folder(self.target.parent)
+        except OSError as error:
+            raise RunFileError(f"cannot name the output: {error.strerror}", file=self.target) from error
