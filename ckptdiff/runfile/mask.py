@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ckptdiff.errors import RunFileError
 from ckptdiff.options import MaskRule
 from ckptdiff.runfile.schema import BIT_ORDER, MASK_CHUNK, escape_name, packed_bytes
+from ckptdiff.runfile.typed import shape_of, text_of
 
 __all__ = ["IndexArray", "Mask", "MaskView"]
 
@@ -119,15 +120,15 @@ class MaskView(Mapping[str, Mask]):
         self._group = group
         self._guard = guard
         with guard():
-            self.rule = MaskRule.parse(group.attrs["rule"])
-            self.compare = str(group.attrs["compare"])
+            self.rule = MaskRule.parse(text_of(group, "rule"))
+            self.compare = text_of(group, "compare")
         self._counts = {} if self.rule.kind == "none" else counts
 
     def __getitem__(self, name: str) -> Mask:
         count = self._counts[name]
         with self._guard(tensor=name):
             dataset = self._group[escape_name(name)]
-            shape = tuple(dataset.attrs["shape"].tolist())
+            shape = shape_of(dataset)
         expected = (packed_bytes(math.prod(shape)),)
         if dataset.shape != expected or dataset.dtype != np.uint8:
             raise RunFileError(

@@ -12,14 +12,23 @@ from types import TracebackType
 from typing import Any
 
 import h5py
+import numpy as np
 
 from ckptdiff.errors import OptionError, RunFileError
 from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.result import Diff
 from ckptdiff.runfile.mask import MaskView
-from ckptdiff.runfile.schema import FORMAT, FORMAT_VERSION, HDF5_SIGNATURE, HISTOGRAMS, unescape
+from ckptdiff.runfile.schema import FORMAT, FORMAT_VERSION, HDF5_SIGNATURE, HISTOGRAMS
 from ckptdiff.runfile.spectra_table import SpectraView, read_spectra
-from ckptdiff.runfile.tables import read_columns, read_facts, read_provenance, read_unmatched
+from ckptdiff.runfile.tables import (
+    numbers_of_tensors,
+    read_columns,
+    read_facts,
+    read_provenance,
+    read_unmatched,
+    texts_of_tensors,
+)
+from ckptdiff.runfile.typed import text_of
 
 __all__ = ["HistogramView", "RunFile"]
 
@@ -48,7 +57,8 @@ class RunFile:
         except OSError as error:
             raise self._damaged(error) from error
         try:
-            self._require_complete()
+            with self._guard():
+                self._require_complete()
         except BaseException:
             self._file.close()
             raise
@@ -74,7 +84,7 @@ class RunFile:
             return Diff(
                 tensors=facts,
                 columns=columns,
-                ckptdiff_version=self.attributes["ckptdiff_version"],
+                ckptdiff_version=text_of(self._file, "ckptdiff_version"),
                 warnings=tuple(provenance.pop("warnings")),
                 spectra=read_spectra(self._file),
                 **provenance,
@@ -85,7 +95,8 @@ class RunFile:
     def attributes(self) -> dict[str, Any]:
         """Root attributes: format, format_version, ckptdiff_version, title, complete."""
         with self._guard():
-            return {name: getattr(value, "item", lambda v=value: v)() for name, value in self._file.attrs.items()}
+            found = self._file.attrs.items()
+            return {name: value.item() if isinstance(value, np.generic) else value for name, value in found}
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -97,13 +108,13 @@ class RunFile:
     def names(self) -> tuple[str, ...]:
         """Names of the compared tensors in plan order."""
         with self._guard():
-            return tuple(unescape(name) for name in self._file["tensors/name"].asstr()[:])
+            return tuple(texts_of_tensors(self._file["tensors"], "name"))
 
     @cached_property
     def masks(self) -> MaskView:
         """The masks by tensor name."""
         with self._guard():
-            counts = self._file["tensors/changed"][:].tolist()
+            counts = numbers_of_tensors(self._file["tensors"], "changed", np.uint64).tolist()
             return MaskView(self._file["masks"], dict(zip(self.names, counts, strict=True)), self._guard)
 
     def require_masks(self) -> None:
@@ -186,7 +197,8 @@ class RunFile:
             "the run file is damaged or truncated",
             file=self.path,
             tensor=tensor,
-            found=str(error),
+            expected=getattr(error, "expected", None),
+            found=getattr(error, "found", str(error)),
             hint="run ckptdiff diff again",
         )
 

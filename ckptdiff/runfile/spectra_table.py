@@ -9,9 +9,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.metrics.spectral import SPECTRAL_FIGURES, Spectra, spectral_keys
+from ckptdiff.metrics.spectral import SPECTRAL_FIGURES, SPECTRAL_KEYS, Spectra, spectral_keys
 from ckptdiff.runfile.schema import escape_name, escape_text, unescape
-from ckptdiff.runfile.tables import of_tensors
+from ckptdiff.runfile.tables import numbers_of_tensors, texts_of_tensors
+from ckptdiff.runfile.typed import numbers_of, text_of
 
 __all__ = ["SPECTRUM_LISTS", "SpectraView", "add_spectrum", "read_spectra", "write_spectra"]
 
@@ -80,16 +81,10 @@ def read_spectra(file: Any) -> Spectra | None:
     if "spectra" not in file:
         return None
     tensors = file["tensors"]
-    methods, reasons = (
-        tuple(unescape(text) for text in of_tensors(tensors, _PREFIX + key).asstr()[:]) if tensors["name"].size else ()
-        for key in _TEXTS
-    )
-    matrices, ranks = (of_tensors(tensors, _PREFIX + key)[:].astype(np.int64) for key in _COUNTS)
-    columns = {
-        key: of_tensors(tensors, _PREFIX + key)[:] for figure in SPECTRAL_FIGURES for _, key in spectral_keys(figure)
-    }
-    mode = str(file["spectra"].attrs["mode"])
-    return Spectra(mode, columns, methods, reasons, matrices, ranks)
+    methods, reasons = (tuple(texts_of_tensors(tensors, _PREFIX + key)) for key in _TEXTS)
+    matrices, ranks = (numbers_of_tensors(tensors, _PREFIX + key, np.uint64).astype(np.int64) for key in _COUNTS)
+    columns = {key: numbers_of_tensors(tensors, _PREFIX + key, np.float64) for key in SPECTRAL_KEYS}
+    return Spectra(text_of(file["spectra"], "mode"), columns, methods, reasons, matrices, ranks)
 
 
 class SpectraView(Mapping[str, dict[str, NDArray[np.float64]]]):
@@ -105,7 +100,7 @@ class SpectraView(Mapping[str, dict[str, NDArray[np.float64]]]):
         link = self._names[name]
         with self._guard(tensor=name):
             found = self._group[link]
-            return {key: found[key][:] for key in SPECTRUM_LISTS if key in found}
+            return {key: numbers_of(found[key], np.float64) for key in SPECTRUM_LISTS if key in found}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -9,21 +9,41 @@ from typing import Any
 
 import h5py
 import numpy as np
+from numpy.typing import DTypeLike
 
 from ckptdiff.metrics.catalogue import COLUMNS
 from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
 from ckptdiff.runfile.schema import TEXT_FACTS, escape_text, unescape
+from ckptdiff.runfile.typed import Spec, WrongTypeError, json_of, numbers_of, parse_json, texts_of
 
 __all__ = [
-    "of_tensors",
+    "numbers_of_tensors",
     "read_columns",
     "read_facts",
     "read_provenance",
     "read_unmatched",
+    "texts_of_tensors",
     "write_provenance",
     "write_tensors",
 ]
 
+_SIDE: Spec = {"path": str, "shards": [{"file": str, "size": int, "mtime_ns": int, "header_sha256": str}]}
+_PROVENANCE: Spec = {
+    "base": _SIDE,
+    "tuned": _SIDE,
+    "compare": str,
+    "mask_rule": str,
+    "options": {"renames": [str], "include": [str], "exclude": [str], "groups": [str]},
+    "run": dict,
+    "warnings": [str],
+}
+_UNMATCHED: Spec = {
+    "only_in_base": [str],
+    "only_in_tuned": [str],
+    "aliased": [{"name": str, "of": str}],
+    "mismatched": [{"name": str, "base": dict, "tuned": dict, "reason": str}],
+}
+"""What readers of these rely on."""
 _NO_LAYER = -1
 _TEXT = h5py.string_dtype()
 _CHUNK = 1 << 14
@@ -85,43 +105,63 @@ def write_provenance(file: Any, diff: Diff) -> None:
     )
 
 
-def of_tensors(group: Any, name: str) -> Any:
-    """A dataset of ``/tensors``.
+def numbers_of_tensors(group: Any, name: str, dtype: DTypeLike) -> Any:
+    """A dataset of ``/tensors`` that holds a number per tensor.
 
     Raises
     ------
-    ValueError
-        If it does not hold one value per tensor.
+    WrongTypeError
+        If it holds others, or another number of them.
     """
-    dataset, tensors = group[name], group["name"].size
-    if dataset.shape != (tensors,):
-        raise ValueError(f"{dataset.name} has shape {dataset.shape} for {tensors} tensors")
+    return numbers_of(_of_tensors(group, name), dtype)
+
+
+def texts_of_tensors(group: Any, name: str) -> list[str]:
+    """A dataset of ``/tensors`` that holds a text per tensor, unescaped.
+
+    Raises
+    ------
+    WrongTypeError
+        If it holds others, or another number of them.
+    """
+    return list(map(unescape, texts_of(_of_tensors(group, name))))
+
+
+def _of_tensors(group: Any, name: str) -> Any:
+    dataset, names = group[name], group["name"]
+    for found in (names, dataset):
+        if not isinstance(found, h5py.Dataset):
+            raise WrongTypeError(f"one value per tensor in {found.name}", "a group")
+        if found.shape != (names.size,):
+            raise WrongTypeError(f"one value per tensor in {found.name}", f"shape {found.shape}, {names.size} tensors")
     return dataset
 
 
 def read_columns(group: Any) -> dict[str, Any]:
     """Every column of the catalogue, by name."""
-    return {column.name: of_tensors(group, column.name)[:].astype(column.dtype, copy=False) for column in COLUMNS}
+    return {column.name: numbers_of_tensors(group, column.name, column.dtype) for column in COLUMNS}
 
 
 def read_facts(group: Any) -> tuple[TensorFacts, ...]:
     """What is known of each tensor, in plan order."""
-    texts = {fact: of_tensors(group, fact).asstr()[:] for fact in ("name", *TEXT_FACTS)}
-    layers, same = of_tensors(group, "layer")[:].tolist(), of_tensors(group, "same_bytes")[:].tolist()
+    texts = {fact: texts_of_tensors(group, fact) for fact in ("name", *TEXT_FACTS)}
+    layers = numbers_of_tensors(group, "layer", np.int64).tolist()
+    same = numbers_of_tensors(group, "same_bytes", np.uint8).tolist()
     return tuple(
-        _facts({fact: unescape(values[row]) for fact, values in texts.items()}, layers[row], same[row] == 1)
+        _facts({fact: values[row] for fact, values in texts.items()}, layers[row], same[row] == 1)
         for row in range(len(layers))
     )
 
 
 def read_provenance(file: Any) -> dict[str, Any]:
     """The JSON object of ``/provenance``."""
-    return _object(file["provenance"])
+    known: dict[str, Any] = json_of(file["provenance"], _PROVENANCE)
+    return known
 
 
 def read_unmatched(file: Any) -> dict[str, Any]:
     """The lists of ``/unmatched``, as fields of a :class:`~ckptdiff.result.Diff`."""
-    lists = _object(file["unmatched"])
+    lists = json_of(file["unmatched"], _UNMATCHED)
     return {
         "only_in_base": tuple(lists["only_in_base"]),
         "only_in_tuned": tuple(lists["only_in_tuned"]),
@@ -130,23 +170,16 @@ def read_unmatched(file: Any) -> dict[str, Any]:
     }
 
 
-def _object(dataset: Any) -> dict[str, Any]:
-    value = json.loads(dataset[()])
-    if not isinstance(value, dict):
-        raise ValueError(f"{dataset.name} is not a JSON object")
-    return value
-
-
 def _facts(texts: Mapping[str, str], layer: int, same_bytes: bool) -> TensorFacts:
     plain = {fact: texts[fact] for fact in ("name", "dtype_base", "dtype_tuned", "compare", "tower")}
     return TensorFacts(
         **plain,
-        shape=tuple(json.loads(texts["shape"])),
+        shape=tuple(parse_json(texts["shape"], [int], "/tensors/shape")),
         layer=None if layer == _NO_LAYER else layer,
         module_type=texts["module_type"],
         block=texts["block"],
         tuned_name=None if texts["tuned_name"] == texts["name"] else texts["tuned_name"],
-        groups=tuple(json.loads(texts["groups"])),
+        groups=tuple(parse_json(texts["groups"], [str], "/tensors/groups")),
         same_bytes=same_bytes,
     )
 

@@ -11,6 +11,7 @@ import h5py
 
 from ckptdiff.errors import RunFileError
 from ckptdiff.runfile.schema import FORMAT
+from ckptdiff.runfile.typed import text_of
 
 __all__ = ["TRACK_FORMAT", "check_folder", "check_new", "check_target"]
 
@@ -110,6 +111,6 @@ def _check_parent(target: Path) -> None:
 def _is_of(path: Path, format: str) -> bool:
     try:
         with h5py.File(path, "r", locking=False) as file:
-            return bool(file.attrs.get("format") == format)
-    except OSError:
+            return text_of(file, "format") == format
+    except (OSError, KeyError, TypeError, ValueError):
         return False

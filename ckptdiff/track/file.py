@@ -25,15 +25,17 @@ import ckptdiff
 from ckptdiff.backends.kernels.trajectory import Flow
 from ckptdiff.checkpoint import Shard
 from ckptdiff.errors import RunFileError
-from ckptdiff.runfile.schema import escape_text, unescape
+from ckptdiff.runfile.schema import escape_text
 from ckptdiff.runfile.staged import StagedFile
-from ckptdiff.runfile.tables import of_tensors
+from ckptdiff.runfile.tables import numbers_of_tensors, texts_of_tensors
 from ckptdiff.runfile.target import TRACK_FORMAT, check_target
+from ckptdiff.runfile.typed import Spec, WrongTypeError, json_of, numbers_of, parse_json
 from ckptdiff.track.result import COUNTS, Track
 
 __all__ = ["check_track_target", "load_track", "save_track"]
 
 _VERSION = 1
+_PROVENANCE: Spec = {"base": str, "steps": [str], "compare": str, "warnings": [str]}
 _TEXT = h5py.string_dtype()
 _COUNTED = tuple(flow.name.lower() for flow in Flow)
 
@@ -93,7 +95,13 @@ def load_track(path: str | os.PathLike[str]) -> Track:
             _require_ours(file, path)
             return _read(file)
         except (OSError, KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-            raise RunFileError("the track file is damaged or truncated", file=path, found=str(error)) from error
+            raise RunFileError(
+                "the track file is damaged or truncated",
+                file=path,
+                expected=getattr(error, "expected", None),
+                found=getattr(error, "found", str(error)),
+                hint="run ckptdiff track again",
+            ) from error
 
 
 def _require_ours(file: Any, path: str | os.PathLike[str]) -> None:
@@ -111,22 +119,23 @@ def _require_ours(file: Any, path: str | os.PathLike[str]) -> None:
 
 
 def _read(file: Any) -> Track:
-    known, tensors = json.loads(file["provenance"][()]), file["tensors"]
-    shapes = tuple(tuple(json.loads(shape)) for shape in of_tensors(tensors, "shape").asstr()[:])
-    figures = {key: tensors[key][:] for key in (*_COUNTED, "delta_norm")}
+    known, tensors = json_of(file["provenance"], _PROVENANCE), file["tensors"]
+    shapes = (parse_json(text, [int], "/tensors/shape") for text in texts_of_tensors(tensors, "shape"))
+    names = texts_of_tensors(tensors, "name")
+    figures = {key: numbers_of(tensors[key], np.uint64) for key in _COUNTED}
+    figures["delta_norm"] = numbers_of(tensors["delta_norm"], np.float64)
     for key, values in figures.items():
-        if values.shape != (len(known["steps"]), len(shapes)):
-            raise ValueError(
-                f"{key} has shape {values.shape} for {len(known['steps'])} steps and {len(shapes)} tensors"
-            )
+        if values.shape != (len(known["steps"]), len(names)):
+            expected = f"{len(known['steps'])} x {len(names)} values in /tensors/{key}: steps x tensors"
+            raise WrongTypeError(expected, f"shape {values.shape}")
     return Track(
         base=known["base"],
         steps=tuple(known["steps"]),
         compare=known["compare"],
-        names=tuple(unescape(name) for name in tensors["name"].asstr()[:]),
-        shapes=shapes,
+        names=tuple(names),
+        shapes=tuple(map(tuple, shapes)),
         counts={key: figures[key].astype(np.int64) for key in _COUNTED},
-        base_norms=of_tensors(tensors, "base_norm")[:],
+        base_norms=numbers_of_tensors(tensors, "base_norm", np.float64),
         delta_norms=figures["delta_norm"],
         warnings=tuple(known["warnings"]),
     )
