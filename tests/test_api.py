@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -74,3 +75,37 @@ def test_squares_beyond_float64_leave_shares_undefined(tmp_path: Path) -> None:
     assert diff.overall["unchanged_bitwise"] == 0.5
     assert diff.overall["max_abs"] == pytest.approx(3e199)
     assert set(diff.overall["coord_energy"].values()) == {None}
+
+
+@pytest.mark.parametrize("side", ["base", "update"])
+def test_sums_beyond_float64_are_no_figures(tmp_path: Path, side: str) -> None:
+    rng = np.random.default_rng(5)
+    plain, step = rng.normal(size=(40, 50)), rng.normal(size=(40, 50)) * 1e-4 * (rng.random((40, 50)) < 0.3)
+    large, far = plain.copy(), step.copy()
+    if side == "base":
+        large[3, :5] = [1e155, -1e200, 1e308, -1e308, 1e308]
+    else:
+        far[3, :4] = [1.7e308, 1.7e308, -1.7e308, -1.7e308]  # in sums of both signs
+    save_file({"large": large, "plain": plain}, tmp_path / "base.safetensors")
+    save_file({"large": large + far, "plain": plain + step}, tmp_path / "tuned.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        diff = ckptdiff.diff(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", compare="stored")
+        rows = {facts.name: row for facts, row in zip(diff.tensors, diff.per_tensor, strict=True)}
+        shown = [rows["large"], diff.overall, *diff.grouped("module")]
+    squares = {"rel_norm", "cosine", "tuned_norm"}
+    undefined = squares | ({"base_norm"} if side == "base" else {"delta_norm", "l1", "mean", "delta_energy_share"})
+    for row in shown:
+        assert {key for key in undefined if row[key] is not None} == set()
+        figures = row["unchanged_rel"] if side == "base" else row["coord_energy"]
+        assert set(figures.values()) == {None}
+    moved = (large + far) - large
+    assert rows["large"]["unchanged_abs"]["1e-05"] == np.mean(np.abs(moved) <= 1e-5)
+    assert rows["large"]["max_abs"] == np.abs(moved).max()
+    delta = (plain + step) - plain
+    expected = np.mean(np.abs(delta) <= 1e-3 * np.sqrt(np.mean(plain**2)))
+    assert rows["plain"]["unchanged_rel"]["0.001"] == expected
+    assert rows["plain"]["rel_norm"] == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(plain))
+    if side == "base":
+        with pytest.raises(ckptdiff.CkptdiffError, match="beyond float64"):
+            ckptdiff.diff(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", compare="stored", mask="rel:1")

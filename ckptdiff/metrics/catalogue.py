@@ -156,6 +156,16 @@ def _flat_fraction(key: str) -> Callable[[Grouping, float | None], FloatArray]:
     return lambda groups, parameter: _fraction(groups, flat_key(key, parameter))
 
 
+def _if_finite(groups: Grouping, column: str, values: FloatArray) -> FloatArray:
+    """Values of the groups in which a column, made of sums, stayed within float64 for each tensor."""
+    return np.where(np.isfinite(groups.total(column)), values, np.nan)
+
+
+def _unchanged_rel(groups: Grouping, tau: float | None) -> FloatArray:
+    # Every |d| is within an infinite RMS(W0).
+    return _if_finite(groups, "base_norm", _fraction(groups, flat_key("unchanged_rel", tau)))
+
+
 def _unchanged_stored(groups: Grouping, _: float | None) -> FloatArray:
     return np.where(groups.total("wide") > 0, _fraction(groups, "unchanged_stored"), np.nan)
 
@@ -194,7 +204,12 @@ def _delta_energy_share(groups: Grouping, _: float | None) -> FloatArray:
 
 
 def _coord_energy(groups: Grouping, p: float | None) -> FloatArray:
-    return groups.mean(flat_key("coord_energy", p), groups.squares("delta_norm"))
+    return _if_finite(groups, "delta_norm", groups.mean(flat_key("coord_energy", p), groups.squares("delta_norm")))
+
+
+def _mean(groups: Grouping, _: float | None) -> FloatArray:
+    # A sum of infinities of both signs is NaN, which no total holds; that of |d| is infinite then.
+    return _if_finite(groups, "l1", groups.ratio(groups.total("delta_sum"), groups.total("finite")))
 
 
 def _coverage(key: str) -> Callable[[Grouping, float | None], FloatArray]:
@@ -213,7 +228,7 @@ FIGURES: tuple[Figure, ...] = (
     Figure("unchanged_stored", "fraction", "equal values as stored", "ckptdiff", _unchanged_stored),
     Figure("unchanged_eta", "fraction", f"|d| <= {ETA:g} max(|W0|, |W1|)", "S3", _flat_fraction("unchanged_eta")),
     Figure("unchanged_abs", "fraction", "|d| <= eps", "S1, S2", _flat_fraction("unchanged_abs"), EPS),
-    Figure("unchanged_rel", "fraction", "|d| <= tau RMS(W0)", "S1", _flat_fraction("unchanged_rel"), TAU),
+    Figure("unchanged_rel", "fraction", "|d| <= tau RMS(W0)", "S1", _unchanged_rel, TAU),
     Figure("changed", "count", "coordinates in the mask", "ckptdiff", _changed, bitwise=True),
     Figure("delta_norm", "norm", "norm of d", "S1", lambda groups, _: np.sqrt(_delta_square(groups))),
     Figure("base_norm", "norm", "norm of W0", "S1", lambda groups, _: np.sqrt(_base_square(groups))),
@@ -233,7 +248,7 @@ FIGURES: tuple[Figure, ...] = (
         "value",
         "mean of d",
         "usual",
-        lambda groups, _: groups.ratio(groups.total("delta_sum"), groups.total("finite")),
+        _mean,
     ),
     Figure("max_abs", "value", "largest |d|", "usual", lambda groups, _: groups.largest("max_abs")),
     Figure("coord_energy", "fraction", "share of sum d^2 in the p % largest |d|", "S1", _coord_energy, P),

@@ -161,5 +161,6 @@ def log2_groups(name: str) -> Groups:
 
 def _ratio(numerator: NDArray[Any], denominator: NDArray[Any]) -> NDArray[np.float64]:
     undefined = np.full(len(denominator), np.nan)
-    quotient: NDArray[np.float64] = np.divide(numerator, denominator, out=undefined, where=denominator != 0)
+    known = (denominator != 0) & np.isfinite(denominator)
+    quotient: NDArray[np.float64] = np.divide(numerator, denominator, out=undefined, where=known)
     return quotient

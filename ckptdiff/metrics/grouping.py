@@ -73,9 +73,10 @@ class Grouping:
 
     @staticmethod
     def ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
-        """Quotient, NaN where the denominator is zero."""
+        """Quotient, NaN where the denominator is zero or beyond float64."""
         undefined = np.full(np.shape(numerator), np.nan)
-        quotient: FloatArray = np.divide(numerator, denominator, out=undefined, where=denominator != 0)
+        known = (denominator != 0) & np.isfinite(denominator)
+        quotient: FloatArray = np.divide(numerator, denominator, out=undefined, where=known)
         return quotient
 
     def _sum(self, values: FloatArray) -> FloatArray:
@@ -102,8 +103,11 @@ def figures_of(groups: Grouping) -> list[dict[str, Any]]:
 
 def values_of(groups: Grouping, figure: Figure, parameter: float | None) -> FloatArray:
     """One figure of every group, NaN where undefined, shape (groups.size,)."""
-    values = figure.value(groups, parameter)
-    return values if figure.bitwise else np.where(groups.total("valued") > 0, values, np.nan)
+    # A sum beyond float64 is infinite, and so no figure; differences of such sums are NaN already.
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = figure.value(groups, parameter)
+    known = np.isfinite(values)
+    return np.where(known if figure.bitwise else known & (groups.total("valued") > 0), values, np.nan)
 
 
 def median_2d(groups: Grouping, matrices: NDArray[np.bool_]) -> dict[str, Any]:
@@ -120,7 +124,7 @@ def median_2d(groups: Grouping, matrices: NDArray[np.bool_]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for figure in FIGURES:
         for parameter, _ in flat_keys(figure):
-            values = figure.value(groups, parameter)[chosen]
+            values = values_of(groups, figure, parameter)[chosen]
             values = values[~np.isnan(values)]
             _put(row, figure, parameter, float(np.median(values)) if values.size else np.nan, whole=False)
     return row

@@ -21,6 +21,7 @@ from ckptdiff.backends.kernels.figures import base_sums
 from ckptdiff.backends.kernels.tiles import facts_of
 from ckptdiff.backends.partial import BitScan, Count, Partial, Refined, Rule, Scan, Sum, Targets
 from ckptdiff.backends.records import Records
+from ckptdiff.errors import OptionError
 from ckptdiff.metrics.catalogue import EPS, ETA, TAU, P
 from ckptdiff.metrics.columns import (
     LARGEST,
@@ -103,12 +104,24 @@ class FloatMeasurement:
         self._offer_mask(rule.kind in ("bitwise", "abs", "eta"))
 
     def take(self, result: Partial | Refined) -> None:
-        """Take the merged result of the pass and decide on the next one."""
+        """Take the merged result of the pass and decide on the next one.
+
+        Raises
+        ------
+        OptionError
+            The rule is ``rel``, and RMS(W0) is beyond float64.
+        """
         if isinstance(result, Refined):
             self._refine(result)
         elif self._state == "scan":
             self._scanned = result
             self._finite, self._base_square = self._base()
+            if self.rule.kind == "rel" and not math.isfinite(self._base_square):
+                raise OptionError(
+                    "the sum of W0^2 of a tensor is beyond float64: a rel mask has no threshold there",
+                    expected="float64 values below 1e154",
+                    hint="--mask eta:ETA or top:PERCENT, or --exclude the tensor",
+                )
             self._masked = int(result.counts[Count.MASKED])
             self._start()
         elif self._state == "ties":
