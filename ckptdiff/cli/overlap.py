@@ -12,7 +12,7 @@ from ckptdiff.cli.listing import format_option, output_option, write_rows
 from ckptdiff.cli.messages import warn
 from ckptdiff.cli.target import ReportTarget
 from ckptdiff.errors import plural
-from ckptdiff.members import LABEL_KEYS
+from ckptdiff.members import GROUPINGS, LABEL_KEYS
 from ckptdiff.report.json_text import dumps
 from ckptdiff.report.text import percent, quantity, safe
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["overlap"]
 
-_BY = ("tensor", "module", "layer", "block")
 _MEANINGS = {
     "o1": "o1: share of the first mask that is in the second.",
     "o2": "o2: the reverse.",
@@ -34,7 +33,12 @@ _COUNTS = ("numel", "masked_1", "masked_2", "masked_both")
 
 @click.command(short_help="Compare the masks of several runs with each other and with chance.")
 @click.argument("runs", nargs=-1, type=click.Path(), metavar="RUN1.h5 RUN2.h5 [...]")
-@click.option("--by", type=click.Choice(_BY), default="block", help="What the rows stand for.")
+@click.option(
+    "--by",
+    type=click.Choice(GROUPINGS),
+    default="block",
+    help="What the rows stand for; group: the groups of the first run (ckptdiff diff --group).",
+)
 @click.option(
     "--base",
     type=click.Path(),
@@ -76,15 +80,14 @@ def overlap(runs: tuple[str, ...], **given: Any) -> int:
 
 
 def _document(found: Overlap) -> dict[str, Any]:
+    from ckptdiff.report.rows import LIST_KEYS
+
     pairs = [
         {
             "first": pair.first,
             "second": pair.second,
             "global": found.overall(pair),
-            "modules": found.grouped(pair, "module"),
-            "layers": found.grouped(pair, "layer"),
-            "blocks": found.grouped(pair, "block"),
-            "tensors": found.grouped(pair, "tensor"),
+            **{key: rows for by, key in LIST_KEYS.items() if (rows := found.grouped(pair, by)) or by != "group"},
         }
         for pair in found.pairs
     ]
@@ -118,6 +121,8 @@ def _write_table(stream: TextIO, found: Overlap, pair: PairCounts, by: str) -> N
         *table_lines(columns, screen),
         *legend_lines(_MEANINGS, [columns], screen),
     ]
+    if by == "group" and len(rows) == 1:
+        lines.append("The first run has no groups; --group NAME=REGEX of ckptdiff diff makes them.")
     if rows[-1]["o1"] is not None and rows[-1]["o1_conditional"] is None:
         lines.append("No chance by size: these masks are not bitwise, so that --base PATH has to name the base for it.")
     stream.write("\n".join(lines) + "\n")

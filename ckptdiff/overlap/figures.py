@@ -72,9 +72,10 @@ class Overlap:
         return self._row(pair, self._valued())
 
     def grouped(self, pair: PairCounts, by: str) -> list[dict[str, Any]]:
-        """Figures by "tensor", "module", "layer" or "block", each row with its label.
+        """Figures by "tensor", "module", "layer", "block", "tower" or "group", each row with its label.
 
-        Groups are of floating tensors, in order of first appearance, layers in order of their number.
+        Groups are of floating tensors, in order of first appearance, layers in order of their number. "group" are the
+        user's own, as the first run has them; a tensor may be in several.
         """
         if by == "tensor":
             return [{"name": facts.name, **self._row(pair, [row])} for row, facts in enumerate(self.tensors)]

@@ -93,6 +93,38 @@ def test_groups_hold_their_floating_tensors(updates: Updates) -> None:
     assert tensors["empty"]["jaccard"] is None
 
 
+def test_the_groups_of_the_first_run_and_towers(
+    updates: Updates, tmp_path: Path, invoke: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    paths = [updates.folder / f"{name}.safetensors" for name in ("base", "tuned1")]
+    first = tmp_path / "grouped.h5"
+    ckptdiff.diff(*paths, out=first, mask="bitwise", groups=(r"mlp=\.mlp\.", r"early=layers\.0\.|ids"))
+    found = overlap([first, updates.run(2)])
+    (pair,) = found.pairs
+    groups = {row.pop("group"): row for row in found.grouped(pair, "group")}
+    assert groups.keys() == {"early", "mlp"}
+    members = {
+        "early": [name for name in FLOATING if "layers.0." in name],
+        "mlp": [n for n in FLOATING if ".mlp." in n],
+    }
+    for group, names in members.items():
+        wanted = {"tensors": len(names), **expected(updates, 1, 2, names, by_octaves)}
+        assert groups[group] == pytest.approx(wanted, rel=1e-12)
+    (tower,) = found.grouped(pair, "tower")
+    wanted = {"tensors": len(FLOATING), **expected(updates, 1, 2, FLOATING, by_octaves)}
+    assert (tower.pop("tower"), tower) == ("language", pytest.approx(wanted, rel=1e-12))
+
+    assert invoke("overlap", first, updates.run(2), "--format", "csv", "--by", "group") == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert {row["group"]: float(row["o1"]) for row in rows} == {name: row["o1"] for name, row in groups.items()}
+    assert invoke("overlap", first, updates.run(2), "--format", "json") == 0
+    assert len(json.loads(capsys.readouterr().out)["pairs"][0]["groups"]) == 2
+    assert invoke("overlap", first, updates.run(2), "--by", "tower") == 0
+    assert "language" in capsys.readouterr().out
+    assert invoke("overlap", updates.run(2), first, "--by", "group") == 0
+    assert "The first run has no groups" in capsys.readouterr().out
+
+
 def test_an_empty_mask_has_no_overlap_to_speak_of(updates: Updates) -> None:
     found = overlap([updates.run(0), updates.run(1)])
     row = next(row for row in found.grouped(found.pairs[0], "module") if row["module_type"] == "norm")
@@ -184,7 +216,9 @@ def test_the_command_prints_each_format(updates: Updates, invoke: Callable, caps
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == "ckptdiff.overlap/1"
     assert [run["mask_rule"] for run in document["runs"]] == ["bitwise"] * 3
-    assert set(document["pairs"][2]) == {"first", "second", "global", "modules", "layers", "blocks", "tensors"}
+    assert set(document["pairs"][2]) == {
+        *("first", "second", "global", "modules", "layers", "blocks", "towers", "tensors")
+    }
     assert document["pairs"][2]["global"] == pytest.approx(expected(updates, 1, 2, FLOATING, by_octaves), rel=1e-12)
 
     assert invoke("overlap", *runs, "--format", "csv", "--by", "layer") == 0
