@@ -10,7 +10,6 @@ import click
 from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option, resource_options, tensor_options
-from ckptdiff.cli.session import Session
 from ckptdiff.cli.target import ReportTarget, files_of
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError
@@ -50,8 +49,7 @@ _NOTE = (
 )
 @progress_option
 @verbosity
-@click.pass_obj
-def claims(session: Session, /, paths: tuple[str, ...], **given: Any) -> int:
+def claims(paths: tuple[str, ...], **given: Any) -> int:
     """Print the table of arXiv 2606.13657 for BASE and TUNED, and whether the pair shows what that paper claims.
 
     Shown means: over half of all coordinates unchanged; an update below 1 % of the base's norm; over 90 % of its
@@ -62,7 +60,6 @@ def claims(session: Session, /, paths: tuple[str, ...], **given: Any) -> int:
       ckptdiff claims base/ tuned/
       ckptdiff claims run.h5 --format json
     """  # noqa: D301
-    session.traceback |= given["verbose"]
     if len(paths) > 2:
         raise OptionError("too many paths", expected="BASE TUNED, or a run file", found=len(paths))
     if len(paths) == 1 and (given["renames"] or given["include"] or given["exclude"]):
@@ -78,7 +75,7 @@ def claims(session: Session, /, paths: tuple[str, ...], **given: Any) -> int:
 
 def _measured(base: str, tuned: str, given: dict[str, Any]) -> Diff:
     from ckptdiff.engine import run
-    from ckptdiff.options import MaskRule, Options, SpectraOptions, parse_size
+    from ckptdiff.options import MaskRule, Options, SpectraOptions
 
     options = Options(
         mask=MaskRule("none"),
@@ -86,7 +83,7 @@ def _measured(base: str, tuned: str, given: dict[str, Any]) -> Diff:
         include=given["include"],
         exclude=given["exclude"],
         threads=given["threads"],
-        max_memory=0 if given["max_memory"] is None else parse_size(given["max_memory"]),
+        max_memory=given["max_memory"],
         spectra=SpectraOptions(given["spectra"], seed=given["seed"]),
     )
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:

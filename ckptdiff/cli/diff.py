@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ckptdiff.cli.inputs import progress_option, resource_options, tensor_options
-from ckptdiff.cli.session import Session
-from ckptdiff.cli.signals import raise_pending
+from ckptdiff.cli.display import progress
+from ckptdiff.cli.inputs import progress_option, resource_options, size_in_bytes, tensor_options
 from ckptdiff.cli.target import abandon_stdout, files_of
 from ckptdiff.cli.view import Request, verdict_verbosity, view_options
 
@@ -67,6 +65,7 @@ __all__ = ["diff"]
 @click.option(
     "--gpu-memory",
     metavar="SIZE",
+    callback=size_in_bytes,
     show_default="half of what is free",
     help="Bound on the GPU memory that is taken.",
 )
@@ -90,8 +89,7 @@ __all__ = ["diff"]
 @view_options
 @progress_option
 @verdict_verbosity
-@click.pass_obj
-def diff(session: Session, /, base: str, tuned: str, **given: Any) -> int:
+def diff(base: str, tuned: str, **given: Any) -> int:
     """Compare two checkpoints, BASE and TUNED.
 
     Each is a .safetensors file, a folder of shards, or a *.safetensors.index.json. With -o the figures and one update
@@ -102,7 +100,6 @@ def diff(session: Session, /, base: str, tuned: str, **given: Any) -> int:
       ckptdiff diff base/ tuned/ --format json | jq .global.rel_norm
       ckptdiff diff base/ tuned/ --fail-if 'global.unchanged_bitwise<0.5'
     """  # noqa: D301
-    session.traceback |= given["verbose"]
     out = None if given["out"] is None else Path(given["out"])
     kept = [*files_of(base), *files_of(tuned), *([] if out is None else [out])]
     request = Request.of(given, run_file=given["out"], kept=kept)
@@ -116,7 +113,7 @@ def diff(session: Session, /, base: str, tuned: str, **given: Any) -> int:
 
 
 def _options(given: dict[str, Any]) -> Options:
-    from ckptdiff.options import MaskRule, Options, SpectraOptions, parse_size
+    from ckptdiff.options import MaskRule, Options, SpectraOptions
 
     return Options(
         compare=given["compare"],
@@ -127,8 +124,8 @@ def _options(given: dict[str, Any]) -> Options:
         groups=given["groups"],
         device=given["device"],
         threads=given["threads"],
-        max_memory=0 if given["max_memory"] is None else parse_size(given["max_memory"]),
-        gpu_memory=0 if given["gpu_memory"] is None else parse_size(given["gpu_memory"]),
+        max_memory=given["max_memory"],
+        gpu_memory=given["gpu_memory"],
         io=given["io"],
         spectra=SpectraOptions(given["spectra"], seed=given["seed"]) if given["spectra"] else None,
     )
@@ -137,7 +134,6 @@ def _options(given: dict[str, Any]) -> Options:
 def _run(base: str, tuned: str, out: Path | None, options: Options, request: Request, given: dict[str, Any]) -> int:
     from ckptdiff.engine import run
     from ckptdiff.report.as_ndjson import streams
-    from ckptdiff.report.progress import ProgressDisplay
 
     streaming = request.format == "ndjson" and streams(request.view) and not request.silent and not options.spectra
     with ExitStack() as stack:
@@ -146,21 +142,9 @@ def _run(base: str, tuned: str, out: Path | None, options: Options, request: Req
             from ckptdiff.cli.live import LiveReport
 
             listeners.append(stack.enter_context(LiveReport(request.target, keep_running=out is not None)))
-        if sys.stderr is not None:
-            display = ProgressDisplay(
-                sys.stderr,
-                progress=given["progress"] and not request.quiet,
-                warnings=not request.quiet,
-                infos=given["verbose"],
-                repeated=request.format == "table" and request.target.is_stdout,
-            )
-            listeners.append(stack.enter_context(display))
-
-        def tell(event: Event) -> None:
-            raise_pending()
-            for listener in listeners:
-                listener(event)
-
+        repeated = request.format == "table" and request.target.is_stdout
+        how = {"shown": given["progress"], "quiet": request.quiet, "verbose": given["verbose"], "repeated": repeated}
+        tell = stack.enter_context(progress(*listeners, **how))
         result = run(base, tuned, out=out, options=options, listener=tell, title=given["title"])
     if not streaming:
         _print(request, result, out)

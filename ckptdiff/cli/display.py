@@ -16,19 +16,26 @@ __all__ = ["progress"]
 
 
 @contextmanager
-def progress(*, shown: bool, quiet: bool, verbose: bool = False) -> Iterator[Listener]:
-    """Show progress and warnings on stderr, if there is one; a signal that came ends the run at its next event."""
+def progress(
+    *others: Listener, shown: bool, quiet: bool, verbose: bool = False, repeated: bool = False
+) -> Iterator[Listener]:
+    """Show progress and warnings on stderr, if there is one; a signal that came ends the run at its next event.
+
+    The other listeners hear of each event first; `repeated` says that the report has the warnings too.
+    """
     from ckptdiff.report.progress import ProgressDisplay
 
     with ExitStack() as stack:
-        displays: list[Listener] = []
+        listeners = list(others)
         if sys.stderr is not None:
-            display = ProgressDisplay(sys.stderr, progress=shown and not quiet, warnings=not quiet, infos=verbose)
-            displays.append(stack.enter_context(display))
+            display = ProgressDisplay(
+                sys.stderr, progress=shown and not quiet, warnings=not quiet, infos=verbose, repeated=repeated
+            )
+            listeners.append(stack.enter_context(display))
 
         def tell(event: Event) -> None:
             raise_pending()
-            for display in displays:
-                display(event)
+            for listener in listeners:
+                listener(event)
 
         yield tell

@@ -7,10 +7,18 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["progress_option", "resource_options", "tensor_options", "threads_option"]
+__all__ = ["progress_option", "resource_options", "size_in_bytes", "tensor_options", "threads_option"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _Option = Callable[[Any], Any]
+
+
+def size_in_bytes(_: click.Context, __: click.Parameter, text: str | None) -> int:
+    """Callback of an option that takes a size: its bytes, 0 if it is not given."""
+    from ckptdiff.options import parse_size
+
+    return 0 if text is None else parse_size(text)
+
 
 _TENSORS: Sequence[_Option] = (
     click.option(
@@ -44,6 +52,7 @@ _RESOURCES: Sequence[_Option] = (
     click.option(
         "--max-memory",
         metavar="SIZE",
+        callback=size_in_bytes,
         show_default="400M, or what one thread needs if that is more; 1G or 4G for randomized or exact spectra",
         help="Bound on the peak memory of the whole process, mapped pages included.",
     ),

@@ -11,7 +11,6 @@ from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option, tensor_options
 from ckptdiff.cli.listing import format_option, output_option, write_rows
-from ckptdiff.cli.session import Session
 from ckptdiff.cli.target import ReportTarget, files_of
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError, plural
@@ -54,8 +53,7 @@ _MEANINGS = {
 @output_option
 @progress_option
 @verbosity
-@click.pass_obj
-def lora(session: Session, /, base: str, tuned: str, **given: Any) -> int:
+def lora(base: str, tuned: str, **given: Any) -> int:
     """Write the update from BASE to TUNED as an adapter that peft loads, and say what it loses.
 
     Linear layers are factored by a randomized SVD. What an adapter cannot express (vectors, embeddings, convolutions,
@@ -65,7 +63,6 @@ def lora(session: Session, /, base: str, tuned: str, **given: Any) -> int:
       ckptdiff lora base/ tuned/ -o adapter --rank 32
       ckptdiff lora base/ tuned/ -o adapter --energy 0.9
     """  # noqa: D301
-    session.traceback |= given["verbose"]
     rank, energy = given["rank"], given["energy"]
     if rank is None and energy is None:
         raise OptionError("no rank", expected="--rank R or --energy SHARE")

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from ckptdiff.cli.session import Session
 from ckptdiff.cli.view import Request, verdict_verbosity, view_options
 
 __all__ = ["show"]
@@ -17,8 +16,7 @@ __all__ = ["show"]
 @click.argument("run", type=click.Path(), metavar="RUN.h5")
 @view_options
 @verdict_verbosity
-@click.pass_obj
-def show(session: Session, /, run: str, **given: Any) -> int:
+def show(run: str, **given: Any) -> int:
     """Print any view of a run file, as `ckptdiff diff` printed it.
 
     \b
@@ -26,7 +24,6 @@ def show(session: Session, /, run: str, **given: Any) -> int:
       ckptdiff show run.h5 --by tensor --sort rel_norm --top 20
       ckptdiff show run.h5 --format csv -O tensors.csv
     """  # noqa: D301
-    session.traceback |= given["verbose"]
     request = Request.of(given, run_file=run, kept=[Path(run)])
     from ckptdiff.runfile.reader import RunFile
 

@@ -11,7 +11,6 @@ import click
 from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option, resource_options
-from ckptdiff.cli.session import Session
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError
 from ckptdiff.report.text import safe
@@ -35,11 +34,9 @@ def spectra() -> None:
 @resource_options
 @progress_option
 @verbosity
-@click.pass_obj
-def add(session: Session, /, run: str, **given: Any) -> int:
+def add(run: str, **given: Any) -> int:
     """Measure the spectra of the checkpoints that RUN.h5 compared, and add them to it."""
-    session.traceback |= given["verbose"]
-    from ckptdiff.options import SpectraOptions, parse_size
+    from ckptdiff.options import SpectraOptions
     from ckptdiff.spectra.existing import add_spectra
 
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
@@ -49,7 +46,7 @@ def add(session: Session, /, run: str, **given: Any) -> int:
             base=given["base"],
             tuned=given["tuned"],
             threads=given["threads"],
-            max_memory=0 if given["max_memory"] is None else parse_size(given["max_memory"]),
+            max_memory=given["max_memory"],
             listener=tell,
         )
     if not given["quiet"]:

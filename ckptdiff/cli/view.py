@@ -12,6 +12,7 @@ import click
 from ckptdiff.cli.checks import Check
 from ckptdiff.cli.failures import DIFFERS, OK
 from ckptdiff.cli.messages import say
+from ckptdiff.cli.session import Session
 from ckptdiff.cli.target import ReportTarget
 from ckptdiff.members import GROUPINGS
 from ckptdiff.report.text import safe
@@ -67,7 +68,18 @@ _OPTIONS = (
         "'modules.q_proj.rel_norm>0.1'; keys are those of --format json. Repeatable.",
     ),
 )
-_VERBOSE = click.option("-v", "--verbose", is_flag=True, show_default="off", help="Tell more on stderr.")
+
+
+def _show_traceback(context: click.Context, _: click.Parameter, verbose: bool) -> bool:
+    session = context.find_object(Session)
+    if session is not None:  # there is none while a shell asks how a command may go on
+        session.traceback |= verbose
+    return verbose
+
+
+_VERBOSE = click.option(
+    "-v", "--verbose", is_flag=True, show_default="off", callback=_show_traceback, help="Tell more on stderr."
+)
 
 
 def view_options(command: _Command) -> _Command:
