@@ -100,7 +100,8 @@ class SpectraView(Mapping[str, dict[str, NDArray[np.float64]]]):
         link = self._names[name]
         with self._guard(tensor=name):
             found = self._group[link]
-            return {key: numbers_of(found[key], np.float64) for key in SPECTRUM_LISTS if key in found}
+            keys = [key for key in SPECTRUM_LISTS if key in found or key == "delta"]  # without that one it is damaged
+            return {key: numbers_of(found[key], np.float64) for key in keys}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

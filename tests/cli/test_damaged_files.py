@@ -11,6 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
+import ckptdiff
+from ckptdiff.errors import RunFileError
 from ckptdiff.track import Track, save_track
 from ckptdiff.track.result import COUNTS
 
@@ -135,6 +137,20 @@ def test_what_should_be_json(cli: Cli, run_file: Path, name: str, value: object)
     set_data(run_file, name, lambda _: value)
     message = refused(cli, run_file, "show", run_file)
     assert f"in /{name}" in message and len(message) < 500
+
+
+def test_singular_values(run_file: Path) -> None:
+    with h5py.File(run_file, "r+") as file:
+        file["spectra/none/base"] = np.ones(3)
+        file["spectra/text/delta"] = "text"
+        file["spectra/number"] = 7
+        file["spectra/one/delta"] = [2.0, 1.0]
+    with ckptdiff.RunFile(run_file) as run:
+        for name in ("none", "text", "number"):
+            with pytest.raises(RunFileError, match="damaged") as caught:
+                run.spectra[name]
+            assert (caught.value.file, caught.value.tensor) == (str(run_file), name)
+        assert run.spectra["one"]["delta"].tolist() == [2.0, 1.0]
 
 
 def test_a_target_with_a_format_that_is_no_text(cli: Cli, run_file: Path, tmp_path: Path) -> None:
