@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fractions import Fraction
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,8 @@ __all__ = ["BitMeasurement", "FloatMeasurement", "Pass"]
 
 Pass: TypeAlias = Scan | BitScan | Targets
 """What one pass over a tensor pair does."""
+_State: TypeAlias = Literal["scan", "refine", "tails", "ties", "mask"]
+"""What the pass at hand is for."""
 
 
 class BitMeasurement:
@@ -99,7 +101,7 @@ class FloatMeasurement:
         self._tails: NDArray[np.float64] | None = None
         self._ties: NDArray[np.float64] | None = None
         self._masked = 0
-        self._state = "scan"
+        self._state: _State = "scan"
         self.next: Pass | None = self.scan
         self._offer_mask(rule.kind in ("bitwise", "abs", "eta"))
 
