@@ -30,6 +30,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _KERNEL_FOLDERS = ("backends", "backends/kernels", "runfile")
 """Where kernels and what they call are written, in the package."""
 
+_SETTINGS = (
+    "BOUNDSCHECK",
+    "DEBUGINFO_DEFAULT",
+    "ENABLE_AVX",
+    "ENABLE_PROFILING",
+    "LOOP_VECTORIZE",
+    "OPT",
+    "SLP_VECTORIZE",
+)
+"""Settings of Numba, from its environment variables, that change machine code; some make it half as fast."""
+
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
 """A division by zero gives what NumPy gives: to raise an error would take code around every division."""
 STEP = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
@@ -109,6 +120,8 @@ def _fingerprint() -> str:
         processor_features(),
     ):
         digest.update(version.encode() + b"\0")
+    for setting in _SETTINGS:
+        digest.update(f"{setting}={getattr(numba.config, setting, None)}".encode() + b"\0")
     return digest.hexdigest()[:20]
 
 

@@ -258,8 +258,8 @@ def test_the_compiler_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel_cache._fingerprint() != before
 
 
-@pytest.mark.parametrize("setting", ["CPU_NAME", "CPU_FEATURES"])
-def test_the_processor_counts(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+@pytest.mark.parametrize("setting", ["CPU_NAME", "CPU_FEATURES", "ENABLE_PROFILING", "BOUNDSCHECK"])
+def test_the_target_counts(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
     before = kernel_cache._fingerprint()
     monkeypatch.setattr(kernel_cache.numba.config, setting, "generic")
     assert kernel_cache._fingerprint() != before
