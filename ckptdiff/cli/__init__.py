@@ -62,8 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if message and sys.stderr is not None:
             with contextlib.suppress(OSError):
                 print(message, file=sys.stderr, flush=True)
-    if arguments is None:
-        gc.freeze()  # or Python looks for cycles once more as it ends, in all that numba made: a quarter of a second
     return code
 
 
