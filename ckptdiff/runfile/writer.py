@@ -101,28 +101,19 @@ class RunFileWriter:
         ValueError
             If the mask exists, or the rule is ``none``.
         """
-        blank = self._expected(name, shape)
-        link = self._copy(blank, name)
-        if blank.chunks:
-            self._open[name] = _OpenMask(h5d.open(self._masks.id, link), blank.chunk, blank.chunks)
-        self._staged.check()
-
-    def _expected(self, name: str, shape: tuple[int, ...]) -> _Blank:
-        """What a mask that is to come is a copy of."""
         if name in self._masked or self._rule.kind == "none":
             raise ValueError(f"no mask expected for {name!r} under {self._rule}")
         blank = self._blanks.get(shape)
         if blank is None:
             blank = self._blanks[shape] = _blank(self._file.id, shape)
-        return blank
-
-    def _copy(self, blank: _Blank, name: str) -> bytes:
+        link = escape_name(name).encode()
         # A copy costs half of a new dataset with its attribute, and the high-level calls several times as much: seconds
         # over 30,000 tensors.
-        link = escape_name(name).encode()
         h5o.copy(blank.dataset, b".", self._masks.id, link)
         self._masked[name] = blank.numel
-        return link
+        if blank.chunks:
+            self._open[name] = _OpenMask(h5d.open(self._masks.id, link), blank.chunk, blank.chunks)
+        self._staged.check()
 
     def add_mask_chunk(self, name: str, shape: tuple[int, ...], index: int, payload: bytes, filter_mask: int) -> None:
         """Add one chunk of a mask, as :func:`~ckptdiff.runfile.compress.compress_chunk` returned it.
@@ -146,13 +137,6 @@ class RunFileWriter:
             If there is no such chunk, or it was added before.
         """
         if name not in self._open:
-            blank = self._expected(name, shape)
-            if blank.chunks == 1 and index == 0:
-                # To copy it with its only chunk costs less than to open the copy and write there.
-                blank.dataset.write_direct_chunk((0,), payload, filter_mask)
-                self._copy(blank, name)
-                self._staged.check()
-                return
             self.begin_mask(name, shape)
         mask = self._open[name]
         mask.take(index)
