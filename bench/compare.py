@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.sections = [*options.sections, "stages"]
     report: dict[str, Any] = {"machine": machine(), "sections": {}}
     print(json.dumps(report["machine"], indent=1))
+    for folder in (options.scratch, options.pairs):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.scratch or options.pairs) as scratch:
         bench = Bench(
             pairs=options.pairs or Path(scratch),
