@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from typing import Any, Literal, TypeAlias, get_args
 
 __all__ = ["GROUPINGS", "LABEL_KEYS", "GroupBy", "members_of"]
@@ -39,15 +41,14 @@ def members_of(by: str, tensors: Iterable[tuple[int, Any]]) -> dict[tuple[Any, .
         Rows by label, whose parts are named by :data:`LABEL_KEYS`: in order of first appearance, layers in order of
         their number. A tensor outside of the layers, or in none of the user's groups, is nowhere.
     """
-    members: dict[tuple[Any, ...], list[int]] = {}
+    keys = LABEL_KEYS[by]
+    label_of = attrgetter(*keys)
+    found: defaultdict[Any, list[int]] = defaultdict(list)
     for row, tensor in tensors:
-        for label in _labels(by, tensor):
-            members.setdefault(label, []).append(row)
+        if by == "group":
+            for name in tensor.groups:
+                found[name].append(row)
+        elif by != "layer" or tensor.layer is not None:
+            found[label_of(tensor)].append(row)
+    members = {(label if len(keys) > 1 else (label,)): rows for label, rows in found.items()}
     return dict(sorted(members.items(), key=lambda member: member[0][-1])) if by == "layer" else members
-
-
-def _labels(by: str, tensor: Any) -> Iterator[tuple[Any, ...]]:
-    if by == "group":
-        yield from ((name,) for name in tensor.groups)
-    elif by != "layer" or tensor.layer is not None:
-        yield tuple(getattr(tensor, key) for key in LABEL_KEYS[by])

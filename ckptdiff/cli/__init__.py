@@ -21,7 +21,7 @@ from ckptdiff.cli.target import abandon_stdout
 __all__ = ["main"]
 
 _COMPLETE = "_CKPTDIFF_COMPLETE"
-_COLLECT_AFTER = 100_000
+_COLLECT_AFTER = 1_000_000
 """Objects made before Python looks for unused ones; by default 700."""
 _TURN = 0.0005
 """Seconds; by default 0.005."""
