@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from make_pair import make_pair, parse_size
+from read_limit import read_limit
 from safetensors import safe_open
 
 import ckptdiff
@@ -44,6 +45,7 @@ def main() -> None:
         work: dict[str, Callable[[], object]] = {
             "read once, 1 thread": partial(read, shards, 1),
             f"read once, {threads} threads": partial(read, shards, threads),
+            f"read limit, {threads} threads": partial(read_limit, checkpoints, threads),
             f"read into memory, {threads} threads": partial(read_whole, shards, threads),
             "load with safetensors": partial(load, shards),
             f"track, {threads} threads": lambda: track(checkpoints[0], checkpoints[1:]),

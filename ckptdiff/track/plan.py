@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,14 +39,21 @@ class Followed:
         """Dtype of codes; those of 8 bits are widened."""
         return max(self.compare.code_dtype, np.dtype(np.uint16))
 
-    def casts(self) -> tuple[list[int], NDArray[np.unsignedinteger]]:
+    def casts(self) -> tuple[tuple[int, ...], NDArray[np.unsignedinteger]]:
         """How each side becomes codes, and the tables for it, of shape (sides, 0 or 65536)."""
-        found = [cast_of(stored_format(side.dtype), self.compare) for side in self.sides]
-        size = 1 << 16 if any(table.size for _, table in found) else 0
-        tables = np.zeros((len(found), size), self.code_dtype)
-        for row, (_, table) in zip(tables, found, strict=True):
-            row[: table.size] = table
-        return [int(cast) for cast, _ in found], tables
+        return _casts(tuple(side.dtype for side in self.sides), self.compare, self.code_dtype)
+
+
+@cache
+def _casts(
+    dtypes: tuple[str, ...], compare: Format, code: np.dtype[np.unsignedinteger]
+) -> tuple[tuple[int, ...], NDArray[np.unsignedinteger]]:
+    found = [cast_of(stored_format(dtype), compare) for dtype in dtypes]
+    size = 1 << 16 if any(table.size for _, table in found) else 0
+    tables = np.zeros((len(found), size), code)
+    for row, (_, table) in zip(tables, found, strict=True):
+        row[: table.size] = table
+    return tuple(int(cast) for cast, _ in found), tables
 
 
 @dataclass(frozen=True, slots=True)
