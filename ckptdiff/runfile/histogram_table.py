@@ -32,7 +32,7 @@ class HistogramTable:
     def __init__(self, group: Any) -> None:
         self._rows = HistogramRows.empty(_ROWS)
         self._held = self._written = 0
-        self._waiting: deque[tuple[int, dict[str, Future[bytes]]]] = deque()
+        self._waiting: deque[tuple[int, Future[dict[str, bytes]]]] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ckptdiff-histograms")
         self._group = group
         log2 = group.create_dataset("log2_floor", data=log2_floor())
@@ -101,21 +101,26 @@ class HistogramTable:
         for field in self._datasets:
             rows = getattr(self._rows, field)
             rows[self._held :] = 0
-            # Compressed here, not by HDF5, because zlib gives the GIL away and HDF5 does not.
-            chunks[field] = self._pool.submit(_deflated, rows.tobytes())
-        self._waiting.append((self._written, chunks))
+            chunks[field] = rows.tobytes()
+        # Compressed here, not by HDF5, because zlib gives the GIL away and HDF5 does not.
+        self._waiting.append((self._written, self._pool.submit(_deflated, chunks)))
         self._written, self._held = self._written + self._held, 0
         if len(self._waiting) > _WAITING:
             self._write_waiting()
 
     def _write_waiting(self) -> None:
         start, chunks = self._waiting.popleft()
-        for field, dataset in self._datasets.items():
-            dataset.id.set_extent((min(start + _ROWS, self._written), getattr(self._rows, field).shape[1]))
-            dataset.id.write_direct_chunk((start, 0), chunks[field].result())
+        for field, chunk in chunks.result().items():
+            dataset = self._datasets[field].id
+            dataset.set_extent((min(start + _ROWS, self._written), getattr(self._rows, field).shape[1]))
+            dataset.write_direct_chunk((start, 0), chunk)
 
 
-def _deflated(rows: bytes) -> bytes:
+def _deflated(chunks: dict[str, bytes]) -> dict[str, bytes]:
+    return {field: _deflate(rows) for field, rows in chunks.items()}
+
+
+def _deflate(rows: bytes) -> bytes:
     # Most bins are empty: looking for runs alone is faster than for any repeat, and finds more at this level.
     encoder = zlib.compressobj(_LEVEL, strategy=zlib.Z_RLE)
     return encoder.compress(rows) + encoder.flush()

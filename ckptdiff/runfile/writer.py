@@ -27,7 +27,7 @@ from ckptdiff.runfile.tables import write_provenance, write_tensors
 __all__ = ["RunFileWriter"]
 
 _PAGE = 1 << 16
-_PAGES = 16
+_PAGES = 64
 
 
 class RunFileWriter:
