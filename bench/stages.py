@@ -29,7 +29,7 @@ from ckptdiff.options import MaskRule, Options
 from ckptdiff.planning import Plan, prepare
 from ckptdiff.schedule import execute
 from ckptdiff.stream import worker
-from ckptdiff.stream.reader import open_shards
+from ckptdiff.stream.shards import open_shards
 
 
 class ReadOnly:

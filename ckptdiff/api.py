@@ -59,20 +59,14 @@ def diff(
     CkptdiffError
         If an option, an input or the output cannot be used; the message says which, and what to do.
     """
-    rule = MaskRule.parse(mask) if isinstance(mask, str) else mask
     memory, on_gpu = (parse_size(size) if isinstance(size, str) else size for size in (max_memory, gpu_memory))
     listed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    return run(
-        os.fspath(base),
-        os.fspath(tuned),
-        out=None if out is None else Path(out),
-        options=Options(
-            mask=rule,
-            max_memory=memory,
-            gpu_memory=on_gpu,
-            spectra=SpectraOptions(cast(SpectraMode, spectra)) if isinstance(spectra, str) else spectra,
-            **listed,
-        ),
-        listener=listener,
-        title=title,
+    chosen = Options(
+        mask=MaskRule.parse(mask) if isinstance(mask, str) else mask,
+        max_memory=memory,
+        gpu_memory=on_gpu,
+        spectra=SpectraOptions(cast(SpectraMode, spectra)) if isinstance(spectra, str) else spectra,
+        **listed,
     )
+    target = None if out is None else Path(out)
+    return run(os.fspath(base), os.fspath(tuned), out=target, options=chosen, listener=listener, title=title)

@@ -22,7 +22,7 @@ from ckptdiff.planning import Plan, prepare
 from ckptdiff.result import Diff
 from ckptdiff.runfile.writer import RunFileWriter
 from ckptdiff.schedule import execute
-from ckptdiff.stream.reader import OpenShards, open_shards
+from ckptdiff.stream.shards import OpenShards, open_shards
 from ckptdiff.stream.worker import Result
 
 __all__ = ["prepare", "run"]

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from ckptdiff.backends.partial import Partial, Refined
 from ckptdiff.planning import Plan
 from ckptdiff.stream.plan import Task, cut, plan_tasks
-from ckptdiff.stream.reader import OpenShards
+from ckptdiff.stream.shards import OpenShards
 from ckptdiff.stream.worker import Result, Worker
 
 __all__ = ["execute"]

@@ -21,7 +21,7 @@ from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.runfile.staged_folder import StagedFolder
 from ckptdiff.runfile.target import check_new
 from ckptdiff.stream.blocks import blocks_of
-from ckptdiff.stream.reader import OpenShards, open_shards
+from ckptdiff.stream.shards import OpenShards, open_shards
 
 __all__ = ["Applied", "apply_patch"]
 
@@ -97,13 +97,8 @@ def apply_patch(
         _require_fit(checkpoint, change)
     left_out = () if single else _left_out(checkpoint)
     copy = _Copy(checkpoint, found, listener)
-    if single:
-        with StagedFile(target) as staged:
-            with open_shards("pread") as shards:
-                copy.write(staged, shards, checkpoint.shards[0])
-            staged.commit()
-    else:
-        _write_folder(copy, target)
+    write = _write_file if single else _write_folder
+    write(copy, target)
     return Applied(
         tensors=sum(1 for change in found.tensors.values() if change.count),
         coordinates=sum(change.count for change in found.tensors.values()),
@@ -141,6 +136,13 @@ class _Copy:
                 total = len(self.checkpoint.tensors)
                 self._listener(StageProgress("values", self._done, total, tensor.name))
             self._done += 1
+
+
+def _write_file(copy: _Copy, target: Path) -> None:
+    with StagedFile(target) as staged:
+        with open_shards("pread") as shards:
+            copy.write(staged, shards, copy.checkpoint.shards[0])
+        staged.commit()
 
 
 def _write_folder(copy: _Copy, target: Path) -> None:

@@ -22,7 +22,7 @@ from ckptdiff.runfile.sides import open_side, shards_json
 from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.runfile.target import check_folder
 from ckptdiff.stream.blocks import blocks_of
-from ckptdiff.stream.reader import OpenShards, open_shards
+from ckptdiff.stream.shards import OpenShards, open_shards
 
 __all__ = ["PATCH_FORMAT", "export_patch", "missing_from_patch"]
 

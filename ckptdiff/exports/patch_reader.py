@@ -19,7 +19,7 @@ from ckptdiff.checkpoint import DTYPES, Shard, TensorInfo, read_header
 from ckptdiff.errors import PatchError
 from ckptdiff.exports.patch import PATCH_FORMAT
 from ckptdiff.stream.blocks import blocks_of
-from ckptdiff.stream.reader import OpenShards
+from ckptdiff.stream.shards import OpenShards
 
 __all__ = ["BlockChange", "Patch", "TensorPatch", "changes_of", "open_patch"]
 

@@ -22,7 +22,7 @@ from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
 from ckptdiff.runfile.sides import open_side
 from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.stream.blocks import blocks_of, values_of
-from ckptdiff.stream.reader import OpenShards, open_shards
+from ckptdiff.stream.shards import OpenShards, open_shards
 
 __all__ = ["ShiraExport", "export_shira"]
 

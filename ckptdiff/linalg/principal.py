@@ -117,13 +117,12 @@ def principal(
         gram = yield from gram_of("base", short, dtype, xp)
         eigenpairs = yield from meanwhile(partial(eigh_top, gram, wanted))
         del gram
-    values, vectors = eigenpairs[0][:wanted], eigenpairs[1][:, :wanted]
-    spectrum = on_host(values).astype(np.float64)
+    spectrum = on_host(eigenpairs[0][:wanted]).astype(np.float64)
     figures = [_subspace(rho, short, spectrum, np.dtype(dtype)) for rho in rhos]
     defined = [figure for figure in figures if not figure.reason]
     if not defined:
         return spectrum, figures
-    vectors = xp.ascontiguousarray(vectors[:, : defined[-1].rank])
+    vectors = xp.ascontiguousarray(eigenpairs[1][:, : defined[-1].rank])
     energies = _Energies(short, vectors)
     cuts = _cuts(source, known, defined, vectors, chances, error)
     scores = _Scores(vectors, [figure.rank for figure in defined], cuts)

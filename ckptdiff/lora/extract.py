@@ -25,7 +25,7 @@ from ckptdiff.result import Diff
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.memory import cache_bytes, default_bound
 from ckptdiff.spectra.source import StoredPanels
-from ckptdiff.stream.reader import OpenShards, open_shards
+from ckptdiff.stream.shards import OpenShards, open_shards
 
 __all__ = ["Extracted", "Extraction", "extract_lora"]
 

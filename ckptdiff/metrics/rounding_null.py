@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.backends.formats import FORMATS, Format
-from ckptdiff.backends.kernels.cuts import Gaps, change_chance, fit_null, null_overlap
+from ckptdiff.backends.kernels.rounding_null import Gaps, change_chance, fit_null, null_overlap
 from ckptdiff.backends.partial import Partial
 
 __all__ = ["change_chances", "half_gaps", "low_coverage_null"]

@@ -22,7 +22,7 @@ from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.schema import BIT_ORDER
 from ckptdiff.runfile.sides import open_side
 from ckptdiff.stream.blocks import blocks_of
-from ckptdiff.stream.reader import OpenShards, open_shards
+from ckptdiff.stream.shards import OpenShards, open_shards
 
 __all__ = ["overlap"]
 

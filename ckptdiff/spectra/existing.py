@@ -21,7 +21,7 @@ from ckptdiff.runfile.sides import open_side
 from ckptdiff.runfile.spectra_table import add_spectrum, write_spectra
 from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.spectra.stage import SpectraTable, measure_spectra
-from ckptdiff.stream.reader import open_shards
+from ckptdiff.stream.shards import open_shards
 
 __all__ = ["add_spectra"]
 
@@ -61,12 +61,7 @@ def add_spectra(
         If they do not pair as they did, or SciPy is missing.
     """
     require_scipy()
-    with RunFile(path) as run:
-        diff = run.load()
-        if diff.spectra is not None:
-            again = "for others compare again: ckptdiff diff BASE TUNED --spectra exact -o RUN.h5"
-            raise RunFileError("the run file has spectra already", file=path, found=diff.spectra.mode, hint=again)
-        pairs = _pairs(path, diff, open_side(run, "base", base), open_side(run, "tuned", tuned))
+    diff, pairs = _without_spectra(path, base, tuned)
     options = Options(compare=cast(Compare, diff.compare), threads=threads, max_memory=max_memory, spectra=spectra)
     with StagedFile(Path(path)) as staged:
         with Path(path).open("rb") as old:
@@ -87,6 +82,16 @@ def add_spectra(
             write_spectra(file, measured)
         staged.commit()
     return replace(diff, spectra=measured)
+
+
+def _without_spectra(path: str, base: str | None, tuned: str | None) -> tuple[Diff, Sequence[TensorPair]]:
+    """What a run file holds, and the tensor pairs of its checkpoints."""
+    with RunFile(path) as run:
+        diff = run.load()
+        if diff.spectra is not None:
+            again = "for others compare again: ckptdiff diff BASE TUNED --spectra exact -o RUN.h5"
+            raise RunFileError("the run file has spectra already", file=path, found=diff.spectra.mode, hint=again)
+        return diff, _pairs(path, diff, open_side(run, "base", base), open_side(run, "tuned", tuned))
 
 
 def _pairs(path: str, diff: Diff, base: Checkpoint, tuned: Checkpoint) -> Sequence[TensorPair]:

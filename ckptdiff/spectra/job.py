@@ -20,7 +20,7 @@ from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.measure import MatrixSpectra, measure_exact, measure_randomized
 from ckptdiff.spectra.memory import Room, cache_bytes, exact_bytes, randomized_bytes
 from ckptdiff.spectra.source import StoredPanels
-from ckptdiff.stream.reader import OpenShards
+from ckptdiff.stream.shards import OpenShards
 
 __all__ = ["Job", "Measuring"]
 

@@ -15,7 +15,7 @@ from ckptdiff.linalg.products import cuts
 from ckptdiff.linalg.threads import in_parts
 from ckptdiff.spectra.decode import decode
 from ckptdiff.spectra.matrices import MatrixView
-from ckptdiff.stream.reader import OpenShards
+from ckptdiff.stream.shards import OpenShards
 
 __all__ = ["PANEL", "StoredPanels"]
 

@@ -23,7 +23,7 @@ from ckptdiff.spectra.job import Job, Measuring
 from ckptdiff.spectra.matrices import matrices_of
 from ckptdiff.spectra.measure import MatrixSpectra
 from ckptdiff.spectra.memory import room_of
-from ckptdiff.stream.reader import OpenShards
+from ckptdiff.stream.shards import OpenShards
 
 __all__ = ["SpectraTable", "TensorSpectra", "measure_spectra"]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from ckptdiff.backends.formats import stored_format
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES, TensorInfo
-from ckptdiff.stream.reader import OpenShards
+from ckptdiff.stream.shards import OpenShards
 
 __all__ = ["blocks_of", "values_of"]
 

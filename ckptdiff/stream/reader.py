@@ -12,8 +12,6 @@ import ctypes
 import errno
 import mmap
 import os
-import resource
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +22,11 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint import Shard, TensorInfo
 from ckptdiff.errors import ChangedFileError, CheckpointError
 
-__all__ = ["OpenShards", "ShardReader", "open_shards"]
+__all__ = ["ShardReader"]
 
 READ_AHEAD = 16 << 20
 """Bytes asked for ahead of each window of a file that is not in the page cache."""
 
-_OTHER_FILES = 128
-"""Room left below the limit on open files for all that are not shards."""
 _PAGE = mmap.PAGESIZE
 _AROUND = 2 << 20
 """A page fault maps up to this much of what is cached around it; unless dropped, an eighth of a file stays mapped."""
@@ -265,54 +261,3 @@ def _vanished(shard: Shard, error: OSError) -> ChangedFileError:
         found=error.strerror,
         hint="compare a copy that nothing moves or deletes",
     )
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise the soft limit on open files if it is lower, as far as the hard one lets."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-class OpenShards:
-    """Readers of all shards of both sides, opened on first use."""
-
-    def __init__(self, io: str) -> None:
-        self._io = io
-        self._lock = threading.Lock()
-        self._readers: dict[str, ShardReader] = {}  # by path: the hash of a shard costs more than a read
-
-    def __getitem__(self, shard: Shard) -> ShardReader:
-        reader = self._readers.get(shard.path)
-        if reader is None:
-            with self._lock:
-                # A mapped file takes two descriptors, and a checkpoint may have hundreds of shards.
-                _allow_open_files(2 * len(self._readers) + _OTHER_FILES)
-                reader = self._readers.get(shard.path) or self._readers.setdefault(
-                    shard.path, ShardReader(shard, self._io)
-                )
-        return reader
-
-    def close(self) -> None:
-        """Close all files."""
-        for reader in self._readers.values():
-            reader.close()
-        self._readers.clear()
-
-    def check(self) -> None:
-        """Compare every file that was read with its header once more, and its path with the file."""
-        for reader in self._readers.values():
-            reader.check()
-            reader.check_path()
-
-
-@contextmanager
-def open_shards(io: str) -> Iterator[OpenShards]:
-    """Readers that are checked after the last read, and closed."""
-    shards = OpenShards(io)
-    try:
-        yield shards
-        shards.check()
-    finally:
-        shards.close()

@@ -12,7 +12,7 @@ from ckptdiff.backends.partial import BLOCK
 from ckptdiff.backends.source import ByteArray, Extent, Window
 from ckptdiff.checkpoint import DTYPES, TensorInfo, TensorPair
 from ckptdiff.stream.plan import Span
-from ckptdiff.stream.reader import OpenShards
+from ckptdiff.stream.shards import OpenShards
 
 __all__ = ["Buffers", "ShardSource"]
 

@@ -21,7 +21,7 @@ from ckptdiff.metrics.small import wanted
 from ckptdiff.runfile.compress import compress_chunk, compress_parts
 from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes
 from ckptdiff.stream.plan import Span
-from ckptdiff.stream.reader import OpenShards
+from ckptdiff.stream.shards import OpenShards
 from ckptdiff.stream.source import Buffers, ShardSource
 
 __all__ = ["Chunk", "Result", "Worker"]

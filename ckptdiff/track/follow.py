@@ -19,7 +19,7 @@ from ckptdiff.checkpoint import DTYPES
 from ckptdiff.errors import CheckpointError, OptionError
 from ckptdiff.events import Listener, StageProgress
 from ckptdiff.options import Compare, default_threads
-from ckptdiff.stream.reader import OpenShards, open_shards
+from ckptdiff.stream.shards import OpenShards, open_shards
 from ckptdiff.track.plan import Followed, plan_track
 from ckptdiff.track.result import Track
 

@@ -299,7 +299,8 @@ def test_the_kernels_themselves(tmp_path: Path) -> None:
     """An empty cache, a warm one, and one with damaged entries: the same bytes, and it is said."""
     code = """
 import numpy as np
-from ckptdiff.backends.kernels.cuts import Gaps, cut_from_bottom, cut_from_top, fit_null
+from ckptdiff.backends.kernels.cuts import cut_from_bottom, cut_from_top
+from ckptdiff.backends.kernels.rounding_null import Gaps, fit_null
 counts, gap = np.arange(100), np.linspace(1, 2, 100)
 gaps = Gaps(gap, gap, np.arange(101))
 print(cut_from_top(counts, 0, 99, 500), cut_from_bottom(counts, 0, 99, 500), fit_null(counts, gaps, 0, 99, 2000))

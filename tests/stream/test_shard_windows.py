@@ -25,7 +25,8 @@ from ckptdiff.checkpoint import Shard, TensorInfo
 from ckptdiff.checkpoint.header import read_header
 from ckptdiff.errors import ChangedFileError, CheckpointError
 from ckptdiff.stream import reader as reader_module
-from ckptdiff.stream.reader import OpenShards, ShardReader, open_shards
+from ckptdiff.stream.reader import ShardReader
+from ckptdiff.stream.shards import OpenShards, open_shards
 
 MODES = ("mmap", "pread")
 PAGE = mmap.PAGESIZE
@@ -238,7 +239,8 @@ def in_process(code: str, *arguments: str | Path) -> subprocess.CompletedProcess
         import numpy as np
         from ckptdiff.checkpoint.header import read_header
         from ckptdiff.errors import ChangedFileError
-        from ckptdiff.stream.reader import ShardReader, open_shards
+        from ckptdiff.stream.reader import ShardReader
+        from ckptdiff.stream.shards import open_shards
 
         path = sys.argv[1]
         shard, (tensor,) = read_header(path)

@@ -9,16 +9,8 @@ import numpy as np
 from ckptdiff.backends.kernel_cache import helper, kernel
 from ckptdiff.backends.kernels.bfloat16 import bf16_to_f32
 from ckptdiff.backends.kernels.bits import bits_float
-from ckptdiff.backends.kernels.cuts import (
-    Gaps,
-    Groups,
-    find_delta_cut,
-    find_low_cut,
-    fit_null,
-    null_overlap,
-    regroup,
-    within_bins,
-)
+from ckptdiff.backends.kernels.cuts import Groups, find_delta_cut, find_low_cut, regroup, within_bins
+from ckptdiff.backends.kernels.rounding_null import Gaps, fit_null, null_overlap
 from ckptdiff.backends.kernels.tiles import Array, Facts, Totals
 from ckptdiff.backends.partial import Count
 
