@@ -100,7 +100,8 @@ def _square(values: Any) -> float:
 
 def _count(panel: Panel, counts: NDArray[np.int64]) -> int:
     xp = array_module(panel.base)
-    base, delta = panel.base.astype(np.float32, copy=False), panel.delta.astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # infinite in float32, where it is as large and as changed
+        base, delta = panel.base.astype(np.float32, copy=False), panel.delta.astype(np.float32, copy=False)
     if xp is np:
         above: int = count_magnitudes(base.view(np.uint32), delta, np.float32(SMALL_CHANGE), counts)
         return above

@@ -150,5 +150,5 @@ def _failed(reason: str) -> MatrixSpectra:
 
 def _unmeasurable(known: Survey) -> str:
     if not math.isfinite(known.base_norm) or not math.isfinite(known.delta_norm):
-        return "NaN or Inf in it"
+        return "NaN, Inf or values out of range in it"
     return "" if known.delta_norm else "the update is zero"

@@ -57,7 +57,8 @@ class StoredPanels:
         """All rows of the tall pair, in order."""
         for first in range(0, self.long, self._rows):
             base, tuned = self._read(first, min(first + self._rows, self.long))
-            yield Panel(base, np.subtract(tuned, base, out=tuned))
+            _subtract(tuned, base, tuned)
+            yield Panel(base, tuned)
 
     def sample(self, count: int) -> Floats:
         """About `count` rows of W0, evenly spaced."""
@@ -79,10 +80,10 @@ class StoredPanels:
                 sides = reader._whole_rows(first, stop)
                 if self._view.wide:
                     base[:, first:stop] = sides[0].T
-                    np.subtract(sides[1].T, sides[0].T, out=delta[:, first:stop])
+                    _subtract(sides[1].T, sides[0].T, delta[:, first:stop])
                 else:
                     base[first:stop] = sides[0]
-                    np.subtract(sides[1], sides[0], out=delta[first:stop])
+                    _subtract(sides[1], sides[0], delta[first:stop])
 
         in_parts(decode_part, len(at) - 1)
         return ArrayPanels(base, delta, self._rows)
@@ -127,3 +128,9 @@ class StoredPanels:
         with self._shards[tensor.shard].window(tensor, start, end, self._raw) as window:
             # A map is given back at the end of the block, a buffer is ours.
             return window if np.shares_memory(window, self._raw) else window.copy()
+
+
+def _subtract(tuned: Floats, base: Floats, out: Floats) -> None:
+    """Write an update; what is beyond the dtype, or was before, makes a pair whose figures are null."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.subtract(tuned, base, out=out)

@@ -240,8 +240,8 @@ def poisoned(value: float) -> Callable[[np.ndarray], np.ndarray]:
     ("change", "reason"),
     [
         (lambda weights: weights, "the update is zero"),
-        (poisoned(np.nan), "NaN or Inf"),
-        (poisoned(np.inf), "NaN or Inf"),
+        (poisoned(np.nan), "NaN, Inf"),
+        (poisoned(np.inf), "NaN, Inf"),
     ],
     ids=["zero", "NaN", "Inf"],
 )
@@ -255,6 +255,17 @@ def test_what_cannot_be_measured_has_a_reason(
     assert reason in found["w"]["reason"]
     assert found["x"]["method"] == mode  # the run went on
     assert "no gap" in found["x"]["reason"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("mode", ["randomized", "exact"])
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40)], ids=["tall", "wide"])
+def test_values_whose_squares_overflow_are_no_warning(tmp_path: Path, mode: str, shape: tuple[int, int]) -> None:
+    weights = 1e160 * np.random.default_rng(0).standard_normal(shape)
+    found = diff_of(tmp_path, weights, 1.01 * weights, compare="stored", spectra=mode)
+    assert found["w"]["method"] is None
+    assert "out of range" in found["w"]["reason"]
+    assert found["x"]["method"] == mode
 
 
 def test_too_little_memory_has_a_reason(tmp_path: Path) -> None:
