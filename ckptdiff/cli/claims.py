@@ -11,7 +11,7 @@ from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option, resource_options, tensor_options
 from ckptdiff.cli.target import ReportTarget, files_of
-from ckptdiff.cli.view import verbosity
+from ckptdiff.cli.view import output_option, verbosity
 from ckptdiff.errors import OptionError
 
 if TYPE_CHECKING:
@@ -39,14 +39,7 @@ _NOTE = (
 @tensor_options
 @resource_options
 @click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", help="Format of the report.")
-@click.option(
-    "-O",
-    "--output",
-    type=click.Path(),
-    metavar="FILE",
-    show_default="-, that is stdout",
-    help="Write the report to a file.",
-)
+@output_option
 @progress_option
 @verbosity
 def claims(paths: tuple[str, ...], **given: Any) -> int:

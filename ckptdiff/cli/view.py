@@ -22,13 +22,21 @@ if TYPE_CHECKING:
     from ckptdiff.report.rows import View
     from ckptdiff.result import Diff
 
-__all__ = ["FORMATS", "Request", "verbosity", "verdict_verbosity", "view_options"]
+__all__ = ["FORMATS", "Request", "output_option", "verbosity", "verdict_verbosity", "view_options"]
 
 FORMATS = ("table", "json", "ndjson", "csv", "parquet")
 """Spelled out here, so that --help needs no import of NumPy; a test compares them with their definition."""
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
+output_option = click.option(
+    "-O",
+    "--output",
+    type=click.Path(),
+    metavar="FILE",
+    show_default="-, that is stdout",
+    help="Write the report to a file.",
+)
 _OPTIONS = (
     click.option("--format", type=click.Choice(FORMATS), default="table", help="Format of the report."),
     click.option(
@@ -45,14 +53,7 @@ _OPTIONS = (
         "KEY:asc or KEY:desc sets the direction.",
     ),
     click.option("--top", type=int, metavar="N", show_default="all rows", help="Print only the first N rows."),
-    click.option(
-        "-O",
-        "--output",
-        type=click.Path(),
-        metavar="FILE",
-        show_default="-, that is stdout",
-        help="Write the report to a file.",
-    ),
+    output_option,
     click.option(
         "--exit-code",
         is_flag=True,
