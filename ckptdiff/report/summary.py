@@ -166,7 +166,7 @@ def _more(count: int, what: str) -> Iterator[str]:
 
 def _next(diff: Diff, run_file: str | None, overview: bool) -> Iterator[str]:
     if run_file is None:
-        yield "masks: none      next: add -o run.h5 to keep the masks and the figures"
+        yield "nothing kept      next: add -o run.h5 to keep the masks and the figures"
         return
     path = safe(shlex.quote(run_file))
     changed, numel = diff.overall["changed"], _values(diff)
