@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import stat
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from ckptdiff.errors import OptionError
+from ckptdiff.runfile.staged import staged_path
 
 __all__ = ["ReportTarget", "abandon_stdout", "files_of"]
 
@@ -88,7 +88,7 @@ class ReportTarget:
                 yield stream
             return
         real = Path(os.path.realpath(self.path))
-        staged = real.with_name(f".{real.name[:100]}.{secrets.token_hex(4)}.tmp")
+        staged = staged_path(real)
         try:
             with staged.open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as stream:
                 yield stream

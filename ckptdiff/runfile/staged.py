@@ -11,7 +11,7 @@ from types import TracebackType
 
 from ckptdiff.errors import CkptdiffError, RunFileError
 
-__all__ = ["StagedFile", "sync_folder"]
+__all__ = ["StagedFile", "staged_path", "sync_folder"]
 
 _LONGEST_STEM = 200
 _FOLDERS_NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
@@ -47,8 +47,7 @@ class StagedFile:
         self.target = target
         self.failure: BaseException | None = None
         self._real = Path(os.path.realpath(target))
-        stem = os.fsdecode(os.fsencode(self._real.name)[:_LONGEST_STEM])
-        self._path = self._real.with_name(f".{stem}.{secrets.token_hex(4)}.tmp")
+        self._path = staged_path(self._real)
         try:
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -185,6 +184,13 @@ class StagedFile:
 
     def flush(self) -> None:
         """Nothing: no write waits here."""
+
+
+def staged_path(target: Path) -> Path:
+    """A hidden name beside the target that nothing has yet, and not too long if the target's own is not."""
+    # The limit is one of bytes, not of characters.
+    stem = os.fsdecode(os.fsencode(target.name)[:_LONGEST_STEM])
+    return target.with_name(f".{stem}.{secrets.token_hex(4)}.tmp")
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
 from pathlib import Path
 from types import TracebackType
 
 from ckptdiff.errors import CkptdiffError, RunFileError
-from ckptdiff.runfile.staged import sync_folder
+from ckptdiff.runfile.staged import staged_path, sync_folder
 
 __all__ = ["StagedFolder"]
-
-_LONGEST_STEM = 100
 
 
 class StagedFolder:
@@ -39,7 +36,7 @@ class StagedFolder:
 
     def __init__(self, target: Path) -> None:
         self.target = target
-        self.path = target.with_name(f".{target.name[:_LONGEST_STEM]}.{secrets.token_hex(4)}.tmp")
+        self.path = staged_path(target)
 
     def __enter__(self) -> StagedFolder:
         try:

@@ -111,6 +111,12 @@ def test_reports_go_to_files_whole(cli: Cli, engine: FakeEngine, form: str, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
 
+def test_a_report_with_a_name_as_long_as_can_be(cli: Cli, engine: FakeEngine, tmp_path: Path) -> None:
+    name = "\N{SNOWMAN}" * 85
+    assert cli("diff", "base", "tuned", "-O", tmp_path / name).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_dash_is_stdout(cli: Cli, engine: FakeEngine) -> None:
     assert json.loads(cli("diff", "base", "tuned", "--format", "json", "-O", "-").out)
 

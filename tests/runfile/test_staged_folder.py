@@ -57,3 +57,10 @@ def test_a_disk_that_cannot_be_synced(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(RunFileError, match="Input/output error"), StagedFolder(tmp_path / "made") as folder:
         folder.commit()
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "\N{SNOWMAN}" * 85])
+def test_names_as_long_as_they_can_be(tmp_path: Path, name: str) -> None:
+    with StagedFolder(tmp_path / name) as folder:
+        folder.commit()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
