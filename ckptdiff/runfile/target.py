@@ -88,8 +88,13 @@ def check_new(target: Path) -> None:
         As said.
     """
     _check_parent(target)
-    if os.path.lexists(target):
-        raise RunFileError("the output exists", file=target, expected="a new name", hint="choose another name")
+    try:
+        target.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RunFileError(f"cannot look at the output: {error.strerror}", file=target) from error
+    raise RunFileError("the output exists", file=target, expected="a new name", hint="choose another name")
 
 
 def _check_parent(target: Path) -> None:

@@ -251,6 +251,8 @@ def test_an_output_that_exists_is_refused(base: Path, patch: Path, tmp_path: Pat
         apply_patch(shards, patch, shards)
     with pytest.raises(RunFileError, match="folder does not exist"):
         apply_patch(base, patch, tmp_path / "nowhere" / "out.safetensors")
+    with pytest.raises(RunFileError, match="cannot look at the output: File name too long"):
+        apply_patch(base, patch, tmp_path / ("n" * 250 + ".safetensors"))
     with pytest.raises(OptionError, match="a single file"):
         apply_patch(base, patch, tmp_path / "out")
     with pytest.raises(OptionError, match="a folder of shards"):
