@@ -171,11 +171,28 @@ def test_a_signal_that_a_callback_swallows_is_raised_again(signum: int, monkeypa
     with signals_raise():
         raise_pending()  # there is none
         swallowed = Callback()
-        del swallowed
-        assert [one.exc_type for one in dropped] == [expected]
+        del swallowed  # raises nothing, and Python's traceback of that is not shown
+        assert dropped == []
         with pytest.raises(expected):
             raise_pending()
     raise_pending()
+    assert sys.unraisablehook == dropped.append
+
+
+def test_other_errors_in_callbacks_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda one: dropped.append(one.exc_type))
+
+    class Callback:
+        def __del__(self) -> None:
+            raise ValueError("wrong")
+
+    with signals_raise():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        callback = Callback()
+        del callback
+    assert dropped == [ValueError]
 
 
 def test_an_error_that_takes_the_place_of_a_signal(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from ckptdiff.cli.session import Terminated
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 __all__ = ["pending", "raise_pending", "signals_raise"]
 
@@ -27,6 +32,14 @@ def signals_raise() -> Iterator[None]:
     """
     global _received
     _received = None
+    tell = sys.unraisablehook
+
+    def tell_of_others(dropped: UnraisableHookArgs) -> None:
+        # Nobody is to read a traceback of a signal: it is raised again soon, see `pending`.
+        if _received is None or not isinstance(dropped.exc_value, KeyboardInterrupt | Terminated):
+            tell(dropped)
+
+    sys.unraisablehook = tell_of_others
     before = {}
     usual = {signal.SIG_DFL, signal.default_int_handler}
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -37,6 +50,7 @@ def signals_raise() -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+        sys.unraisablehook = tell
         _received = None
 
 
