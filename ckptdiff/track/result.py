@@ -81,7 +81,7 @@ class Track:
     def _rows(self, tensors: Sequence[int]) -> list[dict[str, Any]]:
         chosen = list(tensors)
         numel = sum(math.prod(self.shapes[row]) for row in chosen)
-        base_norm = math.sqrt(math.fsum(np.square(self.base_norms[chosen])))
+        base_norm = math.hypot(*self.base_norms[chosen])
         rows: list[dict[str, Any]] = []
         support = union = 0
         for step in range(len(self.steps)):
@@ -89,7 +89,9 @@ class Track:
             union += count["touched"]
             returned = count["support"] - support - count["touched"] + count["reverted"]
             support = count["support"]
-            delta_norm = math.sqrt(math.fsum(np.square(self.delta_norms[step, chosen])))
+            delta_norm = math.hypot(*self.delta_norms[step, chosen])
+            # A norm is infinite if its squares are beyond float64.
+            defined = base_norm > 0 and math.isfinite(base_norm) and math.isfinite(delta_norm)
             known = {**count, "returned": returned, "union": union}
             rows.append(
                 {
@@ -97,7 +99,7 @@ class Track:
                     **{key: known[key] for key in COUNTS},
                     "support_fraction": support / numel if numel else None,
                     "union_fraction": union / numel if numel else None,
-                    "rel_norm": delta_norm / base_norm if base_norm else None,
+                    "rel_norm": delta_norm / base_norm if defined else None,
                 }
             )
         return rows

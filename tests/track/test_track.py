@@ -236,6 +236,21 @@ def test_the_command(trajectory: Trajectory, tmp_path: Path, capsys: pytest.Capt
     assert "\x1b" not in "".join(lines)
 
 
+@pytest.mark.parametrize("unit", [1.0, 3e152, 1e200])
+def test_norms_near_and_beyond_the_end_of_float64(unit: float, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    base = np.arange(1.0, 17) * unit
+    for name, values in (("base", base), ("step", base * 1.5), ("back", base)):
+        save_file({"a": values, "b": values}, tmp_path / f"{name}.safetensors")
+    paths = [str(tmp_path / f"{name}.safetensors") for name in ("base", "step", "back")]
+    expected = [None, None] if unit > 1e199 else [pytest.approx(0.5), 0]
+    for by in ("tensor", "all"):
+        assert main(["track", *paths, "--compare", "stored", "--format", "csv", "--by", by, "--no-progress"]) == 0
+        out, err = capsys.readouterr()
+        cells = [row["rel_norm"] for row in csv.DictReader(io.StringIO(out))]
+        assert [float(cell) if cell else None for cell in cells[-2:]] == expected
+        assert "Warning" not in err
+
+
 def test_the_command_replaces_nothing_but_track_files(
     trajectory: Trajectory, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
