@@ -161,6 +161,11 @@ def _if_finite(groups: Grouping, column: str, values: FloatArray) -> FloatArray:
     return np.where(np.isfinite(groups.total(column)), values, np.nan)
 
 
+def _if_any(groups: Grouping, values: FloatArray) -> FloatArray:
+    """Values of the groups in which some d is finite; elsewhere a sum of nothing would read as no change."""
+    return np.where(groups.total("finite") > 0, values, np.nan)
+
+
 def _unchanged_rel(groups: Grouping, tau: float | None) -> FloatArray:
     # Every |d| is within an infinite RMS(W0).
     return _if_finite(groups, "base_norm", _fraction(groups, flat_key("unchanged_rel", tau)))
@@ -182,11 +187,23 @@ def _delta_square(groups: Grouping) -> FloatArray:
     return groups.total_square("delta_norm")
 
 
+def _delta_norm(groups: Grouping, _: float | None) -> FloatArray:
+    return _if_any(groups, np.sqrt(_delta_square(groups)))
+
+
+def _base_norm(groups: Grouping, _: float | None) -> FloatArray:
+    return _if_any(groups, np.sqrt(_base_square(groups)))
+
+
+def _rel_norm(groups: Grouping, _: float | None) -> FloatArray:
+    return np.sqrt(groups.ratio(_delta_square(groups), _base_square(groups)))
+
+
 def _tuned_norm(groups: Grouping, _: float | None = None) -> FloatArray:
     base = _base_square(groups)
     square = base + 2 * groups.total("base_dot_delta") + _delta_square(groups)
     # What is left of a tensor that was set to zero is rounding.
-    return np.sqrt(np.where(groups.ratio(square, base) <= _ROUNDING, 0.0, square))
+    return _if_any(groups, np.sqrt(np.where(groups.ratio(square, base) <= _ROUNDING, 0.0, square)))
 
 
 def _cosine(groups: Grouping, _: float | None) -> FloatArray:
@@ -200,11 +217,19 @@ def _cosine(groups: Grouping, _: float | None) -> FloatArray:
 
 
 def _delta_energy_share(groups: Grouping, _: float | None) -> FloatArray:
-    return groups.ratio(_delta_square(groups), np.full(groups.size, groups.delta_energy))
+    return _if_any(groups, groups.ratio(_delta_square(groups), np.full(groups.size, groups.delta_energy)))
 
 
 def _coord_energy(groups: Grouping, p: float | None) -> FloatArray:
     return _if_finite(groups, "delta_norm", groups.mean(flat_key("coord_energy", p), groups.squares("delta_norm")))
+
+
+def _l1(groups: Grouping, _: float | None) -> FloatArray:
+    return _if_any(groups, groups.total("l1"))
+
+
+def _max_abs(groups: Grouping, _: float | None) -> FloatArray:
+    return _if_any(groups, groups.largest("max_abs"))
 
 
 def _mean(groups: Grouping, _: float | None) -> FloatArray:
@@ -230,27 +255,15 @@ FIGURES: tuple[Figure, ...] = (
     Figure("unchanged_abs", "fraction", "|d| <= eps", "S1, S2", _flat_fraction("unchanged_abs"), EPS),
     Figure("unchanged_rel", "fraction", "|d| <= tau RMS(W0)", "S1", _unchanged_rel, TAU),
     Figure("changed", "count", "coordinates in the mask", "ckptdiff", _changed, bitwise=True),
-    Figure("delta_norm", "norm", "norm of d", "S1", lambda groups, _: np.sqrt(_delta_square(groups))),
-    Figure("base_norm", "norm", "norm of W0", "S1", lambda groups, _: np.sqrt(_base_square(groups))),
+    Figure("delta_norm", "norm", "norm of d", "S1", _delta_norm),
+    Figure("base_norm", "norm", "norm of W0", "S1", _base_norm),
     Figure("tuned_norm", "norm", "norm of W1", "S1", _tuned_norm),
-    Figure(
-        "rel_norm",
-        "fraction",
-        "norm of d / norm of W0",
-        "S1",
-        lambda groups, _: np.sqrt(groups.ratio(_delta_square(groups), _base_square(groups))),
-    ),
+    Figure("rel_norm", "fraction", "norm of d / norm of W0", "S1", _rel_norm),
     Figure("delta_energy_share", "fraction", "sum d^2 of the group / of all", "S1", _delta_energy_share),
     Figure("cosine", "cosine", "cosine of W0 and W1", "usual", _cosine),
-    Figure("l1", "norm", "sum of |d|", "usual", lambda groups, _: groups.total("l1")),
-    Figure(
-        "mean",
-        "value",
-        "mean of d",
-        "usual",
-        _mean,
-    ),
-    Figure("max_abs", "value", "largest |d|", "usual", lambda groups, _: groups.largest("max_abs")),
+    Figure("l1", "norm", "sum of |d|", "usual", _l1),
+    Figure("mean", "value", "mean of d", "usual", _mean),
+    Figure("max_abs", "value", "largest |d|", "usual", _max_abs),
     Figure("coord_energy", "fraction", "share of sum d^2 in the p % largest |d|", "S1", _coord_energy, P),
     Figure(
         "low_coverage",
