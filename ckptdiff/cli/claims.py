@@ -10,8 +10,8 @@ import click
 from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option, resource_options, tensor_options
-from ckptdiff.cli.target import ReportTarget, files_of
-from ckptdiff.cli.view import output_option, verbosity
+from ckptdiff.cli.target import ReportTarget, files_of, output_option
+from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError
 
 if TYPE_CHECKING:

@@ -11,18 +11,10 @@ import click
 from ckptdiff.report.json_text import dumps
 from ckptdiff.report.text import safe
 
-__all__ = ["format_option", "output_option", "write_rows"]
+__all__ = ["format_option", "write_rows"]
 
 format_option = click.option(
     "--format", type=click.Choice(["table", "json", "ndjson", "csv"]), default="table", help="Format of the list."
-)
-output_option = click.option(
-    "-O",
-    "--output",
-    type=click.Path(),
-    metavar="FILE",
-    show_default="-, that is stdout",
-    help="Write the list to a file.",
 )
 
 

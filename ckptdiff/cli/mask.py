@@ -8,9 +8,9 @@ from typing import Any, TextIO, cast
 import click
 
 from ckptdiff.cli.failures import OK
-from ckptdiff.cli.listing import format_option, output_option, write_rows
+from ckptdiff.cli.listing import format_option, write_rows
 from ckptdiff.cli.messages import say, warn
-from ckptdiff.cli.target import ReportTarget
+from ckptdiff.cli.target import ReportTarget, output_option
 from ckptdiff.errors import OptionError, plural
 from ckptdiff.report.text import percent, quantity, safe, shape_text
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from ckptdiff.cli.failures import OK
-from ckptdiff.cli.listing import format_option, output_option, write_rows
+from ckptdiff.cli.listing import format_option, write_rows
 from ckptdiff.cli.messages import warn
-from ckptdiff.cli.target import ReportTarget
+from ckptdiff.cli.target import ReportTarget, output_option
 from ckptdiff.errors import plural
 from ckptdiff.members import GROUPINGS, LABEL_KEYS
 from ckptdiff.report.json_text import dumps

@@ -11,10 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+import click
+
 from ckptdiff.errors import OptionError
 from ckptdiff.runfile.staged import staged_path
 
-__all__ = ["ReportTarget", "abandon_stdout", "files_of"]
+__all__ = ["ReportTarget", "abandon_stdout", "files_of", "output_option"]
+
+output_option = click.option(
+    "-O",
+    "--output",
+    type=click.Path(),
+    metavar="FILE",
+    show_default="-, that is stdout",
+    help="Write the report to a file.",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ import click
 from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option, threads_option
-from ckptdiff.cli.listing import format_option, output_option, write_rows
+from ckptdiff.cli.listing import format_option, write_rows
 from ckptdiff.cli.messages import warn
-from ckptdiff.cli.target import ReportTarget, files_of
+from ckptdiff.cli.target import ReportTarget, files_of, output_option
 from ckptdiff.members import LABEL_KEYS
 from ckptdiff.report.json_text import dumps
 from ckptdiff.report.text import percent, quantity, safe

@@ -13,7 +13,7 @@ from ckptdiff.cli.checks import Check
 from ckptdiff.cli.failures import DIFFERS, OK
 from ckptdiff.cli.messages import say
 from ckptdiff.cli.session import Session
-from ckptdiff.cli.target import ReportTarget
+from ckptdiff.cli.target import ReportTarget, output_option
 from ckptdiff.members import GROUPINGS
 from ckptdiff.report.text import safe
 
@@ -22,21 +22,13 @@ if TYPE_CHECKING:
     from ckptdiff.report.rows import View
     from ckptdiff.result import Diff
 
-__all__ = ["FORMATS", "Request", "output_option", "verbosity", "verdict_verbosity", "view_options"]
+__all__ = ["FORMATS", "Request", "verbosity", "verdict_verbosity", "view_options"]
 
 FORMATS = ("table", "json", "ndjson", "csv", "parquet")
 """Spelled out here, so that --help needs no import of NumPy; a test compares them with their definition."""
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
-output_option = click.option(
-    "-O",
-    "--output",
-    type=click.Path(),
-    metavar="FILE",
-    show_default="-, that is stdout",
-    help="Write the report to a file.",
-)
 _OPTIONS = (
     click.option("--format", type=click.Choice(FORMATS), default="table", help="Format of the report."),
     click.option(

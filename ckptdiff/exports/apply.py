@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint import Checkpoint, Shard, TensorInfo, open_checkpoint
 from ckptdiff.checkpoint.index import MAX_INDEX_BYTES
 from ckptdiff.checkpoint.regular_file import read_whole
-from ckptdiff.errors import CheckpointError, OptionError, PatchError
+from ckptdiff.errors import CheckpointError, OptionError, PatchError, plural
 from ckptdiff.events import Listener, StageProgress
 from ckptdiff.exports.patch_reader import Patch, TensorPatch, changes_of, open_patch
 from ckptdiff.runfile.staged import StagedFile
@@ -219,8 +219,8 @@ def _require_base(checkpoint: Checkpoint, patch: Patch, force: bool) -> list[str
     raise PatchError(
         "not the base that the patch was made for",
         file=checkpoint.path,
-        expected=f"{len(patch.base)} shards with the headers that {patch.shard.path} names",
-        found=f"{len(found)} shards, of which {known} have such a header",
+        expected=f"{plural(len(patch.base), 'shard')} with the headers that {patch.shard.path} names",
+        found=f"{plural(len(found), 'shard')}, of which {known} have such a header",
         hint="if it holds the same weights in other files, --force",
     )
 

@@ -162,6 +162,18 @@ def test_a_tensor_without_coordinates_is_null() -> None:
     assert figures["changed"] == 0
 
 
+@pytest.mark.parametrize("size", [0, 4])
+def test_norms_and_shares_of_no_finite_coordinate_are_null(size: int) -> None:
+    nothing = measured(np.zeros(0), np.zeros(0)) | {"numel": size, "changed": size}
+    moved = measured(*tensors(5, [30])[0])
+    alone, both = grouped([nothing, moved], [0, 1], 2)[0], grouped([nothing, moved], [0, 0], 1)[0]
+    for key in ("delta_norm", "base_norm", "tuned_norm", "rel_norm", "delta_energy_share", "l1", "max_abs", "cosine"):
+        assert alone[key] is None
+        assert both[key] is not None
+    assert both["delta_norm"] == pytest.approx(moved["delta_norm"])
+    assert both["delta_energy_share"] == pytest.approx(1)
+
+
 def test_integer_tensors_have_bitwise_figures_only() -> None:
     row = {"numel": 8, "unchanged_bitwise": 6, "changed": 2, "masked": 1}
     figures = grouped([row], [0], 1)[0]
