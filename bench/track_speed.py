@@ -3,13 +3,15 @@
     python bench/track_speed.py --size 1GiB
 
 The steps go back and forth between a tuned checkpoint and the base, so that every counter has something to count; the
-counts are checked. Medians over rounds, taken in turns, files in the page cache.
+counts are checked. Medians over rounds, files in the page cache. Each round has an order of its own: whatever comes
+after a reader that frees gigabytes is slower for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
 import shutil
 import statistics
 import tempfile
@@ -34,7 +36,7 @@ CHUNK = 1 << 20
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", default="1GiB", help="bytes of each checkpoint")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--folder", type=Path, help="where to write them; a temporary folder by default")
     given = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
@@ -51,10 +53,11 @@ def main() -> None:
             f"track, {threads} threads": lambda: track(checkpoints[0], checkpoints[1:]),
         }
         times: dict[str, list[float]] = {name: [] for name in work}
+        shuffle = random.Random(0).sample
         for _ in range(given.rounds):
-            for name, run in work.items():
+            for name in shuffle(list(work), len(work)):
                 start = time.perf_counter()
-                run()
+                work[name]()
                 times[name].append(time.perf_counter() - start)
     size = (1 + len(STEPS)) * parse_size(given.size)
     medians = {name: statistics.median(taken) for name, taken in times.items()}

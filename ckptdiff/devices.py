@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import numpy as np
-
-from ckptdiff.backends.backend import Backend, Batching
-from ckptdiff.backends.formats import Format, Formats
-from ckptdiff.backends.kernels.fetch import WINDOW
-from ckptdiff.backends.partial import BLOCK, Partial, Refined, Rule, Scan, Targets
-from ckptdiff.backends.source import InMemory
+from ckptdiff.backends.backend import Backend
+from ckptdiff.backends.partial import BLOCK
 from ckptdiff.errors import DeviceError, PlanError
+from ckptdiff.events import Listener
 from ckptdiff.memory import resident
-from ckptdiff.metrics.catalogue import EPS, ETA
-from ckptdiff.metrics.columns import LARGEST, SMALLEST, empty_records, set_sizes
-from ckptdiff.metrics.measurement import FloatMeasurement
-from ckptdiff.metrics.small import wanted
-from ckptdiff.options import MaskRule, Options, default_threads
-from ckptdiff.runfile.compress import compress_chunk
+from ckptdiff.options import Options, default_threads
+from ckptdiff.warm_up import Uses, load, make_call
 
 __all__ = ["Device", "open_device"]
 
@@ -45,6 +37,8 @@ class Device:
         Most threads it can serve; 0 for any number.
     overhead : int
         Bytes of host memory that its driver and libraries took.
+    compiled_apart : bool
+        Whether another process can compile its kernels for it.
     note : str
         Why it was chosen, if that needs saying.
     """
@@ -55,51 +49,25 @@ class Device:
     scratch: Callable[[int], int] = _no_scratch
     threads: int = 0
     overhead: int = 0
+    compiled_apart: bool = False
     note: str = ""
 
-    def warm_up(self, alike: Iterable[Formats], alone: Iterable[Formats], mask_chunk: int) -> None:
+    def warm_up(self, asked: Uses, tell: Listener) -> None:
         """Load or compile the kernels that a run will call, so that what it measures next is time and memory of data.
 
         Parameters
         ----------
-        alike, alone : iterable of (base, tuned, compare)
-            Formats of small tensors that are measured in one call, and of all others.
-        mask_chunk : int
-            Bytes of the largest mask chunk, 0 without masks.
+        asked : Uses
+            What it will call.
+        tell : callable
+            Told if kernels for the processor have to be compiled first.
         """
         worker = self.worker()
-        for formats in alike:
-            assert isinstance(worker, Batching)
-            _warm_small(worker, *formats)
-        for formats in alone:
-            _warm_large(worker, *formats)
-        if mask_chunk:
-            compress_chunk(np.arange(mask_chunk).astype(np.uint8), mask_chunk)
-
-
-def _warm_small(worker: Batching, base: Format, tuned: Format, compare: Format) -> None:
-    scan = Scan(base, tuned, compare, EPS, ETA, Rule.BITWISE, want_mask=True)
-    numel = np.array([2])
-    # Two coordinates of what the buffers of the kernel hold by themselves.
-    places = np.array([[WINDOW, 0, WINDOW, 0, 2]])
-    worker.scan_small(
-        scan, places, (set_sizes(LARGEST, numel), set_sizes(SMALLEST, numel)), wanted(compare), empty_records(1)
-    )
-
-
-def _warm_large(worker: Backend, base: Format, tuned: Format, compare: Format) -> None:
-    measurement = FloatMeasurement(base, tuned, compare, 2, MaskRule("bitwise"), True)
-    # Two coordinates of which one changed: what nothing or everything changed in takes shorter ways.
-    sides = bytes(base.bits // 4), bytes(tuned.bits // 8) + b"\x3c" * (tuned.bits // 8)
-    source = InMemory(np.frombuffer(sides[0], np.uint8), np.frombuffer(sides[1], np.uint8), 2)
-    partial = Partial()
-    if compare.bits > 16:  # narrower formats seldom need a second pass
-        targets = Targets(16)
-        worker.refine(measurement.scan, targets, source, Refined.empty(targets))
-    worker.scan(replace(measurement.scan, want_mask=True), source, partial)
-    measurement.take(partial)
-    if measurement.next is None:
-        measurement.measured()
+        if self.compiled_apart:
+            load(worker, asked, tell)
+            return
+        for use in asked.certain:
+            make_call(worker, use)
 
 
 def open_device(options: Options) -> Device:
@@ -130,7 +98,7 @@ def open_device(options: Options) -> Device:
             note = f"no GPU: {error.problem}"
     from ckptdiff.backends.cpu import CpuWorker
 
-    return Device("cpu", CpuWorker, batches=True, note=note)
+    return Device("cpu", CpuWorker, batches=True, compiled_apart=True, note=note)
 
 
 def _open_gpu(options: Options) -> Device:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.events import Finished, Listener, Note, Progress, StageProgress, Started, TensorsDone
+from ckptdiff.events import Finished, Listener, Note, Progress, StageProgress, Started, TensorsDone, ignore
 from ckptdiff.metrics.catalogue import COLUMNS
 from ckptdiff.metrics.columns import Measured
 from ckptdiff.metrics.spectral import Spectra
@@ -57,8 +57,8 @@ def run(
         If the inputs are damaged or change, the output cannot be written, or memory does not suffice.
     """
     started, clock = datetime.now(UTC), time.perf_counter()
-    tell = listener or _ignore
-    plan = prepare(base, tuned, out=out, options=options)
+    tell = listener or ignore
+    plan = prepare(base, tuned, out=out, options=options, tell=tell)
     _introduce(plan, tell)
     results = _Results(plan, tell)
     with open_shards(plan.io) as shards, _run_file(plan, out, title) as writer:
@@ -78,10 +78,6 @@ def run(
             writer.finish(diff)
     tell(Finished(diff, seconds))
     return diff
-
-
-def _ignore(event: object) -> None:
-    """Listen to nothing."""
 
 
 def _introduce(plan: Plan, tell: Listener) -> None:

@@ -9,7 +9,26 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from ckptdiff.result import Diff
 
-__all__ = ["Event", "Finished", "Listener", "Note", "Progress", "StageProgress", "Started", "TensorsDone"]
+__all__ = [
+    "Compiling",
+    "Event",
+    "Finished",
+    "Listener",
+    "Note",
+    "Progress",
+    "StageProgress",
+    "Started",
+    "TensorsDone",
+    "ignore",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Compiling:
+    """Kernels that are missing are compiled, before the plan is made."""
+
+    kept: bool
+    """Whether later runs find them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,5 +93,9 @@ class Finished:
     seconds: float
 
 
-Event: TypeAlias = Started | Progress | TensorsDone | StageProgress | Note | Finished
+Event: TypeAlias = Compiling | Started | Progress | TensorsDone | StageProgress | Note | Finished
 Listener: TypeAlias = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """Listen to nothing."""

@@ -16,6 +16,7 @@ from ckptdiff.backends.formats import Formats, formats_of
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorInfo, TensorPair, locate, open_checkpoint, pair
 from ckptdiff.devices import Device, open_device
+from ckptdiff.events import Listener, ignore
 from ckptdiff.memory import peak_resident, resident
 from ckptdiff.metrics.catalogue import COLUMNS
 from ckptdiff.metrics.measurement import BitMeasurement, FloatMeasurement
@@ -25,6 +26,7 @@ from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
 from ckptdiff.runfile.schema import mask_chunk_bytes
 from ckptdiff.runfile.target import check_target
 from ckptdiff.stream.plan import TASK_BLOCKS, Load, Memory, Span, fit_memory
+from ckptdiff.warm_up import Uses, uses
 
 __all__ = ["MANY_SMALL", "Plan", "prepare"]
 
@@ -109,7 +111,9 @@ class Plan:
         )
 
 
-def prepare(base: str, tuned: str, *, out: Path | None = None, options: Options | None = None) -> Plan:
+def prepare(
+    base: str, tuned: str, *, out: Path | None = None, options: Options | None = None, tell: Listener = ignore
+) -> Plan:
     """Make the plan of a run. Reads headers and indexes, and no data.
 
     Parameters
@@ -119,6 +123,8 @@ def prepare(base: str, tuned: str, *, out: Path | None = None, options: Options 
     out : Path, optional
         Run file to be written; without one no masks are made.
     options : Options, optional
+    tell : callable, optional
+        Told if kernels have to be compiled first.
 
     Raises
     ------
@@ -140,7 +146,8 @@ def prepare(base: str, tuned: str, *, out: Path | None = None, options: Options 
     # Reads into a cached buffer cost less than mapping pages and dropping them again, and report a lost page.
     io = "pread" if options.io == "auto" else options.io
     loads = _loads(pairing.pairs, options, device, io)
-    _warm_up(device, pairing.pairs, loads, options, want_masks)
+    asked = _uses(pairing.pairs, loads, options, want_masks)
+    device.warm_up(asked, tell)
     diff = _facts(*sides, pairing, options)
     threads = min(options.threads or default_threads(), device.threads or sys.maxsize)
     default = DEFAULT_MEMORY + device.overhead
@@ -148,17 +155,14 @@ def prepare(base: str, tuned: str, *, out: Path | None = None, options: Options 
     return Plan(pairing.pairs, loads, diff, memory, io, device, options, want_masks)
 
 
-def _warm_up(
-    device: Device, pairs: tuple[TensorPair, ...], loads: tuple[Load, ...], options: Options, want_masks: bool
-) -> None:
+def _uses(pairs: tuple[TensorPair, ...], loads: tuple[Load, ...], options: Options, want_masks: bool) -> Uses:
     alike: set[Formats] = set()
     alone: set[Formats] = set()
     kinds = {(one.base.dtype, one.tuned.dtype, load.kind is None) for one, load in zip(pairs, loads, strict=True)}
     for base, tuned, by_itself in kinds:
         if DTYPES[base].kind is Kind.FLOAT:
             (alone if by_itself else alike).add(formats_of(base, tuned, options.compare))
-    chunk = mask_chunk_bytes(max((load.numel for load in loads), default=0)) if want_masks else 0
-    device.warm_up(sorted(alike, key=str), sorted(alone, key=str), chunk)
+    return uses(alike, alone, mask_chunk_bytes(max((load.numel for load in loads), default=0)) if want_masks else 0)
 
 
 def _loads(pairs: tuple[TensorPair, ...], options: Options, device: Device, io: str) -> tuple[Load, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 # Before NumPy is loaded: on a busy machine two BLAS threads spend seconds waiting for each other over tiny matrices.
@@ -189,3 +190,15 @@ def troubled_diff(make_diff: MakeDiff) -> Diff:
         ),
         warnings=("fp8 tensors are compared as raw codes",),
     )
+
+
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder that CKPTDIFF_CACHE_DIR names, in which no kernel was kept yet."""
+    from ckptdiff.backends import kernel_cache
+
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("CKPTDIFF_CACHE_DIR", str(folder))
+    kernel_cache.cache_folder.cache_clear()
+    yield folder
+    kernel_cache.cache_folder.cache_clear()

@@ -15,7 +15,9 @@ import os
 import pickle
 import platform
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -23,7 +25,16 @@ import llvmlite.binding
 import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
-__all__ = ["STEP", "cache_folder", "helper", "kernel", "processor_features", "reducer"]
+__all__ = [
+    "STEP",
+    "NotCachedError",
+    "cache_folder",
+    "helper",
+    "kernel",
+    "only_cached",
+    "processor_features",
+    "reducer",
+]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -46,7 +57,25 @@ _OPTIONS = {"nogil": True, "error_model": "numpy"}
 STEP = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 """Only kernels are called from Python; the wrappers of what they call would cost a third of the compilation."""
 
+_refusing: ContextVar[bool] = ContextVar("refusing", default=False)
 logger = logging.getLogger("ckptdiff.kernel_cache")
+
+
+class NotCachedError(Exception):
+    """A kernel would have to be compiled."""
+
+
+@contextmanager
+def only_cached() -> Iterator[None]:
+    """Within this, in this thread, a kernel whose machine code is not in the cache raises :class:`NotCachedError`.
+
+    Where there is no cache, kernels are compiled all the same.
+    """
+    before = _refusing.set(True)
+    try:
+        yield
+    finally:
+        _refusing.reset(before)
 
 
 def helper(function: Function) -> Function:
@@ -158,10 +187,13 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            found = super().load_overload(sig, target_context)
         except Exception as error:  # unpickling damaged bytes can raise anything
             logger.warning("dropped a damaged kernel from %s: %s", self.cache_path, error)
-            return None
+            found = None
+        if found is None and _refusing.get():
+            raise NotCachedError(self.cache_path)
+        return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
         try:

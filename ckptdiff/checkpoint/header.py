@@ -249,9 +249,7 @@ def _tensor(name: str, entry: object, shard: Shard, data_start: int) -> TensorIn
 
 def _is_sizes(value: object) -> bool:
     # The type itself: True is an int to isinstance, and no size.
-    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
-        return False
-    return not value or (min(value) >= 0 and max(value) < _SIZE_LIMIT)
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < _SIZE_LIMIT for size in value)
 
 
 def _check_coverage(tensors: list[TensorInfo], shard: Shard, data_start: int) -> None:

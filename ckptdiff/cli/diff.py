@@ -107,7 +107,8 @@ def diff(base: str, tuned: str, **given: Any) -> int:
     if given["dry_run"]:
         from ckptdiff.cli.plan import print_plan
 
-        print_plan(base, tuned, out, options, request)
+        with progress(shown=given["progress"], quiet=request.quiet, verbose=given["verbose"]) as tell:
+            print_plan(base, tuned, out, options, request, tell)
         return 0
     return _run(base, tuned, out, options, request, given)
 

@@ -124,30 +124,27 @@ def export(run: str, names: tuple[str, ...], out: str, layout: str, **given: Any
 
 @mask.command("combine", short_help="Write a run file with the union, intersection or difference of masks.")
 @click.argument("runs", nargs=-1, type=click.Path(), metavar="RUN1.h5 RUN2.h5 [...]")
-@click.option("--union", "operation", flag_value="union", show_default="off", help="Coordinates in any of the masks.")
-@click.option(
-    "--intersect", "operation", flag_value="intersect", show_default="off", help="Coordinates in all of them."
-)
-@click.option(
-    "--minus",
-    "operation",
-    flag_value="minus",
-    show_default="off",
-    help="Coordinates in the first and in none of the others.",
-)
+@click.option("--union", is_flag=True, show_default="off", help="Coordinates in any of the masks.")
+@click.option("--intersect", is_flag=True, show_default="off", help="Coordinates in all of them.")
+@click.option("--minus", is_flag=True, show_default="off", help="Coordinates in the first and in none of the others.")
 @click.option("-o", "--out", type=click.Path(), metavar="RUN.h5", required=True, help="The run file to write.")
 @click.option("--force", is_flag=True, show_default="off", help="Combine runs of different bases too.")
-def combine(runs: tuple[str, ...], operation: str | None, out: str, force: bool) -> int:
+def combine(runs: tuple[str, ...], out: str, force: bool, **operations: bool) -> int:
     """Write a run file with combined masks, to train with.
 
     In all but its masks it is the first run: its figures are of that run's update.
     """
-    if operation is None:
-        raise OptionError("how are the masks to be combined?", expected="--union, --intersect or --minus")
+    chosen = [name for name, given in operations.items() if given]
+    if len(chosen) != 1:
+        raise OptionError(
+            "how are the masks to be combined?",
+            expected="one of --union, --intersect and --minus",
+            found=" and ".join(f"--{name}" for name in chosen) or None,
+        )
     from ckptdiff.overlap.combine import Operation
     from ckptdiff.overlap.combine import combine as combine_masks
 
-    diff = combine_masks(cast(Operation, operation), runs, out, force=force)
+    diff = combine_masks(cast(Operation, chosen[0]), runs, out, force=force)
     warn(diff.warnings)
     changed, numel = (int(diff.columns[key].sum()) for key in ("changed", "numel"))
     share = f", {percent(changed / numel)} of {quantity(numel)} values," if numel else ""

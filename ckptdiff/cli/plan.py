@@ -11,12 +11,13 @@ from ckptdiff.report.json_text import dumps
 from ckptdiff.report.text import binary_size, size
 
 if TYPE_CHECKING:
+    from ckptdiff.events import Listener
     from ckptdiff.options import Options
 
 __all__ = ["print_plan"]
 
 
-def print_plan(base: str, tuned: str, out: Path | None, options: Options, request: Request) -> None:
+def print_plan(base: str, tuned: str, out: Path | None, options: Options, request: Request, tell: Listener) -> None:
     """Print the plan of a run as text or, with ``--format json``, as one object (schema "ckptdiff.plan/1").
 
     Raises
@@ -28,7 +29,7 @@ def print_plan(base: str, tuned: str, out: Path | None, options: Options, reques
 
     if request.format not in ("table", "json"):
         raise OptionError("--dry-run prints text or json", expected="--format table or json", found=request.format)
-    plan = prepare(base, tuned, out=out, options=options)
+    plan = prepare(base, tuned, out=out, options=options, tell=tell)
     for check in request.checks:
         check.require_member(plan.diff.tensors)
     figures: dict[str, Any] = {

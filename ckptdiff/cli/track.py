@@ -14,6 +14,7 @@ from ckptdiff.cli.inputs import progress_option, threads_option
 from ckptdiff.cli.listing import format_option, write_rows
 from ckptdiff.cli.messages import warn
 from ckptdiff.cli.target import ReportTarget, files_of, output_option
+from ckptdiff.errors import OptionError
 from ckptdiff.members import LABEL_KEYS
 from ckptdiff.report.json_text import dumps
 from ckptdiff.report.text import percent, quantity, safe
@@ -66,7 +67,7 @@ def track(base: str, steps: tuple[str, ...], **given: Any) -> int:
 
     Support are the coordinates that differ from the base, union those that ever did. What moved since the step before
     is new (it never did before), returned (it did, but not one step ago), reverted (it is back at the base) or churned
-    (it was in the support and has another value now). A TRACK.h5 alone is printed again.
+    (it was in the support and has another value now). A TRACK.h5 alone is printed again, as it is.
     """
     kept = [file for path in (base, *steps) for file in files_of(path)] + ([Path(given["out"])] if given["out"] else [])
     target = ReportTarget.choose(given["output"], binary=False, kept=kept)
@@ -93,6 +94,7 @@ def _found(base: str, steps: tuple[str, ...], given: dict[str, Any]) -> Track:
     if not steps and _is_hdf5(base):
         from ckptdiff.track import load_track
 
+        _refuse_options(base)
         return load_track(base)
     from ckptdiff.checkpoint import open_checkpoint
     from ckptdiff.track import save_track
@@ -116,6 +118,18 @@ def _found(base: str, steps: tuple[str, ...], given: dict[str, Any]) -> Track:
     if given["out"]:
         save_track(found, given["out"])
     return found
+
+
+def _refuse_options(path: str) -> None:
+    """A track file says what it says: nothing is read or chosen again."""
+    context = click.get_current_context()
+    for name in ("out", "compare", "include", "exclude"):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise OptionError(
+                f"--{name} means nothing for a track file, which is only printed again",
+                file=path,
+                expected="a base checkpoint and later ones to follow",
+            )
 
 
 def _is_hdf5(path: str) -> bool:

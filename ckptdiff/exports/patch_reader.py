@@ -114,7 +114,7 @@ def open_patch(path: str | os.PathLike[str]) -> Patch:
             hint="ckptdiff mask export RUN.h5 --layout patch writes one",
         )
     try:
-        shapes = {name: tuple(map(index, shape)) for name, shape in json.loads(shard.metadata["shapes"]).items()}
+        shapes = {name: tuple(map(_size, shape)) for name, shape in json.loads(shard.metadata["shapes"]).items()}
         base = sorted((str(one["header_sha256"]), index(one["size"])) for one in json.loads(shard.metadata["base"]))
         rule, compare = shard.metadata["rule"], shard.metadata["compare"]
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -140,6 +140,13 @@ def open_patch(path: str | os.PathLike[str]) -> Patch:
     for patch in patches.values():
         _require_match(patch)
     return Patch(shard, patches, rule, compare, tuple(base))
+
+
+def _size(value: Any) -> int:
+    size = index(value)
+    if size < 0:
+        raise ValueError("a negative size")
+    return size
 
 
 def changes_of(shards: OpenShards, patch: TensorPatch) -> Iterator[BlockChange]:

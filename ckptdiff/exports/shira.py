@@ -96,7 +96,7 @@ def export_shira(
     """
     chosen = _chosen(run.load().tensors, names, run.path)
     for facts in chosen:
-        _require_rank(facts, rank)
+        _require_rank(facts, rank, run.path)
     sides = open_side(run, "base", base), open_side(run, "tuned", tuned)
     _prepare(target)
     entries: list[Entry] = []
@@ -144,11 +144,12 @@ def _chosen(tensors: Sequence[TensorFacts], names: Sequence[str], path: str) -> 
     return chosen
 
 
-def _require_rank(facts: TensorFacts, rank: int) -> None:
+def _require_rank(facts: TensorFacts, rank: int, path: str) -> None:
     m, n = facts.shape
     if not 0 < rank * (m + n) <= m * n:
         raise OptionError(
             "this rank cannot be met",
+            file=path,
             tensor=facts.name,
             expected=f"rank * (m + n) coordinates of {m} x {n}: a rank from 1 to {m * n // max(m + n, 1)}",
             found=f"rank {rank}",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import combinations
 
@@ -15,13 +16,13 @@ from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.errors import MaskError, OptionError
 from ckptdiff.overlap.figures import Overlap, PairCounts
-from ckptdiff.overlap.same_base import common_tensors, require_same_base
+from ckptdiff.overlap.same_base import base_norms, common_tensors, require_norm, require_same_base
 from ckptdiff.result import TensorFacts
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.schema import BIT_ORDER
 from ckptdiff.runfile.sides import open_side
-from ckptdiff.stream.blocks import blocks_of
+from ckptdiff.stream.blocks import blocks_of, values_of
 from ckptdiff.stream.shards import OpenShards, open_shards
 
 __all__ = ["overlap"]
@@ -60,7 +61,7 @@ def overlap(
     RunFileError
         A run file without masks, or one that cannot be read.
     CheckpointError
-        `base` is not the base of the runs.
+        `base` is not the base of the first run: its shards have other headers, or a tensor another norm.
     """
     if len(paths) < 2:
         raise OptionError("an overlap needs two run files or more", found=len(paths))
@@ -74,12 +75,14 @@ def overlap(
             runs=tuple(os.fspath(path) for path in paths),
             rules=tuple(diff.mask_rule for diff in diffs),
             tensors=tuple(tensors),
-            pairs=_count(runs, tensors, checkpoint),
+            pairs=_count(runs, tensors, checkpoint, base_norms(diffs[0])),
             warnings=(*warnings, *left_out),
         )
 
 
-def _count(runs: Sequence[RunFile], tensors: Sequence[TensorFacts], base: Checkpoint | None) -> tuple[PairCounts, ...]:
+def _count(
+    runs: Sequence[RunFile], tensors: Sequence[TensorFacts], base: Checkpoint | None, norms: Mapping[str, float]
+) -> tuple[PairCounts, ...]:
     pairs = list(combinations(range(len(runs)), 2))
     counts = np.zeros((len(runs), len(tensors)), np.int64)
     both = np.zeros((len(pairs), len(tensors)), np.int64)
@@ -92,7 +95,8 @@ def _count(runs: Sequence[RunFile], tensors: Sequence[TensorFacts], base: Checkp
             both[:, row] = _common(masks, pairs)
             bins = None
             if facts.compare != "bitwise" and base is not None:
-                bins = _by_magnitude(shards, base.tensors[facts.name], masks)
+                bins, norm = _by_magnitude(shards, base.tensors[facts.name], masks)
+                require_norm(norm, facts, norms[facts.name], base.path)
             elif facts.compare != "bitwise" and bitwise:
                 bins = _by_octave(runs, facts.name)
             if bins is not None:
@@ -128,24 +132,33 @@ def _by_octave(runs: Sequence[RunFile], name: str) -> NDArray[np.int64]:
     return np.concatenate([rows[0].base, *(row.changed for row in rows)]).astype(np.int64)
 
 
-def _by_magnitude(shards: OpenShards, tensor: TensorInfo, masks: Sequence[Mask]) -> NDArray[np.int64]:
-    """Coordinates by the leading 15 bits of |W0| as stored, shape (1 + masks, 2^15)."""
+def _by_magnitude(shards: OpenShards, tensor: TensorInfo, masks: Sequence[Mask]) -> tuple[NDArray[np.int64], float]:
+    """Coordinates by the leading 15 bits of |W0| as stored, shape (1 + masks, 2^15), and the norm of W0."""
     if tensor.shape != masks[0].shape:
-        raise MaskError("a mask does not fit the base", tensor=tensor.name, expected=masks[0].shape, found=tensor.shape)
+        raise MaskError(
+            "a mask does not fit the base",
+            file=tensor.shard.path,
+            tensor=tensor.name,
+            expected=masks[0].shape,
+            found=tensor.shape,
+        )
     format = stored_format(tensor.dtype)
     shift = max(format.bits - 16, 0)
     bins = np.zeros((1 + len(masks), _MAGNITUDES), np.int64)
+    squares = 0.0
     pieces: Iterator[tuple[NDArray[np.uint8], ...]] = zip(
         *(mask.iter_packed(BLOCK // 8) for mask in masks), strict=True
     )
     for stored, packed in zip(blocks_of(shards, tensor), pieces, strict=True):
         codes = stored.view(format.code_dtype)
+        with np.errstate(over="ignore"):
+            squares += float(np.square(values_of(tensor.dtype, stored), dtype=np.float64).sum())
         magnitudes = ((codes & format.code_dtype.type(format.magnitude)) >> shift).astype(np.uint16)
         bins[0] += np.bincount(magnitudes, minlength=_MAGNITUDES)
         for row, bits in enumerate(packed, 1):
             inside = np.unpackbits(bits, bitorder=BIT_ORDER, count=magnitudes.size).view(np.bool_)
             bins[row] += np.bincount(magnitudes[inside], minlength=_MAGNITUDES)
-    return bins
+    return bins, math.sqrt(squares)
 
 
 def _expected(bins: NDArray[np.int64], rest: NDArray[np.int64], first: int, second: int) -> float:

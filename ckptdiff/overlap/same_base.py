@@ -7,16 +7,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ckptdiff.errors import MaskError, first_few
+from ckptdiff.errors import CheckpointError, MaskError, first_few, plural
 from ckptdiff.result import Diff, TensorFacts
 from ckptdiff.runfile.reader import RunFile
 
-__all__ = ["common_tensors", "require_same_base"]
+__all__ = ["base_norms", "common_tensors", "require_norm", "require_same_base"]
 
 _SAME = 1e-9
 """Norms of the same weights differ by less, whatever machine summed them."""
 _ROUNDED = 2.0**-8
 """Casts to different dtypes move a norm by less than half a unit in bfloat16's last place."""
+_SUBNORMAL = 2.0**-133
+"""The smallest bfloat16 above zero: a cast moves subnormal values by up to half as much, however small they are."""
 
 
 def require_same_base(runs: Sequence[RunFile], diffs: Sequence[Diff], force: bool) -> list[str]:
@@ -90,22 +92,49 @@ def common_tensors(runs: Sequence[RunFile], diffs: Sequence[Diff]) -> tuple[list
     left_out = {name for other in shapes for name in other} - {facts.name for facts in common}
     if not left_out:
         return common, []
-    return common, [f"{len(left_out)} tensors are not in all runs and left out: {first_few(sorted(left_out))}"]
+    some = plural(len(left_out), "tensor")
+    return common, [f"{some} not in all runs, left out: {first_few(sorted(left_out))}"]
 
 
 def _other_base(first: Diff, other: Diff) -> tuple[str, float, float] | None:
     """The first tensor whose base norms tell two bases apart."""
-    tolerance = _SAME if first.compare == other.compare else _ROUNDED
-    norms = dict(zip((facts.name for facts in other.tensors), _base_norms(other), strict=True))
-    for facts, ours in zip(first.tensors, _base_norms(first), strict=True):
+    norms = base_norms(other)
+    for facts, ours in zip(first.tensors, base_norms(first).values(), strict=True):
         theirs = norms.get(facts.name, math.nan)
-        if not (math.isnan(ours) or math.isnan(theirs) or math.isclose(ours, theirs, rel_tol=tolerance)):
+        told = not (math.isnan(ours) or math.isnan(theirs))
+        if told and not _alike(ours, theirs, facts, cast=first.compare != other.compare):
             return facts.name, ours, theirs
     return None
 
 
-def _base_norms(diff: Diff) -> list[float]:
+def _alike(norm: float, other: float, facts: TensorFacts, *, cast: bool) -> bool:
+    """Whether two norms may be of the same weights, of which one may have been cast to bfloat16."""
+    if not cast:
+        return math.isclose(norm, other, rel_tol=_SAME)
+    return math.isclose(norm, other, rel_tol=_ROUNDED, abs_tol=_SUBNORMAL * math.sqrt(math.prod(facts.shape)))
+
+
+def base_norms(diff: Diff) -> dict[str, float]:
     """Norm of the base of each tensor, NaN where NaN or Inf of either side left coordinates out of it."""
     columns = diff.columns
-    norms: list[float] = np.where(columns["finite"] == columns["numel"], columns["base_norm"], math.nan).tolist()
-    return norms
+    norms = np.where(columns["finite"] == columns["numel"], columns["base_norm"], math.nan).tolist()
+    return dict(zip((facts.name for facts in diff.tensors), norms, strict=True))
+
+
+def require_norm(norm: float, facts: TensorFacts, known: float, path: str) -> None:
+    """Compare the norm of a base's tensor, as stored, with the one that a run knows: headers say nothing of values.
+
+    Raises
+    ------
+    CheckpointError
+        They differ.
+    """
+    if math.isfinite(known) and not _alike(norm, known, facts, cast=facts.compare != facts.dtype_base.lower()):
+        raise CheckpointError(
+            "not the base checkpoint that the run compared",
+            file=path,
+            tensor=facts.name,
+            expected=f"norm {known!r}",
+            found=f"norm {norm!r}",
+            hint="name the base of the first run with --base",
+        )

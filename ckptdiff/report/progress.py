@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from ckptdiff.events import Event, Note, Progress, StageProgress, Started
+from ckptdiff.events import Compiling, Event, Note, Progress, StageProgress, Started
 from ckptdiff.report.text import duration, percent, safe, size
 
 if TYPE_CHECKING:
@@ -85,6 +85,10 @@ class ProgressDisplay:
             self._first = None
         elif isinstance(event, Note):
             self._note(event)
+        elif isinstance(event, Compiling):
+            if self._infos or (self._progress and self._terminal):
+                once = ", once for this version on this machine" if event.kept else ""
+                self._print(f"ckptdiff: compiling kernels{once}")
         elif isinstance(event, Progress):
             self._show(event)
         elif isinstance(event, StageProgress):

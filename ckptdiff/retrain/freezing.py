@@ -81,6 +81,7 @@ def freeze_outside(optimizer: torch.optim.Optimizer, masks: Mapping[Any, PackedM
             "no parameter of the optimizer has a masked coordinate: there is nothing to train",
             expected=f"some of the {len(masks)} masked parameters",
             found="none of them, or empty masks",
+            hint="load the masks of the parameters that the optimizer has: after fully_shard, which makes new ones",
         )
     outside = {p: _outside(masks[p], p) if p in masks else None for p in parameters}
     before: dict[Any, Tensor] = {}
@@ -89,16 +90,17 @@ def freeze_outside(optimizer: torch.optim.Optimizer, masks: Mapping[Any, PackedM
     def remember(*_: Any) -> None:
         for parameter, frozen in outside.items():
             if frozen is None:
-                parameter.grad = None  # no optimizer moves a parameter without a gradient
+                parameter.grad = None  # so that no state is made for it
             else:
                 _zero_gradient(frozen, parameter)
-                before[parameter] = parameter.detach().clone()
+            before[parameter] = parameter.detach().clone()
 
     @torch.no_grad()
     def restore(*_: Any) -> None:
         for parameter, frozen in outside.items():
-            if frozen is not None:
-                parameter.copy_(torch.where(frozen, before.pop(parameter), parameter))
+            start = before.pop(parameter)
+            # One without a mask has moved too if the step took a closure, which brings gradients of zero back.
+            parameter.copy_(start if frozen is None else torch.where(frozen, start, parameter))
 
     hooks = [_gradient_hook(parameter, frozen) for parameter, frozen in outside.items() if parameter.requires_grad]
     hooks += [optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(restore)]

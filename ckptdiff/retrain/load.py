@@ -33,7 +33,8 @@ def load_masks(run_file: str | os.PathLike[str] | RunFile, model: Module, *, str
     ----------
     run_file : path-like or RunFile
     model : Module
-        Its parameters must be whole: load the masks before FSDP shards them.
+        Its parameters must have their whole shapes. With FSDP2, load the masks after ``fully_shard``, which makes new
+        parameters; the flat ones of FSDP1 fit no mask once there are several ranks.
     strict : bool
         Refuse masks without a parameter, and trainable parameters without a mask. Otherwise both are listed in the
         ``report`` of the result.
@@ -96,7 +97,7 @@ def _read(mask: Mask, name: str, parameter: Parameter, path: str) -> PackedMask:
             tensor=mask.name,
             expected=f"shape {tuple(parameter.shape)} of {name}",
             found=f"shape {mask.shape}",
-            hint="load masks before FSDP shards the model, and into the model whose checkpoints were compared",
+            hint="load masks into the model whose checkpoints were compared; of FSDP, only fully_shard keeps shapes",
         )
     return PackedMask(mask.shape, mask.packed())
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ckptdiff.backends.kernels.masked_steps import sum_masked_squares
 from ckptdiff.errors import MaskError
 from ckptdiff.retrain.packed import PackedMask
-from ckptdiff.retrain.support import IndexSupport, Support, TileSupport, support_of
+from ckptdiff.retrain.support import IndexSupport, Support, TileSupport, is_compiled, support_of
 from ckptdiff.retrain.threads import run_all
 
 __all__ = ["MaskedOptimizer"]
@@ -73,6 +73,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
                 "no parameter of the optimizer has a masked coordinate: there is nothing to train",
                 expected=f"some of the {len(masks)} masked parameters",
                 found="none of them, or empty masks",
+                hint="load the masks of the parameters that the optimizer has",
             )
 
     @abstractmethod
@@ -88,6 +89,11 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         self, group: dict[str, Any], values: list[Tensor], gradients: list[Tensor], states: list[Any]
     ) -> None:
         """Torch's own step, on the gathered values of parameters and their states."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All that copy and pickle need; torch names but its own attributes."""
+        ours = ("_masks", "_supports", "_fingerprints", "_fp32_master")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
 
     @property
     def nbytes(self) -> int:
@@ -212,19 +218,28 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
                     raise MaskError(
                         "masked optimizers take dense gradients", hint="make the embedding with sparse=False"
                     )
-                yield parameter, self._supports[parameter]
+                support = self._supports[parameter]
+                if isinstance(support, TileSupport) and not is_compiled(parameter):
+                    raise MaskError(
+                        "a parameter was moved or cast after its optimizer was made",
+                        expected="a contiguous float32 or bfloat16 parameter in main memory, as it was then",
+                        found=f"{parameter.dtype}, on {parameter.device}, strides {parameter.stride()}",
+                        hint="make the optimizer when the model is where it trains",
+                    )
+                yield parameter, support
 
     def _begin_state(self, parameter: Tensor, support: Support, group: dict[str, Any]) -> None:
         state = self.state[parameter]
-        if state:
-            return
         narrow = parameter.dtype in _NARROW
         kept = {"dtype": torch.float32 if narrow else parameter.dtype, "device": parameter.device}
-        state["mask"] = self._fingerprints[parameter]
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        if not state:
+            state["mask"] = self._fingerprints[parameter]
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        # A state that was there may lack some: of another dtype, or from before momentum was turned on.
         for slot in self.slots(group):
-            state[slot] = torch.zeros(support.count, **kept)
-        if narrow and self._fp32_master:
+            if slot not in state:
+                state[slot] = torch.zeros(support.count, **kept)
+        if narrow and self._fp32_master and "master" not in state:
             # A NaN rounds to no code but its own, so the first step takes every value from the parameter.
             state["master"] = torch.full((support.count,), math.nan, **kept)
 
@@ -235,7 +250,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         state["step"] += 1
         constants = np.array(self.constants(group, int(state["step"])), np.float32)
         nothing = np.empty(0, np.float32)
-        held = [state[slot].numpy() if slot in state else nothing for slot in (*self.every_slot, "master")]
+        used = {*self.slots(group), "master"} & state.keys()
+        held = [state[slot].numpy() if slot in used else nothing for slot in (*self.every_slot, "master")]
         values, gradients = _flat_view(parameter), _flat_view(parameter.grad.contiguous())
         for span in support.spans():
             yield partial(

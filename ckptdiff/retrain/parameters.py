@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 from torch.nn import Parameter
 
-from ckptdiff.errors import MaskError, first_few
+from ckptdiff.errors import MaskError, first_few, plural
 from ckptdiff.retrain.packed import PackedMask
 
 __all__ = ["MatchReport", "ParameterMasks"]
@@ -48,14 +48,14 @@ class MatchReport:
         return not (self.unused_masks or self.unmasked_parameters)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.matched)} masks matched"]
-        for label, names in (
-            ("masks without a parameter", self.unused_masks),
-            ("parameters without a mask", self.unmasked_parameters),
-            ("masks of buffers", self.buffers),
+        lines = [f"{plural(len(self.matched), 'mask')} matched"]
+        for noun, where, names in (
+            ("mask", "without a parameter", self.unused_masks),
+            ("parameter", "without a mask", self.unmasked_parameters),
+            ("mask", "of buffers", self.buffers),
         ):
             if names:
-                lines.append(f"{len(names)} {label}: {first_few(names, _SHOWN)}")
+                lines.append(f"{plural(len(names), noun)} {where}: {first_few(names, _SHOWN)}")
         return "; ".join([*lines, *self.warnings])
 
 
@@ -92,7 +92,7 @@ class ParameterMasks(Mapping[Parameter, PackedMask]):
                     tensor=self.names[parameter],
                     expected=f"a mask of shape {tuple(parameter.shape)}",
                     found=mask.shape,
-                    hint="load masks before the parameters are sharded or flattened, into the model they were made of",
+                    hint="load masks into the model they were made of; of FSDP, only fully_shard keeps shapes",
                 )
 
     def __getitem__(self, parameter: Parameter) -> PackedMask:

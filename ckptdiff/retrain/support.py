@@ -14,7 +14,7 @@ from torch import Tensor
 from ckptdiff.retrain.packed import PackedMask
 from ckptdiff.runfile.schema import BIT_ORDER
 
-__all__ = ["IndexSupport", "Support", "TileSupport", "support_of"]
+__all__ = ["IndexSupport", "Support", "TileSupport", "is_compiled", "support_of"]
 
 TILE = 1 << 16
 _SPAN = 32
@@ -83,7 +83,7 @@ def support_of(mask: PackedMask, parameter: Tensor) -> Support:
         np.flatnonzero(np.unpackbits(mask.bits[start : start + _BLOCK_BYTES], bitorder=BIT_ORDER)) + 8 * start
         for start in range(0, mask.bits.size, _BLOCK_BYTES)
     ]
-    if _is_compiled(parameter):
+    if is_compiled(parameter):
         tiles = -(-mask.numel // TILE)
         counts = np.zeros(tiles + 1, np.int64)
         for indices in found:
@@ -97,7 +97,8 @@ def support_of(mask: PackedMask, parameter: Tensor) -> Support:
     return IndexSupport(torch.from_numpy(index).to(parameter.device))
 
 
-def _is_compiled(parameter: Tensor) -> bool:
+def is_compiled(parameter: Tensor) -> bool:
+    """Whether the compiled kernels serve a parameter."""
     return (
         parameter.device.type == "cpu"
         and parameter.dtype in (torch.float32, torch.bfloat16)

@@ -95,14 +95,30 @@ class Mask:
             yield piece
 
     def iter_flat(self) -> Iterator[IndexArray]:
-        """Yield the row-major indices in pieces, ascending."""
-        start = 0
+        """Yield the row-major indices in pieces, ascending.
+
+        Raises
+        ------
+        RunFileError
+            After the last piece, if they are not `count`.
+        """
+        start = seen = 0
         for piece in self.iter_packed():
             found = np.flatnonzero(np.unpackbits(piece, bitorder=BIT_ORDER)) + start
             start += 8 * piece.size
             # The padding bits of the last byte are zero in what ckptdiff writes; others may have written this.
             indices: IndexArray = found[: np.searchsorted(found, self.numel)].astype(self.index_dtype)
+            seen += indices.size
             yield indices
+        if seen != self.count:
+            raise RunFileError(
+                "a mask does not hold as many coordinates as the table says",
+                file=self._dataset.file.filename,
+                tensor=self.name,
+                expected=self.count,
+                found=seen,
+                hint="run ckptdiff diff again",
+            )
 
 
 class MaskView(Mapping[str, Mask]):

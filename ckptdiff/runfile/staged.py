@@ -40,7 +40,7 @@ class StagedFile:
     Raises
     ------
     RunFileError
-        If the file cannot be made.
+        On entry, if the file cannot be made.
     """
 
     def __init__(self, target: Path) -> None:
@@ -48,16 +48,20 @@ class StagedFile:
         self.failure: BaseException | None = None
         self._real = Path(os.path.realpath(target))
         self._path = staged_path(self._real)
-        try:
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise RunFileError(f"cannot create the output: {error.strerror}", file=target) from error
+        self._descriptor = -1
         self._stopped = False
         self._position = 0
         self._size = 0
 
     def __enter__(self) -> StagedFile:
-        return self
+        try:
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            return self
+        except OSError as error:
+            raise RunFileError(f"cannot create the output: {error.strerror}", file=self.target) from error
+        except BaseException:  # a signal came with the file: nobody leaves what was not entered
+            self.discard()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -112,7 +116,7 @@ class StagedFile:
             raise self._explained(error) from error
 
     def discard(self) -> None:
-        """Remove the temporary file; harmless after :meth:`commit`."""
+        """Remove the temporary file; harmless before it is made and after :meth:`commit`."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

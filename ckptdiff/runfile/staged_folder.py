@@ -31,7 +31,7 @@ class StagedFolder:
     Raises
     ------
     RunFileError
-        If the folder cannot be made.
+        On entry, if the folder cannot be made.
     """
 
     def __init__(self, target: Path) -> None:
@@ -41,9 +41,12 @@ class StagedFolder:
     def __enter__(self) -> StagedFolder:
         try:
             self.path.mkdir()
+            return self
         except OSError as error:
             raise RunFileError(f"cannot create the output: {error.strerror}", file=self.target) from error
-        return self
+        except BaseException:  # a signal came with the folder: nobody leaves what was not entered
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ class RunFileWriter:
     def __init__(
         self, target: Path, *, rule: MaskRule, compare: str, title: str | None = None, paged: bool = False
     ) -> None:
-        self._target = target
+        self._staged = StagedFile(target)
         self._rule = rule
         self._root = {
             "format": FORMAT,
@@ -76,20 +76,13 @@ class RunFileWriter:
         self._table: HistogramTable | None = None
 
     def __enter__(self) -> RunFileWriter:
-        with ExitStack() as stack:
-            self._staged = stack.enter_context(StagedFile(self._target))
-            stack.callback(self._close)
-            # The layout of HDF5 1.10 (2016) finds a chunk without a B-tree of two kilobytes for each mask.
-            cache = {"rdcc_nslots": 1, "rdcc_nbytes": 0}
-            self._file = h5py.File(
-                self._staged, "w", libver=("v110", "v110"), track_order=False, **cache, **self._paging
-            )
-            self._file.attrs.update(self._root)
-            self._masks = self._file.create_group("masks")
-            self._masks.attrs.update(rule=str(self._rule), compare=self._compare, bit_order=BIT_ORDER)
-            self._table = HistogramTable(self._file.create_group("histograms"))
-            self._stack = stack.pop_all()
-        return self
+        self._staged.__enter__()
+        try:
+            self._begin()
+            return self
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
 
     def begin_mask(self, name: str, shape: tuple[int, ...]) -> None:
         """Make the dataset of a mask: for a tensor without coordinates, this is all.
@@ -187,7 +180,19 @@ class RunFileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.__exit__(kind, error, trace)
+        try:
+            self._close()
+        finally:
+            self._staged.__exit__(kind, error, trace)
+
+    def _begin(self) -> None:
+        # The layout of HDF5 1.10 (2016) finds a chunk without a B-tree of two kilobytes for each mask.
+        cache = {"rdcc_nslots": 1, "rdcc_nbytes": 0}
+        self._file = h5py.File(self._staged, "w", libver=("v110", "v110"), track_order=False, **cache, **self._paging)
+        self._file.attrs.update(self._root)
+        self._masks = self._file.create_group("masks")
+        self._masks.attrs.update(rule=str(self._rule), compare=self._compare, bit_order=BIT_ORDER)
+        self._table = HistogramTable(self._file.create_group("histograms"))
 
     def _close(self) -> None:
         # What HDF5 still writes as it closes a file that is thrown away must not need room.

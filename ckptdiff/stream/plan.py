@@ -32,6 +32,7 @@ TASK_NUMEL = 4 * BLOCK
 _MEASUREMENT = 8 * BINS * 6 + (1 << 17)
 """Bytes of a Partial, if all of its bins are touched."""
 _HINT_STEP = 10 << 20
+"""What the hint of a refusal is rounded to, and by how much at least it exceeds the least of now."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,8 @@ def fit_memory(
         "this run does not fit into --max-memory",
         expected=f"at least {_mib(memory.projected)} MiB",
         found=f"{_mib(max_memory)} MiB",
-        # Rounded up: the same process is not of the same size each time.
-        hint=f"--max-memory {-(-memory.projected // _HINT_STEP) * _HINT_STEP >> 20}M",
+        # With room to spare: the next process is a few MiB larger or smaller before its first read.
+        hint=f"--max-memory {(-(-memory.projected // _HINT_STEP) + 1) * _HINT_STEP >> 20}M",
     )
 
 

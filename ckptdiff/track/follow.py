@@ -25,8 +25,8 @@ from ckptdiff.track.result import Track
 
 __all__ = ["track"]
 
-_TASK = 4 * BLOCK
-"""Coordinates of one piece of work: small beside a checkpoint, so that all threads end at about the same time."""
+_TASK = 48
+"""Blocks of a span, those of all checkpoints counted: so few that all threads end at about the same time."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -105,7 +105,7 @@ def _execute(tensors: Sequence[Followed], shards: OpenShards, threads: int) -> I
     local = threading.local()
     stop = threading.Event()
 
-    def work(index: int, first: int) -> _Found:
+    def work(index: int, span: tuple[int, int]) -> _Found:
         if stop.is_set():
             raise InterruptedError("the run was given up")
         if not hasattr(local, "rooms"):
@@ -113,11 +113,9 @@ def _execute(tensors: Sequence[Followed], shards: OpenShards, threads: int) -> I
         code = tensors[index].code_dtype
         if code.itemsize not in local.rooms:
             local.rooms[code.itemsize] = new_rooms(code, len(tensors[index].sides))
-        return _follow(tensors[index], index, first, shards, local.rooms[code.itemsize])
+        return _follow(tensors[index], index, span, shards, local.rooms[code.itemsize])
 
-    planned = (
-        (index, first) for index, followed in enumerate(tensors) for first in range(0, followed.sides[0].numel, _TASK)
-    )
+    planned = ((index, span) for index, followed in enumerate(tensors) for span in _spans(followed))
     pending: deque[Future[_Found]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ckptdiff-track")
     try:
@@ -132,9 +130,14 @@ def _execute(tensors: Sequence[Followed], shards: OpenShards, threads: int) -> I
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _follow(followed: Followed, index: int, first: int, shards: OpenShards, rooms: Rooms) -> _Found:
+def _spans(followed: Followed) -> Iterator[tuple[int, int]]:
+    numel, step = followed.sides[0].numel, max(_TASK // len(followed.sides), 1) * BLOCK
+    return ((first, min(first + step, numel)) for first in range(0, numel, step))
+
+
+def _follow(followed: Followed, index: int, span: tuple[int, int], shards: OpenShards, rooms: Rooms) -> _Found:
     compare, sides = followed.compare, followed.sides
-    stop = min(first + _TASK, sides[0].numel)
+    first, stop = span
     casts, tables = followed.casts()
     files = np.empty((len(sides), 4), np.int64)
     for row, side, cast in zip(files, sides, casts, strict=True):
@@ -147,7 +150,7 @@ def _follow(followed: Followed, index: int, first: int, shards: OpenShards, room
         np.zeros((len(sides), -(-(stop - first) // BLOCK))),
     )
     values, magnitude = facts_of(compare).values, followed.code_dtype.type(compare.magnitude)
-    came = follow_span(files, tables, values, magnitude, (first, stop), rooms, found.counts, found.sums)
+    came = follow_span(files, tables, values, magnitude, span, rooms, found.counts, found.sums)
     if came < stop:
         _fail(followed, came, min(came + rooms.codes.shape[1], stop), shards)
     return found

@@ -104,7 +104,7 @@ def plan_track(
         warnings |= dict.fromkeys((*step.warnings, *pairing.warnings))
         left_out = [*pairing.only_in_base, *(bad.name for bad in pairing.mismatched)]
         if left_out:
-            lacking = f"lacks {len(left_out)} tensors of the base, or has other shapes: {first_few(left_out)}"
+            lacking = f"lacks {plural(len(left_out), 'tensor')} of the base, or has other shapes: {first_few(left_out)}"
             warnings[f"{step.path} {lacking}"] = None
     counterparts = [{matched.name: matched for matched in pairing.pairs} for pairing in pairings]
     followed: list[Followed] = []

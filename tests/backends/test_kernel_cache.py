@@ -9,10 +9,11 @@ import errno
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,17 +49,7 @@ Call = Callable[[], Called]
 
 
 @pytest.fixture
-def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder that CKPTDIFF_CACHE_DIR names, in which nothing was cached yet."""
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("CKPTDIFF_CACHE_DIR", str(folder))
-    kernel_cache.cache_folder.cache_clear()
-    yield folder
-    kernel_cache.cache_folder.cache_clear()
-
-
-@pytest.fixture
-def call(tmp_path: Path, named: Path, caplog: pytest.LogCaptureFixture) -> Call:
+def call(tmp_path: Path, empty_cache: Path, caplog: pytest.LogCaptureFixture) -> Call:
     """Import the tiny kernel afresh, as a new process would, and call it."""
     source = tmp_path / "tiny.py"
     source.write_text(TINY)
@@ -81,21 +72,21 @@ def entries(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def test_a_kernel_is_compiled_once(call: Call, named: Path) -> None:
+def test_a_kernel_is_compiled_once(call: Call, empty_cache: Path) -> None:
     assert call() == (135.0, 0, [])
-    (entry,) = entries(named)
+    (entry,) = entries(empty_cache)
     assert "triple" in entry.name and entry.suffix == ".nbc"
     assert call() == (135.0, 1, [])
-    assert entries(named) == [entry]
+    assert entries(empty_cache) == [entry]
 
 
-def test_the_folder_belongs_to_the_user_alone(call: Call, named: Path) -> None:
+def test_the_folder_belongs_to_the_user_alone(call: Call, empty_cache: Path) -> None:
     before = os.umask(0)
     try:
         call()
     finally:
         os.umask(before)
-    (folder,) = named.iterdir()
+    (folder,) = empty_cache.iterdir()
     assert folder == kernel_cache.cache_folder()
     assert folder.stat().st_mode & 0o777 == 0o700
 
@@ -126,9 +117,9 @@ def flip(place: float) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize("damage", [truncate, empty, overwrite, zero, *map(flip, (0, 0.005, 0.5, 1))])
-def test_damage_is_said_and_mended(call: Call, named: Path, damage: Callable[[Path], None]) -> None:
+def test_damage_is_said_and_mended(call: Call, empty_cache: Path, damage: Callable[[Path], None]) -> None:
     call()
-    (entry,) = entries(named)
+    (entry,) = entries(empty_cache)
     damage(entry)
     result, hits, warnings = call()
     assert (result, hits) == (135.0, 0)
@@ -136,9 +127,9 @@ def test_damage_is_said_and_mended(call: Call, named: Path, damage: Callable[[Pa
     assert call() == (135.0, 1, [])
 
 
-def test_an_entry_that_cannot_be_read_or_replaced(call: Call, named: Path) -> None:
+def test_an_entry_that_cannot_be_read_or_replaced(call: Call, empty_cache: Path) -> None:
     call()
-    (entry,) = entries(named)
+    (entry,) = entries(empty_cache)
     entry.unlink()
     entry.mkdir()
     (entry / "occupied").touch()
@@ -148,10 +139,10 @@ def test_an_entry_that_cannot_be_read_or_replaced(call: Call, named: Path) -> No
         "dropped a damaged kernel",
         "could not keep a compiled kernel",
     ]
-    assert [path.name for path in entries(named)] == ["occupied"]
+    assert [path.name for path in entries(empty_cache)] == ["occupied"]
 
 
-def test_a_full_disk(call: Call, named: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(call: Call, empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.replace
 
     def full(*arguments: Any) -> None:
@@ -161,13 +152,13 @@ def test_a_full_disk(call: Call, named: Path, monkeypatch: pytest.MonkeyPatch) -
     result, hits, warnings = call()
     assert (result, hits) == (135.0, 0)
     assert len(warnings) == 1 and "could not keep" in warnings[0] and "No space left" in warnings[0]
-    assert entries(named) == []
+    assert entries(empty_cache) == []
     monkeypatch.setattr(os, "replace", real)
     assert call() == (135.0, 0, []) and call() == (135.0, 1, [])
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o720, 0o702])
-def test_a_folder_that_others_can_write_to_is_not_used(call: Call, named: Path, mode: int) -> None:
+def test_a_folder_that_others_can_write_to_is_not_used(call: Call, empty_cache: Path, mode: int) -> None:
     call()
     folder = kernel_cache.cache_folder()
     assert folder is not None
@@ -178,7 +169,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(call: Call, named: Path, 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
-def test_a_folder_of_someone_else_is_not_used(call: Call, named: Path) -> None:
+def test_a_folder_of_someone_else_is_not_used(call: Call, empty_cache: Path) -> None:
     call()
     folder = kernel_cache.cache_folder()
     assert folder is not None
@@ -216,11 +207,11 @@ def test_a_user_without_a_home(call: Call, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_numbas_other_folders_are_never_used(
-    call: Call, named: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Call, empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Numba would go on to ``__pycache__`` beside the source, where no hash of the sources guards what is kept."""
     call()
-    (folder,) = next(named.iterdir()).iterdir()
+    (folder,) = next(empty_cache.iterdir()).iterdir()
     shutil.rmtree(folder)
     folder.touch()
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "numba"))
@@ -240,7 +231,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_file_with_kernels_counts(package: Path) -> None:
-    sources = [path for path in package.rglob("*.py") if "backends.kernel_cache import" in path.read_text()]
+    made = re.compile(r"backends.kernel_cache import .*\b(kernel|helper|reducer)\b")
+    sources = [path for path in package.rglob("*.py") if made.search(path.read_text())]
     assert len(sources) > 8
     fingerprints = {kernel_cache._fingerprint()}
     for number, source in enumerate(sources, 2):

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from ckptdiff.events import Finished, Listener, Note, Progress, Started, TensorsDone
+from ckptdiff.events import Compiling, Finished, Listener, Note, Progress, Started, TensorsDone
 from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.options import DEFAULT_MEMORY, MaskRule, Options
 from ckptdiff.result import Diff
@@ -56,7 +56,8 @@ class FakeEngine:
         tell(Finished(self.diff, 0.1))
         return self.diff
 
-    def prepare(self, base: str, tuned: str, *, out: Path | None, options: Options) -> SimpleNamespace:
+    def prepare(self, base: str, tuned: str, *, out: Path | None, options: Options, tell: Listener) -> SimpleNamespace:
+        tell(Compiling(kept=True))
         return SimpleNamespace(
             tensors=len(self.diff.tensors),
             total_bytes=2_000_000_000,

@@ -257,6 +257,7 @@ def test_dry_run(cli: Cli, engine: FakeEngine) -> None:
     assert "read      2 GB by mmap" in out and "300 MiB at most, of 400 MiB allowed" in out
     plan = json.loads(cli("diff", "a", "b", "--dry-run", "--format", "json").out)
     assert plan["schema"] == "ckptdiff.plan/1" and plan["total_bytes"] == 2_000_000_000
+    assert cli("diff", "a", "b", "--dry-run", "-v").err.startswith("ckptdiff: compiling kernels")
     assert cli("diff", "a", "b", "--dry-run", "--format", "csv").code == 2
     assert cli("diff", "a", "b", "--dry-run", "--fail-if", "layers.99.rel_norm>0").code == 2
     assert engine.calls == []

@@ -83,7 +83,7 @@ def test_what_no_adapter_can_hold_is_refused(make_run: Callable, tmp_path: Path)
         for rank in (0, -1, 13):
             with pytest.raises(OptionError, match="rank cannot be met") as caught:
                 export_shira(run, tmp_path / "a", rank=rank)
-        assert "1 to 12" in caught.value.expected
+        assert "1 to 12" in caught.value.expected and caught.value.file == run.path
         with pytest.raises(OptionError, match="no matrix of that name"):
             export_shira(run, tmp_path / "a", rank=1, names=["mlp"])
         for name in ("model.norm.weight", "position_ids"):

@@ -48,7 +48,17 @@ def test_the_command_says_what_it_wrote(
     assert "combined" in capsys.readouterr().out
     assert invoke("overlap", out, updates.run(1), "--format", "json") == 0
     assert invoke("mask", "combine", updates.run(1), updates.run(2), "-o", out) == 2
-    assert "--union, --intersect or --minus" in capsys.readouterr().err
+    assert "one of --union, --intersect and --minus" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("operations", [[], ["--union", "--minus"]])
+def test_the_command_wants_one_operation(
+    operations: list[str], updates: Updates, tmp_path: Path, invoke: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "out.h5"
+    assert invoke("mask", "combine", updates.run(1), updates.run(2), *operations, "-o", out) == 2
+    assert "one of --union, --intersect and --minus" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_without_stderr_the_command_says_nothing(

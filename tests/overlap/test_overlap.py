@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -144,6 +145,43 @@ def test_masks_of_other_rules_need_the_base_for_the_conditional_baseline(updates
         overlap(runs, base=tmp_path / "other.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "compare"), [("bf16", "bf16"), ("f32", "bf16"), ("f32", "stored"), ("f64", "stored")]
+)
+def test_another_base_with_the_same_headers_is_refused(dtype: str, compare: str, tmp_path: Path) -> None:
+    real = {"bf16": ml_dtypes.bfloat16, "f32": np.float32, "f64": np.float64}[dtype]
+    rng = np.random.default_rng(1)
+    for name in ("base", "other", "one", "two"):
+        values = np.random.default_rng(5 if name == "other" else 4).standard_normal((40, 50))
+        moved = values + 0.1 * (rng.random(values.shape) < 0.2) if name in ("one", "two") else values
+        odd = np.array([1.0, np.nan, 2.0]) * (2 if name == "other" else 1)  # its norm is not known
+        save_file({"w.weight": moved.astype(real), "odd": odd.astype(real)}, tmp_path / f"{name}.safetensors")
+    runs = [tmp_path / f"{name}.h5" for name in ("one", "two")]
+    for run in runs:
+        tuned = run.with_suffix(".safetensors")
+        ckptdiff.diff(tmp_path / "base.safetensors", tuned, out=run, compare=compare, mask="abs:1e-05")
+    found = overlap(runs, base=tmp_path / "base.safetensors")
+    assert found.overall(found.pairs[0])["o1_conditional"] is not None
+    with pytest.raises(CheckpointError, match="not the base") as caught:
+        overlap(runs, base=tmp_path / "other.safetensors")
+    assert caught.value.tensor == "w.weight"
+
+
+def test_a_cast_of_subnormal_weights_makes_no_other_base(tmp_path: Path) -> None:
+    """It moves their norm by a part of any size."""
+    base = np.full(3000, 1.4e-40, np.float32)
+    base[::3] = 3e-39
+    save_file({"w": base}, tmp_path / "base.safetensors")
+    save_file({"w": base * np.float32(1.5)}, tmp_path / "tuned.safetensors")
+    runs = {compare: tmp_path / f"{compare}.h5" for compare in ("bf16", "stored")}
+    for compare, run in runs.items():
+        ckptdiff.diff(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", out=run, compare=compare)
+    cast = np.linalg.norm(base.astype(ml_dtypes.bfloat16).astype(np.float64))
+    assert abs(cast / np.linalg.norm(base.astype(np.float64)) - 1) > 2**-8
+    for first, second in (("bf16", "stored"), ("stored", "bf16"), ("bf16", "bf16")):
+        overlap([runs[first], runs[second]], base=tmp_path / "base.safetensors")
+
+
 def test_different_rules_are_said(updates: Updates) -> None:
     found = overlap([updates.run(0), updates.run(1, "top:20")])
     assert "by top:20 (compared as bf16)" in found.warnings[0]
@@ -184,7 +222,7 @@ def test_tensors_that_one_run_lacks_are_left_out(updates: Updates, tmp_path: Pat
     )
     found = overlap([updates.run(0), tmp_path / "run.h5"])
     assert {facts.name for facts in found.tensors} == {name for name in FLOATING if ".mlp." in name} | {"ids"}
-    assert "4 tensors are not in all runs" in found.warnings[0]
+    assert "4 tensors not in all runs, left out: " in found.warnings[0]
 
 
 def test_shapes_that_differ_and_runs_without_a_common_tensor(updates: Updates, tmp_path: Path) -> None:

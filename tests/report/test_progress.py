@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ckptdiff.events import Note, Progress, StageProgress, Started
+from ckptdiff.events import Compiling, Note, Progress, StageProgress, Started
 from ckptdiff.report import progress
 from ckptdiff.report.progress import ProgressDisplay
 from ckptdiff.result import Diff
@@ -101,6 +101,25 @@ def test_a_short_run_draws_nothing(clock: Clock, diff: Diff) -> None:
         clock.now += 0.3
         display(Progress(100, "x", 1, 1))
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("terminal", "options", "told"),
+    [
+        (True, {}, True),
+        (True, {"progress": False}, False),
+        (True, {"progress": False, "infos": True}, True),
+        (False, {}, False),
+        (False, {"infos": True}, True),
+    ],
+)
+def test_compiling_is_told_to_who_waits(clock: Clock, terminal: bool, options: dict[str, bool], told: bool) -> None:
+    stream = Terminal() if terminal else io.StringIO()
+    with ProgressDisplay(stream, **options) as display:
+        display(Compiling(kept=True))
+        display(Compiling(kept=False))
+    once = ", once for this version on this machine"
+    assert stream.getvalue() == told * f"ckptdiff: compiling kernels{once}\nckptdiff: compiling kernels\n"
 
 
 def test_notes(clock: Clock) -> None:

@@ -111,6 +111,19 @@ def test_parameters_without_a_mask_are_frozen_whole(run_file: Path, make_model: 
     assert moved == set(masks.names.values())
 
 
+@pytest.mark.parametrize("kind", ["adamw", "sgd", "lbfgs"])
+def test_a_closure_moves_no_parameter_without_a_mask(kind: str, run_file: Path, make_model: Callable) -> None:
+    """It brings gradients of zero back during the step: weight decay, momentum and curvature would use them."""
+    model = make_model()
+    masks = load_masks(run_file, model).only("*.up_proj.weight")
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    steps(model, optimizer, 2)
+    before = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+    with freeze_outside(optimizer, masks):
+        steps(model, optimizer, 3)
+    assert {p for p, start in before.items() if not torch.equal(p, start)} == set(masks)
+
+
 @pytest.fixture
 def process_group(tmp_path: Path) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -203,6 +205,59 @@ def test_training_resumes_from_a_saved_state(kind: str, dtype: torch.dtype) -> N
     third.load_state_dict(saved["optimizer"])
     train(third, second, gradients(4, seed=8))
     assert torch.equal(second, moving)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("momenta", [(0.0, 0.9), (0.9, 0.0)])
+def test_momentum_may_be_turned_on_and_off(momenta: tuple[float, float], contiguous: bool) -> None:
+    mask, ours = random_mask(SHAPE), parameter()
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    if not contiguous:
+        ours = torch.nn.Parameter(ours.detach().t().contiguous().t())
+    masked = MaskedSGD([ours], {ours: PackedMask.of(mask)}, lr=0.1)
+    plain = torch.optim.SGD([theirs], lr=0.1)
+    inside = torch.from_numpy(mask)
+    for momentum, seed in zip(momenta, (1, 2), strict=True):
+        masked.param_groups[0]["momentum"] = plain.param_groups[0]["momentum"] = momentum
+        train(masked, ours, gradients(3, seed=seed))
+        train(plain, theirs, [gradient * inside for gradient in gradients(3, seed=seed)])
+    torch.testing.assert_close(ours[inside], theirs[inside], rtol=2e-6, atol=1e-6)
+
+
+def test_a_float32_state_resumes_in_bf16_with_masters() -> None:
+    mask = PackedMask.of(np.ones(SHAPE, bool))
+    wide = parameter()
+    before = MaskedAdamW([wide], {wide: mask}, lr=1e-5, weight_decay=0.0)
+    train(before, wide, [torch.ones(SHAPE)])
+    narrow = torch.nn.Parameter(wide.detach().bfloat16())
+    start = narrow.detach().clone()
+    after = MaskedAdamW([narrow], {narrow: mask}, lr=1e-5, weight_decay=0.0)
+    after.load_state_dict(before.state_dict())
+    train(after, narrow, [torch.ones(SHAPE)] * 300)
+    assert (narrow != start).float().mean() > 0.3  # without masters it would stall
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_an_optimizer_can_be_copied_with_its_parameters(copied: Callable) -> None:
+    moving = parameter()
+    optimizer = MaskedAdamW([moving], {moving: PackedMask.of(random_mask(SHAPE))})
+    train(optimizer, moving, gradients(2))
+    moving.grad = None
+    other, another = copied((moving, optimizer))
+    train(another, other, gradients(2, seed=8))
+    assert not torch.equal(other, moving)
+    train(optimizer, moving, gradients(2, seed=8))
+    assert torch.equal(other, moving)
+
+
+def test_a_parameter_that_was_cast_later_is_refused() -> None:
+    layer = torch.nn.Linear(5, 3, bias=False)
+    optimizer = MaskedAdamW(layer.parameters(), {layer.weight: PackedMask.of(np.ones((3, 5), bool))})
+    layer.half()
+    layer.weight.grad = torch.ones(3, 5, dtype=torch.float16)
+    with pytest.raises(MaskError, match="cast after") as caught:
+        optimizer.step()
+    assert "float16" in str(caught.value)
 
 
 def test_a_state_of_other_masks_or_of_another_optimizer_is_refused() -> None:

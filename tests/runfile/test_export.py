@@ -58,6 +58,23 @@ def test_safetensors(sample: Sample, tmp_path: Path, layout: str) -> None:
     assert file_names(tmp_path) == [target.name]
 
 
+def test_torch_makes_sparse_tensors_of_coo(sample: Sample, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    target = tmp_path / "masks.safetensors"
+    with RunFile(sample.path) as run:
+        export_masks(run, target, layout="coo")
+    for name, indices in load_file(target).items():
+        mask = sample.masks[name]
+        sparse = torch.sparse_coo_tensor(
+            torch.from_numpy(indices),
+            torch.ones(indices.shape[1], dtype=torch.bool),
+            mask.shape,
+            check_invariants=True,
+            is_coalesced=True,
+        )
+        assert np.array_equal(sparse.to_dense().numpy(), mask)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_npz(sample: Sample, tmp_path: Path, layout: str) -> None:
     target = tmp_path / "masks.npz"
@@ -132,14 +149,18 @@ def test_a_run_without_masks(tmp_path: Path, make_diff: Callable) -> None:
         export_masks(run, tmp_path / "m.npz")
 
 
+@pytest.mark.parametrize("layout", ["flat", "coo"])
 @pytest.mark.parametrize("name", ["m.safetensors", "m.npz"])
-def test_a_count_that_the_mask_contradicts_leaves_no_file(sample: Sample, tmp_path: Path, name: str) -> None:
+def test_a_count_that_the_mask_contradicts_leaves_no_file(
+    sample: Sample, tmp_path: Path, name: str, layout: str
+) -> None:
     path = tmp_path / "run.h5"
     path.write_bytes(sample.path.read_bytes())
     with h5py.File(path, "a") as file:
         file["tensors/changed"][0] = 7
-    with RunFile(path) as run, pytest.raises(RunFileError, match="as many coordinates as the table says"):
-        export_masks(run, tmp_path / name, layout="flat")
+    with RunFile(path) as run, pytest.raises(RunFileError, match="as many coordinates as the table says") as caught:
+        export_masks(run, tmp_path / name, layout=layout)
+    assert caught.value.file == str(path)
     assert file_names(tmp_path) == ["run.h5"]
 
 

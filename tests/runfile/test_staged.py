@@ -1,14 +1,21 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckptdiff.errors import RunFileError
+from ckptdiff.options import MaskRule
 from ckptdiff.runfile.staged import StagedFile
+from ckptdiff.runfile.staged_folder import StagedFolder
+from ckptdiff.runfile.writer import RunFileWriter
 
 OFFSETS, SIZES = st.integers(0, 300), st.integers(1, 300)
 STEPS = st.tuples(st.sampled_from(["write", "write", "write", "write", "read", "truncate"]), OFFSETS, SIZES)
@@ -22,8 +29,7 @@ def writes(file: StagedFile, offset: int, data: bytes) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 @given(st.lists(STEPS, max_size=40))
 def test_it_holds_what_an_ordinary_file_holds(tmp_path: Path, steps: list[tuple[str, int, int]]) -> None:
-    file = StagedFile(tmp_path / "made")
-    with (tmp_path / "plain").open("wb+") as plain:
+    with StagedFile(tmp_path / "made") as file, (tmp_path / "plain").open("wb+") as plain:
         for i, (step, offset, size) in enumerate(steps):
             plain.seek(offset)
             if step == "write":
@@ -39,7 +45,7 @@ def test_it_holds_what_an_ordinary_file_holds(tmp_path: Path, steps: list[tuple[
                 plain.truncate(offset)
                 file.truncate(offset)
             assert file.seek(0, os.SEEK_END) == plain.seek(0, os.SEEK_END)
-    file.commit()
+        file.commit()
     assert (tmp_path / "made").read_bytes() == (tmp_path / "plain").read_bytes()
 
 
@@ -51,14 +57,13 @@ def full(file: StagedFile) -> None:
 
 
 def test_a_full_disk_is_told_by_the_next_check(tmp_path: Path) -> None:
-    file = StagedFile(tmp_path / "made")
-    full(file)
-    writes(file, 0, b"few")
-    for tell in (file.check, file.commit):
-        with pytest.raises(RunFileError, match="No space left on device") as caught:
-            tell()
-        assert "make room" in str(caught.value.hint)
-    file.discard()
+    with StagedFile(tmp_path / "made") as file:
+        full(file)
+        writes(file, 0, b"few")
+        for tell in (file.check, file.commit):
+            with pytest.raises(RunFileError, match="No space left on device") as caught:
+                tell()
+            assert "make room" in str(caught.value.hint)
     assert not list(tmp_path.iterdir())
 
 
@@ -91,10 +96,43 @@ def test_an_error_before_the_commit_leaves_the_target_alone(tmp_path: Path, erro
 
 
 def test_nothing_is_written_after_a_stop(tmp_path: Path) -> None:
-    file = StagedFile(tmp_path / "made")
-    writes(file, 0, b"before")
-    file.stop()
-    writes(file, 6, b"after")
-    file.seek(0)
-    assert file.read(100) == b"before"
-    file.discard()
+    with StagedFile(tmp_path / "made") as file:
+        writes(file, 0, b"before")
+        file.stop()
+        writes(file, 6, b"after")
+        file.seek(0)
+        assert file.read(100) == b"before"
+
+
+@pytest.mark.parametrize(
+    "make", [StagedFile, StagedFolder, lambda target: RunFileWriter(target, rule=MaskRule("bitwise"), compare="bf16")]
+)
+def test_an_interrupt_on_the_way_in_leaves_nothing(make: Callable[[Path], Any], tmp_path: Path) -> None:
+    """Python raises what a signal brings where a function begins and where one that is written in C has returned."""
+    moment = 0
+    while interrupted_on_the_way_in(make, tmp_path / "made", moment):
+        assert not list(tmp_path.iterdir()), moment
+        moment += 1
+    assert moment >= 2
+
+
+def interrupted_on_the_way_in(make: Callable[[Path], Any], target: Path, moment: int) -> bool:
+    """Enter a context, with an interrupt after so many others that might have come; whether there was one."""
+    passed = 0
+
+    def interrupt(frame: FrameType, event: str, arg: object) -> None:
+        nonlocal passed
+        if event in ("call", "c_return") and frame.f_code.co_name in ("__enter__", "_begin", "mkdir"):
+            passed += 1
+            if passed > moment:
+                raise KeyboardInterrupt
+
+    try:
+        sys.setprofile(interrupt)
+        with make(target):
+            sys.setprofile(None)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False

@@ -107,6 +107,38 @@ def test_differences_that_float32_cannot_square(tmp_path: Path) -> None:
     assert found.delta_norms[:, 0] == pytest.approx([expected, float(huge[2000])], rel=1e-12)
 
 
+def test_values_that_float32_cannot_sum_beside_ones_that_it_can(tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    piece, tile = 1 << 18, 1 << 13
+    base = (rng.standard_normal(3 * piece + 77) * 0.02).astype(ml_dtypes.bfloat16)
+    base[: 3 * tile : 7] = np.inf  # equal on all sides
+    step = base.copy()
+    step[5 * tile : 9 * tile : 3] += ml_dtypes.bfloat16(0.01)
+    step[6 * tile + 1] = np.nan
+    base[piece : 2 * piece] = 0
+    step[piece : 2 * piece] = 0
+    small = base.copy()
+    small[piece + 9 * tile : piece + 10 * tile : 5] = 2e-22
+    step[2 * piece + tile] = 1e25
+    step[2 * piece + 4 * tile :: 9] *= ml_dtypes.bfloat16(1.25)
+    sides = [{"w": base}, {"w": step}, {"w": small}, {"w": np.where(np.arange(base.size) < 2 * piece, base, step)}]
+    paths = [tmp_path / f"{number}.safetensors" for number in range(len(sides))]
+    for path, tensors in zip(paths, sides, strict=True):
+        save_file(tensors, path)
+    expected = Trajectory(tuple(paths), tuple(sides))
+    found = track(paths[0], paths[1:])
+    assert_rows(found.overall(), expected.rows(["w"], "bf16"))
+    smallest = np.linalg.norm(small.astype(np.float64)[piece : 2 * piece])
+    assert found.delta_norms[1, 0] == pytest.approx(smallest, rel=1e-12, abs=0)
+    # Without the one that is larger by far, whatever was lost elsewhere shows.
+    for tensors in sides:
+        tensors["w"] = tensors["w"].copy()
+        tensors["w"][2 * piece + tile] = 1
+    for path, tensors in zip(paths, sides, strict=True):
+        save_file(tensors, path)
+    assert_rows(track(paths[0], paths[1:]).overall(), expected.rows(["w"], "bf16"))
+
+
 def test_many_steps_with_zeros_of_either_sign(tmp_path: Path) -> None:
     rng = np.random.default_rng(5)
     shape, zeros = (40_001,), slice(20_000, 20_100)
@@ -234,6 +266,11 @@ def test_the_command(trajectory: Trajectory, tmp_path: Path, capsys: pytest.Capt
     assert lines[3].startswith("step1.safetensors")
     assert any("●" in line for line in lines)
     assert "\x1b" not in "".join(lines)
+
+    for option in (["-o", str(tmp_path / "again.h5")], ["--include", "*"], ["--compare", "bf16"]):
+        assert main(["track", str(out), *option]) == 2
+        assert "only printed again" in capsys.readouterr().err
+    assert not (tmp_path / "again.h5").exists()
 
 
 @pytest.mark.parametrize("unit", [1.0, 3e152, 1e200])

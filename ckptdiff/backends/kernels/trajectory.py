@@ -40,7 +40,7 @@ PIECES_BYTES = 3 << 20
 LARGEST, SMALLEST = 1 << 18, 1 << 14
 """Coordinates of a piece. A read costs a microsecond beside its bytes, so short ones are slower than a lower cache."""
 TILE = 1 << 13
-"""Coordinates whose squares are summed before they are added in float64: 256 in each sum."""
+"""Coordinates whose squares are summed in float32 before they are added in float64: 256 in each sum."""
 _WIDEST = 8
 
 NO_CAST = int(Cast.NONE)
@@ -70,10 +70,14 @@ class Rooms(NamedTuple):
     """Stored bytes that are to be cast."""
     codes: Array
     """Codes of a piece; shape (1 + steps, coordinates)."""
-    squares: Array
-    """Sums of squares of a tile; shape (1 + steps, SUMS)."""
     flows: Array
     """Counters of a tile; shape (1 + steps, len(Flow)). The base's stay zero."""
+    squares: Array
+    """Sums of squares of a tile; shape (1 + steps, SUMS)."""
+    piece_flows: Array
+    """Counters of a piece."""
+    piece_squares: Array
+    """Sums of squares of a piece, in float64."""
 
 
 def new_rooms(code: np.dtype[Any], sides: int) -> Rooms:
@@ -84,8 +88,10 @@ def new_rooms(code: np.dtype[Any], sides: int) -> Rooms:
     return Rooms(
         raw=np.zeros(piece * _WIDEST, np.uint8),
         codes=aligned((sides, piece), code),
-        squares=aligned((sides, SUMS), np.dtype(np.float32 if code.itemsize == 2 else np.float64)),
         flows=np.zeros((sides, len(Flow)), np.int64),
+        squares=aligned((sides, SUMS), np.float32 if code.itemsize == 2 else np.float64),
+        piece_flows=np.zeros((sides, len(Flow)), np.int64),
+        piece_squares=aligned((sides, SUMS), np.float64),
     )
 
 
@@ -113,27 +119,15 @@ def _value_of(code: Any, values: Any) -> Any:
 
 
 @helper
-def exact_squares(codes: Array, row: int, start: int, stop: int, values: Array) -> float:
+def exact_squares(codes: Array, row: int, n: int, values: Array) -> float:
     """Sum of squared finite differences from the base, or for row 0 of squared finite values, in float64."""
     total = 0.0
-    for i in range(start, stop):
+    for i in range(n):
         delta = np.float64(value_of(codes[row, i], values))
         if row > 0:
             delta -= np.float64(value_of(codes[0, i], values))
         if abs(delta) < np.inf:
             total += delta * delta
-    return total
-
-
-@helper
-def sum_tile(row: int, start: int, stop: int, values: Array, rooms: Rooms) -> float:
-    """Sum of squares of a row of a tile that was followed."""
-    total = 0.0
-    for part in rooms.squares[row]:
-        total += part
-    # Codes with a table of values; overflow, NaN, and what float32 cannot hold: rare, and worth a second look.
-    if values.size or not TINY < total < np.inf:
-        return exact_squares(rooms.codes, row, start, stop, values)
     return total
 
 
@@ -166,6 +160,43 @@ def follow_tile(start: int, stop: int, magnitude: Any, signed: bool, rooms: Room
             flows[side, CHURNED] += population(before & now & moved)
             last, before, ever = new, now, ever | now
     return bool(any_lowest(low))
+
+
+@helper
+def add_tile(rooms: Rooms) -> None:
+    """Add what a tile gave to what its piece gives."""
+    for side in range(rooms.flows.shape[0]):
+        for flow in range(rooms.flows.shape[1]):
+            rooms.piece_flows[side, flow] += rooms.flows[side, flow]
+        if side == 0 or rooms.flows[side, SUPPORT] > 0:  # infinity less infinity is no number
+            for i in range(SUMS):
+                rooms.piece_squares[side, i] += rooms.squares[side, i]
+
+
+@helper
+def sum_piece(side: int, n: int, values: Array, rooms: Rooms) -> float:
+    """Sum of squares of one side of a piece that was followed."""
+    if side > 0 and rooms.piece_flows[side, SUPPORT] == 0:
+        return 0.0
+    total = 0.0
+    for part in rooms.piece_squares[side]:
+        total += part
+    # Codes with a table of values; overflow, NaN, and what float32 cannot hold: rare, and worth a second look.
+    if values.size or not TINY < total < np.inf:
+        return exact_squares(rooms.codes, side, n, values)
+    return total
+
+
+@helper
+def follow_piece(n: int, magnitude: Any, rooms: Rooms) -> None:
+    """Count and square the codes of a piece, tile by tile."""
+    signs_lead = magnitude == np.iinfo(rooms.codes.dtype).max >> 1
+    rooms.piece_flows[:], rooms.piece_squares[:] = 0, 0
+    for start in range(0, n, TILE):
+        stop = min(start + TILE, n)
+        if not signs_lead or follow_tile(start, stop, magnitude, False, rooms):
+            follow_tile(start, stop, magnitude, True, rooms)
+        add_tile(rooms)
 
 
 @helper
@@ -223,17 +254,12 @@ def follow_span(
         How far it came: less than all if a piece could not be read.
     """
     piece = rooms.codes.shape[1]
-    signs_lead = magnitude == np.iinfo(rooms.codes.dtype).max >> 1
     for first in range(extent[0], extent[1], piece):
         stop, block = min(first + piece, extent[1]), (first - extent[0]) // BLOCK
         if not read_piece(first, stop, files, tables, rooms):
             return first
-        for start in range(0, stop - first, TILE):
-            end = min(start + TILE, stop - first)
-            if not signs_lead or follow_tile(start, end, magnitude, False, rooms):
-                follow_tile(start, end, magnitude, True, rooms)
-            counts += rooms.flows[1:]
-            for side in range(files.shape[0]):
-                if side == 0 or rooms.flows[side, SUPPORT] > 0:
-                    sums[side, block] += sum_tile(side, start, end, values, rooms)
+        follow_piece(stop - first, magnitude, rooms)
+        counts += rooms.piece_flows[1:]
+        for side in range(files.shape[0]):
+            sums[side, block] += sum_piece(side, stop - first, values, rooms)
     return extent[1]

@@ -1,0 +1,243 @@
+"""Load the kernels that a run will call, or have them compiled by processes of their own.
+
+What the compiler takes it never gives back: a process that compiled its kernels would have half of its memory left for
+data. And one such process is busy on one core only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from ckptdiff.backends.backend import Backend, Batching
+from ckptdiff.backends.formats import FORMATS, Format, Formats
+from ckptdiff.backends.kernel_cache import NotCachedError, cache_folder, only_cached
+from ckptdiff.backends.kernels.fetch import WINDOW
+from ckptdiff.backends.partial import Partial, Refined, Rule, Scan, Targets
+from ckptdiff.backends.source import InMemory
+from ckptdiff.events import Compiling, Listener
+from ckptdiff.metrics.catalogue import EPS, ETA
+from ckptdiff.metrics.columns import LARGEST, SMALLEST, empty_records, set_sizes
+from ckptdiff.metrics.delta_cuts import DeltaCut, refine_delta_cut
+from ckptdiff.metrics.low_cuts import LowCut, refine_low_cut
+from ckptdiff.metrics.measurement import FloatMeasurement
+from ckptdiff.metrics.small import wanted
+from ckptdiff.options import MaskRule
+from ckptdiff.runfile.compress import compress_chunk
+
+__all__ = ["Use", "Uses", "compile_apart", "compile_for", "load", "make_call", "uses"]
+
+Use: TypeAlias = tuple[str, ...]
+"""A call of kernels, as words that another process can be given.
+
+"alike", "alone" or "refine" with the formats of base, tuned side and comparison, or "mask" with the bytes of a chunk.
+"""
+
+_AT_ONCE = 2
+"""Compiling processes; each takes some 250 MB."""
+_POLL = 0.01
+"""Seconds between two looks at them: a signal is raised at once where no thread waits."""
+_HOME = Path(__file__).parent.parent
+
+logger = logging.getLogger("ckptdiff.warm_up")
+
+
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """The kernels of a run.
+
+    Attributes
+    ----------
+    certain : tuple of Use
+        What it will call; what takes longest to compile comes first, so that it is not the last that is waited for.
+    seldom : tuple of Use
+        What it may come to call: not worth loading, but to be compiled along with others.
+    """
+
+    certain: tuple[Use, ...]
+    seldom: tuple[Use, ...] = ()
+
+
+def uses(alike: Set[Formats], alone: Set[Formats], mask_chunk: int) -> Uses:
+    """What a run will call.
+
+    Parameters
+    ----------
+    alike, alone : set of (base, tuned, compare)
+        Formats of small tensors that are measured in one call, and of all others.
+    mask_chunk : int
+        Bytes of the largest mask chunk, 0 without masks.
+    """
+    mask = [("mask", str(mask_chunk))] if mask_chunk else []
+    # A few of the small tensors need another pass, which they make one by one.
+    narrow = {formats for formats in alike | alone if formats[2].bits <= 16}
+    return Uses(
+        (*_named("alike", alike), *_named("alone", alone), *mask),
+        (*_named("alone", alike - alone), *_named("refine", narrow)),
+    )
+
+
+def _named(kind: str, all_formats: Set[Formats]) -> list[Use]:
+    return sorted((kind, *(format.name for format in formats)) for formats in all_formats)
+
+
+def load(worker: Backend, asked: Uses, tell: Listener) -> None:
+    """Make the calls, each on a few coordinates, so that later ones find their kernels in this process.
+
+    Parameters
+    ----------
+    worker : Backend
+        Whose kernels are Numba's.
+    asked : Uses
+    tell : callable
+        Told before kernels are compiled, if some are missing.
+    """
+    kept = cache_folder() is not None
+    missing = [use for use in asked.certain if not (kept and _load_cached(worker, use))]
+    if missing:
+        tell(Compiling(kept))
+    if missing and kept:
+        compile_apart([*missing, *asked.seldom])
+    for use in missing:
+        make_call(worker, use)  # and compiles what another process could not
+
+
+def _load_cached(worker: Backend, use: Use) -> bool:
+    try:
+        with only_cached():
+            make_call(worker, use)
+    except NotCachedError:
+        return False
+    return True
+
+
+def make_call(worker: Backend, use: Use) -> None:
+    """Call the kernels of one use.
+
+    Raises
+    ------
+    NotCachedError
+        Within :func:`only_cached`, if one of them would have to be compiled.
+    """
+    kind, *words = use
+    if kind == "mask":
+        size = int(words[0])
+        compress_chunk(np.arange(size).astype(np.uint8), size)
+        return
+    base, tuned, compare = (FORMATS[name] for name in words)
+    if kind == "alike":
+        assert isinstance(worker, Batching)
+        _measure_small(worker, base, tuned, compare)
+    elif kind == "alone":
+        _measure(worker, base, tuned, compare)
+    else:
+        _refine(worker, base, tuned, compare)
+
+
+def compile_apart(missing: Sequence[Use]) -> None:
+    """Have kernels compiled and kept by processes of their own; the caller compiles what they could not.
+
+    Processes that still run when an exception ends this are killed.
+    """
+    if not Path(sys.executable or "").name.startswith("python"):
+        return  # another program with Python inside, which would start itself once more
+    waiting = list(missing)
+    running: dict[Use, subprocess.Popen[bytes]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < _AT_ONCE:
+                use = waiting.pop(0)
+                running[use] = _start(use)
+            time.sleep(_POLL)
+            for use, process in list(running.items()):
+                if process.poll() is not None:
+                    process.communicate()
+                    del running[use]
+                    if process.returncode:
+                        logger.warning("compiling %s apart ended with %d", " ".join(use), process.returncode)
+    except OSError as error:
+        logger.warning("kernels are compiled in this process, no other can be started: %s", error)
+    finally:
+        for process in running.values():
+            process.kill()
+            process.communicate()
+
+
+def _start(use: Use) -> subprocess.Popen[bytes]:
+    # The same packages, and none from a working directory, which may not be the one it was when this process took its
+    # own. Docstrings are part of what the cache knows a kernel by.
+    paths = [path for path in sys.path if isinstance(path, str) and Path(path).is_absolute()]
+    code = (
+        f"import sys; sys.path[:] = {[*paths, str(_HOME)]!r}\n"
+        f"from ckptdiff.warm_up import compile_for; compile_for({use!r})"
+    )
+    command = [sys.executable, "-I", *["-O"] * sys.flags.optimize, "-c", code]
+    nowhere = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere)
+
+
+def compile_for(use: Use) -> None:
+    """What a process of its own does: call the kernels once, which compiles them and keeps their machine code.
+
+    It ends with its standard input, which the process that waits for it holds open: whatever befalls that one, no
+    compiler is left running.
+    """
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    from ckptdiff.backends.cpu import CpuWorker
+
+    make_call(CpuWorker(), use)
+
+
+def _end_with_input() -> None:
+    os.read(0, 1)
+    os._exit(1)
+
+
+def _measure_small(worker: Batching, base: Format, tuned: Format, compare: Format) -> None:
+    scan = Scan(base, tuned, compare, EPS, ETA, Rule.BITWISE, want_mask=True)
+    numel = np.array([2])
+    # Two coordinates of what the buffers of the kernel hold by themselves.
+    places = np.array([[WINDOW, 0, WINDOW, 0, 2]])
+    worker.scan_small(
+        scan, places, (set_sizes(LARGEST, numel), set_sizes(SMALLEST, numel)), wanted(compare), empty_records(1)
+    )
+
+
+def _measure(worker: Backend, base: Format, tuned: Format, compare: Format) -> None:
+    measurement = FloatMeasurement(base, tuned, compare, 2, MaskRule("bitwise"), True)
+    source = _two_coordinates(base, tuned)
+    while (todo := measurement.next) is not None:
+        found: Partial | Refined
+        if isinstance(todo, Targets):
+            worker.refine(measurement.scan, todo, source, found := Refined.empty(todo))
+        else:
+            assert isinstance(todo, Scan)
+            worker.scan(replace(todo, want_mask=True), source, found := Partial())
+        measurement.take(found)
+    measurement.measured()
+    if compare.bits > 16:  # narrower formats seldom need a second pass
+        _refine(worker, base, tuned, compare)
+
+
+def _refine(worker: Backend, base: Format, tuned: Format, compare: Format) -> None:
+    scan, targets = FloatMeasurement(base, tuned, compare, 2, MaskRule("bitwise"), True).scan, Targets(16)
+    worker.refine(scan, targets, _two_coordinates(base, tuned), Refined.empty(targets))
+    counts = np.ones((2, 1), np.int64)
+    refine_delta_cut(DeltaCut(1, 64, 0, 16, 0, 1, 0.0), counts[0])
+    refine_low_cut(LowCut(1, 0, 16, 0, 1, 0, 1), counts)
+
+
+def _two_coordinates(base: Format, tuned: Format) -> InMemory:
+    """One of which changed: what nothing or everything changed in takes shorter ways."""
+    sides = bytes(base.bits // 4), bytes(tuned.bits // 8) + b"\x3c" * (tuned.bits // 8)
+    return InMemory(np.frombuffer(sides[0], np.uint8), np.frombuffer(sides[1], np.uint8), 2)
