@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,10 @@ from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
 # How long an example takes depends on the machine, and on whether a kernel has to be compiled first.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+# Shells start what runs in the background with Ctrl-C ignored, and so would every command that is tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MakeDiff = Callable[..., Diff]
 _BYTES = {"BF16": 2, "F32": 4, "F16": 2, "I64": 8, "I32": 4, "U8": 1}

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from ckptdiff.cli.failures import OK, failure
 from ckptdiff.cli.group import ckptdiff
-from ckptdiff.cli.session import Session
+from ckptdiff.cli.session import Session, Terminated
 from ckptdiff.cli.signals import pending, signals_raise
 from ckptdiff.cli.target import abandon_stdout
 
@@ -48,21 +48,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A thread that comes back from compiled code waits for its turn at most this long, which is not often.
         sys.setswitchinterval(_TURN)
     session = Session(traceback=os.environ.get("CKPTDIFF_DEBUG", "") not in ("", "0"))
-    message = ""
-    with signals_raise(), _ready_stdout():
-        try:
-            code = _run(sys.argv[1:] if arguments is None else list(arguments), session)
-            if sys.stdout is not None:
-                sys.stdout.flush()
-        except SystemExit:
-            raise
-        except BaseException as error:
-            code, message = failure(pending() or error, session)
-        abandon_stdout()
-        if message and sys.stderr is not None:
-            with contextlib.suppress(OSError):
-                print(message, file=sys.stderr, flush=True)
+    try:
+        with signals_raise(), _ready_stdout():
+            code, message = _outcome(sys.argv[1:] if arguments is None else list(arguments), session)
+            abandon_stdout()
+            if message and sys.stderr is not None:
+                with contextlib.suppress(OSError):
+                    print(message, file=sys.stderr, flush=True)
+    except (KeyboardInterrupt, Terminated) as late:  # the command had ended by itself
+        code, _ = failure(late, session)
     return code
+
+
+def _outcome(arguments: list[str], session: Session) -> tuple[int, str]:
+    """The exit code of a command line and the message for stderr."""
+    try:
+        code = _run(arguments, session)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        return failure(pending() or error, session)
+    return code, ""
 
 
 def _run(arguments: list[str], session: Session) -> int:

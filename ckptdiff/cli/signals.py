@@ -1,9 +1,15 @@
-"""Signals that end the program: raised as exceptions where it stands, so that temporary files go away."""
+"""Signals that end the program: raised as exceptions where it stands, so that temporary files go away.
+
+Inside the standard library's code for threads they wait a moment: an exception there leaves a lock closed, for which a
+thread then waits for ever, or a thread that nobody waits for.
+"""
 
 from __future__ import annotations
 
+import _thread
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +25,16 @@ __all__ = ["pending", "raise_pending", "signals_raise"]
 
 _GRACE = 10.0
 """Seconds after a signal in which others are ignored: they would cut the cleaning up short."""
+
+_LATER = 0.001
+"""Seconds after which a signal that came at a bad moment is sent again."""
+_BAD_MOMENTS = {
+    ("threading", "Condition.__enter__"),
+    ("threading", "Condition.__exit__"),
+    ("threading", "Thread.start"),
+    ("concurrent.futures.thread", "ThreadPoolExecutor.submit"),
+}
+"""Functions, as module and name, that must not end early; none of them waits for long."""
 
 _received: tuple[int, float] | None = None
 """The last signal that was raised, and when."""
@@ -78,9 +94,29 @@ def raise_pending() -> None:
 def _receive(signum: int, frame: FrameType | None) -> None:
     global _received
     now = time.monotonic()
-    if _received is None or now - _received[1] > _GRACE:
-        _received = signum, now
-        raise _exception(signum)
+    if _received is not None and now - _received[1] <= _GRACE:
+        return
+    if _bad_moment(frame):
+        # Not a threading.Thread: the code that makes one may be what was interrupted.
+        _thread.start_new_thread(_send_later, (signum,))
+        return
+    _received = signum, now
+    raise _exception(signum)
+
+
+def _send_later(signum: int) -> None:
+    time.sleep(_LATER)
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, signum)
+
+
+def _bad_moment(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if (frame.f_globals.get("__name__"), frame.f_code.co_qualname) in _BAD_MOMENTS:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _exception(signum: int) -> BaseException:

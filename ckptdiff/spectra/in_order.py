@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 __all__ = ["Task", "in_order"]
@@ -47,6 +48,9 @@ def in_order(tasks: Iterator[Task[Result]], slots: int, stop: Callable[[], None]
     """
     waiting: list[tuple[int, Task[Result]]] = []
     running: dict[Future[Result], tuple[int, int]] = {}
+    # A queue of its own, where concurrent.futures.wait() would close the locks of all futures at every turn, and leave
+    # them closed if an interrupt came just then.
+    ready: SimpleQueue[Future[Result]] = SimpleQueue()
     done: dict[int, Result] = {}
     begun, ended, free = 0, 0, slots
     pool = ThreadPoolExecutor(slots, thread_name_prefix="ckptdiff-spectra")
@@ -58,7 +62,9 @@ def in_order(tasks: Iterator[Task[Result]], slots: int, stop: Callable[[], None]
             for place, task in sorted(waiting, key=lambda entry: -entry[1].size):
                 if task.slots <= free:
                     waiting.remove((place, task))
-                    running[pool.submit(task.work)] = place, task.slots
+                    future = pool.submit(task.work)
+                    running[future] = place, task.slots
+                    future.add_done_callback(ready.put)
                     free -= task.slots
             if ended in done:
                 yield done.pop(ended)
@@ -66,10 +72,10 @@ def in_order(tasks: Iterator[Task[Result]], slots: int, stop: Callable[[], None]
                 continue
             if not running:
                 return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                place, freed = running.pop(future)
-                free += freed
-                done[place] = future.result()
+            future = ready.get()
+            place, freed = running.pop(future)
+            free += freed
+            done[place] = future.result()
     finally:
         stop()
         pool.shutdown(wait=True, cancel_futures=True)
