@@ -26,9 +26,11 @@ from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-# Shells start what runs in the background with Ctrl-C ignored, and so would every command that is tested.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Shells start what runs in the background with Ctrl-C ignored, and nohup ignores SIGHUP: the commands that are tested
+# would inherit it.
+for signum, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        signal.signal(signum, usual)
 
 MakeDiff = Callable[..., Diff]
 _BYTES = {"BF16": 2, "F32": 4, "F16": 2, "I64": 8, "I32": 4, "U8": 1}

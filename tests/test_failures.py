@@ -126,7 +126,7 @@ def test_a_stopped_run_leaves_the_target_as_it_was(large: Pair, out: Path, signu
     process = start(*large, "-o", out, "--threads", "1", "--mask", "bitwise")
     wait_for(lambda: written(out, 1 << 20), process)
     process.send_signal(signum)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode in STOPPED[signum], err
     if signum == signal.SIGKILL:
         (left,) = staged(out)
@@ -153,7 +153,7 @@ def test_a_signal_before_the_first_read(large: Pair, tmp_path: Path) -> None:
     process = start(*large, "-o", tmp_path / "run.h5", "-v")
     time.sleep(0.3)
     process.terminate()
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode in (143, -signal.SIGTERM), err  # the latter while Python itself starts
     assert list(tmp_path.iterdir()) == []
 
@@ -221,7 +221,7 @@ def limited(size: int, *arguments: str | Path) -> subprocess.CompletedProcess[st
         "sys.exit(main())"
     )
     command = [sys.executable, "-c", code, "diff", *map(str, arguments), "--no-progress"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_a_full_disk(small: Pair, out: Path) -> None:

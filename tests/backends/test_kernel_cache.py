@@ -283,7 +283,7 @@ print(tiny.triple(np.arange(10.0)), tiny.triple(np.arange(10, dtype=np.float32))
 """
     cache = tmp_path / "cache"
     processes = [start(code, cache, tmp_path) for _ in range(3)]
-    assert [process.communicate(timeout=60) for process in processes] == [("135.0 135.0 135.0\n", "")] * 3
+    assert [process.communicate(timeout=120) for process in processes] == [("135.0 135.0 135.0\n", "")] * 3
     assert len(entries(cache)) == 3 and {entry.suffix for entry in entries(cache)} == {".nbc"}
 
 

@@ -21,7 +21,7 @@ def names(folder: Path) -> list[str]:
 
 
 def ended(process: subprocess.Popen[bytes]) -> tuple[int, str]:
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     return process.returncode, err.decode()
 
 
@@ -83,7 +83,7 @@ def test_no_stdout_at_all(spawn: Spawn) -> None:
 def test_signals_leave_nothing_behind(spawn: Spawn, signum: int, code: int, message: str, tmp_path: Path) -> None:
     run, report = tmp_path / "run.h5", tmp_path / "report.ndjson"
     process = spawn("diff", "a", "b", "-o", run, "--format", "ndjson", "-O", report, pause=0.5)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while len(names(tmp_path)) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
     assert all(name.startswith(".") for name in names(tmp_path))

@@ -119,7 +119,7 @@ def test_a_full_disk(inputs: tuple[Path, Path, Path], share: float) -> None:
         "from ckptdiff.cli import main\n"
         "sys.exit(main())"
     )
-    done = subprocess.run([sys.executable, "-c", code, *arguments(inputs)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, *arguments(inputs)], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert done.stderr.startswith("ckptdiff: error: cannot write the output: File too large\n")
     named = out / "a.safetensors" if base.is_dir() else out
@@ -199,7 +199,7 @@ def test_a_stopped_process_leaves_nothing(large: tuple[Path, Path], tmp_path: Pa
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.001)
     process.send_signal(signum)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     code, word = (130, "interrupted") if signum == signal.SIGINT else (143, "terminated")
     assert (process.returncode, err.decode()) == (code, f"ckptdiff: {word}\n")
     assert list(tmp_path.iterdir()) == []
