@@ -1,7 +1,7 @@
 """Signals that end the program: raised as exceptions where it stands, so that temporary files go away.
 
-Inside the standard library's code for threads they wait a moment: an exception there leaves a lock closed, for which a
-thread then waits for ever, or a thread that nobody waits for.
+Inside the standard library's code for threads and processes they wait a moment: an exception there would leave a lock
+closed, for which someone then waits for ever, or a thread that nobody waits for.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _GRACE = 10.0
 _LATER = 0.001
 """Seconds after which a signal that came at a bad moment is sent again."""
 _BAD_MOMENTS = {
+    ("subprocess", "Popen._internal_poll"),
     ("threading", "Condition.__enter__"),
     ("threading", "Condition.__exit__"),
     ("threading", "Thread.start"),
