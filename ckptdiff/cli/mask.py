@@ -66,7 +66,7 @@ def list_masks(run: str, **given: Any) -> int:
     type=click.Path(),
     metavar="FILE",
     required=True,
-    help="What to write: F.safetensors or F.npz; for shira a folder.",
+    help="What to write: F.safetensors or F.npz; for shira a new folder.",
 )
 @click.option(
     "--layout",

@@ -17,7 +17,7 @@ from ckptdiff.checkpoint.regular_file import read_whole
 from ckptdiff.errors import CheckpointError, OptionError, PatchError, plural
 from ckptdiff.events import Listener, StageProgress
 from ckptdiff.exports.patch_reader import Patch, TensorPatch, changes_of, open_patch
-from ckptdiff.runfile.staged import StagedFile
+from ckptdiff.runfile.staged import StagedFile, write_whole
 from ckptdiff.runfile.staged_folder import StagedFolder
 from ckptdiff.runfile.target import check_new
 from ckptdiff.stream.blocks import blocks_of
@@ -158,9 +158,7 @@ def _write_folder(copy: _Copy, target: Path) -> None:
                     staged.commit()
         if checkpoint.index is not None:
             index = checkpoint.index.path
-            with StagedFile(made.path / Path(index).name) as staged:
-                staged.write(read_whole(index, MAX_INDEX_BYTES))
-                staged.commit()
+            write_whole(made.path / Path(index).name, read_whole(index, MAX_INDEX_BYTES))
         made.commit()
 
 

@@ -15,19 +15,19 @@ from numpy.typing import NDArray
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.checkpoint.globs import Globs
-from ckptdiff.errors import OptionError, RunFileError, first_few
+from ckptdiff.errors import OptionError
 from ckptdiff.result import TensorFacts
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
 from ckptdiff.runfile.sides import open_side
-from ckptdiff.runfile.staged import StagedFile
+from ckptdiff.runfile.staged import StagedFile, write_whole
+from ckptdiff.runfile.staged_folder import StagedFolder
+from ckptdiff.runfile.target import check_new
 from ckptdiff.stream.blocks import blocks_of, values_of
 from ckptdiff.stream.shards import OpenShards, open_shards
 
 __all__ = ["ShiraExport", "export_shira"]
 
-_CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
 _LINEAR_BLOCKS = ("attention", "ffn")
 
 
@@ -77,7 +77,7 @@ def export_shira(
     run : RunFile
         It need not hold masks.
     target : Path
-        A folder; made if it is missing.
+        A folder to be made.
     rank : int
     names : sequence of str
         Tensor names or globs of weights of linear layers; none stands for all matrices of attention and ffn blocks.
@@ -92,13 +92,13 @@ def export_shira(
     CheckpointError
         A checkpoint is not what the run compared, or changes while it is read.
     RunFileError
-        The run is damaged, or the target cannot be written, or is there and no adapter.
+        The run is damaged, or the target exists or cannot be written.
     """
     chosen = _chosen(run.load().tensors, names, run.path)
     for facts in chosen:
         _require_rank(facts, rank, run.path)
+    check_new(target)
     sides = open_side(run, "base", base), open_side(run, "tuned", tuned)
-    _prepare(target)
     entries: list[Entry] = []
     found: list[_Largest] = []
     with open_shards("pread") as shards:
@@ -107,9 +107,13 @@ def export_shira(
             largest = _largest_changes(shards, *pair, rank * sum(facts.shape))
             found.append(largest)
             entries += _entries(facts, largest)
-    _write(target / _WEIGHTS, lambda staged: write_safetensors(staged, entries, {"format": "pt"}))
     text = json.dumps(_config(chosen, rank, sides[0]), indent=2, sort_keys=True) + "\n"
-    _write(target / _CONFIG, lambda staged: staged.write(text.encode()))
+    with StagedFolder(target) as made:
+        with StagedFile(made.path / "adapter_model.safetensors") as staged:
+            write_safetensors(staged, entries, {"format": "pt"})
+            staged.commit()
+        write_whole(made.path / "adapter_config.json", text.encode())
+        made.commit()
     total = sum(largest.total for largest in found)
     return ShiraExport(
         layers=len(found),
@@ -201,24 +205,3 @@ def _config(chosen: Sequence[TensorFacts], rank: int, base: Checkpoint) -> dict[
         "target_modules": [facts.name.removesuffix(".weight") for facts in chosen],
         "task_type": None,
     }
-
-
-def _prepare(target: Path) -> None:
-    try:
-        target.mkdir(exist_ok=True)
-        others = {path.name for path in target.iterdir()}
-    except OSError as error:
-        raise RunFileError(f"cannot make the adapter's folder: {error.strerror}", file=target) from error
-    if others and _CONFIG not in others:
-        raise RunFileError(
-            "the output folder exists and holds no adapter",
-            file=target,
-            found=first_few(sorted(others)),
-            hint="remove it, or choose another name",
-        )
-
-
-def _write(path: Path, write: Any) -> None:
-    with StagedFile(path) as staged:
-        write(staged)
-        staged.commit()

@@ -1,23 +1,18 @@
-"""An adapter folder as PEFT reads it: adapter_config.json and adapter_model.safetensors.
-
-Factors go to a file of their own as they come, since a safetensors file starts with the sizes of all of them; the
-folder takes its name when it is complete.
-"""
+"""The files of an adapter as PEFT reads it: adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import shutil
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.errors import OptionError
+from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
+from ckptdiff.runfile.staged import StagedFile, write_whole
 
 __all__ = ["AdapterWriter"]
 
@@ -26,44 +21,22 @@ _COPY = 1 << 22
 
 
 class AdapterWriter:
-    """Writes an adapter: a context manager that leaves nothing behind unless :meth:`finish` was called.
+    """Writes the files of an adapter.
 
     Parameters
     ----------
     folder : Path
-        To be made.
+        Where to.
     base : str
         Path of the base model, for the adapter's configuration.
-
-    Raises
-    ------
-    OptionError
-        If the folder exists or cannot be made.
+    spool : StagedFile
+        An empty file that takes the factors as they come, since a safetensors file begins with the sizes of all.
     """
 
-    def __init__(self, folder: Path, base: str) -> None:
-        if folder.exists():
-            raise OptionError(
-                "the adapter's folder exists",
-                file=folder,
-                expected="a new folder",
-                hint="remove it, or choose another -o",
-            )
-        if not folder.absolute().parent.is_dir():
-            raise OptionError("the adapter's folder has no parent", file=folder, found=folder.absolute().parent)
-        self._folder, self._base = folder, base
-        self._staged = folder.with_name(f".{folder.name[:100]}.{secrets.token_hex(4)}.tmp")
-        self._entries: dict[str, Any] = {}
+    def __init__(self, folder: Path, base: str, spool: StagedFile) -> None:
+        self._folder, self._base, self._spool = folder, base, spool
+        self._entries: list[Entry] = []
         self._ranks: dict[str, int] = {}
-        self._size = 0
-
-    def __enter__(self) -> AdapterWriter:
-        try:
-            self._staged.mkdir()
-        except OSError as error:
-            raise OptionError(f"cannot make the adapter's folder: {error.strerror}", file=self._folder) from error
-        self._data = (self._staged / "data").open("xb")
-        return self
 
     def add(self, module: str, down: NDArray[np.float32], up: NDArray[np.float32]) -> None:
         """Add one linear layer.
@@ -76,36 +49,37 @@ class AdapterWriter:
             ``lora_A``.
         up : float32 array, shape (out, rank)
             ``lora_B``.
+
+        Raises
+        ------
+        RunFileError
+            A write failed.
         """
         self._ranks[module] = len(down)
         for part, values in (("lora_A", down), ("lora_B", up)):
-            self._data.write(np.ascontiguousarray(values, "<f4").data)
-            stop = self._size + values.nbytes
-            entry = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [self._size, stop]}
-            self._entries[f"{_PREFIX}{module}.{part}.weight"] = entry
-            self._size = stop
+            pieces = partial(self._spooled, self._spool.tell(), values.nbytes)
+            self._spool.write(np.ascontiguousarray(values, "<f4").data.cast("B"))
+            self._spool.check()
+            self._entries.append(Entry(f"{_PREFIX}{module}.{part}.weight", "F32", values.shape, pieces))
 
     def finish(self) -> None:
-        """Write the header and the configuration, and give the folder its name."""
-        self._data.close()
-        header = json.dumps({"__metadata__": {"format": "pt"}, **self._entries}).encode()
-        header += b" " * (-len(header) % 8)
-        with (self._staged / "adapter_model.safetensors").open("xb") as out:
-            out.write(len(header).to_bytes(8, "little") + header)
-            with (self._staged / "data").open("rb") as data:
-                shutil.copyfileobj(data, out, _COPY)
-            out.flush()
-            os.fsync(out.fileno())
-        (self._staged / "data").unlink()
-        text = json.dumps(self._config(), indent=2)
-        (self._staged / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-        self._staged.rename(self._folder)
+        """Write the files.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._data.close()
-        shutil.rmtree(self._staged, ignore_errors=True)
+        Raises
+        ------
+        RunFileError
+            A write failed.
+        """
+        with StagedFile(self._folder / "adapter_model.safetensors") as staged:
+            write_safetensors(staged, self._entries, {"format": "pt"})
+            staged.commit()
+        text = json.dumps(self._config(), indent=2) + "\n"
+        write_whole(self._folder / "adapter_config.json", text.encode())
+
+    def _spooled(self, start: int, size: int) -> Iterator[bytes]:
+        for offset in range(0, size, _COPY):
+            self._spool.seek(start + offset)
+            yield self._spool.read(min(_COPY, size - offset))
 
     def _config(self) -> dict[str, Any]:
         """With alpha equal to the rank everywhere, so that the factors are not scaled."""

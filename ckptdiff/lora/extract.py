@@ -22,6 +22,9 @@ from ckptdiff.options import MaskRule, Options, default_threads
 from ckptdiff.planning import prepare
 from ckptdiff.report.text import percent
 from ckptdiff.result import Diff
+from ckptdiff.runfile.staged import StagedFile
+from ckptdiff.runfile.staged_folder import StagedFolder
+from ckptdiff.runfile.target import check_new
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.memory import cache_bytes, default_bound
 from ckptdiff.spectra.source import StoredPanels
@@ -121,23 +124,26 @@ def extract_lora(
     """
     require_scipy()
     options = replace(options or Options(), compare="stored", mask=MaskRule("none"), spectra=None)
-    with AdapterWriter(folder, base) as writer:
-        diff = run(base, tuned, options=options, listener=listener)
-        plan = prepare(base, tuned, options=options)
-        found = []
-        with open_shards(plan.io) as shards:
+    check_new(folder)
+    diff = run(base, tuned, options=options, listener=listener)
+    plan = prepare(base, tuned, options=options)
+    strange = diff.columns["nonfinite_base"] + diff.columns["nonfinite_tuned"] > 0
+    norms = diff.columns["delta_norm"]
+    moved = [(row, pair) for row, pair in enumerate(plan.pairs) if norms[row] > 0]
+    found: list[Extracted] = []
+    with StagedFolder(folder) as made:
+        with open_shards(plan.io) as shards, StagedFile(made.path / "factors") as spool:
+            writer = AdapterWriter(made.path, base, spool)
             job = _Job(shards, options, writer, rank, energy, seed)
-            strange = diff.columns["nonfinite_base"] + diff.columns["nonfinite_tuned"] > 0
-            norms = diff.columns["delta_norm"]
-            moved = [(row, pair) for row, pair in enumerate(plan.pairs) if norms[row] > 0]
             for index, (row, pair) in enumerate(moved):
                 reason = "NaN or Inf in it" if strange[row] else refusal(pair)
                 found.append(job.extract(pair, float(norms[row]), reason))
                 if listener is not None:
                     listener(StageProgress("factors", index, len(moved), pair.name, _outcome(found[-1])))
-        if not any(tensor.rank for tensor in found):
-            raise _nothing(diff, found)
-        writer.finish()
+            if not any(tensor.rank for tensor in found):
+                raise _nothing(diff, found)
+            writer.finish()
+        made.commit()
     return Extraction(folder, tuple(found), len(plan.pairs) - len(found))
 
 

@@ -11,7 +11,7 @@ from types import TracebackType
 
 from ckptdiff.errors import CkptdiffError, RunFileError
 
-__all__ = ["StagedFile", "staged_path", "sync_folder"]
+__all__ = ["StagedFile", "staged_path", "sync_folder", "write_whole"]
 
 _LONGEST_STEM = 200
 _FOLDERS_NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
@@ -108,8 +108,7 @@ class StagedFile:
         self.check()
         try:
             os.fsync(self._descriptor)
-            os.close(self._descriptor)
-            self._descriptor = -1
+            self._close()
             self._path.replace(self._real)
             sync_folder(self._real.parent)
         except OSError as error:
@@ -117,11 +116,15 @@ class StagedFile:
 
     def discard(self) -> None:
         """Remove the temporary file; harmless before it is made and after :meth:`commit`."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._close()
         with suppress(FileNotFoundError):
             self._path.unlink()
+
+    def _close(self) -> None:
+        # Forgotten first: if a signal comes with the closing, it is not closed a second time.
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def _explained(self, error: OSError) -> RunFileError:
         hint = None
@@ -188,6 +191,19 @@ class StagedFile:
 
     def flush(self) -> None:
         """Nothing: no write waits here."""
+
+
+def write_whole(target: Path, data: bytes) -> None:
+    """Write a file that is small.
+
+    Raises
+    ------
+    RunFileError
+        It cannot be written; the target is as it was.
+    """
+    with StagedFile(target) as staged:
+        staged.write(data)
+        staged.commit()
 
 
 def staged_path(target: Path) -> Path:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,8 +76,8 @@ def test_peft_loads_the_adapter_and_merges_the_largest_changes(
 def test_names_choose_layers(sides: tuple[Path, Path], make_run: Callable, tmp_path: Path) -> None:
     with ckptdiff.RunFile(make_run()) as run:
         assert export_shira(run, tmp_path / "a", rank=2, names=["*_proj.weight"]).layers == 3
-        assert export_shira(run, tmp_path / "a", rank=2, names=["*.mlp.*"]).layers == 2  # replaces the adapter
-    assert len(load_file(tmp_path / "a" / "adapter_model.safetensors")) == 4
+        assert export_shira(run, tmp_path / "b", rank=2, names=["*.mlp.*"]).layers == 2
+    assert len(load_file(tmp_path / "b" / "adapter_model.safetensors")) == 4
 
 
 def test_what_no_adapter_can_hold_is_refused(make_run: Callable, tmp_path: Path) -> None:
@@ -92,11 +94,31 @@ def test_what_no_adapter_can_hold_is_refused(make_run: Callable, tmp_path: Path)
             assert caught.value.tensor == name
         assert not (tmp_path / "a").exists()
         (tmp_path / "full").mkdir()
-        (tmp_path / "full" / "precious").touch()
-        with pytest.raises(RunFileError, match="holds no adapter"):
+        with pytest.raises(RunFileError, match="the output exists"):
             export_shira(run, tmp_path / "full", rank=1)
-        with pytest.raises(RunFileError, match="cannot make"):
+        with pytest.raises(RunFileError, match="folder does not exist"):
             export_shira(run, tmp_path / "missing" / "a", rank=1)
+    assert [path.name for path in tmp_path.iterdir() if "full" in path.name or path.suffix == ".tmp"] == ["full"]
+
+
+@pytest.mark.parametrize("writes", range(6))
+def test_an_interrupt_leaves_no_part_of_an_adapter(
+    writes: int, make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter(range(writes))
+    pwrite = os.pwrite
+
+    def interrupted(*args: Any) -> int:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return pwrite(*args)
+
+    path = make_run()
+    with ckptdiff.RunFile(path) as run:
+        monkeypatch.setattr(os, "pwrite", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            export_shira(run, tmp_path / "adapter", rank=1)
+    assert not [path for path in tmp_path.iterdir() if "adapter" in path.name]
 
 
 def test_a_layer_of_several_blocks_and_ties(tmp_path: Path) -> None:

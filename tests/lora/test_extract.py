@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ckptdiff.cli import main
-from ckptdiff.errors import OptionError, PairingError
+from ckptdiff.errors import PairingError, RunFileError
 from ckptdiff.events import Event, StageProgress, Started
 from ckptdiff.lora.extract import Extraction, extract_lora
 
@@ -123,9 +123,9 @@ def test_nothing_is_left_behind_on_failure(pair: tuple[str, str], tmp_path: Path
         extract_lora(pair[0], pair[0], tmp_path / "adapter", rank=4)
     assert not list(tmp_path.iterdir())
     (tmp_path / "adapter").mkdir()
-    with pytest.raises(OptionError, match="exists"):
+    with pytest.raises(RunFileError, match="the output exists"):
         extract_lora(*pair, tmp_path / "adapter", rank=4)
-    with pytest.raises(OptionError, match="no parent"):
+    with pytest.raises(RunFileError, match="folder does not exist"):
         extract_lora(*pair, tmp_path / "no" / "adapter", rank=4)
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -110,27 +110,47 @@ def test_nothing_is_written_after_a_stop(tmp_path: Path) -> None:
 def test_an_interrupt_on_the_way_in_leaves_nothing(make: Callable[[Path], Any], tmp_path: Path) -> None:
     """Python raises what a signal brings where a function begins and where one that is written in C has returned."""
     moment = 0
-    while interrupted_on_the_way_in(make, tmp_path / "made", moment):
+    while interrupted(("__enter__", "_begin", "mkdir"), moment, lambda: enter(make(tmp_path / "made"))):
         assert not list(tmp_path.iterdir()), moment
         moment += 1
     assert moment >= 2
 
 
-def interrupted_on_the_way_in(make: Callable[[Path], Any], target: Path, moment: int) -> bool:
-    """Enter a context, with an interrupt after so many others that might have come; whether there was one."""
+def enter(made: Any) -> None:
+    with made:
+        sys.setprofile(None)
+
+
+@pytest.mark.parametrize("make", [StagedFile, StagedFolder])
+def test_an_interrupt_of_a_commit_leaves_all_or_nothing(make: Callable[[Path], Any], tmp_path: Path) -> None:
+    moment, found = 0, set()
+
+    def write() -> None:
+        with make(tmp_path / f"{moment}") as made:
+            made.commit()
+
+    while interrupted(("commit", "_close", "sync_folder"), moment, write):
+        found.add(tuple(path.name for path in tmp_path.iterdir() if path.name != f"{moment}"))
+        for path in tmp_path.iterdir():
+            path.rmdir() if path.is_dir() else path.unlink()
+        moment += 1
+    assert moment >= 5 and found == {()}
+
+
+def interrupted(functions: Sequence[str], moment: int, work: Callable[[], None]) -> bool:
+    """Do something, with an interrupt in one of the functions after so many others that might come; whether it came."""
     passed = 0
 
     def interrupt(frame: FrameType, event: str, arg: object) -> None:
         nonlocal passed
-        if event in ("call", "c_return") and frame.f_code.co_name in ("__enter__", "_begin", "mkdir"):
+        if event in ("call", "c_return") and frame.f_code.co_name in functions:
             passed += 1
             if passed > moment:
                 raise KeyboardInterrupt
 
     try:
         sys.setprofile(interrupt)
-        with make(target):
-            sys.setprofile(None)
+        work()
     except KeyboardInterrupt:
         return True
     finally:
