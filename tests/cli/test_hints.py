@@ -37,7 +37,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("track run.h5", "ckptdiff show {}/run.h5 prints it"),
     ("spectra add run.h5", "for others compare again: ckptdiff diff BASE TUNED --spectra exact -o RUN.h5"),
     ("mask export run.h5 nothing -o masks.npz", "ckptdiff mask list {}/run.h5"),
-    ("lora base.safetensors tuned.safetensors -o lora --rank 2", "remove it, or choose another -o"),
+    ("lora base.safetensors tuned.safetensors -o lora --rank 2", "remove it, or choose another name"),
+    ("mask export run.h5 -o lora --layout shira --rank 2", "remove it, or choose another name"),
     ("diff base.safetensors adapter_model.safetensors", "{}/adapter_model.safetensors is an adapter: merge it"),
 ])  # fmt: skip
 def test_what_to_do_next(files: Path, command: str, hint: str, cli) -> None:
