@@ -94,7 +94,9 @@ def check_new(target: Path) -> None:
         return
     except OSError as error:
         raise RunFileError(f"cannot look at the output: {error.strerror}", file=target) from error
-    raise RunFileError("the output exists", file=target, expected="a new name", hint="remove it, or choose another name")
+    raise RunFileError(
+        "the output exists", file=target, expected="a new name", hint="remove it, or choose another name"
+    )
 
 
 def _check_parent(target: Path) -> None:
