@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ckptdiff.backends.kernels.masked_steps import sum_masked_squares
-from ckptdiff.errors import MaskError
+from ckptdiff.errors import MaskError, OptionError
 from ckptdiff.retrain.packed import PackedMask
 from ckptdiff.retrain.support import IndexSupport, Support, TileSupport, is_compiled, support_of
 from ckptdiff.retrain.threads import run_all
@@ -23,6 +23,8 @@ from ckptdiff.retrain.threads import run_all
 __all__ = ["MaskedOptimizer"]
 
 _NARROW = (torch.bfloat16, torch.float16)
+_OTHERS = ("maximize", "amsgrad", "nesterov", "differentiable")
+"""Options of torch's own optimizers that would change a step, and that a group may bring along."""
 
 
 class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
@@ -48,6 +50,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
     ------
     MaskError
         No parameter has a masked coordinate; a mask of another shape; a parameter that is sharded.
+    OptionError
+        A group asks for an option of torch's optimizers that this one does not have.
     """
 
     kernel: Callable[..., None]
@@ -65,6 +69,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         self._masks: Mapping[Any, PackedMask] | None = masks
         self._supports: dict[Tensor, Support] = {}
         self._fingerprints: dict[Tensor, int] = {}
+        self._shapes: dict[Tensor, tuple[int, ...]] = {}
         self._fp32_master = fp32_master
         super().__init__(params, defaults)
         self._masks = None
@@ -92,7 +97,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """All that copy and pickle need; torch names but its own attributes."""
-        ours = ("_masks", "_supports", "_fingerprints", "_fp32_master")
+        ours = ("_masks", "_supports", "_fingerprints", "_shapes", "_fp32_master")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
 
     @property
@@ -106,6 +111,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         """Add a group of parameters; only while the optimizer is made, since it does not keep the masks."""
         if self._masks is None:
             raise MaskError("a masked optimizer takes all its parameters when it is made")
+        self._require_known(param_group)
         super().add_param_group(param_group)
         for parameter in param_group["params"]:
             mask = self._masks.get(parameter)
@@ -122,6 +128,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
             if mask.count:
                 self._supports[parameter] = support_of(mask, parameter)
                 self._fingerprints[parameter] = mask.fingerprint
+                self._shapes[parameter] = mask.shape
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -190,7 +197,11 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         ------
         MaskError
             The state is not one of a masked optimizer, or was made with other masks.
+        OptionError
+            It asks for an option that this optimizer does not have.
         """
+        for group in state_dict["param_groups"]:
+            self._require_known(group)
         saved = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         ours = list(chain.from_iterable(group["params"] for group in self.param_groups))
         for key, parameter in zip(saved, ours, strict=False):
@@ -210,6 +221,16 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
                     device = parameter.device if value.ndim else value.device
                     self.state[parameter][name] = value.to(device, copy=True)
 
+    def _require_known(self, group: dict[str, Any]) -> None:
+        for option in _OTHERS:
+            if group.get(option) and option not in self.defaults:
+                raise OptionError(
+                    "an option that this optimizer does not have",
+                    expected=f"no {option}",
+                    found=f"{option}={group[option]}",
+                    hint="freeze_outside serves any torch optimizer",
+                )
+
     def _moving(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, Support]]:
         """Parameters of a group that have masked coordinates and a gradient."""
         for parameter in group["params"]:
@@ -218,13 +239,17 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
                     raise MaskError(
                         "masked optimizers take dense gradients", hint="make the embedding with sparse=False"
                     )
-                support = self._supports[parameter]
-                if isinstance(support, TileSupport) and not is_compiled(parameter):
+                support, shape = self._supports[parameter], self._shapes[parameter]
+                # The kernels go by the mask, and would write beyond the end of what has become smaller.
+                if tuple(parameter.shape) != shape or (isinstance(support, TileSupport) and not is_compiled(parameter)):
                     raise MaskError(
-                        "a parameter was moved or cast after its optimizer was made",
-                        expected="a contiguous float32 or bfloat16 parameter in main memory, as it was then",
-                        found=f"{parameter.dtype}, on {parameter.device}, strides {parameter.stride()}",
-                        hint="make the optimizer when the model is where it trains",
+                        "a parameter was moved, cast or sharded after its optimizer was made",
+                        expected=f"as it was then: shape {shape}"
+                        + (", contiguous, in main memory" if isinstance(support, TileSupport) else ""),
+                        found=f"shape {tuple(parameter.shape)}, {parameter.dtype}, on {parameter.device}, strides "
+                        f"{parameter.stride()}",
+                        hint="make the optimizer when the model is where it trains; freeze_outside works with sharded "
+                        "parameters",
                     )
                 yield parameter, support
 

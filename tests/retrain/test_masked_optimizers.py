@@ -255,9 +255,34 @@ def test_a_parameter_that_was_cast_later_is_refused() -> None:
     optimizer = MaskedAdamW(layer.parameters(), {layer.weight: PackedMask.of(np.ones((3, 5), bool))})
     layer.half()
     layer.weight.grad = torch.ones(3, 5, dtype=torch.float16)
-    with pytest.raises(MaskError, match="cast after") as caught:
+    with pytest.raises(MaskError, match="sharded after") as caught:
         optimizer.step()
     assert "float16" in str(caught.value)
+
+
+@pytest.mark.parametrize("rows", [0, 50, 2000])
+def test_a_parameter_of_another_size_later_is_refused(rows: int) -> None:
+    """As sharding leaves it; the kernels would write beyond its end."""
+    moving = torch.nn.Parameter(torch.zeros(1000, 100))
+    optimizer = MaskedAdamW([moving], {moving: PackedMask.of(np.ones((1000, 100), bool))})
+    moving.data = torch.zeros(rows, 100)
+    moving.grad = torch.ones(rows, 100)
+    for call in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
+        with pytest.raises(MaskError, match="sharded after") as caught:
+            call()
+        assert f"({rows}, 100)" in str(caught.value) and "freeze_outside" in str(caught.value)
+    assert not moving.any()
+
+
+def test_options_of_torchs_own_optimizers_are_refused_not_ignored() -> None:
+    moving = parameter()
+    masks = {moving: PackedMask.of(np.ones(SHAPE, bool))}
+    for option in ("maximize", "amsgrad"):
+        with pytest.raises(OptionError, match="does not have"):
+            MaskedAdamW([{"params": [moving], option: True}], masks)
+        MaskedAdamW([{"params": [moving], option: False}], masks)
+        with pytest.raises(OptionError, match="does not have"):
+            MaskedAdamW([moving], masks).load_state_dict(torch.optim.AdamW([moving], **{option: True}).state_dict())
 
 
 def test_a_state_of_other_masks_or_of_another_optimizer_is_refused() -> None:
