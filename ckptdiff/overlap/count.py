@@ -18,7 +18,7 @@ from ckptdiff.errors import MaskError, OptionError
 from ckptdiff.overlap.figures import Overlap, PairCounts
 from ckptdiff.overlap.same_base import base_norms, common_tensors, require_norm, require_same_base
 from ckptdiff.result import TensorFacts
-from ckptdiff.runfile.mask import Mask, population
+from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.schema import BIT_ORDER
 from ckptdiff.runfile.sides import open_side
@@ -116,8 +116,14 @@ def _common(masks: Sequence[Mask], pairs: Sequence[tuple[int, int]]) -> NDArray[
     for pieces in zip(*(mask.iter_packed(_PIECE) for mask in masks), strict=True):
         for k, (i, j) in enumerate(pairs):
             if masks[i].count and masks[j].count:
-                total[k] += population(pieces[i] & pieces[j])
+                total[k] += _population(pieces[i] & pieces[j])
     return total
+
+
+def _population(bits: NDArray[np.uint8]) -> int:
+    whole = bits.size // 8 * 8
+    words = np.bitwise_count(bits[:whole].view(np.uint64)).sum(dtype=np.int64)
+    return int(words + np.bitwise_count(bits[whole:]).sum(dtype=np.int64))
 
 
 def _by_octave(runs: Sequence[RunFile], name: str) -> NDArray[np.int64]:
