@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from ckptdiff.runfile.schema import BIT_ORDER
 from ckptdiff.runfile.sides import open_side, shards_json
 from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.runfile.target import check_folder
-from ckptdiff.stream.blocks import blocks_of
+from ckptdiff.stream.checked_blocks import KnownNorm, checked_blocks, known_norms
 from ckptdiff.stream.shards import OpenShards, open_shards
 
 __all__ = ["PATCH_FORMAT", "export_patch", "missing_from_patch"]
@@ -48,7 +48,7 @@ def export_patch(
     names : sequence of str
         Tensor names or globs; none stands for all.
     tuned : path-like, optional
-        Where the tuned checkpoint is now.
+        Where the tuned checkpoint is now; the norms of what is read must be those of the run.
 
     Returns
     -------
@@ -60,7 +60,7 @@ def export_patch(
     OptionError
         Another suffix, a name that no mask has, or a tensor whose elements are smaller than a byte.
     CheckpointError
-        The tuned checkpoint is not what the run compared, or changes while it is read.
+        The tuned checkpoint is not what the run compared, by headers or by norms, or changes while it is read.
     RunFileError
         The run holds no masks or is damaged; the target cannot be written, or is there and no patch.
     """
@@ -68,14 +68,17 @@ def export_patch(
         raise OptionError("unknown format of a patch", expected="a name in .safetensors", found=target)
     masks = [run.masks[name] for name in chosen_masks(run, names)]
     checkpoint = open_side(run, "tuned", tuned)
-    tuned_names = {facts.name: facts.tuned_name or facts.name for facts in run.load().tensors}
+    diff = run.load()
+    tuned_names = {facts.name: facts.tuned_name or facts.name for facts in diff.tensors}
+    # At its old place it has not been modified since.
+    known = known_norms(diff, "tuned") if tuned else {}
     changed = [(mask, checkpoint.tensors[tuned_names[mask.name]]) for mask in masks if mask.count]
     check_folder(target)
     if target.exists() and not (target.is_file() and is_safetensors_of(target, PATCH_FORMAT)):
         raise RunFileError("the output exists and is no patch", file=target, hint="remove it, or choose another name")
     with StagedFile(target) as staged:
         with open_shards("pread") as shards:
-            entries = [entry for mask, tensor in changed for entry in _entries(mask, tensor, shards)]
+            entries = [entry for mask, tensor in changed for entry in _entries(mask, tensor, shards, known)]
             write_safetensors(staged, entries, _metadata(run, [mask for mask, _ in changed]))
         staged.commit()
     return len(changed)
@@ -124,14 +127,16 @@ def _metadata(run: RunFile, masks: Sequence[Mask]) -> dict[str, str]:
     }
 
 
-def _entries(mask: Mask, tensor: TensorInfo, shards: OpenShards) -> Iterator[Entry]:
+def _entries(mask: Mask, tensor: TensorInfo, shards: OpenShards, known: Mapping[str, KnownNorm]) -> Iterator[Entry]:
     if DTYPES[tensor.dtype].bits % 8:
         raise OptionError(
             "elements smaller than a byte cannot be patched", tensor=mask.name, found=tensor.dtype, hint="leave it out"
         )
     index = "I64" if mask.index_dtype == np.int64 else "I32"
     yield Entry(f"{mask.name}.indices", index, (mask.count,), partial(_indices, mask))
-    yield Entry(f"{mask.name}.values", tensor.dtype, (mask.count,), partial(_values, mask, tensor, shards))
+    yield Entry(
+        f"{mask.name}.values", tensor.dtype, (mask.count,), partial(_values, mask, tensor, shards, known.get(mask.name))
+    )
 
 
 def _indices(mask: Mask) -> Iterator[bytes]:
@@ -139,8 +144,8 @@ def _indices(mask: Mask) -> Iterator[bytes]:
         yield piece.astype(piece.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
-def _values(mask: Mask, tensor: TensorInfo, shards: OpenShards) -> Iterator[bytes]:
+def _values(mask: Mask, tensor: TensorInfo, shards: OpenShards, known: KnownNorm | None) -> Iterator[bytes]:
     size = DTYPES[tensor.dtype].bits // 8
-    for bits, stored in zip(mask.iter_packed(BLOCK // 8), blocks_of(shards, tensor), strict=True):
+    for bits, stored in zip(mask.iter_packed(BLOCK // 8), checked_blocks(shards, tensor, known), strict=True):
         elements = stored.reshape(-1, size)
         yield elements[np.unpackbits(bits, bitorder=BIT_ORDER, count=len(elements)).view(np.bool_)].tobytes()

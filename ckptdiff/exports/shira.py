@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.checkpoint.globs import Globs
 from ckptdiff.errors import OptionError
+from ckptdiff.exports.linear_layers import refusal
 from ckptdiff.result import TensorFacts
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
@@ -23,12 +24,14 @@ from ckptdiff.runfile.sides import open_side
 from ckptdiff.runfile.staged import StagedFile, write_whole
 from ckptdiff.runfile.staged_folder import StagedFolder
 from ckptdiff.runfile.target import check_new
-from ckptdiff.stream.blocks import blocks_of, values_of
+from ckptdiff.stream.blocks import values_of
+from ckptdiff.stream.checked_blocks import KnownNorm, checked_blocks, known_norms
 from ckptdiff.stream.shards import OpenShards, open_shards
 
 __all__ = ["ShiraExport", "export_shira"]
 
 _LINEAR_BLOCKS = ("attention", "ffn")
+_Side: TypeAlias = tuple[TensorInfo, KnownNorm | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,28 +85,34 @@ def export_shira(
     names : sequence of str
         Tensor names or globs of weights of linear layers; none stands for all matrices of attention and ffn blocks.
     base, tuned : path-like, optional
-        Where the checkpoints are now.
+        Where the checkpoints are now; the norms of what is read must be those of the run.
 
     Raises
     ------
     OptionError
-        No matrix of that name, a tensor that is no floating matrix ``*.weight``, or a rank that a matrix cannot meet:
-        ``rank * (m + n)`` exceeds its m n coordinates.
+        No matrix of that name, a tensor that is not the weight of a linear layer (embeddings and GPT-2's Conv1D are
+        none to PEFT), or a rank that a matrix cannot meet: ``rank * (m + n)`` exceeds its m n coordinates.
     CheckpointError
-        A checkpoint is not what the run compared, or changes while it is read.
+        A checkpoint is not what the run compared, by headers or by norms, or changes while it is read.
     RunFileError
         The run is damaged, or the target exists or cannot be written.
     """
-    chosen = _chosen(run.load().tensors, names, run.path)
+    diff = run.load()
+    chosen = _chosen(diff.tensors, names, run.path)
     for facts in chosen:
         _require_rank(facts, rank, run.path)
     check_new(target)
     sides = open_side(run, "base", base), open_side(run, "tuned", tuned)
+    # At their old places they have not been modified since.
+    known = known_norms(diff, "base") if base else {}, known_norms(diff, "tuned") if tuned else {}
     entries: list[Entry] = []
     found: list[_Largest] = []
     with open_shards("pread") as shards:
         for facts in chosen:
-            pair = sides[0].tensors[facts.name], sides[1].tensors[facts.tuned_name or facts.name]
+            pair = (
+                (sides[0].tensors[facts.name], known[0].get(facts.name)),
+                (sides[1].tensors[facts.tuned_name or facts.name], known[1].get(facts.name)),
+            )
             largest = _largest_changes(shards, *pair, rank * sum(facts.shape))
             found.append(largest)
             entries += _entries(facts, largest)
@@ -123,11 +132,8 @@ def export_shira(
 
 
 def _chosen(tensors: Sequence[TensorFacts], names: Sequence[str], path: str) -> list[TensorFacts]:
-    def is_linear(facts: TensorFacts) -> bool:
-        return len(facts.shape) == 2 and facts.compare != "bitwise" and facts.name.endswith(".weight")
-
     globs = Globs(names, ())
-    chosen = [f for f in tensors if (globs.select(f.name) if names else is_linear(f) and f.block in _LINEAR_BLOCKS)]
+    chosen = [f for f in tensors if (globs.select(f.name) if names else _is_matrix_of_a_layer(f))]
     unknown = globs.unmatched(facts.name for facts in tensors)
     if unknown or not chosen:
         raise OptionError(
@@ -137,15 +143,22 @@ def _chosen(tensors: Sequence[TensorFacts], names: Sequence[str], path: str) -> 
             hint="ckptdiff show --by tensor lists the names",
         )
     for facts in chosen:
-        if not is_linear(facts):
+        reason = refusal(facts.name, facts.shape, facts.compare != "bitwise")
+        if reason is not None:
             raise OptionError(
-                "SHiRA adapts the weights of linear layers only",
+                "PEFT's SHiRA adapts the weights of linear layers only",
                 file=path,
                 tensor=facts.name,
-                expected="a floating matrix named *.weight",
-                found=f"{facts.dtype_base} of shape {facts.shape}",
+                expected="a floating matrix named *.weight, of a torch.nn.Linear",
+                found=f"{facts.dtype_base} of shape {facts.shape}: {reason}",
+                hint="--layout patch holds the changes of any tensor",
             )
     return chosen
+
+
+def _is_matrix_of_a_layer(facts: TensorFacts) -> bool:
+    is_matrix = len(facts.shape) == 2 and facts.compare != "bitwise" and facts.name.endswith(".weight")
+    return is_matrix and facts.block in _LINEAR_BLOCKS
 
 
 def _require_rank(facts: TensorFacts, rank: int, path: str) -> None:
@@ -161,12 +174,13 @@ def _require_rank(facts: TensorFacts, rank: int, path: str) -> None:
         )
 
 
-def _largest_changes(shards: OpenShards, base: TensorInfo, tuned: TensorInfo, count: int) -> _Largest:
+def _largest_changes(shards: OpenShards, base: _Side, tuned: _Side, count: int) -> _Largest:
     """The `count` largest changes, in ascending order of their index; NaN counts as nothing."""
+    sides = zip(checked_blocks(shards, *base), checked_blocks(shards, *tuned), strict=True)
     indices, deltas = np.empty(0, np.int64), np.empty(0, np.float32)
     total, cut = 0.0, np.float32(-1)
-    for block, (left, right) in enumerate(zip(blocks_of(shards, base), blocks_of(shards, tuned), strict=True)):
-        delta = np.nan_to_num(values_of(tuned.dtype, right) - values_of(base.dtype, left), posinf=0, neginf=0)
+    for block, (left, right) in enumerate(sides):
+        delta = np.nan_to_num(values_of(tuned[0].dtype, right) - values_of(base[0].dtype, left), posinf=0, neginf=0)
         total += float(np.square(delta, dtype=np.float64).sum())
         # Later coordinates of the same size lose to earlier ones, so only larger ones can still get in.
         found = np.flatnonzero(np.abs(delta) > cut)

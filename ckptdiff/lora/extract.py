@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from ckptdiff.backends.formats import formats_of
-from ckptdiff.checkpoint import TensorPair
+from ckptdiff.checkpoint import Kind, TensorInfo, TensorPair
 from ckptdiff.engine import run
 from ckptdiff.errors import PairingError
 from ckptdiff.events import Listener, StageProgress
+from ckptdiff.exports.linear_layers import refusal
 from ckptdiff.linalg.blas import require_scipy
 from ckptdiff.linalg.threads import one_blas_thread, product_threads
 from ckptdiff.lora.adapter import AdapterWriter
 from ckptdiff.lora.factors import Factors, factorize
-from ckptdiff.lora.targets import refusal
 from ckptdiff.memory import resident
 from ckptdiff.options import MaskRule, Options, default_threads
 from ckptdiff.planning import prepare
@@ -136,7 +136,7 @@ def extract_lora(
             writer = AdapterWriter(made.path, base, spool)
             job = _Job(shards, options, writer, rank, energy, seed)
             for index, (row, pair) in enumerate(moved):
-                reason = "NaN or Inf in it" if strange[row] else refusal(pair)
+                reason = "NaN or Inf in it" if strange[row] else _refusal(pair.base)
                 found.append(job.extract(pair, float(norms[row]), reason))
                 if listener is not None:
                     listener(StageProgress("factors", index, len(moved), pair.name, _outcome(found[-1])))
@@ -145,6 +145,10 @@ def extract_lora(
             writer.finish()
         made.commit()
     return Extraction(folder, tuple(found), len(plan.pairs) - len(found))
+
+
+def _refusal(tensor: TensorInfo) -> str | None:
+    return refusal(tensor.name, tensor.shape, tensor.kind is Kind.FLOAT)
 
 
 def _outcome(tensor: Extracted) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,13 +15,13 @@ from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.errors import MaskError, OptionError
 from ckptdiff.overlap.figures import Overlap, PairCounts
-from ckptdiff.overlap.same_base import base_norms, common_tensors, require_norm, require_same_base
+from ckptdiff.overlap.same_base import common_tensors, require_same_base
 from ckptdiff.result import TensorFacts
-from ckptdiff.runfile.mask import Mask
+from ckptdiff.runfile.mask import Mask, population
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.schema import BIT_ORDER
 from ckptdiff.runfile.sides import open_side
-from ckptdiff.stream.blocks import blocks_of, values_of
+from ckptdiff.stream.checked_blocks import KnownNorm, checked_blocks, known_norms
 from ckptdiff.stream.shards import OpenShards, open_shards
 
 __all__ = ["overlap"]
@@ -75,13 +74,13 @@ def overlap(
             runs=tuple(os.fspath(path) for path in paths),
             rules=tuple(diff.mask_rule for diff in diffs),
             tensors=tuple(tensors),
-            pairs=_count(runs, tensors, checkpoint, base_norms(diffs[0])),
+            pairs=_count(runs, tensors, checkpoint, known_norms(diffs[0], "base")),
             warnings=(*warnings, *left_out),
         )
 
 
 def _count(
-    runs: Sequence[RunFile], tensors: Sequence[TensorFacts], base: Checkpoint | None, norms: Mapping[str, float]
+    runs: Sequence[RunFile], tensors: Sequence[TensorFacts], base: Checkpoint | None, known: Mapping[str, KnownNorm]
 ) -> tuple[PairCounts, ...]:
     pairs = list(combinations(range(len(runs)), 2))
     counts = np.zeros((len(runs), len(tensors)), np.int64)
@@ -95,8 +94,7 @@ def _count(
             both[:, row] = _common(masks, pairs)
             bins = None
             if facts.compare != "bitwise" and base is not None:
-                bins, norm = _by_magnitude(shards, base.tensors[facts.name], masks)
-                require_norm(norm, facts, norms[facts.name], base.path)
+                bins = _by_magnitude(shards, base.tensors[facts.name], masks, known[facts.name])
             elif facts.compare != "bitwise" and bitwise:
                 bins = _by_octave(runs, facts.name)
             if bins is not None:
@@ -116,14 +114,8 @@ def _common(masks: Sequence[Mask], pairs: Sequence[tuple[int, int]]) -> NDArray[
     for pieces in zip(*(mask.iter_packed(_PIECE) for mask in masks), strict=True):
         for k, (i, j) in enumerate(pairs):
             if masks[i].count and masks[j].count:
-                total[k] += _population(pieces[i] & pieces[j])
+                total[k] += population(pieces[i] & pieces[j])
     return total
-
-
-def _population(bits: NDArray[np.uint8]) -> int:
-    whole = bits.size // 8 * 8
-    words = np.bitwise_count(bits[:whole].view(np.uint64)).sum(dtype=np.int64)
-    return int(words + np.bitwise_count(bits[whole:]).sum(dtype=np.int64))
 
 
 def _by_octave(runs: Sequence[RunFile], name: str) -> NDArray[np.int64]:
@@ -132,8 +124,8 @@ def _by_octave(runs: Sequence[RunFile], name: str) -> NDArray[np.int64]:
     return np.concatenate([rows[0].base, *(row.changed for row in rows)]).astype(np.int64)
 
 
-def _by_magnitude(shards: OpenShards, tensor: TensorInfo, masks: Sequence[Mask]) -> tuple[NDArray[np.int64], float]:
-    """Coordinates by the leading 15 bits of |W0| as stored, shape (1 + masks, 2^15), and the norm of W0."""
+def _by_magnitude(shards: OpenShards, tensor: TensorInfo, masks: Sequence[Mask], known: KnownNorm) -> NDArray[np.int64]:
+    """Coordinates by the leading 15 bits of |W0| as stored, shape (1 + masks, 2^15)."""
     if tensor.shape != masks[0].shape:
         raise MaskError(
             "a mask does not fit the base",
@@ -145,20 +137,17 @@ def _by_magnitude(shards: OpenShards, tensor: TensorInfo, masks: Sequence[Mask])
     format = stored_format(tensor.dtype)
     shift = max(format.bits - 16, 0)
     bins = np.zeros((1 + len(masks), _MAGNITUDES), np.int64)
-    squares = 0.0
     pieces: Iterator[tuple[NDArray[np.uint8], ...]] = zip(
         *(mask.iter_packed(BLOCK // 8) for mask in masks), strict=True
     )
-    for stored, packed in zip(blocks_of(shards, tensor), pieces, strict=True):
+    for stored, packed in zip(checked_blocks(shards, tensor, known), pieces, strict=True):
         codes = stored.view(format.code_dtype)
-        with np.errstate(over="ignore"):
-            squares += float(np.square(values_of(tensor.dtype, stored), dtype=np.float64).sum())
         magnitudes = ((codes & format.code_dtype.type(format.magnitude)) >> shift).astype(np.uint16)
         bins[0] += np.bincount(magnitudes, minlength=_MAGNITUDES)
         for row, bits in enumerate(packed, 1):
             inside = np.unpackbits(bits, bitorder=BIT_ORDER, count=magnitudes.size).view(np.bool_)
             bins[row] += np.bincount(magnitudes[inside], minlength=_MAGNITUDES)
-    return bins, math.sqrt(squares)
+    return bins
 
 
 def _expected(bins: NDArray[np.int64], rest: NDArray[np.int64], first: int, second: int) -> float:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from ckptdiff.errors import CheckpointError, MaskError, first_few, plural
+from ckptdiff.errors import MaskError, first_few, plural
 from ckptdiff.result import Diff, TensorFacts
 from ckptdiff.runfile.reader import RunFile
 
-__all__ = ["base_norms", "common_tensors", "require_norm", "require_same_base"]
+__all__ = ["common_tensors", "require_same_base"]
 
 _SAME = 1e-9
 """Norms of the same weights differ by less, whatever machine summed them."""
-_ROUNDED = 2.0**-8
-"""Casts to different dtypes move a norm by less than half a unit in bfloat16's last place."""
-_SUBNORMAL = 2.0**-133
-"""The smallest bfloat16 above zero: a cast moves subnormal values by up to half as much, however small they are."""
 
 
 def require_same_base(runs: Sequence[RunFile], diffs: Sequence[Diff], force: bool) -> list[str]:
@@ -32,7 +29,8 @@ def require_same_base(runs: Sequence[RunFile], diffs: Sequence[Diff], force: boo
     Raises
     ------
     MaskError
-        Two runs have different bases, and `force` is not set.
+        Two runs have different bases, or compare different dtypes of it that nothing else shows to be the same, and
+        `force` is not set.
     RunFileError
         A run without masks.
     """
@@ -43,17 +41,10 @@ def require_same_base(runs: Sequence[RunFile], diffs: Sequence[Diff], force: boo
     for run, diff in zip(runs[1:], diffs[1:], strict=True):
         other = _other_base(first, diff)
         if other is not None:
-            name, ours, theirs = other
             if not force:
-                raise MaskError(
-                    "the runs do not start from the same base",
-                    file=run.path,
-                    tensor=name,
-                    expected=f"norm {ours!r}, as in {runs[0].path}",
-                    found=f"norm {theirs!r}",
-                    hint="--force compares them all the same",
-                )
-            warnings.append(f"{run.path} starts from another base than {runs[0].path}")
+                other.file, other.hint = run.path, other.hint or "--force compares them all the same"
+                raise other
+            warnings.append(f"{run.path} may start from another base than {runs[0].path}")
         if (diff.compare, diff.mask_rule) != (first.compare, first.mask_rule):
             warnings.append(
                 f"masks by different rules: {run.path} by {diff.mask_rule} (compared as {diff.compare}),"
@@ -96,45 +87,38 @@ def common_tensors(runs: Sequence[RunFile], diffs: Sequence[Diff]) -> tuple[list
     return common, [f"{some} not in all runs, left out: {first_few(sorted(left_out))}"]
 
 
-def _other_base(first: Diff, other: Diff) -> tuple[str, float, float] | None:
-    """The first tensor whose base norms tell two bases apart."""
-    norms = base_norms(other)
-    for facts, ours in zip(first.tensors, base_norms(first).values(), strict=True):
-        theirs = norms.get(facts.name, math.nan)
-        told = not (math.isnan(ours) or math.isnan(theirs))
-        if told and not _alike(ours, theirs, facts, cast=first.compare != other.compare):
-            return facts.name, ours, theirs
+def _other_base(first: Diff, other: Diff) -> MaskError | None:
+    """What says that two runs have different bases, or that nothing says they have the same."""
+    norms = _base_norms(other)
+    same_files = _files_of(first) == _files_of(other)
+    for facts, (compare, ours) in zip(first.tensors, _base_norms(first).values(), strict=True):
+        found, theirs = norms.get(facts.name, (compare, math.nan))
+        if compare == found and not math.isnan(ours + theirs) and not math.isclose(ours, theirs, rel_tol=_SAME):
+            return MaskError(
+                "the runs do not start from the same base",
+                tensor=facts.name,
+                expected=f"norm {ours!r}, as in the first run",
+                found=f"norm {theirs!r}",
+            )
+        # A cast moves a norm as much as some steps of training do.
+        if compare != found and not same_files:
+            return MaskError(
+                "the runs compare the base in different dtypes, so that nothing tells whether it is the same",
+                tensor=facts.name,
+                expected=f"{compare}, as in the first run, or the same files with the same times",
+                found=found,
+                hint="run ckptdiff diff again with one --compare; --force compares them all the same",
+            )
     return None
 
 
-def _alike(norm: float, other: float, facts: TensorFacts, *, cast: bool) -> bool:
-    """Whether two norms may be of the same weights, of which one may have been cast to bfloat16."""
-    if not cast:
-        return math.isclose(norm, other, rel_tol=_SAME)
-    return math.isclose(norm, other, rel_tol=_ROUNDED, abs_tol=_SUBNORMAL * math.sqrt(math.prod(facts.shape)))
+def _files_of(diff: Diff) -> list[tuple[Any, ...]]:
+    """Header, size and time of each shard of the base."""
+    return sorted(tuple(shard[key] for key in ("header_sha256", "size", "mtime_ns")) for shard in diff.base["shards"])
 
 
-def base_norms(diff: Diff) -> dict[str, float]:
-    """Norm of the base of each tensor, NaN where NaN or Inf of either side left coordinates out of it."""
+def _base_norms(diff: Diff) -> dict[str, tuple[str, float]]:
+    """Compare dtype and norm of the base of each tensor, NaN where NaN or Inf of either side left coordinates out."""
     columns = diff.columns
     norms = np.where(columns["finite"] == columns["numel"], columns["base_norm"], math.nan).tolist()
-    return dict(zip((facts.name for facts in diff.tensors), norms, strict=True))
-
-
-def require_norm(norm: float, facts: TensorFacts, known: float, path: str) -> None:
-    """Compare the norm of a base's tensor, as stored, with the one that a run knows: headers say nothing of values.
-
-    Raises
-    ------
-    CheckpointError
-        They differ.
-    """
-    if math.isfinite(known) and not _alike(norm, known, facts, cast=facts.compare != facts.dtype_base.lower()):
-        raise CheckpointError(
-            "not the base checkpoint that the run compared",
-            file=path,
-            tensor=facts.name,
-            expected=f"norm {known!r}",
-            found=f"norm {norm!r}",
-            hint="name the base of the first run with --base",
-        )
+    return {facts.name: (facts.compare, norm) for facts, norm in zip(diff.tensors, norms, strict=True)}

@@ -16,7 +16,7 @@ from ckptdiff.options import MaskRule
 from ckptdiff.runfile.schema import BIT_ORDER, MASK_CHUNK, escape_name, packed_bytes
 from ckptdiff.runfile.typed import shape_of, text_of
 
-__all__ = ["IndexArray", "Mask", "MaskView"]
+__all__ = ["IndexArray", "Mask", "MaskView", "population"]
 
 Guard: TypeAlias = Callable[..., AbstractContextManager[None]]
 IndexArray: TypeAlias = NDArray[np.int32] | NDArray[np.int64]
@@ -56,8 +56,11 @@ class Mask:
 
     def packed(self) -> NDArray[np.uint8]:
         """The bits in row-major order, least significant bit first, shape (ceil(numel / 8),)."""
-        with self._guard(tensor=self.name):
-            bits: NDArray[np.uint8] = self._dataset[:]
+        bits = np.empty(packed_bytes(self.numel), np.uint8)
+        start = 0
+        for piece in self.iter_packed():
+            bits[start : start + piece.size] = piece
+            start += piece.size
         return bits
 
     def dense(self) -> NDArray[np.bool_]:
@@ -88,28 +91,21 @@ class Mask:
         ----------
         size : int
             Bytes of a piece; multiples of the stored chunk of 131072 bytes decompress each chunk once.
-        """
-        for start in range(0, packed_bytes(self.numel), size):
-            with self._guard(tensor=self.name):
-                piece: NDArray[np.uint8] = self._dataset[start : start + size]
-            yield piece
-
-    def iter_flat(self) -> Iterator[IndexArray]:
-        """Yield the row-major indices in pieces, ascending.
 
         Raises
         ------
         RunFileError
-            After the last piece, if they are not `count`.
+            After the last piece, if they do not hold `count` coordinates.
         """
-        start = seen = 0
-        for piece in self.iter_packed():
-            found = np.flatnonzero(np.unpackbits(piece, bitorder=BIT_ORDER)) + start
-            start += 8 * piece.size
-            # The padding bits of the last byte are zero in what ckptdiff writes; others may have written this.
-            indices: IndexArray = found[: np.searchsorted(found, self.numel)].astype(self.index_dtype)
-            seen += indices.size
-            yield indices
+        seen = 0
+        for start in range(0, packed_bytes(self.numel), size):
+            with self._guard(tensor=self.name):
+                piece: NDArray[np.uint8] = self._dataset[start : start + size]
+            seen += population(piece)
+            if 8 * (start + piece.size) > self.numel:
+                # The padding bits of the last byte are zero in what ckptdiff writes; others may have written this.
+                seen -= int(piece[-1] >> self.numel % 8).bit_count()
+            yield piece
         if seen != self.count:
             raise RunFileError(
                 "a mask does not hold as many coordinates as the table says",
@@ -119,6 +115,28 @@ class Mask:
                 found=seen,
                 hint="run ckptdiff diff again",
             )
+
+    def iter_flat(self) -> Iterator[IndexArray]:
+        """Yield the row-major indices in pieces, ascending.
+
+        Raises
+        ------
+        RunFileError
+            After the last piece, if they are not `count`.
+        """
+        start = 0
+        for piece in self.iter_packed():
+            found = np.flatnonzero(np.unpackbits(piece, bitorder=BIT_ORDER)) + start
+            start += 8 * piece.size
+            # Without the padding bits of the last byte.
+            yield found[: np.searchsorted(found, self.numel)].astype(self.index_dtype)
+
+
+def population(bits: NDArray[np.uint8]) -> int:
+    """How many bits are set."""
+    whole = bits.size // 8 * 8
+    words = np.bitwise_count(bits[:whole].view(np.uint64)).sum(dtype=np.int64)
+    return int(words + np.bitwise_count(bits[whole:]).sum(dtype=np.int64))
 
 
 class MaskView(Mapping[str, Mask]):

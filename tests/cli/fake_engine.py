@@ -45,12 +45,14 @@ class FakeEngine:
 
             with RunFileWriter(out, rule=MaskRule.parse(self.diff.mask_rule), compare="bf16", title=title) as writer:
                 self._play(tell)
-                for facts in self.diff.tensors:
+                for facts, changed in zip(self.diff.tensors, self.diff.columns["changed"].tolist(), strict=True):
                     size = mask_chunk_bytes(math.prod(facts.shape))
                     if not size:
                         writer.begin_mask(facts.name, facts.shape)
                     for index in range(-(-math.prod(facts.shape) // (1 << 20))):
-                        writer.add_mask_chunk(facts.name, facts.shape, index, bytes(size), 1)
+                        first = min(max(changed - (index << 20), 0), 1 << 20)
+                        bits = (1 << first) - 1
+                        writer.add_mask_chunk(facts.name, facts.shape, index, bits.to_bytes(size, "little"), 1)
                 writer.add_histograms(HistogramRows.empty(len(self.diff.tensors)))
                 writer.finish(self.diff)
         tell(Finished(self.diff, 0.1))

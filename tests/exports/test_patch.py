@@ -89,6 +89,21 @@ def test_the_tuned_checkpoint_may_have_moved_but_not_changed(
     assert patched(sides[0], tmp_path / "patch.safetensors")
 
 
+@pytest.mark.parametrize("compare", ["bf16", "stored"])
+def test_another_step_of_the_same_run_is_refused(
+    compare: str, sides: tuple[Path, Path], make_run: Callable, tmp_path: Path
+) -> None:
+    tensors = load_file(sides[1])
+    tensors["model.layers.0.mlp.down_proj.weight"] *= 1.01
+    save_file(tensors, tmp_path / "later.safetensors")
+    refused = pytest.raises(CheckpointError, match=r"not the tuned checkpoint .* other values")
+    with ckptdiff.RunFile(make_run(mask="bitwise", compare=compare)) as run, refused as caught:
+        export_patch(run, tmp_path / "patch.safetensors", tuned=tmp_path / "later.safetensors")
+    assert caught.value.tensor == "model.layers.0.mlp.down_proj.weight"
+    assert "--tuned" in str(caught.value.hint)
+    assert [path.name for path in tmp_path.iterdir()] == ["later.safetensors"]
+
+
 def test_a_checkpoint_that_was_modified_since_is_refused(make_run: Callable, tmp_path: Path) -> None:
     for side in ("base", "tuned"):
         save_file({"w": torch.zeros(3)}, tmp_path / f"{side}.safetensors")

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ckptdiff
-from ckptdiff.errors import OptionError, RunFileError
+from ckptdiff.errors import CheckpointError, OptionError, RunFileError
 from ckptdiff.exports.shira import export_shira
 
 NAMES = {
@@ -80,6 +80,38 @@ def test_names_choose_layers(sides: tuple[Path, Path], make_run: Callable, tmp_p
     assert len(load_file(tmp_path / "b" / "adapter_model.safetensors")) == 4
 
 
+def test_what_is_no_linear_layer_to_peft_is_refused(tmp_path: Path) -> None:
+    shapes = {"transformer.wte.weight": (50, 24), "transformer.h.0.attn.c_attn.weight": (24, 72)}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "base.safetensors")
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "tuned.safetensors")
+    ckptdiff.diff(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", out=tmp_path / "run.h5")
+    with ckptdiff.RunFile(tmp_path / "run.h5") as run:
+        for names, found in ([], "Conv1D"), (["*.wte.*"], "an embedding"):
+            with pytest.raises(OptionError, match="linear layers only") as caught:
+                export_shira(run, tmp_path / "adapter", rank=1, names=names)
+            assert found in str(caught.value.found)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("side", ["base", "tuned"])
+def test_another_step_of_the_same_run_is_refused(
+    side: str, sides: tuple[Path, Path], make_run: Callable, tmp_path: Path
+) -> None:
+    original = sides[side == "tuned"]
+    other, copy = tmp_path / "other.safetensors", tmp_path / "copy.safetensors"
+    tensors = load_file(original)
+    save_file(tensors, copy)
+    tensors[NAMES["up_proj"]][3, 3] += 1
+    save_file(tensors, other)
+    with ckptdiff.RunFile(make_run()) as run:
+        export_shira(run, tmp_path / "adapter", rank=1, **{side: copy})
+        with pytest.raises(CheckpointError, match=rf"not the {side} checkpoint .* other values") as caught:
+            export_shira(run, tmp_path / "new", rank=1, **{side: other})
+        assert caught.value.tensor == NAMES["up_proj"]
+        assert not (tmp_path / "new").exists()
+        assert export_shira(run, tmp_path / "others", rank=1, names=["*.q_proj.*"], **{side: other}).layers == 1
+
+
 def test_what_no_adapter_can_hold_is_refused(make_run: Callable, tmp_path: Path) -> None:
     with ckptdiff.RunFile(make_run()) as run:
         for rank in (0, -1, 13):
@@ -122,8 +154,6 @@ def test_an_interrupt_leaves_no_part_of_an_adapter(
 
 
 def test_a_layer_of_several_blocks_and_ties(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     name = "model.layers.0.mlp.up_proj.weight"
     base = torch.zeros(2048, 1100)
     tuned = base.clone()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,19 +169,34 @@ def test_another_base_with_the_same_headers_is_refused(dtype: str, compare: str,
     assert caught.value.tensor == "w.weight"
 
 
-def test_a_cast_of_subnormal_weights_makes_no_other_base(tmp_path: Path) -> None:
-    """It moves their norm by a part of any size."""
-    base = np.full(3000, 1.4e-40, np.float32)
-    base[::3] = 3e-39
-    save_file({"w": base}, tmp_path / "base.safetensors")
-    save_file({"w": base * np.float32(1.5)}, tmp_path / "tuned.safetensors")
-    runs = {compare: tmp_path / f"{compare}.h5" for compare in ("bf16", "stored")}
-    for compare, run in runs.items():
-        ckptdiff.diff(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", out=run, compare=compare)
-    cast = np.linalg.norm(base.astype(ml_dtypes.bfloat16).astype(np.float64))
-    assert abs(cast / np.linalg.norm(base.astype(np.float64)) - 1) > 2**-8
-    for first, second in (("bf16", "stored"), ("stored", "bf16"), ("bf16", "bf16")):
-        overlap([runs[first], runs[second]], base=tmp_path / "base.safetensors")
+@pytest.mark.parametrize("runs_compare", [("bf16", "stored"), ("stored", "bf16"), ("bf16", "bf16")])
+def test_a_base_that_is_cast_is_known_by_its_files_and_values(runs_compare: tuple[str, str], tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    weights = rng.standard_normal((60, 50)).astype(np.float32)
+    weights[0] = 1.4e-40  # casts move subnormal values by a part of any size
+    weights[1, 0] = 3e-39
+    later = weights.copy()
+    later[5] *= np.float32(1.01)
+    for name, values in ("base", weights), ("tuned", weights * 1.5), ("later", later):
+        save_file({"w": values.astype(np.float32)}, tmp_path / f"{name}.safetensors")
+    os.utime(tmp_path / "later.safetensors", ns=(0, 0))  # the clock of files may not have ticked
+    shutil.copy2(tmp_path / "base.safetensors", tmp_path / "copy.safetensors")
+    runs = {}
+    for base in ("base", "copy", "later"):
+        for compare in runs_compare:
+            runs[base, compare] = tmp_path / f"{base}-{compare}.h5"
+            files = tmp_path / f"{base}.safetensors", tmp_path / "tuned.safetensors"
+            ckptdiff.diff(*files, out=runs[base, compare], compare=compare, mask="abs:1e-05")
+    first, second = runs_compare
+    for other in ("base", "copy"):
+        found = overlap([runs["base", first], runs[other, second]], base=tmp_path / "base.safetensors")
+        assert found.overall(found.pairs[0])["o1_conditional"] is not None
+    with pytest.raises(MaskError, match="same") as caught:
+        overlap([runs["base", first], runs["later", second]])
+    assert caught.value.tensor == "w" and "--force" in str(caught.value.hint)
+    with pytest.raises(CheckpointError, match="not the base") as refused:
+        overlap([runs["base", first], runs["base", second]], base=tmp_path / "later.safetensors")
+    assert refused.value.tensor == "w"
 
 
 def test_different_rules_are_said(updates: Updates) -> None:

@@ -149,7 +149,7 @@ def test_a_run_without_masks(tmp_path: Path, make_diff: Callable) -> None:
         export_masks(run, tmp_path / "m.npz")
 
 
-@pytest.mark.parametrize("layout", ["flat", "coo"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["m.safetensors", "m.npz"])
 def test_a_count_that_the_mask_contradicts_leaves_no_file(
     sample: Sample, tmp_path: Path, name: str, layout: str

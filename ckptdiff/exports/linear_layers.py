@@ -1,8 +1,8 @@
-"""Which tensors an adapter can express."""
+"""Which tensors are weights of linear layers, as far as names and shapes tell: those that PEFT adapts."""
 
 from __future__ import annotations
 
-from ckptdiff.checkpoint import Kind, TensorPair
+from collections.abc import Sequence
 
 __all__ = ["refusal"]
 
@@ -10,23 +10,26 @@ _TRANSPOSED = ("c_attn", "c_proj", "c_fc")
 _EMBEDDINGS = ("embed", "wte", "wpe")
 
 
-def refusal(pair: TensorPair) -> str | None:
-    """Why a low-rank adapter of linear layers cannot hold the update of a tensor; None if it can.
+def refusal(name: str, shape: Sequence[int], floating: bool) -> str | None:
+    """Why an adapter of linear layers cannot hold the update of a tensor; None if it can.
 
     Parameters
     ----------
-    pair : TensorPair
+    name : str
+    shape : sequence of int
+    floating : bool
+        Whether it holds floating values.
     """
-    shape, module = pair.base.shape, pair.name.removesuffix(".weight")
-    if pair.base.kind is not Kind.FLOAT:
+    module = name.removesuffix(".weight")
+    if not floating:
         return "no floating values"
     if len(shape) < 2:
-        return "a bias" if pair.name.endswith("bias") else "a vector"
+        return "a bias" if name.endswith("bias") else "a vector"
     if len(shape) > 2:
         return "not a matrix"
     if not min(shape):
         return "no values"
-    if module == pair.name:
+    if module == name:
         return "not the weight of a module"
     last = module.rpartition(".")[2]
     if any(part in last.lower() for part in _EMBEDDINGS):
