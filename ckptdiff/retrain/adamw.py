@@ -20,10 +20,12 @@ __all__ = ["MaskedAdamW"]
 class MaskedAdamW(MaskedOptimizer):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) that trains the masked coordinates and leaves all others alone.
 
-    On masked coordinates the trajectory is that of ``torch.optim.AdamW`` with masked gradients; the others keep every
-    bit: neither weight decay nor rounding touches them. State takes 10 bytes per masked coordinate of a float32
-    parameter in main memory (two moments and a position), 14 of a bfloat16 one with its float32 master; two more
-    elsewhere.
+    On masked coordinates the trajectory is that of ``torch.optim.AdamW`` with masked gradients, up to rounding in
+    float32; the others keep every bit: neither weight decay nor rounding touches them. State takes 10 bytes per masked
+    coordinate of a float32 parameter in main memory (two moments and a position), 14 of a bfloat16 one with its float32
+    master; two more elsewhere. What the compiled kernels do not serve (float16, float64, other devices, parameters
+    that are not contiguous) goes through torch's indexing, which is slower: 16 bytes of a float16 parameter with its
+    master, 20 of a float64 one.
 
     Parameters
     ----------
@@ -57,20 +59,24 @@ class MaskedAdamW(MaskedOptimizer):
         weight_decay: float = 1e-2,
         fp32_master: bool = True,
     ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, masks, defaults, fp32_master)
+
+    def require_range(self, group: Mapping[str, Any]) -> None:
+        """As torch does."""
+        lr, betas, eps, weight_decay = (group[key] for key in ("lr", "betas", "eps", "weight_decay"))
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise OptionError(
                 "a number out of range",
                 expected="lr, eps and weight_decay of at least 0, and betas in [0, 1)",
                 found=f"lr {lr}, eps {eps}, weight_decay {weight_decay}, betas {betas}",
             )
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, masks, defaults, fp32_master)
 
     def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Both moments."""
         return self.every_slot
 
-    def constants(self, group: dict[str, Any], step: int) -> list[float]:
+    def constants(self, group: dict[str, Any], step: int, fresh: bool) -> list[float]:
         """As :func:`~ckptdiff.backends.kernels.masked_steps.adamw_step` takes them."""
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
         return [
@@ -84,7 +90,12 @@ class MaskedAdamW(MaskedOptimizer):
         ]
 
     def functional(
-        self, group: dict[str, Any], values: list[Tensor], gradients: list[Tensor], states: list[Any]
+        self,
+        group: dict[str, Any],
+        values: list[Tensor],
+        gradients: list[Tensor],
+        states: list[Any],
+        fresh: list[bool],
     ) -> None:
         """``torch.optim.adamw.adamw``, which also counts the steps."""
         adamw(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainerCallback
 
@@ -18,14 +18,15 @@ __all__ = ["MaskCallback"]
 class MaskCallback(TrainerCallback):  # type: ignore[misc]
     """Train the masked coordinates of a run file, and keep every bit of the others.
 
-    Gradients are masked before the trainer clips them.
+    Gradients are masked before the trainer clips them. What keeps the rest as it is ends with the training; after one
+    that an exception ended, :meth:`remove` ends it.
 
     Parameters
     ----------
     run_file : path-like
     change : callable, optional
         Turns the masks that were loaded into those to use, such as ``lambda masks: masks.random(0)``.
-    strict : bool
+    strict, names
         As for :func:`~ckptdiff.retrain.load_masks`.
 
     Examples
@@ -39,15 +40,18 @@ class MaskCallback(TrainerCallback):  # type: ignore[misc]
         *,
         change: Callable[[ParameterMasks], ParameterMasks] | None = None,
         strict: bool = True,
+        names: Literal["base", "tuned"] = "base",
     ) -> None:
         self._run_file = run_file
         self._change = change
         self._strict = strict
+        self._names: Literal["base", "tuned"] = names
         self._freezing: Freezing | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Load the masks and put the hooks in place, before the first batch."""
-        masks = load_masks(self._run_file, kwargs["model"], strict=self._strict)
+        self.remove()  # of a training that was interrupted
+        masks = load_masks(self._run_file, kwargs["model"], strict=self._strict, names=self._names)
         if self._change is not None:
             masks = self._change(masks)
         # Accelerate wraps the optimizer; its hooks belong to the one inside.
@@ -56,6 +60,10 @@ class MaskCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the hooks away."""
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the hooks away; a second call does nothing."""
         if self._freezing is not None:
             self._freezing.remove()
             self._freezing = None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ckptdiff.errors import MaskError
-from ckptdiff.retrain.packed import PackedMask
+from ckptdiff.retrain.packed import PackedMask, require_fit
 
 __all__ = ["Freezing", "freeze_outside", "mask_gradients"]
 
@@ -47,7 +47,7 @@ def mask_gradients(masks: Mapping[Any, PackedMask]) -> Freezing:
     ----------
     masks : mapping of Parameter to PackedMask
     """
-    hooks = [_gradient_hook(p, _outside(mask, p)) for p, mask in masks.items() if p.requires_grad]
+    hooks = [_gradient_hook(p, _Outside.of(p, masks)) for p in masks if p.requires_grad]
     return Freezing(hooks)
 
 
@@ -57,7 +57,8 @@ def freeze_outside(optimizer: torch.optim.Optimizer, masks: Mapping[Any, PackedM
     Gradients are set to zero outside the masks when they are accumulated and again before each step, and after the step
     what lies outside is put back, because weight decay and momentum move it too (S1 does the same). Parameters of the
     optimizer without a mask are frozen whole. A step takes a copy of all parameters while it runs; the state of the
-    optimizer stays dense: :class:`~ckptdiff.retrain.MaskedAdamW` needs neither.
+    optimizer stays dense: :class:`~ckptdiff.retrain.MaskedAdamW` needs neither. Parameters that the optimizer is given
+    later are frozen too, by their masks or whole.
 
     Parameters
     ----------
@@ -73,63 +74,96 @@ def freeze_outside(optimizer: torch.optim.Optimizer, masks: Mapping[Any, PackedM
     Raises
     ------
     MaskError
-        If no parameter of the optimizer has a masked coordinate.
+        If no parameter of the optimizer has a masked coordinate, or a mask does not fit; while training, a sparse
+        gradient of a parameter with a mask.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if not any(parameter in masks and masks[parameter].count for parameter in parameters):
+    counts = [_fitting(parameter, masks).count for parameter in parameters if parameter in masks]
+    if not any(counts):
         raise MaskError(
             "no parameter of the optimizer has a masked coordinate: there is nothing to train",
             expected=f"some of the {len(masks)} masked parameters",
             found="none of them, or empty masks",
             hint="load the masks of the parameters that the optimizer has: after fully_shard, which makes new ones",
         )
-    outside = {p: _outside(masks[p], p) if p in masks else None for p in parameters}
+    hooks: list[Any] = []
+    outside: dict[Any, _Outside] = {}
     before: dict[Any, Tensor] = {}
+
+    def adopt(parameters: Iterable[Any]) -> None:
+        for parameter in parameters:
+            if parameter not in outside:
+                outside[parameter] = _Outside.of(parameter, masks)
+                if parameter.requires_grad:
+                    hooks.append(_gradient_hook(parameter, outside[parameter]))
 
     @torch.no_grad()
     def remember(*_: Any) -> None:
+        adopt(parameter for group in optimizer.param_groups for parameter in group["params"])
         for parameter, frozen in outside.items():
-            if frozen is None:
+            if frozen.coordinates is None:
                 parameter.grad = None  # so that no state is made for it
             else:
-                _zero_gradient(frozen, parameter)
+                frozen.zero_gradient(parameter)
             before[parameter] = parameter.detach().clone()
 
     @torch.no_grad()
     def restore(*_: Any) -> None:
         for parameter, frozen in outside.items():
-            start = before.pop(parameter)
+            start, where = before.pop(parameter), frozen.coordinates
             # One without a mask has moved too if the step took a closure, which brings gradients of zero back.
-            parameter.copy_(start if frozen is None else torch.where(frozen, start, parameter))
+            parameter.copy_(start if where is None else torch.where(where, start, parameter))
 
-    hooks = [_gradient_hook(parameter, frozen) for parameter, frozen in outside.items() if parameter.requires_grad]
+    adopt(parameters)
     hooks += [optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(restore)]
     return Freezing(hooks)
 
 
-def _gradient_hook(parameter: Any, outside: Tensor | None) -> Any:
-    return parameter.register_post_accumulate_grad_hook(partial(_zero_gradient, outside))
+@dataclass(frozen=True, eq=False, slots=True)
+class _Outside:
+    """What of a parameter is frozen: some coordinates, or None for all."""
+
+    coordinates: Tensor | None
+    name: str | None
+
+    @classmethod
+    def of(cls, parameter: Any, masks: Mapping[Any, PackedMask]) -> _Outside:
+        name = _name_of(parameter, masks)
+        if parameter not in masks:
+            return cls(None, name)
+        dense = torch.from_numpy(_fitting(parameter, masks).inverted().dense())
+        if not hasattr(parameter, "placements"):
+            return cls(dense.to(parameter.device), name)
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh = parameter.device_mesh
+        return cls(distribute_tensor(dense.to(mesh.device_type), mesh, parameter.placements), name)
+
+    def zero_gradient(self, parameter: Any) -> None:
+        """In place, since the gradient may be a view of a bucket of DDP."""
+        gradient = parameter.grad
+        if gradient is not None and self.coordinates is None:
+            gradient.zero_()
+        elif gradient is not None and gradient.is_sparse:
+            raise MaskError(
+                "masks need dense gradients",
+                tensor=self.name,
+                expected="a dense gradient",
+                found="a sparse one",
+                hint="make the embedding with sparse=False",
+            )
+        elif gradient is not None:
+            gradient.masked_fill_(self.coordinates, 0.0)
 
 
-def _zero_gradient(outside: Tensor | None, parameter: Any) -> None:
-    """In place, since the gradient may be a view of a bucket of DDP."""
-    if parameter.grad is not None and outside is None:
-        parameter.grad.zero_()
-    elif parameter.grad is not None:
-        parameter.grad.masked_fill_(outside, 0.0)
+def _fitting(parameter: Any, masks: Mapping[Any, PackedMask]) -> PackedMask:
+    return require_fit(masks[parameter], tuple(parameter.shape), _name_of(parameter, masks))
 
 
-def _outside(mask: PackedMask, parameter: Any) -> Tensor:
-    if mask.shape != tuple(parameter.shape):
-        raise MaskError(
-            "a mask does not fit its parameter",
-            expected=f"a mask of shape {tuple(parameter.shape)}",
-            found=mask.shape,
-        )
-    dense = torch.from_numpy(mask.inverted().dense())
-    if not hasattr(parameter, "placements"):
-        return dense.to(parameter.device)
-    from torch.distributed.tensor import distribute_tensor
+def _name_of(parameter: Any, masks: Mapping[Any, PackedMask]) -> str | None:
+    names: Mapping[Any, str] = getattr(masks, "names", {})
+    return names.get(parameter)
 
-    mesh = parameter.device_mesh
-    return distribute_tensor(dense.to(mesh.device_type), mesh, parameter.placements)
+
+def _gradient_hook(parameter: Any, outside: _Outside) -> Any:
+    return parameter.register_post_accumulate_grad_hook(outside.zero_gradient)

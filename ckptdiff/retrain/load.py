@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from typing import Literal, TypeAlias
 
 import numpy as np
 from torch.nn import Module, Parameter
 
 from ckptdiff.checkpoint.matching import match_names
-from ckptdiff.errors import MaskError, first_few
+from ckptdiff.errors import MaskError, OptionError, first_few
 from ckptdiff.retrain.packed import PackedMask
 from ckptdiff.retrain.parameters import MatchReport, ParameterMasks
 from ckptdiff.runfile.mask import Mask
@@ -21,13 +23,23 @@ __all__ = ["load_masks"]
 _PEFT = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
 _PEFT_ORIGINAL = re.compile(r"\.original_module\.")
 
+Copies: TypeAlias = list[tuple[str, Parameter]]
+"""Name in the model and parameter, of one name in the run."""
 
-def load_masks(run_file: str | os.PathLike[str] | RunFile, model: Module, *, strict: bool = True) -> ParameterMasks:
+
+def load_masks(
+    run_file: str | os.PathLike[str] | RunFile,
+    model: Module,
+    *,
+    strict: bool = True,
+    names: Literal["base", "tuned"] = "base",
+) -> ParameterMasks:
     """Read the masks of a run file for the parameters of a model.
 
     Names are matched as ``ckptdiff diff`` matches them: exactly, then without the prefixes of DDP, FSDP, torch.compile,
-    activation checkpointing and PEFT, where that is unique. A parameter with two names (tied weights) is found by
-    either of them. Of a tensor that the run did not mask, nothing is trained.
+    activation checkpointing and PEFT, where that is unique, and then without what PEFT puts inside a name. A parameter
+    with two names (tied weights) is found by either of them; each copy that PEFT keeps of a module gets its mask. Of a
+    tensor that the run did not mask, nothing is trained.
 
     Parameters
     ----------
@@ -38,6 +50,8 @@ def load_masks(run_file: str | os.PathLike[str] | RunFile, model: Module, *, str
     strict : bool
         Refuse masks without a parameter, and trainable parameters without a mask. Otherwise both are listed in the
         ``report`` of the result.
+    names : {"base", "tuned"}
+        Which side's names the model has; they differ in a run with ``--map``.
 
     Returns
     -------
@@ -48,45 +62,69 @@ def load_masks(run_file: str | os.PathLike[str] | RunFile, model: Module, *, str
     ------
     MaskError
         A mask of another shape than its parameter; two different masks of one tied parameter; nothing that matches,
-        or with `strict` anything that does not; no coordinate in any mask.
+        or with `strict` anything that does not; no coordinate in any mask, or in none of a parameter that is trained.
+    OptionError
+        `names` is neither side.
     RunFileError
         The run file cannot be read, or holds no masks.
     """
     if not isinstance(run_file, RunFile):
         with RunFile(run_file) as run:
-            return load_masks(run, model, strict=strict)
+            return load_masks(run, model, strict=strict, names=names)
     run_file.require_masks()
-    parameters = _parameters(model)
+    stored = _names_in(run_file, names)
+    parameters = {name: [(name, p)] for name, p in model.named_parameters(remove_duplicate=False)}
     buffers = {name for name, _ in model.named_buffers()} - parameters.keys()
-    matched, warnings = match_names(run_file.masks, [*parameters, *buffers])
+    matched, warnings = match_names(stored, [*parameters, *buffers])
+    copies = _without_peft({name: found for name, found in parameters.items() if name not in matched.values()})
+    inner, more = match_names((name for name in stored if name not in matched), copies)
+    parameters = {**copies, **parameters}
     masks: dict[Parameter, PackedMask] = {}
-    for name, bare in matched.items():
-        if bare in parameters:
-            full_name, parameter = parameters[bare]
-            mask = _read(run_file.masks[name], full_name, parameter, run_file.path)
+    model_names: dict[Parameter, str] = {}
+    for name, bare in {**matched, **inner}.items():
+        for full_name, parameter in parameters.get(bare, ()):
+            mask = _read(run_file.masks[stored[name]], full_name, parameter, run_file.path)
             _require_same(masks.setdefault(parameter, mask), mask, name, run_file.path)
-    names: dict[Parameter, str] = {}
-    for full_name, parameter in parameters.values():
-        names.setdefault(parameter, full_name)
+            model_names.setdefault(parameter, stored[name])
+    trained = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
     report = MatchReport(
-        matched={name: parameters[bare][0] for name, bare in matched.items() if bare in parameters},
-        unused_masks=tuple(name for name in run_file.masks if name not in matched),
-        unmasked_parameters=tuple(n for p, n in names.items() if p.requires_grad and p not in masks),
-        buffers=tuple(name for name, bare in matched.items() if bare in buffers),
-        warnings=warnings,
+        matched={
+            stored[name]: _trained_one(parameters[bare])
+            for name, bare in {**matched, **inner}.items()
+            if bare in parameters
+        },
+        unused_masks=tuple(stored[name] for name in stored if name not in matched and name not in inner),
+        unmasked_parameters=tuple(name for p, name in trained.items() if p not in masks),
+        frozen=tuple(name for p, name in model_names.items() if p not in trained),
+        buffers=tuple(stored[name] for name, bare in matched.items() if bare in buffers),
+        warnings=tuple(dict.fromkeys((*warnings, *more))),
     )
-    found = ParameterMasks(masks, names, report)
+    found = ParameterMasks(masks, model_names, report)
     _require_useful(found, strict, run_file.path)
     return found
 
 
-def _parameters(model: Module) -> dict[str, tuple[str, Parameter]]:
-    """Full name and parameter by the name without what PEFT adds to it; tied ones by each of their names."""
-    return {
-        _PEFT.sub("", name): (name, parameter)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if not _PEFT_ORIGINAL.search(name)
-    }
+def _names_in(run: RunFile, side: str) -> dict[str, str]:
+    """Name on a side of each masked tensor, and its name in the run file."""
+    if side not in ("base", "tuned"):
+        raise OptionError("unknown side", expected="names of the base or of the tuned side", found=side)
+    facts = run.load().tensors if side == "tuned" else ()
+    other = {facts.name: facts.tuned_name or facts.name for facts in facts}
+    return {other.get(name, name): name for name in run.masks}
+
+
+def _without_peft(parameters: Mapping[str, Copies]) -> dict[str, Copies]:
+    """Parameters by the name without what PEFT puts inside it."""
+    found: dict[str, Copies] = {}
+    for name, copies in parameters.items():
+        if not _PEFT_ORIGINAL.search(name):
+            found.setdefault(_PEFT.sub("", name), []).extend(copies)
+    return found
+
+
+def _trained_one(copies: Copies) -> str:
+    """The name of the copy that is trained, if any is, else of the first."""
+    return next((name for name, parameter in copies if parameter.requires_grad), copies[0][0])
 
 
 def _read(mask: Mask, name: str, parameter: Parameter, path: str) -> PackedMask:
@@ -122,7 +160,7 @@ def _require_useful(masks: ParameterMasks, strict: bool, path: str) -> None:
             file=path,
             expected=first_few(report.unmasked_parameters) or "none",
             found=first_few(report.unused_masks) or "none",
-            hint="check that the run compared checkpoints of this model",
+            hint="check that the run compared checkpoints of this model; names='tuned' goes by the other side's names",
         )
     if strict and not report.complete:
         raise MaskError(
@@ -138,4 +176,12 @@ def _require_useful(masks: ParameterMasks, strict: bool, path: str) -> None:
             file=path,
             found="no coordinate in any mask",
             hint="compare with a rule that selects more, such as --mask bitwise",
+        )
+    if not any(mask.count for parameter, mask in masks.items() if parameter.requires_grad):
+        raise MaskError(
+            "no masked parameter is trained: there is nothing to train",
+            file=path,
+            expected="requires_grad of some parameter with coordinates in its mask",
+            found=str(report),
+            hint="PEFT freezes what it adapts: load masks into the bare model, or set requires_grad first",
         )

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ckptdiff.backends.kernels.masked_steps import sum_masked_squares
-from ckptdiff.errors import MaskError, OptionError
-from ckptdiff.retrain.packed import PackedMask
+from ckptdiff.errors import MaskError, OptionError, plural
+from ckptdiff.retrain.packed import PackedMask, require_fit
 from ckptdiff.retrain.support import IndexSupport, Support, TileSupport, is_compiled, support_of
 from ckptdiff.retrain.threads import run_all
 
@@ -51,7 +51,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
     MaskError
         No parameter has a masked coordinate; a mask of another shape; a parameter that is sharded.
     OptionError
-        A group asks for an option of torch's optimizers that this one does not have.
+        A number of a group is out of range, or it asks for an option of torch's that this optimizer does not have.
     """
 
     kernel: Callable[..., None]
@@ -70,6 +70,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         self._supports: dict[Tensor, Support] = {}
         self._fingerprints: dict[Tensor, int] = {}
         self._shapes: dict[Tensor, tuple[int, ...]] = {}
+        self._names: dict[Tensor, str] = {}
         self._fp32_master = fp32_master
         super().__init__(params, defaults)
         self._masks = None
@@ -86,18 +87,27 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         """Names of the state that each masked coordinate has."""
 
     @abstractmethod
-    def constants(self, group: dict[str, Any], step: int) -> list[float]:
-        """Scalars of a step, as the kernel takes them."""
+    def require_range(self, group: Mapping[str, Any]) -> None:
+        """Raise an OptionError for numbers that make no step."""
+
+    @abstractmethod
+    def constants(self, group: dict[str, Any], step: int, fresh: bool) -> list[float]:
+        """Scalars of a step, as the kernel takes them; `fresh` if a slot is new, and zero."""
 
     @abstractmethod
     def functional(
-        self, group: dict[str, Any], values: list[Tensor], gradients: list[Tensor], states: list[Any]
+        self,
+        group: dict[str, Any],
+        values: list[Tensor],
+        gradients: list[Tensor],
+        states: list[Any],
+        fresh: list[bool],
     ) -> None:
         """Torch's own step, on the gathered values of parameters and their states."""
 
     def __getstate__(self) -> dict[str, Any]:
         """All that copy and pickle need; torch names but its own attributes."""
-        ours = ("_masks", "_supports", "_fingerprints", "_shapes", "_fp32_master")
+        ours = ("_masks", "_supports", "_fingerprints", "_shapes", "_names", "_fp32_master")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
 
     @property
@@ -110,25 +120,33 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; only while the optimizer is made, since it does not keep the masks."""
         if self._masks is None:
-            raise MaskError("a masked optimizer takes all its parameters when it is made")
-        self._require_known(param_group)
+            raise MaskError(
+                "a masked optimizer takes all its parameters when it is made",
+                found=f"{plural(len(list(param_group['params'])), 'parameter')} that came later",
+                hint="make another optimizer; freeze_outside takes parameters that come later",
+            )
+        self._require_usable({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        names = getattr(self._masks, "names", {})
         for parameter in param_group["params"]:
-            mask = self._masks.get(parameter)
-            if mask is None:
+            if parameter not in self._masks:
                 continue
-            if mask.shape != tuple(parameter.shape) or hasattr(parameter, "placements"):
+            name = names.get(parameter)
+            mask = require_fit(self._masks[parameter], tuple(parameter.shape), name)
+            if hasattr(parameter, "placements"):
                 raise MaskError(
                     "a mask does not fit its parameter",
+                    tensor=name,
                     expected=f"a whole parameter of shape {mask.shape}",
-                    found=f"shape {tuple(parameter.shape)}"
-                    + (", sharded over devices" if hasattr(parameter, "placements") else ""),
+                    found="one that is sharded over devices",
                     hint="freeze_outside works with sharded parameters",
                 )
             if mask.count:
                 self._supports[parameter] = support_of(mask, parameter)
                 self._fingerprints[parameter] = mask.fingerprint
                 self._shapes[parameter] = mask.shape
+                if name is not None:
+                    self._names[parameter] = name
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -145,13 +163,13 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
                 loss = closure()
         work: list[Callable[[], object]] = []
         for group in self.param_groups:
-            indexed: list[Tensor] = []
+            indexed: dict[Tensor, bool] = {}
             for parameter, support in self._moving(group):
-                self._begin_state(parameter, support, group)
+                fresh = self._begin_state(parameter, support, group)
                 if isinstance(support, TileSupport):
-                    work += self._tile_work(parameter, support, group)
+                    work += self._tile_work(parameter, support, group, fresh)
                 else:
-                    indexed.append(parameter)
+                    indexed[parameter] = fresh
             if indexed:
                 self._step_indexed(group, indexed)
         run_all(work)
@@ -196,12 +214,20 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         Raises
         ------
         MaskError
-            The state is not one of a masked optimizer, or was made with other masks.
+            The state is not one of this optimizer, or was made with other masks.
         OptionError
-            It asks for an option that this optimizer does not have.
+            It asks for an option that this optimizer does not have, or a number is out of range.
         """
         for group in state_dict["param_groups"]:
-            self._require_known(group)
+            lacks = self.defaults.keys() - group.keys()
+            if lacks:
+                raise MaskError(
+                    "the optimizer's state belongs to another optimizer",
+                    expected=f"groups of {type(self).__name__}, with {', '.join(sorted(self.defaults))}",
+                    found=f"none of {', '.join(sorted(lacks))}",
+                    hint="load the state into an optimizer of the class that saved it",
+                )
+            self._require_usable(group)
         saved = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         ours = list(chain.from_iterable(group["params"] for group in self.param_groups))
         for key, parameter in zip(saved, ours, strict=False):
@@ -209,6 +235,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
             if state is not None and state.get("mask") != self._fingerprints.get(parameter):
                 raise MaskError(
                     "the optimizer's state belongs to other masks",
+                    tensor=self._names.get(parameter),
                     expected="a state that was saved with the masks of this optimizer",
                     found="one of other masks" if "mask" in state else "one of an optimizer without masks",
                     hint="load the masks that the saved run used",
@@ -221,7 +248,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
                     device = parameter.device if value.ndim else value.device
                     self.state[parameter][name] = value.to(device, copy=True)
 
-    def _require_known(self, group: dict[str, Any]) -> None:
+    def _require_usable(self, group: Mapping[str, Any]) -> None:
         for option in _OTHERS:
             if group.get(option) and option not in self.defaults:
                 raise OptionError(
@@ -230,6 +257,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
                     found=f"{option}={group[option]}",
                     hint="freeze_outside serves any torch optimizer",
                 )
+        self.require_range(group)
 
     def _moving(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, Support]]:
         """Parameters of a group that have masked coordinates and a gradient."""
@@ -237,13 +265,18 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
             if parameter.grad is not None and parameter in self._supports:
                 if parameter.grad.is_sparse:
                     raise MaskError(
-                        "masked optimizers take dense gradients", hint="make the embedding with sparse=False"
+                        "masks need dense gradients",
+                        tensor=self._names.get(parameter),
+                        expected="a dense gradient",
+                        found="a sparse one",
+                        hint="make the embedding with sparse=False",
                     )
                 support, shape = self._supports[parameter], self._shapes[parameter]
                 # The kernels go by the mask, and would write beyond the end of what has become smaller.
                 if tuple(parameter.shape) != shape or (isinstance(support, TileSupport) and not is_compiled(parameter)):
                     raise MaskError(
                         "a parameter was moved, cast or sharded after its optimizer was made",
+                        tensor=self._names.get(parameter),
                         expected=f"as it was then: shape {shape}"
                         + (", contiguous, in main memory" if isinstance(support, TileSupport) else ""),
                         found=f"shape {tuple(parameter.shape)}, {parameter.dtype}, on {parameter.device}, strides "
@@ -253,7 +286,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
                     )
                 yield parameter, support
 
-    def _begin_state(self, parameter: Tensor, support: Support, group: dict[str, Any]) -> None:
+    def _begin_state(self, parameter: Tensor, support: Support, group: dict[str, Any]) -> bool:
+        """Add what a parameter's state lacks; returns whether a slot did not exist."""
         state = self.state[parameter]
         narrow = parameter.dtype in _NARROW
         kept = {"dtype": torch.float32 if narrow else parameter.dtype, "device": parameter.device}
@@ -261,19 +295,20 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
             state["mask"] = self._fingerprints[parameter]
             state["step"] = torch.zeros((), dtype=torch.float32)
         # A state that was there may lack some: of another dtype, or from before momentum was turned on.
-        for slot in self.slots(group):
-            if slot not in state:
-                state[slot] = torch.zeros(support.count, **kept)
+        new = [slot for slot in self.slots(group) if slot not in state]
+        for slot in new:
+            state[slot] = torch.zeros(support.count, **kept)
         if narrow and self._fp32_master and "master" not in state:
             # A NaN rounds to no code but its own, so the first step takes every value from the parameter.
             state["master"] = torch.full((support.count,), math.nan, **kept)
+        return bool(new)
 
     def _tile_work(
-        self, parameter: Tensor, support: TileSupport, group: dict[str, Any]
+        self, parameter: Tensor, support: TileSupport, group: dict[str, Any], fresh: bool
     ) -> Iterator[Callable[[], object]]:
         state = self.state[parameter]
         state["step"] += 1
-        constants = np.array(self.constants(group, int(state["step"])), np.float32)
+        constants = np.array(self.constants(group, int(state["step"]), fresh), np.float32)
         nothing = np.empty(0, np.float32)
         used = {*self.slots(group), "master"} & state.keys()
         held = [state[slot].numpy() if slot in used else nothing for slot in (*self.every_slot, "master")]
@@ -283,8 +318,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
                 self.kernel, values, gradients, tuple(held), support.positions, support.starts, span, constants
             )
 
-    def _step_indexed(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """Gather, let torch step, scatter."""
+    def _step_indexed(self, group: dict[str, Any], parameters: Mapping[Tensor, bool]) -> None:
+        """Gather, let torch step, scatter; `parameters` says of each whether a slot of its state is new."""
         states = [self.state[parameter] for parameter in parameters]
         values, gradients = [], []
         for parameter, state in zip(parameters, states, strict=True):
@@ -295,7 +330,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
                 wide = torch.where(state["master"].to(found.dtype) == found, state["master"], wide)
             values.append(wide)
             gradients.append(parameter.grad.reshape(-1)[index].to(wide.dtype))
-        self.functional(group, values, gradients, states)
+        self.functional(group, values, gradients, states, list(parameters.values()))
         for parameter, state, value in zip(parameters, states, values, strict=True):
             if "master" in state:
                 state["master"] = value

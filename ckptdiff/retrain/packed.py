@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ckptdiff.errors import MaskError
 from ckptdiff.runfile.schema import BIT_ORDER, packed_bytes
 
-__all__ = ["PackedMask"]
+__all__ = ["PackedMask", "require_fit"]
 
 _BLOCK = 1 << 20
 
@@ -99,3 +99,39 @@ class PackedMask:
         if other.shape != self.shape:
             raise MaskError("masks of different shapes cannot be combined", expected=self.shape, found=other.shape)
         return other.bits
+
+
+def require_fit(mask: object, shape: tuple[int, ...], name: str | None) -> PackedMask:
+    """The mask of a parameter, if it is one.
+
+    Parameters
+    ----------
+    mask : object
+        What a mapping of masks holds.
+    shape : tuple of int
+        Shape of the parameter.
+    name : str or None
+        Its name, if it is known.
+
+    Raises
+    ------
+    MaskError
+        Another type than PackedMask, or another shape.
+    """
+    if not isinstance(mask, PackedMask):
+        raise MaskError(
+            "a mask is not packed",
+            tensor=name,
+            expected="a PackedMask",
+            found=type(mask).__name__,
+            hint="PackedMask.of(dense) packs a NumPy array of booleans",
+        )
+    if mask.shape != shape:
+        raise MaskError(
+            "a mask does not fit its parameter",
+            tensor=name,
+            expected=f"a mask of shape {shape}",
+            found=mask.shape,
+            hint="load masks into the model they were made of; of FSDP, only fully_shard keeps shapes",
+        )
+    return mask

@@ -11,7 +11,7 @@ import numpy as np
 from torch.nn import Parameter
 
 from ckptdiff.errors import MaskError, first_few, plural
-from ckptdiff.retrain.packed import PackedMask
+from ckptdiff.retrain.packed import PackedMask, require_fit
 
 __all__ = ["MatchReport", "ParameterMasks"]
 
@@ -25,11 +25,13 @@ class MatchReport:
     Attributes
     ----------
     matched : mapping of str to str
-        Name in the run file to name in the model.
+        Name in the run file to name in the model; of several copies that PEFT keeps, one that is trained.
     unused_masks : tuple of str
         Masks for which the model has no parameter.
     unmasked_parameters : tuple of str
         Trainable parameters without a mask; masked optimizers leave them as they are.
+    frozen : tuple of str
+        Masks of parameters that do not require a gradient: nothing of them is trained.
     buffers : tuple of str
         Masks of what is a buffer in the model, which no optimizer moves.
     warnings : tuple of str
@@ -39,6 +41,7 @@ class MatchReport:
     matched: Mapping[str, str]
     unused_masks: tuple[str, ...] = ()
     unmasked_parameters: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -52,6 +55,7 @@ class MatchReport:
         for noun, where, names in (
             ("mask", "without a parameter", self.unused_masks),
             ("parameter", "without a mask", self.unmasked_parameters),
+            ("mask", "of parameters that do not require a gradient", self.frozen),
             ("mask", "of buffers", self.buffers),
         ):
             if names:
@@ -66,14 +70,14 @@ class ParameterMasks(Mapping[Parameter, PackedMask]):
     ----------
     masks : mapping of Parameter to PackedMask
     names : mapping of Parameter to str
-        Their names in the model.
+        What they are called, however the model is wrapped: their names in the run file.
     report : MatchReport, optional
         How the masks were found.
 
     Raises
     ------
     MaskError
-        A mask of another shape than its parameter.
+        What is no packed mask, or one of another shape than its parameter.
     """
 
     def __init__(
@@ -86,14 +90,7 @@ class ParameterMasks(Mapping[Parameter, PackedMask]):
         self.names = {parameter: names[parameter] for parameter in self._masks}
         self.report = report or MatchReport({})
         for parameter, mask in self._masks.items():
-            if tuple(parameter.shape) != mask.shape:
-                raise MaskError(
-                    "a mask does not fit its parameter",
-                    tensor=self.names[parameter],
-                    expected=f"a mask of shape {tuple(parameter.shape)}",
-                    found=mask.shape,
-                    hint="load masks into the model they were made of; of FSDP, only fully_shard keeps shapes",
-                )
+            require_fit(mask, tuple(parameter.shape), self.names[parameter])
 
     def __getitem__(self, parameter: Parameter) -> PackedMask:
         return self._masks[parameter]
@@ -123,7 +120,7 @@ class ParameterMasks(Mapping[Parameter, PackedMask]):
         return self._each(lambda mask, name: mask.shuffled(np.random.default_rng([seed, zlib.crc32(name.encode())])))
 
     def only(self, *patterns: str) -> ParameterMasks:
-        """The masks of parameters whose name matches one of the globs; the others are frozen.
+        """The masks of parameters whose name in the run file matches one of the globs; the others are frozen.
 
         Raises
         ------
@@ -132,7 +129,12 @@ class ParameterMasks(Mapping[Parameter, PackedMask]):
         """
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in self.names.values()):
-                raise MaskError("no masked parameter of that name", found=pattern, expected=self.report)
+                raise MaskError(
+                    "no masked parameter of that name",
+                    expected=f"one of {first_few(self.names.values())}",
+                    found=pattern,
+                    hint="names are those in the run file: ckptdiff mask list shows them",
+                )
         kept = {
             parameter: mask
             for parameter, mask in self._masks.items()

@@ -19,8 +19,8 @@ __all__ = ["MaskedSGD"]
 class MaskedSGD(MaskedOptimizer):
     """SGD, with or without momentum, that trains the masked coordinates and leaves all others alone.
 
-    On masked coordinates the trajectory is that of ``torch.optim.SGD`` with masked gradients; momentum that was there
-    before cannot move a frozen coordinate, because there is none.
+    On masked coordinates the trajectory is that of ``torch.optim.SGD`` with masked gradients, up to rounding in
+    float32; momentum that was there before cannot move a frozen coordinate, because there is none.
 
     Parameters
     ----------
@@ -53,14 +53,6 @@ class MaskedSGD(MaskedOptimizer):
         nesterov: bool = False,
         fp32_master: bool = True,
     ) -> None:
-        if not (lr >= 0 and momentum >= 0 and weight_decay >= 0):
-            raise OptionError(
-                "a number out of range",
-                expected="lr, momentum and weight_decay of at least 0",
-                found=f"lr {lr}, momentum {momentum}, weight_decay {weight_decay}",
-            )
-        if nesterov and (not momentum or dampening):
-            raise OptionError("Nesterov's momentum needs momentum, and no dampening", found=f"{momentum}, {dampening}")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -70,21 +62,42 @@ class MaskedSGD(MaskedOptimizer):
         }
         super().__init__(params, masks, defaults, fp32_master)
 
+    def require_range(self, group: Mapping[str, Any]) -> None:
+        """As torch does."""
+        lr, momentum, weight_decay = (group[key] for key in ("lr", "momentum", "weight_decay"))
+        if not (lr >= 0 and momentum >= 0 and weight_decay >= 0):
+            raise OptionError(
+                "a number out of range",
+                expected="lr, momentum and weight_decay of at least 0",
+                found=f"lr {lr}, momentum {momentum}, weight_decay {weight_decay}",
+            )
+        if group["nesterov"] and (not momentum or group["dampening"]):
+            raise OptionError(
+                "Nesterov's momentum needs momentum, and no dampening",
+                found=f"momentum {momentum}, dampening {group['dampening']}",
+            )
+
     def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The momentum buffer, if there is momentum."""
         return self.every_slot if group["momentum"] else ()
 
-    def constants(self, group: dict[str, Any], step: int) -> list[float]:
+    def constants(self, group: dict[str, Any], step: int, fresh: bool) -> list[float]:
         """As :func:`~ckptdiff.backends.kernels.masked_steps.sgd_step` takes them."""
-        fresh = 1 - group["dampening"] if step > 1 else 1.0
-        return [float(group["lr"]), group["weight_decay"], group["momentum"], fresh, float(group["nesterov"])]
+        share = 1.0 if fresh else 1 - group["dampening"]  # the first gradient goes into a buffer whole
+        return [float(group["lr"]), group["weight_decay"], group["momentum"], share, float(group["nesterov"])]
 
     def functional(
-        self, group: dict[str, Any], values: list[Tensor], gradients: list[Tensor], states: list[Any]
+        self,
+        group: dict[str, Any],
+        values: list[Tensor],
+        gradients: list[Tensor],
+        states: list[Any],
+        fresh: list[bool],
     ) -> None:
         """``torch.optim.sgd.sgd``."""
         buffers: list[Tensor | None] = [
-            state["momentum_buffer"] if group["momentum"] and state["step"] > 0 else None for state in states
+            state["momentum_buffer"] if group["momentum"] and not new else None
+            for state, new in zip(states, fresh, strict=True)
         ]
         sgd(
             values,

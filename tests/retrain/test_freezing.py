@@ -159,3 +159,29 @@ def test_nothing_to_train_is_refused(make_model: Callable) -> None:
         freeze_outside(optimizer, {parameter: PackedMask.of(np.zeros(3, bool))})
     with pytest.raises(MaskError, match="does not fit"):
         freeze_outside(optimizer, {parameter: PackedMask.of(np.ones(4, bool))})
+
+
+def test_parameters_that_come_later_are_frozen_too(run_file: Path, make_model: Callable) -> None:
+    model = make_model()
+    masks = load_masks(run_file, model).only("layers.*")
+    early, late = list(model.layers[0].parameters()), [*model.layers[1].parameters(), *model.norm.parameters()]
+    optimizer = torch.optim.SGD(early, lr=0.1, weight_decay=0.5)
+    before = {parameter: parameter.detach().clone() for parameter in (*early, *late)}
+    with freeze_outside(optimizer, masks):
+        steps(model, optimizer, 1)
+        optimizer.add_param_group({"params": late})
+        steps(model, optimizer, 3)
+    for parameter, start in before.items():
+        moved = (parameter != start).numpy()
+        if parameter in masks:
+            assert not moved[~masks[parameter].dense()].any() and moved.any()
+        else:
+            assert not moved.any()
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in before)
+
+
+def test_sparse_gradients_are_refused() -> None:
+    embedding = torch.nn.Embedding(5, 3, sparse=True)
+    masks = {embedding.weight: PackedMask.of(np.ones((5, 3), bool))}
+    with freeze_outside(torch.optim.SGD(embedding.parameters()), masks), pytest.raises(MaskError, match="dense"):
+        embedding(torch.arange(2)).sum().backward()

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ckptdiff
-from ckptdiff.errors import MaskError, RunFileError
+from ckptdiff.errors import MaskError, OptionError, RunFileError
 from ckptdiff.retrain import ParameterMasks, load_masks
 
 
@@ -101,6 +101,79 @@ def test_a_peft_model(run_file: Path, make_model: Callable) -> None:
     assert all("lora_" in name for name in masks.report.unmasked_parameters)
 
 
+def test_each_copy_of_a_module_that_peft_saves_has_its_mask(run_file: Path, make_model: Callable) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["up_proj"], modules_to_save=["lm_head"])
+    wrapped = peft.get_peft_model(make_model(), config)
+    wrapped.add_adapter("second", config)
+    for active in ("default", "second"):
+        wrapped.set_adapter(active)
+        masks = load_masks(run_file, wrapped, strict=False)
+        names = dict(wrapped.named_parameters())
+        for adapter in ("default", "second"):
+            head = names[f"base_model.model.lm_head.modules_to_save.{adapter}.weight"]
+            assert np.array_equal(masks[head].dense(), dense_by_h5py(run_file, "lm_head.weight"))
+        assert masks.report.matched["lm_head.weight"] == f"base_model.model.lm_head.modules_to_save.{active}.weight"
+
+
+def test_masks_of_what_peft_freezes_are_said(run_file: Path, make_model: Callable) -> None:
+    peft = pytest.importorskip("peft")
+    model = make_model()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["up_proj"]))
+    with pytest.raises(MaskError, match="no masked parameter is trained") as caught:
+        load_masks(run_file, wrapped, strict=False)
+    assert "do not require a gradient" in caught.value.found
+    model.norm.weight.requires_grad_(True)
+    frozen = load_masks(run_file, wrapped, strict=False).report.frozen
+    assert set(frozen) == {name for name, _ in make_model().named_parameters()} - {"norm.weight"}
+
+
+def test_a_name_that_looks_like_pefts_matches_exactly(tmp_path: Path) -> None:
+    model = torch.nn.Module()
+    model.inner = torch.nn.Module()
+    model.inner.base_layer = torch.nn.Linear(4, 3)
+    model.inner.original_module = torch.nn.Linear(3, 2)
+    tensors = dict(model.state_dict())
+    save_file(tensors, tmp_path / "base.safetensors")
+    save_file({name: value + 1 for name, value in tensors.items()}, tmp_path / "tuned.safetensors")
+    ckptdiff.diff(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", out=tmp_path / "run.h5")
+    for wrapped in (model, torch.compile(model)):
+        masks = load_masks(tmp_path / "run.h5", wrapped)
+        assert set(masks) == set(model.parameters())
+
+
+def test_a_run_with_renames_serves_models_of_either_side(run_file: Path, make_model: Callable, tmp_path: Path) -> None:
+    """Also where the tuned side has the names of other tensors of the base."""
+    tuned = load_file(run_file.parent / "tuned" / "model.safetensors")
+    swapped = {name.replace("layers.", "blocks.").replace("blocks.0", "blocks.9"): v for name, v in tuned.items()}
+    swapped = {name.replace("blocks.1", "layers.0").replace("blocks.9", "layers.1"): v for name, v in swapped.items()}
+    save_file(swapped, tmp_path / "tuned.safetensors")
+    ckptdiff.diff(
+        run_file.parent / "base",
+        tmp_path / "tuned.safetensors",
+        out=tmp_path / "run.h5",
+        mask="bitwise",
+        renames=(r"layers\.0=layers.x", r"layers\.1=layers.0", r"layers\.x=layers.1"),
+    )
+    model = make_model()
+    assert_masked(load_masks(tmp_path / "run.h5", model), model, run_file)
+    masks = load_masks(tmp_path / "run.h5", model, names="tuned")
+    for name, parameter in model.named_parameters():
+        other = {"layers.0": "layers.1", "layers.1": "layers.0"}.get(name[:8], name[:8]) + name[8:]
+        assert np.array_equal(masks[parameter].dense(), dense_by_h5py(run_file, other))
+    with pytest.raises(OptionError, match="unknown side"):
+        load_masks(tmp_path / "run.h5", model, names="left")
+
+
+def test_what_is_drawn_and_chosen_does_not_depend_on_wrappers(run_file: Path, make_model: Callable) -> None:
+    model = make_model()
+    plain, compiled = load_masks(run_file, model), load_masks(run_file, torch.compile(model))
+    assert compiled.names == plain.names
+    for parameter, mask in plain.random(3).items():
+        assert np.array_equal(compiled.random(3)[parameter].bits, mask.bits)
+    assert set(compiled.only("layers.0.*")) == set(model.layers[0].parameters())
+
+
 @pytest.mark.parametrize("stored", ["embed_tokens.weight", "lm_head.weight"])
 def test_tied_weights_are_found_by_either_name(stored: str, tmp_path: Path, make_model: Callable) -> None:
     model = make_model(tied=True)
@@ -112,7 +185,7 @@ def test_tied_weights_are_found_by_either_name(stored: str, tmp_path: Path, make
     masks = load_masks(tmp_path / "run.h5", model)
     assert masks.report.matched[stored] == stored
     assert masks[model.embed_tokens.weight].count == model.embed_tokens.weight.numel()
-    assert masks.names[model.lm_head.weight] == "embed_tokens.weight"
+    assert masks.names[model.lm_head.weight] == stored
 
 
 def test_two_masks_for_one_tied_parameter_must_agree(run_file: Path, make_model: Callable) -> None:

@@ -59,6 +59,22 @@ def test_the_trainer_trains_the_masked_coordinates_only(run_file: Path, make_mod
     )
 
 
+def test_hooks_of_an_interrupted_training_can_be_taken_away(run_file: Path, make_model: Callable) -> None:
+    pytest.importorskip("transformers")
+    from ckptdiff.retrain import MaskCallback
+
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters())
+    callback = MaskCallback(run_file)
+    for _ in range(2):  # the second training begins where the first was interrupted
+        callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
+        assert all(len(parameter._post_accumulate_grad_hooks) == 1 for parameter in model.parameters())
+    for _ in range(2):
+        callback.remove()
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+    assert not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
 def test_the_loop_of_the_readme(run_file: Path, make_model: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (loop,) = (block for block in blocks if "MaskedAdamW" in block)

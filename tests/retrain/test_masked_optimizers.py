@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ckptdiff.errors import MaskError, OptionError
-from ckptdiff.retrain import MaskedAdamW, MaskedSGD, PackedMask
+from ckptdiff.retrain import MaskedAdamW, MaskedSGD, PackedMask, ParameterMasks, freeze_outside, mask_gradients
 from ckptdiff.retrain.support import TileSupport, support_of
 
 SHAPE = (37, 53)
@@ -208,16 +208,16 @@ def test_training_resumes_from_a_saved_state(kind: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
-@pytest.mark.parametrize("momenta", [(0.0, 0.9), (0.9, 0.0)])
-def test_momentum_may_be_turned_on_and_off(momenta: tuple[float, float], contiguous: bool) -> None:
+@pytest.mark.parametrize("momenta", [(0.0, 0.9), (0.9, 0.0), (0.9, 0.0, 0.9)])
+def test_momentum_may_be_turned_on_and_off(momenta: tuple[float, ...], contiguous: bool) -> None:
     mask, ours = random_mask(SHAPE), parameter()
     theirs = torch.nn.Parameter(ours.detach().clone())
     if not contiguous:
         ours = torch.nn.Parameter(ours.detach().t().contiguous().t())
-    masked = MaskedSGD([ours], {ours: PackedMask.of(mask)}, lr=0.1)
-    plain = torch.optim.SGD([theirs], lr=0.1)
+    masked = MaskedSGD([ours], {ours: PackedMask.of(mask)}, lr=0.1, dampening=0.4)
+    plain = torch.optim.SGD([theirs], lr=0.1, dampening=0.4)
     inside = torch.from_numpy(mask)
-    for momentum, seed in zip(momenta, (1, 2), strict=True):
+    for seed, momentum in enumerate(momenta):
         masked.param_groups[0]["momentum"] = plain.param_groups[0]["momentum"] = momentum
         train(masked, ours, gradients(3, seed=seed))
         train(plain, theirs, [gradient * inside for gradient in gradients(3, seed=seed)])
@@ -295,6 +295,51 @@ def test_a_state_of_other_masks_or_of_another_optimizer_is_refused() -> None:
     train(dense, moving, gradients(1))
     with pytest.raises(MaskError, match="without masks"):
         two.load_state_dict(dense.state_dict())
+    other = MaskedSGD([moving], {moving: PackedMask.of(random_mask(SHAPE, seed=2))})
+    train(other, moving, gradients(1))
+    with pytest.raises(MaskError, match="another optimizer") as caught:
+        two.load_state_dict(other.state_dict())
+    assert "betas" in str(caught.value.found)
+    with pytest.raises(MaskError, match="another optimizer"):
+        other.load_state_dict(two.state_dict())
+    wrong = one.state_dict()
+    wrong["param_groups"][0]["betas"] = (2, 2)
+    with pytest.raises(OptionError, match="out of range"):
+        one.load_state_dict(wrong)
+
+
+def test_messages_name_the_parameter() -> None:
+    moving = parameter()
+    masks = ParameterMasks({moving: PackedMask.of(np.ones(SHAPE, bool))}, {moving: "w"})
+    optimizer = MaskedAdamW([moving], masks)
+    moving.grad = torch.sparse_coo_tensor(size=SHAPE, check_invariants=True)
+    with pytest.raises(MaskError, match="dense gradients") as caught:
+        optimizer.step()
+    assert caught.value.tensor == "w"
+    moving.grad = None
+    moving.data = torch.zeros(3, 3)
+    moving.grad = torch.ones(3, 3)
+    with pytest.raises(MaskError, match="sharded after") as caught:
+        copy.copy(optimizer).step()
+    assert caught.value.tensor == "w"
+    with pytest.raises(MaskError, match="does not fit") as caught:
+        MaskedAdamW([moving], masks)
+    assert caught.value.tensor == "w"
+
+
+@pytest.mark.parametrize("dense", [np.ones(SHAPE, bool), torch.ones(SHAPE, dtype=torch.bool)])
+def test_a_mask_that_is_not_packed_is_refused(dense: object) -> None:
+    moving = parameter()
+    optimizer = torch.optim.SGD([moving])
+    for make in (
+        lambda masks: MaskedAdamW([moving], masks),
+        lambda masks: ParameterMasks(masks, {moving: "w"}),
+        lambda masks: freeze_outside(optimizer, masks),
+        mask_gradients,
+    ):
+        with pytest.raises(MaskError, match="not packed") as caught:
+            make({moving: dense})
+        assert "PackedMask.of" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -398,6 +443,9 @@ def test_sparse_gradients_are_refused() -> None:
         lambda p, m: MaskedAdamW(p, m, eps=float("nan")),
         lambda p, m: MaskedSGD(p, m, momentum=-0.1),
         lambda p, m: MaskedSGD(p, m, nesterov=True),
+        lambda p, m: MaskedAdamW([{"params": p, "lr": -1.0}], m),
+        lambda p, m: MaskedAdamW([{"params": p, "betas": (2, 2)}], m),
+        lambda p, m: MaskedSGD([{"params": p, "nesterov": True}], m, momentum=0.9, dampening=0.5),
     ],
 )
 def test_numbers_out_of_range_are_refused(make: Callable) -> None:

@@ -138,7 +138,7 @@ def sgd_step(
     """SGD on the masked coordinates of tiles ``span[0]`` to ``span[1]`` - 1 of a parameter.
 
     As :func:`adamw_step`, except that `state` is the momentum buffer, empty for none, and the masters, and `constants`
-    are lr, weight_decay, momentum, 1 - dampening (1 at the first step), and 1 for Nesterov's momentum.
+    are lr, weight_decay, momentum, 1 - dampening (1 where the buffer is new), and 1 for Nesterov's momentum.
     """
     held, slopes = np.empty(PART, np.float32), np.empty(PART, np.float32)
     for tile in range(span[0], span[1]):
