@@ -92,7 +92,7 @@ def _document(found: Overlap) -> dict[str, Any]:
         for pair in found.pairs
     ]
     runs = [{"path": path, "mask_rule": rule} for path, rule in zip(found.runs, found.rules, strict=True)]
-    return {"schema": "ckptdiff.overlap/1", "runs": runs, "pairs": pairs}
+    return {"schema": "ckptdiff.overlap/1", "runs": runs, "pairs": pairs, "warnings": list(found.warnings)}
 
 
 def _write_table(stream: TextIO, found: Overlap, pair: PairCounts, by: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -152,6 +153,7 @@ def _document(found: Track) -> dict[str, Any]:
         "compare": found.compare,
         "global": found.overall(),
         **groups,
+        "warnings": list(found.warnings),
     }
 
 
@@ -184,9 +186,8 @@ def _write_tables(stream: TextIO, found: Track, by: str) -> None:
 def _columns(found: Track, rows: list[dict[str, Any]]) -> list[Column]:
     from ckptdiff.report.screen import Column
 
-    names = [os.path.basename(os.path.normpath(path)) for path in found.steps]  # noqa: PTH119
     return [
-        Column("step", [safe(name) for name in names], left=True),
+        Column("step", [safe(name) for name in _labels(found.steps)], left=True),
         Column("support", [percent(row["support_fraction"]) for row in rows], style="bold"),
         *(
             Column(title, [quantity(row[key]) for row in rows], rank=rank)
@@ -200,3 +201,14 @@ def _columns(found: Track, rows: list[dict[str, Any]]) -> list[Column]:
         Column("union", [percent(row["union_fraction"]) for row in rows]),
         Column("update", [percent(row["rel_norm"]) for row in rows]),
     ]
+
+
+def _labels(paths: Sequence[str]) -> list[str]:
+    """The part of each path that tells it from the others: what all end with is left out, then all but the end."""
+    parts = [Path(os.path.normpath(path)).parts for path in paths]
+    while len({*parts}) > 1 and len({path[-1:] for path in parts}) == 1:
+        parts = [path[:-1] for path in parts]
+    kept = 1
+    while kept < max(map(len, parts)) and len({path[-kept:] for path in parts}) < len({*parts}):
+        kept += 1
+    return [os.path.join(*path[-kept:]) if path else "." for path in parts]  # noqa: PTH118

@@ -134,12 +134,12 @@ def export_shira(
 def _chosen(tensors: Sequence[TensorFacts], names: Sequence[str], path: str) -> list[TensorFacts]:
     globs = Globs(names, ())
     chosen = [f for f in tensors if (globs.select(f.name) if names else _is_matrix_of_a_layer(f))]
-    unknown = globs.unmatched(facts.name for facts in tensors)
+    unknown = [name for name in names if not any(map(Globs([name]).select, (facts.name for facts in tensors)))]
     if unknown or not chosen:
         raise OptionError(
             "no matrix of that name" if names else "the run compared no matrix of an attention or ffn block",
             file=path,
-            found="; ".join(unknown) or None,
+            found=", ".join(unknown) or None,
             hint="ckptdiff show --by tensor lists the names",
         )
     for facts in chosen:

@@ -76,7 +76,13 @@ def combine(
         warnings = require_same_base(runs, diffs, force)
         _, left_out = common_tensors(runs, diffs)
         if left_out:
-            raise MaskError("the runs compared different tensors", file=runs[-1].path, found=left_out[0])
+            raise MaskError(
+                "the runs compared different tensors",
+                file=runs[-1].path,
+                expected=f"the tensors of {runs[0].path}",
+                found=left_out[0],
+                hint="run ckptdiff diff again with --include for those that all have",
+            )
         return _write(target, operation, runs, replace(diffs[0], warnings=(*diffs[0].warnings, *warnings)))
 
 

@@ -70,8 +70,9 @@ def common_tensors(runs: Sequence[RunFile], diffs: Sequence[Diff]) -> tuple[list
                     "a tensor has different shapes in two runs",
                     file=run.path,
                     tensor=facts.name,
-                    expected=facts.shape,
+                    expected=f"{facts.shape}, as in {runs[0].path}",
                     found=other[facts.name],
+                    hint="compare runs of one base; ckptdiff diff --exclude leaves the tensor out",
                 )
     if not common:
         raise MaskError(
@@ -79,6 +80,7 @@ def common_tensors(runs: Sequence[RunFile], diffs: Sequence[Diff]) -> tuple[list
             file=runs[-1].path,
             expected=f"names as in {runs[0].path}",
             found=first_few(facts.name for facts in diffs[-1].tensors),
+            hint="compare runs of one base, whose tensors have the same names",
         )
     left_out = {name for other in shapes for name in other} - {facts.name for facts in common}
     if not left_out:

@@ -32,6 +32,8 @@ from ckptdiff.runfile.typed import text_of
 
 __all__ = ["HistogramView", "RunFile"]
 
+_HINT = "ckptdiff diff BASE TUNED -o RUN.h5 makes one"
+
 
 class RunFile:
     """A run file open for reading: a context manager; parts of it are read when they are asked for.
@@ -150,7 +152,7 @@ class RunFile:
                 file=self.path,
                 expected=f"an HDF5 file with the attribute format = {FORMAT}",
                 found=f"format = {found['format']}" if "format" in found else "an HDF5 file without it",
-                hint=f"ckptdiff track {self.path} prints it" if found.get("format") == "ckptdiff-track" else None,
+                hint=f"ckptdiff track {self.path} prints it" if found.get("format") == "ckptdiff-track" else _HINT,
             )
         version = found.get("format_version")
         if not isinstance(version, int) or version < 1:
@@ -182,14 +184,14 @@ class RunFile:
                     start = file.read(len(HDF5_SIGNATURE))
         except (OSError, ValueError) as error:
             text = getattr(error, "strerror", None) or str(error)
-            raise RunFileError(f"cannot read the run file: {text}", file=self.path) from error
+            raise RunFileError(f"cannot read the run file: {text}", file=self.path, hint=_HINT) from error
         if start != HDF5_SIGNATURE:
             raise RunFileError(
                 "not a ckptdiff run file",
                 file=self.path,
                 expected="an HDF5 file that ckptdiff diff -o wrote",
                 found="a file without the HDF5 signature" if regular else "not a regular file",
-                hint="ckptdiff diff BASE TUNED -o RUN.h5 makes one",
+                hint=_HINT,
             )
 
     def _damaged(self, error: Exception, tensor: str | None = None) -> RunFileError:

@@ -53,7 +53,7 @@ def check_target(target: Path, inputs: Iterable[tuple[str | os.PathLike[str], in
                 "the output is one of the inputs",
                 file=target,
                 found=os.fspath(path),
-                hint="choose another name for the run file",
+                hint="choose another name for the output",
             )
     if not stat.S_ISREG(status.st_mode):
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"

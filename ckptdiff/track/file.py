@@ -35,6 +35,7 @@ from ckptdiff.track.result import COUNTS, Track
 __all__ = ["check_track_target", "load_track", "save_track"]
 
 _VERSION = 1
+_HINT = "ckptdiff track BASE STEP... -o TRACK.h5 makes one"
 _PROVENANCE: Spec = {"base": str, "steps": [str], "compare": str, "warnings": [str]}
 _TEXT = h5py.string_dtype()
 _COUNTED = tuple(flow.name.lower() for flow in Flow)
@@ -89,7 +90,13 @@ def load_track(path: str | os.PathLike[str]) -> Track:
     try:
         file = h5py.File(path, "r", locking=False)
     except OSError as error:
-        raise RunFileError("cannot read the track file", file=path, found=str(error)) from error
+        raise RunFileError(
+            "the track file cannot be read, is no HDF5 file, or is truncated",
+            file=path,
+            expected="a file that ckptdiff track -o wrote",
+            found=str(error),
+            hint=_HINT,
+        ) from error
     with file:
         try:
             _require_ours(file, path)
@@ -100,7 +107,7 @@ def load_track(path: str | os.PathLike[str]) -> Track:
                 file=path,
                 expected=getattr(error, "expected", None),
                 found=getattr(error, "found", str(error)),
-                hint="run ckptdiff track again",
+                hint=_HINT,
             ) from error
 
 
@@ -112,10 +119,16 @@ def _require_ours(file: Any, path: str | os.PathLike[str]) -> None:
             file=path,
             expected=f"an HDF5 file with the attributes format = {TRACK_FORMAT} and complete = 1",
             found=f"format = {found['format']}, complete = {found['complete']}",
-            hint=f"ckptdiff show {path} prints it" if found["format"] == "ckptdiff-run" else None,
+            hint=f"ckptdiff show {path} prints it" if found["format"] == "ckptdiff-run" else _HINT,
         )
     if file.attrs["format_version"] > _VERSION:
-        raise RunFileError("the track file was written by a newer ckptdiff", file=path, hint="upgrade ckptdiff")
+        raise RunFileError(
+            "the track file was written by a newer ckptdiff",
+            file=path,
+            expected=f"format version {_VERSION} or older",
+            found=f"format version {file.attrs['format_version']}",
+            hint="upgrade ckptdiff",
+        )
 
 
 def _read(file: Any) -> Track:
@@ -128,14 +141,28 @@ def _read(file: Any) -> Track:
         if values.shape != (len(known["steps"]), len(names)):
             expected = f"{len(known['steps'])} x {len(names)} values in /tensors/{key}: steps x tensors"
             raise WrongTypeError(expected, f"shape {values.shape}")
-    return Track(
+    track = Track(
         base=known["base"],
         steps=tuple(known["steps"]),
         compare=known["compare"],
         names=tuple(names),
         shapes=tuple(map(tuple, shapes)),
+        # What int64 does not hold becomes negative, and is found below.
         counts={key: figures[key].astype(np.int64) for key in _COUNTED},
         base_norms=numbers_of_tensors(tensors, "base_norm", np.float64),
         delta_norms=figures["delta_norm"],
         warnings=tuple(known["warnings"]),
     )
+    _require_possible(track)
+    return track
+
+
+def _require_possible(track: Track) -> None:
+    """Refuse counts that no tensors of these shapes have."""
+    if len(track.shapes) != len(track.names) or any(size < 0 for shape in track.shapes for size in shape):
+        raise WrongTypeError("a shape of each tensor in /tensors/shape", f"{len(track.shapes)} of {len(track.names)}")
+    for _, rows in track.grouped("tensor"):
+        for row in rows:
+            counts = [row[key] for key in COUNTS]
+            if min(counts) < 0 or max(counts) > row["numel"]:
+                raise WrongTypeError(f"counts from 0 to {row['numel']} in /tensors", ", ".join(map(str, counts)))

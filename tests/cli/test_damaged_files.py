@@ -162,8 +162,8 @@ def test_a_target_with_a_format_that_is_no_text(cli: Cli, run_file: Path, tmp_pa
 
 @pytest.fixture
 def track_file(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(1)
-    counts = {key: rng.integers(0, 10, (3, 2)) for key in COUNTS}
+    counts = {key: np.zeros((3, 2), np.int64) for key in COUNTS}
+    counts["support"][:] = counts["touched"][0] = 4
     found = Track("base", ("a", "b", "c"), "bf16", ("v", "w"), ((10,), (2, 5)), counts, np.ones(2), np.ones((3, 2)))
     save_track(found, tmp_path / "track.h5")
     return tmp_path / "track.h5"

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from trajectories import SHAPES, Trajectory
 
 from ckptdiff.cli import main
+from ckptdiff.cli.track import _labels
 from ckptdiff.errors import ChangedFileError, CheckpointError, OptionError, PairingError, RunFileError
 from ckptdiff.events import Event, StageProgress
 from ckptdiff.track import Track, load_track, save_track, track
@@ -178,6 +179,35 @@ def assert_equal(one: Track, two: Track) -> None:
     assert np.array_equal(one.delta_norms, two.delta_norms)
 
 
+@pytest.mark.parametrize("key", ["support", "touched", "reverted", "churned"])
+@pytest.mark.parametrize("count", [1 << 63, (1 << 64) - 1, 2])
+def test_counts_that_no_tensor_has_are_refused(key: str, count: int, trajectory: Trajectory, tmp_path: Path) -> None:
+    path = tmp_path / "track.h5"
+    save_track(track(trajectory.paths[0], trajectory.paths[1:2], include=("scalar",)), path)
+    load_track(path)
+    with h5py.File(path, "r+") as file:
+        file[f"tensors/{key}"][0, 0] = count
+    with pytest.raises(RunFileError, match="damaged") as caught:
+        load_track(path)
+    assert "from 0 to 1" in str(caught.value.expected)
+
+
+@pytest.mark.parametrize(
+    ("steps", "labels"),
+    [
+        (["step1", "step2/"], ["step1", "step2"]),
+        (["a/1/model.safetensors", "a/2/model.safetensors"], ["1", "2"]),
+        (["a/x/1", "b/x/1", "b/y/1"], ["a/x", "b/x", "b/y"]),
+        (["a/model.safetensors"], ["model.safetensors"]),
+        (["a", "a"], ["a", "a"]),
+        (["x/model", "model"], ["x", "."]),
+        (["/a/1", "b/1", "c/2"], ["a/1", "b/1", "c/2"]),
+    ],
+)
+def test_steps_are_labelled_by_what_tells_them_apart(steps: list[str], labels: list[str]) -> None:
+    assert _labels(steps) == labels
+
+
 @pytest.mark.parametrize("kind", ["absent", "text", "foreign", "incomplete", "newer", "no version", "damaged", "short"])
 def test_files_that_are_no_track_files(kind: str, trajectory: Trajectory, tmp_path: Path) -> None:
     path = tmp_path / "track.h5"
@@ -200,8 +230,9 @@ def test_files_that_are_no_track_files(kind: str, trajectory: Trajectory, tmp_pa
                 file["tensors/support"] = counts
             else:
                 del file["tensors/support"]
-    with pytest.raises(RunFileError):
+    with pytest.raises(RunFileError) as caught:
         load_track(path)
+    assert caught.value.file == str(path) and caught.value.found and caught.value.hint
 
 
 def test_what_cannot_be_followed_is_refused(trajectory: Trajectory, tmp_path: Path) -> None:
@@ -252,6 +283,7 @@ def test_the_command(trajectory: Trajectory, tmp_path: Path, capsys: pytest.Capt
     document = json.loads(capsys.readouterr().out)
     assert document["schema"] == "ckptdiff.track/1"
     assert document["steps"] == paths[1:]
+    assert any("integers" in warning for warning in document["warnings"])
     assert_rows(document["global"], expected)
     assert {"tensors", "modules", "layers", "blocks"} < document.keys()
     assert document["layers"][0]["layer"] == 0
