@@ -1,6 +1,6 @@
 """One step of MaskedAdamW beside torch's AdamW: time and memory, and a check that they agree.
 
-    python bench/masked_step.py --numel 100000000 --density 0.2
+    python bench/masked_step.py --numel 100000000 --density 0.2 --tensors 48
 
 Each row is the median over rounds in which all optimizers take one step in turn, so that what else the machine does
 meets them alike.
@@ -20,7 +20,6 @@ import torch
 from ckptdiff.report.json_text import dumps
 from ckptdiff.retrain import MaskedAdamW, PackedMask, freeze_outside
 
-TENSORS = 48
 OPTIONS = {"lr": 1e-3, "weight_decay": 0.1}
 
 
@@ -28,12 +27,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--numel", type=int, default=100_000_000)
     parser.add_argument("--density", type=float, default=0.2)
+    parser.add_argument("--tensors", type=int, default=48, help="how many parameters share the coordinates evenly")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    rows = measure(given.numel, given.density, given.rounds, getattr(torch, given.dtype))
-    print(f"{given.numel:,} {given.dtype} parameters, density {given.density:g}, {torch.get_num_threads()} threads")
+    rows = measure(given.numel, given.tensors, given.density, given.rounds, getattr(torch, given.dtype))
+    print(
+        f"{given.numel:,} {given.dtype} / {given.tensors}, density {given.density:g}, {torch.get_num_threads()} threads"
+    )
     print(f"{'':<34}{'ms':>8}{'state, bytes per parameter':>30}")
     for row in rows:
         print(f"{row['optimizer']:<34}{row['ms']:>8.1f}{row['bytes']:>30.2f}")
@@ -42,21 +44,21 @@ def main() -> None:
         given.json.write_text(dumps(rows) + "\n")
 
 
-def measure(numel: int, density: float, rounds: int, dtype: torch.dtype) -> list[dict[str, float | str]]:
+def measure(numel: int, tensors: int, density: float, rounds: int, dtype: torch.dtype) -> list[dict[str, float | str]]:
     """Median time of a step of each optimizer, in milliseconds, and bytes of its state per parameter."""
-    shape = (numel // TENSORS,)
+    shape = (numel // tensors,)
     rng = np.random.default_rng(0)
-    masks = [PackedMask.of(rng.random(shape, np.float32) < density) for _ in range(TENSORS)]
+    masks = [PackedMask.of(rng.random(shape, np.float32) < density) for _ in range(tensors)]
     makers: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "MaskedAdamW": lambda p: MaskedAdamW(p, dict(zip(p, masks, strict=True)), **OPTIONS),
         "torch AdamW, fused": lambda p: torch.optim.AdamW(p, fused=True, **OPTIONS),
         "torch AdamW, foreach": lambda p: torch.optim.AdamW(p, foreach=True, **OPTIONS),
         "torch AdamW, fused, freeze_outside": lambda p: frozen(p, masks),
     }
-    gradients = [torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(TENSORS)]
+    gradients = [torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(tensors)]
     optimizers = {}
     for name, make in makers.items():
-        parameters = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for _ in range(TENSORS)]
+        parameters = [torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for _ in range(tensors)]
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.clone() if "freeze" in name else gradient
         optimizers[name] = (make(parameters), parameters)

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from ckptdiff.retrain.threads import run_all
 
 __all__ = ["MaskedOptimizer"]
 
+_Tiles: TypeAlias = tuple[Tensor, TileSupport, dict[str, Any], bool]
+"""A parameter of the compiled kernels, its group, and whether a slot of its state is new."""
 _NARROW = (torch.bfloat16, torch.float16)
 _OTHERS = ("maximize", "amsgrad", "nesterov", "differentiable")
 """Options of torch's own optimizers that would change a step, and that a group may bring along."""
@@ -161,18 +163,20 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work: list[Callable[[], object]] = []
-        for group in self.param_groups:
+        # Whatever cannot be stepped is refused before anything moves.
+        moving = [(group, list(self._moving(group))) for group in self.param_groups]
+        compiled: list[_Tiles] = []
+        for group, parameters in moving:
             indexed: dict[Tensor, bool] = {}
-            for parameter, support in self._moving(group):
+            for parameter, support in parameters:
                 fresh = self._begin_state(parameter, support, group)
                 if isinstance(support, TileSupport):
-                    work += self._tile_work(parameter, support, group, fresh)
+                    compiled.append((parameter, support, group, fresh))
                 else:
                     indexed[parameter] = fresh
             if indexed:
                 self._step_indexed(group, indexed)
-        run_all(work)
+        run_all(self._tile_work(compiled), sum(support.pieces for _, support, _, _ in compiled))
         return loss
 
     @torch.no_grad()
@@ -191,17 +195,19 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
             If it is not finite and `error_if_nonfinite` is set.
         """
         squares: list[float] = []
+        pieces = 0
         moving = list(chain.from_iterable(map(self._moving, self.param_groups)))
         work: list[Callable[[], object]] = []
         for parameter, support in moving:
             if isinstance(support, TileSupport):
                 gradient = _flat_view(parameter.grad.contiguous())
+                pieces += support.pieces
                 for span in support.spans():
                     work.append(partial(_add_square, squares, gradient, support, span))
             else:
                 gathered = parameter.grad.reshape(-1)[support.index]
                 squares.append(float(gathered.double().square().sum()))
-        run_all(work)
+        run_all(work, pieces)
         norm = torch.tensor(math.sqrt(math.fsum(squares)))
         if error_if_nonfinite and not norm.isfinite():
             raise RuntimeError(f"the norm of the masked gradients is {norm.item()}")
@@ -303,20 +309,23 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
             state["master"] = torch.full((support.count,), math.nan, **kept)
         return bool(new)
 
-    def _tile_work(
-        self, parameter: Tensor, support: TileSupport, group: dict[str, Any], fresh: bool
-    ) -> Iterator[Callable[[], object]]:
-        state = self.state[parameter]
-        state["step"] += 1
-        constants = np.array(self.constants(group, int(state["step"]), fresh), np.float32)
+    def _tile_work(self, parameters: Iterable[_Tiles]) -> Iterator[Callable[[], object]]:
         nothing = np.empty(0, np.float32)
-        used = {*self.slots(group), "master"} & state.keys()
-        held = [state[slot].numpy() if slot in used else nothing for slot in (*self.every_slot, "master")]
-        values, gradients = _flat_view(parameter), _flat_view(parameter.grad.contiguous())
-        for span in support.spans():
-            yield partial(
-                self.kernel, values, gradients, tuple(held), support.positions, support.starts, span, constants
+        known: dict[tuple[int, int, bool], NDArray[np.float32]] = {}
+        for parameter, support, group, fresh in parameters:
+            state = self.state[parameter]
+            state["step"] += 1
+            key = id(group), int(state["step"]), fresh
+            if key not in known:
+                known[key] = np.array(self.constants(group, *key[1:]), np.float32)
+            used = (*self.slots(group), "master")
+            held = tuple(
+                state[slot].numpy() if slot in used and slot in state else nothing
+                for slot in (*self.every_slot, "master")
             )
+            values, gradients = _flat_view(parameter), _flat_view(parameter.grad.contiguous())
+            for span in support.spans():
+                yield partial(self.kernel, values, gradients, held, support.positions, support.starts, span, known[key])
 
     def _step_indexed(self, group: dict[str, Any], parameters: Mapping[Tensor, bool]) -> None:
         """Gather, let torch step, scatter; `parameters` says of each whether a slot of its state is new."""

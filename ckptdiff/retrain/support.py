@@ -47,6 +47,11 @@ class TileSupport:
         """Bytes it takes."""
         return self.positions.nbytes + self.starts.nbytes
 
+    @property
+    def pieces(self) -> int:
+        """How many spans there are."""
+        return -(-(self.starts.size - 1) // _SPAN)
+
     def spans(self) -> Iterator[tuple[int, int]]:
         """Ranges of tiles for one thread each."""
         tiles = self.starts.size - 1
