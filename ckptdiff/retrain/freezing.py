@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ckptdiff.errors import MaskError
 from ckptdiff.retrain.packed import PackedMask, require_fit
+from ckptdiff.retrain.refusals import require_dense
 
 __all__ = ["Freezing", "freeze_outside", "mask_gradients"]
 
@@ -144,15 +145,8 @@ class _Outside:
         gradient = parameter.grad
         if gradient is not None and self.coordinates is None:
             gradient.zero_()
-        elif gradient is not None and gradient.is_sparse:
-            raise MaskError(
-                "masks need dense gradients",
-                tensor=self.name,
-                expected="a dense gradient",
-                found="a sparse one",
-                hint="make the embedding with sparse=False",
-            )
         elif gradient is not None:
+            require_dense(gradient, self.name)
             gradient.masked_fill_(self.coordinates, 0.0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -73,35 +74,52 @@ def load_masks(
             return load_masks(run, model, strict=strict, names=names)
     run_file.require_masks()
     stored = _names_in(run_file, names)
+    found = _match(stored, model)
+    masks: dict[Parameter, PackedMask] = {}
+    known: dict[Parameter, str] = {}
+    for name, copies in found.copies.items():
+        for full_name, parameter in copies:
+            mask = _read(run_file.masks[name], full_name, parameter, run_file.path)
+            _require_same(masks.setdefault(parameter, mask), mask, name, run_file.path)
+            known.setdefault(parameter, name)
+    trained = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    report = MatchReport(
+        matched={name: _trained_one(copies) for name, copies in found.copies.items()},
+        unused_masks=tuple(name for name in run_file.masks if name not in found.copies and name not in found.buffers),
+        unmasked_parameters=tuple(name for parameter, name in trained.items() if parameter not in masks),
+        frozen=tuple(name for parameter, name in known.items() if parameter not in trained),
+        buffers=found.buffers,
+        warnings=found.warnings,
+    )
+    result = ParameterMasks(masks, known, report)
+    _require_useful(result, strict, run_file.path)
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Matches:
+    """What a model has of the masked tensors, by their names in the run file."""
+
+    copies: dict[str, Copies]
+    buffers: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def _match(stored: Mapping[str, str], model: Module) -> _Matches:
+    """Find the parameters of each name, whose name in the run file is `stored`."""
     parameters = {name: [(name, p)] for name, p in model.named_parameters(remove_duplicate=False)}
     buffers = {name for name, _ in model.named_buffers()} - parameters.keys()
     matched, warnings = match_names(stored, [*parameters, *buffers])
-    copies = _without_peft({name: found for name, found in parameters.items() if name not in matched.values()})
-    inner, more = match_names((name for name in stored if name not in matched), copies)
-    parameters = {**copies, **parameters}
-    masks: dict[Parameter, PackedMask] = {}
-    model_names: dict[Parameter, str] = {}
-    for name, bare in {**matched, **inner}.items():
-        for full_name, parameter in parameters.get(bare, ()):
-            mask = _read(run_file.masks[stored[name]], full_name, parameter, run_file.path)
-            _require_same(masks.setdefault(parameter, mask), mask, name, run_file.path)
-            model_names.setdefault(parameter, stored[name])
-    trained = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    report = MatchReport(
-        matched={
-            stored[name]: _trained_one(parameters[bare])
-            for name, bare in {**matched, **inner}.items()
-            if bare in parameters
-        },
-        unused_masks=tuple(stored[name] for name in stored if name not in matched and name not in inner),
-        unmasked_parameters=tuple(name for p, name in trained.items() if p not in masks),
-        frozen=tuple(name for p, name in model_names.items() if p not in trained),
-        buffers=tuple(stored[name] for name, bare in matched.items() if bare in buffers),
+    # A name of the model's own may look like one of PEFT's: those that match as they are come first.
+    taken = {*matched.values()}
+    inside = _without_peft({name: copies for name, copies in parameters.items() if name not in taken})
+    inner, more = match_names((name for name in stored if name not in matched), inside)
+    outer = {stored[name]: parameters[found] for name, found in matched.items() if found in parameters}
+    return _Matches(
+        copies={**outer, **{stored[name]: inside[found] for name, found in inner.items()}},
+        buffers=tuple(stored[name] for name, found in matched.items() if found in buffers),
         warnings=tuple(dict.fromkeys((*warnings, *more))),
     )
-    found = ParameterMasks(masks, model_names, report)
-    _require_useful(found, strict, run_file.path)
-    return found
 
 
 def _names_in(run: RunFile, side: str) -> dict[str, str]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from ckptdiff.backends.kernels.masked_steps import sum_masked_squares
 from ckptdiff.errors import MaskError, OptionError, plural
 from ckptdiff.retrain.packed import PackedMask, require_fit
-from ckptdiff.retrain.support import IndexSupport, Support, TileSupport, is_compiled, support_of
+from ckptdiff.retrain.refusals import require_dense, require_unmoved
+from ckptdiff.retrain.support import IndexSupport, Support, TileSupport, flat_view, support_of
 from ckptdiff.retrain.threads import run_all
 
 __all__ = ["MaskedOptimizer"]
@@ -200,7 +201,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         work: list[Callable[[], object]] = []
         for parameter, support in moving:
             if isinstance(support, TileSupport):
-                gradient = _flat_view(parameter.grad.contiguous())
+                gradient = flat_view(parameter.grad.contiguous())
                 pieces += support.pieces
                 for span in support.spans():
                     work.append(partial(_add_square, squares, gradient, support, span))
@@ -224,6 +225,21 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         OptionError
             It asks for an option that this optimizer does not have, or a number is out of range.
         """
+        self._require_own(state_dict)
+        super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        # Torch has cast what it found to the dtype of the parameter, and float32 state would lose 16 bits by that.
+        for key, parameter in zip(saved, self._parameters(), strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                if isinstance(value, Tensor):
+                    device = parameter.device if value.ndim else value.device
+                    self.state[parameter][name] = value.to(device, copy=True)
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+    def _require_own(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a state of another optimizer, or of other masks."""
         for group in state_dict["param_groups"]:
             lacks = self.defaults.keys() - group.keys()
             if lacks:
@@ -234,9 +250,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
                     hint="load the state into an optimizer of the class that saved it",
                 )
             self._require_usable(group)
-        saved = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
-        ours = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        for key, parameter in zip(saved, ours, strict=False):
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        for key, parameter in zip(saved, self._parameters(), strict=False):
             state = state_dict["state"].get(key)
             if state is not None and state.get("mask") != self._fingerprints.get(parameter):
                 raise MaskError(
@@ -246,13 +261,6 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
                     found="one of other masks" if "mask" in state else "one of an optimizer without masks",
                     hint="load the masks that the saved run used",
                 )
-        super().load_state_dict(state_dict)
-        # Torch has cast what it found to the dtype of the parameter, and float32 state would lose 16 bits by that.
-        for key, parameter in zip(saved, ours, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if isinstance(value, Tensor):
-                    device = parameter.device if value.ndim else value.device
-                    self.state[parameter][name] = value.to(device, copy=True)
 
     def _require_usable(self, group: Mapping[str, Any]) -> None:
         for option in _OTHERS:
@@ -269,27 +277,9 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         """Parameters of a group that have masked coordinates and a gradient."""
         for parameter in group["params"]:
             if parameter.grad is not None and parameter in self._supports:
-                if parameter.grad.is_sparse:
-                    raise MaskError(
-                        "masks need dense gradients",
-                        tensor=self._names.get(parameter),
-                        expected="a dense gradient",
-                        found="a sparse one",
-                        hint="make the embedding with sparse=False",
-                    )
-                support, shape = self._supports[parameter], self._shapes[parameter]
-                # The kernels go by the mask, and would write beyond the end of what has become smaller.
-                if tuple(parameter.shape) != shape or (isinstance(support, TileSupport) and not is_compiled(parameter)):
-                    raise MaskError(
-                        "a parameter was moved, cast or sharded after its optimizer was made",
-                        tensor=self._names.get(parameter),
-                        expected=f"as it was then: shape {shape}"
-                        + (", contiguous, in main memory" if isinstance(support, TileSupport) else ""),
-                        found=f"shape {tuple(parameter.shape)}, {parameter.dtype}, on {parameter.device}, strides "
-                        f"{parameter.stride()}",
-                        hint="make the optimizer when the model is where it trains; freeze_outside works with sharded "
-                        "parameters",
-                    )
+                support, name = self._supports[parameter], self._names.get(parameter)
+                require_dense(parameter.grad, name)
+                require_unmoved(parameter, support, self._shapes[parameter], name)
                 yield parameter, support
 
     def _begin_state(self, parameter: Tensor, support: Support, group: dict[str, Any]) -> bool:
@@ -323,7 +313,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
                 state[slot].numpy() if slot in used and slot in state else nothing
                 for slot in (*self.every_slot, "master")
             )
-            values, gradients = _flat_view(parameter), _flat_view(parameter.grad.contiguous())
+            values, gradients = flat_view(parameter), flat_view(parameter.grad.contiguous())
             for span in support.spans():
                 yield partial(self.kernel, values, gradients, held, support.positions, support.starts, span, known[key])
 
@@ -352,16 +342,6 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         support = self._supports[parameter]
         assert isinstance(support, IndexSupport)
         return support.index
-
-
-def _flat_view(tensor: Tensor) -> NDArray[Any]:
-    """The memory of a contiguous tensor: float32 values, or uint16 codes of bfloat16."""
-    flat = tensor.detach().view(-1)
-    if tensor.dtype == torch.bfloat16:
-        codes: NDArray[Any] = flat.view(torch.int16).numpy().view(np.uint16)
-        return codes
-    values: NDArray[Any] = flat.numpy()
-    return values
 
 
 def _add_square(squares: list[float], gradient: NDArray[Any], support: TileSupport, span: tuple[int, int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from ckptdiff.retrain.packed import PackedMask
 from ckptdiff.runfile.schema import BIT_ORDER
 
-__all__ = ["IndexSupport", "Support", "TileSupport", "is_compiled", "support_of"]
+__all__ = ["IndexSupport", "Support", "TileSupport", "flat_view", "is_compiled", "support_of"]
 
 TILE = 1 << 16
 _SPAN = 32
@@ -109,3 +109,13 @@ def is_compiled(parameter: Tensor) -> bool:
         and parameter.dtype in (torch.float32, torch.bfloat16)
         and parameter.is_contiguous()
     )
+
+
+def flat_view(tensor: Tensor) -> NDArray[Any]:
+    """The memory of a contiguous tensor: float32 values, or uint16 codes of bfloat16."""
+    flat = tensor.detach().view(-1)
+    if tensor.dtype == torch.bfloat16:
+        codes: NDArray[Any] = flat.view(torch.int16).numpy().view(np.uint16)
+        return codes
+    values: NDArray[Any] = flat.numpy()
+    return values

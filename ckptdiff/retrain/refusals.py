@@ -1,0 +1,50 @@
+"""What masked training cannot do, said with the parameter's name."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ckptdiff.errors import MaskError
+from ckptdiff.retrain.support import Support, TileSupport, is_compiled
+
+__all__ = ["require_dense", "require_unmoved"]
+
+
+def require_dense(gradient: Tensor, name: str | None) -> None:
+    """Refuse a sparse gradient.
+
+    Raises
+    ------
+    MaskError
+        It is one.
+    """
+    if gradient.is_sparse:
+        raise MaskError(
+            "masks need dense gradients",
+            tensor=name,
+            expected="a dense gradient",
+            found="a sparse one",
+            hint="make the embedding with sparse=False",
+        )
+
+
+def require_unmoved(parameter: Tensor, support: Support, shape: tuple[int, ...], name: str | None) -> None:
+    """Refuse a parameter that is not as it was when its optimizer was made.
+
+    The kernels go by the mask, and would write beyond the end of what has become smaller.
+
+    Raises
+    ------
+    MaskError
+        Another shape, or no longer contiguous and in main memory where compiled kernels go.
+    """
+    compiled = isinstance(support, TileSupport)
+    if tuple(parameter.shape) != shape or (compiled and not is_compiled(parameter)):
+        strides = parameter.stride()
+        raise MaskError(
+            "a parameter was moved, cast or sharded after its optimizer was made",
+            tensor=name,
+            expected=f"as it was then: shape {shape}" + (", contiguous, in main memory" if compiled else ""),
+            found=f"shape {tuple(parameter.shape)}, {parameter.dtype}, on {parameter.device}, strides {strides}",
+            hint="make the optimizer when the model is where it trains; freeze_outside works with sharded parameters",
+        )
