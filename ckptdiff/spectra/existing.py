@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import h5py
 
-from ckptdiff.checkpoint import Checkpoint, TensorPair, pair
+from ckptdiff.checkpoint import Checkpoint, TensorInfo, TensorPair, pair
 from ckptdiff.errors import OptionError, RunFileError
 from ckptdiff.events import Listener, StageProgress
 from ckptdiff.linalg.blas import require_scipy
@@ -21,7 +21,8 @@ from ckptdiff.runfile.sides import open_side
 from ckptdiff.runfile.spectra_table import add_spectrum, write_spectra
 from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.spectra.stage import SpectraTable, measure_spectra
-from ckptdiff.stream.shards import open_shards
+from ckptdiff.stream.checked_blocks import checked_blocks, known_norms
+from ckptdiff.stream.shards import OpenShards, open_shards
 
 __all__ = ["add_spectra"]
 
@@ -46,7 +47,7 @@ def add_spectra(
         The run file.
     spectra : SpectraOptions
     base, tuned : str, optional
-        Where the checkpoints are now, if they have moved.
+        Where the checkpoints are now, if they have moved: such a side is read once more, to compare its norms.
     threads, max_memory : int
         As in :class:`~ckptdiff.options.Options`.
     listener : callable, optional
@@ -56,7 +57,7 @@ def add_spectra(
     RunFileError
         If the run file cannot be read or written, or has spectra already.
     CheckpointError
-        If the checkpoints are not those of the run.
+        If the checkpoints are not those of the run, by headers or by norms.
     OptionError
         If they do not pair as they did, or SciPy is missing.
     """
@@ -68,6 +69,10 @@ def add_spectra(
             shutil.copyfileobj(old, cast(Any, staged), 1 << 22)
         staged.check()
         with open_shards("pread") as shards, h5py.File(staged, "r+") as file:
+            if base:
+                _require_values(shards, diff, "base", (pair.base for pair in pairs))
+            if tuned:
+                _require_values(shards, diff, "tuned", (pair.tuned for pair in pairs))
             table = SpectraTable(spectra.mode, len(diff.tensors))
             for found in measure_spectra(pairs, diff, shards, options):
                 table.take(found)
@@ -82,6 +87,15 @@ def add_spectra(
             write_spectra(file, measured)
         staged.commit()
     return replace(diff, spectra=measured)
+
+
+def _require_values(
+    shards: OpenShards, diff: Diff, side: Literal["base", "tuned"], tensors: Iterable[TensorInfo]
+) -> None:
+    """Read a side that has moved, to see that it holds what the run measured: its headers do not tell."""
+    for tensor, known in zip(tensors, known_norms(diff, side).values(), strict=True):
+        for _ in checked_blocks(shards, tensor, known):
+            pass
 
 
 def _without_spectra(path: str, base: str | None, tuned: str | None) -> tuple[Diff, Sequence[TensorPair]]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,14 @@ def test_spectra_added_later_are_those_of_the_run(tmp_path: Path, capsys: pytest
     moved = tmp_path / "elsewhere.safetensors"
     Path(sides[0]).rename(moved)
     assert main(["spectra", "add", run, "--spectra", "exact"]) == 2
+    before = Path(run).read_bytes()
+    capsys.readouterr()
+    other = tmp_path / "other.safetensors"
+    shutil.copy(moved, other)
+    other_values(other)
+    assert main(["spectra", "add", run, "--spectra", "exact", "--base", str(other)]) == 2
+    assert "its headers are the same, but other values" in capsys.readouterr().err
+    assert Path(run).read_bytes() == before
     assert main(["spectra", "add", run, "--spectra", "exact", "--base", str(moved)]) == 0
     with ckptdiff.RunFile(run) as file:
         loaded = file.load()
