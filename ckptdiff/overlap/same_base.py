@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ckptdiff.backends.formats import FORMATS, is_wide, stored_format
 from ckptdiff.errors import MaskError, first_few, plural
 from ckptdiff.result import Diff, TensorFacts
 from ckptdiff.runfile.reader import RunFile
@@ -93,25 +95,37 @@ def _other_base(first: Diff, other: Diff) -> MaskError | None:
     """What says that two runs have different bases, or that nothing says they have the same."""
     norms = _base_norms(other)
     same_files = _files_of(first) == _files_of(other)
-    for facts, (compare, ours) in zip(first.tensors, _base_norms(first).values(), strict=True):
-        found, theirs = norms.get(facts.name, (compare, math.nan))
-        if compare == found and not math.isnan(ours + theirs) and not math.isclose(ours, theirs, rel_tol=_SAME):
+    for name, ours in _base_norms(first).items():
+        theirs = norms.get(name, ours)
+        comparable = ours.compare == theirs.compare or (ours.as_stored and theirs.as_stored)
+        known = not math.isnan(ours.norm + theirs.norm)
+        if comparable and known and not math.isclose(ours.norm, theirs.norm, rel_tol=_SAME):
             return MaskError(
                 "the runs do not start from the same base",
-                tensor=facts.name,
-                expected=f"norm {ours!r}, as in the first run",
-                found=f"norm {theirs!r}",
+                tensor=name,
+                expected=f"norm {ours.norm!r}, as in the first run",
+                found=f"norm {theirs.norm!r}",
             )
         # A cast moves a norm as much as some steps of training do.
-        if compare != found and not same_files:
+        if not comparable and not same_files:
             return MaskError(
                 "the runs compare the base in different dtypes, so that nothing tells whether it is the same",
-                tensor=facts.name,
-                expected=f"{compare}, as in the first run, or the same files with the same times",
-                found=found,
+                tensor=name,
+                expected=f"{ours.compare}, as in the first run, or the same files with the same times",
+                found=theirs.compare,
                 hint="run ckptdiff diff again with one --compare; --force compares them all the same",
             )
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class _BaseNorm:
+    """Norm of a tensor of the base after the cast; NaN where NaN or Inf of either side left coordinates out of it."""
+
+    norm: float
+    compare: str
+    as_stored: bool
+    """Whether the cast changed no value."""
 
 
 def _files_of(diff: Diff) -> list[tuple[Any, ...]]:
@@ -119,8 +133,14 @@ def _files_of(diff: Diff) -> list[tuple[Any, ...]]:
     return sorted(tuple(shard[key] for key in ("header_sha256", "size", "mtime_ns")) for shard in diff.base["shards"])
 
 
-def _base_norms(diff: Diff) -> dict[str, tuple[str, float]]:
-    """Compare dtype and norm of the base of each tensor, NaN where NaN or Inf of either side left coordinates out."""
+def _base_norms(diff: Diff) -> dict[str, _BaseNorm]:
     columns = diff.columns
     norms = np.where(columns["finite"] == columns["numel"], columns["base_norm"], math.nan).tolist()
-    return {facts.name: (facts.compare, norm) for facts, norm in zip(diff.tensors, norms, strict=True)}
+    return {
+        facts.name: _BaseNorm(norm, facts.compare, _is_kept(facts))
+        for facts, norm in zip(diff.tensors, norms, strict=True)
+    }
+
+
+def _is_kept(facts: TensorFacts) -> bool:
+    return facts.compare == "bitwise" or not is_wide(stored_format(facts.dtype_base), FORMATS[facts.compare])

@@ -199,6 +199,25 @@ def test_a_base_that_is_cast_is_known_by_its_files_and_values(runs_compare: tupl
     assert refused.value.tensor == "w"
 
 
+def test_a_base_that_each_cast_keeps_is_known_by_its_norms(tmp_path: Path) -> None:
+    base = np.random.default_rng(3).standard_normal((40, 30)).astype(ml_dtypes.bfloat16)
+    later = base.copy()
+    later[3] *= 2
+    runs = {}
+    for name, values in (("base", base), ("copy", base), ("later", later)):
+        save_file({"w": values}, tmp_path / f"{name}.safetensors")
+        os.utime(tmp_path / f"{name}.safetensors", ns=(len(runs), len(runs)))
+        for dtype in (np.float32, ml_dtypes.bfloat16):
+            run = runs[name, dtype] = tmp_path / f"{name}-{np.dtype(dtype)}.h5"
+            save_file({"w": (values * 1.5).astype(dtype)}, tmp_path / "tuned.safetensors")
+            ckptdiff.diff(tmp_path / f"{name}.safetensors", tmp_path / "tuned.safetensors", out=run, compare="stored")
+    one, other = (runs["base", np.float32], runs["copy", ml_dtypes.bfloat16])
+    assert {ckptdiff.RunFile(run).load().tensors[0].compare for run in (one, other)} == {"f32", "bf16"}
+    overlap([one, other])
+    with pytest.raises(MaskError, match="same base"):
+        overlap([one, runs["later", ml_dtypes.bfloat16]])
+
+
 def test_different_rules_are_said(updates: Updates) -> None:
     found = overlap([updates.run(0), updates.run(1, "top:20")])
     assert "by top:20 (compared as bf16)" in found.warnings[0]
