@@ -87,7 +87,7 @@ def load_masks(
         matched={name: _trained_one(copies) for name, copies in found.copies.items()},
         unused_masks=tuple(name for name in run_file.masks if name not in found.copies and name not in found.buffers),
         unmasked_parameters=tuple(name for parameter, name in trained.items() if parameter not in masks),
-        frozen=tuple(name for parameter, name in known.items() if parameter not in trained),
+        frozen=tuple(name for name, copies in found.copies.items() if not any(p in trained for _, p in copies)),
         buffers=found.buffers,
         warnings=found.warnings,
     )

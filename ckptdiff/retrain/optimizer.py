@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ckptdiff.backends.kernels.masked_steps import sum_masked_squares
-from ckptdiff.errors import MaskError, OptionError, plural
+from ckptdiff.errors import MaskError, OptionError
 from ckptdiff.retrain.packed import PackedMask, require_fit
 from ckptdiff.retrain.refusals import require_dense, require_unmoved
 from ckptdiff.retrain.support import IndexSupport, Support, TileSupport, flat_view, support_of
@@ -125,7 +125,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         if self._masks is None:
             raise MaskError(
                 "a masked optimizer takes all its parameters when it is made",
-                found=f"{plural(len(list(param_group['params'])), 'parameter')} that came later",
+                found="parameters that came later",
                 hint="make another optimizer; freeze_outside takes parameters that come later",
             )
         self._require_usable({**self.defaults, **param_group})

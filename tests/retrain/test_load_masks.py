@@ -113,6 +113,7 @@ def test_each_copy_of_a_module_that_peft_saves_has_its_mask(run_file: Path, make
         for adapter in ("default", "second"):
             head = names[f"base_model.model.lm_head.modules_to_save.{adapter}.weight"]
             assert np.array_equal(masks[head].dense(), dense_by_h5py(run_file, "lm_head.weight"))
+        assert "lm_head.weight" not in masks.report.frozen
         assert masks.report.matched["lm_head.weight"] == f"base_model.model.lm_head.modules_to_save.{active}.weight"
 
 
