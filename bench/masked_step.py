@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ckptdiff.errors import plural
 from ckptdiff.report.json_text import dumps
 from ckptdiff.retrain import MaskedAdamW, PackedMask, freeze_outside
 
@@ -33,9 +34,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     rows = measure(given.numel, given.tensors, given.density, given.rounds, getattr(torch, given.dtype))
-    print(
-        f"{given.numel:,} {given.dtype} / {given.tensors}, density {given.density:g}, {torch.get_num_threads()} threads"
-    )
+    print(f"{given.numel:,} {given.dtype} parameters in {plural(given.tensors, 'tensor')}, density {given.density:g}")
     print(f"{'':<34}{'ms':>8}{'state, bytes per parameter':>30}")
     for row in rows:
         print(f"{row['optimizer']:<34}{row['ms']:>8.1f}{row['bytes']:>30.2f}")

@@ -80,9 +80,10 @@ def test_no_pair_is_refused_as_its_own(
     moved = factor * weights + scale * step * rng.standard_normal(weights.shape)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        diff = run_of(folder, weights.astype(DTYPES[dtypes[0]]), moved.astype(DTYPES[dtypes[1]]), compare)
-        for side in ("base", "tuned"):
-            read(folder / f"{side}.safetensors", diff, side)
+        sides = {"base": weights.astype(DTYPES[dtypes[0]]), "tuned": moved.astype(DTYPES[dtypes[1]])}
+        diff = run_of(folder, *sides.values(), compare)
+        for side, values in sides.items():
+            assert read(folder / f"{side}.safetensors", diff, side) == values.nbytes
 
 
 def test_a_norm_that_no_run_can_know_is_not_asked_for(tmp_path: Path) -> None:
