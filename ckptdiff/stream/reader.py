@@ -50,6 +50,11 @@ class ShardReader:
         As its header was read.
     io : {"mmap", "pread"}
 
+    Attributes
+    ----------
+    descriptor : int
+        Of the open file, for code that reads by itself.
+
     Raises
     ------
     CheckpointError
@@ -61,7 +66,7 @@ class ShardReader:
     def __init__(self, shard: Shard, io: str) -> None:
         self.shard = shard
         try:
-            self._descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+            self.descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise _vanished(shard, error) from error
         except OSError as error:
@@ -81,7 +86,7 @@ class ShardReader:
     def close(self) -> None:
         """Close the file; a map lives until its last window is gone."""
         self._bytes = None
-        os.close(self._descriptor)
+        os.close(self.descriptor)
 
     def check(self) -> None:
         """Compare inode, size and time with those of the header.
@@ -91,7 +96,7 @@ class ShardReader:
         ChangedFileError
             If any differs, or the file has lost its name.
         """
-        status = os.fstat(self._descriptor)
+        status = os.fstat(self.descriptor)
         self._compare(status)
         if status.st_nlink < self._links:  # cheaper than to look at the path each time
             self.check_path()
@@ -125,7 +130,7 @@ class ShardReader:
 
     def _mapped(self) -> NDArray[np.uint8]:
         try:
-            mapped = mmap.mmap(self._descriptor, self.shard.size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
+            mapped = mmap.mmap(self.descriptor, self.shard.size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
         except ValueError:  # shorter than a moment ago
             self.check()
             raise
@@ -154,7 +159,7 @@ class ShardReader:
         """
         self.check()
         self._read_ahead(start, stop)
-        return self._descriptor
+        return self.descriptor
 
     @contextmanager
     def window(
@@ -188,7 +193,7 @@ class ShardReader:
         done = 0
         while done < target.size:
             try:
-                count = os.preadv(self._descriptor, [target[done:].data], start + done)
+                count = os.preadv(self.descriptor, [target[done:].data], start + done)
             except OSError as error:
                 raise CheckpointError(
                     f"cannot read the shard: {error.strerror}", file=self.shard.path, tensor=tensor.name
@@ -205,7 +210,7 @@ class ShardReader:
         if view.size and self._advise(view, _MADV_POPULATE_READ):
             code = ctypes.get_errno()
             if code == errno.EFAULT:
-                raise self._shrank(tensor, tensor.stop, os.fstat(self._descriptor).st_size)
+                raise self._shrank(tensor, tensor.stop, os.fstat(self.descriptor).st_size)
             if code not in _POPULATES_NOTHING:
                 raise CheckpointError(
                     f"cannot read the shard: {os.strerror(code)}", file=self.shard.path, tensor=tensor.name
@@ -233,13 +238,13 @@ class ShardReader:
             return
         self._advised = start, max(end, begin)
         if begin < end and not self._cached(end - 1):
-            os.posix_fadvise(self._descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self.descriptor, begin, end - begin, os.POSIX_FADV_WILLNEED)
 
     def _cached(self, offset: int) -> bool:
         if not hasattr(os, "RWF_NOWAIT"):
             return False
         try:
-            return os.preadv(self._descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+            return os.preadv(self.descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
         except OSError:  # EAGAIN: not there; EOPNOTSUPP: the file system cannot tell
             return False
 

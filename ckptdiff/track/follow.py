@@ -8,12 +8,14 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.backends.kernels.tiles import facts_of
-from ckptdiff.backends.kernels.trajectory import Flow, Rooms, follow_span, new_rooms
+from ckptdiff.backends.kernels.trajectory import Flow, Rooms, follow_spans, new_rooms
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES
 from ckptdiff.errors import CheckpointError, OptionError
@@ -25,15 +27,28 @@ from ckptdiff.track.result import Track
 
 __all__ = ["track"]
 
-_TASK = 48
-"""Blocks of a span, those of all checkpoints counted: so few that all threads end at about the same time."""
+_JOB = 48
+"""Blocks of a job, those of all checkpoints counted: so few that all threads end at about the same time, and so many
+that Python costs little beside them."""
+_SPANS = 256
+"""The most spans of a job: small tensors have a cost of their own."""
+
+
+class _Span(NamedTuple):
+    """A part of a tensor."""
+
+    tensor: int
+    first: int
+    """Its first coordinate."""
+    stop: int
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Found:
-    """What a span of one tensor gave."""
+    """What the spans of a job gave."""
 
-    tensor: int
+    tensors: NDArray[np.int64]
+    """Of each span."""
     counts: NDArray[np.int64]
     sums: NDArray[np.float64]
 
@@ -76,16 +91,15 @@ def track(
         raise OptionError("number of threads out of range", expected="0 to 1024", found=threads)
     plan = plan_track(base, steps, compare=compare, include=include, exclude=exclude)
     tensors = plan.tensors
-    counts = np.zeros((len(Flow), len(plan.steps), len(tensors)), np.int64)
-    # Blocks are added in their order, so that no digit depends on threads.
-    squares = np.zeros((1 + len(plan.steps), len(tensors)))
+    counts = np.zeros((len(tensors), len(plan.steps), len(Flow)), np.int64)
+    squares = np.zeros((len(tensors), 1 + len(plan.steps)))
     with open_shards("pread") as shards:
         for found in _execute(tensors, shards, threads or default_threads()):
-            counts[:, :, found.tensor] += found.counts.T
-            for block in found.sums.T:
-                squares[:, found.tensor] += block
+            np.add.at(counts, found.tensors, found.counts)
+            np.add.at(squares, found.tensors, found.sums)  # in their order: no digit depends on threads
             if listener is not None:
-                listener(StageProgress("steps", found.tensor, len(tensors), tensors[found.tensor].sides[0].name))
+                for tensor in found.tensors.tolist():
+                    listener(StageProgress("steps", tensor, len(tensors), tensors[tensor].sides[0].name))
     norms = np.sqrt(squares)
     return Track(
         base=plan.base.path,
@@ -93,34 +107,34 @@ def track(
         compare=compare,
         names=tuple(followed.sides[0].name for followed in tensors),
         shapes=tuple(followed.sides[0].shape for followed in tensors),
-        counts={flow.name.lower(): counts[flow] for flow in Flow},
-        base_norms=norms[0],
-        delta_norms=norms[1:],
+        counts={flow.name.lower(): counts[:, :, flow].T for flow in Flow},
+        base_norms=norms[:, 0],
+        delta_norms=norms[:, 1:].T,
         warnings=plan.warnings,
     )
 
 
 def _execute(tensors: Sequence[Followed], shards: OpenShards, threads: int) -> Iterator[_Found]:
-    """Yield what each span gave, in order."""
+    """Yield what each job gave, in order."""
     local = threading.local()
     stop = threading.Event()
+    files = _files(tensors, shards)
 
-    def work(index: int, span: tuple[int, int]) -> _Found:
+    def work(job: Sequence[_Span]) -> _Found:
         if stop.is_set():
             raise InterruptedError("the run was given up")
         if not hasattr(local, "rooms"):
             local.rooms = {}
-        code = tensors[index].code_dtype
+        code = tensors[job[0].tensor].code_dtype
         if code.itemsize not in local.rooms:
-            local.rooms[code.itemsize] = new_rooms(code, len(tensors[index].sides))
-        return _follow(tensors[index], index, span, shards, local.rooms[code.itemsize])
+            local.rooms[code.itemsize] = new_rooms(code, files.shape[1])
+        return _follow(tensors, files, job, shards, local.rooms[code.itemsize])
 
-    planned = ((index, span) for index, followed in enumerate(tensors) for span in _spans(followed))
     pending: deque[Future[_Found]] = deque()
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ckptdiff-track")
     try:
-        for task in planned:
-            pending.append(pool.submit(work, *task))
+        for job in _jobs(tensors):
+            pending.append(pool.submit(work, job))
             if len(pending) > 2 * threads:
                 yield pending.popleft().result()
         while pending:
@@ -130,39 +144,81 @@ def _execute(tensors: Sequence[Followed], shards: OpenShards, threads: int) -> I
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _spans(followed: Followed) -> Iterator[tuple[int, int]]:
-    numel, step = followed.sides[0].numel, max(_TASK // len(followed.sides), 1) * BLOCK
-    return ((first, min(first + step, numel)) for first in range(0, numel, step))
-
-
-def _follow(followed: Followed, index: int, span: tuple[int, int], shards: OpenShards, rooms: Rooms) -> _Found:
-    compare, sides = followed.compare, followed.sides
-    first, stop = span
-    casts, tables = followed.casts()
-    files = np.empty((len(sides), 4), np.int64)
-    for row, side, cast in zip(files, sides, casts, strict=True):
-        size = DTYPES[side.dtype].bits // 8
-        descriptor = shards[side.shard].ready(side.start + first * size, side.start + stop * size)
-        row[:] = descriptor, side.start, size, cast
-    found = _Found(
-        index,
-        np.zeros((len(sides) - 1, len(Flow)), np.int64),
-        np.zeros((len(sides), -(-(stop - first) // BLOCK))),
+def _files(tensors: Sequence[Followed], shards: OpenShards) -> NDArray[np.int64]:
+    """Where compiled code reads each side of each tensor; shape (tensors, sides, 4)."""
+    return np.array(
+        [
+            [
+                (shards[side.shard].descriptor, side.start, DTYPES[side.dtype].bits // 8, cast)
+                for side, cast in zip(followed.sides, followed.casts()[0], strict=True)
+            ]
+            for followed in tensors
+        ]
     )
-    values, magnitude = facts_of(compare).values, followed.code_dtype.type(compare.magnitude)
-    came = follow_span(files, tables, values, magnitude, span, rooms, found.counts, found.sums)
-    if came < stop:
-        _fail(followed, came, min(came + rooms.codes.shape[1], stop), shards)
+
+
+def _jobs(tensors: Sequence[Followed]) -> Iterator[list[_Span]]:
+    """Spans in order, as many to a job as are worth a trip through Python; those of a job have the same dtypes."""
+    sides = len(tensors[0].sides)
+    longest = max(_JOB // sides // 2, 1) * BLOCK  # by the tensor alone: what a sum rounds to depends on no other
+    for _, alike in groupby(enumerate(tensors), key=lambda numbered: numbered[1].dtypes):
+        job: list[_Span] = []
+        total = 0
+        for index, followed in alike:
+            numel = followed.sides[0].numel
+            for first in range(0, numel, longest):
+                job.append(_Span(index, first, min(first + longest, numel)))
+                total += job[-1].stop - first
+                if total * sides >= _JOB * BLOCK or len(job) == _SPANS:
+                    yield job
+                    job, total = [], 0
+        if job:
+            yield job
+
+
+def _follow(
+    tensors: Sequence[Followed], files: NDArray[np.int64], job: Sequence[_Span], shards: OpenShards, rooms: Rooms
+) -> _Found:
+    _announce(tensors, job, shards)
+    alike = tensors[job[0].tensor]
+    _, tables = alike.casts()
+    values, magnitude = facts_of(alike.compare).values, alike.code_dtype.type(alike.compare.magnitude)
+    spans = np.array(job)
+    found = _Found(
+        spans[:, 0],
+        np.zeros((len(job), files.shape[1] - 1, len(Flow)), np.int64),
+        np.zeros((len(job), files.shape[1])),
+    )
+    done = follow_spans(spans, files, tables, values, magnitude, rooms, found.counts, found.sums)
+    if done < len(job):
+        _fail(tensors[job[done].tensor], job[done], shards)
     return found
 
 
-def _fail(followed: Followed, first: int, stop: int, shards: OpenShards) -> None:
-    """Read coordinates that compiled code could not read, to learn why."""
+def _announce(tensors: Sequence[Followed], job: Sequence[_Span], shards: OpenShards) -> None:
+    """Check the files and tell the disk what comes next, at once for what lies in one piece."""
+    first, last = tensors[job[0].tensor], tensors[job[-1].tensor]
+    numel = sum(span.stop - span.first for span in job)
+    for number, (begin, end) in enumerate(zip(first.sides, last.sides, strict=True)):
+        size = DTYPES[begin.dtype].bits // 8
+        start, stop = begin.start + job[0].first * size, end.start + job[-1].stop * size
+        if begin.shard is end.shard and stop - start == numel * size:
+            shards[begin.shard].ready(start, stop)
+        else:
+            for span in job:
+                side = tensors[span.tensor].sides[number]
+                shards[side.shard].ready(side.start + span.first * size, side.start + span.stop * size)
+
+
+def _fail(followed: Followed, span: _Span, shards: OpenShards) -> None:
+    """Read a span that compiled code could not read, to learn why."""
     for side in followed.sides:
         size = DTYPES[side.dtype].bits // 8
-        buffer = np.empty((stop - first) * size, np.uint8)
-        with shards[side.shard].window(side, side.start + first * size, side.start + stop * size, buffer):
-            pass
+        buffer = np.empty(BLOCK * size, np.uint8)
+        for first in range(span.first, span.stop, BLOCK):
+            stop = min(first + BLOCK, span.stop)
+            with shards[side.shard].window(side, side.start + first * size, side.start + stop * size, buffer):
+                pass
     raise CheckpointError(
-        f"cannot read the shard: coordinates {first} to {stop} of {followed.sides[0].name} failed once"
+        f"cannot read the shard: coordinates {span.first} to {span.stop} of {followed.sides[0].name} failed once"
     )

@@ -35,13 +35,18 @@ class Followed:
     compare: Format
 
     @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Dtype of each side."""
+        return tuple(side.dtype for side in self.sides)
+
+    @property
     def code_dtype(self) -> np.dtype[np.unsignedinteger]:
         """Dtype of codes; those of 8 bits are widened."""
         return max(self.compare.code_dtype, np.dtype(np.uint16))
 
     def casts(self) -> tuple[tuple[int, ...], NDArray[np.unsignedinteger]]:
         """How each side becomes codes, and the tables for it, of shape (sides, 0 or 65536)."""
-        return _casts(tuple(side.dtype for side in self.sides), self.compare, self.code_dtype)
+        return _casts(self.dtypes, self.compare, self.code_dtype)
 
 
 @cache
@@ -117,7 +122,7 @@ def plan_track(
             bitwise += 1
             continue
         sides = (tensor, *(names[name].tuned for names in counterparts))
-        followed.append(Followed(sides, _common(sides, compare)))
+        followed.append(Followed(sides, _common(tuple(side.dtype for side in sides), compare)))
     if bitwise:
         warnings[f"{plural(bitwise, 'tensor')} of integers or opaque codes left out"] = None
     if not followed:
@@ -130,9 +135,10 @@ def plan_track(
     return TrackPlan(opened, later, tuple(followed), tuple(warnings))
 
 
-def _common(sides: Sequence[TensorInfo], compare: Compare) -> Format:
+@cache
+def _common(dtypes: tuple[str, ...], compare: Compare) -> Format:
     """One compare format for all sides, so that steps can be compared with each other."""
-    formats = [stored_format(side.dtype) for side in sides]
+    formats = [stored_format(dtype) for dtype in dtypes]
     common = formats[0]
     for format in formats[1:]:
         common = compare_format(common, format, "stored")

@@ -64,29 +64,66 @@ def test_groups(trajectory: Trajectory) -> None:
     assert modules == {"embed_tokens", "up_proj", "q_proj", "norm", "other"}
 
 
+def save_backwards(tensors: dict[str, np.ndarray], folder: Path) -> Path:
+    """Write shards of tensors that are no neighbours in a single file, those with the last names first."""
+    folder.mkdir()
+    names = sorted(tensors, reverse=True)
+    shards = {f"model-{at}.safetensors": names[at::3] for at in range(3)}
+    for shard, some in shards.items():
+        save_file({name: tensors[name] for name in some}, folder / shard)
+    weights = {name: shard for shard, some in shards.items() for name in some}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    return folder
+
+
+def assert_same(found: Track, expected: Track) -> None:
+    """All counts and all digits of norms, whatever the order of tensors."""
+    order = [found.names.index(name) for name in expected.names]
+    for key, counts in expected.counts.items():
+        assert np.array_equal(found.counts[key][:, order], counts), key
+    assert np.array_equal(found.delta_norms[:, order], expected.delta_norms)
+    assert np.array_equal(found.base_norms[order], expected.base_norms)
+
+
 def test_no_digit_depends_on_threads_or_on_the_file_layout(trajectory: Trajectory, tmp_path: Path) -> None:
-    results = [track(trajectory.paths[0], trajectory.paths[1:], threads=threads) for threads in (1, 3)]
-    moved = [tmp_path / path.name for path in trajectory.paths]
-    for path, tensors in zip(moved, trajectory.sides, strict=True):
-        save_file(dict(reversed(tensors.items())), path)
-    results.append(track(moved[0], moved[1:]))
-    for other in results[1:]:
-        order = [other.names.index(name) for name in results[0].names]
-        assert np.array_equal(other.delta_norms[:, order], results[0].delta_norms)
-        assert np.array_equal(other.base_norms[order], results[0].base_norms)
+    base, *steps = trajectory.paths
+    expected = track(base, steps, threads=1)
+    assert_same(track(base, steps, threads=3), expected)
+    moved = [
+        save_backwards(tensors, tmp_path / path.name)
+        for path, tensors in zip(trajectory.paths, trajectory.sides, strict=True)
+    ]
+    assert_same(track(moved[0], moved[1:]), expected)
+    assert_same(track(base, [steps[0], moved[2], *steps[2:]]), expected)
+
+
+def test_no_digit_depends_on_the_other_tensors(trajectory: Trajectory) -> None:
+    together = track(trajectory.paths[0], trajectory.paths[1:])
+    for index, name in enumerate(together.names):
+        alone = track(trajectory.paths[0], trajectory.paths[1:], include=(name,))
+        assert np.array_equal(alone.delta_norms[:, 0], together.delta_norms[:, index])
+        assert alone.base_norms[0] == together.base_norms[index]
+
+
+def test_tensors_of_many_jobs(trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow_module, "_JOB", 1)
+    found = track(trajectory.paths[0], trajectory.paths[1:])
+    for label, rows in found.grouped("tensor"):
+        assert_rows(rows, trajectory.rows([label["name"]], "bf16"))
 
 
 def test_each_byte_is_read_once(trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int, int]] = []
-    real = follow_module.follow_span
+    real = follow_module.follow_spans
 
-    def spy(
-        files: np.ndarray, tables: object, values: object, magnitude: object, extent: tuple[int, int], *rest: object
-    ) -> int:
-        asked.extend((os.fstat(row[0]).st_ino, *(int(row[1] + row[2] * at) for at in extent)) for row in files)
-        return real(files, tables, values, magnitude, extent, *rest)
+    def spy(spans: np.ndarray, files: np.ndarray, *rest: object) -> int:
+        for tensor, *extent in spans:
+            asked.extend(
+                (os.fstat(row[0]).st_ino, *(int(row[1] + row[2] * at) for at in extent)) for row in files[tensor]
+            )
+        return real(spans, files, *rest)
 
-    monkeypatch.setattr(follow_module, "follow_span", spy)
+    monkeypatch.setattr(follow_module, "follow_spans", spy)
     track(trajectory.paths[0], trajectory.paths[1:], exclude=("position_ids",))
     for path, tensors in zip(trajectory.paths, trajectory.sides, strict=True):
         spans = sorted(span[1:] for span in asked if span[0] == path.stat().st_ino)
@@ -265,13 +302,13 @@ def test_a_checkpoint_that_shrinks_is_an_error(
 ) -> None:
     copy = tmp_path / "step.safetensors"
     copy.write_bytes(trajectory.paths[1].read_bytes())
-    real = follow_module.follow_span
+    real = follow_module.follow_spans
 
     def shrink(*arguments: object) -> int:
         os.truncate(copy, 1000)
         return real(*arguments)
 
-    monkeypatch.setattr(follow_module, "follow_span", shrink)
+    monkeypatch.setattr(follow_module, "follow_spans", shrink)
     with pytest.raises(ChangedFileError):
         track(trajectory.paths[0], [copy])
 

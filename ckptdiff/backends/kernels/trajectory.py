@@ -31,9 +31,8 @@ from ckptdiff.backends.kernels.lanes import (
 )
 from ckptdiff.backends.kernels.stored import Cast, decode
 from ckptdiff.backends.kernels.tiles import Array
-from ckptdiff.backends.partial import BLOCK
 
-__all__ = ["Flow", "Rooms", "follow_span", "new_rooms"]
+__all__ = ["Flow", "Rooms", "follow_spans", "new_rooms"]
 
 PIECES_BYTES = 3 << 20
 """Bytes of a piece of all checkpoints together: about the caches of a core."""
@@ -217,21 +216,23 @@ def read_piece(first: int, stop: int, files: Array, tables: Array, rooms: Rooms)
 
 
 @kernel
-def follow_span(
+def follow_spans(
+    spans: Array,
     files: Array,
     tables: Array,
     values: Array,
     magnitude: Any,
-    extent: tuple[int, int],
     rooms: Rooms,
     counts: Array,
     sums: Array,
 ) -> int:
-    """Follow a span of blocks of one tensor through all checkpoints.
+    """Follow spans of tensors of the same dtypes through all checkpoints.
 
     Parameters
     ----------
-    files : int64 array, shape (1 + steps, 4)
+    spans : int64 array, shape (spans, 3)
+        Number of a tensor, the first coordinate, and where to stop.
+    files : int64 array, shape (tensors, 1 + steps, 4)
         Of the base and of each step: descriptor, offset of coordinate 0 in the file, bytes of an element, and how it
         becomes a code of the compare format (:class:`~ckptdiff.backends.kernels.stored.Cast`).
     tables : array of codes, shape (1 + steps, 0 or 65536)
@@ -240,26 +241,26 @@ def follow_span(
         Value of each code; empty for bfloat16, float32 and float64.
     magnitude : unsigned
         Mask of the magnitude bits, in the dtype of codes.
-    extent : (int, int)
-        First coordinate, a multiple of ``BLOCK``, and where to stop.
     rooms : Rooms
-    counts : int64 array, shape (steps, 4)
+    counts : int64 array, shape (spans, steps, 4)
         Added to; columns are those of :class:`Flow`.
-    sums : float64 array, shape (1 + steps, blocks)
-        Added to: sum of W0^2, then of (W - W0)^2 at each step, by block of the span.
+    sums : float64 array, shape (spans, 1 + steps)
+        Added to: sum of W0^2, then of (W - W0)^2 at each step.
 
     Returns
     -------
     int
-        How far it came: less than all if a piece could not be read.
+        How many spans were followed: less than all if the next could not be read.
     """
     piece = rooms.codes.shape[1]
-    for first in range(extent[0], extent[1], piece):
-        stop, block = min(first + piece, extent[1]), (first - extent[0]) // BLOCK
-        if not read_piece(first, stop, files, tables, rooms):
-            return first
-        follow_piece(stop - first, magnitude, rooms)
-        counts += rooms.piece_flows[1:]
-        for side in range(files.shape[0]):
-            sums[side, block] += sum_piece(side, stop - first, values, rooms)
-    return extent[1]
+    for i in range(len(spans)):
+        tensor, first, stop = spans[i]
+        for start in range(first, stop, piece):
+            end = min(start + piece, stop)
+            if not read_piece(start, end, files[tensor], tables, rooms):
+                return i
+            follow_piece(end - start, magnitude, rooms)
+            counts[i] += rooms.piece_flows[1:]
+            for side in range(sums.shape[1]):
+                sums[i, side] += sum_piece(side, end - start, values, rooms)
+    return len(spans)
