@@ -2,13 +2,14 @@
 
     python bench/masked_step.py --numel 100000000 --density 0.2 --tensors 48
 
-Each row is the median over rounds in which all optimizers take one step in turn, so that what else the machine does
-meets them alike.
+Each row is the median over rounds in which all optimizers take one step, each round in an order of its own: what else
+the machine does meets them alike, and a step is slower after one that frees much memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -62,8 +63,10 @@ def measure(numel: int, tensors: int, density: float, rounds: int, dtype: torch.
             parameter.grad = gradient.clone() if "freeze" in name else gradient
         optimizers[name] = (make(parameters), parameters)
     times: dict[str, list[float]] = {name: [] for name in optimizers}
+    shuffle = random.Random(0).sample
     for turn in range(rounds + 1):
-        for name, (optimizer, _) in optimizers.items():
+        for name in shuffle(list(optimizers), len(optimizers)):
+            optimizer = optimizers[name][0]
             start = time.perf_counter()
             optimizer.step()
             if turn:  # the first one makes the state
