@@ -20,7 +20,6 @@ from ckptdiff.backends.kernels.tiles import facts_of, new_measure, round_down, t
 from ckptdiff.backends.partial import BLOCK, Count, Partial, Refined, Scan, Targets
 from ckptdiff.backends.records import Records
 from ckptdiff.backends.source import Extent, Source, Window
-from ckptdiff.errors import CheckpointError
 
 __all__ = ["CpuWorker", "cast_of"]
 
@@ -176,9 +175,7 @@ class CpuWorker:
 def _advanced(source: Source, window: Window, first: int, came: int) -> int:
     """Where a kernel goes on that stopped at ``came``; an error if it could not read on from ``first``."""
     if came == first:
-        stop = min(first + FETCH, window.stop)
-        source.fail(first, stop)
-        raise CheckpointError(f"cannot read the shard: coordinates {first} to {stop} of a span failed once")
+        source.fail(first, min(first + FETCH, window.stop))
     return came
 
 

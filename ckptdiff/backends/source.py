@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +61,7 @@ class Source(Protocol):
     def blocks(self) -> Iterator[tuple[ByteArray, ByteArray]]:
         """Raw bytes of both sides, ``BLOCK`` coordinates at a time; read-only, valid until the next is asked for."""
 
-    def fail(self, first: int, stop: int) -> None:
+    def fail(self, first: int, stop: int) -> NoReturn:
         """Read coordinates that compiled code could not read, to learn why.
 
         Raises
@@ -99,6 +99,6 @@ class InMemory:
                 self._tuned[self._tuned.size * first // self.numel : self._tuned.size * stop // self.numel],
             )
 
-    def fail(self, first: int, stop: int) -> None:
+    def fail(self, first: int, stop: int) -> NoReturn:
         """Memory does not fail."""
         raise AssertionError(f"coordinates {first} to {stop} were not measured")

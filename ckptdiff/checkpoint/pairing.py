@@ -229,9 +229,18 @@ def _select(pairing: Pairing, globs: Globs) -> Pairing:
 
 
 def _nothing_to_compare(base: Checkpoint, tuned: Checkpoint, everything: Pairing, selected: Pairing) -> PairingError:
-    if everything.pairs:
+    alone = (*selected.only_in_base, *selected.only_in_tuned)
+    if everything.pairs and alone and not selected.mismatched:
+        return PairingError(
+            "no tensor that --include and --exclude leave is in both checkpoints",
+            file=tuned.path,
+            expected=f"names that are also in {base.path}",
+            found="in one of them only: " + first_few(alone),
+        )
+    if everything.pairs and not selected.mismatched:
         return PairingError(
             "--include and --exclude leave no tensor to compare",
+            file=tuned.path,
             expected=f"some of {len(everything.pairs)} pairs, such as "
             + first_few(pair.name for pair in everything.pairs),
             found="none",

@@ -70,9 +70,10 @@ def track(base: str, steps: tuple[str, ...], **given: Any) -> int:
     is new (it never did before), returned (it did, but not one step ago), reverted (it is back at the base) or churned
     (it was in the support and has another value now). A TRACK.h5 alone is printed again, as it is.
     """
-    kept = [file for path in (base, *steps) for file in files_of(path)] + ([Path(given["out"])] if given["out"] else [])
+    out = None if given["out"] is None else Path(given["out"])
+    kept = [*(file for path in (base, *steps) for file in files_of(path)), *([] if out is None else [out])]
     target = ReportTarget.choose(given["output"], binary=False, kept=kept)
-    found = _found(base, steps, given)
+    found = _found(base, steps, out, given)
     warn(found.warnings)
     with target.open() as stream:
         if given["format"] == "json":
@@ -91,7 +92,7 @@ def track(base: str, steps: tuple[str, ...], **given: Any) -> int:
     return OK
 
 
-def _found(base: str, steps: tuple[str, ...], given: dict[str, Any]) -> Track:
+def _found(base: str, steps: tuple[str, ...], out: Path | None, given: dict[str, Any]) -> Track:
     if not steps and _is_hdf5(base):
         from ckptdiff.track import load_track
 
@@ -102,9 +103,9 @@ def _found(base: str, steps: tuple[str, ...], given: dict[str, Any]) -> Track:
     from ckptdiff.track import track as follow
     from ckptdiff.track.file import check_track_target
 
-    if given["out"]:
+    if out is not None:
         shards = [shard for path in (base, *steps) for shard in open_checkpoint(path).shards]
-        check_track_target(Path(given["out"]), shards)
+        check_track_target(out, shards)
     compare: Compare = given["compare"]
     with progress(shown=given["progress"], quiet=False) as tell:
         found = follow(
@@ -116,8 +117,8 @@ def _found(base: str, steps: tuple[str, ...], given: dict[str, Any]) -> Track:
             threads=given["threads"],
             listener=tell,
         )
-    if given["out"]:
-        save_track(found, given["out"])
+    if out is not None:
+        save_track(found, out)
     return found
 
 

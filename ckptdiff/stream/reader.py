@@ -12,7 +12,8 @@ import ctypes
 import errno
 import mmap
 import os
-from collections.abc import Iterator
+import resource
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import Shard, TensorInfo
-from ckptdiff.errors import ChangedFileError, CheckpointError
+from ckptdiff.errors import ChangedFileError, CheckpointError, first_few
 
-__all__ = ["ShardReader"]
+__all__ = ["ShardReader", "failed_once"]
 
 READ_AHEAD = 16 << 20
 """Bytes asked for ahead of each window of a file that is not in the page cache."""
@@ -70,7 +71,7 @@ class ShardReader:
         except FileNotFoundError as error:
             raise _vanished(shard, error) from error
         except OSError as error:
-            hint = "ulimit -n 4096" if error.errno == errno.EMFILE else None
+            hint = _more_files() if error.errno == errno.EMFILE else None
             raise CheckpointError(f"cannot open the shard: {error.strerror}", file=shard.path, hint=hint) from error
         self._bytes: NDArray[np.uint8] | None = None
         self._advised = 0, 0  # a window and what was asked for after it
@@ -257,6 +258,22 @@ class ShardReader:
             found=f"{found} bytes",
             hint="compare a copy that nothing writes to",
         )
+
+
+def failed_once(sides: Sequence[TensorInfo]) -> CheckpointError:
+    """The error where compiled code could not read a tensor, and a second look finds nothing wrong."""
+    paths = list(dict.fromkeys(side.shard.path for side in sides))
+    return CheckpointError(
+        "a shard could not be read, and then it could",
+        file=first_few(paths, most=len(paths), between=" or "),
+        tensor=sides[0].name,
+        hint="run it again; if that happens again, look after the disk or the network under these files",
+    )
+
+
+def _more_files() -> str:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return f"a hard limit of more than {hard} open files (ulimit -Hn), or checkpoints of fewer and larger shards"
 
 
 def _vanished(shard: Shard, error: OSError) -> ChangedFileError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
+from typing import NoReturn
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from ckptdiff.backends.partial import BLOCK
 from ckptdiff.backends.source import ByteArray, Extent, Window
 from ckptdiff.checkpoint import DTYPES, TensorInfo, TensorPair
 from ckptdiff.stream.plan import Span
+from ckptdiff.stream.reader import failed_once
 from ckptdiff.stream.shards import OpenShards
 
 __all__ = ["Buffers", "ShardSource"]
@@ -82,11 +84,12 @@ class ShardSource:
                 ]
                 yield views[0], views[-1]
 
-    def fail(self, first: int, stop: int) -> None:
+    def fail(self, first: int, stop: int) -> NoReturn:
         """Read coordinates that compiled code could not read; raises what is wrong."""
         for index, side in enumerate(self._sides()):
             with self._window(index, side, first, stop):
                 pass
+        raise failed_once(self._sides())
 
     def _sides(self) -> list[TensorInfo]:
         """What is to be read: bytes that both names share are read once."""

@@ -137,6 +137,8 @@ def _read(file: Any) -> Track:
     names = texts_of_tensors(tensors, "name")
     figures = {key: numbers_of(tensors[key], np.uint64) for key in _COUNTED}
     figures["delta_norm"] = numbers_of(tensors["delta_norm"], np.float64)
+    if not known["steps"]:
+        raise WrongTypeError("at least one step in /provenance", "none")
     for key, values in figures.items():
         if values.shape != (len(known["steps"]), len(names)):
             expected = f"{len(known['steps'])} x {len(names)} values in /tensors/{key}: steps x tensors"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,10 @@ from ckptdiff.backends.kernels.tiles import facts_of
 from ckptdiff.backends.kernels.trajectory import Flow, Rooms, follow_spans, new_rooms
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES
-from ckptdiff.errors import CheckpointError, OptionError
+from ckptdiff.errors import OptionError
 from ckptdiff.events import Listener, StageProgress
 from ckptdiff.options import Compare, default_threads
+from ckptdiff.stream.reader import failed_once
 from ckptdiff.stream.shards import OpenShards, open_shards
 from ckptdiff.track.plan import Followed, plan_track
 from ckptdiff.track.result import Track
@@ -65,7 +66,7 @@ def track(
 ) -> Track:
     """Follow an update through the checkpoints of a training run.
 
-    Counts are exact; norms of bfloat16 checkpoints, summed in float32 over 256 coordinates, are good to six digits.
+    Counts are exact; norms of bfloat16 checkpoints, summed in float32 over 256 coordinates, are good to five digits.
 
     Parameters
     ----------
@@ -210,7 +211,7 @@ def _announce(tensors: Sequence[Followed], job: Sequence[_Span], shards: OpenSha
                 shards[side.shard].ready(side.start + span.first * size, side.start + span.stop * size)
 
 
-def _fail(followed: Followed, span: _Span, shards: OpenShards) -> None:
+def _fail(followed: Followed, span: _Span, shards: OpenShards) -> NoReturn:
     """Read a span that compiled code could not read, to learn why."""
     for side in followed.sides:
         size = DTYPES[side.dtype].bits // 8
@@ -219,6 +220,4 @@ def _fail(followed: Followed, span: _Span, shards: OpenShards) -> None:
             stop = min(first + BLOCK, span.stop)
             with shards[side.shard].window(side, side.start + first * size, side.start + stop * size, buffer):
                 pass
-    raise CheckpointError(
-        f"cannot read the shard: coordinates {span.first} to {span.stop} of {followed.sides[0].name} failed once"
-    )
+    raise failed_once(followed.sides)

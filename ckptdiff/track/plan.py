@@ -99,9 +99,9 @@ def plan_track(
     PairingError
         A step that has no tensor of the base, or no floating tensor that all steps have.
     """
+    opened = open_checkpoint(base)
     if not steps:
         raise OptionError("nothing to follow: name a base and at least one later checkpoint")
-    opened = open_checkpoint(base)
     later = tuple(open_checkpoint(step) for step in steps)
     warnings: dict[str, None] = dict.fromkeys(opened.warnings)
     pairings = [pair(opened, step, include=include, exclude=exclude) for step in later]

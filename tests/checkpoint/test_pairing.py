@@ -298,11 +298,25 @@ class TestSelection:
         assert "--include mlp matches no tensor" in pairing.warnings
         assert "--exclude bias matches no tensor" in pairing.warnings
 
-    @pytest.mark.parametrize("options", [{"include": ["mlp"]}, {"exclude": ["*"]}, {"include": ["old"]}])
+    @pytest.mark.parametrize("options", [{"include": ["mlp"]}, {"exclude": ["*"]}])
     def test_nothing_left(self, options):
         with pytest.raises(PairingError, match="leave no tensor to compare") as caught:
             self.select(**options)
         assert "l.0.mlp.w" in caught.value.expected
+
+    def test_only_what_one_side_lacks_is_left(self):
+        with pytest.raises(PairingError, match="leave is in both checkpoints") as caught:
+            self.select(include=["old"])
+        assert caught.value.file and caught.value.found == "in one of them only: old"
+
+    def test_only_what_cannot_be_compared_is_left(self):
+        base, tuned = (
+            checkpoint({"a": ("F32", (1,)), "b": ("F32", (1,))}),
+            checkpoint({"a": ("F32", (1,)), "b": ("F32", (2,))}),
+        )
+        with pytest.raises(PairingError, match="can be compared") as caught:
+            pair(base, tuned, include=["b"])
+        assert caught.value.tensor == "b" and "shapes differ" in caught.value.found
 
 
 class TestNothingToCompare:

@@ -245,7 +245,9 @@ def test_steps_are_labelled_by_what_tells_them_apart(steps: list[str], labels: l
     assert _labels(steps) == labels
 
 
-@pytest.mark.parametrize("kind", ["absent", "text", "foreign", "incomplete", "newer", "no version", "damaged", "short"])
+@pytest.mark.parametrize(
+    "kind", ["absent", "text", "foreign", "incomplete", "newer", "no version", "damaged", "short", "no step"]
+)
 def test_files_that_are_no_track_files(kind: str, trajectory: Trajectory, tmp_path: Path) -> None:
     path = tmp_path / "track.h5"
     if kind == "text":
@@ -261,6 +263,14 @@ def test_files_that_are_no_track_files(kind: str, trajectory: Trajectory, tmp_pa
                 file.attrs["format_version"] = 99
             elif kind == "no version":
                 del file.attrs["format_version"]
+            elif kind == "no step":
+                known = json.loads(file["provenance"][()])
+                del file["provenance"]
+                file["provenance"] = json.dumps(known | {"steps": []})
+                for key in ("support", "touched", "reverted", "churned", "delta_norm"):
+                    figures = file[f"tensors/{key}"][:0]
+                    del file[f"tensors/{key}"]
+                    file[f"tensors/{key}"] = figures
             elif kind == "short":
                 counts = file["tensors/support"][:0]
                 del file["tensors/support"]
@@ -285,6 +295,12 @@ def test_what_cannot_be_followed_is_refused(trajectory: Trajectory, tmp_path: Pa
         track(base, [tmp_path / "alone.safetensors"])
     with pytest.raises(PairingError, match="no floating tensor"):
         track(base, trajectory.paths[1:], include=("position_ids",))
+    tensors = load_file(trajectory.paths[2])
+    del tensors["scalar"]
+    save_file(tensors, tmp_path / "step.safetensors")
+    with pytest.raises(PairingError, match="in both checkpoints") as caught:
+        track(base, [trajectory.paths[1], tmp_path / "step.safetensors"], include=("scalar",))
+    assert caught.value.file == str(tmp_path / "step.safetensors") and "scalar" in str(caught.value.found)
 
 
 def test_tensors_that_one_step_lacks_are_left_out_and_said(trajectory: Trajectory, tmp_path: Path) -> None:
@@ -311,6 +327,14 @@ def test_a_checkpoint_that_shrinks_is_an_error(
     monkeypatch.setattr(follow_module, "follow_spans", shrink)
     with pytest.raises(ChangedFileError):
         track(trajectory.paths[0], [copy])
+
+
+def test_a_read_that_fails_once_names_tensor_and_files(trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow_module, "follow_spans", lambda *arguments: 0)
+    with pytest.raises(CheckpointError, match="could not be read, and then it could") as caught:
+        track(trajectory.paths[0], trajectory.paths[1:3])
+    assert caught.value.file == " or ".join(str(path) for path in trajectory.paths[:3])
+    assert caught.value.tensor in SHAPES and caught.value.hint
 
 
 def test_the_command(trajectory: Trajectory, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -370,3 +394,7 @@ def test_the_command_replaces_nothing_but_track_files(
     assert main(["track", *paths, "-O", paths[1]]) == 2
     assert main(["track", paths[0]]) == 2
     assert "nothing to follow" in capsys.readouterr().err
+    assert main(["track", str(tmp_path / "absent.h5")]) == 2
+    assert "absent.h5" in capsys.readouterr().err
+    assert main(["track", *paths, "-o", ""]) == 2
+    assert "a directory" in capsys.readouterr().err

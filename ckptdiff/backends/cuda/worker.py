@@ -28,7 +28,7 @@ from ckptdiff.backends.kernels.figures import Wanted
 from ckptdiff.backends.partial import BINS, Partial, Refined, Rule, Scan, Targets
 from ckptdiff.backends.records import Records
 from ckptdiff.backends.source import ByteArray, Extent, Source, Window
-from ckptdiff.errors import CheckpointError, DeviceError
+from ckptdiff.errors import DeviceError
 
 __all__ = ["CudaWorker", "open_pipeline"]
 
@@ -188,9 +188,7 @@ def _read(scan: Scan, source: Source, window: Window, first: int, *rooms: ByteAr
     for (extent, stored), room in zip(sides, rooms, strict=False):
         item = stored.bits // 8
         if not _fill(room, extent, (first - window.first) * item):
-            stop = first + room.size // item
-            source.fail(first, stop)
-            raise CheckpointError(f"cannot read the shard: coordinates {first} to {stop} of a span failed once")
+            source.fail(first, first + room.size // item)
 
 
 def _fill(room: ByteArray, extent: Extent, start: int) -> bool:
