@@ -67,7 +67,7 @@ class Source(Protocol):
         Raises
         ------
         CkptdiffError
-            Whatever is wrong.
+            Whatever is wrong, also where a second look finds nothing.
         """
 
 

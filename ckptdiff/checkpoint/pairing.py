@@ -229,15 +229,16 @@ def _select(pairing: Pairing, globs: Globs) -> Pairing:
 
 
 def _nothing_to_compare(base: Checkpoint, tuned: Checkpoint, everything: Pairing, selected: Pairing) -> PairingError:
-    alone = (*selected.only_in_base, *selected.only_in_tuned)
-    if everything.pairs and alone and not selected.mismatched:
-        return PairingError(
-            "no tensor that --include and --exclude leave is in both checkpoints",
-            file=tuned.path,
-            expected=f"names that are also in {base.path}",
-            found="in one of them only: " + first_few(alone),
-        )
     if everything.pairs and not selected.mismatched:
+        alone = (*selected.only_in_base, *selected.only_in_tuned)
+        if alone:
+            return PairingError(
+                "what --include and --exclude leave is in one of the two checkpoints only",
+                file=tuned.path,
+                expected=f"tensors that are in {base.path} too",
+                found=first_few(alone),
+                hint="ckptdiff inspect lists the tensors of a checkpoint",
+            )
         return PairingError(
             "--include and --exclude leave no tensor to compare",
             file=tuned.path,

@@ -267,7 +267,7 @@ def failed_once(sides: Sequence[TensorInfo]) -> CheckpointError:
         "a shard could not be read, and then it could",
         file=first_few(paths, most=len(paths), between=" or "),
         tensor=sides[0].name,
-        hint="run it again; if that happens again, look after the disk or the network under these files",
+        hint="run it again; if that happens again, look at the disk or the network they are on",
     )
 
 
