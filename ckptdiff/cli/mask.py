@@ -107,8 +107,8 @@ def export(run: str, names: tuple[str, ...], out: str, layout: str, **given: Any
             from ckptdiff.exports.shira import export_shira
 
             adapter = export_shira(file, Path(out), names=names, **given)
-            kept = "" if adapter.energy is None else f", {percent(adapter.energy)} of their sum d^2"
-            what = f"{quantity(adapter.coordinates)} coordinates of {plural(adapter.layers, 'layer')}{kept},"
+            what = f"{quantity(adapter.coordinates)} coordinates of {plural(adapter.layers, 'layer')}"
+            what += f", {percent(adapter.energy)} of their sum d^2,"
         elif layout == "patch":
             from ckptdiff.exports.patch import export_patch, missing_from_patch
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.checkpoint.globs import Globs
-from ckptdiff.errors import OptionError
+from ckptdiff.errors import OptionError, first_few
 from ckptdiff.exports.linear_layers import refusal
 from ckptdiff.result import TensorFacts
 from ckptdiff.runfile.reader import RunFile
@@ -44,13 +44,13 @@ class ShiraExport:
         Matrices it changes.
     coordinates : int
         How many of their coordinates.
-    energy : float or None
-        Share of those matrices' sum d^2 that it keeps; None if nothing changed.
+    energy : float
+        Share of those matrices' sum d^2 that it keeps.
     """
 
     layers: int
     coordinates: int
-    energy: float | None
+    energy: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,8 @@ def export_shira(
     ------
     OptionError
         No matrix of that name, a tensor that is not the weight of a linear layer (embeddings and GPT-2's Conv1D are
-        none to PEFT), or a rank that a matrix cannot meet: ``rank * (m + n)`` exceeds its m n coordinates.
+        none to PEFT), a rank that a matrix cannot meet (``rank * (m + n)`` exceeds its m n coordinates), or matrices
+        of which none changed.
     CheckpointError
         A checkpoint is not what the run compared, by headers or by norms, or changes while it is read.
     RunFileError
@@ -116,6 +117,15 @@ def export_shira(
             largest = _largest_changes(shards, *pair, rank * sum(facts.shape))
             found.append(largest)
             entries += _entries(facts, largest)
+    total = sum(largest.total for largest in found)
+    if not total:
+        raise OptionError(
+            "an adapter would change nothing",
+            file=run.path,
+            expected="some change in the matrices that it adapts",
+            found=f"none in {first_few(facts.name for facts in chosen)}",
+            hint="name other matrices, or compare other checkpoints",
+        )
     text = json.dumps(_config(chosen, rank, sides[0]), indent=2, sort_keys=True) + "\n"
     with StagedFolder(target) as made:
         with StagedFile(made.path / "adapter_model.safetensors") as staged:
@@ -123,11 +133,10 @@ def export_shira(
             staged.commit()
         write_whole(made.path / "adapter_config.json", text.encode())
         made.commit()
-    total = sum(largest.total for largest in found)
     return ShiraExport(
         layers=len(found),
         coordinates=sum(largest.indices.size for largest in found),
-        energy=sum(largest.kept for largest in found) / total if total else None,
+        energy=sum(largest.kept for largest in found) / total,
     )
 
 

@@ -304,8 +304,9 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         known: dict[tuple[int, int, bool], NDArray[np.float32]] = {}
         for parameter, support, group, fresh in parameters:
             state = self.state[parameter]
-            state["step"] += 1
-            key = id(group), int(state["step"]), fresh
+            count = int(state["step"]) + 1
+            state["step"].fill_(count)
+            key = id(group), count, fresh
             if key not in known:
                 known[key] = np.array(self.constants(group, *key[1:]), np.float32)
             used = (*self.slots(group), "master")

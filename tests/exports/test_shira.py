@@ -133,6 +133,14 @@ def test_what_no_adapter_can_hold_is_refused(make_run: Callable, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir() if "full" in path.name or path.suffix == ".tmp"] == ["full"]
 
 
+def test_matrices_that_never_moved_are_refused(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    ckptdiff.diff(sides[0], sides[0], out=tmp_path / "run.h5")
+    with ckptdiff.RunFile(tmp_path / "run.h5") as run, pytest.raises(OptionError, match="change nothing") as caught:
+        export_shira(run, tmp_path / "adapter", rank=1)
+    assert caught.value.file == str(tmp_path / "run.h5") and NAMES["q_proj"] in str(caught.value.found)
+    assert not (tmp_path / "adapter").exists()
+
+
 @pytest.mark.parametrize("writes", range(6))
 def test_an_interrupt_leaves_no_part_of_an_adapter(
     writes: int, make_run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
