@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["peak_resident", "resident"]
+__all__ = ["machine_memory", "peak_resident", "resident"]
+
+_GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def resident() -> int:
@@ -30,3 +33,29 @@ def peak_resident() -> int:
     # ru_maxrss may stem from the process that started this one, so it comes second.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
+
+
+def machine_memory() -> int:
+    """Bytes that this process could have at most: all of the machine, or what its control group is limited to."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([whole, *_group_limits()])
+
+
+def _group_limits() -> Iterator[int]:
+    """Limits of the control groups that this process is in, under version 2 or 1."""
+    try:
+        groups = [line.split(":", 2) for line in _OWN_GROUPS.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in groups:
+        if controllers in ("", "memory"):
+            root, name = (_GROUPS, "memory.max") if not controllers else (_GROUPS / "memory", "memory.limit_in_bytes")
+            # In a container the path may be that of the host, which is not there: the root is the container's own then.
+            group = root / path.lstrip("/")
+            for folder in (group, *group.parents):
+                if not folder.is_relative_to(root):
+                    break
+                try:
+                    yield int((folder / name).read_text())
+                except (OSError, ValueError):  # not there, or "max"
+                    continue

@@ -163,7 +163,8 @@ class Options:
         Worker threads; 0 stands for one per available core.
     max_memory : int
         Bound on the peak resident size of the whole process, mapped pages included, in bytes. 0 stands for
-        :data:`DEFAULT_MEMORY`, or for what one thread needs where the process is larger than that already.
+        :data:`DEFAULT_MEMORY`, or for what all threads need if that is more, up to half of the machine's memory beyond
+        what the process holds already; spectra have a larger default of their own.
     gpu_memory : int
         Bound on the GPU memory that is taken, in bytes; 0 stands for half of what is free.
     io : {"auto", "mmap", "pread"}

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorInfo, TensorPair, locate, open_checkpoint, pair
 from ckptdiff.devices import Device, open_device
 from ckptdiff.events import Listener, ignore
-from ckptdiff.memory import peak_resident, resident
+from ckptdiff.memory import machine_memory, peak_resident, resident
 from ckptdiff.metrics.catalogue import COLUMNS
 from ckptdiff.metrics.measurement import BitMeasurement, FloatMeasurement
 from ckptdiff.metrics.small import one_scan_suffices
@@ -27,6 +27,9 @@ from ckptdiff.runfile.schema import mask_chunk_bytes
 from ckptdiff.runfile.target import check_target
 from ckptdiff.stream.plan import TASK_BLOCKS, Load, Memory, Span, fit_memory
 from ckptdiff.warm_up import Uses, uses
+
+if TYPE_CHECKING:
+    from ckptdiff.spectra.stage import SpectraPlan
 
 __all__ = ["MANY_SMALL", "Plan", "prepare"]
 
@@ -47,6 +50,9 @@ class Plan:
     diff : Diff
         Every fact that needs no data; its columns have length zero.
     memory : Memory
+        Of the coordinate pass.
+    spectra : SpectraPlan or None
+        If spectra are measured after it.
     io : str
         "mmap" or "pread".
     device : Device
@@ -59,6 +65,7 @@ class Plan:
     loads: tuple[Load, ...]
     diff: Diff
     memory: Memory
+    spectra: SpectraPlan | None
     io: str
     device: Device
     options: Options
@@ -80,6 +87,16 @@ class Plan:
         return self.memory.threads
 
     @property
+    def threads_note(self) -> str:
+        """Why fewer threads work than were wanted, in words; empty if all do."""
+        wanted = self.options.threads or default_threads()
+        on_device = min(wanted, self.device.threads or wanted)
+        if self.threads < on_device:
+            least = f"{-(-self.memory.of(on_device) >> 20)}M for {on_device}"
+            return f"memory holds {self.threads} of {wanted} threads; --max-memory {least}"
+        return f"--gpu-memory holds {self.threads} of {wanted} threads" if self.threads < wanted else ""
+
+    @property
     def chunk_bytes(self) -> int:
         """Bytes that the largest task reads."""
         return max((load.span_bytes(Span(0, 0, min(load.blocks, TASK_BLOCKS))) for load in self.loads), default=0)
@@ -87,12 +104,14 @@ class Plan:
     @property
     def projected_memory(self) -> int:
         """Projected peak resident size of the process, in bytes."""
-        return max(self.memory.projected, peak_resident())
+        spectra = self.spectra.projected_memory if self.spectra else 0
+        return max(self.memory.projected, spectra, peak_resident())
 
     @property
     def max_memory(self) -> int:
         """The bound it was fitted into, in bytes."""
-        return self.options.max_memory or max(DEFAULT_MEMORY, self.projected_memory)
+        spectra = self.spectra.max_memory if self.spectra else 0
+        return self.options.max_memory or max(DEFAULT_MEMORY, spectra, self.projected_memory)
 
     @property
     def mostly_small(self) -> bool:
@@ -150,9 +169,15 @@ def prepare(
     device.warm_up(asked, tell)
     diff = _facts(*sides, pairing, options)
     threads = min(options.threads or default_threads(), device.threads or sys.maxsize)
-    default = DEFAULT_MEMORY + device.overhead
-    memory = fit_memory(loads, threads, options.max_memory, default, resident(), want_masks)
-    return Plan(pairing.pairs, loads, diff, memory, io, device, options, want_masks)
+    default, baseline = DEFAULT_MEMORY + device.overhead, resident()
+    growth = (machine_memory() - baseline) // 2
+    memory = fit_memory(loads, threads, options.max_memory, default, growth, baseline, want_masks)
+    spectra = None
+    if options.spectra is not None:
+        from ckptdiff.spectra.stage import plan_spectra
+
+        spectra = plan_spectra(pairing.pairs, options, memory.baseline + memory.results)
+    return Plan(pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks)
 
 
 def _uses(pairs: tuple[TensorPair, ...], loads: tuple[Load, ...], options: Options, want_masks: bool) -> Uses:

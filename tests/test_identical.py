@@ -122,7 +122,7 @@ class Pair:
     def least_memory(self, **options: Any) -> int:
         """The bound that one thread just fits into."""
         plan = prepare(*self.paths, out=self.folder / "run.h5", options=Options(**options))
-        return stream_plan.fit_memory(plan.loads, 1, 0, 1, BASELINE, True).projected
+        return stream_plan.fit_memory(plan.loads, 1, 0, 1, 0, BASELINE, True).projected
 
 
 @pytest.fixture(scope="module")

@@ -148,3 +148,26 @@ def test_the_least_memory(large: tuple[Path, Path], tmp_path: Path) -> None:
     tight = diff(*large, "-o", out, "--threads", "5", "--max-memory", f"{hint[1]}M")
     assert_within(tight, int(hint[1]) * MIB)
     assert 1 <= tight.threads < 5
+
+
+@pytest.mark.parametrize("mode", ["randomized", "exact"])
+def test_spectra_are_in_the_projection(tmp_path: Path, mode: str) -> None:
+    """Of the plan that is printed before as well as of the run."""
+    rng = np.random.default_rng(6)
+    parts = [(rng.standard_normal((1200, 900)) * 0.02).astype(np.float32) for _ in range(2)]
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
+    sides = [dict.fromkeys(names, ("F32", part, 1)) for part in parts]
+    paths = write_pair(tmp_path, sides[0], sides[1])
+    for path in paths:  # as matrices
+        path.write_bytes(path.read_bytes().replace(b"[1, 1080000]", b"[1200, 900] "))
+    ran = diff(*paths, "--spectra", mode, "--threads", "3")
+    bound = {"randomized": 1_500_000_000, "exact": 6_000_000_000}[mode]
+    assert_within(ran, bound)
+    command = [sys.executable, "-m", "ckptdiff", "diff", *map(str, paths), "--dry-run", "--format", "json"]
+    done = subprocess.run([*command, "--spectra", mode, "--threads", "3"], capture_output=True, text=True, check=True)
+    plan = json.loads(done.stdout)
+    assert plan["spectra"]["matrices"] == 3 and plan["spectra"]["mode"] == mode and plan["spectra"]["too_large"] == 0
+    assert ran.peak <= plan["projected_memory"] + 16 * MIB and plan["projected_memory"] <= plan["max_memory"] <= bound
+    bare = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(bare.stdout)["spectra"] is None
+    assert json.loads(bare.stdout)["projected_memory"] < plan["projected_memory"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ def print_plan(base: str, tuned: str, out: Path | None, options: Options, reques
         "chunk_bytes": plan.chunk_bytes,
         "projected_memory": plan.projected_memory,
         "max_memory": plan.max_memory,
+        "spectra": None if plan.spectra is None else asdict(plan.spectra),
     }
     if request.silent:
         return
@@ -49,9 +51,18 @@ def print_plan(base: str, tuned: str, out: Path | None, options: Options, reques
             return
         counts = plan.diff.counts
         left_out = ", ".join(f"{counts[key]:,} {key.replace('_', ' ')}" for key in counts if key != "matched")
-        stream.write(
-            f"compare   {plural(plan.tensors, 'tensor')} ({left_out})\n"
-            f"read      {size(plan.total_bytes)} by {plan.io}\n"
-            f"threads   {plan.threads}, chunks of {binary_size(plan.chunk_bytes)}\n"
-            f"memory    {binary_size(plan.projected_memory)} at most, of {binary_size(plan.max_memory)} allowed\n"
-        )
+        lines = [
+            f"compare   {plural(plan.tensors, 'tensor')} ({left_out})",
+            f"read      {size(plan.total_bytes)} by {plan.io}",
+            f"threads   {plan.threads}, chunks of {binary_size(plan.chunk_bytes)}",
+            f"memory    {binary_size(plan.projected_memory)} at most, of {binary_size(plan.max_memory)} allowed",
+        ]
+        if plan.spectra is not None:
+            too_large = (
+                f", {plan.spectra.too_large:,} of them too large for this memory" if plan.spectra.too_large else ""
+            )
+            matrices = plural(plan.spectra.matrices, "matrix", "matrices")
+            lines.append(f"spectra   {plan.spectra.mode}, of {matrices}{too_large}")
+        if plan.threads_note:
+            lines.append(f"note      {plan.threads_note}")
+        stream.write("\n".join(lines) + "\n")

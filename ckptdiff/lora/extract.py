@@ -32,8 +32,6 @@ from ckptdiff.stream.shards import OpenShards, open_shards
 
 __all__ = ["Extracted", "Extraction", "extract_lora"]
 
-_MEMORY = 1_000_000_000
-
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
@@ -190,7 +188,8 @@ class _Job:
         formats = formats_of(pair.base.dtype, pair.tuned.dtype, self.options.compare)
         panels = StoredPanels(self.shards, pair, formats, view, dtype)
         taken = resident()
-        free = (self.options.max_memory or default_bound(_MEMORY, taken)) - taken
+        threads = self.options.threads or default_threads()
+        free = (self.options.max_memory or default_bound("randomized", threads, taken)) - taken
         fits = 2 * cache_bytes(view, dtype.itemsize) < free
-        with one_blas_thread(), product_threads(self.options.threads or default_threads()):
+        with one_blas_thread(), product_threads(threads):
             return factorize(panels.cached() if fits else panels, norm, self.rank, self.energy, self.seed)

@@ -15,10 +15,10 @@ from ckptdiff.checkpoint import TensorPair
 from ckptdiff.linalg.passes import PanelSource, run_together
 from ckptdiff.linalg.survey import Survey, survey
 from ckptdiff.linalg.threads import product_threads
-from ckptdiff.options import Options, SpectraOptions
+from ckptdiff.options import Compare
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.measure import MatrixSpectra, measure_exact, measure_randomized
-from ckptdiff.spectra.memory import Room, cache_bytes, exact_bytes, randomized_bytes
+from ckptdiff.spectra.memory import Budget, cache_bytes, exact_bytes
 from ckptdiff.spectra.source import StoredPanels
 from ckptdiff.stream.shards import OpenShards
 
@@ -63,44 +63,34 @@ class Measuring:
     Attributes
     ----------
     shards : OpenShards
-    options : Options
-        With spectra.
-    room : Room
-        For all matrices that are measured at a time.
-    threads : int
-        Slots of the run: each stands for a thread and for its share of the room.
+    compare : {"bf16", "stored"}
+    budget : Budget
     stop : threading.Event
         Set to end what is under way.
     """
 
     shards: OpenShards
-    options: Options
-    room: Room
-    threads: int
+    compare: Compare
+    budget: Budget
     stop: threading.Event = field(default_factory=threading.Event)
 
     def slots(self, job: Job) -> int:
-        """How many slots a matrix takes: as many as hold it, or all if nothing does and it is read in every pass."""
-        if job.unchanged or not self.room.free:
-            return 1
-        exact = self._wanted.mode == "exact" and not self._too_large(job.view)
-        return max(1, min(-(-self.threads * self._best(job.view, exact) // self.room.free), self.threads))
+        """How many slots of the budget a matrix takes."""
+        return 1 if job.unchanged else self.budget.slots(job.view)
 
     def measure_all(self, jobs: Sequence[Job], slots: int) -> list[tuple[int, MatrixSpectra]]:
         """Measure matrices one after the other, within so many slots."""
         with product_threads(slots, self.stop):
-            return [(job.index, self._measure(job, slots * self.room.free // self.threads)) for job in jobs]
+            return [(job.index, self._measure(job, self.budget.share(slots))) for job in jobs]
 
     def _measure(self, job: Job, share: int) -> MatrixSpectra:
         """Measure one matrix in the mode that was asked for, or in the one that it allows, in `share` bytes."""
         if job.unchanged:
             return _failed("the update is zero")
-        wanted, view = self._wanted, job.view
-        note = self._too_large(view) if wanted.mode == "exact" else ""
-        exact = wanted.mode == "exact" and not note
-        needed = exact_bytes(view, False) if exact else self._randomized_bytes(view, 4)
-        if needed > self.room.free:
-            return _failed(f"it takes {needed >> 20} MiB, and --max-memory leaves {self.room.free >> 20} MiB")
+        budget, view = self.budget, job.view
+        exact, needed = budget.exact(view), budget.needs(view)
+        if needed > budget.room.free:
+            return _failed(f"it takes {needed >> 20} MiB, and --max-memory leaves {budget.room.free >> 20} MiB")
         source = self._source(job, np.dtype(np.float64 if exact else np.float32), share - needed)
         (known,) = run_together(source, survey())
         reason = _unmeasurable(known)
@@ -110,36 +100,14 @@ class Measuring:
             held = 0 if isinstance(source, StoredPanels) else cache_bytes(view, 8)
             return measure_exact(source, known, view, job.on_grid, exact_bytes(view, True) + held <= share)
         if not all(_SAFE[0] < norm < _SAFE[1] for norm in (known.base_norm, known.delta_norm) if norm):
-            source = self._source(job, np.dtype(np.float64), share - self._randomized_bytes(view, 8))
-        found = measure_randomized(source, known, view, job.on_grid, wanted)
+            source = self._source(job, np.dtype(np.float64), share - budget.randomized_bytes(view, 8))
+        found = measure_randomized(source, known, view, job.on_grid, budget.spectra)
+        note = budget.too_large(view) if budget.spectra.mode == "exact" else ""
         return replace(found, reasons=(*([note] if note else []), *found.reasons))
-
-    @property
-    def _wanted(self) -> SpectraOptions:
-        assert self.options.spectra is not None
-        return self.options.spectra
-
-    def _best(self, view: MatrixView, exact: bool) -> int:
-        """What the quickest way to measure a matrix takes in memory."""
-        if exact:
-            return exact_bytes(view, False) + cache_bytes(view, 8)
-        return self._randomized_bytes(view, 4) + cache_bytes(view, 4)
-
-    def _randomized_bytes(self, view: MatrixView, itemsize: int) -> int:
-        return randomized_bytes(view, itemsize, self._wanted.block * self._wanted.steps)
-
-    def _too_large(self, view: MatrixView) -> str:
-        """Why exact mode falls back to randomized."""
-        if view.short > self._wanted.limit:
-            return f"both sides are longer than {self._wanted.limit}: randomized"
-        needed = exact_bytes(view, False)
-        if needed > self.room.free:
-            return f"exact takes {needed >> 20} MiB, and --max-memory leaves {self.room.free >> 20} MiB: randomized"
-        return ""
 
     def _source(self, job: Job, dtype: np.dtype[Any], left: int) -> PanelSource:
         """The matrix in memory if it fits into what is left, else read in every pass."""
-        formats = formats_of(job.pair.base.dtype, job.pair.tuned.dtype, self.options.compare)
+        formats = formats_of(job.pair.base.dtype, job.pair.tuned.dtype, self.compare)
         panels = StoredPanels(self.shards, job.pair, formats, job.view, dtype)
         return panels.cached() if cache_bytes(job.view, dtype.itemsize) <= left else panels
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ckptdiff.linalg.angles import angle_rank
 from ckptdiff.linalg.principal import principal_rank
+from ckptdiff.memory import machine_memory
 from ckptdiff.metrics.catalogue import RHO
-from ckptdiff.options import Options
+from ckptdiff.options import Options, SpectraMode, SpectraOptions, default_threads
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.source import PANEL
 
-__all__ = ["Room", "cache_bytes", "default_bound", "exact_bytes", "randomized_bytes", "room_of"]
+__all__ = ["Budget", "Room", "cache_bytes", "default_bound", "exact_bytes", "randomized_bytes"]
 
 _DEFAULT = {"randomized": 1_000_000_000, "exact": 4_000_000_000}
-"""Bound on the peak resident size where the user gave none; exact mode needs float64 copies of a Gram matrix."""
-
-
+"""Bound on the peak resident size of two threads where the user gave none, half of it for each further one; exact mode
+needs float64 copies of a Gram matrix."""
 _USUAL = 300_000_000
 """What a process that runs nothing but ckptdiff holds before the spectra begin, at most."""
 
@@ -42,15 +43,99 @@ class Room:
         return max(self.bound - self.taken, 0)
 
 
-def room_of(options: Options, taken: int) -> Room:
-    """The room of a run."""
-    assert options.spectra is not None
-    return Room(options.max_memory or default_bound(_DEFAULT[options.spectra.mode], taken), taken)
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How matrices share memory and threads.
+
+    Attributes
+    ----------
+    spectra : SpectraOptions
+    room : Room
+        For all matrices that are measured at a time.
+    threads : int
+        Slots of the run: each stands for a thread and for its share of the room.
+    """
+
+    spectra: SpectraOptions
+    room: Room
+    threads: int
+
+    @classmethod
+    def of(cls, options: Options, taken: int, views: Iterable[MatrixView]) -> Budget:
+        """The budget of a run.
+
+        Parameters
+        ----------
+        options : Options
+            With spectra.
+        taken : int
+            Bytes that the process holds.
+        views : iterable of MatrixView
+            All matrices.
+        """
+        spectra, threads = options.spectra, options.threads or default_threads()
+        assert spectra is not None
+        largest = max((_least(view, spectra) for view in {(v.long, v.short): v for v in views}.values()), default=0)
+        bound = options.max_memory or default_bound(spectra.mode, threads, taken, largest)
+        return cls(spectra, Room(bound, taken), threads)
+
+    def slots(self, view: MatrixView) -> int:
+        """How many slots a matrix takes: as many as hold it, or all if nothing does and it is read in every pass."""
+        if not self.room.free:
+            return 1
+        return max(1, min(-(-self.threads * self._best(view) // self.room.free), self.threads))
+
+    def share(self, slots: int) -> int:
+        """Bytes of so many slots."""
+        return slots * self.room.free // self.threads
+
+    def takes(self, view: MatrixView) -> int:
+        """Bytes that a matrix takes, as far as its shape tells; 0 if there is no room for it."""
+        needed = self.needs(view)
+        return 0 if needed > self.room.free else max(needed, min(self._best(view), self.share(self.slots(view))))
+
+    def needs(self, view: MatrixView) -> int:
+        """Bytes that a matrix needs at least, in the mode that it allows."""
+        return exact_bytes(view, False) if self.exact(view) else self.randomized_bytes(view, 4)
+
+    def exact(self, view: MatrixView) -> bool:
+        """Whether a matrix is measured in exact mode."""
+        return self.spectra.mode == "exact" and not self.too_large(view)
+
+    def too_large(self, view: MatrixView) -> str:
+        """Why exact mode falls back to randomized, in words."""
+        if view.short > self.spectra.limit:
+            return f"both sides are longer than {self.spectra.limit}: randomized"
+        needed = exact_bytes(view, False)
+        if needed > self.room.free:
+            return f"exact takes {needed >> 20} MiB, and --max-memory leaves {self.room.free >> 20} MiB: randomized"
+        return ""
+
+    def randomized_bytes(self, view: MatrixView, itemsize: int) -> int:
+        """Work space of randomized mode, beside a decoded pair."""
+        return randomized_bytes(view, itemsize, self.spectra.block * self.spectra.steps)
+
+    def _best(self, view: MatrixView) -> int:
+        """What the quickest way to measure a matrix takes in memory."""
+        return self.needs(view) + cache_bytes(view, 8 if self.exact(view) else 4)
 
 
-def default_bound(bound: int, taken: int) -> int:
-    """The bound where the user gave none: what a larger program holds already does not count against it."""
-    return bound + max(taken - _USUAL, 0)
+def _least(view: MatrixView, spectra: SpectraOptions) -> int:
+    """What a matrix needs at least in the mode that is asked for, or in the other if it is too long for it."""
+    if spectra.mode == "exact" and view.short <= spectra.limit:
+        return exact_bytes(view, False)
+    return randomized_bytes(view, 4, spectra.block * spectra.steps)
+
+
+def default_bound(mode: SpectraMode, threads: int, taken: int, largest: int = 0) -> int:
+    """The bound where the user gave none.
+
+    It grows with the threads, so that each may have a matrix of its own, and to what the largest matrix needs; but
+    to half of the machine's memory at most. What a larger program holds already does not count against it.
+    """
+    usual, larger = _DEFAULT[mode], max(taken - _USUAL, 0)
+    grown = max(usual * threads // 2, min(taken, _USUAL) + largest)
+    return max(usual, min(grown, machine_memory() // 2)) + larger
 
 
 def cache_bytes(view: MatrixView, itemsize: int) -> int:

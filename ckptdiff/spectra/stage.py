@@ -16,16 +16,16 @@ from ckptdiff.linalg.threads import one_blas_thread
 from ckptdiff.memory import resident
 from ckptdiff.metrics.catalogue import RHO, flat_key
 from ckptdiff.metrics.spectral import SPECTRAL_KEYS, Spectra
-from ckptdiff.options import Options, default_threads
+from ckptdiff.options import Options
 from ckptdiff.result import Diff
 from ckptdiff.spectra.in_order import Task, in_order
 from ckptdiff.spectra.job import Job, Measuring
-from ckptdiff.spectra.matrices import matrices_of
+from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.measure import MatrixSpectra
-from ckptdiff.spectra.memory import room_of
+from ckptdiff.spectra.memory import Budget
 from ckptdiff.stream.shards import OpenShards
 
-__all__ = ["SpectraTable", "TensorSpectra", "measure_spectra"]
+__all__ = ["SpectraPlan", "SpectraTable", "TensorSpectra", "measure_spectra", "plan_spectra"]
 
 _SMALL = 1 << 20
 """Entries of the matrices that are handed to a thread together."""
@@ -67,6 +67,50 @@ class TensorSpectra:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class SpectraPlan:
+    """What the spectra of a run will take, for all that its headers tell.
+
+    Attributes
+    ----------
+    mode : str
+        As asked for.
+    matrices : int
+        To measure, of all tensors.
+    too_large : int
+        Matrices among them for which memory does not suffice.
+    max_memory : int
+        Bound on the peak resident size while spectra are measured, in bytes.
+    projected_memory : int
+        Projected peak, in bytes.
+    """
+
+    mode: str
+    matrices: int
+    too_large: int
+    max_memory: int
+    projected_memory: int
+
+
+def plan_spectra(pairs: Sequence[TensorPair], options: Options, taken: int) -> SpectraPlan:
+    """Say what spectra will take, without reading data.
+
+    Parameters
+    ----------
+    pairs : sequence of TensorPair
+    options : Options
+        With spectra.
+    taken : int
+        Bytes that the process will hold when they begin.
+    """
+    assert options.spectra is not None
+    views = [view for _, _, view in _matrices(pairs)]
+    budget = Budget.of(options, taken, views)
+    sizes = [budget.takes(view) for view in views]
+    at_once = min(sum(sorted(sizes, reverse=True)[: budget.threads]), budget.room.free)
+    return SpectraPlan(options.spectra.mode, len(sizes), sizes.count(0), budget.room.bound, taken + at_once)
+
+
 def measure_spectra(
     pairs: Sequence[TensorPair], diff: Diff, shards: OpenShards, options: Options
 ) -> Iterator[TensorSpectra]:
@@ -85,18 +129,21 @@ def measure_spectra(
     unchanged = diff.columns["numel"] == diff.columns["unchanged_bitwise"]
     on_grid = ~np.isnan(diff.columns[flat_key("low_coverage_null", RHO[0])])
     on_grid &= np.array([tensor.compare == "bf16" for tensor in diff.tensors], bool)  # float8 has a grid of its own
-    threads = options.threads or default_threads()
-    measuring = Measuring(shards, options, room_of(options, resident()), threads)
-
-    def jobs() -> Iterator[Job]:
-        for index, pair in enumerate(pairs):
-            views = matrices_of(pair.name, pair.base.shape) if pair.base.kind is Kind.FLOAT else []
-            for view in views:
-                yield Job(index, pair, view, bool(on_grid[index]), bool(unchanged[index]))
-
+    budget = Budget.of(options, resident(), (view for _, _, view in _matrices(pairs)))
+    measuring = Measuring(shards, options.compare, budget)
+    jobs = (
+        Job(index, pair, view, bool(on_grid[index]), bool(unchanged[index])) for index, pair, view in _matrices(pairs)
+    )
     with one_blas_thread():
-        done = in_order(_tasks(jobs(), measuring), threads, measuring.stop.set)
+        done = in_order(_tasks(jobs, measuring), budget.threads, measuring.stop.set)
         yield from _by_tensor((found for batch in done for found in batch), len(pairs))
+
+
+def _matrices(pairs: Sequence[TensorPair]) -> Iterator[tuple[int, TensorPair, MatrixView]]:
+    """The matrices of floating tensors, each with the row of its tensor."""
+    for index, pair in enumerate(pairs):
+        for view in matrices_of(pair.name, pair.base.shape) if pair.base.kind is Kind.FLOAT else ():
+            yield index, pair, view
 
 
 def _tasks(jobs: Iterator[Job], measuring: Measuring) -> Iterator[Task[list[tuple[int, MatrixSpectra]]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ckptdiff.backends.partial import BINS, BLOCK
@@ -105,8 +105,9 @@ class Memory:
     """The interpreter, libraries, headers and compiled kernels."""
     per_thread: int
     waiting: int
-    """Results of one task that wait for their turn."""
+    """Results of one task, which the run holds from the task's begin until it has its turn."""
     tasks_waiting: int
+    """Tasks under way and results in waiting, at most: at least one more than there are threads, or threads idle."""
     threads: int
     results: int
     """Columns and facts of all tensors."""
@@ -115,6 +116,10 @@ class Memory:
     def projected(self) -> int:
         """The sum."""
         return self.baseline + self.threads * self.per_thread + self.tasks_waiting * self.waiting + self.results
+
+    def of(self, threads: int) -> int:
+        """The least with which so many threads work."""
+        return replace(self, threads=threads, tasks_waiting=_waiting(threads)[-1]).projected
 
 
 def plan_tasks(loads: Sequence[Load]) -> Iterator[Task]:
@@ -149,9 +154,9 @@ def cut(index: int, load: Load) -> Iterator[Task]:
 
 
 def fit_memory(
-    loads: Sequence[Load], threads: int, max_memory: int, default: int, baseline: int, masks: bool
+    loads: Sequence[Load], threads: int, max_memory: int, default: int, growth: int, baseline: int, masks: bool
 ) -> Memory:
-    """Choose as many threads, and as many results in waiting, as memory allows.
+    """Choose as many threads as memory allows, then as many results in waiting.
 
     Parameters
     ----------
@@ -161,7 +166,9 @@ def fit_memory(
     max_memory : int
         Bound on the peak resident size, in bytes; 0 if the user gave none.
     default : int
-        Bound in that case, except that the least that works is always allowed.
+        Bound in that case, which grows to what all threads need, and in any case to what one needs.
+    growth : int
+        Bytes above the baseline to which it may grow for more than one thread.
     baseline : int
         Resident size before the first read.
     masks : bool
@@ -178,10 +185,13 @@ def fit_memory(
     per_thread = block + scratch + 2 * _MEASUREMENT + (TASK_BLOCKS + 4) * (BLOCK // 8) + (8 << 20)
     waiting = _MEASUREMENT + (TASK_BLOCKS * BLOCK // 8 if masks else 0)
     results = len(loads) * (3 << 10) + (16 << 20 if masks else 4 << 20)
-    for count in range(max(threads, 1), 0, -1):
-        for tasks_waiting in (2 * count + 2, count + 1, 2):
+    threads = max(threads, 1)
+    grown = Memory(baseline, per_thread, waiting, _waiting(threads)[0], threads, results).projected
+    bound = max_memory or max(default, min(grown, baseline + growth))
+    for count in range(threads, 0, -1):
+        for tasks_waiting in _waiting(count):
             memory = Memory(baseline, per_thread, waiting, tasks_waiting, count, results)
-            if memory.projected <= (max_memory or default):
+            if memory.projected <= bound:
                 return memory
     if not max_memory:
         return memory
@@ -192,6 +202,11 @@ def fit_memory(
         # With room to spare: the next process is a few MiB larger or smaller before its first read.
         hint=f"--max-memory {(-(-memory.projected // _HINT_STEP) + 1) * _HINT_STEP >> 20}M",
     )
+
+
+def _waiting(threads: int) -> tuple[int, int]:
+    """How many tasks may be under way or in waiting: as many as are of use, and as few as keep every thread at work."""
+    return 2 * threads + 2, threads + 1
 
 
 def _mib(size: int) -> int:

@@ -64,6 +64,8 @@ class FakeEngine:
             tensors=len(self.diff.tensors),
             total_bytes=2_000_000_000,
             threads=2,
+            threads_note="",
+            spectra=None,
             chunk_bytes=1 << 21,
             projected_memory=300 << 20,
             max_memory=options.max_memory or DEFAULT_MEMORY,

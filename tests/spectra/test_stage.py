@@ -20,7 +20,7 @@ from ckptdiff.result import Diff
 from ckptdiff.spectra.existing import add_spectra
 from ckptdiff.spectra.job import Measuring
 from ckptdiff.spectra.matrices import MatrixView
-from ckptdiff.spectra.memory import Room, cache_bytes, randomized_bytes
+from ckptdiff.spectra.memory import Budget, Room, cache_bytes, randomized_bytes
 
 BF16 = ml_dtypes.bfloat16
 Sides = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
@@ -141,11 +141,11 @@ def test_a_large_matrix_takes_the_threads_of_several(tmp_path: Path, monkeypatch
         Measuring, "measure_all", lambda self, jobs, taken: slots.append(taken) or measure_all(self, jobs, taken)
     )
     free = randomized_bytes(MatrixView(0, 700, 650), 4, 320) + cache_bytes(MatrixView(0, 700, 650), 4)
-    monkeypatch.setattr("ckptdiff.spectra.stage.room_of", lambda options, taken: Room(free, 0))
+    monkeypatch.setattr(Budget, "of", lambda options, taken, views: Budget(SpectraOptions(), Room(free, 0), 4))
     assert spectral(ckptdiff.diff(*sides, spectra="randomized", threads=4)) == known
     assert slots == [4, 4]  # two of them in one go
     slots.clear()
-    monkeypatch.setattr("ckptdiff.spectra.stage.room_of", lambda options, taken: Room(2 * free, 0))
+    monkeypatch.setattr(Budget, "of", lambda options, taken, views: Budget(SpectraOptions(), Room(2 * free, 0), 4))
     assert spectral(ckptdiff.diff(*sides, spectra="randomized", threads=4)) == known
     assert slots == [2, 2]
 

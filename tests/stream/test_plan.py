@@ -89,59 +89,73 @@ def test_a_plan_is_made_as_it_is_asked_for() -> None:
 def test_a_bound_is_honoured_or_refused(
     given_loads: list[Load], threads: int, bound: int, baseline: int, masks: bool
 ) -> None:
-    least = fit_memory(given_loads, 1, 0, 1, baseline * MIB, masks)
+    least = fit_memory(given_loads, 1, 0, 1, 0, baseline * MIB, masks)
     if bound * MIB < least.projected:
         with pytest.raises(PlanError):
-            fit_memory(given_loads, threads, bound * MIB, 400 * MIB, baseline * MIB, masks)
+            fit_memory(given_loads, threads, bound * MIB, 400 * MIB, 0, baseline * MIB, masks)
         return
-    memory = fit_memory(given_loads, threads, bound * MIB, 400 * MIB, baseline * MIB, masks)
+    memory = fit_memory(given_loads, threads, bound * MIB, 400 * MIB, 0, baseline * MIB, masks)
     assert memory.projected <= bound * MIB
     assert 1 <= memory.threads <= threads
-    assert memory.tasks_waiting >= 2 and memory.baseline == baseline * MIB
+    assert memory.tasks_waiting >= memory.threads + 1 and memory.baseline == baseline * MIB
     needed = memory.baseline + memory.threads * memory.per_thread + memory.results
     assert memory.projected == needed + memory.tasks_waiting * memory.waiting
 
 
 @given(loads, st.integers(1, 32), st.booleans())
 def test_no_thread_is_left_out_that_fits(given_loads: list[Load], threads: int, masks: bool) -> None:
-    memory = fit_memory(given_loads, threads, 400 * MIB, 400 * MIB, 100 * MIB, masks)
-    one_more = memory.baseline + (memory.threads + 1) * memory.per_thread + 2 * memory.waiting + memory.results
+    memory = fit_memory(given_loads, threads, 400 * MIB, 400 * MIB, 0, 100 * MIB, masks)
+    count = memory.threads + 1
+    one_more = memory.baseline + count * memory.per_thread + (count + 1) * memory.waiting + memory.results
     assert memory.threads == threads or one_more > 400 * MIB
+    assert memory.of(count) == one_more
 
 
 @given(loads, st.integers(1, 8), st.integers(1, 300))
 def test_a_larger_bound_never_gives_less(given_loads: list[Load], threads: int, extra: int) -> None:
-    least = fit_memory(given_loads, 1, 0, 1, 50 * MIB, True).projected
-    small, large = (fit_memory(given_loads, threads, least + more * MIB, 1, 50 * MIB, True) for more in (0, extra))
+    least = fit_memory(given_loads, 1, 0, 1, 0, 50 * MIB, True).projected
+    small, large = (fit_memory(given_loads, threads, least + more * MIB, 1, 0, 50 * MIB, True) for more in (0, extra))
     assert (small.threads, small.tasks_waiting) <= (large.threads, large.tasks_waiting)
 
 
 @given(loads, st.integers(1, 8), st.integers(0, 2000))
 def test_without_a_bound_the_least_that_works_is_allowed(given_loads: list[Load], threads: int, baseline: int) -> None:
-    memory = fit_memory(given_loads, threads, 0, 400 * MIB, baseline * MIB, True)
+    memory = fit_memory(given_loads, threads, 0, 400 * MIB, 0, baseline * MIB, True)
     assert memory.projected <= 400 * MIB or memory.threads == 1
     if memory.threads == threads == 1 and memory.projected > 400 * MIB:
         with pytest.raises(PlanError):
-            fit_memory(given_loads, threads, 400 * MIB, 400 * MIB, baseline * MIB, True)
+            fit_memory(given_loads, threads, 400 * MIB, 400 * MIB, 0, baseline * MIB, True)
+
+
+@given(loads, st.integers(1, 256), st.integers(0, 100_000), st.integers(0, 10_000), st.booleans())
+def test_the_default_bound_grows_to_what_all_threads_need(
+    given_loads: list[Load], threads: int, baseline: int, growth: int, masks: bool
+) -> None:
+    """Also above a baseline of any size: a library user may hold a model in memory."""
+    memory = fit_memory(given_loads, threads, 0, 400 * MIB, 1 << 60, baseline * MIB, masks)
+    assert memory.threads == threads and threads + 1 <= memory.tasks_waiting <= 2 * threads + 2
+    bounded = fit_memory(given_loads, threads, 0, 400 * MIB, growth * MIB, baseline * MIB, masks)
+    assert bounded.threads == 1 or bounded.projected <= max(400, baseline + growth) * MIB
+    assert bounded.threads == threads or bounded.of(bounded.threads + 1) > max(400, baseline + growth) * MIB
 
 
 @given(loads, st.integers(1, 8))
 def test_what_an_error_hints_at_works(given_loads: list[Load], threads: int) -> None:
     with pytest.raises(PlanError) as caught:
-        fit_memory(given_loads, threads, MIB, 400 * MIB, 100 * MIB, True)
+        fit_memory(given_loads, threads, MIB, 400 * MIB, 0, 100 * MIB, True)
     error = caught.value
     assert error.found == "1 MiB" and error.hint is not None and error.hint.startswith("--max-memory ")
     hinted = int(error.hint.removeprefix("--max-memory ").removesuffix("M"))
-    needed = fit_memory(given_loads, 1, 0, 1, 100 * MIB, True).projected
+    needed = fit_memory(given_loads, 1, 0, 1, 0, 100 * MIB, True).projected
     assert str(error.expected) == f"at least {-(-needed // MIB)} MiB"
     assert hinted % 10 == 0 and needed + 10 * MIB <= hinted * MIB < needed + 20 * MIB
-    assert fit_memory(given_loads, threads, hinted * MIB, 400 * MIB, 100 * MIB, True).projected <= hinted * MIB
+    assert fit_memory(given_loads, threads, hinted * MIB, 400 * MIB, 0, 100 * MIB, True).projected <= hinted * MIB
 
 
 @given(loads, st.booleans())
 def test_larger_pieces_and_work_space_are_counted(given_loads: list[Load], masks: bool) -> None:
     assume(given_loads)
-    memory = fit_memory(given_loads, 1, 0, 400 * MIB, 0, masks)
+    memory = fit_memory(given_loads, 1, 0, 400 * MIB, 0, 0, masks)
     pieces = [sum(min(one.numel, 2**18) * width // 8 for width in one.bits) for one in given_loads]
     assert memory.per_thread >= max(pieces) + max(one.scratch for one in given_loads)
     assert memory.waiting >= 8 * 6 * 2**15 + (TASK_BLOCKS * BLOCK // 8 if masks else 0)
@@ -154,7 +168,7 @@ def test_planning_opens_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in ((builtins, "open"), (os, "open"), (os, "stat"), (os, "lstat")):
         monkeypatch.setattr(module, name, refuse)
     assert len(list(plan_tasks([load(9 * BLOCK), load(3)]))) == 3
-    assert fit_memory([load(9 * BLOCK)], 4, 0, 400 * MIB, 0, True).threads == 4
+    assert fit_memory([load(9 * BLOCK)], 4, 0, 400 * MIB, 0, 0, True).threads == 4
 
 
 def blocks_of(span: Span) -> range:
