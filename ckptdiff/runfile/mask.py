@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
+from h5py import h5z
 from numpy.typing import NDArray
 
 from ckptdiff.errors import RunFileError
@@ -100,7 +103,7 @@ class Mask:
         seen = 0
         for start in range(0, packed_bytes(self.numel), size):
             with self._guard(tensor=self.name):
-                piece: NDArray[np.uint8] = self._dataset[start : start + size]
+                piece = self._read(start, min(start + size, packed_bytes(self.numel)))
             seen += population(piece)
             if 8 * (start + piece.size) > self.numel:
                 # The padding bits of the last byte are zero in what ckptdiff writes; others may have written this.
@@ -116,6 +119,29 @@ class Mask:
                 hint="run ckptdiff diff again",
             )
 
+    def _read(self, start: int, stop: int) -> NDArray[np.uint8]:
+        """Some of the packed bytes. Chunks are inflated here, since HDF5 would let no other thread read meanwhile."""
+        bits: NDArray[np.uint8]
+        if not self._only_deflated:
+            bits = self._dataset[start:stop]
+            return bits
+        size = self._dataset.chunks[0]
+        bits = np.empty(stop - start, np.uint8)
+        for first in range(start // size * size, stop, size):
+            chunk = _chunk(self._dataset, first)
+            part = slice(max(first, start), min(first + size, stop))
+            bits[part.start - start : part.stop - start] = chunk[part.start - first : part.stop - first]
+        return bits
+
+    @cached_property
+    def _only_deflated(self) -> bool:
+        """Whether all of it is in chunks that zlib can read, as ckptdiff writes them; others may write otherwise."""
+        dataset, filters = self._dataset, self._dataset.id.get_create_plist()
+        if dataset.chunks is None or filters.get_nfilters() != 1 or filters.get_filter(0)[0] != h5z.FILTER_DEFLATE:
+            return False
+        chunks: int = dataset.id.get_num_chunks()
+        return chunks == -(-packed_bytes(self.numel) // int(dataset.chunks[0]))
+
     def iter_flat(self) -> Iterator[IndexArray]:
         """Yield the row-major indices in pieces, ascending.
 
@@ -130,6 +156,19 @@ class Mask:
             start += 8 * piece.size
             # Without the padding bits of the last byte.
             yield found[: np.searchsorted(found, self.numel)].astype(self.index_dtype)
+
+
+def _chunk(dataset: Any, first: int) -> NDArray[np.uint8]:
+    """The chunk of a deflated dataset that begins at a byte, padding included."""
+    size = dataset.chunks[0]
+    filter_mask, stored = dataset.id.read_direct_chunk((first,))
+    try:
+        bits = stored if filter_mask & 1 else zlib.decompress(stored, bufsize=size)
+    except zlib.error as error:
+        raise ValueError(f"the chunk at byte {first} of a mask is damaged: {error}") from error
+    if len(bits) != size:
+        raise ValueError(f"the chunk at byte {first} of a mask holds {len(bits)} bytes, not {size}")
+    return np.frombuffer(bits, np.uint8)
 
 
 def population(bits: NDArray[np.uint8]) -> int:

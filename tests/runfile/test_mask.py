@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from run_samples import SHAPES, Sample, counted, write
 
+from ckptdiff.errors import RunFileError
 from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
@@ -52,6 +54,49 @@ def test_padding_bits_of_other_writers_are_left_out(tmp_path: Path, make_diff: C
     with RunFile(tmp_path / "run.h5") as run:
         assert run.masks["w"].flat().tolist() == list(range(11))
         assert run.masks["w"].dense().tolist() == [True] * 11
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"chunks": (100,)},
+        {"chunks": (100,), "compression": "gzip"},
+        {"chunks": (1 << 17,), "compression": "gzip", "shuffle": True},
+        {"chunks": (1 << 16,), "compression": "gzip", "fletcher32": True},
+    ],
+    ids=["contiguous", "not compressed", "small chunks", "shuffled", "with checksums"],
+)
+def test_masks_as_other_writers_store_them(
+    tmp_path: Path, make_diff: Callable, make_facts: Callable, how: dict[str, object]
+) -> None:
+    mask = np.random.default_rng(0).random((1 << 20) + 1234) < 0.1
+    mask[: 1 << 13] = False  # the first small chunk of zeros is left out
+    diff = counted(make_diff(tensors=[(make_facts("w", mask.shape), 0.0)]), {"w": mask})
+    write(tmp_path / "run.h5", diff, {"w": mask}, [HistogramRows.empty(1)])
+    bits = np.packbits(mask, bitorder="little")
+    with h5py.File(tmp_path / "run.h5", "a") as file:
+        attributes = dict(file["masks/w"].attrs)
+        del file["masks/w"]
+        dataset = file.create_dataset("masks/w", bits.shape, np.uint8, **how)
+        dataset[1 << 10 :] = bits[1 << 10 :]
+        dataset.attrs.update(attributes)
+    with RunFile(tmp_path / "run.h5") as run:
+        np.testing.assert_array_equal(run.masks["w"].packed(), bits)
+        np.testing.assert_array_equal(np.concatenate(list(run.masks["w"].iter_packed(70))), bits)
+
+
+def test_a_damaged_chunk_names_its_tensor(tmp_path: Path, make_diff: Callable, make_facts: Callable) -> None:
+    mask = np.random.default_rng(0).random(1 << 20) < 0.1
+    diff = counted(make_diff(tensors=[(make_facts("w", mask.shape), 0.0)]), {"w": mask})
+    for damaged, words in ((b"\0" * 50, "damaged"), (zlib.compress(b"short"), "holds 5 bytes, not 131072")):
+        write(tmp_path / "run.h5", diff, {"w": mask}, [HistogramRows.empty(1)])
+        with h5py.File(tmp_path / "run.h5", "a") as file:
+            file["masks/w"].id.write_direct_chunk((0,), damaged)
+        with RunFile(tmp_path / "run.h5") as run, pytest.raises(RunFileError) as caught:
+            run.masks["w"].packed()
+        assert caught.value.tensor == "w" and words in str(caught.value.found)
+        (tmp_path / "run.h5").unlink()
 
 
 def test_no_masks_under_the_rule_none(tmp_path: Path, make_diff: Callable, make_facts: Callable) -> None:
