@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,12 +15,13 @@ from ckptdiff.backends.formats import stored_format
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.errors import MaskError, OptionError
+from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.overlap.figures import Overlap, PairCounts
 from ckptdiff.overlap.same_base import common_tensors, require_same_base
 from ckptdiff.result import TensorFacts
 from ckptdiff.runfile.mask import Mask, population
 from ckptdiff.runfile.reader import RunFile
-from ckptdiff.runfile.schema import BIT_ORDER
+from ckptdiff.runfile.schema import BIT_ORDER, mask_chunks
 from ckptdiff.runfile.sides import open_side
 from ckptdiff.stream.checked_blocks import KnownNorm, checked_blocks, known_norms
 from ckptdiff.stream.shards import OpenShards, open_shards
@@ -32,7 +34,11 @@ _MAGNITUDES = 1 << 15
 
 
 def overlap(
-    paths: Sequence[str | os.PathLike[str]], *, base: str | os.PathLike[str] | None = None, force: bool = False
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    listener: Listener | None = None,
 ) -> Overlap:
     """Count the coordinates that each two of several runs have both in their masks.
 
@@ -46,6 +52,8 @@ def overlap(
         other rules have none.
     force : bool
         Also lay runs of different bases on top of each other.
+    listener : callable, optional
+        Told of the stage "overlap".
 
     Returns
     -------
@@ -70,17 +78,28 @@ def overlap(
         warnings = require_same_base(runs, diffs, force)
         tensors, left_out = common_tensors(runs, diffs)
         checkpoint = None if base is None else open_side(runs[0], "base", base)
+        with stage(listener, "overlap", sum(_readings(facts, checkpoint) for facts in tensors)) as told:
+            pairs = _count(runs, tensors, checkpoint, known_norms(diffs[0], "base"), told)
         return Overlap(
             runs=tuple(os.fspath(path) for path in paths),
             rules=tuple(diff.mask_rule for diff in diffs),
             tensors=tuple(tensors),
-            pairs=_count(runs, tensors, checkpoint, known_norms(diffs[0], "base")),
+            pairs=pairs,
             warnings=(*warnings, *left_out),
         )
 
 
+def _readings(facts: TensorFacts, base: Checkpoint | None) -> int:
+    """Chunks of each mask of a tensor to be read: once for all pairs, and once more beside the base."""
+    return mask_chunks(math.prod(facts.shape)) * (2 if base is not None and facts.compare != "bitwise" else 1)
+
+
 def _count(
-    runs: Sequence[RunFile], tensors: Sequence[TensorFacts], base: Checkpoint | None, known: Mapping[str, KnownNorm]
+    runs: Sequence[RunFile],
+    tensors: Sequence[TensorFacts],
+    base: Checkpoint | None,
+    known: Mapping[str, KnownNorm],
+    told: Stage,
 ) -> tuple[PairCounts, ...]:
     pairs = list(combinations(range(len(runs)), 2))
     counts = np.zeros((len(runs), len(tensors)), np.int64)
@@ -91,10 +110,10 @@ def _count(
         for row, facts in enumerate(tensors):
             masks = [run.masks[facts.name] for run in runs]
             counts[:, row] = [mask.count for mask in masks]
-            both[:, row] = _common(masks, pairs)
+            both[:, row] = _common(masks, pairs, told)
             bins = None
             if facts.compare != "bitwise" and base is not None:
-                bins = _by_magnitude(shards, base.tensors[facts.name], masks, known[facts.name])
+                bins = _by_magnitude(shards, base.tensors[facts.name], masks, known[facts.name], told)
             elif facts.compare != "bitwise" and bitwise:
                 bins = _by_octave(runs, facts.name)
             if bins is not None:
@@ -103,18 +122,20 @@ def _count(
     return tuple(PairCounts(i, j, counts[i], counts[j], both[k], expected[k]) for k, (i, j) in enumerate(pairs))
 
 
-def _common(masks: Sequence[Mask], pairs: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+def _common(masks: Sequence[Mask], pairs: Sequence[tuple[int, int]], told: Stage) -> NDArray[np.int64]:
     """How many coordinates each pair has in both masks."""
     total = np.zeros(len(pairs), np.int64)
     wanted = [
         any(masks[i].count and masks[j].count for i, j in pairs if index in (i, j)) for index in range(len(masks))
     ]
     if not any(wanted):
+        told.more(mask_chunks(masks[0].numel), masks[0].name)
         return total
     for pieces in zip(*(mask.iter_packed(_PIECE) for mask in masks), strict=True):
         for k, (i, j) in enumerate(pairs):
             if masks[i].count and masks[j].count:
                 total[k] += population(pieces[i] & pieces[j])
+        told.more(mask_chunks(8 * pieces[0].size), masks[0].name)
     return total
 
 
@@ -124,7 +145,9 @@ def _by_octave(runs: Sequence[RunFile], name: str) -> NDArray[np.int64]:
     return np.concatenate([rows[0].base, *(row.changed for row in rows)]).astype(np.int64)
 
 
-def _by_magnitude(shards: OpenShards, tensor: TensorInfo, masks: Sequence[Mask], known: KnownNorm) -> NDArray[np.int64]:
+def _by_magnitude(
+    shards: OpenShards, tensor: TensorInfo, masks: Sequence[Mask], known: KnownNorm, told: Stage
+) -> NDArray[np.int64]:
     """Coordinates by the leading 15 bits of |W0| as stored, shape (1 + masks, 2^15)."""
     if tensor.shape != masks[0].shape:
         raise MaskError(
@@ -147,6 +170,7 @@ def _by_magnitude(shards: OpenShards, tensor: TensorInfo, masks: Sequence[Mask],
         for row, bits in enumerate(packed, 1):
             inside = np.unpackbits(bits, bitorder=BIT_ORDER, count=magnitudes.size).view(np.bool_)
             bins[row] += np.bincount(magnitudes[inside], minlength=_MAGNITUDES)
+        told.more(1, tensor.name)
     return bins
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 __all__ = ["Task", "in_order"]
@@ -14,6 +14,8 @@ Result = TypeVar("Result")
 
 _AHEAD = 8
 """Tasks a slot that may be begun before the first that is not done: enough for a large one to begin in good time."""
+_PATIENCE = 0.2
+"""Seconds between two calls while nothing ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,9 @@ class Task(Generic[Result]):
     size: int
 
 
-def in_order(tasks: Iterator[Task[Result]], slots: int, stop: Callable[[], None]) -> Iterator[Result]:
+def in_order(
+    tasks: Iterator[Task[Result]], slots: int, stop: Callable[[], None], idle: Callable[[], None]
+) -> Iterator[Result]:
     """Yield the result of each task, in the order of the tasks.
 
     Parameters
@@ -45,6 +49,8 @@ def in_order(tasks: Iterator[Task[Result]], slots: int, stop: Callable[[], None]
         What all tasks that run at a time may take together.
     stop : callable
         Called when the caller gives up or a task fails, so that tasks under way may end early.
+    idle : callable
+        Called in this thread, again and again while a result is waited for.
     """
     waiting: list[tuple[int, Task[Result]]] = []
     running: dict[Future[Result], tuple[int, int]] = {}
@@ -72,7 +78,11 @@ def in_order(tasks: Iterator[Task[Result]], slots: int, stop: Callable[[], None]
                 continue
             if not running:
                 return
-            future = ready.get()
+            try:
+                future = ready.get(timeout=_PATIENCE)
+            except Empty:
+                idle()
+                continue
             place, freed = running.pop(future)
             free += freed
             done[place] = future.result()
