@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.events import Finished, Listener, Note, Progress, StageProgress, Started, TensorsDone, ignore
+from ckptdiff.events import Finished, Listener, Note, Stage, Started, TensorsDone, ignore, stage
 from ckptdiff.metrics.catalogue import COLUMNS
 from ckptdiff.metrics.columns import Measured
 from ckptdiff.metrics.spectral import Spectra
@@ -62,12 +62,13 @@ def run(
     _introduce(plan, tell)
     results = _Results(plan, tell)
     with open_shards(plan.io) as shards, _run_file(plan, out, title) as writer:
-        for result in execute(plan, shards):
-            if writer is not None:
-                _write_masks(writer, plan, result)
-            for measured in results.take(result):
+        with stage(tell, "comparing", plan.total_bytes, "bytes") as told:
+            for result in execute(plan, shards):
                 if writer is not None:
-                    writer.add_histograms(measured.histograms)
+                    _write_masks(writer, plan, result)
+                for measured in results.take(result, told):
+                    if writer is not None:
+                        writer.add_histograms(measured.histograms)
         shards.check()
         spectra = _spectra(plan, results, shards, writer, tell)
         shards.check()
@@ -75,7 +76,8 @@ def run(
         diff = results.diff({"started": started.isoformat(timespec="seconds"), "seconds": round(seconds, 3)})
         diff = replace(diff, spectra=spectra)
         if writer is not None:
-            writer.finish(diff)
+            with stage(tell, "writing"):
+                writer.finish(diff)
     tell(Finished(diff, seconds))
     return diff
 
@@ -121,12 +123,10 @@ def _spectra(
     from ckptdiff.spectra.stage import SpectraTable, measure_spectra
 
     table = SpectraTable(plan.options.spectra.mode, plan.tensors)
-    for found in measure_spectra(plan.pairs, results.diff({}), shards, plan.options):
+    for found in measure_spectra(plan.pairs, results.diff({}), shards, plan.options, tell):
         table.take(found)
-        name = plan.pairs[found.index].name
         if writer is not None and found.method:
-            writer.add_spectrum(name, found.method, found.lists)
-        tell(StageProgress("spectra", found.index, plan.tensors, name))
+            writer.add_spectrum(plan.pairs[found.index].name, found.method, found.lists)
     return table.finish()
 
 
@@ -139,16 +139,14 @@ class _Results:
         self._complete: dict[int, tuple[range, Measured]] = {}
         self._next = 0
         self._bytes = self._compared = self._unchanged = 0
+        self._large: dict[int, list[int]] = {}
 
-    def take(self, result: Result) -> Iterator[Measured]:
+    def take(self, result: Result, told: Stage) -> Iterator[Measured]:
         """Note a result; yield the tensors that are complete with all before them."""
-        if result.fresh:
-            loads = self._plan.loads[result.tensors.start : result.tensors.stop]
-            self._bytes += loads[0].span_bytes(result.span) if result.span else sum(load.nbytes for load in loads)
-            self._compared += result.compared
-            self._unchanged += result.unchanged
-            name = self._plan.pairs[result.tensors[0]].name
-            self._tell(Progress(self._bytes, name, self._compared, self._unchanged))
+        self._bytes += self._bytes_of(result)
+        self._compared += result.compared
+        self._unchanged += result.unchanged
+        told.at(self._bytes, self._plan.pairs[result.tensors[0]].name, self._compared, self._unchanged)
         if result.measured is not None:
             self._complete[result.tensors.start] = result.tensors, result.measured
         while self._next in self._complete:
@@ -158,6 +156,21 @@ class _Results:
             yield measured
             self._next = tensors.stop
             self._tell(TensorsDone(tensors.start, self._part(tensors)))
+
+    def _bytes_of(self, result: Result) -> int:
+        """Bytes that count as read: each once, in equal parts where a large tensor is passed over several times."""
+        loads, index = self._plan.loads[result.tensors.start : result.tensors.stop], result.tensors[0]
+        if result.span is None:
+            return sum(load.nbytes for load in loads)
+        if index not in self._large:
+            self._large[index] = [loads[0].nbytes, self._plan.measurement(index).passes]
+        left, passes = self._large[index]
+        if result.measured is not None:
+            del self._large[index]
+            return left
+        counted = min(loads[0].span_bytes(result.span) // passes, left)
+        self._large[index][0] -= counted
+        return counted
 
     def _part(self, tensors: range) -> Diff:
         part = slice(tensors.start, tensors.stop)

@@ -1,34 +1,63 @@
-"""What the engine tells while it runs. It knows no screen; a progress display or a library user listens."""
+"""What a command tells while it runs. It knows no screen; a progress display or a library user listens.
+
+A command goes through stages, one after the other: it compiles, compares, measures spectra, writes. Each begins with
+a :class:`StageBegun` before anything of it is done, goes on with :class:`StageProgress` whose ``done`` never falls, and
+is over with the one whose ``done`` is the total. Only a stage that an exception ended has no such end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from ckptdiff.result import Diff
 
 __all__ = [
-    "Compiling",
     "Event",
     "Finished",
     "Listener",
     "Note",
-    "Progress",
+    "Stage",
+    "StageBegun",
     "StageProgress",
     "Started",
     "TensorsDone",
+    "Unit",
     "ignore",
+    "stage",
 ]
+
+Unit: TypeAlias = Literal["bytes", "kernels", "share"]
+"""What a stage counts; of "share" only the part of the total means something."""
 
 
 @dataclass(frozen=True, slots=True)
-class Compiling:
-    """Kernels that are missing are compiled, before the plan is made."""
+class StageBegun:
+    """A stage begins; what comes before the next such event is of this stage."""
 
-    kept: bool
-    """Whether later runs find them."""
+    stage: str
+    """What is done, in a word or two: "comparing", "spectra", "writing"."""
+    total: float
+    unit: Unit
+
+
+@dataclass(frozen=True, slots=True)
+class StageProgress:
+    """More of a stage is done, or time went by: told some times a second, also while nothing ends."""
+
+    stage: str
+    done: float
+    """Of the total."""
+    what: str = ""
+    """What is at hand: a tensor, as a rule."""
+    compared: int = 0
+    """Coordinates of floating tensors that were compared so far; 0 in other stages than the comparison."""
+    unchanged: int = 0
+    """Of those, equal after the cast."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,38 +72,12 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """More data went through."""
-
-    bytes_done: int
-    tensor: str
-    compared: int
-    """Coordinates compared so far, floating tensors only."""
-    unchanged: int
-    """Of those, equal after the cast."""
-
-
-@dataclass(frozen=True, slots=True)
 class TensorsDone:
     """These tensors and all before them in plan order are done."""
 
     first: int
     diff: Diff
     """A result that holds these tensors alone: facts and columns of length one or more."""
-
-
-@dataclass(frozen=True, slots=True)
-class StageProgress:
-    """A stage other than the comparison (spectra, factors of an adapter, steps of a run) is done with a tensor."""
-
-    stage: str
-    """What was made, in the plural."""
-    index: int
-    """Of the tensor; all before it are done too."""
-    tensors: int
-    tensor: str
-    outcome: str = ""
-    """What became of it, in words; shown with ``-v``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +96,57 @@ class Finished:
     seconds: float
 
 
-Event: TypeAlias = Compiling | Started | Progress | TensorsDone | StageProgress | Note | Finished
+Event: TypeAlias = StageBegun | StageProgress | Started | TensorsDone | Note | Finished
 Listener: TypeAlias = Callable[[Event], None]
 
 
 def ignore(event: Event) -> None:
     """Listen to nothing."""
+
+
+_OFTEN = 0.05
+"""Seconds between two events of a stage, at least: nobody looks more often, and many small tensors take less."""
+
+
+class Stage:
+    """Tells of one stage, no more often than is of use.
+
+    Parameters
+    ----------
+    tell : callable
+    name : str
+    total : float
+    unit : str
+    """
+
+    def __init__(self, tell: Listener, name: str, total: float = 1, unit: Unit = "share") -> None:
+        self._tell, self._name, self._total = tell, name, total
+        self._last = StageProgress(name, 0)
+        self._told = time.monotonic()
+        tell(StageBegun(name, total, unit))
+
+    def at(self, done: float, what: str = "", compared: int = 0, unchanged: int = 0) -> None:
+        """Say how far the stage is, unless that was said just now; for the end there is :meth:`end`."""
+        now = time.monotonic()
+        done = max(done, self._last.done)
+        self._last = StageProgress(self._name, done, what, compared, unchanged)
+        if now - self._told >= _OFTEN and done < self._total:
+            self._told = now
+            self._tell(self._last)
+
+    def more(self, amount: float, what: str = "") -> None:
+        """Say that so much more is done."""
+        self.at(self._last.done + amount, what)
+
+    def end(self) -> None:
+        """Say that everything is done."""
+        last = self._last
+        self._tell(StageProgress(self._name, self._total, last.what, last.compared, last.unchanged))
+
+
+@contextmanager
+def stage(tell: Listener | None, name: str, total: float = 1, unit: Unit = "share") -> Iterator[Stage]:
+    """Tell of a stage from its first moment to its end, unless an exception ends it."""
+    told = Stage(tell or ignore, name, total, unit)
+    yield told
+    told.end()

@@ -17,6 +17,7 @@ __all__ = [
     "Options",
     "SpectraMode",
     "SpectraOptions",
+    "check_threads",
     "parse_size",
 ]
 
@@ -101,6 +102,18 @@ def parse_size(text: str) -> int:
 def default_threads() -> int:
     """Cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_threads(threads: int) -> None:
+    """Make sure that a number of threads can be used.
+
+    Raises
+    ------
+    OptionError
+        If it is negative or over 1024.
+    """
+    if not 0 <= threads <= 1024:
+        raise OptionError("number of threads out of range", expected="0 to 1024", found=threads)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +218,7 @@ class Options:
             )
         if self.mask.kind == "combined":
             raise OptionError("a diff has no masks to combine", found=self.mask, hint="ckptdiff mask combine")
-        if not 0 <= self.threads <= 1024:
-            raise OptionError("number of threads out of range", expected="0 to 1024", found=self.threads)
+        check_threads(self.threads)
         for bound in (self.max_memory, self.gpu_memory):
             if bound < 0:
                 raise OptionError("negative memory bound", expected="a size in bytes, or 0", found=bound)

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -20,27 +20,29 @@ from typing import TypeAlias
 import numpy as np
 
 from ckptdiff.backends.backend import Backend, Batching
-from ckptdiff.backends.formats import FORMATS, Format, Formats
+from ckptdiff.backends.formats import FORMATS, Format, Formats, formats_of
 from ckptdiff.backends.kernel_cache import NotCachedError, cache_folder, only_cached
 from ckptdiff.backends.kernels.fetch import WINDOW
 from ckptdiff.backends.partial import Partial, Refined, Rule, Scan, Targets
 from ckptdiff.backends.source import InMemory
-from ckptdiff.events import Compiling, Listener
+from ckptdiff.checkpoint import Kind, TensorPair
+from ckptdiff.events import Listener, Note, Stage, stage
 from ckptdiff.metrics.catalogue import EPS, ETA
 from ckptdiff.metrics.columns import LARGEST, SMALLEST, empty_records, set_sizes
 from ckptdiff.metrics.delta_cuts import DeltaCut, refine_delta_cut
 from ckptdiff.metrics.low_cuts import LowCut, refine_low_cut
 from ckptdiff.metrics.measurement import FloatMeasurement
 from ckptdiff.metrics.small import wanted
-from ckptdiff.options import MaskRule
+from ckptdiff.options import Compare, MaskRule
 from ckptdiff.runfile.compress import compress_chunk
 
-__all__ = ["Use", "Uses", "compile_apart", "compile_for", "load", "make_call", "uses"]
+__all__ = ["Use", "Uses", "compile_apart", "compile_for", "load", "make_call", "panel_uses", "uses"]
 
 Use: TypeAlias = tuple[str, ...]
 """A call of kernels, as words that another process can be given.
 
-"alike", "alone" or "refine" with the formats of base, tuned side and comparison, or "mask" with the bytes of a chunk.
+"alike", "alone" or "refine" with the formats of base, tuned side and comparison; "mask" with the bytes of a chunk;
+"panel" with the stored format and that of the comparison; "scores"; "track" with the format of the comparison.
 """
 
 _AT_ONCE = 2
@@ -48,6 +50,7 @@ _AT_ONCE = 2
 _POLL = 0.01
 """Seconds between two looks at them: a signal is raised at once where no thread waits."""
 _HOME = Path(__file__).parent.parent
+_ONCE, _EACH_TIME = "once for this version on this machine", "each time: there is no folder to keep them in"
 
 logger = logging.getLogger("ckptdiff.warm_up")
 
@@ -91,28 +94,39 @@ def _named(kind: str, all_formats: Set[Formats]) -> list[Use]:
     return sorted((kind, *(format.name for format in formats)) for formats in all_formats)
 
 
-def load(worker: Backend, asked: Uses, tell: Listener) -> None:
+def panel_uses(pairs: Iterable[TensorPair], compare: Compare) -> list[Use]:
+    """What it takes to decode the matrices of these pairs."""
+    kinds = {(pair.base.dtype, pair.tuned.dtype) for pair in pairs if pair.base.kind is Kind.FLOAT}
+    formats = [formats_of(*kind, compare) for kind in kinds]
+    return sorted({("panel", side.name, found[2].name) for found in formats for side in found[:2]})
+
+
+def load(worker: Backend | None, asked: Uses, tell: Listener) -> None:
     """Make the calls, each on a few coordinates, so that later ones find their kernels in this process.
 
     Parameters
     ----------
-    worker : Backend
-        Whose kernels are Numba's.
+    worker : Backend or None
+        Whose kernels are Numba's; None if there is no comparison.
     asked : Uses
     tell : callable
-        Told before kernels are compiled, if some are missing.
+        Told of the stage "compiling", if some are missing.
     """
     kept = cache_folder() is not None
     missing = [use for use in asked.certain if not (kept and _load_cached(worker, use))]
-    if missing:
-        tell(Compiling(kept))
-    if missing and kept:
-        compile_apart([*missing, *asked.seldom])
-    for use in missing:
-        make_call(worker, use)  # and compiles what another process could not
+    if not missing:
+        return
+    apart = [*missing, *asked.seldom] if kept else []
+    tell(Note(f"compiling kernels, {_ONCE if kept else _EACH_TIME}"))
+    with stage(tell, "compiling", len(apart) or len(missing), "kernels") as told:
+        told.at(0, _ONCE if kept else _EACH_TIME)
+        compile_apart(apart, told)
+        for done, use in enumerate(missing):
+            make_call(worker, use)  # and compiles what another process could not
+            told.at(done + 1, _ONCE if kept else _EACH_TIME)
 
 
-def _load_cached(worker: Backend, use: Use) -> bool:
+def _load_cached(worker: Backend | None, use: Use) -> bool:
     try:
         with only_cached():
             make_call(worker, use)
@@ -121,7 +135,7 @@ def _load_cached(worker: Backend, use: Use) -> bool:
     return True
 
 
-def make_call(worker: Backend, use: Use) -> None:
+def make_call(worker: Backend | None, use: Use) -> None:
     """Call the kernels of one use.
 
     Raises
@@ -134,7 +148,18 @@ def make_call(worker: Backend, use: Use) -> None:
         size = int(words[0])
         compress_chunk(np.arange(size).astype(np.uint8), size)
         return
-    base, tuned, compare = (FORMATS[name] for name in words)
+    if kind == "scores":
+        _count_scores()
+        return
+    formats = [FORMATS[name] for name in words]
+    if kind == "panel":
+        _decode(*formats)
+        return
+    if kind == "track":
+        _follow(*formats)
+        return
+    assert worker is not None
+    base, tuned, compare = formats
     if kind == "alike":
         assert isinstance(worker, Batching)
         _measure_small(worker, base, tuned, compare)
@@ -144,10 +169,16 @@ def make_call(worker: Backend, use: Use) -> None:
         _refine(worker, base, tuned, compare)
 
 
-def compile_apart(missing: Sequence[Use]) -> None:
+def compile_apart(missing: Sequence[Use], told: Stage | None = None) -> None:
     """Have kernels compiled and kept by processes of their own; the caller compiles what they could not.
 
     Processes that still run when an exception ends this are killed.
+
+    Parameters
+    ----------
+    missing : sequence of Use
+    told : Stage, optional
+        Told how many are compiled.
     """
     if not Path(sys.executable or "").name.startswith("python"):
         return  # another program with Python inside, which would start itself once more
@@ -165,6 +196,8 @@ def compile_apart(missing: Sequence[Use]) -> None:
                     del running[use]
                     if process.returncode:
                         logger.warning("compiling %s apart ended with %d", " ".join(use), process.returncode)
+            if told is not None:
+                told.at(len(missing) - len(waiting) - len(running), _ONCE)
     except OSError as error:
         logger.warning("kernels are compiled in this process, no other can be started: %s", error)
     finally:
@@ -235,6 +268,39 @@ def _refine(worker: Backend, base: Format, tuned: Format, compare: Format) -> No
     counts = np.ones((2, 1), np.int64)
     refine_delta_cut(DeltaCut(1, 64, 0, 16, 0, 1, 0.0), counts[0])
     refine_low_cut(LowCut(1, 0, 16, 0, 1, 0, 1), counts)
+
+
+def _count_scores() -> None:
+    from ckptdiff.linalg.passes import ArrayPanels, run_together
+    from ckptdiff.linalg.score_cut import ScoreCut
+    from ckptdiff.linalg.survey import survey
+
+    values = np.array([[1.0], [2.0]], np.float32)
+    source = ArrayPanels(values, values)
+    (known,) = run_together(source, survey())
+    (low,) = known.low_cuts([0.5])
+    cut = ScoreCut(1, 1.0, np.zeros(len(known.weights)), low, 1.0)
+    for panel in source.panels():
+        cut.add(values, panel)
+
+
+def _decode(stored: Format, compare: Format) -> None:
+    from ckptdiff.spectra.decode import decode
+
+    codes = np.zeros(stored.bits // 8, np.uint8)
+    codes.flags.writeable = False
+    decode(codes, stored, compare, np.empty(1, np.float32))
+
+
+def _follow(compare: Format) -> None:
+    from ckptdiff.backends.kernels.tiles import facts_of
+    from ckptdiff.backends.kernels.trajectory import Flow, follow_spans, new_rooms
+
+    code = max(compare.code_dtype, np.dtype(np.uint16))
+    nothing, files, tables = np.empty((0, 3), np.int64), np.zeros((1, 2, 4), np.int64), np.zeros((2, 0), code)
+    found = np.zeros((0, 1, len(Flow)), np.int64), np.zeros((0, 2))
+    magnitude = code.type(compare.magnitude)
+    follow_spans(nothing, files, tables, facts_of(compare).values, magnitude, new_rooms(code, 2), *found)
 
 
 def _two_coordinates(base: Format, tuned: Format) -> InMemory:

@@ -14,8 +14,10 @@ import pytest
 
 import ckptdiff
 from ckptdiff.events import Event, Note
+from ckptdiff.lora import extract
 from ckptdiff.memory import machine_memory
 from ckptdiff.options import Options, SpectraOptions, parse_size
+from ckptdiff.overlap import count
 from ckptdiff.planning import prepare
 from ckptdiff.spectra.job import Measuring
 from ckptdiff.spectra.matrices import MatrixView
@@ -95,6 +97,16 @@ def matrices(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     folder = tmp_path_factory.mktemp("matrices")
     shapes = {f"model.layers.{i}.mlp.up_proj.weight": (1024, 1025) for i in range(66)}
     return sparse(folder / "base.safetensors", shapes), sparse(folder / "tuned.safetensors", shapes, first=0x3F80)
+
+
+@pytest.fixture(scope="module")
+def runs(matrices: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two run files of the matrices."""
+    folder = tmp_path_factory.mktemp("runs")
+    paths = folder / "one.h5", folder / "two.h5"
+    for path in paths:
+        ckptdiff.diff(*matrices, out=path, mask="bitwise", device="cpu")
+    return paths
 
 
 class EnoughError(Exception):
@@ -187,6 +199,38 @@ def test_every_thread_of_the_spectra_works(
     with pytest.raises(EnoughError):
         ckptdiff.diff(*matrices, threads=threads, device="cpu", spectra=mode)
     assert crowd.most == threads
+
+
+@pytest.mark.parametrize("threads", THREADS)
+def test_every_thread_of_a_low_rank_adapter_works(
+    matrices: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    crowd = Crowd(threads)
+    monkeypatch.setattr("ckptdiff.spectra.memory.machine_memory", lambda: 1 << 40)
+    monkeypatch.setattr(extract._Factoring, "_factors", crowd.join(enough))
+    with pytest.raises(EnoughError):
+        extract.extract_lora(*matrices, tmp_path / "adapter", rank=8, options=Options(threads=threads, device="cpu"))
+    assert crowd.most == threads and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("threads", THREADS)
+def test_every_thread_of_an_overlap_works(
+    runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    crowd = Crowd(threads)
+    monkeypatch.setattr(count._Counting, "_tensor", crowd.join(enough))
+    with pytest.raises(EnoughError):
+        count.overlap(runs, threads=threads)
+    assert crowd.most == threads
+
+
+def test_no_count_of_an_overlap_depends_on_threads(runs: tuple[Path, Path], matrices: tuple[str, str]) -> None:
+    known = count.overlap(runs, base=matrices[0], threads=1)
+    for threads in (2, 7):
+        found = count.overlap(runs, base=matrices[0], threads=threads)
+        for pair, expected in zip(found.pairs, known.pairs, strict=True):
+            assert pair.both.tolist() == expected.both.tolist() == [1] * 66
+            assert pair.expected.tolist() == expected.expected.tolist()
 
 
 @pytest.mark.parametrize("threads", [4, 16, 64])

@@ -7,10 +7,13 @@ from typing import Any, TextIO, cast
 
 import click
 
+from ckptdiff.cli.display import progress as show_progress
 from ckptdiff.cli.failures import OK
+from ckptdiff.cli.inputs import progress_option
 from ckptdiff.cli.listing import format_option, write_rows
 from ckptdiff.cli.messages import say, warn
 from ckptdiff.cli.target import ReportTarget, output_option
+from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError, plural
 from ckptdiff.report.text import percent, quantity, safe, shape_text
 
@@ -93,6 +96,8 @@ def list_masks(run: str, **given: Any) -> int:
     show_default="as the run found it",
     help="The tuned checkpoint, for shira and patch.",
 )
+@progress_option
+@verbosity
 def export(run: str, names: tuple[str, ...], out: str, layout: str, **given: Any) -> int:
     """Write masks, and for some layouts the changes there, to a file that needs no ckptdiff to be read.
 
@@ -102,23 +107,30 @@ def export(run: str, names: tuple[str, ...], out: str, layout: str, **given: Any
     from ckptdiff.runfile.reader import RunFile
 
     _require_options(layout, given)
-    with RunFile(run) as file:
+    how = {"shown": given["progress"], "quiet": given["quiet"], "verbose": given["verbose"]}
+    missing: list[str] = []
+    with RunFile(run) as file, show_progress(**how) as tell:
         if layout == "shira":
             from ckptdiff.exports.shira import export_shira
 
-            adapter = export_shira(file, Path(out), names=names, **given)
+            sides = {name: given[name] for name in ("rank", "base", "tuned")}
+            adapter = export_shira(file, Path(out), names=names, **sides, listener=tell)
             what = f"{quantity(adapter.coordinates)} coordinates of {plural(adapter.layers, 'layer')}"
             what += f", {percent(adapter.energy)} of their sum d^2,"
         elif layout == "patch":
             from ckptdiff.exports.patch import export_patch, missing_from_patch
 
-            what = plural(export_patch(file, Path(out), names=names, tuned=given["tuned"]), "changed tensor")
-            _warn_of_missing(*missing_from_patch(file, names))
+            changed = export_patch(file, Path(out), names=names, tuned=given["tuned"], listener=tell)
+            what = plural(changed, "changed tensor")
+            missing = _missing(*missing_from_patch(file, names))
         else:
             from ckptdiff.runfile.export import Layout, export_masks
 
-            what = plural(export_masks(file, Path(out), layout=cast(Layout, layout), names=names), "mask")
-    say(f"{what} written to {safe(out)}")
+            count = export_masks(file, Path(out), layout=cast(Layout, layout), names=names, listener=tell)
+            what = plural(count, "mask")
+    if not given["quiet"]:
+        warn(missing)
+        say(f"{what} written to {safe(out)}")
     return OK
 
 
@@ -129,7 +141,11 @@ def export(run: str, names: tuple[str, ...], out: str, layout: str, **given: Any
 @click.option("--minus", is_flag=True, show_default="off", help="Coordinates in the first and in none of the others.")
 @click.option("-o", "--out", type=click.Path(), metavar="RUN.h5", required=True, help="The run file to write.")
 @click.option("--force", is_flag=True, show_default="off", help="Combine runs of different bases too.")
-def combine(runs: tuple[str, ...], out: str, force: bool, **operations: bool) -> int:
+@progress_option
+@verbosity
+def combine(
+    runs: tuple[str, ...], out: str, force: bool, progress: bool, quiet: bool, verbose: bool, **operations: bool
+) -> int:
     """Write a run file with combined masks, to train with.
 
     In all but its masks it is the first run: its figures are of that run's update.
@@ -144,7 +160,10 @@ def combine(runs: tuple[str, ...], out: str, force: bool, **operations: bool) ->
     from ckptdiff.overlap.combine import Operation
     from ckptdiff.overlap.combine import combine as combine_masks
 
-    diff = combine_masks(cast(Operation, chosen[0]), runs, out, force=force)
+    with show_progress(shown=progress, quiet=quiet, verbose=verbose) as tell:
+        diff = combine_masks(cast(Operation, chosen[0]), runs, out, force=force, listener=tell)
+    if quiet:
+        return OK
     warn(diff.warnings)
     changed, numel = (int(diff.columns[key].sum()) for key in ("changed", "numel"))
     share = f", {percent(changed / numel)} of {quantity(numel)} values," if numel else ""
@@ -152,21 +171,25 @@ def combine(runs: tuple[str, ...], out: str, force: bool, **operations: bool) ->
     return OK
 
 
-def _warn_of_missing(changed: int, tensors: int, retyped: int) -> None:
+def _missing(changed: int, tensors: int, retyped: int) -> list[str]:
+    """Warnings of what a patch lacks."""
+    found = []
     if changed:
         all_of_them = "ckptdiff diff --compare stored --mask bitwise takes all"
-        warn([f"{quantity(changed)} values changed but are not in the patch; {all_of_them}"])
+        found.append(f"{quantity(changed)} values changed but are not in the patch; {all_of_them}")
     if tensors:
         what = "without a counterpart of its shape in the base: not in the patch"
-        warn([f"{plural(tensors, 'tensor')} of the tuned checkpoint {what}"])
+        found.append(f"{plural(tensors, 'tensor')} of the tuned checkpoint {what}")
     if retyped:
-        warn([f"{plural(retyped, 'tensor')} in another dtype than the base's: ckptdiff patch apply refuses the patch"])
+        what = "in another dtype than the base's: ckptdiff patch apply refuses the patch"
+        found.append(f"{plural(retyped, 'tensor')} {what}")
+    return found
 
 
 def _require_options(layout: str, given: dict[str, Any]) -> None:
     meaningful = {"shira": {"rank", "base", "tuned"}, "patch": {"tuned"}}.get(layout, set())
-    for name, value in given.items():
-        if value is not None and name not in meaningful:
+    for name in ("rank", "base", "tuned"):
+        if given[name] is not None and name not in meaningful:
             raise OptionError(f"--{name} means nothing for --layout {layout}")
     if layout == "shira" and given["rank"] is None:
         raise OptionError("--layout shira needs --rank", hint="--rank 32 takes as many values as a LoRA of rank 32")

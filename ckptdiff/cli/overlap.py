@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
+from ckptdiff.cli.inputs import progress_option, threads_option
 from ckptdiff.cli.listing import format_option, write_rows
 from ckptdiff.cli.messages import warn
 from ckptdiff.cli.target import ReportTarget, output_option
+from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import plural
 from ckptdiff.members import GROUPINGS, LABEL_KEYS
 from ckptdiff.report.json_text import dumps
@@ -47,8 +50,11 @@ _COUNTS = ("numel", "masked_1", "masked_2", "masked_both")
     help="Read this base checkpoint for the baseline that is conditional on the magnitude of weights.",
 )
 @click.option("--force", is_flag=True, show_default="off", help="Compare runs of different bases too.")
+@threads_option
 @format_option
 @output_option
+@progress_option
+@verbosity
 def overlap(runs: tuple[str, ...], **given: Any) -> int:
     """Compare the masks of runs that start from the same base, each two of them.
 
@@ -60,8 +66,12 @@ def overlap(runs: tuple[str, ...], **given: Any) -> int:
     from ckptdiff.overlap import overlap as count_overlap
     from ckptdiff.overlap.figures import FIGURES
 
-    found = count_overlap(runs, base=given["base"], force=given["force"])
-    warn(found.warnings)
+    with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
+        found = count_overlap(runs, base=given["base"], force=given["force"], threads=given["threads"], listener=tell)
+    if not given["quiet"]:
+        warn(found.warnings)
+    elif target.is_stdout:
+        return OK
     with target.open() as stream:
         if given["format"] == "table":
             for pair in found.pairs:

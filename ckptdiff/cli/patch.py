@@ -11,6 +11,7 @@ from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option
 from ckptdiff.cli.messages import say, warn
+from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import first_few, plural
 from ckptdiff.report.text import quantity, safe
 
@@ -39,6 +40,7 @@ def patch() -> None:
     "--force", is_flag=True, show_default="off", help="Take a BASE with other headers than the patch was made for."
 )
 @progress_option
+@verbosity
 def apply(base: str, patch: str, out: str, **given: Any) -> int:
     """Write BASE with the values of PATCH set: the same shards, index and headers, and all other bytes as they are.
 
@@ -46,8 +48,10 @@ def apply(base: str, patch: str, out: str, **given: Any) -> int:
     """
     from ckptdiff.exports.apply import apply_patch
 
-    with progress(shown=given["progress"], quiet=False) as tell:
+    with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
         made = apply_patch(base, patch, Path(out), force=given["force"], listener=tell)
+    if given["quiet"]:
+        return OK
     warn(made.warnings)
     what = f"{quantity(made.coordinates)} values of {plural(made.tensors, 'tensor')}"
     rule = f"rule {made.rule}, {'as stored' if made.compare == 'stored' else 'in ' + made.compare}"

@@ -15,6 +15,7 @@ from ckptdiff.cli.inputs import progress_option, threads_option
 from ckptdiff.cli.listing import format_option, write_rows
 from ckptdiff.cli.messages import warn
 from ckptdiff.cli.target import ReportTarget, files_of, output_option
+from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError
 from ckptdiff.members import LABEL_KEYS
 from ckptdiff.report.json_text import dumps
@@ -63,6 +64,7 @@ _MEANINGS = {
 @format_option
 @output_option
 @progress_option
+@verbosity
 def track(base: str, steps: tuple[str, ...], **given: Any) -> int:
     """Follow an update from BASE through each STEP, in order, reading every checkpoint once.
 
@@ -74,7 +76,10 @@ def track(base: str, steps: tuple[str, ...], **given: Any) -> int:
     kept = [*(file for path in (base, *steps) for file in files_of(path)), *([] if out is None else [out])]
     target = ReportTarget.choose(given["output"], binary=False, kept=kept)
     found = _found(base, steps, out, given)
-    warn(found.warnings)
+    if not given["quiet"]:
+        warn(found.warnings)
+    elif target.is_stdout:
+        return OK
     with target.open() as stream:
         if given["format"] == "json":
             stream.write(dumps(_document(found)) + "\n")
@@ -107,7 +112,7 @@ def _found(base: str, steps: tuple[str, ...], out: Path | None, given: dict[str,
         shards = [shard for path in (base, *steps) for shard in open_checkpoint(path).shards]
         check_track_target(out, shards)
     compare: Compare = given["compare"]
-    with progress(shown=given["progress"], quiet=False) as tell:
+    with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
         found = follow(
             base,
             steps,

@@ -15,7 +15,7 @@ from ckptdiff.checkpoint import Checkpoint, Shard, TensorInfo, open_checkpoint
 from ckptdiff.checkpoint.index import MAX_INDEX_BYTES
 from ckptdiff.checkpoint.regular_file import read_whole
 from ckptdiff.errors import CheckpointError, OptionError, PatchError, plural
-from ckptdiff.events import Listener, StageProgress
+from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.exports.patch_reader import Patch, TensorPatch, changes_of, open_patch
 from ckptdiff.runfile.staged import StagedFile, write_whole
 from ckptdiff.runfile.staged_folder import StagedFolder
@@ -74,7 +74,7 @@ def apply_patch(
     force : bool
         Also take a base whose headers are not those of the base that the patch was made for.
     listener : callable, optional
-        Called with a `StageProgress` for each tensor that was written.
+        Told of the stage "patching", in bytes.
 
     Raises
     ------
@@ -96,9 +96,9 @@ def apply_patch(
     for change in found.tensors.values():
         _require_fit(checkpoint, change)
     left_out = () if single else _left_out(checkpoint)
-    copy = _Copy(checkpoint, found, listener)
     write = _write_file if single else _write_folder
-    write(copy, target)
+    with stage(listener, "patching", sum(shard.size for shard in checkpoint.shards), "bytes") as told:
+        write(_Copy(checkpoint, found, told), target)
     return Applied(
         tensors=sum(1 for change in found.tensors.values() if change.count),
         coordinates=sum(change.count for change in found.tensors.values()),
@@ -110,15 +110,14 @@ def apply_patch(
 
 
 class _Copy:
-    """Writes the shards of a base with a patch applied, and tells the listener of each tensor."""
+    """Writes the shards of a base with a patch applied, and tells of it."""
 
-    def __init__(self, checkpoint: Checkpoint, patch: Patch, listener: Listener | None) -> None:
-        self.checkpoint, self._patch, self._listener = checkpoint, patch, listener
+    def __init__(self, checkpoint: Checkpoint, patch: Patch, told: Stage) -> None:
+        self.checkpoint, self._patch, self._told = checkpoint, patch, told
         self._held = {
             path: list(tensors)
             for path, tensors in groupby(checkpoint.tensors.values(), lambda tensor: tensor.shard.path)
         }
-        self._done = 0
 
     def write(self, staged: StagedFile, shards: OpenShards, shard: Shard) -> None:
         tensors = self._held.get(shard.path, [])
@@ -126,16 +125,14 @@ class _Copy:
         length = tensors[0].start if tensors else shard.size
         for piece in blocks_of(shards, TensorInfo("the header", "U8", (length,), shard, 0, length)):
             staged.write(piece.data)
+            self._told.more(piece.nbytes)
         staged.check()
         for tensor in tensors:
             change = self._patch.tensors.get(tensor.name)
             for piece in _patched(shards, tensor, change) if change else blocks_of(shards, tensor):
                 staged.write(piece.data)
                 staged.check()
-            if self._listener is not None:
-                total = len(self.checkpoint.tensors)
-                self._listener(StageProgress("values", self._done, total, tensor.name))
-            self._done += 1
+                self._told.more(piece.nbytes, tensor.name)
 
 
 def _write_file(copy: _Copy, target: Path) -> None:

@@ -13,11 +13,12 @@ import numpy as np
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES, TensorInfo
 from ckptdiff.errors import OptionError, RunFileError
+from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.runfile.export import chosen_masks
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import Entry, is_safetensors_of, write_safetensors
-from ckptdiff.runfile.schema import BIT_ORDER
+from ckptdiff.runfile.schema import BIT_ORDER, mask_chunks
 from ckptdiff.runfile.sides import open_side, shards_json
 from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.runfile.target import check_folder
@@ -30,7 +31,12 @@ PATCH_FORMAT = "ckptdiff-patch"
 
 
 def export_patch(
-    run: RunFile, target: Path, *, names: Sequence[str] = (), tuned: str | os.PathLike[str] | None = None
+    run: RunFile,
+    target: Path,
+    *,
+    names: Sequence[str] = (),
+    tuned: str | os.PathLike[str] | None = None,
+    listener: Listener | None = None,
 ) -> int:
     """Write where the masked coordinates are and what the tuned checkpoint holds there.
 
@@ -49,6 +55,8 @@ def export_patch(
         Tensor names or globs; none stands for all.
     tuned : path-like, optional
         Where the tuned checkpoint is now; the norms of what is read must be those of the run.
+    listener : callable, optional
+        Told of the stage "exporting".
 
     Returns
     -------
@@ -76,9 +84,10 @@ def export_patch(
     check_folder(target)
     if target.exists() and not (target.is_file() and is_safetensors_of(target, PATCH_FORMAT)):
         raise RunFileError("the output exists and is no patch", file=target, hint="remove it, or choose another name")
-    with StagedFile(target) as staged:
+    chunks = 2 * sum(mask_chunks(mask.numel) for mask, _ in changed)  # read for the indices, and for the values
+    with stage(listener, "exporting", chunks) as told, StagedFile(target) as staged:
         with open_shards("pread") as shards:
-            entries = [entry for mask, tensor in changed for entry in _entries(mask, tensor, shards, known)]
+            entries = [entry for mask, tensor in changed for entry in _entries(mask, tensor, shards, known, told)]
             write_safetensors(staged, entries, _metadata(run, [mask for mask, _ in changed]))
         staged.commit()
     return len(changed)
@@ -127,25 +136,30 @@ def _metadata(run: RunFile, masks: Sequence[Mask]) -> dict[str, str]:
     }
 
 
-def _entries(mask: Mask, tensor: TensorInfo, shards: OpenShards, known: Mapping[str, KnownNorm]) -> Iterator[Entry]:
+def _entries(
+    mask: Mask, tensor: TensorInfo, shards: OpenShards, known: Mapping[str, KnownNorm], told: Stage
+) -> Iterator[Entry]:
     if DTYPES[tensor.dtype].bits % 8:
         raise OptionError(
             "elements smaller than a byte cannot be patched", tensor=mask.name, found=tensor.dtype, hint="leave it out"
         )
     index = "I64" if mask.index_dtype == np.int64 else "I32"
-    yield Entry(f"{mask.name}.indices", index, (mask.count,), partial(_indices, mask))
-    yield Entry(
-        f"{mask.name}.values", tensor.dtype, (mask.count,), partial(_values, mask, tensor, shards, known.get(mask.name))
-    )
+    values = partial(_values, mask, tensor, shards, known.get(mask.name), told)
+    yield Entry(f"{mask.name}.indices", index, (mask.count,), partial(_indices, mask, told))
+    yield Entry(f"{mask.name}.values", tensor.dtype, (mask.count,), values)
 
 
-def _indices(mask: Mask) -> Iterator[bytes]:
+def _indices(mask: Mask, told: Stage) -> Iterator[bytes]:
     for piece in mask.iter_flat():
         yield piece.astype(piece.dtype.newbyteorder("<"), copy=False).tobytes()
+        told.more(1, mask.name)
 
 
-def _values(mask: Mask, tensor: TensorInfo, shards: OpenShards, known: KnownNorm | None) -> Iterator[bytes]:
+def _values(
+    mask: Mask, tensor: TensorInfo, shards: OpenShards, known: KnownNorm | None, told: Stage
+) -> Iterator[bytes]:
     size = DTYPES[tensor.dtype].bits // 8
     for bits, stored in zip(mask.iter_packed(BLOCK // 8), checked_blocks(shards, tensor, known), strict=True):
         elements = stored.reshape(-1, size)
         yield elements[np.unpackbits(bits, bitorder=BIT_ORDER, count=len(elements)).view(np.bool_)].tobytes()
+        told.more(1, mask.name)

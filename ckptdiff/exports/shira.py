@@ -16,6 +16,7 @@ from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.checkpoint.globs import Globs
 from ckptdiff.errors import OptionError, first_few
+from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.exports.linear_layers import refusal
 from ckptdiff.result import TensorFacts
 from ckptdiff.runfile.reader import RunFile
@@ -69,6 +70,7 @@ def export_shira(
     names: Sequence[str] = (),
     base: str | os.PathLike[str] | None = None,
     tuned: str | os.PathLike[str] | None = None,
+    listener: Listener | None = None,
 ) -> ShiraExport:
     """Write a folder that ``PeftModel.from_pretrained`` loads onto the base model.
 
@@ -86,6 +88,8 @@ def export_shira(
         Tensor names or globs of weights of linear layers; none stands for all matrices of attention and ffn blocks.
     base, tuned : path-like, optional
         Where the checkpoints are now; the norms of what is read must be those of the run.
+    listener : callable, optional
+        Told of the stage "exporting", in bytes that are read.
 
     Raises
     ------
@@ -108,13 +112,17 @@ def export_shira(
     known = known_norms(diff, "base") if base else {}, known_norms(diff, "tuned") if tuned else {}
     entries: list[Entry] = []
     found: list[_Largest] = []
-    with open_shards("pread") as shards:
-        for facts in chosen:
-            pair = (
-                (sides[0].tensors[facts.name], known[0].get(facts.name)),
-                (sides[1].tensors[facts.tuned_name or facts.name], known[1].get(facts.name)),
-            )
-            largest = _largest_changes(shards, *pair, rank * sum(facts.shape))
+    pairs = [
+        (
+            (sides[0].tensors[facts.name], known[0].get(facts.name)),
+            (sides[1].tensors[facts.tuned_name or facts.name], known[1].get(facts.name)),
+        )
+        for facts in chosen
+    ]
+    nbytes = sum(tensor.nbytes for pair in pairs for tensor, _ in pair)
+    with open_shards("pread") as shards, stage(listener, "exporting", nbytes, "bytes") as told:
+        for facts, pair in zip(chosen, pairs, strict=True):
+            largest = _largest_changes(shards, *pair, rank * sum(facts.shape), told)
             found.append(largest)
             entries += _entries(facts, largest)
     total = sum(largest.total for largest in found)
@@ -183,7 +191,7 @@ def _require_rank(facts: TensorFacts, rank: int, path: str) -> None:
         )
 
 
-def _largest_changes(shards: OpenShards, base: _Side, tuned: _Side, count: int) -> _Largest:
+def _largest_changes(shards: OpenShards, base: _Side, tuned: _Side, count: int, told: Stage) -> _Largest:
     """The `count` largest changes, in ascending order of their index; NaN counts as nothing."""
     sides = zip(checked_blocks(shards, *base), checked_blocks(shards, *tuned), strict=True)
     indices, deltas = np.empty(0, np.int64), np.empty(0, np.float32)
@@ -200,6 +208,7 @@ def _largest_changes(shards: OpenShards, base: _Side, tuned: _Side, count: int) 
             cut = np.abs(deltas[order[-1]])
             order.sort()
             indices, deltas = indices[order], deltas[order]
+        told.more(left.nbytes + right.nbytes, base[0].name)
     return _Largest(indices, deltas, float(np.square(deltas, dtype=np.float64).sum()), total)
 
 

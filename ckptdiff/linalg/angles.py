@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.linalg.passes import Array, Panel, Stage, on_host
-from ckptdiff.linalg.products import add_gram, add_product, product
+from ckptdiff.linalg.products import add_gram, add_product, gram_work, product, product_work
 from ckptdiff.linalg.symmetric import eigenvalues, solve_lower, whole
+from ckptdiff.linalg.threads import count_work, counted
 
-__all__ = ["Angles", "angle_rank", "principal_angles"]
+__all__ = ["Angles", "angle_rank", "angles_work", "principal_angles"]
 
 Float64 = NDArray[np.float64]
 
@@ -70,14 +71,30 @@ def principal_angles(base: Array, tuned: Array, xp: Any = np) -> Stage[Angles]:
         left = solve_lower(our_factor, product(panel.base, base).T)
         right = solve_lower(their_factor, product(panel.side("tuned"), tuned).T)
         add_gram(outside, xp.ascontiguousarray((right - cosines.T @ left).T))
+        count_work(product_work(count, count, right.shape[1], 8))
 
     yield leave
-    across = base.T @ tuned
-    beyond = tuned - base @ across
-    return Angles(
-        _angles(xp.linalg.svd(cosines, compute_uv=False), np.sqrt(np.maximum(eigenvalues(outside), 0.0))),
-        _angles(xp.linalg.svd(across, compute_uv=False), xp.linalg.svd(beyond, compute_uv=False)),
-    )
+    with counted(_result_work(len(base), count), opaque=True):
+        across = base.T @ tuned
+        beyond = tuned - base @ across
+        return Angles(
+            _angles(xp.linalg.svd(cosines, compute_uv=False), np.sqrt(np.maximum(eigenvalues(outside), 0.0))),
+            _angles(xp.linalg.svd(across, compute_uv=False), xp.linalg.svd(beyond, compute_uv=False)),
+        )
+
+
+def angles_work(long: int, short: int) -> float:
+    """What :func:`principal_angles` counts for the vectors that :func:`angle_rank` takes."""
+    count = angle_rank(short)
+    both = 2 * product_work(long, short, count, 8)
+    meeting = both + 2 * gram_work(long, count, 8) + product_work(count, long, count, 8)
+    solved = 2 * product_work(count / 2, count, long, 8) + product_work(count, count, long, 8)
+    factors = 2 * product_work(count / 2, count, count, 8)
+    return meeting + factors + both + solved + gram_work(long, count, 8) + _result_work(short, count)
+
+
+def _result_work(short: int, count: int) -> float:
+    return 20.0 * short * count**2 + 20.0 * count**3
 
 
 def _angles(cosines: Array, sines: Array) -> Float64:

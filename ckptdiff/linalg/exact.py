@@ -15,10 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.linalg.passes import Array, Panel, Side, Stage, meanwhile
-from ckptdiff.linalg.products import add_gram, product
-from ckptdiff.linalg.symmetric import eigenvalues, eigh_bottom, eigh_top, gram_of
+from ckptdiff.linalg.products import add_gram, gram_work, product
+from ckptdiff.linalg.symmetric import (
+    eigenpairs_work,
+    eigenvalues,
+    eigenvalues_work,
+    eigh_bottom,
+    eigh_top,
+    gram_of,
+)
 
-__all__ = ["ACCURACY", "SideSpectrum", "effective_rank", "nss", "numerical_rank", "side_spectrum"]
+__all__ = ["ACCURACY", "SideSpectrum", "effective_rank", "nss", "numerical_rank", "side_spectrum", "side_work"]
 
 Float64 = NDArray[np.float64]
 
@@ -72,6 +79,12 @@ def side_spectrum(side: Side, short: int, vectors: int = 0, xp: Any = np) -> Sta
         values[short - few :] = np.sqrt(np.maximum(eigenvalues(rest), 0.0))
         values[::-1].sort()
     return SideSpectrum(values, pairs)
+
+
+def side_work(long: int, short: int, vectors: int = 0) -> float:
+    """What :func:`side_spectrum` counts, unless it has small singular values to find again."""
+    found = gram_work(long, short, 8) + eigenvalues_work(short, 8)
+    return found + (eigenpairs_work(short, min(vectors, short), 8) if vectors else 0.0)
 
 
 def _decomposed(gram: Array, vectors: int) -> tuple[Float64, Array | None, tuple[Array, Array] | None]:

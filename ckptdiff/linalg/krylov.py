@@ -24,10 +24,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.linalg.passes import Array, Panel, Stage, on_host
-from ckptdiff.linalg.products import add_product, product
-from ckptdiff.linalg.symmetric import eigh_top, gram_of
+from ckptdiff.linalg.products import add_product, gram_work, product, product_work
+from ckptdiff.linalg.symmetric import eigenpairs_work, eigenvalues_work, eigh_top, gram_of
+from ckptdiff.linalg.threads import counted
 
-__all__ = ["KrylovOptions", "LeadingValues", "direct_values", "krylov_values"]
+__all__ = [
+    "KrylovOptions",
+    "LeadingValues",
+    "direct_values",
+    "direct_work",
+    "krylov_passes",
+    "krylov_values",
+    "krylov_work",
+]
 
 Float64 = NDArray[np.float64]
 
@@ -113,14 +122,15 @@ def krylov_values(
     while True:
         image = xp.zeros_like(block)
         yield _applied(block, image)
-        basis.add(block, image)
-        steps += 1
-        if steps == options.steps or basis.full:
-            break
-        rest = basis.deflate(image)
-        if steps >= _FEWEST_STEPS and basis.residual(rest, wanted) <= options.tolerance:
-            break
-        block = basis.next_block(rest)
+        with counted(_step_work(short, basis.size + block.shape[1], block.shape[1])):
+            basis.add(block, image)
+            steps += 1
+            if steps == options.steps or basis.full:
+                break
+            rest = basis.deflate(image)
+            if steps >= _FEWEST_STEPS and basis.residual(rest, wanted) <= options.tolerance:
+                break
+            block = basis.next_block(rest)
         if not block.shape[1]:
             break  # the space is invariant: it holds all of the update's row space that the seed can see
     beyond = 0.0
@@ -130,14 +140,41 @@ def krylov_values(
         for _ in range(_PROBE_PASSES):
             image = xp.zeros_like(probes)
             yield _applied(probes, image)
-            probes = basis.deflate(image)
+            with counted(_step_work(short, basis.size, _PROBES)):
+                probes = basis.deflate(image)
             # Third powers of eigenvalues may leave the range of float32; scaled by powers of two they lose no digit.
             exponent = math.frexp(float(xp.linalg.norm(probes.astype(np.float64))))[1]
             probes = xp.ldexp(probes, -exponent)
             scale += exponent
         square = float((probes.astype(np.float64) ** 2).sum())
         beyond = (square / _CHI_SQUARE) ** (1 / (2 * _PROBE_PASSES)) * 2.0 ** (scale / _PROBE_PASSES)
-    return basis.result(ranks, beyond, steps)
+    with counted(_result_work(short, basis.size), opaque=True):
+        return basis.result(ranks, beyond, steps)
+
+
+def krylov_passes(options: KrylovOptions) -> int:
+    """How many passes :func:`krylov_values` makes, unless the space is complete early."""
+    return options.steps + _PROBE_PASSES
+
+
+def krylov_work(long: int, short: int, itemsize: int, options: KrylovOptions) -> float:
+    """What :func:`krylov_values` counts, unless the space is complete early."""
+    found = 0.0
+    for block, passes in ((options.block, options.steps), (_PROBES, _PROBE_PASSES)):
+        once = product_work(long, short, block, itemsize) + product_work(short, long, block, itemsize)
+        found += passes * once
+    size = options.block * options.steps
+    found += sum(_step_work(short, step * options.block, options.block) for step in range(1, options.steps + 1))
+    return found + _PROBE_PASSES * _step_work(short, size, _PROBES) + _result_work(short, size)
+
+
+def _step_work(short: int, size: int, block: int) -> float:
+    """Between two passes: sums in float64, projections, and the eigenproblem of the space."""
+    return 65.0 * short * size * block + 18.0 * size**3
+
+
+def _result_work(short: int, size: int) -> float:
+    return 7.0 * short * size**2 + 76.0 * size**3
 
 
 def direct_values(short: int, ranks: Sequence[int], *, with_vectors: bool = True, xp: Any = np) -> Stage[LeadingValues]:
@@ -151,6 +188,12 @@ def direct_values(short: int, ranks: Sequence[int], *, with_vectors: bool = True
     lower = np.maximum(on_host(values).astype(np.float64), 0.0)
     slack = short * float(np.finfo(np.float64).eps) * float(lower[0])
     return LeadingValues(lower, {k: float(lower[:k].sum()) + k * slack for k in ranks}, vectors, 0)
+
+
+def direct_work(long: int, short: int, ranks: Sequence[int], *, with_vectors: bool = True) -> float:
+    """What :func:`direct_values` counts."""
+    eigen = eigenpairs_work(short, _within(ranks, short)[-1], 8) if with_vectors else eigenvalues_work(short, 8)
+    return gram_work(long, short, 8) + eigen
 
 
 def _within(ranks: Sequence[int], short: int) -> list[int]:
@@ -192,6 +235,11 @@ class _Basis:
         self._size = self._newest = 0
         self._unit = float(np.finfo(dtype).eps)
         self._pairs: tuple[Array, Array] | None = None
+
+    @property
+    def size(self) -> int:
+        """How many vectors it has."""
+        return self._size
 
     @property
     def full(self) -> bool:

@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.linalg.passes import Array, Panel, PanelSource, Stage, array_module, meanwhile, on_host
-from ckptdiff.linalg.products import add_gram, add_product, cuts, product
+from ckptdiff.linalg.products import add_gram, add_product, cuts, gram_work, product, product_work
 from ckptdiff.linalg.score_cut import LANES, Covered, ScoreCut
 from ckptdiff.linalg.survey import Survey, exactly
-from ckptdiff.linalg.symmetric import eigh_top, gram_of, solve_lower, whole
-from ckptdiff.linalg.threads import in_parts
+from ckptdiff.linalg.symmetric import eigenpairs_work, eigh_top, gram_of, solve_lower, whole
+from ckptdiff.linalg.threads import count_work, counted, in_parts
 
-__all__ = ["Principal", "principal", "principal_rank"]
+__all__ = ["Principal", "principal", "principal_rank", "principal_work"]
 
 _SMALLEST_GAP = {4: 1e-6, 8: 1e-9}
 """By item size: a subspace is defined if its last eigenvalue stands out from the next by this share of the largest."""
@@ -32,6 +32,8 @@ _NOISE = 64
 """Eigenvalues of a Gram matrix are noise below this many units of rounding of the largest."""
 _SAMPLED_ROWS, _SAMPLED = 32, 1 << 13
 """Rows, and entries, that tell about where a cut is."""
+_SCORE_WORK, _NORM_WORK = 250.0, 35.0
+"""The work of counting an entry by its score, and of adding its square to a norm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,33 @@ def principal(
     return spectrum, [done.get(figure.rho, figure) for figure in figures]
 
 
+def principal_work(long: int, short: int, itemsize: int, rhos: Sequence[float], *, decomposed: bool) -> float:
+    """What :func:`principal` counts, unless a subspace is not defined or a cut needs another pass.
+
+    Parameters
+    ----------
+    long, short, itemsize : int
+    rhos : sequence of float
+    decomposed : bool
+        Whether eigenpairs of W0^T W0 are given.
+    """
+    rank = principal_rank(rhos[-1], short)
+    projected = 2 * product_work(long, short, rank, itemsize) + _NORM_WORK * long * rank
+    met = product_work(rank, long, short, itemsize) + gram_work(long, rank, itemsize)
+    found = projected + met + _scores_work(long, short, rank, itemsize, len(rhos)) + _shares_work(rank, short)
+    if not decomposed:
+        found += gram_work(long, short, itemsize) + eigenpairs_work(short, min(rank + 1, short), itemsize)
+    return found
+
+
+def _scores_work(rows: int, short: int, rank: int, itemsize: int, cuts: int) -> float:
+    return product_work(rows, rank, short, itemsize) + _SCORE_WORK * cuts * rows * short
+
+
+def _shares_work(rank: int, short: int) -> float:
+    return 4.0 * rank**2 * short + 2.0 * rank**3
+
+
 def _subspace(rho: float, short: int, values: NDArray[np.float64], dtype: np.dtype[Any]) -> Principal:
     """Whether the subspace of a rho is defined."""
     rank = principal_rank(rho, short)
@@ -201,13 +230,15 @@ class _Energies:
         add_product(self._met, projected.T, panel.delta)
         moved = product(panel.delta, self.vectors)
         self._kept += xp.einsum("ij,ij->j", moved, moved, dtype=np.float64)
+        count_work(_NORM_WORK * moved.size)
 
     def shares(self, ranks: Sequence[int], total: float) -> Iterator[tuple[float, float, float]]:
         """Yield the share of the energy in both subspaces, the long side's, and the short side's, for each rank."""
         xp = array_module(self.vectors)
-        factor = xp.linalg.cholesky(whole(self._spanned))
-        long_side = solve_lower(factor, self._met.astype(np.float64))
-        both = long_side @ self.vectors
+        with counted(_shares_work(len(self._spanned), self._met.shape[1]), opaque=True):
+            factor = xp.linalg.cholesky(whole(self._spanned))
+            long_side = solve_lower(factor, self._met.astype(np.float64))
+            both = long_side @ self.vectors
         for k in ranks:
             joint, left, right = (both[:k, :k] ** 2).sum(), (long_side[:k] ** 2).sum(), self._kept[:k].sum()
             yield float(joint) / total, float(left) / total, float(right) / total
@@ -240,7 +271,9 @@ class _Scores:
                 if cut in self._open:
                     cut.add(scores.astype(np.float32, copy=False), part, lane)
 
-        in_parts(count, len(at) - 1)
+        rows, short = panel.base.shape
+        with counted(_scores_work(rows, short, self._ranks[-1], panel.base.itemsize, len(self._open))):
+            in_parts(count, len(at) - 1)
 
     def settle(self) -> bool:
         """Finish a pass: True if every cut is found."""

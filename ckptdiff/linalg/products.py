@@ -11,12 +11,24 @@ from ckptdiff.linalg.blas import add_gram_block, add_product_block
 from ckptdiff.linalg.passes import Array, array_module
 from ckptdiff.linalg.threads import in_parts
 
-__all__ = ["add_gram", "add_product", "cuts", "product"]
+__all__ = ["add_gram", "add_product", "cuts", "gram_work", "product", "product_work"]
 
 _PART = 256
 """Rows of a part, at least: what a part reads again should cost little beside its product."""
 _MOST_PARTS = 16
 _GRAM_PART = 512
+_READ = 16
+"""Columns of a product that take as long as to read its left side: narrow products wait for memory."""
+
+
+def product_work(rows: float, inner: float, columns: float, itemsize: int) -> float:
+    """The work of a product of (rows, inner) and (inner, columns)."""
+    return rows * inner * (columns + _READ) * itemsize / 4
+
+
+def gram_work(rows: float, columns: float, itemsize: int) -> float:
+    """The work of a Gram matrix of (rows, columns)."""
+    return rows * columns * columns / 2 * itemsize / 4
 
 
 def cuts(size: int, least: int = _PART, most: int = _MOST_PARTS) -> list[int]:
@@ -61,6 +73,7 @@ def _products(out: Array, left: Array, right: Array, *, keep: bool) -> None:
     in_parts(
         lambda part: add_product_block(out[at[part] : at[part + 1]], left[at[part] : at[part + 1]], right, keep=keep),
         len(at) - 1,
+        product_work(len(left), len(right), len(right.T), out.itemsize),
     )
 
 
@@ -83,4 +96,4 @@ def add_gram(total: Array, panel: Array) -> None:
         if stop < at[-1]:
             add_product_block(total[stop:, first:stop], panel[:, stop:].T, panel[:, first:stop])
 
-    in_parts(add, len(at) - 1)
+    in_parts(add, len(at) - 1, gram_work(len(panel), panel.shape[1], panel.itemsize))

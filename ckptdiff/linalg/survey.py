@@ -14,13 +14,16 @@ from numpy.typing import NDArray
 
 from ckptdiff.backends.kernels.scores import count_magnitudes
 from ckptdiff.linalg.passes import Panel, Stage, array_module, on_host
+from ckptdiff.linalg.threads import counted
 
-__all__ = ["MAGNITUDES", "SMALL_CHANGE", "Survey", "exactly", "survey"]
+__all__ = ["MAGNITUDES", "SMALL_CHANGE", "SURVEY_WORK", "Survey", "exactly", "survey"]
 
 MAGNITUDES = 1 << 15
 """Bins of |W0|: the leading 15 magnitude bits of its float32, which are all that bfloat16 has."""
 SMALL_CHANGE = 1e-5
 """The threshold of the second support (S1)."""
+SURVEY_WORK = 500.0
+"""The work of an entry."""
 
 
 @cache
@@ -69,12 +72,12 @@ class Survey:
             yield cut, float((up_to[cut] - rank) / self.weights[cut])
 
 
-def survey(counted: bool = True) -> Stage[Survey]:
+def survey(magnitudes: bool = True) -> Stage[Survey]:
     """One pass over a pair.
 
     Parameters
     ----------
-    counted : bool
+    magnitudes : bool
         Whether to count entries, not only to add up norms.
     """
     squares = np.zeros(2)
@@ -82,11 +85,12 @@ def survey(counted: bool = True) -> Stage[Survey]:
     totals = [0, 0]
 
     def add(panel: Panel) -> None:
-        squares[0] += _square(panel.base)
-        squares[1] += _square(panel.delta)
-        totals[0] += panel.base.size
-        if counted:
-            totals[1] += _count(panel, counts)
+        with counted(SURVEY_WORK * panel.base.size):
+            squares[0] += _square(panel.base)
+            squares[1] += _square(panel.delta)
+            totals[0] += panel.base.size
+            if magnitudes:
+                totals[1] += _count(panel, counts)
 
     yield add
     base, delta = np.sqrt(squares).tolist()

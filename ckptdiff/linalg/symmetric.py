@@ -9,10 +9,13 @@ from numpy.typing import NDArray
 
 from ckptdiff.linalg.blas import eigh_all, eigh_part, solve_lower_block
 from ckptdiff.linalg.passes import Array, Panel, Side, Stage, array_module, on_host
-from ckptdiff.linalg.products import add_gram
+from ckptdiff.linalg.products import add_gram, product_work
+from ckptdiff.linalg.threads import counted
 
 __all__ = [
+    "eigenpairs_work",
     "eigenvalues",
+    "eigenvalues_work",
     "eigh_bottom",
     "eigh_top",
     "gram_of",
@@ -53,7 +56,8 @@ def eigenvalues(matrix: Array) -> NDArray[np.float64]:
     if array_module(matrix) is not np:
         found = on_host(array_module(matrix).linalg.eigvalsh(matrix))
     else:
-        found, _ = eigh_part(matrix.copy(), 0, len(matrix) - 1, vectors=False)
+        with counted(eigenvalues_work(len(matrix), matrix.itemsize), opaque=True):
+            found, _ = eigh_part(matrix.copy(), 0, len(matrix) - 1, vectors=False)
     return np.asarray(found[::-1], np.float64)
 
 
@@ -85,13 +89,30 @@ def _eigh(matrix: Array, first: int, last: int) -> tuple[Array, Array]:
     if xp is not np:
         values, vectors = xp.linalg.eigh(matrix)
         return values[first : last + 1], vectors[:, first : last + 1]
-    if 3 * (last - first) < matrix.shape[0]:
-        # Inverse iteration is the quicker way to a part of the vectors.
-        values, rows = eigh_part(matrix, first, last)
-        return values, rows.T
-    # Divide and conquer is the quicker one to most of them, and the safe one among many equal eigenvalues.
-    values, rows = eigh_all(matrix)
-    return values[first : last + 1], rows[first : last + 1].T
+    with counted(eigenpairs_work(len(matrix), last - first + 1, matrix.itemsize), opaque=True):
+        if _few(last - first + 1, len(matrix)):
+            # Inverse iteration is the quicker way to a part of the vectors.
+            values, rows = eigh_part(matrix, first, last)
+            return values, rows.T
+        # Divide and conquer is the quicker one to most of them, and the safe one among many equal eigenvalues.
+        values, rows = eigh_all(matrix)
+        return values[first : last + 1], rows[first : last + 1].T
+
+
+def _few(count: int, n: int) -> bool:
+    return 3 * (count - 1) < n
+
+
+def eigenvalues_work(n: int, itemsize: int) -> float:
+    """The work of all eigenvalues of a matrix of `n` rows; as all work here, as measured from 256 rows to 2,048."""
+    return (1.5 * n + 700) * n**2 * itemsize / 4
+
+
+def eigenpairs_work(n: int, count: int, itemsize: int) -> float:
+    """The work of `count` eigenpairs of a matrix of `n` rows."""
+    if _few(count, n):
+        return eigenvalues_work(n, itemsize) + 5 * count * n**2 * itemsize / 4
+    return (4.5 * n + 700) * n**2 * itemsize / 4
 
 
 def solve_lower(factor: Array, right: Array) -> Array:
@@ -101,5 +122,6 @@ def solve_lower(factor: Array, right: Array) -> Array:
 
         return solve_triangular(factor, right, lower=True, check_finite=False)
     found = np.array(right, order="C")
-    solve_lower_block(np.ascontiguousarray(factor), found)
+    with counted(product_work(len(factor) / 2, len(factor), right.shape[1], found.itemsize)):
+        solve_lower_block(np.ascontiguousarray(factor), found)
     return found

@@ -12,20 +12,31 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from contextvars import ContextVar, copy_context
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-__all__ = ["in_background", "in_parts", "one_blas_thread", "product_threads"]
+from ckptdiff.linalg.work import Work
+
+__all__ = [
+    "count_work",
+    "counted",
+    "in_background",
+    "in_parts",
+    "one_blas_thread",
+    "product_threads",
+    "work_counted_in",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class _Threads:
-    """What the products of a matrix are shared among."""
+    """What the products of a matrix are shared among, and where they are counted."""
 
     pool: ThreadPoolExecutor | None = None
     stop: threading.Event = field(default_factory=threading.Event)
+    work: Work | None = None
 
 
 _THREADS: ContextVar[_Threads] = ContextVar("threads of the products", default=_Threads())  # noqa: B039
@@ -63,25 +74,76 @@ def product_threads(count: int, stop: threading.Event | None = None) -> Iterator
             _THREADS.reset(token)
 
 
+@contextmanager
+def work_counted_in(work: Work) -> Iterator[None]:
+    """Count what this thread computes, and what others compute for it, as work of a matrix."""
+    token = _THREADS.set(replace(_THREADS.get(), work=work))
+    try:
+        yield
+    finally:
+        _THREADS.reset(token)
+
+
+def count_work(amount: float) -> None:
+    """Count what was done for the matrix at hand, if anyone counts."""
+    work = _THREADS.get().work
+    if work is not None:
+        work.add(amount)
+
+
+@contextmanager
+def counted(amount: float, *, opaque: bool = False) -> Iterator[None]:
+    """Count all that is computed inside as so much.
+
+    Parameters
+    ----------
+    amount : float
+    opaque : bool
+        Whether it may last, so that how far it is should be guessed meanwhile.
+    """
+    threads = _THREADS.get()
+    if threads.work is None:
+        yield
+        return
+    token = _THREADS.set(replace(threads, work=None))
+    try:
+        with threads.work.within(amount) if opaque else nullcontext():
+            yield
+    finally:
+        _THREADS.reset(token)
+    if not opaque:
+        threads.work.add(amount)
+
+
 def in_background(work: Callable[[], None]) -> Future[None]:
     """Begin work on a thread of this matrix, or do it now if the matrix has but one."""
-    pool = _THREADS.get().pool
-    if pool is not None:
-        return pool.submit(work)
+    threads = _THREADS.get()
+    if threads.pool is not None:
+        context = copy_context()
+        # It keeps to its thread: parts that wait for threads which wait for parts would wait for ever.
+        context.run(_THREADS.set, replace(threads, pool=None))
+        return threads.pool.submit(context.run, work)
     done: Future[None] = Future()
     work()
     done.set_result(None)
     return done
 
 
-def in_parts(work: Callable[[int], None], parts: int) -> None:
-    """Call `work` with 0 to ``parts - 1``, in any order, on the threads that this matrix has."""
+def in_parts(work: Callable[[int], None], parts: int, amount: float = 0.0) -> None:
+    """Call `work` with 0 to ``parts - 1``, in any order, on the threads that this matrix has.
+
+    Parameters
+    ----------
+    work : callable
+        It counts nothing by itself.
+    parts : int
+    amount : float
+        What all of them together count as.
+    """
     threads = _THREADS.get()
     if threads.stop.is_set():
         raise CancelledError
-    if threads.pool is None or parts == 1:
-        for part in range(parts):
-            work(part)
-    else:
-        for _ in threads.pool.map(work, range(parts)):
-            pass
+    done = threads.pool.map(work, range(parts)) if threads.pool and parts > 1 else map(work, range(parts))
+    for _ in done:
+        if threads.work is not None:
+            threads.work.add(amount / parts)

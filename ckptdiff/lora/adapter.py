@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptdiff.events import Stage
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
 from ckptdiff.runfile.staged import StagedFile, write_whole
 
@@ -62,8 +64,8 @@ class AdapterWriter:
             self._spool.check()
             self._entries.append(Entry(f"{_PREFIX}{module}.{part}.weight", "F32", values.shape, pieces))
 
-    def finish(self) -> None:
-        """Write the files.
+    def finish(self, told: Stage) -> None:
+        """Write the files, and tell of each piece.
 
         Raises
         ------
@@ -71,7 +73,8 @@ class AdapterWriter:
             A write failed.
         """
         with StagedFile(self._folder / "adapter_model.safetensors") as staged:
-            write_safetensors(staged, self._entries, {"format": "pt"})
+            entries = [replace(entry, pieces=partial(self._told, entry, told)) for entry in self._entries]
+            write_safetensors(staged, entries, {"format": "pt"})
             staged.commit()
         text = json.dumps(self._config(), indent=2) + "\n"
         write_whole(self._folder / "adapter_config.json", text.encode())
@@ -80,6 +83,11 @@ class AdapterWriter:
         for offset in range(0, size, _COPY):
             self._spool.seek(start + offset)
             yield self._spool.read(min(_COPY, size - offset))
+
+    def _told(self, entry: Entry, told: Stage) -> Iterator[bytes]:
+        for piece in entry.pieces():
+            yield piece
+            told.more(len(piece), entry.name)
 
     def _config(self) -> dict[str, Any]:
         """With alpha equal to the rank everywhere, so that the factors are not scaled."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,24 +14,27 @@ from ckptdiff.backends.formats import formats_of
 from ckptdiff.checkpoint import Kind, TensorInfo, TensorPair
 from ckptdiff.engine import run
 from ckptdiff.errors import PairingError
-from ckptdiff.events import Listener, StageProgress
+from ckptdiff.events import Listener, Note, ignore, stage
 from ckptdiff.exports.linear_layers import refusal
 from ckptdiff.linalg.blas import require_scipy
-from ckptdiff.linalg.threads import one_blas_thread, product_threads
+from ckptdiff.linalg.threads import one_blas_thread, product_threads, work_counted_in
+from ckptdiff.linalg.work import WorkMeter
 from ckptdiff.lora.adapter import AdapterWriter
-from ckptdiff.lora.factors import Factors, factorize
+from ckptdiff.lora.factors import Factors, factor_work, factorize, krylov_block
 from ckptdiff.memory import resident
-from ckptdiff.options import MaskRule, Options, default_threads
+from ckptdiff.options import Compare, MaskRule, Options, SpectraOptions
 from ckptdiff.planning import prepare
 from ckptdiff.report.text import percent
 from ckptdiff.result import Diff
 from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.runfile.staged_folder import StagedFolder
 from ckptdiff.runfile.target import check_new
+from ckptdiff.spectra.in_order import Task, in_order
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
-from ckptdiff.spectra.memory import cache_bytes, default_bound
+from ckptdiff.spectra.memory import Budget, cache_bytes
 from ckptdiff.spectra.source import StoredPanels
 from ckptdiff.stream.shards import OpenShards, open_shards
+from ckptdiff.warm_up import Uses, load, panel_uses
 
 __all__ = ["Extracted", "Extraction", "extract_lora"]
 
@@ -113,7 +119,8 @@ def extract_lora(
     options : Options, optional
         Which tensors, and how they are paired and read.
     listener : callable, optional
-        Called with every event of the comparison, then with a `StageProgress` for each tensor that changed.
+        Called with every event of the comparison, of the stages "factors" and "writing", and with a `Note` for each
+        tensor that changed.
 
     Raises
     ------
@@ -123,26 +130,68 @@ def extract_lora(
     require_scipy()
     options = replace(options or Options(), compare="stored", mask=MaskRule("none"), spectra=None)
     check_new(folder)
-    diff = run(base, tuned, options=options, listener=listener)
+    tell = listener or ignore
+    diff = run(base, tuned, options=options, listener=tell)
     plan = prepare(base, tuned, options=options)
+    load(None, Uses(tuple(panel_uses(plan.pairs, options.compare))), tell)
     strange = diff.columns["nonfinite_base"] + diff.columns["nonfinite_tuned"] > 0
-    norms = diff.columns["delta_norm"]
-    moved = [(row, pair) for row, pair in enumerate(plan.pairs) if norms[row] > 0]
+    updates = [
+        _Update(pair, norm, "NaN or Inf in it" if strange[row] else _refusal(pair.base))
+        for row, (pair, norm) in enumerate(zip(plan.pairs, diff.columns["delta_norm"].tolist(), strict=True))
+        if norm > 0
+    ]
     found: list[Extracted] = []
     with StagedFolder(folder) as made:
         with open_shards(plan.io) as shards, StagedFile(made.path / "factors") as spool:
             writer = AdapterWriter(made.path, base, spool)
-            job = _Job(shards, options, writer, rank, energy, seed)
-            for index, (row, pair) in enumerate(moved):
-                reason = "NaN or Inf in it" if strange[row] else _refusal(pair.base)
-                found.append(job.extract(pair, float(norms[row]), reason))
-                if listener is not None:
-                    listener(StageProgress("factors", index, len(moved), pair.name, _outcome(found[-1])))
+            budget = Budget.of(
+                replace(options, spectra=SpectraOptions(block=min(krylov_block(rank), 1024))),
+                resident(),
+                (update.view for update in updates if update.reason is None),
+            )
+            factoring = _Factoring(shards, options.compare, budget, rank, energy, seed)
+            for update, factors in factoring.factors(updates, tell):
+                found.append(update.without if factors is None else _written(writer, update, factors))
+                tell(Note(f"{update.pair.name}: {_outcome(found[-1])}"))
             if not any(tensor.rank for tensor in found):
                 raise _nothing(diff, found)
-            writer.finish()
+            with stage(tell, "writing", spool.tell(), "bytes") as told:
+                writer.finish(told)
         made.commit()
     return Extraction(folder, tuple(found), len(plan.pairs) - len(found))
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """The update of one tensor, and why an adapter cannot hold it, if it cannot."""
+
+    pair: TensorPair
+    norm: float
+    reason: str | None
+
+    @property
+    def view(self) -> MatrixView:
+        (view,) = matrices_of(self.pair.name, self.pair.base.shape)
+        return view
+
+    @property
+    def without(self) -> Extracted:
+        """What becomes of it where the adapter leaves it out."""
+        return Extracted(self.pair.name, self.pair.base.shape, self.norm, 0, 1.0, self.reason)
+
+    @property
+    def dtype(self) -> np.dtype[np.floating]:
+        """In which its square is a number."""
+        return np.dtype(np.float32 if 1e-12 < self.norm < 1e12 else np.float64)
+
+
+def _written(writer: AdapterWriter, update: _Update, factors: Factors) -> Extracted:
+    up, down = factors.long_side, factors.short_side
+    if update.view.wide:
+        up, down = down, up
+    name = update.pair.name
+    writer.add(name.removesuffix(".weight"), down.T, up)
+    return Extracted(name, update.pair.base.shape, update.norm, factors.rank, factors.lost)
 
 
 def _refusal(tensor: TensorInfo) -> str | None:
@@ -163,33 +212,77 @@ def _nothing(diff: Diff, found: list[Extracted]) -> PairingError:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _Factoring:
+    """What the factors of all updates have in common.
+
+    Attributes
+    ----------
+    shards : OpenShards
+    compare : {"bf16", "stored"}
+    budget : Budget
+        Of memory and threads; its Krylov space is that of the randomized SVD.
+    rank : int
+    energy : float, optional
+    seed : int
+    stop : threading.Event
+        Set to end what is under way.
+    """
+
     shards: OpenShards
-    options: Options
-    writer: AdapterWriter
+    compare: Compare
+    budget: Budget
     rank: int
     energy: float | None
     seed: int
+    stop: threading.Event = field(default_factory=threading.Event)
 
-    def extract(self, pair: TensorPair, norm: float, reason: str | None) -> Extracted:
-        """Factor one tensor and write it, or say why not."""
-        if reason is not None:
-            return Extracted(pair.name, pair.base.shape, norm, 0, 1.0, reason)
-        (view,) = matrices_of(pair.name, pair.base.shape)
-        factors = self._factors(pair, view, norm)
-        up, down = factors.long_side, factors.short_side
-        if view.wide:
-            up, down = down, up
-        self.writer.add(pair.name.removesuffix(".weight"), down.T, up)
-        return Extracted(pair.name, pair.base.shape, norm, factors.rank, factors.lost)
+    def factors(self, updates: Sequence[_Update], tell: Listener) -> Iterator[tuple[_Update, Factors | None]]:
+        """Yield the factors of each update, in order; as many are under way as there are slots for."""
+        with stage(tell, "factors") as told, one_blas_thread():
+            meter = WorkMeter(sum(map(self._work, updates)))
 
-    def _factors(self, pair: TensorPair, view: MatrixView, norm: float) -> Factors:
-        dtype = np.dtype(np.float32 if 1e-12 < norm < 1e12 else np.float64)
-        formats = formats_of(pair.base.dtype, pair.tuned.dtype, self.options.compare)
-        panels = StoredPanels(self.shards, pair, formats, view, dtype)
-        taken = resident()
-        threads = self.options.threads or default_threads()
-        free = (self.options.max_memory or default_bound("randomized", threads, taken)) - taken
-        fits = 2 * cache_bytes(view, dtype.itemsize) < free
-        with one_blas_thread(), product_threads(threads):
-            return factorize(panels.cached() if fits else panels, norm, self.rank, self.energy, self.seed)
+            def tell_of_work() -> None:
+                told.at(meter.share(), meter.at_hand())
+
+            tasks = (self._task(update, meter) for update in updates)
+            # Factors that wait for their turn may be large, so none is begun that many slots ahead.
+            done = in_order(tasks, self.budget.threads, self.stop.set, tell_of_work, ahead=1)
+            for update, factors in zip(updates, done, strict=True):
+                yield update, factors
+                tell_of_work()
+
+    def _task(self, update: _Update, meter: WorkMeter) -> Task[Factors | None]:
+        if update.reason is not None:
+            return Task(lambda: None, 1, 0)
+        slots = self.budget.slots(update.view)
+        return Task(partial(self._factors, update, slots, meter), slots, update.view.long * update.view.short)
+
+    def _factors(self, update: _Update, slots: int, meter: WorkMeter) -> Factors:
+        panels = self._panels(update)
+        with (
+            product_threads(slots, self.stop),
+            meter.matrix(update.pair.name, self._work(update), slots) as work,
+            work_counted_in(work),
+        ):
+            source = panels.cached() if self._fits(update, slots) else panels
+            return factorize(source, update.norm, self.rank, self.energy, self.seed)
+
+    def _panels(self, update: _Update) -> StoredPanels:
+        pair = update.pair
+        formats = formats_of(pair.base.dtype, pair.tuned.dtype, self.compare)
+        return StoredPanels(self.shards, pair, formats, update.view, update.dtype)
+
+    def _fits(self, update: _Update, slots: int) -> bool:
+        """Whether there is room for a decoded pair, beside its factors and what computes them."""
+        view, itemsize = update.view, update.dtype.itemsize
+        factors = 2 * itemsize * (view.long + view.short) * min(self.rank, view.short)
+        needed = self.budget.randomized_bytes(view, itemsize) + factors
+        return cache_bytes(view, itemsize) + needed <= self.budget.share(slots)
+
+    def _work(self, update: _Update) -> float:
+        """What an update will take, as far as its sizes tell."""
+        if update.reason is not None:
+            return 0.0
+        view = update.view
+        found, passes = factor_work(view.long, view.short, update.dtype.itemsize, self.rank)
+        return found + self._panels(update).work * (1 if self._fits(update, self.budget.slots(view)) else passes)

@@ -9,11 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.krylov import KrylovOptions, direct_values, krylov_values
+from ckptdiff.linalg.krylov import (
+    KrylovOptions,
+    direct_values,
+    direct_work,
+    krylov_passes,
+    krylov_values,
+    krylov_work,
+)
 from ckptdiff.linalg.passes import Array, Panel, PanelSource, Stage, run_together
-from ckptdiff.linalg.products import product
+from ckptdiff.linalg.products import product, product_work
 
-__all__ = ["Factors", "factorize"]
+__all__ = ["Factors", "factor_work", "factorize", "krylov_block"]
 
 _BLOCK, _STEPS = 32, 10
 
@@ -57,12 +64,11 @@ def factorize(source: PanelSource, delta_norm: float, most: int, energy: float |
         Take the smallest rank that holds this share of the energy, if one up to `most` does.
     seed : int
     """
-    wanted = min(most, source.short)
-    block = max(_BLOCK, math.ceil(wanted / 4))
-    if source.short <= 2 * block * _STEPS:
+    wanted, krylov = min(most, source.short), _krylov(source.short, most, seed)
+    if krylov is None:
         leading = direct_values(source.short, (wanted,))
     else:
-        leading = krylov_values(source.short, (wanted,), source.dtype, KrylovOptions(block, _STEPS, seed=seed))
+        leading = krylov_values(source.short, (wanted,), source.dtype, krylov)
     (found,) = run_together(source, leading)
     shares = np.cumsum(found.lower) / delta_norm**2
     kept = int((found.lower > np.finfo(np.float32).eps ** 2 * found.lower[0]).sum())
@@ -75,6 +81,26 @@ def factorize(source: PanelSource, delta_norm: float, most: int, energy: float |
     roots = np.sqrt(np.where(sizes > 0, sizes, 1.0))
     lost = 1.0 - float(np.sum(sizes**2)) / delta_norm**2
     return Factors((moved / roots).astype(np.float32), (vectors * roots).astype(np.float32), max(lost, 0.0))
+
+
+def factor_work(long: int, short: int, itemsize: int, most: int) -> tuple[float, int]:
+    """What :func:`factorize` counts, as far as sizes tell, and how many passes it makes."""
+    wanted, krylov = min(most, short), _krylov(short, most, 0)
+    moved = product_work(long, short, wanted, itemsize)
+    if krylov is None:
+        return moved + direct_work(long, short, (wanted,)), 2
+    return moved + krylov_work(long, short, itemsize, krylov), 1 + krylov_passes(krylov)
+
+
+def krylov_block(wanted: int) -> int:
+    """Vectors of a Krylov block that finds so many singular vectors."""
+    return max(_BLOCK, math.ceil(wanted / 4))
+
+
+def _krylov(short: int, most: int, seed: int) -> KrylovOptions | None:
+    """How the leading values are found: in a Krylov space, or directly where that is quicker."""
+    block = krylov_block(min(most, short))
+    return None if short <= 2 * block * _STEPS else KrylovOptions(block, _STEPS, seed=seed)
 
 
 def _moved(vectors: Array, long: int) -> Stage[Any]:

@@ -60,6 +60,11 @@ class BitMeasurement:
         """Whether the first pass is still to come."""
         return self.next is not None
 
+    @property
+    def passes(self) -> int:
+        """How many passes it takes."""
+        return 1
+
     def first_tie(self, block: int) -> int:
         """No mask rule of theirs counts ties."""
         return 0
@@ -136,6 +141,11 @@ class FloatMeasurement:
     def scanning(self) -> bool:
         """Whether the first pass is still to come."""
         return self._state == "scan" and self.next is not None
+
+    @property
+    def passes(self) -> int:
+        """How many passes it is likely to take: values decide whether a cut falls inside a bin."""
+        return 1 + (self.compare.bits > 16) + {"rel": 1, "top": 2}.get(self.rule.kind, 0)
 
     @property
     def wide(self) -> bool:

@@ -14,15 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.errors import MaskError, OptionError
+from ckptdiff.events import Listener, Stage, ignore, stage
 from ckptdiff.options import MaskRule
 from ckptdiff.overlap.same_base import common_tensors, require_same_base
 from ckptdiff.result import Diff
 from ckptdiff.runfile.compress import compress_chunk
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
-from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes
+from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes, mask_chunks
 from ckptdiff.runfile.target import check_target
 from ckptdiff.runfile.writer import RunFileWriter
+from ckptdiff.warm_up import Uses, load
 
 __all__ = ["Operation", "combine"]
 
@@ -31,7 +33,12 @@ Bits: TypeAlias = NDArray[np.uint8]
 
 
 def combine(
-    operation: Operation, paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], *, force: bool = False
+    operation: Operation,
+    paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    listener: Listener | None = None,
 ) -> Diff:
     """Write a run file with combined masks: those that training loops load.
 
@@ -46,6 +53,8 @@ def combine(
     out : path-like
     force : bool
         Also combine runs of different bases.
+    listener : callable, optional
+        Told of the stage "combining".
 
     Returns
     -------
@@ -83,15 +92,19 @@ def combine(
                 found=left_out[0],
                 hint="run ckptdiff diff again with --include for those that all have",
             )
-        return _write(target, operation, runs, replace(diffs[0], warnings=(*diffs[0].warnings, *warnings)))
+        numels = diffs[0].columns["numel"].tolist()
+        if numels:
+            load(None, Uses((("mask", str(mask_chunk_bytes(max(numels)))),)), listener or ignore)
+        with stage(listener, "combining", sum(map(mask_chunks, numels))) as told:
+            return _write(target, operation, runs, replace(diffs[0], warnings=(*diffs[0].warnings, *warnings)), told)
 
 
-def _write(target: Path, operation: Operation, runs: Sequence[RunFile], first: Diff) -> Diff:
+def _write(target: Path, operation: Operation, runs: Sequence[RunFile], first: Diff, told: Stage) -> Diff:
     rule = MaskRule("combined")
     counts = np.zeros(len(first.tensors), np.uint64)
     with RunFileWriter(target, rule=rule, compare=first.compare) as writer:
         for row, facts in enumerate(first.tensors):
-            counts[row] = _write_mask(writer, operation, [run.masks[facts.name] for run in runs])
+            counts[row] = _write_mask(writer, operation, [run.masks[facts.name] for run in runs], told)
             writer.add_histograms(runs[0].histograms[facts.name])
         result = replace(
             first,
@@ -103,7 +116,7 @@ def _write(target: Path, operation: Operation, runs: Sequence[RunFile], first: D
     return result
 
 
-def _write_mask(writer: RunFileWriter, operation: Operation, masks: Sequence[Mask]) -> int:
+def _write_mask(writer: RunFileWriter, operation: Operation, masks: Sequence[Mask], told: Stage) -> int:
     name, shape, numel = masks[0].name, masks[0].shape, masks[0].numel
     if not numel:
         writer.begin_mask(name, shape)
@@ -113,6 +126,7 @@ def _write_mask(writer: RunFileWriter, operation: Operation, masks: Sequence[Mas
         bits: Bits = reduce(_OPERATORS[operation], pieces)
         count += int(np.bitwise_count(bits).sum(dtype=np.int64))
         writer.add_mask_chunk(name, shape, index, *compress_chunk(bits, mask_chunk_bytes(numel)))
+        told.more(1, name)
     return count
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
+import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -14,13 +18,16 @@ from ckptdiff.backends.formats import stored_format
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.errors import MaskError, OptionError
+from ckptdiff.events import Listener, Stage, stage
+from ckptdiff.options import check_threads, default_threads
 from ckptdiff.overlap.figures import Overlap, PairCounts
 from ckptdiff.overlap.same_base import common_tensors, require_same_base
 from ckptdiff.result import TensorFacts
 from ckptdiff.runfile.mask import Mask, population
 from ckptdiff.runfile.reader import RunFile
-from ckptdiff.runfile.schema import BIT_ORDER
+from ckptdiff.runfile.schema import BIT_ORDER, mask_chunks
 from ckptdiff.runfile.sides import open_side
+from ckptdiff.spectra.in_order import Task, in_order
 from ckptdiff.stream.checked_blocks import KnownNorm, checked_blocks, known_norms
 from ckptdiff.stream.shards import OpenShards, open_shards
 
@@ -32,7 +39,12 @@ _MAGNITUDES = 1 << 15
 
 
 def overlap(
-    paths: Sequence[str | os.PathLike[str]], *, base: str | os.PathLike[str] | None = None, force: bool = False
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    threads: int = 0,
+    listener: Listener | None = None,
 ) -> Overlap:
     """Count the coordinates that each two of several runs have both in their masks.
 
@@ -46,6 +58,10 @@ def overlap(
         other rules have none.
     force : bool
         Also lay runs of different bases on top of each other.
+    threads : int
+        0 stands for one per available core.
+    listener : callable, optional
+        Told of the stage "overlap".
 
     Returns
     -------
@@ -54,7 +70,7 @@ def overlap(
     Raises
     ------
     OptionError
-        Fewer than two runs.
+        Fewer than two runs, or a number of threads out of range.
     MaskError
         Runs of different bases, unless forced, or of different shapes, or without a common tensor.
     RunFileError
@@ -64,90 +80,139 @@ def overlap(
     """
     if len(paths) < 2:
         raise OptionError("an overlap needs two run files or more", found=len(paths))
+    check_threads(threads)
     with ExitStack() as stack:
         runs = [stack.enter_context(RunFile(path)) for path in paths]
         diffs = [run.load() for run in runs]
         warnings = require_same_base(runs, diffs, force)
         tensors, left_out = common_tensors(runs, diffs)
         checkpoint = None if base is None else open_side(runs[0], "base", base)
+        shards = stack.enter_context(open_shards("pread"))
+        counting = _Counting(runs, checkpoint, known_norms(diffs[0], "base"), shards)
+        with stage(listener, "overlap", sum(_readings(facts, checkpoint) for facts in tensors)) as told:
+            pairs = counting.count(tensors, threads or default_threads(), told)
         return Overlap(
             runs=tuple(os.fspath(path) for path in paths),
             rules=tuple(diff.mask_rule for diff in diffs),
             tensors=tuple(tensors),
-            pairs=_count(runs, tensors, checkpoint, known_norms(diffs[0], "base")),
+            pairs=pairs,
             warnings=(*warnings, *left_out),
         )
 
 
-def _count(
-    runs: Sequence[RunFile], tensors: Sequence[TensorFacts], base: Checkpoint | None, known: Mapping[str, KnownNorm]
-) -> tuple[PairCounts, ...]:
-    pairs = list(combinations(range(len(runs)), 2))
-    counts = np.zeros((len(runs), len(tensors)), np.int64)
-    both = np.zeros((len(pairs), len(tensors)), np.int64)
-    expected = np.full((len(pairs), len(tensors)), np.nan)
-    bitwise = all(run.masks.rule.kind == "bitwise" for run in runs)
-    with open_shards("pread") as shards:
-        for row, facts in enumerate(tensors):
-            masks = [run.masks[facts.name] for run in runs]
-            counts[:, row] = [mask.count for mask in masks]
-            both[:, row] = _common(masks, pairs)
-            bins = None
-            if facts.compare != "bitwise" and base is not None:
-                bins = _by_magnitude(shards, base.tensors[facts.name], masks, known[facts.name])
-            elif facts.compare != "bitwise" and bitwise:
-                bins = _by_octave(runs, facts.name)
-            if bins is not None:
-                rest = np.array([masks[0].numel, *counts[:, row]]) - bins.sum(axis=1)
-                expected[:, row] = [_expected(bins, rest, *pair) for pair in pairs]
-    return tuple(PairCounts(i, j, counts[i], counts[j], both[k], expected[k]) for k, (i, j) in enumerate(pairs))
+def _readings(facts: TensorFacts, base: Checkpoint | None) -> int:
+    """Chunks of each mask of a tensor to be read: once for all pairs, and once more beside the base."""
+    return mask_chunks(math.prod(facts.shape)) * (2 if base is not None and facts.compare != "bitwise" else 1)
 
 
-def _common(masks: Sequence[Mask], pairs: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-    """How many coordinates each pair has in both masks."""
-    total = np.zeros(len(pairs), np.int64)
-    wanted = [
-        any(masks[i].count and masks[j].count for i, j in pairs if index in (i, j)) for index in range(len(masks))
-    ]
-    if not any(wanted):
+class _Counting:
+    """What is counted of every tensor, on threads.
+
+    Parameters
+    ----------
+    runs : sequence of RunFile
+    base : Checkpoint, optional
+        For the baseline by magnitude, with the norms that the first run measured of it.
+    known : mapping of str to KnownNorm
+    shards : OpenShards
+    """
+
+    def __init__(
+        self, runs: Sequence[RunFile], base: Checkpoint | None, known: Mapping[str, KnownNorm], shards: OpenShards
+    ) -> None:
+        self._runs, self._base, self._known, self._shards = runs, base, known, shards
+        self._pairs = list(combinations(range(len(runs)), 2))
+        self._bitwise = all(run.masks.rule.kind == "bitwise" for run in runs)
+        self._read: deque[tuple[int, str]] = deque()
+        self._stop = threading.Event()
+
+    def count(self, tensors: Sequence[TensorFacts], threads: int, told: Stage) -> tuple[PairCounts, ...]:
+        """Count all tensors, as many at a time as there are threads."""
+        counts = np.zeros((len(self._runs), len(tensors)), np.int64)
+        both = np.zeros((len(self._pairs), len(tensors)), np.int64)
+        expected = np.full((len(self._pairs), len(tensors)), np.nan)
+
+        def tell() -> None:
+            while self._read:
+                told.more(*self._read.popleft())
+
+        tasks = (Task(partial(self._tensor, facts), 1, math.prod(facts.shape)) for facts in tensors)
+        for row, found in enumerate(in_order(tasks, threads, self._stop.set, tell)):
+            counts[:, row], both[:, row], expected[:, row] = found
+            tell()
+        return tuple(
+            PairCounts(i, j, counts[i], counts[j], both[k], expected[k]) for k, (i, j) in enumerate(self._pairs)
+        )
+
+    def _tensor(self, facts: TensorFacts) -> tuple[list[int], NDArray[np.int64], list[float]]:
+        """Coordinates in each mask, in both masks of each pair, and expected there by magnitude alone."""
+        masks = [run.masks[facts.name] for run in self._runs]
+        counts = [mask.count for mask in masks]
+        both = self._common(masks)
+        bins = None
+        if facts.compare != "bitwise" and self._base is not None:
+            bins = self._by_magnitude(self._base.tensors[facts.name], masks, self._known[facts.name])
+        elif facts.compare != "bitwise" and self._bitwise:
+            bins = _by_octave(self._runs, facts.name)
+        if bins is None:
+            return counts, both, [math.nan] * len(self._pairs)
+        rest = np.array([masks[0].numel, *counts]) - bins.sum(axis=1)
+        return counts, both, [_expected(bins, rest, *pair) for pair in self._pairs]
+
+    def _common(self, masks: Sequence[Mask]) -> NDArray[np.int64]:
+        """How many coordinates each pair has in both masks."""
+        total = np.zeros(len(self._pairs), np.int64)
+        wanted = [
+            any(masks[i].count and masks[j].count for i, j in self._pairs if index in (i, j))
+            for index in range(len(masks))
+        ]
+        if not any(wanted):
+            self._note(mask_chunks(masks[0].numel), masks[0].name)
+            return total
+        for pieces in zip(*(mask.iter_packed(_PIECE) for mask in masks), strict=True):
+            for k, (i, j) in enumerate(self._pairs):
+                if masks[i].count and masks[j].count:
+                    total[k] += population(pieces[i] & pieces[j])
+            self._note(mask_chunks(8 * pieces[0].size), masks[0].name)
         return total
-    for pieces in zip(*(mask.iter_packed(_PIECE) for mask in masks), strict=True):
-        for k, (i, j) in enumerate(pairs):
-            if masks[i].count and masks[j].count:
-                total[k] += population(pieces[i] & pieces[j])
-    return total
+
+    def _by_magnitude(self, tensor: TensorInfo, masks: Sequence[Mask], known: KnownNorm) -> NDArray[np.int64]:
+        """Coordinates by the leading 15 bits of |W0| as stored, shape (1 + masks, 2^15)."""
+        if tensor.shape != masks[0].shape:
+            raise MaskError(
+                "a mask does not fit the base",
+                file=tensor.shard.path,
+                tensor=tensor.name,
+                expected=masks[0].shape,
+                found=tensor.shape,
+            )
+        format = stored_format(tensor.dtype)
+        shift = max(format.bits - 16, 0)
+        bins = np.zeros((1 + len(masks), _MAGNITUDES), np.int64)
+        pieces: Iterator[tuple[NDArray[np.uint8], ...]] = zip(
+            *(mask.iter_packed(BLOCK // 8) for mask in masks), strict=True
+        )
+        for stored, packed in zip(checked_blocks(self._shards, tensor, known), pieces, strict=True):
+            codes = stored.view(format.code_dtype)
+            magnitudes = ((codes & format.code_dtype.type(format.magnitude)) >> shift).astype(np.uint16)
+            bins[0] += np.bincount(magnitudes, minlength=_MAGNITUDES)
+            for row, bits in enumerate(packed, 1):
+                inside = np.unpackbits(bits, bitorder=BIT_ORDER, count=magnitudes.size).view(np.bool_)
+                bins[row] += np.bincount(magnitudes[inside], minlength=_MAGNITUDES)
+            self._note(1, tensor.name)
+        return bins
+
+    def _note(self, chunks: int, name: str) -> None:
+        """Leave word of chunks that were read, for the thread that tells; end here if the count was given up."""
+        if self._stop.is_set():
+            raise InterruptedError("the count was given up")
+        self._read.append((chunks, name))
 
 
 def _by_octave(runs: Sequence[RunFile], name: str) -> NDArray[np.int64]:
     """Coordinates by floor(log2 |W0|): all, then those of each bitwise mask, shape (1 + runs, 279)."""
     rows = [run.histograms[name] for run in runs]
     return np.concatenate([rows[0].base, *(row.changed for row in rows)]).astype(np.int64)
-
-
-def _by_magnitude(shards: OpenShards, tensor: TensorInfo, masks: Sequence[Mask], known: KnownNorm) -> NDArray[np.int64]:
-    """Coordinates by the leading 15 bits of |W0| as stored, shape (1 + masks, 2^15)."""
-    if tensor.shape != masks[0].shape:
-        raise MaskError(
-            "a mask does not fit the base",
-            file=tensor.shard.path,
-            tensor=tensor.name,
-            expected=masks[0].shape,
-            found=tensor.shape,
-        )
-    format = stored_format(tensor.dtype)
-    shift = max(format.bits - 16, 0)
-    bins = np.zeros((1 + len(masks), _MAGNITUDES), np.int64)
-    pieces: Iterator[tuple[NDArray[np.uint8], ...]] = zip(
-        *(mask.iter_packed(BLOCK // 8) for mask in masks), strict=True
-    )
-    for stored, packed in zip(checked_blocks(shards, tensor, known), pieces, strict=True):
-        codes = stored.view(format.code_dtype)
-        magnitudes = ((codes & format.code_dtype.type(format.magnitude)) >> shift).astype(np.uint16)
-        bins[0] += np.bincount(magnitudes, minlength=_MAGNITUDES)
-        for row, bits in enumerate(packed, 1):
-            inside = np.unpackbits(bits, bitorder=BIT_ORDER, count=magnitudes.size).view(np.bool_)
-            bins[row] += np.bincount(magnitudes[inside], minlength=_MAGNITUDES)
-    return bins
 
 
 def _expected(bins: NDArray[np.int64], rest: NDArray[np.int64], first: int, second: int) -> float:

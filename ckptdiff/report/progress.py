@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from ckptdiff.events import Compiling, Event, Note, Progress, StageProgress, Started
+from ckptdiff.events import Event, Note, StageBegun, StageProgress
 from ckptdiff.report.text import duration, percent, safe, size
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.live import Live
+    from rich.text import Text
 
 __all__ = ["ProgressDisplay"]
 
@@ -23,10 +25,58 @@ _FIRST_LINE = 5.0
 _PER_SECOND = 8
 _SHORTEST, _LONGEST = 6, 40
 """Characters of the bar."""
+_BASIS = 1.0
+"""Seconds of a stage that say how long it will take."""
+
+
+@dataclass(slots=True)
+class _Row:
+    """A stage as it is shown."""
+
+    begun: StageBegun
+    since: float
+    latest: StageProgress
+    basis: tuple[float, float] | None = None
+    """When the first progress was told, and how much was done: what came before may have waited for something else."""
+    ended: float | None = None
+    printed: bool = False
+    """Whether a plain line told of it."""
+
+    def take(self, event: StageProgress, now: float) -> None:
+        """Note how far the stage is."""
+        self.latest = event
+        self.basis = self.basis or (now, event.done)
+        if event.done >= self.begun.total:
+            self.ended = now
+
+    @property
+    def share(self) -> float:
+        """Which part is done."""
+        return 1.0 if self.ended is not None else self.latest.done / self.begun.total if self.begun.total else 0.0
+
+    def facts(self, now: float) -> list[str]:
+        """How much is done, the time left, the speed and the running sparsity, in words; the first ones matter most."""
+        done, total, unit = self.latest.done, self.begun.total, self.begun.unit
+        spell = size if unit == "bytes" else lambda count: f"{count:,.0f}"
+        # Not rounded up: 100 % is the end.
+        facts = [f"{int(100 * self.share)} %" if unit == "share" else f"{spell(done)} of {spell(total)}"]
+        if self.ended is not None:
+            whole = "100 %" if unit == "share" else spell(total)
+            facts = [f"{whole} in {duration(self.ended - self.since)}"]
+        elif unit == "kernels":  # which take from one second to thirty each: one says nothing of the next
+            pass
+        elif self.basis is not None and now - self.basis[0] >= _BASIS and done > self.basis[1]:
+            speed = (done - self.basis[1]) / (now - self.basis[0])
+            facts.append(f"{duration(max((total - done) / speed, 1.0))} left")
+            if unit == "bytes":
+                facts.append(f"{speed / 1e9:.2f} GB/s")
+        if self.latest.compared:
+            facts.append(f"{percent(self.latest.unchanged / self.latest.compared)} unchanged")
+        return facts
 
 
 class ProgressDisplay:
-    """Bar on a terminal, a plain line every few seconds elsewhere; and the notes of the engine.
+    """A row for each stage on a terminal, a plain line every few seconds elsewhere; and the notes of the engine.
 
     Use it as a context manager around the run, so that the terminal is tidy whatever happens.
 
@@ -57,9 +107,8 @@ class ProgressDisplay:
         self._warnings, self._infos = warnings, infos
         self._terminal = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
         self._held: list[str] | None = [] if repeated else None
-        self._total = 0
-        self._opened = self._begun = self._drawn = time.monotonic()
-        self._first: tuple[float, int] | None = None
+        self._rows: list[_Row] = []
+        self._shown = time.monotonic()
         self._live: Live | None = None
 
     def __enter__(self) -> ProgressDisplay:
@@ -79,22 +128,19 @@ class ProgressDisplay:
 
     def __call__(self, event: Event) -> None:
         """Listen to the engine."""
-        if isinstance(event, Started):
-            self._total = event.total_bytes
-            self._begun = self._drawn = time.monotonic()
-            self._first = None
-        elif isinstance(event, Note):
+        if isinstance(event, Note):
             self._note(event)
-        elif isinstance(event, Compiling):
-            if self._infos or (self._progress and self._terminal):
-                once = ", once for this version on this machine" if event.kept else ""
-                self._print(f"ckptdiff: compiling kernels{once}")
-        elif isinstance(event, Progress):
-            self._show(event)
+        elif isinstance(event, StageBegun):
+            now = time.monotonic()
+            self._rows.append(_Row(event, now, StageProgress(event.stage, 0)))
+            # Kernels take their time, and may be compiled in this thread.
+            self._show(now, at_once=self._live is not None or event.unit == "kernels")
         elif isinstance(event, StageProgress):
-            if event.outcome:
-                self._note(Note(f"{event.tensor}: {event.outcome}"))
-            self._show_stage(event)
+            now, row = time.monotonic(), self._rows[-1]
+            row.take(event, now)
+            if now - row.since >= _FIRST_BAR:
+                self._print_held()
+            self._show(now)
 
     def _note(self, note: Note) -> None:
         if not (self._warnings if note.warning else self._infos):
@@ -105,68 +151,46 @@ class ProgressDisplay:
         else:
             self._print(line)
 
-    def _show(self, event: Progress) -> None:
-        now = time.monotonic()
-        if now - self._begun >= _FIRST_BAR:
-            self._print_held()
+    def _show(self, now: float, *, at_once: bool = False) -> None:
         if not self._progress:
             return
-        facts = self._facts(event, now)
+        row, passed = self._rows[-1], now - self._shown
         if not self._terminal:
-            if now - self._drawn >= _FIRST_LINE:
-                self._drawn = now
-                self._print(f"ckptdiff: {', '.join(facts)}, {safe(event.tensor)}")
-        elif now - self._begun >= _FIRST_BAR and (self._live is None or now - self._drawn >= 1 / _PER_SECOND):
-            self._drawn = now
-            self._draw(event.bytes_done / self._total if self._total else 1.0, event.tensor, facts)
+            # A stage that was told of is told of to its end.
+            if passed >= _FIRST_LINE or (row.printed and row.ended is not None):
+                self._shown, row.printed = now, True
+                what = [safe(row.latest.what)] if row.latest.what and row.ended is None else []
+                self._print(f"ckptdiff: {row.begun.stage}: {', '.join([*row.facts(now), *what])}")
+        elif at_once or (now - row.since >= _FIRST_BAR if self._live is None else passed >= 1 / _PER_SECOND):
+            self._shown = now
+            self._draw(now)
 
-    def _show_stage(self, event: StageProgress) -> None:
-        now, done = time.monotonic(), event.index + 1
-        if event.index == 0:
-            self._begun = now
-        if not self._progress or now - self._drawn < (1 / _PER_SECOND if self._terminal else _FIRST_LINE):
-            return
-        if self._terminal and self._live is None and now - self._opened < _FIRST_BAR:
-            return
-        self._drawn = now
-        facts = [f"{event.stage} of {done:,} of {event.tensors:,} tensors"]
-        if done > 1:
-            facts.append(f"{duration((now - self._begun) / (done - 1) * (event.tensors - done))} left")
-        if self._terminal:
-            self._draw(done / event.tensors, event.tensor, facts)
-        else:
-            self._print(f"ckptdiff: {', '.join(facts)}, {safe(event.tensor)}")
-
-    def _facts(self, event: Progress, now: float) -> list[str]:
-        """Bytes, speed, time left and running sparsity, in words.
-
-        The clock of the speed starts with the first data, which may have waited for kernels to be compiled.
-        """
-        begun, before = self._first = self._first or (now, event.bytes_done)
-        facts = [f"{size(event.bytes_done)} of {size(self._total)}"]
-        if event.bytes_done > before and now > begun:
-            speed = (event.bytes_done - before) / (now - begun)
-            facts += [f"{speed / 1e9:.2f} GB/s", f"{duration((self._total - event.bytes_done) / speed)} left"]
-        if event.compared:
-            facts.append(f"{percent(event.unchanged / event.compared)} unchanged")
-        return facts
-
-    def _draw(self, share: float, tensor: str, facts: list[str]) -> None:
-        from rich.text import Text
-
+    def _draw(self, now: float) -> None:
         if self._live is None:
             from rich.live import Live
 
-            # Drawn by hand at each event: a refresh thread would take the GIL from the workers.
-            self._live = Live(console=_console(self._stream), auto_refresh=False, transient=True)
+            # Drawn by hand at each event: a refresh thread would take the GIL from the workers. What else is written to
+            # stdout is no concern of ours.
+            self._live = Live(console=_console(self._stream), auto_refresh=False, transient=True, redirect_stdout=False)
             self._live.start()
-        words = "  ".join(facts)
-        width = max(_SHORTEST, min(_LONGEST, self._live.console.width - len(words) - 3))
-        done = round(width * share)
-        bar = Text("━" * done, style="cyan") + Text("━" * (width - done), style="dim")
-        text = Text.assemble(bar, "  ", words, "\n", (safe(tensor), "dim"))
-        text.no_wrap, text.overflow = True, "ellipsis"
-        self._live.update(text, refresh=True)
+        self._live.update(self._text(now, self._live.console), refresh=True)
+
+    def _text(self, now: float, console: Console) -> Text:
+        """All rows that the screen has room for, and what is at hand; no line is longer than the screen is wide."""
+        from rich.text import Text
+
+        rows = self._rows[-max(console.height - 2, 1) :]
+        left = max(len(row.begun.stage) for row in rows) + 1
+        room = console.width - left - _SHORTEST - 2
+        words = [_fitted(row.facts(now), room) for row in rows]
+        width = min(max(room + _SHORTEST - max(map(len, words)), _SHORTEST), _LONGEST)
+        full, empty = "━─" if console.encoding.startswith("utf") else "#-"
+        text = Text(no_wrap=True, overflow="ellipsis")
+        for row, said in zip(rows, words, strict=True):
+            done = int(width * row.share)
+            text.append(f"{row.begun.stage:<{left}}")
+            text.append(full * done, "cyan").append(empty * (width - done), "dim").append(f"  {said}\n")
+        return text.append(safe(rows[-1].latest.what), "dim")
 
     def _print_held(self) -> None:
         held, self._held = self._held, None
@@ -182,6 +206,13 @@ class ProgressDisplay:
         except OSError:
             # Nobody reads stderr any more; the run itself is worth finishing.
             self._progress = self._warnings = self._infos = False
+
+
+def _fitted(facts: list[str], room: int) -> str:
+    """As many facts as there is room for, one at least."""
+    while len(facts) > 1 and len("  ".join(facts)) > room:
+        facts = facts[:-1]
+    return "  ".join(facts)
 
 
 def _console(stream: TextIO) -> Console:

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.errors import OptionError, RunFileError
+from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import METADATA, Entry, is_safetensors_of, write_safetensors
-from ckptdiff.runfile.schema import BIT_ORDER, escape_name, packed_bytes
+from ckptdiff.runfile.schema import BIT_ORDER, escape_name, mask_chunks, packed_bytes
 from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.runfile.target import check_folder
 
@@ -29,7 +30,14 @@ EXPORT_FORMAT = "ckptdiff-masks"
 _SAFETENSORS_DTYPE = {"bool": "BOOL", "uint8": "U8", "int32": "I32", "int64": "I64"}
 
 
-def export_masks(run: RunFile, target: Path, *, layout: Layout = "bool", names: Sequence[str] = ()) -> int:
+def export_masks(
+    run: RunFile,
+    target: Path,
+    *,
+    layout: Layout = "bool",
+    names: Sequence[str] = (),
+    listener: Listener | None = None,
+) -> int:
     """Write masks of a run file to a ``.safetensors`` or ``.npz`` file.
 
     No more than one piece of one mask is in memory, and the target is replaced when everything is written.
@@ -48,6 +56,8 @@ def export_masks(run: RunFile, target: Path, *, layout: Layout = "bool", names: 
         shapes as JSON.
     names : sequence of str
         Tensor names or globs; none stands for all.
+    listener : callable, optional
+        Told of the stage "exporting".
 
     Returns
     -------
@@ -77,8 +87,9 @@ def export_masks(run: RunFile, target: Path, *, layout: Layout = "bool", names: 
         "shapes": json.dumps({mask.name: mask.shape for mask in masks}),
     }
     write = _write_safetensors if target.suffix == ".safetensors" else _write_npz
-    with StagedFile(target) as staged:
-        write(staged, masks, layout, metadata)
+    chunks = sum(mask_chunks(mask.numel) * _readings(mask, layout) for mask in masks)
+    with stage(listener, "exporting", chunks) as told, StagedFile(target) as staged:
+        write(staged, masks, layout, metadata, told)
         staged.commit()
     return len(masks)
 
@@ -123,13 +134,19 @@ def _shape(mask: Mask, layout: Layout) -> tuple[int, ...]:
     return mask.shape if layout == "bool" else (packed_bytes(mask.numel),)
 
 
+def _readings(mask: Mask, layout: Layout) -> int:
+    """How often a mask is read."""
+    return len(mask.shape) if layout == "coo" else 1
+
+
 def _pieces(mask: Mask, layout: Layout) -> Iterator[NDArray[Any]]:
+    """What is stored of each chunk of a mask, at each reading."""
     if layout == "flat":
         yield from mask.iter_flat()
         return
     if layout == "coo":
         # Axis by axis, as they are stored: the mask is read again for each, and never whole in memory.
-        for axis in range(len(mask.shape)):
+        for axis in range(_readings(mask, layout)):
             yield from (np.unravel_index(piece, mask.shape)[axis] for piece in mask.iter_flat())
         return
     left = mask.numel
@@ -138,22 +155,27 @@ def _pieces(mask: Mask, layout: Layout) -> Iterator[NDArray[Any]]:
         left -= 8 * piece.size
 
 
-def _little_endian(mask: Mask, layout: Layout) -> Iterator[bytes]:
+def _little_endian(mask: Mask, layout: Layout, told: Stage) -> Iterator[bytes]:
     dtype = _dtype(mask, layout).newbyteorder("<")
     for piece in _pieces(mask, layout):
         yield piece.astype(dtype, copy=False).tobytes()
+        told.more(1, mask.name)
 
 
-def _write_safetensors(staged: StagedFile, masks: Sequence[Mask], layout: Layout, metadata: dict[str, str]) -> None:
+def _write_safetensors(
+    staged: StagedFile, masks: Sequence[Mask], layout: Layout, metadata: dict[str, str], told: Stage
+) -> None:
     entries = [
-        Entry(mask.name, dtype, _shape(mask, layout), partial(_little_endian, mask, layout))
+        Entry(mask.name, dtype, _shape(mask, layout), partial(_little_endian, mask, layout, told))
         for mask in masks
         for dtype in [_SAFETENSORS_DTYPE[_dtype(mask, layout).name]]
     ]
     write_safetensors(staged, entries, metadata)
 
 
-def _write_npz(staged: StagedFile, masks: Sequence[Mask], layout: Layout, metadata: dict[str, str]) -> None:
+def _write_npz(
+    staged: StagedFile, masks: Sequence[Mask], layout: Layout, metadata: dict[str, str], told: Stage
+) -> None:
     with zipfile.ZipFile(cast(IO[bytes], staged), "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         note = np.array(json.dumps(metadata))
         with archive.open(f"{METADATA}.npy", "w") as entry:
@@ -166,7 +188,7 @@ def _write_npz(staged: StagedFile, masks: Sequence[Mask], layout: Layout, metada
                     "shape": _shape(mask, layout),
                 }
                 np.lib.format.write_array_header_1_0(entry, described)
-                for data in _little_endian(mask, layout):
+                for data in _little_endian(mask, layout, told):
                     entry.write(data)
                     staged.check()
 

@@ -32,6 +32,7 @@ __all__ = [
     "escape_name",
     "escape_text",
     "mask_chunk_bytes",
+    "mask_chunks",
     "packed_bytes",
     "unescape",
 ]
@@ -77,6 +78,11 @@ def packed_bytes(numel: int) -> int:
 def mask_chunk_bytes(numel: int) -> int:
     """Bytes of each chunk of the mask of a tensor with `numel` coordinates, before compression."""
     return min(packed_bytes(numel), MASK_CHUNK)
+
+
+def mask_chunks(numel: int) -> int:
+    """How many chunks that mask has."""
+    return -(-packed_bytes(numel) // MASK_CHUNK)
 
 
 def escape_name(name: str) -> str:

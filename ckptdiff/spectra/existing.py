@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import h5py
 
 from ckptdiff.checkpoint import Checkpoint, TensorInfo, TensorPair, pair
 from ckptdiff.errors import OptionError, RunFileError
-from ckptdiff.events import Listener, StageProgress
+from ckptdiff.events import Listener, Stage, ignore, stage
 from ckptdiff.linalg.blas import require_scipy
 from ckptdiff.options import Compare, Options, SpectraOptions
 from ckptdiff.result import Diff
@@ -25,6 +24,8 @@ from ckptdiff.stream.checked_blocks import checked_blocks, known_norms
 from ckptdiff.stream.shards import OpenShards, open_shards
 
 __all__ = ["add_spectra"]
+
+_COPY = 1 << 22
 
 
 def add_spectra(
@@ -51,6 +52,7 @@ def add_spectra(
     threads, max_memory : int
         As in :class:`~ckptdiff.options.Options`.
     listener : callable, optional
+        Called with the events of each stage: the run file is copied, a side that has moved is read, spectra.
 
     Raises
     ------
@@ -64,38 +66,45 @@ def add_spectra(
     require_scipy()
     diff, pairs = _without_spectra(path, base, tuned)
     options = Options(compare=cast(Compare, diff.compare), threads=threads, max_memory=max_memory, spectra=spectra)
+    tell = listener or ignore
     with StagedFile(Path(path)) as staged:
-        with Path(path).open("rb") as old:
-            shutil.copyfileobj(old, cast(Any, staged), 1 << 22)
-        staged.check()
+        _copy(Path(path), staged, tell)
         with open_shards("pread") as shards, h5py.File(staged, "r+") as file:
             if base:
-                _require_values(shards, diff, "base", (pair.base for pair in pairs))
+                _require_values(shards, diff, "base", [pair.base for pair in pairs], tell)
             if tuned:
-                _require_values(shards, diff, "tuned", (pair.tuned for pair in pairs))
+                _require_values(shards, diff, "tuned", [pair.tuned for pair in pairs], tell)
             table = SpectraTable(spectra.mode, len(diff.tensors))
-            for found in measure_spectra(pairs, diff, shards, options):
+            for found in measure_spectra(pairs, diff, shards, options, tell):
                 table.take(found)
-                name = diff.tensors[found.index].name
                 if found.method:
-                    add_spectrum(file, name, found.method, found.lists)
+                    add_spectrum(file, diff.tensors[found.index].name, found.method, found.lists)
                     staged.check()
-                if listener is not None:
-                    listener(StageProgress("spectra", found.index, len(diff.tensors), name))
             shards.check()
             measured = table.finish()
+            told = Stage(tell, "writing")
             write_spectra(file, measured)
         staged.commit()
+        told.end()
     return replace(diff, spectra=measured)
 
 
+def _copy(path: Path, staged: StagedFile, tell: Listener) -> None:
+    with path.open("rb") as old, stage(tell, "copying", path.stat().st_size, "bytes") as told:
+        while piece := old.read(_COPY):
+            staged.write(piece)
+            staged.check()
+            told.more(len(piece), path.name)
+
+
 def _require_values(
-    shards: OpenShards, diff: Diff, side: Literal["base", "tuned"], tensors: Iterable[TensorInfo]
+    shards: OpenShards, diff: Diff, side: Literal["base", "tuned"], tensors: Sequence[TensorInfo], tell: Listener
 ) -> None:
     """Read a side that has moved, to see that it holds what the run measured: its headers do not tell."""
-    for tensor, known in zip(tensors, known_norms(diff, side).values(), strict=True):
-        for _ in checked_blocks(shards, tensor, known):
-            pass
+    with stage(tell, f"reading {side}", sum(tensor.nbytes for tensor in tensors), "bytes") as told:
+        for tensor, known in zip(tensors, known_norms(diff, side).values(), strict=True):
+            for block in checked_blocks(shards, tensor, known):
+                told.more(block.nbytes, tensor.name)
 
 
 def _without_spectra(path: str, base: str | None, tuned: str | None) -> tuple[Diff, Sequence[TensorPair]]:

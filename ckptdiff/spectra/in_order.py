@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 __all__ = ["Task", "in_order"]
@@ -13,7 +13,9 @@ __all__ = ["Task", "in_order"]
 Result = TypeVar("Result")
 
 _AHEAD = 8
-"""Tasks a slot that may be begun before the first that is not done: enough for a large one to begin in good time."""
+"""Enough for a large task to begin in good time."""
+_PATIENCE = 0.2
+"""Seconds between two calls while nothing ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,13 @@ class Task(Generic[Result]):
     size: int
 
 
-def in_order(tasks: Iterator[Task[Result]], slots: int, stop: Callable[[], None]) -> Iterator[Result]:
+def in_order(
+    tasks: Iterator[Task[Result]],
+    slots: int,
+    stop: Callable[[], None],
+    idle: Callable[[], None],
+    ahead: int = _AHEAD,
+) -> Iterator[Result]:
     """Yield the result of each task, in the order of the tasks.
 
     Parameters
@@ -45,6 +53,10 @@ def in_order(tasks: Iterator[Task[Result]], slots: int, stop: Callable[[], None]
         What all tasks that run at a time may take together.
     stop : callable
         Called when the caller gives up or a task fails, so that tasks under way may end early.
+    idle : callable
+        Called in this thread, again and again while a result is waited for.
+    ahead : int
+        Tasks a slot that may be begun before the first that is not done; their results wait in memory.
     """
     waiting: list[tuple[int, Task[Result]]] = []
     running: dict[Future[Result], tuple[int, int]] = {}
@@ -56,7 +68,7 @@ def in_order(tasks: Iterator[Task[Result]], slots: int, stop: Callable[[], None]
     pool = ThreadPoolExecutor(slots, thread_name_prefix="ckptdiff-spectra")
     try:
         while True:
-            while begun < ended + _AHEAD * slots and (task := next(tasks, None)) is not None:
+            while begun < ended + ahead * slots and (task := next(tasks, None)) is not None:
                 waiting.append((begun, task))
                 begun += 1
             for place, task in sorted(waiting, key=lambda entry: -entry[1].size):
@@ -72,7 +84,11 @@ def in_order(tasks: Iterator[Task[Result]], slots: int, stop: Callable[[], None]
                 continue
             if not running:
                 return
-            future = ready.get()
+            try:
+                future = ready.get(timeout=_PATIENCE)
+            except Empty:
+                idle()
+                continue
             place, freed = running.pop(future)
             free += freed
             done[place] = future.result()

@@ -14,10 +14,17 @@ from ckptdiff.backends.formats import formats_of
 from ckptdiff.checkpoint import TensorPair
 from ckptdiff.linalg.passes import PanelSource, run_together
 from ckptdiff.linalg.survey import Survey, survey
-from ckptdiff.linalg.threads import product_threads
+from ckptdiff.linalg.threads import product_threads, work_counted_in
+from ckptdiff.linalg.work import WorkMeter
 from ckptdiff.options import Compare
 from ckptdiff.spectra.matrices import MatrixView
-from ckptdiff.spectra.measure import MatrixSpectra, measure_exact, measure_randomized
+from ckptdiff.spectra.measure import (
+    MatrixSpectra,
+    exact_work,
+    measure_exact,
+    measure_randomized,
+    randomized_work,
+)
 from ckptdiff.spectra.memory import Budget, cache_bytes, exact_bytes
 from ckptdiff.spectra.source import StoredPanels
 from ckptdiff.stream.shards import OpenShards
@@ -78,10 +85,31 @@ class Measuring:
         """How many slots of the budget a matrix takes."""
         return 1 if job.unchanged else self.budget.slots(job.view)
 
-    def measure_all(self, jobs: Sequence[Job], slots: int) -> list[tuple[int, MatrixSpectra]]:
+    def work(self, job: Job) -> float:
+        """What a matrix will take, before anything of it is known, as :mod:`~ckptdiff.linalg.work` counts."""
+        if job.unchanged:
+            return 0.0
+        view, share = job.view, self.budget.share(self.slots(job))
+        exact, needed = self.budget.exact(view), self.budget.needs(view)
+        itemsize = 8 if exact else 4
+        if needed > self.budget.room.free:
+            return 0.0
+        cached = cache_bytes(view, itemsize) <= share - needed
+        if exact:
+            held = cache_bytes(view, itemsize) if cached else 0
+            found, passes = exact_work(view, exact_bytes(view, True) + held <= share)
+        else:
+            found, passes = randomized_work(view, self.budget.spectra, itemsize)
+        return found + self._panels(job, np.dtype(f"f{itemsize}")).work * (1 if cached else passes)
+
+    def measure_all(self, jobs: Sequence[Job], slots: int, meter: WorkMeter) -> list[tuple[int, MatrixSpectra]]:
         """Measure matrices one after the other, within so many slots."""
+        found = []
         with product_threads(slots, self.stop):
-            return [(job.index, self._measure(job, self.budget.share(slots))) for job in jobs]
+            for job in jobs:
+                with meter.matrix(job.pair.name, self.work(job), slots) as work, work_counted_in(work):
+                    found.append((job.index, self._measure(job, self.budget.share(slots))))
+        return found
 
     def _measure(self, job: Job, share: int) -> MatrixSpectra:
         """Measure one matrix in the mode that was asked for, or in the one that it allows, in `share` bytes."""
@@ -107,9 +135,12 @@ class Measuring:
 
     def _source(self, job: Job, dtype: np.dtype[Any], left: int) -> PanelSource:
         """The matrix in memory if it fits into what is left, else read in every pass."""
-        formats = formats_of(job.pair.base.dtype, job.pair.tuned.dtype, self.compare)
-        panels = StoredPanels(self.shards, job.pair, formats, job.view, dtype)
+        panels = self._panels(job, dtype)
         return panels.cached() if cache_bytes(job.view, dtype.itemsize) <= left else panels
+
+    def _panels(self, job: Job, dtype: np.dtype[Any]) -> StoredPanels:
+        formats = formats_of(job.pair.base.dtype, job.pair.tuned.dtype, self.compare)
+        return StoredPanels(self.shards, job.pair, formats, job.view, dtype)
 
 
 def _failed(reason: str) -> MatrixSpectra:

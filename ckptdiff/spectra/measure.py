@@ -8,19 +8,32 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.angles import Angles, angle_rank, principal_angles
-from ckptdiff.linalg.exact import SideSpectrum, effective_rank, nss, numerical_rank, side_spectrum
-from ckptdiff.linalg.krylov import KrylovOptions, direct_values, krylov_values
-from ckptdiff.linalg.passes import PanelSource, Stage, run_together
-from ckptdiff.linalg.principal import Principal, principal, principal_rank
-from ckptdiff.linalg.survey import Survey
+from ckptdiff.linalg.angles import Angles, angle_rank, angles_work, principal_angles
+from ckptdiff.linalg.exact import SideSpectrum, effective_rank, nss, numerical_rank, side_spectrum, side_work
+from ckptdiff.linalg.krylov import (
+    KrylovOptions,
+    direct_values,
+    direct_work,
+    krylov_passes,
+    krylov_values,
+    krylov_work,
+)
+from ckptdiff.linalg.passes import PanelSource, Side, Stage, run_together
+from ckptdiff.linalg.principal import Principal, principal, principal_rank, principal_work
+from ckptdiff.linalg.survey import SURVEY_WORK, Survey
 from ckptdiff.metrics.catalogue import RHO, flat_key
 from ckptdiff.metrics.rounding_null import change_chances
 from ckptdiff.metrics.spectral import ENERGY_RANKS, RANK_TAU
 from ckptdiff.options import SpectraOptions
 from ckptdiff.spectra.matrices import MatrixView
 
-__all__ = ["MatrixSpectra", "measure_exact", "measure_randomized"]
+__all__ = [
+    "MatrixSpectra",
+    "exact_work",
+    "measure_exact",
+    "measure_randomized",
+    "randomized_work",
+]
 
 Floats = NDArray[np.float64]
 
@@ -70,11 +83,10 @@ def measure_randomized(
         Whether both sides lie on the bfloat16 grid, so that the rounding null applies.
     options : SpectraOptions
     """
-    short = source.short
-    if short <= options.block * options.steps * 2:
+    short, krylov = source.short, _krylov(source.short, options)
+    if krylov is None:
         leading = direct_values(short, ENERGY_RANKS, with_vectors=False)
     else:
-        krylov = KrylovOptions(options.block, options.steps, seed=options.seed)
         leading = krylov_values(short, ENERGY_RANKS, source.dtype, krylov)
     stage = principal(source, known, RHO, _chances(known, on_grid), error=_RANDOMIZED_ERROR)
     found, (base, subspaces) = run_together(source, leading, stage)
@@ -82,6 +94,22 @@ def measure_randomized(
     figures |= _energies(found.lower, found.upper, known.delta_norm**2)
     values = {"delta": np.sqrt(found.lower), "base": np.sqrt(np.maximum(base[: ENERGY_RANKS[-1]], 0.0))}
     return MatrixSpectra("randomized", figures, values, reasons)
+
+
+def randomized_work(view: MatrixView, options: SpectraOptions, itemsize: int) -> tuple[float, int]:
+    """What a survey and :func:`measure_randomized` count, as far as sizes tell, and how many passes they make."""
+    long, short, krylov = view.long, view.short, _krylov(view.short, options)
+    found = SURVEY_WORK * long * short + principal_work(long, short, itemsize, RHO, decomposed=False)
+    if krylov is None:
+        return found + direct_work(long, short, ENERGY_RANKS, with_vectors=False), 3
+    return found + krylov_work(long, short, itemsize, krylov), 1 + krylov_passes(krylov)
+
+
+def _krylov(short: int, options: SpectraOptions) -> KrylovOptions | None:
+    """How the update's leading values are found: in a Krylov space, or directly where that is quicker."""
+    if short <= options.block * options.steps * 2:
+        return None
+    return KrylovOptions(options.block, options.steps, seed=options.seed)
 
 
 def measure_exact(source: PanelSource, known: Survey, view: MatrixView, on_grid: bool, together: bool) -> MatrixSpectra:
@@ -120,21 +148,30 @@ def measure_exact(source: PanelSource, known: Survey, view: MatrixView, on_grid:
     return MatrixSpectra("exact", figures, values, reasons)
 
 
+def exact_work(view: MatrixView, together: bool) -> tuple[float, int]:
+    """What a survey and :func:`measure_exact` count, as far as sizes tell, and how many passes they make."""
+    long, short = view.long, view.short
+    found = SURVEY_WORK * long * short + principal_work(long, short, 8, RHO, decomposed=True) + angles_work(long, short)
+    found += sum(side_work(long, short, vectors) for _, vectors in _wanted_sides(short))
+    return found, 4 if together else 6
+
+
 def _chances(known: Survey, on_grid: bool) -> Floats | None:
     return change_chances(known.weights, known.changed) if on_grid else None
 
 
 def _sides(source: PanelSource, together: bool) -> list[SideSpectrum]:
-    short = source.short
-    vectors = min(max(principal_rank(RHO[-1], short), angle_rank(short)) + 1, short)
-    stages = [
-        side_spectrum("delta", short),
-        side_spectrum("base", short, vectors),
-        side_spectrum("tuned", short, min(angle_rank(short) + 1, short)),
-    ]
+    stages = [side_spectrum(side, source.short, vectors) for side, vectors in _wanted_sides(source.short)]
     if together:
         return run_together(source, *stages)
     return [run_together(source, stage)[0] for stage in stages]
+
+
+def _wanted_sides(short: int) -> Sequence[tuple[Side, int]]:
+    """The sides, and how many leading vectors of each."""
+    angles = angle_rank(short)
+    vectors = min(max(principal_rank(RHO[-1], short), angles) + 1, short)
+    return ("delta", 0), ("base", vectors), ("tuned", min(angles + 1, short))
 
 
 def _angles(short: int, base: SideSpectrum, tuned: SideSpectrum) -> Stage[Angles | None]:

@@ -12,7 +12,7 @@ from ckptdiff.backends.formats import Format, Formats
 from ckptdiff.checkpoint import TensorInfo, TensorPair
 from ckptdiff.linalg.passes import ArrayPanels, Panel
 from ckptdiff.linalg.products import cuts
-from ckptdiff.linalg.threads import in_parts
+from ckptdiff.linalg.threads import count_work, in_parts
 from ckptdiff.spectra.decode import decode
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.stream.shards import OpenShards
@@ -21,6 +21,8 @@ __all__ = ["PANEL", "StoredPanels"]
 
 PANEL = 1 << 21
 """Entries of a panel, about."""
+_READ, _TURNED, _LOOKED_UP = 30.0, 800.0, 150.0
+"""The work of reading an entry of both sides, of transposing it, and of looking up one side's value in a table."""
 
 Floats = NDArray[Any]
 
@@ -53,11 +55,20 @@ class StoredPanels:
         self._rows = max(1, PANEL // view.short)
         self._raw = np.empty(0, np.uint8)
 
+    @property
+    def work(self) -> float:
+        """The work of reading the pair once."""
+        compare = self._formats[2]
+        looked_up = sum(side.bits <= 16 and not side.name == compare.name == "bf16" for side in self._formats[:2])
+        entry = _READ + _TURNED * self._view.wide + _LOOKED_UP * looked_up
+        return entry * self.long * self.short
+
     def panels(self) -> Iterator[Panel]:
         """All rows of the tall pair, in order."""
         for first in range(0, self.long, self._rows):
             base, tuned = self._read(first, min(first + self._rows, self.long))
             _subtract(tuned, base, tuned)
+            count_work(self.work * len(base) / self.long)
             yield Panel(base, tuned)
 
     def sample(self, count: int) -> Floats:
@@ -85,7 +96,7 @@ class StoredPanels:
                     base[first:stop] = sides[0]
                     _subtract(sides[1], sides[0], delta[first:stop])
 
-        in_parts(decode_part, len(at) - 1)
+        in_parts(decode_part, len(at) - 1, self.work)
         return ArrayPanels(base, delta, self._rows)
 
     def _whole_rows(self, first: int, stop: int) -> list[Floats]:

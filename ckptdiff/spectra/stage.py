@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import Kind, TensorPair
+from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.linalg.threads import one_blas_thread
+from ckptdiff.linalg.work import WorkMeter
 from ckptdiff.memory import resident
 from ckptdiff.metrics.catalogue import RHO, flat_key
 from ckptdiff.metrics.spectral import SPECTRAL_KEYS, Spectra
@@ -24,6 +26,7 @@ from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.measure import MatrixSpectra
 from ckptdiff.spectra.memory import Budget
 from ckptdiff.stream.shards import OpenShards
+from ckptdiff.warm_up import Uses, load, panel_uses
 
 __all__ = ["SpectraPlan", "SpectraTable", "TensorSpectra", "measure_spectra", "plan_spectra"]
 
@@ -112,7 +115,7 @@ def plan_spectra(pairs: Sequence[TensorPair], options: Options, taken: int) -> S
 
 
 def measure_spectra(
-    pairs: Sequence[TensorPair], diff: Diff, shards: OpenShards, options: Options
+    pairs: Sequence[TensorPair], diff: Diff, shards: OpenShards, options: Options, tell: Listener
 ) -> Iterator[TensorSpectra]:
     """Yield the spectra of every tensor pair, in order.
 
@@ -125,18 +128,37 @@ def measure_spectra(
     shards : OpenShards
     options : Options
         With spectra.
+    tell : callable
+        Told of the stage "spectra".
     """
+    load(None, Uses((("scores",), *panel_uses(pairs, options.compare))), tell)
+    with stage(tell, "spectra") as told:
+        yield from _measured(pairs, diff, shards, options, told)
+
+
+def _measured(
+    pairs: Sequence[TensorPair], diff: Diff, shards: OpenShards, options: Options, told: Stage
+) -> Iterator[TensorSpectra]:
     unchanged = diff.columns["numel"] == diff.columns["unchanged_bitwise"]
     on_grid = ~np.isnan(diff.columns[flat_key("low_coverage_null", RHO[0])])
     on_grid &= np.array([tensor.compare == "bf16" for tensor in diff.tensors], bool)  # float8 has a grid of its own
     budget = Budget.of(options, resident(), (view for _, _, view in _matrices(pairs)))
     measuring = Measuring(shards, options.compare, budget)
-    jobs = (
-        Job(index, pair, view, bool(on_grid[index]), bool(unchanged[index])) for index, pair, view in _matrices(pairs)
-    )
+
+    def jobs() -> Iterator[Job]:
+        for index, pair, view in _matrices(pairs):
+            yield Job(index, pair, view, bool(on_grid[index]), bool(unchanged[index]))
+
+    meter = WorkMeter(sum(map(measuring.work, jobs())))
+
+    def tell_of_work() -> None:
+        told.at(meter.share(), meter.at_hand())
+
     with one_blas_thread():
-        done = in_order(_tasks(jobs, measuring), budget.threads, measuring.stop.set)
-        yield from _by_tensor((found for batch in done for found in batch), len(pairs))
+        done = in_order(_tasks(jobs(), measuring, meter), budget.threads, measuring.stop.set, tell_of_work)
+        for found in _by_tensor((found for batch in done for found in batch), len(pairs)):
+            yield found
+            tell_of_work()
 
 
 def _matrices(pairs: Sequence[TensorPair]) -> Iterator[tuple[int, TensorPair, MatrixView]]:
@@ -146,13 +168,15 @@ def _matrices(pairs: Sequence[TensorPair]) -> Iterator[tuple[int, TensorPair, Ma
             yield index, pair, view
 
 
-def _tasks(jobs: Iterator[Job], measuring: Measuring) -> Iterator[Task[list[tuple[int, MatrixSpectra]]]]:
+def _tasks(
+    jobs: Iterator[Job], measuring: Measuring, meter: WorkMeter
+) -> Iterator[Task[list[tuple[int, MatrixSpectra]]]]:
     """Matrices as tasks: small ones many at a time, since each would take less time than to hand it over."""
     batch: list[Job] = []
 
     def taken() -> Task[list[tuple[int, MatrixSpectra]]]:
         size, slots = sum(job.size for job in batch), max(measuring.slots(job) for job in batch)
-        return Task(partial(measuring.measure_all, tuple(batch), slots), slots, size)
+        return Task(partial(measuring.measure_all, tuple(batch), slots, meter), slots, size)
 
     for job in jobs:
         if batch and sum(held.size for held in batch) + job.size > _SMALL:

@@ -52,8 +52,6 @@ class Result:
         To be merged with the other spans of the tensor; None once it is.
     chunks : list of Chunk
         Mask chunks, in order.
-    fresh : bool
-        Whether this was read for the first time.
     compared, unchanged : int
         Floating coordinates that were seen for the first time, and those of them that did not change.
     measured : Measured or None
@@ -64,7 +62,6 @@ class Result:
     span: Span | None = None
     found: Partial | Refined | None = None
     chunks: list[Chunk] = field(default_factory=list)
-    fresh: bool = True
     compared: int = 0
     unchanged: int = 0
     measured: Measured | None = None
@@ -133,7 +130,7 @@ class Worker:
         """Carry out the pass at hand over a part of a tensor pair."""
         first = measurement.scanning
         found, chunks = self._pass(pair, measurement, span)
-        result = Result(range(span.tensor, span.tensor + 1), span, found, chunks, fresh=first)
+        result = Result(range(span.tensor, span.tensor + 1), span, found, chunks)
         if first and isinstance(found, Partial) and isinstance(measurement, FloatMeasurement):
             result.compared, result.unchanged = found.numel, found.numel - int(found.counts[Count.CHANGED])
         return result

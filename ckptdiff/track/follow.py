@@ -18,13 +18,13 @@ from ckptdiff.backends.kernels.tiles import facts_of
 from ckptdiff.backends.kernels.trajectory import Flow, Rooms, follow_spans, new_rooms
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES
-from ckptdiff.errors import OptionError
-from ckptdiff.events import Listener, StageProgress
-from ckptdiff.options import Compare, default_threads
+from ckptdiff.events import Listener, ignore, stage
+from ckptdiff.options import Compare, check_threads, default_threads
 from ckptdiff.stream.reader import failed_once
 from ckptdiff.stream.shards import OpenShards, open_shards
 from ckptdiff.track.plan import Followed, plan_track
 from ckptdiff.track.result import Track
+from ckptdiff.warm_up import Uses, load
 
 __all__ = ["track"]
 
@@ -50,6 +50,8 @@ class _Found:
 
     tensors: NDArray[np.int64]
     """Of each span."""
+    nbytes: int
+    """Bytes that were read."""
     counts: NDArray[np.int64]
     sums: NDArray[np.float64]
 
@@ -81,26 +83,26 @@ def track(
     threads : int
         0 stands for one per available core.
     listener : callable, optional
-        Called with a `StageProgress` for every part of a tensor that was followed.
+        Told of the stages "compiling", if kernels are missing, and "following", in bytes.
 
     Raises
     ------
     CkptdiffError
         A checkpoint that cannot be read, or changes; nothing to follow.
     """
-    if not 0 <= threads <= 1024:
-        raise OptionError("number of threads out of range", expected="0 to 1024", found=threads)
+    check_threads(threads)
     plan = plan_track(base, steps, compare=compare, include=include, exclude=exclude)
     tensors = plan.tensors
     counts = np.zeros((len(tensors), len(plan.steps), len(Flow)), np.int64)
     squares = np.zeros((len(tensors), 1 + len(plan.steps)))
-    with open_shards("pread") as shards:
+    tell = listener or ignore
+    load(None, Uses(tuple(sorted({("track", followed.compare.name) for followed in tensors}))), tell)
+    nbytes = sum(side.nbytes for followed in tensors for side in followed.sides)
+    with open_shards("pread") as shards, stage(tell, "following", nbytes, "bytes") as told:
         for found in _execute(tensors, shards, threads or default_threads()):
             np.add.at(counts, found.tensors, found.counts)
             np.add.at(squares, found.tensors, found.sums)  # in their order: no digit depends on threads
-            if listener is not None:
-                for tensor in found.tensors.tolist():
-                    listener(StageProgress("steps", tensor, len(tensors), tensors[tensor].sides[0].name))
+            told.more(found.nbytes, tensors[found.tensors[-1]].sides[0].name)
     norms = np.sqrt(squares)
     return Track(
         base=plan.base.path,
@@ -187,6 +189,7 @@ def _follow(
     spans = np.array(job)
     found = _Found(
         spans[:, 0],
+        sum(span.stop - span.first for span in job) * sum(DTYPES[dtype].bits // 8 for dtype in alike.dtypes),
         np.zeros((len(job), files.shape[1] - 1, len(Flow)), np.int64),
         np.zeros((len(job), files.shape[1])),
     )
