@@ -24,7 +24,7 @@ _PATIENCE = 120.0
 """Seconds after which a test gives up; nothing depends on how long it takes."""
 
 # The terminal becomes that of the session, so that Ctrl-C typed there is a signal here. What only a run that lasts
-# would show is shown at once, and each event is drawn.
+# would show is shown at once, and each event is drawn. Where a stage counts, it must have counted everything.
 _START = """
 import os, sys
 os.close(os.open(os.ttyname(2), os.O_RDWR))
@@ -32,6 +32,12 @@ from ckptdiff import events
 from ckptdiff.report import progress
 events._OFTEN = progress._FIRST_BAR = 0.0
 progress._PER_SECOND = float("inf")
+end = events.Stage.end
+def end_of_all(stage):
+    counted, total = stage._last.done, stage._total
+    assert stage._name == "writing" or abs(counted - total) <= 1e-6 * total, (stage._name, counted, total)
+    end(stage)
+events.Stage.end = end_of_all
 """
 
 

@@ -214,6 +214,14 @@ def test_an_error_leaves_the_screen_clean(folder: Path, tmp_path: Path) -> None:
     assert_clean(terminal)
 
 
+def test_a_report_that_comes_line_by_line_has_the_terminal_for_itself(folder: Path) -> None:
+    words = "diff", folder / "0.safetensors", folder / "1.safetensors", "--format", "ndjson"
+    with run_under_terminal("os.dup2(2, 1)\n" + command(*words), 80, 24) as terminal:
+        assert terminal.ended() == 0
+    kinds = [json.loads(line)["type"] for line in terminal.written.decode().splitlines()]
+    assert kinds[0] == "header" and kinds.count("tensor") == len(NAMES)
+
+
 @pytest.mark.parametrize(("option", "environment"), [("--no-progress", {}), ("--quiet", {}), ("", {"TERM": "dumb"})])
 def test_nothing_is_drawn(folder: Path, tmp_path: Path, option: str, environment: dict[str, str]) -> None:
     words = "mask", "export", folder / "1.h5", "-o", tmp_path / "bool.safetensors", *([option] if option else [])
