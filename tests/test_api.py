@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from told_stages import told_stages
 
 import ckptdiff
-from ckptdiff.events import Finished, Progress, Started, TensorsDone
+from ckptdiff.events import Finished, StageProgress, Started, TensorsDone
 
 LLAMA = Path(__file__).parent.parent / "fixtures" / "llama"
 
@@ -53,8 +54,11 @@ def test_one_whole_use(tmp_path):
     assert diff.mask_rule == "bitwise" and not any("norm" in tensor.name for tensor in diff.tensors)
     row = next(i for i, tensor in enumerate(diff.tensors) if tensor.name == "lm_head.weight")
     assert mask.count == diff.columns["numel"][row] - diff.columns["unchanged_bitwise"][row]
-    kinds = [type(event) for event in events if isinstance(event, Started | Progress | TensorsDone | Finished)]
+    shown = (Started, StageProgress, TensorsDone, Finished)
+    kinds = [type(event) for event in events if isinstance(event, shown) and getattr(event, "stage", "") != "compiling"]
     assert kinds[0] is Started and kinds[-1] is Finished
+    stages = list(told_stages(events))
+    assert stages[stages.index("comparing") :] == ["comparing", "writing"]
     done = [facts for event in events if isinstance(event, TensorsDone) for facts in event.diff.tensors]
     assert tuple(done) == diff.tensors
 

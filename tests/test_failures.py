@@ -23,7 +23,7 @@ from ckptdiff.cli.session import Terminated
 from ckptdiff.cli.signals import raise_pending, signals_raise
 from ckptdiff.engine import run
 from ckptdiff.errors import ChangedFileError
-from ckptdiff.events import Event, Finished, Progress, Started
+from ckptdiff.events import Event, Finished, StageProgress, Started
 from ckptdiff.options import Options
 from ckptdiff.runfile.writer import RunFileWriter
 
@@ -259,7 +259,7 @@ CHANGES = [rewrite, cut_short, append, replace, Path.unlink]
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("io", ["mmap", "pread"])
-@pytest.mark.parametrize(("when", "side"), [(Started, 0), (Started, 1), (Progress, 0)])
+@pytest.mark.parametrize(("when", "side"), [(Started, 0), (Started, 1), (StageProgress, 0)])
 def test_a_file_that_changes_while_it_is_read(
     small: Pair, tmp_path: Path, change: Callable[[Path], None], io: Any, when: type[Event], side: int
 ) -> None:
@@ -324,7 +324,7 @@ def test_an_error_in_a_thread_ends_the_run(small: Pair, out: Path, monkeypatch: 
 
 def test_a_listener_that_raises_ends_the_run(small: Pair, out: Path) -> None:
     def listen(event: Event) -> None:
-        if type(event) is Progress:
+        if type(event) is StageProgress:
             raise LookupError("of the test")
 
     before = state(out)

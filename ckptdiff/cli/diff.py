@@ -144,7 +144,9 @@ def _run(base: str, tuned: str, out: Path | None, options: Options, request: Req
 
             listeners.append(stack.enter_context(LiveReport(request.target, keep_running=out is not None)))
         repeated = request.format == "table" and request.target.is_stdout
-        how = {"shown": given["progress"], "quiet": request.quiet, "verbose": given["verbose"], "repeated": repeated}
+        # A terminal that is given the report line by line has no room for anything else.
+        shown = given["progress"] and not (streaming and request.target.is_terminal)
+        how = {"shown": shown, "quiet": request.quiet, "verbose": given["verbose"], "repeated": repeated}
         tell = stack.enter_context(progress(*listeners, **how))
         result = run(base, tuned, out=out, options=options, listener=tell, title=given["title"])
     if not streaming:

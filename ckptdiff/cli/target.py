@@ -81,6 +81,11 @@ class ReportTarget:
         """Whether the report is printed."""
         return self.path is None
 
+    @property
+    def is_terminal(self) -> bool:
+        """Whether it is printed to a terminal."""
+        return self.path is None and sys.stdout is not None and sys.stdout.isatty()
+
     @contextmanager
     def open(self) -> Iterator[TextIO]:
         """Open it for writing; a file appears under its name at the end, or not at all.

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.linalg.passes import Array, Panel, PanelSource, Stage, array_module, meanwhile, on_host
 from ckptdiff.linalg.products import add_gram, add_product, cuts, gram_work, product, product_work
-from ckptdiff.linalg.score_cut import LANES, Covered, ScoreCut
+from ckptdiff.linalg.score_cut import LANES, Covered, ScoreCut, likely_zooms
 from ckptdiff.linalg.survey import Survey, exactly
 from ckptdiff.linalg.symmetric import eigenpairs_work, eigh_top, gram_of, solve_lower, whole
 from ckptdiff.linalg.threads import count_work, counted, in_parts
@@ -140,23 +140,31 @@ def principal(
     return spectrum, [done.get(figure.rho, figure) for figure in figures]
 
 
-def principal_work(long: int, short: int, itemsize: int, rhos: Sequence[float], *, decomposed: bool) -> float:
-    """What :func:`principal` counts, unless a subspace is not defined or a cut needs another pass.
+def principal_work(
+    long: int, short: int, itemsize: int, rhos: Sequence[float], *, error: float, decomposed: bool
+) -> tuple[float, int]:
+    """What :func:`principal` counts, as far as sizes tell, and how many passes it makes.
 
     Parameters
     ----------
     long, short, itemsize : int
-    rhos : sequence of float
+    rhos, error
+        As for :func:`principal`.
     decomposed : bool
         Whether eigenpairs of W0^T W0 are given.
     """
     rank = principal_rank(rhos[-1], short)
     projected = 2 * product_work(long, short, rank, itemsize) + _NORM_WORK * long * rank
     met = product_work(rank, long, short, itemsize) + gram_work(long, rank, itemsize)
-    found = projected + met + _scores_work(long, short, rank, itemsize, len(rhos)) + _shares_work(rank, short)
+    scores = _scores_work(long, short, rank, itemsize, len(rhos))
+    found, passes = projected + met + scores + _shares_work(rank, short), 1
     if not decomposed:
         found += gram_work(long, short, itemsize) + eigenpairs_work(short, min(rank + 1, short), itemsize)
-    return found
+        passes += 1
+    if likely_zooms(long * short, error):
+        found += scores + product_work(long, short, rank, itemsize)
+        passes += 1
+    return found, passes
 
 
 def _scores_work(rows: int, short: int, rank: int, itemsize: int, cuts: int) -> float:

@@ -6,6 +6,7 @@ cut holds so many changed entries that their order in it matters, the window zoo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from ckptdiff.backends.kernels.scores import count_scores
 from ckptdiff.linalg.passes import Array, Panel, array_module, on_host
 from ckptdiff.linalg.survey import MAGNITUDES, SMALL_CHANGE
 
-__all__ = ["LANES", "Covered", "ScoreCut"]
+__all__ = ["LANES", "Covered", "ScoreCut", "likely_zooms"]
 
 _CODES = 1 << 31
 _OCTAVE = 1 << 23
@@ -50,6 +51,18 @@ class Covered:
     above: float
     not_low: float
     chance: float
+
+
+def likely_zooms(numel: int, error: float) -> bool:
+    """Whether a cut among so many scores is likely to need another pass, if most entries changed.
+
+    Parameters
+    ----------
+    numel : int
+    error : float
+        Standard error of a count, as a share of all, that needs none.
+    """
+    return 0.5 * math.sqrt(numel / _BINS) > error * numel
 
 
 class ScoreCut:

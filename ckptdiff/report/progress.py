@@ -58,10 +58,11 @@ class _Row:
         """How much is done, the time left, the speed and the running sparsity, in words; the first ones matter most."""
         done, total, unit = self.latest.done, self.begun.total, self.begun.unit
         spell = size if unit == "bytes" else lambda count: f"{count:,.0f}"
+        of = " kernels" if unit == "kernels" else ""
         # Not rounded up: 100 % is the end.
-        facts = [f"{int(100 * self.share)} %" if unit == "share" else f"{spell(done)} of {spell(total)}"]
+        facts = [f"{int(100 * self.share)} %" if unit == "share" else f"{spell(done)} of {spell(total)}{of}"]
         if self.ended is not None:
-            whole = "100 %" if unit == "share" else spell(total)
+            whole = "100 %" if unit == "share" else spell(total) + of
             facts = [f"{whole} in {duration(self.ended - self.since)}"]
         elif unit == "kernels":  # which take from one second to thirty each: one says nothing of the next
             pass
@@ -184,8 +185,9 @@ class ProgressDisplay:
         room = console.width - left - _SHORTEST - 2
         words = [_fitted(row.facts(now), room) for row in rows]
         width = min(max(room + _SHORTEST - max(map(len, words)), _SHORTEST), _LONGEST)
-        full, empty = "━─" if console.encoding.startswith("utf") else "#-"
-        text = Text(no_wrap=True, overflow="ellipsis")
+        unicode = console.encoding.startswith("utf")
+        full, empty = "━─" if unicode else "#-"
+        text = Text(no_wrap=True, overflow="ellipsis" if unicode else "crop")
         for row, said in zip(rows, words, strict=True):
             done = int(width * row.share)
             text.append(f"{row.begun.stage:<{left}}")

@@ -99,10 +99,12 @@ def measure_randomized(
 def randomized_work(view: MatrixView, options: SpectraOptions, itemsize: int) -> tuple[float, int]:
     """What a survey and :func:`measure_randomized` count, as far as sizes tell, and how many passes they make."""
     long, short, krylov = view.long, view.short, _krylov(view.short, options)
-    found = SURVEY_WORK * long * short + principal_work(long, short, itemsize, RHO, decomposed=False)
+    surveyed = SURVEY_WORK * long * short
+    found, passes = principal_work(long, short, itemsize, RHO, error=_RANDOMIZED_ERROR, decomposed=False)
     if krylov is None:
-        return found + direct_work(long, short, ENERGY_RANKS, with_vectors=False), 3
-    return found + krylov_work(long, short, itemsize, krylov), 1 + krylov_passes(krylov)
+        return surveyed + found + direct_work(long, short, ENERGY_RANKS, with_vectors=False), 1 + passes
+    found += krylov_work(long, short, itemsize, krylov)
+    return surveyed + found, 1 + max(passes, krylov_passes(krylov))
 
 
 def _krylov(short: int, options: SpectraOptions) -> KrylovOptions | None:
@@ -151,9 +153,10 @@ def measure_exact(source: PanelSource, known: Survey, view: MatrixView, on_grid:
 def exact_work(view: MatrixView, together: bool) -> tuple[float, int]:
     """What a survey and :func:`measure_exact` count, as far as sizes tell, and how many passes they make."""
     long, short = view.long, view.short
-    found = SURVEY_WORK * long * short + principal_work(long, short, 8, RHO, decomposed=True) + angles_work(long, short)
+    found, passes = principal_work(long, short, 8, RHO, error=_EXACT_ERROR, decomposed=True)
+    found += SURVEY_WORK * long * short + angles_work(long, short)
     found += sum(side_work(long, short, vectors) for _, vectors in _wanted_sides(short))
-    return found, 4 if together else 6
+    return found, 1 + (1 if together else 3) + max(passes, 2)
 
 
 def _chances(known: Survey, on_grid: bool) -> Floats | None:

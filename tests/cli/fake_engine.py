@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from ckptdiff.events import Compiling, Finished, Listener, Note, Progress, Started, TensorsDone
+from ckptdiff.events import Finished, Listener, Note, Started, TensorsDone, stage
 from ckptdiff.metrics.histograms import HistogramRows
 from ckptdiff.options import DEFAULT_MEMORY, MaskRule, Options
 from ckptdiff.result import Diff
@@ -59,7 +59,7 @@ class FakeEngine:
         return self.diff
 
     def prepare(self, base: str, tuned: str, *, out: Path | None, options: Options, tell: Listener) -> SimpleNamespace:
-        tell(Compiling(kept=True))
+        tell(Note("compiling kernels, once"))
         return SimpleNamespace(
             tensors=len(self.diff.tensors),
             total_bytes=2_000_000_000,
@@ -81,13 +81,14 @@ class FakeEngine:
         for warning in self.diff.warnings:
             tell(Note(warning, warning=True))
         tell(Note("reading with mmap"))
-        for row, facts in enumerate(self.diff.tensors):
-            if self.error is not None and row == len(self.diff.tensors) // 2:
-                raise self.error
-            time.sleep(self.pause)
-            one = slice(row, row + 1)
-            tell(TensorsDone(row, replace(self._cut(one), tensors=self.diff.tensors[one])))
-            tell(Progress(1000 * (row + 1) // len(self.diff.tensors), facts.name, 10 * (row + 1), 7 * (row + 1)))
+        with stage(tell, "comparing", 1000, "bytes") as told:
+            for row, facts in enumerate(self.diff.tensors):
+                if self.error is not None and row == len(self.diff.tensors) // 2:
+                    raise self.error
+                time.sleep(self.pause)
+                one = slice(row, row + 1)
+                tell(TensorsDone(row, replace(self._cut(one), tensors=self.diff.tensors[one])))
+                told.at(1000 * (row + 1) // len(self.diff.tensors), facts.name, 10 * (row + 1), 7 * (row + 1))
 
     def module(self) -> ModuleType:
         module = ModuleType("ckptdiff.engine")

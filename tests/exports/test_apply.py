@@ -12,11 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stored_tensors import BITS, Stored, header_of, patched, random_tensor, read, write, write_patch
+from told_stages import told_stages
 
 import ckptdiff
 from ckptdiff.cli import main
 from ckptdiff.errors import CheckpointError, OptionError, PatchError, RunFileError
-from ckptdiff.events import Event, StageProgress
+from ckptdiff.events import Event, StageBegun
 from ckptdiff.exports.apply import apply_patch
 from ckptdiff.exports.patch import export_patch, missing_from_patch
 
@@ -193,10 +194,11 @@ def test_shards_in_folders_and_an_index_of_any_name(tmp_path: Path) -> None:
         out = tmp_path / "again"
 
 
-def test_each_tensor_is_told(base: Path, patch: Path, tmp_path: Path) -> None:
+def test_every_byte_is_told(base: Path, patch: Path, tmp_path: Path) -> None:
     events: list[Event] = []
     apply_patch(base, patch, tmp_path / "out.safetensors", listener=events.append)
-    assert events == [StageProgress("values", i, 2, name) for i, name in enumerate("ab")]
+    assert events[0] == StageBegun("patching", base.stat().st_size, "bytes")
+    assert told_stages(events)["patching"][-1].what == "b"
 
 
 def test_another_base_is_refused_unless_forced(base: Path, patch: Path, tmp_path: Path) -> None:

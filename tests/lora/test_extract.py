@@ -7,10 +7,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from told_stages import told_stages
 
 from ckptdiff.cli import main
 from ckptdiff.errors import PairingError, RunFileError
-from ckptdiff.events import Event, StageProgress, Started
+from ckptdiff.events import Event, Note, Started
 from ckptdiff.lora.extract import Extraction, extract_lora
 
 BF16 = ml_dtypes.bfloat16
@@ -186,11 +187,11 @@ def test_peft_loads_it_and_computes_the_same(tmp_path: Path) -> None:
 def test_a_listener_follows_the_comparison_and_every_tensor(pair: tuple[str, str], tmp_path: Path) -> None:
     told: list[Event] = []
     made = extract_lora(*pair, tmp_path / "adapter", rank=4, listener=told.append)
-    stages = [event for event in told if isinstance(event, StageProgress)]
     assert any(isinstance(event, Started) for event in told)
-    assert [event.tensor for event in stages] == [tensor.name for tensor in made.tensors]
-    assert [event.index for event in stages] == list(range(stages[0].tensors))
-    assert {event.stage for event in stages} == {"factors"}
+    stages = list(told_stages(told))
+    assert stages[stages.index("comparing") :] == ["comparing", "factors", "writing"]
+    notes = [event.text.partition(":")[0] for event in told if isinstance(event, Note)]
+    assert notes[-len(made.tensors) :] == [tensor.name for tensor in made.tensors]
 
 
 def test_verbose_tells_of_every_tensor_and_quiet_writes_files_only(

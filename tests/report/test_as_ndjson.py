@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from ckptdiff.events import Finished, Progress, Started, TensorsDone
+from ckptdiff.events import Finished, StageProgress, Started, TensorsDone
 from ckptdiff.report import as_ndjson
 from ckptdiff.report.as_ndjson import NdjsonStream, lines, streams
 from ckptdiff.report.document import document
@@ -54,7 +54,7 @@ def test_a_stream_is_the_same_bytes(
     listener(Started(len(diff.tensors), 1000, started(diff)))
     for row in range(len(diff.tensors)):
         listener(TensorsDone(row, single(diff, row)))
-        listener(Progress(row, "x", 1, 1))
+        listener(StageProgress("comparing", row, "x", 1, 1))
     listener(Finished(diff, 1.0))
     assert stream.getvalue() == "".join(lines(diff, View()))
 

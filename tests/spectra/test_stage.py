@@ -138,7 +138,9 @@ def test_a_large_matrix_takes_the_threads_of_several(tmp_path: Path, monkeypatch
     slots: list[int] = []
     measure_all = Measuring.measure_all
     monkeypatch.setattr(
-        Measuring, "measure_all", lambda self, jobs, taken: slots.append(taken) or measure_all(self, jobs, taken)
+        Measuring,
+        "measure_all",
+        lambda self, jobs, taken, meter: slots.append(taken) or measure_all(self, jobs, taken, meter),
     )
     free = randomized_bytes(MatrixView(0, 700, 650), 4, 320) + cache_bytes(MatrixView(0, 700, 650), 4)
     monkeypatch.setattr(Budget, "of", lambda options, taken, views: Budget(SpectraOptions(), Room(free, 0), 4))

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 
 import h5py
@@ -15,12 +15,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from told_stages import told_stages
 from trajectories import SHAPES, Trajectory
 
+import ckptdiff
 from ckptdiff.cli import main
 from ckptdiff.cli.track import _labels
 from ckptdiff.errors import ChangedFileError, CheckpointError, OptionError, PairingError, RunFileError
-from ckptdiff.events import Event, StageProgress
+from ckptdiff.events import Event, StageBegun
 from ckptdiff.track import Track, load_track, save_track, track
 from ckptdiff.track import follow as follow_module
 
@@ -45,14 +47,15 @@ def test_every_figure_at_every_step(any_trajectory: Trajectory, compare: str) ->
         assert_rows(rows, any_trajectory.rows([label["name"]], compare))
 
 
-def test_a_listener_follows_the_tensors(trajectory: Trajectory) -> None:
+def test_a_listener_follows_every_byte(trajectory: Trajectory) -> None:
     told: list[Event] = []
     found = track(trajectory.paths[0], trajectory.paths[1:], listener=told.append)
-    stages = [event for event in told if isinstance(event, StageProgress)]
-    assert len(stages) == len(told)
     with_values = [name for name, shape in zip(found.names, found.shapes, strict=True) if math.prod(shape)]
-    assert [name for name, _ in groupby(event.tensor for event in stages)] == with_values
-    assert {(event.stage, event.tensors) for event in stages} == {("steps", len(found.names))}
+    assert told_stages(told)["following"][-1].what == with_values[-1]
+    (begun,) = (event for event in told if isinstance(event, StageBegun) and event.stage == "following")
+    sides = [ckptdiff.open_checkpoint(path).tensors for path in trajectory.paths]
+    assert begun.total == sum(tensors[name].nbytes for tensors in sides for name in found.names)
+    assert begun.unit == "bytes"
 
 
 def test_groups(trajectory: Trajectory) -> None:
