@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ckptdiff.cli.view import Request
 from ckptdiff.errors import OptionError, plural
 from ckptdiff.report.json_text import dumps
-from ckptdiff.report.text import binary_size, size
+from ckptdiff.report.text import binary_size, safe, size
 
 if TYPE_CHECKING:
     from ckptdiff.events import Listener
@@ -29,7 +29,7 @@ def print_plan(base: str, tuned: str, out: Path | None, options: Options, reques
 
     if request.format not in ("table", "json"):
         raise OptionError("--dry-run prints text or json", expected="--format table or json", found=request.format)
-    plan = prepare(base, tuned, out=out, options=options, tell=tell)
+    plan = prepare(base, tuned, out=out, options=options, tell=tell, read_data=False)
     for check in request.checks:
         check.require_member(plan.diff.tensors)
     figures: dict[str, Any] = {
@@ -45,7 +45,8 @@ def print_plan(base: str, tuned: str, out: Path | None, options: Options, reques
         return
     with request.target.open() as stream:
         if request.format == "json":
-            stream.write(dumps({"schema": "ckptdiff.plan/1", **figures, "counts": plan.diff.counts}) + "\n")
+            found = {"counts": plan.diff.counts, "warnings": list(plan.diff.warnings)}
+            stream.write(dumps({"schema": "ckptdiff.plan/1", **figures, **found}) + "\n")
             return
         counts = plan.diff.counts
         left_out = ", ".join(f"{counts[key]:,} {key.replace('_', ' ')}" for key in counts if key != "matched")
@@ -55,3 +56,5 @@ def print_plan(base: str, tuned: str, out: Path | None, options: Options, reques
             f"threads   {plan.threads}, chunks of {binary_size(plan.chunk_bytes)}\n"
             f"memory    {binary_size(plan.projected_memory)} at most, of {binary_size(plan.max_memory)} allowed\n"
         )
+        for warning in plan.diff.warnings:
+            stream.write(f"warning: {safe(warning)}\n")

@@ -126,7 +126,7 @@ def extract_lora(
     options = replace(options or Options(), compare="stored", mask=MaskRule("none"), spectra=None)
     check_new(folder)
     diff = run(base, tuned, options=options, listener=listener)
-    plan = prepare(base, tuned, options=options)
+    plan = prepare(base, tuned, options=options, read_data=False)
     strange = diff.columns["nonfinite_base"] + diff.columns["nonfinite_tuned"] > 0
     norms = diff.columns["delta_norm"]
     moved = [(row, pair) for row, pair in enumerate(plan.pairs) if norms[row] > 0]
