@@ -50,9 +50,8 @@ def _weights(folder: str, below: PurePath, read: Collection[str]) -> Iterator[st
     except OSError:
         yield str(below / "*")
         return
-    folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
     if below.parts:
-        names = sorted(entry.name for entry in entries if not entry.is_dir())
+        names = sorted(entry.name for entry in entries if not _is_folder(entry))
         shards = [name for name in names if name.endswith(".safetensors")]
         weights = [name for name in shards or pickled_weights(names) if str(below / name) not in read]
         if weights:
@@ -60,5 +59,13 @@ def _weights(folder: str, below: PurePath, read: Collection[str]) -> Iterator[st
             several = f"*{endings.pop()}" if len(endings) == 1 else "*"
             yield str(below / (weights[0] if len(weights) == 1 else several))
     if len(below.parts) < _DEPTH:
-        for name in folders:
-            yield from _weights(folder, below / name, read)
+        for entry in entries:
+            if _is_folder(entry, linked=False):
+                yield from _weights(folder, below / entry.name, read)
+
+
+def _is_folder(entry: os.DirEntry[str], *, linked: bool = True) -> bool:
+    try:
+        return entry.is_dir(follow_symlinks=linked)
+    except OSError:  # a ring of links, or one into a folder that is closed to this user: its name tells what it may be
+        return False

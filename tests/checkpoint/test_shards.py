@@ -195,11 +195,15 @@ class TestSubfolders:
         write(tmp_path / "elsewhere" / "x.safetensors", A)
         (folder / "link").symlink_to(tmp_path / "elsewhere")
         (folder / "ring").symlink_to(folder)
+        (folder / "loop").symlink_to(folder / "loop")
         (folder / "x.safetensors.d").mkdir()
         (folder / "sub" / "y.safetensors").mkdir(parents=True)
         assert self.unread(folder) == ()
         (folder / "sub" / "x.safetensors").symlink_to(tmp_path / "elsewhere" / "x.safetensors")
         assert self.unread(folder) == ("sub/x.safetensors",), "files of a snapshot are links"
+        (folder / "sub" / "x.safetensors").unlink()
+        (folder / "sub" / "x.safetensors").symlink_to("x.safetensors")
+        assert self.unread(folder) == ("sub/x.safetensors",)
 
     def test_a_folder_that_cannot_be_listed_may_hold_some(self, public_dir, error_of_nobody):
         write(public_dir / "model.safetensors", A)
