@@ -16,7 +16,7 @@ from ckptdiff.backends.formats import Formats, formats_of
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorInfo, TensorPair, locate, open_checkpoint, pair
 from ckptdiff.devices import Device, open_device
-from ckptdiff.events import Listener, ignore
+from ckptdiff.events import Listener, Note, ignore, stage
 from ckptdiff.memory import machine_memory, peak_resident, resident
 from ckptdiff.metrics.catalogue import COLUMNS
 from ckptdiff.metrics.measurement import BitMeasurement, FloatMeasurement
@@ -26,6 +26,8 @@ from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
 from ckptdiff.runfile.schema import mask_chunk_bytes
 from ckptdiff.runfile.target import check_target
 from ckptdiff.stream.plan import TASK_BLOCKS, Load, Memory, Span, fit_memory
+from ckptdiff.stream.same_values import same_values
+from ckptdiff.stream.shards import open_shards
 from ckptdiff.warm_up import Uses, uses
 
 if TYPE_CHECKING:
@@ -131,9 +133,15 @@ class Plan:
 
 
 def prepare(
-    base: str, tuned: str, *, out: Path | None = None, options: Options | None = None, tell: Listener = ignore
+    base: str,
+    tuned: str,
+    *,
+    out: Path | None = None,
+    options: Options | None = None,
+    tell: Listener = ignore,
+    read_data: bool = True,
 ) -> Plan:
-    """Make the plan of a run. Reads headers and indexes, and no data.
+    """Make the plan of a run. Reads headers and indexes, and no data but that of heads which one side lacks.
 
     Parameters
     ----------
@@ -144,6 +152,9 @@ def prepare(
     options : Options, optional
     tell : callable, optional
         Told if kernels have to be compiled first.
+    read_data : bool
+        Whether to read those heads, and the embeddings that they may be; else ``config.json`` alone tells which are
+        tied. The pairs are the same.
 
     Raises
     ------
@@ -159,7 +170,7 @@ def prepare(
     sides = open_checkpoint(base), open_checkpoint(tuned)
     if out is not None:
         check_target(out, [(shard.path, shard.device, shard.inode) for side in sides for shard in side.shards])
-    pairing = pair(*sides, renames=options.renames, include=options.include, exclude=options.exclude)
+    pairing = _paired(*sides, options, tell, read_data)
     device = open_device(options)
     want_masks = out is not None and options.mask.kind != "none"
     # Reads into a cached buffer cost less than mapping pages and dropping them again, and report a lost page.
@@ -178,6 +189,24 @@ def prepare(
 
         spectra = plan_spectra(pairing.pairs, options, memory.baseline + memory.results)
     return Plan(pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks)
+
+
+def _paired(base: Checkpoint, tuned: Checkpoint, options: Options, tell: Listener, read_data: bool) -> Pairing:
+    with open_shards("pread") as shards:
+
+        def look(head: TensorInfo, embedding: TensorInfo) -> bool:
+            tell(Note(f"reading {head.name} and {embedding.name}, to see whether they are one"))
+            with stage(tell, "looking for ties", head.nbytes + embedding.nbytes, "bytes") as told:
+                return same_values(shards, head, embedding, told)
+
+        return pair(
+            base,
+            tuned,
+            renames=options.renames,
+            include=options.include,
+            exclude=options.exclude,
+            same_values=look if read_data else None,
+        )
 
 
 def _uses(pairs: tuple[TensorPair, ...], loads: tuple[Load, ...], options: Options, want_masks: bool) -> Uses:
@@ -217,8 +246,8 @@ def _facts(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Optio
     return Diff(
         tensors=tuple(_tensor_facts(pair, options, groups) for pair in pairing.pairs),
         columns={column.name: np.zeros(0, column.dtype) for column in COLUMNS},
-        base=_side_facts(base),
-        tuned=_side_facts(tuned),
+        base=_side_facts(base, "base", pairing),
+        tuned=_side_facts(tuned, "tuned", pairing),
         compare=options.compare,
         mask_rule=str(options.mask),
         options=options.as_json(),
@@ -254,7 +283,8 @@ def _tensor_facts(pair: TensorPair, options: Options, groups: list[tuple[str, An
     )
 
 
-def _side_facts(side: Checkpoint) -> dict[str, Any]:
+def _side_facts(side: Checkpoint, called: str, pairing: Pairing) -> dict[str, Any]:
+    assumed = [alias.name for alias in pairing.aliased if alias.side == called and alias.by == "config"]
     dtypes = Counter(tensor.dtype for tensor in side.tensors.values())
     return {
         "path": side.path,
@@ -271,6 +301,7 @@ def _side_facts(side: Checkpoint) -> dict[str, Any]:
             }
             for shard in side.shards
         ],
+        "uncompared": [*side.unread, *assumed],
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,10 @@ from ckptdiff.metrics.catalogue import Figure
 from ckptdiff.metrics.grouping import Grouping, figures_of, median_2d, values_of
 from ckptdiff.metrics.spectral import Spectra
 
-__all__ = ["Diff", "TensorFacts", "UnmatchedTensor"]
+__all__ = ["SIDES", "Diff", "Side", "TensorFacts", "UnmatchedTensor"]
+
+Side: TypeAlias = Literal["base", "tuned"]
+SIDES: tuple[Side, Side] = ("base", "tuned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,8 @@ class Diff:
     columns : mapping of str to array, shape (len(tensors),)
         Measured per tensor; :data:`~ckptdiff.metrics.catalogue.COLUMNS` describes each.
     base, tuned : mapping
-        Provenance of each side: ``path``, ``tensors``, ``numel``, ``bytes``, ``dtypes``, ``shards``.
+        Provenance of each side: ``path``, ``tensors``, ``numel``, ``bytes``, ``dtypes``, ``shards``, and
+        ``uncompared``: weights of its folder that were not read, and tensors that only ``config.json`` calls tied.
     options : mapping
         The options of the run, as plain JSON values.
     compare : str
@@ -104,10 +108,27 @@ class Diff:
 
     @property
     def identical(self) -> bool:
-        """Whether no coordinate changed and no tensor is unmatched or mismatched."""
-        changed = self.columns["numel"] != self.columns["unchanged_bitwise"]
-        stored = self.columns["wide"].astype(bool) & (self.columns["numel"] != self.columns["unchanged_stored"])
-        return not (changed.any() or stored.any() or self.only_in_base or self.only_in_tuned or self.mismatched)
+        """Whether no value differs, and every value of both sides is accounted for.
+
+        That is: compared and equal, or that of a tensor which is equal to a compared one of its own side. What
+        ``include`` and ``exclude`` leave out does not count.
+        """
+        left_out = self.only_in_base or self.only_in_tuned or self.mismatched or any(map(self.uncompared, SIDES))
+        return not (left_out or self.differing.any())
+
+    @property
+    def differing(self) -> NDArray[np.bool_]:
+        """Which tensors hold a value that differs, as stored or after the cast, shape (len(tensors),)."""
+        columns, numel = self.columns, self.columns["numel"]
+        stored = columns["wide"].astype(bool) & (columns["unchanged_stored"] != numel)
+        found: NDArray[np.bool_] = stored | (columns["unchanged_bitwise"] != numel)
+        return found
+
+    def uncompared(self, side: Side) -> tuple[str, ...]:
+        """Weights of a side that are neither compared nor listed as unmatched: files, and tensors taken as tied."""
+        facts = self.base if side == "base" else self.tuned
+        # Older run files lack it, and call tied what only had the names and the shapes for it.
+        return tuple(facts.get("uncompared", (name for name, _ in self.aliased)))
 
     @cached_property
     def overall(self) -> dict[str, Any]:

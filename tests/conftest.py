@@ -130,6 +130,7 @@ def build_diff(tensors: Sequence[tuple[TensorFacts, float]], **changes: Any) -> 
             "bytes": sum(n * _BYTES[dtype] for n, dtype in zip(numels, dtypes, strict=True)),
             "dtypes": sorted(set(dtypes)),
             "shards": [],
+            "uncompared": [],
         }
 
     diff = Diff(

@@ -34,6 +34,12 @@ def test_identical_unless_something_is_unmatched(make_diff: Callable, make_facts
     assert replace(diff, **change).identical == ("aliased" in change)
 
 
+def test_identical_unless_weights_were_not_compared(make_diff: Callable, make_facts: Callable) -> None:
+    diff = still(make_diff, make_facts)
+    for side in ("base", "tuned"):
+        assert not replace(diff, **{side: {"uncompared": ["2_Dense/model.safetensors"]}}).identical
+
+
 def test_identical_unless_a_coordinate_changed(make_diff: Callable, make_facts: Callable) -> None:
     assert not make_diff(tensors=[(make_facts("w", (4, 4)), 0.9)]).identical
     integers = make_facts("ids", (4, 4), compare="bitwise", dtype_base="I64", dtype_tuned="I64")

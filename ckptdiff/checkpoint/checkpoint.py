@@ -30,6 +30,9 @@ class Checkpoint:
         What the user should know although the checkpoint can be read.
     index : Index or None
         The index that names the shards, if there is one.
+    unread : tuple of str
+        Weights in the folder that `path` names, relative to it, which are not part of this: files that the index leaves
+        out, and weights of subfolders, where a pattern stands for several files.
     """
 
     path: str
@@ -37,6 +40,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     warnings: tuple[str, ...]
     index: Index | None = None
+    unread: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -92,7 +96,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
                 raise _stored_twice(other, tensor)
     if source.index is not None:
         warnings += check_index(source.index, by_path, tensors)
-    return Checkpoint(os.fspath(path), tuple(shards), tensors, tuple(warnings), source.index)
+    return Checkpoint(os.fspath(path), tuple(shards), tensors, tuple(warnings), source.index, source.unread)
 
 
 def _stored_twice(first: TensorInfo, second: TensorInfo) -> CheckpointError:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-__all__ = ["CONVERT_PICKLE", "foreign_files", "foreign_format"]
+__all__ = ["CONVERT_PICKLE", "foreign_files", "foreign_format", "pickled_weights"]
 
 CONVERT_PICKLE = (
     "convert it yourself, ckptdiff never unpickles: python -c 'import torch; from safetensors.torch import save_file;"
@@ -28,6 +29,11 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
 _PATTERNS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"), "pickles", CONVERT_PICKLE),
     (("*.gguf",), "GGUF files", _GGUF),
+)
+# Beside or below a model's own weights: the state of its training, and OpenVINO's copy of the model.
+_NO_WEIGHTS = re.compile(
+    r"(?:optimizer|scheduler|lr_scheduler|scaler|grad_scaler|sampler|dataloader|rng_state|random_states|training_args"
+    r"|trainer_state|openvino_\w*model)(?:[_.-].*)?\.\w+|.*_optim(?:_states)?\.\w+|.*\.pkl"
 )
 
 
@@ -61,3 +67,11 @@ def foreign_files(names: Iterable[str]) -> tuple[str, list[str], str] | None:
         if found:
             return what, found, hint
     return None
+
+
+def pickled_weights(names: Iterable[str]) -> list[str]:
+    """Those of a folder's files that are pickles of weights, as far as names tell."""
+    found = foreign_files(names)
+    if found is None or found[2] is not CONVERT_PICKLE:
+        return []
+    return [name for name in found[1] if not _NO_WEIGHTS.fullmatch(name)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,7 +11,8 @@ from ckptdiff.checkpoint.dtypes import Kind
 from ckptdiff.checkpoint.globs import Globs
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.matching import match_names
-from ckptdiff.checkpoint.ties import tied_embedding, twice_named
+from ckptdiff.checkpoint.scales import is_scaled, scaled_modules
+from ckptdiff.checkpoint.ties import Evidence, SameValues, find_ties
 from ckptdiff.errors import PairingError, first_few
 
 __all__ = ["Alias", "Mismatch", "Pairing", "TensorPair", "pair"]
@@ -56,11 +57,14 @@ class Alias:
         The tensor that stands for it, in the same checkpoint.
     side : {"base", "tuned", "both"}
         Which checkpoint stores it under that name.
+    by : {"bytes", "values", "config"}
+        How that is known: the same bytes of a file, a look at all values, or ``config.json``, which may be wrong.
     """
 
     name: str
     of: str
     side: Literal["base", "tuned", "both"]
+    by: Evidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +120,14 @@ def pair(
     renames: Sequence[str] = (),
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    same_values: SameValues | None = None,
 ) -> Pairing:
     """Pair the tensors of two checkpoints.
 
     Names are matched first as they are, after `renames`; then, for what is left, without the prefixes that wrap
     whole models (``module.``, ``_orig_mod.``, ``base_model.model.``, ``model.language_model.``, ...), where exactly
-    one name on each side remains. Nothing else is guessed.
+    one name on each side remains. Nothing else is guessed. A head that one side lacks is tied to an embedding of its
+    own side if their values are equal, or if they cannot be looked at and ``config.json`` says so.
 
     Parameters
     ----------
@@ -131,7 +137,10 @@ def pair(
         ``OLD=NEW`` substitutions on the base's names, as regular expressions, applied in order.
     include, exclude : sequence of str
         Shell-style patterns on the base's or the tuned side's name. Without `include` everything is included;
-        `exclude` wins. What they leave out appears nowhere in the result.
+        `exclude` wins. What they leave out appears nowhere in the result, nor does anything that is tied to it.
+    same_values : callable, optional
+        Tells whether two tensors hold the same values (:func:`~ckptdiff.stream.same_values.same_values`). Without it no
+        data is read; the pairs are the same.
 
     Returns
     -------
@@ -144,51 +153,76 @@ def pair(
         A rename that cannot be used, or that gives two tensors one name.
     PairingError
         No pair to compare.
+    CheckpointError
+        A head or an embedding that cannot be read.
     """
     globs = Globs(include, exclude)
     matched, match_warnings = match_names(base.tensors, tuned.tensors, renames)
-    everything = _sort_out(base, tuned, matched)
-    selected = _select(everything, globs)
-    if not selected.pairs:
-        raise _nothing_to_compare(base, tuned, everything, selected)
+    pairing = _sort_out(base, tuned, matched, globs, same_values)
+    if not pairing.pairs:
+        raise _nothing_to_compare(base, tuned, _sort_out(base, tuned, matched, Globs(), None), pairing)
     warnings = (
         *match_warnings,
         *globs.unmatched([*base.tensors, *tuned.tensors]),
-        *_tie_warnings(selected.aliased),
-        *_scale_warnings(base, tuned, selected.pairs),
+        *pairing.warnings,
+        *_scale_warnings(base, tuned, pairing.pairs),
     )
-    return replace(selected, warnings=warnings)
+    return replace(pairing, warnings=warnings)
 
 
-def _sort_out(base: Checkpoint, tuned: Checkpoint, matched: dict[str, str]) -> Pairing:
+def _sort_out(
+    base: Checkpoint, tuned: Checkpoint, matched: dict[str, str], globs: Globs, same_values: SameValues | None
+) -> Pairing:
+    """Put every tensor that the globs select in its place."""
     pairs: list[TensorPair] = []
     mismatched: list[Mismatch] = []
     aliased: list[Alias] = []
+    chosen: dict[str, str] = {}
     seen: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
-    for name, ours in base.tensors.items():
-        if name not in matched:
+    for name, one in base.tensors.items():
+        if name not in matched or not globs.select(name, matched[name]):
             continue
-        theirs = tuned.tensors[matched[name]]
-        reason = _mismatch(ours, theirs)
+        chosen[name] = matched[name]
+        other = tuned.tensors[matched[name]]
+        reason = _mismatch(one, other)
         if reason is not None:
-            mismatched.append(Mismatch(name, ours, theirs, reason))
+            mismatched.append(Mismatch(name, one, other, reason))
             continue
         # Empty tensors have equal regions without being the same tensor.
-        first = seen.setdefault((ours.region, theirs.region), name) if ours.nbytes else name
+        first = seen.setdefault((one.region, other.region), name) if one.nbytes else name
         if first == name:
-            pairs.append(TensorPair(name, ours, theirs))
+            pairs.append(TensorPair(name, one, other))
         else:
-            aliased.append(Alias(name, first, "both"))
-    only_in_base, base_aliases = _unmatched(base, tuned, set(matched), "base")
-    only_in_tuned, tuned_aliases = _unmatched(tuned, base, set(matched.values()), "tuned")
-    return Pairing(
-        tuple(pairs),
-        only_in_base,
-        only_in_tuned,
-        (*aliased, *base_aliases, *tuned_aliases),
-        tuple(mismatched),
-        (),
+            aliased.append(Alias(name, first, "both", "bytes"))
+    # Without a pair this ends in an error, and there is no need to read anything.
+    asked = same_values if pairs else None
+    in_base, base_ties, base_warnings = _without_counterpart(base, "base", matched.keys(), chosen.keys(), globs, asked)
+    in_tuned, tuned_ties, tuned_warnings = _without_counterpart(
+        tuned, "tuned", set(matched.values()), chosen.values(), globs, asked
     )
+    return Pairing(
+        pairs=tuple(pairs),
+        only_in_base=in_base,
+        only_in_tuned=in_tuned,
+        aliased=(*aliased, *base_ties, *tuned_ties),
+        mismatched=tuple(mismatched),
+        warnings=(*base_warnings, *tuned_warnings),
+    )
+
+
+def _without_counterpart(
+    storing: Checkpoint,
+    side: Literal["base", "tuned"],
+    known: Collection[str],
+    compared: Iterable[str],
+    globs: Globs,
+    same_values: SameValues | None,
+) -> tuple[tuple[str, ...], tuple[Alias, ...], tuple[str, ...]]:
+    """Names that one side lacks, those among them that are tied to another tensor, and warnings."""
+    alone = [name for name in storing.tensors if name not in known and globs.select(name)]
+    ties = find_ties(storing, compared, alone, side, same_values)
+    only = tuple(name for name in alone if name not in ties.found)
+    return only, tuple(Alias(name, tie.of, side, tie.by) for name, tie in ties.found.items()), ties.warnings
 
 
 def _mismatch(base: TensorInfo, tuned: TensorInfo) -> str | None:
@@ -197,35 +231,6 @@ def _mismatch(base: TensorInfo, tuned: TensorInfo) -> str | None:
     if base.dtype != tuned.dtype and not (base.kind is tuned.kind is Kind.FLOAT):
         return f"dtypes cannot be compared: {base.dtype} in base, {tuned.dtype} in tuned"
     return None
-
-
-def _unmatched(
-    storing: Checkpoint, lacking: Checkpoint, matched: set[str], side: Literal["base", "tuned"]
-) -> tuple[tuple[str, ...], tuple[Alias, ...]]:
-    alone = [name for name in storing.tensors if name not in matched]
-    again = twice_named(storing.tensors.values()) if alone else {}
-    only: list[str] = []
-    aliased: list[Alias] = []
-    for name in alone:
-        of = again.get(name) or tied_embedding(name, storing.tensors, lacking.tensors)
-        if of is None:
-            only.append(name)
-        else:
-            aliased.append(Alias(name, of, side))
-    return tuple(only), tuple(aliased)
-
-
-def _select(pairing: Pairing, globs: Globs) -> Pairing:
-    return Pairing(
-        pairs=tuple(pair for pair in pairing.pairs if globs.select(pair.base.name, pair.tuned.name)),
-        only_in_base=tuple(name for name in pairing.only_in_base if globs.select(name)),
-        only_in_tuned=tuple(name for name in pairing.only_in_tuned if globs.select(name)),
-        aliased=tuple(alias for alias in pairing.aliased if globs.select(alias.name)),
-        mismatched=tuple(
-            mismatch for mismatch in pairing.mismatched if globs.select(mismatch.name, mismatch.tuned.name)
-        ),
-        warnings=pairing.warnings,
-    )
 
 
 def _nothing_to_compare(base: Checkpoint, tuned: Checkpoint, everything: Pairing, selected: Pairing) -> PairingError:
@@ -269,29 +274,11 @@ def _nothing_to_compare(base: Checkpoint, tuned: Checkpoint, everything: Pairing
     )
 
 
-def _tie_warnings(aliased: Iterable[Alias]) -> list[str]:
-    return [
-        f"{alias.name} is stored only in {alias.side}: taken as tied to {alias.of}, its values not compared"
-        for alias in aliased
-        if alias.side != "both"
-    ]
-
-
 def _scale_warnings(base: Checkpoint, tuned: Checkpoint, pairs: Iterable[TensorPair]) -> list[str]:
-    base_scales, tuned_scales = _scaled_modules(base), _scaled_modules(tuned)
+    base_scales, tuned_scales = scaled_modules(base.tensors), scaled_modules(tuned.tensors)
     if not base_scales and not tuned_scales:
         return []
-    count = sum(_is_scaled(pair.base, base_scales) or _is_scaled(pair.tuned, tuned_scales) for pair in pairs)
+    count = sum(is_scaled(pair.base, base_scales) or is_scaled(pair.tuned, tuned_scales) for pair in pairs)
     if not count:
         return []
     return [f"{count} fp8 tensors have scales beside them: compared as raw codes, unscaled"]
-
-
-def _scaled_modules(checkpoint: Checkpoint) -> set[str]:
-    split = (name.rpartition(".") for name in checkpoint.tensors if "scale" in name)
-    return {module for module, _, parameter in split if "scale" in parameter}
-
-
-def _is_scaled(tensor: TensorInfo, scaled_modules: set[str]) -> bool:
-    is_fp8 = tensor.kind is Kind.FLOAT and tensor.dtype.startswith("F8_")
-    return is_fp8 and (tensor.name.rpartition(".")[0] in scaled_modules or tensor.name in scaled_modules)

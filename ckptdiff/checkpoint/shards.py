@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 import stat
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from ckptdiff.checkpoint.foreign import CONVERT_PICKLE, foreign_files
 from ckptdiff.checkpoint.index import Index, read_index
 from ckptdiff.checkpoint.regular_file import read_whole, stat_path
+from ckptdiff.checkpoint.subfolders import weights_below
 from ckptdiff.errors import CheckpointError
 
 __all__ = ["ShardSource", "find_shards"]
@@ -35,11 +36,14 @@ class ShardSource:
         The index that named them.
     warnings : tuple of str
         What was left out or guessed.
+    unread : tuple of str
+        Weights in the folder that was named, relative to it, which are none of the shards; patterns stand for several.
     """
 
     paths: tuple[str, ...]
     index: Index | None
     warnings: tuple[str, ...]
+    unread: tuple[str, ...]
 
 
 def find_shards(path: str) -> ShardSource:
@@ -63,15 +67,16 @@ def find_shards(path: str) -> ShardSource:
     if path.endswith(".bin.index.json"):
         raise CheckpointError("an index of pickles", file=path, expected="safetensors", hint=CONVERT_PICKLE)
     if path.endswith(".index.json"):
-        return _from_index(path, _listing(str(Path(path).parent)))
-    return ShardSource((path,), None, ())
+        # Who names an index, or a file, asks for no more than that.
+        return replace(_from_index(path, _listing(str(Path(path).parent))), unread=())
+    return ShardSource((path,), None, (), ())
 
 
 def _in_directory(path: str) -> ShardSource:
     names = _listing(path)
     indexes = [name for name in names if name.endswith(_INDEX_SUFFIX)]
     if "model" + _INDEX_SUFFIX in indexes:
-        return _from_index(str(Path(path, "model" + _INDEX_SUFFIX)), names)
+        indexes = ["model" + _INDEX_SUFFIX]
     if len(indexes) > 1:
         raise CheckpointError(
             "the folder holds several checkpoints",
@@ -81,15 +86,12 @@ def _in_directory(path: str) -> ShardSource:
             hint="name one of these index files",
         )
     if indexes:
-        return _from_index(str(Path(path, indexes[0])), names)
+        return _with_subfolders(path, _from_index(str(Path(path, indexes[0])), names))
     shards = [name for name in names if name.endswith(".safetensors")]
     if shards:
         _check_numbers(path, shards)
-        return ShardSource(
-            tuple(str(Path(path, name)) for name in shards),
-            None,
-            _warn_of_families(path, shards),
-        )
+        paths = tuple(str(Path(path, name)) for name in shards)
+        return _with_subfolders(path, ShardSource(paths, None, _warn_of_families(path, shards), ()))
     if "snapshots" in names:
         return _in_directory(_snapshot(path))
     raise _nothing_to_read(path, names)
@@ -97,9 +99,18 @@ def _in_directory(path: str) -> ShardSource:
 
 def _from_index(path: str, siblings: Iterable[str]) -> ShardSource:
     index = read_index(path)
-    unlisted = [name for name in siblings if name.endswith(".safetensors") and name not in index.shard_paths]
+    unlisted = tuple(name for name in siblings if name.endswith(".safetensors") and name not in index.shard_paths)
     warnings = (f"{path} does not name {_some(unlisted)}: not read",) if unlisted else ()
-    return ShardSource(tuple(index.shard_paths[name] for name in sorted(index.shard_paths)), index, warnings)
+    paths = tuple(index.shard_paths[name] for name in sorted(index.shard_paths))
+    return ShardSource(paths, index, warnings, unlisted)
+
+
+def _with_subfolders(path: str, source: ShardSource) -> ShardSource:
+    below = weights_below(path, source.index.shard_paths if source.index else ())
+    if not below:
+        return source
+    warning = f"{path} has weights in its subfolders that are not read: {_some(below)}"
+    return replace(source, warnings=(*source.warnings, warning), unread=(*source.unread, *below))
 
 
 def _listing(path: str) -> list[str]:
@@ -188,7 +199,7 @@ def _holds_safetensors(folder: Path) -> bool:
         return False
 
 
-def _some(names: list[str], total: int | None = None) -> str:
+def _some(names: Sequence[str], total: int | None = None) -> str:
     total = len(names) if total is None else total
     shown = ", ".join(names[:_SHOWN])
     return shown if total <= _SHOWN else f"{shown} and {total - _SHOWN} more"

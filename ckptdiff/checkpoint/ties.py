@@ -2,48 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
+from ckptdiff.checkpoint.checkpoint import Checkpoint
 from ckptdiff.checkpoint.dtypes import Kind
 from ckptdiff.checkpoint.header import TensorInfo
+from ckptdiff.checkpoint.model_config import says_tied
 from ckptdiff.checkpoint.names import locate
+from ckptdiff.checkpoint.scales import is_scaled, scaled_modules
 
-__all__ = ["tied_embedding", "twice_named"]
+__all__ = ["Evidence", "SameValues", "Tie", "Ties", "find_ties", "twice_named"]
+
+Evidence: TypeAlias = Literal["bytes", "values", "config"]
+"""Why a tensor counts as another one: the same bytes of a file, equal values, or the word of ``config.json``."""
+
+SameValues: TypeAlias = Callable[[TensorInfo, TensorInfo], bool]
+"""Tells whether two floating tensors of one shape hold the same values; it reads them."""
 
 _TOKEN_EMBEDDINGS = frozenset(
     {"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared", "embeddings"}
 )
-Role = Literal["head", "embedding"]
 
 
-def tied_embedding(name: str, storing: Mapping[str, TensorInfo], lacking: Mapping[str, TensorInfo]) -> str | None:
-    """Decide whether a tensor that one side lacks is tied to a token embedding that both sides store.
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """What a tensor is tied to, and how that is known.
+
+    Attributes
+    ----------
+    of : str
+        A tensor of the same checkpoint, which is tied to none itself.
+    by : {"bytes", "values", "config"}
+    """
+
+    of: str
+    by: Evidence
+
+
+@dataclass(frozen=True, slots=True)
+class Ties:
+    """What is known of the tensors that one side lacks.
+
+    Attributes
+    ----------
+    found : dict of str to Tie
+        By the names of those that are another tensor.
+    warnings : tuple of str
+        Where values and ``config.json`` disagree, or values could not be looked at.
+    """
+
+    found: dict[str, Tie]
+    warnings: tuple[str, ...]
+
+
+def find_ties(
+    storing: Checkpoint,
+    matched: Iterable[str],
+    alone: Sequence[str],
+    side: Literal["base", "tuned"],
+    same_values: SameValues | None,
+) -> Ties:
+    """Find out which tensors that the other side lacks are others of their own side once more.
 
     Models with tied embeddings are saved with or without ``lm_head.weight`` (T5: with or without the encoder's and
-    decoder's ``embed_tokens``); the two forms are the same model.
+    decoder's ``embed_tokens``). That the names fit says nothing: an untied model saved without its head looks the same.
 
     Parameters
     ----------
-    name : str
-        The tensor that only `storing` has.
-    storing, lacking : mapping of str to TensorInfo
-        The two checkpoints' tensors.
+    storing : Checkpoint
+        The side that stores them.
+    matched : iterable of str
+        Its tensors that have a counterpart.
+    alone : sequence of str
+        Those without.
+    side : {"base", "tuned"}
+        What `storing` is called.
+    same_values : callable or None
+        Asked about a head and each embedding of its side and shape; its answer is the last word. None where no data is
+        to be read.
 
     Returns
     -------
-    str or None
-        The embedding's name in `storing`. None unless `name` is a head (or such an embedding), and `lacking` has
-        a token embedding of its shape and no head of that shape. Both must be of a floating dtype, not of the same
-        one: a side may be stored wider.
+    Ties
+        What ``config.json`` says is taken only where values cannot be looked at: nothing is read, or an fp8 tensor has
+        a scale beside it, without which its codes are no values.
     """
-    tensor = storing[name]
-    role = _role(tensor)
-    if role is None or not any(_may_be_tied(tensor, other, role) for other in lacking.values()):
-        return None
-    if role == "head" and any(other.shape == tensor.shape and _role(other) == role for other in lacking.values()):
-        return None
-    return next((other.name for other in storing.values() if _may_be_tied(tensor, other, role)), None)
+    tensors = storing.tensors
+    # Those that are compared come first: they are what a tie is best known by.
+    present = [tensors[name] for name in (*matched, *alone)]
+    again = twice_named(present) if alone else {}
+    found = {name: Tie(again[name], "bytes") for name in alone if name in again}
+    warnings: list[str] = []
+    scaled = scaled_modules(tensors) if alone else frozenset()
+    for name in alone:
+        tensor = tensors[name]
+        if name in found or not _is_tied_in_some_models(tensor):
+            continue
+        embeddings = [other for other in present if other.name not in found and _may_be_tied(tensor, other)]
+        if not embeddings:
+            continue
+        readable = [other for other in embeddings if not (is_scaled(tensor, scaled) or is_scaled(other, scaled))]
+        equal = next((other for other in readable if same_values is not None and same_values(tensor, other)), None)
+        if equal is not None:
+            found[name] = Tie(equal.name, "values")
+            continue
+        said, problem = says_tied(storing)
+        if problem is not None:
+            warnings.append(problem)
+        first = embeddings[0].name
+        if same_values is not None and readable:
+            if said:
+                warnings.append(f"{name} is stored only in {side}, tied by its config.json, and differs from {first}")
+        elif said:
+            found[name] = Tie(first, "config")
+            warnings.append(f"{name} is stored only in {side}: tied to {first} by its config.json, not by its values")
+        elif same_values is None:
+            warnings.append(f"{name} is stored only in {side}: to tell whether it equals {first}, data has to be read")
+    return Ties({name: Tie(_last(found, name), tie.by) for name, tie in found.items()}, tuple(dict.fromkeys(warnings)))
 
 
 def twice_named(tensors: Iterable[TensorInfo]) -> dict[str, str]:
@@ -64,19 +141,27 @@ def twice_named(tensors: Iterable[TensorInfo]) -> dict[str, str]:
     return again
 
 
-def _role(tensor: TensorInfo) -> Role | None:
+def _last(found: dict[str, Tie], name: str) -> str:
+    """The end of a chain of ties; there is no ring, since nothing is tied to what is tied already."""
+    while name in found:
+        name = found[name].of
+    return name
+
+
+def _is_tied_in_some_models(tensor: TensorInfo) -> bool:
+    """Whether it is an output head, or the embedding of an encoder or a decoder."""
     place = locate(tensor.name)
     if tensor.kind is not Kind.FLOAT or len(tensor.shape) != 2 or place.tower != "language":
-        return None
-    if place.module_type == "lm_head" and tensor.name.endswith(".weight"):
-        return "head"
-    return "embedding" if tensor.name.endswith("coder.embed_tokens.weight") else None
+        return False
+    is_head = place.module_type == "lm_head" and tensor.name.endswith(".weight")
+    return is_head or tensor.name.endswith("coder.embed_tokens.weight")
 
 
-def _may_be_tied(tensor: TensorInfo, other: TensorInfo, role: Role) -> bool:
+def _may_be_tied(tensor: TensorInfo, other: TensorInfo) -> bool:
+    """Whether the other is a token embedding that could be the tensor; it may be stored in another dtype."""
     if other.shape != tensor.shape or other.kind is not Kind.FLOAT or other.name == tensor.name:
         return False
     parts = other.name.split(".")
     if len(parts) < 2 or parts[-1] != "weight" or locate(other.name).tower != "language":
         return False
-    return parts[-2] == "shared" if role == "embedding" else parts[-2] in _TOKEN_EMBEDDINGS
+    return parts[-2] in _TOKEN_EMBEDDINGS

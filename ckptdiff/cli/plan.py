@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ckptdiff.cli.view import Request
 from ckptdiff.errors import OptionError, plural
 from ckptdiff.report.json_text import dumps
-from ckptdiff.report.text import binary_size, size
+from ckptdiff.report.text import binary_size, safe, size
 
 if TYPE_CHECKING:
     from ckptdiff.events import Listener
@@ -30,7 +30,7 @@ def print_plan(base: str, tuned: str, out: Path | None, options: Options, reques
 
     if request.format not in ("table", "json"):
         raise OptionError("--dry-run prints text or json", expected="--format table or json", found=request.format)
-    plan = prepare(base, tuned, out=out, options=options, tell=tell)
+    plan = prepare(base, tuned, out=out, options=options, tell=tell, read_data=False)
     for check in request.checks:
         check.require_member(plan.diff.tensors)
     figures: dict[str, Any] = {
@@ -47,7 +47,8 @@ def print_plan(base: str, tuned: str, out: Path | None, options: Options, reques
         return
     with request.target.open() as stream:
         if request.format == "json":
-            stream.write(dumps({"schema": "ckptdiff.plan/1", **figures, "counts": plan.diff.counts}) + "\n")
+            found = {"counts": plan.diff.counts, "warnings": list(plan.diff.warnings)}
+            stream.write(dumps({"schema": "ckptdiff.plan/1", **figures, **found}) + "\n")
             return
         counts = plan.diff.counts
         left_out = ", ".join(f"{counts[key]:,} {key.replace('_', ' ')}" for key in counts if key != "matched")
@@ -65,4 +66,5 @@ def print_plan(base: str, tuned: str, out: Path | None, options: Options, reques
             lines.append(f"spectra   {plan.spectra.mode}, of {matrices}{too_large}")
         if plan.threads_note:
             lines.append(f"note      {plan.threads_note}")
+        lines += [f"warning: {safe(warning)}" for warning in plan.diff.warnings]
         stream.write("\n".join(lines) + "\n")

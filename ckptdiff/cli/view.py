@@ -50,7 +50,8 @@ _OPTIONS = (
         "--exit-code",
         is_flag=True,
         show_default="off",
-        help="Exit with 1 if any value changed or any tensor has no counterpart.",
+        help="Exit with 1 unless both sides are identical: no value differs, every tensor has its counterpart, and no "
+        "weights in their folders were left unread.",
     ),
     click.option(
         "--fail-if",

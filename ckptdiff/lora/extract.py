@@ -132,7 +132,7 @@ def extract_lora(
     check_new(folder)
     tell = listener or ignore
     diff = run(base, tuned, options=options, listener=tell)
-    plan = prepare(base, tuned, options=options)
+    plan = prepare(base, tuned, options=options, read_data=False)
     load(None, Uses(tuple(panel_uses(plan.pairs, options.compare))), tell)
     strange = diff.columns["nonfinite_base"] + diff.columns["nonfinite_tuned"] > 0
     updates = [

@@ -6,10 +6,12 @@ import shlex
 from collections.abc import Iterator
 from pathlib import PurePath
 
+import numpy as np
+
 from ckptdiff.errors import plural
 from ckptdiff.metrics.catalogue import parameter_key
 from ckptdiff.report.text import number, percent, quantity, safe
-from ckptdiff.result import Diff
+from ckptdiff.result import SIDES, Diff
 
 __all__ = ["side_name", "summary"]
 
@@ -38,6 +40,7 @@ def summary(diff: Diff, run_file: str | None = None, *, overview: bool = True) -
     """
     return [
         *_what(diff),
+        *_verdict(diff),
         *_changes(diff),
         *_left_out(diff),
         *(f"warning: {safe(text)}" for text in diff.warnings),
@@ -79,10 +82,37 @@ def _what(diff: Diff) -> Iterator[str]:
     opaque = len(diff.tensors) - int(valued.sum())
     if opaque:
         yield f"{plural(opaque, 'tensor')} of integers or opaque codes: only equal bits are counted"
+        other = tuple(diff.tensors[row].name for row in np.flatnonzero(diff.differing & ~valued))
+        yield from _named(other, "with other bits")
 
 
 def _values(diff: Diff) -> int:
     return int(diff.columns["numel"][diff.columns["valued"] > 0].sum())
+
+
+def _verdict(diff: Diff) -> Iterator[str]:
+    """Whether both sides are the same; where that is not for a value that differs, why not."""
+    if diff.identical:
+        if diff.options.get("include") or diff.options.get("exclude"):
+            yield "identical in what --include and --exclude leave: every tensor has its equal"
+        else:
+            yield "identical: no value differs, and every tensor has its counterpart"
+    elif not diff.differing.any():
+        reasons = [
+            *_counted(len(diff.only_in_base), "only in base"),
+            *_counted(len(diff.only_in_tuned), "only in tuned"),
+            *_counted(len(diff.mismatched), "of another shape or dtype"),
+        ]
+        # Which ones is among the warnings.
+        passed_over = [side for side in SIDES if diff.uncompared(side)]
+        if passed_over:
+            reasons.append(f"weights of {' and '.join(passed_over)} were not compared")
+        yield f"not identical: no compared value differs, but {', '.join(reasons)}"
+
+
+def _counted(count: int, where: str) -> Iterator[str]:
+    if count:
+        yield f"{plural(count, 'tensor is', 'tensors are')} {where}"
 
 
 def _changes(diff: Diff) -> Iterator[str]:
@@ -91,8 +121,6 @@ def _changes(diff: Diff) -> Iterator[str]:
         yield "nothing to measure: no floating values on both sides"
         return
     cast = "/".join(sorted({facts.compare.upper() for facts in diff.tensors if facts.compare != "bitwise"}))
-    if diff.identical:
-        yield "identical: no value differs, and every tensor has its counterpart"
     yield f"unchanged   {percent(figures['unchanged_bitwise'])} in {cast}{_as_stored(diff)}"
     within = f"|d| <= 1e-5 {percent(figures['unchanged_abs'][_HEADLINE_EPS])}"
     yield f"{within:<28} relative update {percent(figures['rel_norm'])}"

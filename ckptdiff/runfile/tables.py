@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike
 from ckptdiff.metrics.catalogue import COLUMNS
 from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
 from ckptdiff.runfile.schema import TEXT_FACTS, escape_text, unescape
-from ckptdiff.runfile.typed import Spec, WrongTypeError, json_of, numbers_of, parse_json, texts_of
+from ckptdiff.runfile.typed import Spec, WrongTypeError, json_of, numbers_of, parse_json, require, texts_of
 
 __all__ = [
     "numbers_of_tensors",
@@ -156,6 +156,8 @@ def read_facts(group: Any) -> tuple[TensorFacts, ...]:
 def read_provenance(file: Any) -> dict[str, Any]:
     """The JSON object of ``/provenance``."""
     known: dict[str, Any] = json_of(file["provenance"], _PROVENANCE)
+    for side in ("base", "tuned"):
+        require(known[side].get("uncompared", []), [str], f"{file['provenance'].name}: {side}: uncompared")
     return known
 
 

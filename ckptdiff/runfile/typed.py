@@ -10,7 +10,17 @@ import h5py
 import numpy as np
 from numpy.typing import DTypeLike
 
-__all__ = ["Spec", "WrongTypeError", "json_of", "numbers_of", "parse_json", "shape_of", "text_of", "texts_of"]
+__all__ = [
+    "Spec",
+    "WrongTypeError",
+    "json_of",
+    "numbers_of",
+    "parse_json",
+    "require",
+    "shape_of",
+    "text_of",
+    "texts_of",
+]
 
 Spec: TypeAlias = type | list["Spec"] | Mapping[str, "Spec"]
 """What a JSON value has to be: a type, a list of such values, or an object with at least these keys."""
@@ -129,26 +139,33 @@ def parse_json(text: str | bytes, spec: Spec, where: str) -> Any:
         value = json.loads(text)
     except (ValueError, RecursionError):
         raise WrongTypeError(f"JSON text in {where}", text) from None
-    _require(value, spec, where)
+    require(value, spec, where)
     return value
 
 
-def _dtype(dataset: Any, expected: str) -> Any:
-    if not isinstance(dataset, h5py.Dataset):
-        raise WrongTypeError(expected, "a group")
-    return dataset.dtype
+def require(value: Any, spec: Spec, where: str) -> None:
+    """Make sure that a JSON value is as `spec` says.
 
-
-def _require(value: Any, spec: Spec, where: str) -> None:
+    Raises
+    ------
+    WrongTypeError
+        It is not.
+    """
     kind = spec if isinstance(spec, type) else list if isinstance(spec, list) else dict
     found: type = type(value)
     if found is not kind:  # not isinstance: True is no whole number
         raise WrongTypeError(f"{_SPOKEN[kind]} in {where}", value)
     if isinstance(spec, list):
         for item in value:
-            _require(item, spec[0], where)
+            require(item, spec[0], where)
     elif isinstance(spec, Mapping):
         for key, inner in spec.items():
             if key not in value:
                 raise WrongTypeError(f"the key {key} in {where}", ", ".join(value) or "no key")
-            _require(value[key], inner, f"{where}: {key}")
+            require(value[key], inner, f"{where}: {key}")
+
+
+def _dtype(dataset: Any, expected: str) -> Any:
+    if not isinstance(dataset, h5py.Dataset):
+        raise WrongTypeError(expected, "a group")
+    return dataset.dtype

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from ckptdiff.backends.formats import FORMATS, Format, compare_format, stored_fo
 from ckptdiff.checkpoint import Checkpoint, Kind, TensorInfo, open_checkpoint, pair
 from ckptdiff.errors import OptionError, PairingError, first_few, plural
 from ckptdiff.options import Compare
+from ckptdiff.stream.same_values import same_values
+from ckptdiff.stream.shards import open_shards
 
 __all__ = ["Followed", "TrackPlan", "plan_track"]
 
@@ -104,7 +106,10 @@ def plan_track(
         raise OptionError("nothing to follow: name a base and at least one later checkpoint")
     later = tuple(open_checkpoint(step) for step in steps)
     warnings: dict[str, None] = dict.fromkeys(opened.warnings)
-    pairings = [pair(opened, step, include=include, exclude=exclude) for step in later]
+    with open_shards("pread") as shards:
+        # The base's head is looked at once, however many steps lack it.
+        known = cache(partial(same_values, shards))
+        pairings = [pair(opened, step, include=include, exclude=exclude, same_values=known) for step in later]
     for step, pairing in zip(later, pairings, strict=True):
         warnings |= dict.fromkeys((*step.warnings, *pairing.warnings))
         left_out = [*pairing.only_in_base, *(bad.name for bad in pairing.mismatched)]

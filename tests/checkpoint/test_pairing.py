@@ -177,18 +177,50 @@ TIED = {"model.embed_tokens.weight": ("BF16", (10, 4)), "model.norm.weight": ("B
 HEAD = {"lm_head.weight": ("BF16", (10, 4))}
 
 
-class TestTies:
-    def test_a_head_that_only_the_tuned_side_stores(self):
-        pairing = pair(checkpoint(TIED), checkpoint({**TIED, **HEAD}))
-        assert pairing.aliased == (Alias("lm_head.weight", "model.embed_tokens.weight", "tuned"),)
-        assert (pairing.only_in_base, pairing.only_in_tuned) == ((), ())
-        assert len(pairing.pairs) == 2
-        assert "lm_head.weight is stored only in tuned" in joined(pairing)
+def equal(first, second):
+    return True
 
-    def test_a_head_that_only_the_base_stores(self):
-        pairing = pair(checkpoint({**TIED, **HEAD}), checkpoint(TIED))
-        assert pairing.aliased == (Alias("lm_head.weight", "model.embed_tokens.weight", "base"),)
-        assert pairing.only_in_base == ()
+
+def different(first, second):
+    return False
+
+
+class TestTies:
+    @pytest.mark.parametrize("side", ["base", "tuned"])
+    def test_a_head_that_one_side_lacks(self, side):
+        with_head, without = checkpoint({**TIED, **HEAD}), checkpoint(TIED)
+        sides = (with_head, without) if side == "base" else (without, with_head)
+        tied = pair(*sides, same_values=equal)
+        assert tied.aliased == (Alias("lm_head.weight", "model.embed_tokens.weight", side, "values"),)
+        assert (tied.only_in_base, tied.only_in_tuned, tied.warnings) == ((), (), ())
+        for untied in (pair(*sides, same_values=different), pair(*sides)):
+            assert untied.aliased == ()
+            assert getattr(untied, f"only_in_{side}") == ("lm_head.weight",)
+            assert untied.pairs == tied.pairs and len(tied.pairs) == 2
+
+    def test_only_the_side_that_stores_it_is_asked(self):
+        base, tuned = checkpoint(TIED, "base"), checkpoint({**TIED, **HEAD}, "tuned")
+
+        def look(head, embedding):
+            assert (head.name, embedding.name) == ("lm_head.weight", "model.embed_tokens.weight")
+            assert head.shard.path == embedding.shard.path == "tuned"
+            return True
+
+        assert len(pair(base, tuned, same_values=look).aliased) == 1
+
+    def test_heads_that_both_sides_store_are_compared(self):
+        def look(head, embedding):
+            raise AssertionError("there is nothing to ask")
+
+        both = checkpoint({**TIED, **HEAD}), checkpoint({**TIED, **HEAD})
+        assert len(pair(*both, same_values=look).pairs) == 3
+
+    def test_nothing_is_read_where_nothing_can_be_compared(self):
+        def look(head, embedding):
+            raise AssertionError("data was read")
+
+        with pytest.raises(PairingError):
+            pair(checkpoint({"a": ("BF16", (2, 2))}), checkpoint({**TIED, **HEAD}), same_values=look)
 
     def test_names_are_those_of_the_side_that_stores_the_head(self):
         tuned = {
@@ -196,51 +228,20 @@ class TestTies:
             "model.visual.norm.weight": ("BF16", (4,)),
             "language_model.lm_head.weight": ("BF16", (10, 4)),
         }
-        pairing = pair(checkpoint(TIED), checkpoint(tuned))
-        assert pairing.aliased == (
-            Alias("language_model.lm_head.weight", "model.language_model.embed_tokens.weight", "tuned"),
-        )
-        assert names(pairing) == [("model.embed_tokens.weight", "model.language_model.embed_tokens.weight")]
+        pairing = pair(checkpoint(TIED), checkpoint(tuned), same_values=equal)
+        of = "model.language_model.embed_tokens.weight"
+        assert pairing.aliased == (Alias("language_model.lm_head.weight", of, "tuned", "values"),)
+        assert names(pairing) == [("model.embed_tokens.weight", of)]
 
-    def test_a_side_may_be_stored_wider(self):
-        wide = {name: ("F32", shape) for name, (_, shape) in TIED.items()}
-        assert len(pair(checkpoint(wide), checkpoint({**TIED, **HEAD})).aliased) == 1
+    def test_an_embedding_of_another_shape_is_no_place_for_a_head(self):
+        pairing = pair(checkpoint(TIED), checkpoint({**TIED, "lm_head.weight": ("BF16", (12, 4))}), same_values=equal)
+        assert (pairing.aliased, pairing.only_in_tuned) == ((), ("lm_head.weight",))
 
-    @pytest.mark.parametrize(
-        ("embedding", "head"),
-        [
-            ("transformer.wte.weight", "lm_head.weight"),
-            ("gpt_neox.embed_in.weight", "embed_out.weight"),
-            ("transformer.word_embeddings.weight", "lm_head.weight"),
-            ("tok_embeddings.weight", "output.weight"),
-            ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"),
-            ("backbone.embeddings.weight", "lm_head.weight"),
-            ("shared.weight", "decoder.embed_tokens.weight"),
-        ],
-    )
-    def test_families(self, embedding, head):
-        shape = ("BF16", (10, 4))
-        pairing = pair(checkpoint({embedding: shape}), checkpoint({embedding: shape, head: shape}))
-        assert pairing.aliased == (Alias(head, embedding, "tuned"),)
-
-    @pytest.mark.parametrize(
-        ("base", "head"),
-        [
-            (TIED, ("lm_head.weight", "BF16", (12, 4))),
-            (TIED, ("lm_head.weight", "I8", (10, 4))),
-            (TIED, ("lm_head.bias", "BF16", (10, 4))),
-            (TIED, ("score.weight", "BF16", (10, 4))),
-            ({"wpe.weight": ("BF16", (10, 4))}, ("lm_head.weight", "BF16", (10, 4))),
-            ({"model.visual.embed_tokens.weight": ("BF16", (10, 4))}, ("lm_head.weight", "BF16", (10, 4))),
-            ({**TIED, "embed_out.weight": ("BF16", (10, 4))}, ("lm_head.weight", "BF16", (10, 4))),
-        ],
-    )
-    def test_what_is_not_tied_is_only_in_one(self, base, head):
-        name, dtype, shape = head
-        tuned = {key: value for key, value in base.items() if key != "embed_out.weight"}
-        pairing = pair(checkpoint(base), checkpoint({**tuned, name: (dtype, shape)}))
-        assert pairing.aliased == ()
-        assert pairing.only_in_tuned == (name,)
+    def test_heads_of_two_names_stand_for_embeddings_or_alone(self):
+        base, tuned = checkpoint({**TIED, "embed_out.weight": ("BF16", (10, 4))}), checkpoint({**TIED, **HEAD})
+        assert len(pair(base, tuned, same_values=equal).aliased) == 2
+        pairing = pair(base, tuned, same_values=different)
+        assert (pairing.only_in_base, pairing.only_in_tuned) == (("embed_out.weight",), ("lm_head.weight",))
 
     def test_two_names_of_the_same_bytes_are_counted_once(self):
         def doubled(name):
@@ -252,9 +253,9 @@ class TestTies:
         base, tuned = doubled("base"), doubled("tuned")
         pairing = pair(base, tuned)
         assert names(pairing) == [("a", "a"), ("b", "b")]
-        assert pairing.aliased == (Alias("again", "a", "both"),)
-        assert pair(base, checkpoint(["a", "b"])).aliased == (Alias("again", "a", "base"),)
-        assert pair(checkpoint(["a", "b"]), tuned).aliased == (Alias("again", "a", "tuned"),)
+        assert pairing.aliased == (Alias("again", "a", "both", "bytes"),)
+        assert pair(base, checkpoint(["a", "b"])).aliased == (Alias("again", "a", "base", "bytes"),)
+        assert pair(checkpoint(["a", "b"]), tuned).aliased == (Alias("again", "a", "tuned", "bytes"),)
         assert len(pair(base, checkpoint(["a", "b", "again"])).pairs) == 3
 
     def test_empty_tensors_share_no_bytes(self):
@@ -289,9 +290,17 @@ class TestSelection:
     def test_aliases_and_mismatches_are_selected_too(self):
         base = checkpoint({**TIED, "x": ("F32", (1,))})
         tuned = checkpoint({**TIED, **HEAD, "x": ("F32", (2,))})
-        pairing = pair(base, tuned, exclude=["lm_head*", "x"])
+        pairing = pair(base, tuned, exclude=["lm_head*", "x"], same_values=equal)
         assert (pairing.aliased, pairing.mismatched, pairing.warnings) == ((), (), ())
         assert len(pair(base, tuned).mismatched) == 1
+
+    def test_a_head_is_not_tied_to_what_is_left_out(self):
+        """Nothing would stand for its values."""
+        base, tuned = checkpoint(TIED), checkpoint({**TIED, **HEAD})
+        for options in ({"exclude": ["*embed_tokens*"]}, {"include": ["lm_head*", "*norm*"]}):
+            pairing = pair(base, tuned, same_values=equal, **options)
+            assert (pairing.aliased, pairing.only_in_tuned) == ((), ("lm_head.weight",))
+            assert names(pairing) == [("model.norm.weight", "model.norm.weight")]
 
     def test_patterns_that_match_nothing(self):
         pairing = self.select(include=["l.*", "mlp"], exclude=["bias"])

@@ -22,13 +22,12 @@ def refusal(path):
 class TestDirectories:
     def test_all_safetensors_and_nothing_else(self, tmp_path):
         write(tmp_path / "adapter_model.safetensors", A)
-        write(tmp_path / "sub" / "other.safetensors", B)
         write(tmp_path / "._adapter_model.safetensors", B)
         for other in ("config.json", "pytorch_model.bin", "model.gguf"):
             (tmp_path / other).write_text("x")
         checkpoint = open_checkpoint(tmp_path)
         assert names(checkpoint) == ["a"]
-        assert checkpoint.warnings == ()
+        assert checkpoint.warnings == checkpoint.unread == ()
 
     def test_files_of_different_names_are_read_as_one_checkpoint_with_a_warning(self, tmp_path):
         write(tmp_path / "one.safetensors", A)
@@ -56,6 +55,7 @@ class TestDirectories:
         (warning,) = checkpoint.warnings
         assert index in warning
         assert "x.safetensors: not read" in warning
+        assert checkpoint.unread == ("x.safetensors",)
 
     def test_several_indexes(self, tmp_path):
         for name in ("a", "b"):
@@ -72,6 +72,7 @@ class TestDirectories:
         checkpoint = open_checkpoint("m.safetensors.index.json")
         assert [shard.path for shard in checkpoint.shards] == ["x.safetensors"]
         assert "y.safetensors" in checkpoint.warnings[0]
+        assert checkpoint.unread == (), "who names an index asks for no more"
         assert names(open_checkpoint(".")) == ["a"]
 
     def test_an_empty_folder(self, tmp_path):
@@ -114,6 +115,106 @@ class TestDirectories:
         error = refusal(tmp_path / "pytorch_model.bin.index.json")
         assert error.problem == "an index of pickles"
         assert "save_file" in error.hint
+
+
+class TestSubfolders:
+    """Weights below the folder are not read, and not passed over in silence."""
+
+    @staticmethod
+    def unread(folder):
+        checkpoint = open_checkpoint(folder)
+        if not checkpoint.unread:
+            assert checkpoint.warnings == ()
+            return ()
+        (warning,) = checkpoint.warnings
+        assert warning.startswith(f"{folder} has weights in its subfolders that are not read: {checkpoint.unread[0]}")
+        return checkpoint.unread
+
+    def test_modules_of_a_pipeline(self, tmp_path):
+        write(tmp_path / "model.safetensors", A)
+        write(tmp_path / "2_Dense" / "model.safetensors", B)
+        write(tmp_path / "3_Router" / "query_0" / "model.safetensors", B)
+        (tmp_path / "1_Pooling").mkdir()
+        (tmp_path / "1_Pooling" / "config.json").touch()
+        assert self.unread(tmp_path) == ("2_Dense/model.safetensors", "3_Router/query_0/model.safetensors")
+        write_index(tmp_path / "model.safetensors.index.json", {"a": "model.safetensors"})
+        assert self.unread(tmp_path) == ("2_Dense/model.safetensors", "3_Router/query_0/model.safetensors")
+        for named in ("model.safetensors", "model.safetensors.index.json"):
+            checkpoint = open_checkpoint(tmp_path / named)
+            assert checkpoint.unread == checkpoint.warnings == ()
+
+    def test_an_index_may_name_them(self, tmp_path):
+        write(tmp_path / "one" / "x.safetensors", A)
+        write(tmp_path / "two" / "y.safetensors", B)
+        write_index(tmp_path / "model.safetensors.index.json", {"a": "one/x.safetensors"})
+        assert self.unread(tmp_path) == ("two/y.safetensors",)
+
+    def test_steps_of_a_training_are_told_in_one_short_line(self, tmp_path):
+        write(tmp_path / "model.safetensors", A)
+        for step in range(100, 1800, 100):
+            for number in (1, 2):
+                write(tmp_path / f"checkpoint-{step}" / f"model-0000{number}-of-00002.safetensors", A)
+            (tmp_path / f"checkpoint-{step}" / "optimizer.pt").touch()
+        found = self.unread(tmp_path)
+        assert found[:2] == ("checkpoint-100/*.safetensors", "checkpoint-200/*.safetensors")
+        assert found[-1] == "checkpoint-1700/*.safetensors"
+        (warning,) = open_checkpoint(tmp_path).warnings
+        assert warning.endswith("checkpoint-500/*.safetensors and 12 more")
+
+    @pytest.mark.parametrize(
+        ("files", "expected"),
+        [
+            (["pytorch_model.bin"], ("sub/pytorch_model.bin",)),
+            (["mp_rank_00_model_states.pt", "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], 1),
+            (["a.bin", "b.bin"], ("sub/*.bin",)),
+            (["a.bin", "b.pt"], ("sub/*",)),
+            (["optimizer.pt", "optimizer_0.bin", "scheduler.pt", "rng_state_0.pth", "rng_state.pth", "scaler.pt"], ()),
+            (["training_args.bin", "random_states_0.pkl", "labels.pkl", "openvino_model_qint8_quantized.bin"], ()),
+            (["model.gguf", "model.onnx", "vocab.txt"], ()),
+            ([], ()),
+        ],
+    )
+    def test_pickles(self, tmp_path, files, expected):
+        write(tmp_path / "model.safetensors", A)
+        (tmp_path / "sub").mkdir()
+        for name in files:
+            (tmp_path / "sub" / name).touch()
+        assert self.unread(tmp_path) == (("sub/mp_rank_00_model_states.pt",) if expected == 1 else expected)
+
+    def test_safetensors_come_before_pickles(self, tmp_path):
+        write(tmp_path / "model.safetensors", A)
+        write(tmp_path / "sub" / "model.safetensors", A)
+        (tmp_path / "sub" / "pytorch_model.bin").touch()
+        assert self.unread(tmp_path) == ("sub/model.safetensors",)
+
+    def test_hidden_folders_and_links_to_folders_make_no_noise(self, tmp_path):
+        folder = tmp_path / "model"
+        write(folder / "model.safetensors", A)
+        write(folder / ".cache" / "huggingface" / "x.safetensors", A)
+        write(folder / "runs" / "._x.safetensors", A)
+        write(tmp_path / "elsewhere" / "x.safetensors", A)
+        (folder / "link").symlink_to(tmp_path / "elsewhere")
+        (folder / "ring").symlink_to(folder)
+        (folder / "loop").symlink_to(folder / "loop")
+        (folder / "x.safetensors.d").mkdir()
+        (folder / "sub" / "y.safetensors").mkdir(parents=True)
+        assert self.unread(folder) == ()
+        (folder / "sub" / "x.safetensors").symlink_to(tmp_path / "elsewhere" / "x.safetensors")
+        assert self.unread(folder) == ("sub/x.safetensors",), "files of a snapshot are links"
+        (folder / "sub" / "x.safetensors").unlink()
+        (folder / "sub" / "x.safetensors").symlink_to("x.safetensors")
+        assert self.unread(folder) == ("sub/x.safetensors",)
+
+    def test_a_folder_that_cannot_be_listed_may_hold_some(self, public_dir, error_of_nobody):
+        write(public_dir / "model.safetensors", A)
+        (public_dir / "private").mkdir(mode=0)
+
+        def look():
+            raise CheckpointError(str(open_checkpoint(public_dir).unread))
+
+        text = error_of_nobody(look)
+        (public_dir / "private").chmod(0o755)
+        assert text == "CheckpointError: ('private/*',)"
 
 
 class TestNumberedShards:

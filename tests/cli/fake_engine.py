@@ -58,7 +58,10 @@ class FakeEngine:
         tell(Finished(self.diff, 0.1))
         return self.diff
 
-    def prepare(self, base: str, tuned: str, *, out: Path | None, options: Options, tell: Listener) -> SimpleNamespace:
+    def prepare(
+        self, base: str, tuned: str, *, out: Path | None, options: Options, tell: Listener, read_data: bool
+    ) -> SimpleNamespace:
+        assert not read_data
         tell(Note("compiling kernels, once"))
         return SimpleNamespace(
             tensors=len(self.diff.tensors),

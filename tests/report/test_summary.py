@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ckptdiff.report.summary import side_name, summary
-from ckptdiff.result import Diff
+from ckptdiff.result import Diff, UnmatchedTensor
 
 MakeDiff = Callable[..., Diff]
 
@@ -125,8 +125,27 @@ def test_equal_checkpoints_are_called_identical(diff: Diff) -> None:
     assert not any(line.startswith("identical:") for line in summary(diff))
 
 
+@pytest.mark.parametrize(
+    ("change", "reasons"),
+    [
+        ({"only_in_base": ("a",)}, "1 tensor is only in base"),
+        (
+            {"only_in_tuned": ("a", "b"), "only_in_base": ("c",)},
+            "1 tensor is only in base, 2 tensors are only in tuned",
+        ),
+        ({"mismatched": (UnmatchedTensor("v", {}, {}, "no"),)}, "1 tensor is of another shape or dtype"),
+        ({"tuned": {"uncompared": ["2_Dense/model.safetensors"]}}, "weights of tuned were not compared"),
+    ],
+)
+def test_what_keeps_equal_values_from_being_identical(diff: Diff, change: dict, reasons: str) -> None:
+    equal = dict.fromkeys(("unchanged_bitwise", "unchanged_stored"), diff.columns["numel"])
+    lines = summary(replace(diff, columns={**diff.columns, **equal}, **change))
+    assert f"not identical: no compared value differs, but {reasons}" in lines
+    assert not any(line.startswith("not identical") for line in summary(replace(diff, **change)))
+
+
 def test_a_tie_is_told_once(make_diff: MakeDiff) -> None:
     tied = (("lm_head.weight", "model.embed_tokens.weight"),)
-    told = "lm_head.weight is stored only in tuned: taken as tied to model.embed_tokens.weight, its values not compared"
+    told = "lm_head.weight is stored only in tuned: tied to model.embed_tokens.weight by its config.json"
     lines = summary(make_diff(aliased=tied, warnings=(told,)))
     assert [line for line in lines if "lm_head" in line] == [f"warning: {told}"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -161,6 +162,19 @@ def test_a_column_of_another_length_is_damage(sample: Sample, tmp_path: Path, na
         file["tensors"][name] = values
     with RunFile(path) as run, pytest.raises(RunFileError, match="damaged or truncated"):
         run.load()
+
+
+@pytest.mark.parametrize("value", [7, "2_Dense/model.safetensors", [1], {}])
+def test_uncompared_weights_that_are_no_names_are_damage(sample: Sample, tmp_path: Path, value: object) -> None:
+    path = Path(shutil.copy(sample.path, tmp_path / "run.h5"))
+    with h5py.File(path, "a") as file:
+        provenance = json.loads(file["provenance"][()])
+        provenance["tuned"]["uncompared"] = value
+        del file["provenance"]
+        file["provenance"] = json.dumps(provenance)
+    with RunFile(path) as run, pytest.raises(RunFileError, match="damaged or truncated") as caught:
+        run.load()
+    assert "/provenance: tuned: uncompared" in str(caught.value.expected)
 
 
 def test_a_damaged_mask_names_its_tensor(sample: Sample, tmp_path: Path) -> None:
