@@ -119,7 +119,6 @@ def load(worker: Backend | None, asked: Uses, tell: Listener) -> None:
     apart = [*missing, *asked.seldom] if kept else []
     tell(Note(f"compiling kernels, {_ONCE if kept else _EACH_TIME}"))
     with stage(tell, "compiling", len(apart) or len(missing), "kernels") as told:
-        told.at(0, _ONCE if kept else _EACH_TIME)
         compile_apart(apart, told)
         for done, use in enumerate(missing):
             make_call(worker, use)  # and compiles what another process could not
