@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from stopped_process import ended, go_on, stopped_at
 
 from ckptdiff import cli
 
 PAIR = tuple(str(Path(__file__).parents[1] / "fixtures" / "tied" / side) for side in ("base", "tuned"))
 
-# The program, but for a stop before the first output takes its name.
-HELD = """
-import sys
-from ckptdiff import cli
-from ckptdiff.runfile.hidden import Hidden
-
-def wait(hidden, take_name=Hidden.take_name):
-    Hidden.take_name = take_name
-    print("written", flush=True)
-    sys.stdin.readline()
-    take_name(hidden)
-
-Hidden.take_name = wait
-sys.exit(cli.main(sys.argv[1:]))
-"""
+NAMING = "ckptdiff.runfile.hidden:Hidden.take_name"
 COMMANDS = {
     "diff": "diff {base} {tuned} -o {out}.h5 --mask bitwise -O /dev/null",
     "report": "diff {base} {tuned} --format json -O {out}.json",
@@ -66,28 +50,15 @@ def arguments(made: Path, tmp_path: Path) -> Callable[[str], list[str]]:
     return words
 
 
-@contextmanager
-def held(arguments: list[str]) -> Iterator[subprocess.Popen[bytes]]:
-    """The command in a process of its own, which has written an output and waits."""
-    command = [sys.executable, "-c", HELD, *arguments]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"written\n", process.communicate()
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_next_run_removes_what_a_killed_one_left(
     command: str, arguments: Callable[[str], list[str]], tmp_path: Path
 ) -> None:
     words = arguments(command)
     before = set(tmp_path.iterdir())
-    with held(words) as process:
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+    process = stopped_at(NAMING, 1, *words)
+    process.kill()
+    assert ended(process)[0] == -signal.SIGKILL
     (left,) = set(tmp_path.iterdir()) - before
     assert left.name.startswith(".out") and left.suffix == ".tmp"
     assert cli.main(words) == 0
@@ -102,11 +73,11 @@ def test_two_runs_to_one_target_leave_each_other_alone(
     command: str, arguments: Callable[[str], list[str]], tmp_path: Path
 ) -> None:
     words = arguments(command)
-    with held(words) as process:
-        (living,) = tmp_path.iterdir()
-        assert cli.main(words) == 0
-        (output,) = set(tmp_path.iterdir()) - {living}
-        output.unlink()
-        _, errors = process.communicate(b"\n")
-    assert process.returncode == 0, errors
+    process = stopped_at(NAMING, 1, *words)
+    (living,) = tmp_path.iterdir()
+    assert cli.main(words) == 0
+    (output,) = set(tmp_path.iterdir()) - {living}
+    output.unlink()
+    go_on(process)
+    assert ended(process)[0] == 0
     assert list(tmp_path.iterdir()) == [output]
