@@ -17,6 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from stopped_process import ended, go_on, stopped_at
 
 from ckptdiff.cli import main
 from ckptdiff.cli.session import Terminated
@@ -92,28 +93,13 @@ def state(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.parent.iterdir()}
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "ckptdiff", "diff", *map(str, arguments), "-O", os.devnull, "--no-progress"]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def start(function: str, call: int, *arguments: str | Path) -> subprocess.Popen[bytes]:
+    """A run that waits at a call."""
+    return stopped_at(function, call, "diff", *arguments, "-O", os.devnull, "--no-progress")
 
 
-def staged(out: Path) -> list[Path]:
-    return [path for path in out.parent.iterdir() if path.suffix == ".tmp"]
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def written(out: Path, size: int) -> bool:
-    return any(path.stat().st_size > size for path in staged(out))
-
-
-# A process that is stopped by Ctrl-C inside of exec() ends by that signal after all: 130 in the shell's eyes.
-STOPPED = {signal.SIGINT: (130, -signal.SIGINT), signal.SIGTERM: (143,), signal.SIGKILL: (-signal.SIGKILL,)}
+WRITING = "ckptdiff.runfile.writer:RunFileWriter.add_mask_chunk"
+STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
 
 
 @pytest.mark.parametrize(
@@ -123,38 +109,38 @@ STOPPED = {signal.SIGINT: (130, -signal.SIGINT), signal.SIGTERM: (143,), signal.
 )
 def test_a_stopped_run_leaves_the_target_as_it_was(large: Pair, out: Path, signum: int) -> None:
     before = state(out)
-    process = start(*large, "-o", out, "--threads", "1", "--mask", "bitwise")
-    wait_for(lambda: written(out, 1 << 20), process)
+    process = start(WRITING, 60, *large, "-o", out, "--mask", "bitwise")
+    (staged,) = set(out.parent.iterdir()) - {out}
+    assert staged.stat().st_size > 1 << 20
     process.send_signal(signum)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode in STOPPED[signum], err
+    go_on(process)
+    code, err = ended(process)
+    assert code == STOPPED[signum], err
     if signum == signal.SIGKILL:
-        (left,) = staged(out)
-        left.unlink()
+        staged.unlink()
     else:
-        assert err.decode() == f"ckptdiff: {'interrupted' if signum == signal.SIGINT else 'terminated'}\n"
+        assert err == f"ckptdiff: {'interrupted' if signum == signal.SIGINT else 'terminated'}\n"
     assert state(out) == before
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_impatient_user(large: Pair, tmp_path: Path, signum: int) -> None:
     """Signals that follow the first do not cut the cleaning up short."""
-    out = tmp_path / "run.h5"
-    process = start(*large, "-o", out, "--mask", "bitwise")
-    wait_for(lambda: staged(out), process)
+    process = start(WRITING, 1, *large, "-o", tmp_path / "run.h5", "--mask", "bitwise")
+    process.send_signal(signum)
+    go_on(process)
     while process.poll() is None:
         process.send_signal(signum)
         time.sleep(0.002)
-    assert process.returncode in (*STOPPED[signum], -signum)
+    assert process.returncode in (STOPPED[signum], -signum)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_signal_before_the_first_read(large: Pair, tmp_path: Path) -> None:
-    process = start(*large, "-o", tmp_path / "run.h5", "-v")
-    time.sleep(0.3)
+    process = start("ckptdiff.engine:execute", 1, *large, "-o", tmp_path / "run.h5")
     process.terminate()
-    _, err = process.communicate(timeout=120)
-    assert process.returncode in (143, -signal.SIGTERM), err  # the latter while Python itself starts
+    go_on(process)
+    assert ended(process) == (143, "ckptdiff: terminated\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -221,7 +207,7 @@ def limited(size: int, *arguments: str | Path) -> subprocess.CompletedProcess[st
         "sys.exit(main())"
     )
     command = [sys.executable, "-c", code, "diff", *map(str, arguments), "--no-progress"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 def test_a_full_disk(small: Pair, out: Path) -> None:

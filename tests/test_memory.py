@@ -40,7 +40,7 @@ class Ran(NamedTuple):
 
 def diff(*arguments: str | Path) -> Ran:
     command = [sys.executable, "-c", _RUN, "diff", *map(str, arguments), "-v", "--no-progress", "-O", "/dev/null"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
     def number(pattern: str) -> int:
         match = re.search(pattern, done.stderr)

@@ -204,7 +204,7 @@ def test_a_run_calls_no_other_kernel(name: str, tmp_path: Path, monkeypatch: pyt
     for path, tensors, dtype in zip(paths, (base, tuned), dtypes, strict=True):
         save_file({f"layers.{i}.w": values.astype(dtype) for i, values in enumerate(tensors)}, path)
     command = [sys.executable, "-c", REFUSING, "diff", *map(str, paths), "-o", str(tmp_path / "run.h5"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -262,7 +262,7 @@ def test_another_process_takes_the_same_packages(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", ".", tmp_path / "nowhere", *sys.path])
     with warm_up._start(("mask", "100")) as process:
-        assert process.wait(60) == 0
+        assert process.wait(600) == 0
 
 
 def test_another_process_keeps_kernels_where_this_one_finds_them() -> None:
@@ -316,13 +316,13 @@ def test_a_first_run(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "numba.py").write_text("raise SystemExit('a module of the working directory')")
     process = diff(folder)
-    deadline = time.monotonic() + 60
-    while len(compiling := children(process)) < 2 and time.monotonic() < deadline:
+    while len(compiling := children(process)) < 2:
+        assert process.poll() is None
         time.sleep(0.001)
     process.terminate()
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 143 and err.endswith("ckptdiff: terminated\n"), err
-    assert len(compiling) == 2
+    deadline = time.monotonic() + 600
     while any(Path(f"/proc/{pid}").exists() for pid in compiling):
         assert time.monotonic() < deadline, "a compiling process outlives the run"
         time.sleep(0.01)
@@ -331,7 +331,7 @@ def test_a_first_run(tmp_path: Path) -> None:
     reports, sizes, said = [], [], []
     for _ in range(2):
         process = diff(folder)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 0 and "ended with" not in err, err
         memory = re.search(r"projected memory (\d+) MiB", err)
         assert memory is not None

@@ -1,7 +1,8 @@
 """From a tensor's name to its place in the model: layer, tower, module type and block.
 
 Names of Llama, Qwen, Mistral, Gemma, Phi, GPT-2, GPT-J, GPT-NeoX, Falcon, BLOOM, OPT, BERT, T5, ViT, CLIP, SigLIP,
-Mamba, and of mixtures of experts and vision-language models built from them. A name of no known form is ``other``.
+Mamba, of mixtures of experts and vision-language models built from them, and of the blocks of diffusers. A name of no
+known form is ``other``.
 """
 
 from __future__ import annotations
@@ -65,6 +66,11 @@ _PARAMETER = re.compile(
 # Fused parameters carry their role in their own name: experts.gate_up_proj_blocks, attn.in_proj_weight.
 _FUSED = re.compile(r"(.+?)_(?:weight|bias|blocks|scales?(?:_inv)?)")
 _NORM = re.compile(r"norm|(?:^|_)ln(?:_|[0-9]|$)")
+# Parts of a name that say what is inside them; the last of them holds.
+_ATTENTION = re.compile(r"attn|attention|(?:^|_)att$")
+_FFN = re.compile(r"mlp|ffn|feed_?forward|moe|densereludense|(?:^|_)ff(?:_|[0-9]|$)")
+# A mixture of experts calls its router a gate; elsewhere a gate is something else.
+_WITH_EXPERTS = re.compile(rf"{_FFN.pattern}|expert|mixer")
 
 _VISION = frozenset(
     (
@@ -123,8 +129,8 @@ _ALWAYS = _by_word(
         "o_proj": ("o_proj", "out_lin"),
         "gate_proj": ("gate_proj", "wi_0"),
         "up_proj": ("up_proj", "wi_1", "c_fc", "fc1", "fc_in", "lin1", "linear_fc1", "dense_h_to_4h"),
-        "down_proj": ("down_proj", "fc2", "fc_out", "lin2", "linear_fc2", "dense_4h_to_h", "output_linear"),
-        "gate_up_proj": ("gate_up_proj", "input_linear"),
+        "down_proj": ("down_proj", "fc2", "fc_out", "lin2", "linear_fc2", "dense_4h_to_h"),
+        "gate_up_proj": ("gate_up_proj",),
         "router": ("shared_expert_gate",),
         "lm_head": ("lm_head", "embed_out", "vocab_projector"),
         "embed_tokens": (
@@ -145,12 +151,13 @@ _ALWAYS = _by_word(
 # Words that are projections only inside attention (RWKV's feed_forward.key and Mamba's out_proj are not).
 _IN_ATTENTION = _by_word(
     {
-        "q_proj": ("q", "query", "query_proj"),
+        "q_proj": ("q", "query", "query_proj", "input_linear"),
         "k_proj": ("k", "key", "key_proj"),
         "v_proj": ("v", "value", "value_proj"),
         "kv_proj": ("kv",),
         "qkv_proj": ("in_proj",),
-        "o_proj": ("o", "wo", "out_proj", "to_out", "out", "c_proj", "proj", "dense"),
+        "o_proj": ("o", "wo", "out_proj", "to_out", "out", "c_proj", "proj", "dense", "output_linear"),
+        "other": ("gate_proj",),  # which scales what attention gives, and has no name among the types
     }
 )
 # Words that are projections outside attention, in a layer's feed-forward part.
@@ -160,6 +167,20 @@ _IN_FFN = _by_word(
         "down_proj": ("w2", "wo", "c_proj"),
         "up_proj": ("w3", "v1", "wi"),
     }
+)
+# Where diffusers keeps the layers of a UNet, whose feed-forward parts are gated.
+_UNET = frozenset(
+    (
+        "attentions",
+        "temp_attentions",
+        "motion_modules",
+        "down_blocks",
+        "mid_block",
+        "up_blocks",
+        "input_blocks",
+        "middle_block",
+        "output_blocks",
+    )
 )
 _EMBEDDING_PARENTS = frozenset({"embeddings", "embedding", "patch_embed", "patch_embedding", "patch_embeddings"})
 
@@ -217,9 +238,9 @@ def _module_type(parts: list[str], below_matrix: bool) -> str:
         return "router"
     if "lm_head" in path or _is_output(path):
         return "lm_head"
-    attention = any("attn" in part or "attention" in part for part in parents)
-    if last == "gate" and not attention:
-        return "other" if below_matrix and not is_bias else "router"
+    attention = _is_in_attention(parents, last)
+    if "gate" in path and not attention and any(map(_WITH_EXPERTS.search, parents)):
+        return "other" if last == "gate" and below_matrix and not is_bias else "router"
     if attention:
         # BERT: attention.output.dense; the feed-forward part has intermediate.dense and output.dense.
         return _IN_ATTENTION.get(last) or _ALWAYS.get(last, "other")
@@ -227,7 +248,17 @@ def _module_type(parts: list[str], below_matrix: bool) -> str:
         return "embed_tokens"
     if last == "dense" and parents:
         return {"intermediate": "up_proj", "output": "down_proj"}.get(parents[-1], "other")
-    return _ALWAYS.get(last) or _in_ffn(parents, last)
+    return _ALWAYS.get(last) or _in_ffn(parents, last, parts)
+
+
+def _is_in_attention(parents: list[str], last: str) -> bool:
+    """Whether a module is inside an attention part, and not inside a feed-forward part within a stack of such."""
+    if "bottleneck" in parents or (last == "proj" and parents and not _ATTENTION.search(parents[-1])):
+        return False  # MobileBERT's goes before attention, and attn.rel_logits_proj.proj beside it
+    for part in reversed(parents):
+        if _ATTENTION.search(part) or _FFN.search(part):
+            return _ATTENTION.search(part) is not None
+    return False
 
 
 def _is_output(path: list[str]) -> bool:
@@ -235,10 +266,18 @@ def _is_output(path: list[str]) -> bool:
     return path in (["output"], ["model", "output"], ["head"]) or path[-2:] == ["predictions", "decoder"]
 
 
-def _in_ffn(parents: list[str], last: str) -> str:
+def _in_ffn(parents: list[str], last: str, parts: list[str]) -> str:
+    inside = bool(parents) and _FFN.search(parents[-1]) is not None
+    if last == "net" and inside:
+        return "down_proj"
+    if last == "proj" and parents[-1:] == ["net"] and any(map(_FFN.search, parents[:-1])):
+        # The gate is fused in UNets. In most transformers of diffusers there is none, and names tell no more.
+        return "up_proj" if _UNET.isdisjoint(parents) else "gate_up_proj"
+    if inside and last in ("input_linear", "output_linear"):
+        return "gate_up_proj" if last == "input_linear" else "down_proj"
     if parents[-1:] == ["mlp"]:
-        if last == "wi":
-            # ModernBERT fuses the gate with the up projection under T5's name.
+        if "Wi" in parts:
+            # ModernBERT fuses the gate with the up projection under T5's name, but for the capital.
             return "gate_up_proj"
         if parents[-2:-1] == ["h"]:
             # Qwen's first generation gates by w2; everyone else gates by w1.

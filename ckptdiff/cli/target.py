@@ -14,7 +14,7 @@ from typing import TextIO
 import click
 
 from ckptdiff.errors import OptionError
-from ckptdiff.runfile.staged import staged_path
+from ckptdiff.runfile.hidden import Hidden
 
 __all__ = ["ReportTarget", "abandon_stdout", "files_of", "output_option"]
 
@@ -103,15 +103,15 @@ class ReportTarget:
             with self.path.open("w", encoding="utf-8", newline="\n") as stream:
                 yield stream
             return
-        real = Path(os.path.realpath(self.path))
-        staged = staged_path(real)
+        hidden = Hidden(Path(os.path.realpath(self.path)))
         try:
-            with staged.open("x", encoding="utf-8", errors="backslashreplace", newline="\n") as stream:
+            hidden.make_file()
+            text = os.dup(hidden.descriptor)  # the lock lasts until both are closed
+            with os.fdopen(text, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as stream:
                 yield stream
-            staged.replace(real)
+            hidden.take_name()
         finally:
-            with suppress(FileNotFoundError):
-                staged.unlink()
+            hidden.remove()
 
 
 def abandon_stdout() -> None:

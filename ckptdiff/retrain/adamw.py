@@ -45,6 +45,7 @@ class MaskedAdamW(MaskedOptimizer):
         Masks that do not fit.
     """
 
+    options = ("lr", "betas", "eps", "weight_decay")
     kernel = staticmethod(adamw_step)
     every_slot = ("exp_avg", "exp_avg_sq")
 

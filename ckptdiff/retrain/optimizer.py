@@ -57,6 +57,8 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         A number of a group is out of range, or it asks for an option of torch's that this optimizer does not have.
     """
 
+    options: tuple[str, ...]
+    """What each of its groups holds beside parameters; torch writes more into `defaults` when a state is loaded."""
     kernel: Callable[..., None]
     """One step on some tiles of a parameter."""
     every_slot: tuple[str, ...]
@@ -216,7 +218,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         return norm
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state, to resume where it was saved.
+        """Take over a state, to resume where it was saved; any number of times.
 
         Raises
         ------
@@ -225,12 +227,19 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         OptionError
             It asks for an option that this optimizer does not have, or a number is out of range.
         """
-        self._require_own(state_dict)
-        super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        taken: dict[str, Any] = {}
+
+        def look(_: object, adapted: dict[str, Any]) -> None:
+            self._require_own(adapted)
+            taken.update(adapted)
+
+        # The last of the hooks, so that it sees what others have made of the state.
+        with self.register_load_state_dict_pre_hook(look):
+            super().load_state_dict(state_dict)
+        saved = chain.from_iterable(group["params"] for group in taken["param_groups"])
         # Torch has cast what it found to the dtype of the parameter, and float32 state would lose 16 bits by that.
         for key, parameter in zip(saved, self._parameters(), strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
+            for name, value in taken["state"].get(key, {}).items():
                 if isinstance(value, Tensor):
                     device = parameter.device if value.ndim else value.device
                     self.state[parameter][name] = value.to(device, copy=True)
@@ -241,11 +250,11 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
     def _require_own(self, state_dict: dict[str, Any]) -> None:
         """Refuse a state of another optimizer, or of other masks."""
         for group in state_dict["param_groups"]:
-            lacks = self.defaults.keys() - group.keys()
+            lacks = set(self.options) - group.keys()
             if lacks:
                 raise MaskError(
                     "the optimizer's state belongs to another optimizer",
-                    expected=f"groups of {type(self).__name__}, with {', '.join(sorted(self.defaults))}",
+                    expected=f"groups of {type(self).__name__}, with {', '.join(sorted(self.options))}",
                     found=f"none of {', '.join(sorted(lacks))}",
                     hint="load the state into an optimizer of the class that saved it",
                 )
@@ -264,7 +273,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
 
     def _require_usable(self, group: Mapping[str, Any]) -> None:
         for option in _OTHERS:
-            if group.get(option) and option not in self.defaults:
+            if group.get(option) and option not in self.options:
                 raise OptionError(
                     "an option that this optimizer does not have",
                     expected=f"no {option}",

@@ -38,6 +38,7 @@ class MaskedSGD(MaskedOptimizer):
         Masks that do not fit.
     """
 
+    options = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
     kernel = staticmethod(sgd_step)
     every_slot = ("momentum_buffer",)
 

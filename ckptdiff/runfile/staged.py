@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from ckptdiff.errors import CkptdiffError, RunFileError
+from ckptdiff.runfile.hidden import Hidden
 
-__all__ = ["StagedFile", "staged_path", "sync_folder", "write_whole"]
+__all__ = ["StagedFile", "sync_folder", "write_whole"]
 
-_LONGEST_STEM = 200
 _FOLDERS_NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 
 
@@ -21,7 +19,7 @@ class StagedFile:
     """A new file beside its target that replaces the target when it is committed: a context manager.
 
     Leaving the ``with`` block without a :meth:`commit`, for whatever reason, removes what was written and leaves the
-    target as it was.
+    target as it was. Entering it removes what killed processes left of the same target.
 
     It can be handed to h5py as a file object. HDF5 crashes the process at a later close when one of its writes fails
     (seen with 2.0: segmentation fault on a full disk) and may lose an interrupt that it meets, so whatever ends a write
@@ -47,15 +45,14 @@ class StagedFile:
         self.target = target
         self.failure: BaseException | None = None
         self._real = Path(os.path.realpath(target))
-        self._path = staged_path(self._real)
-        self._descriptor = -1
+        self._hidden = Hidden(self._real)
         self._stopped = False
         self._position = 0
         self._size = 0
 
     def __enter__(self) -> StagedFile:
         try:
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._hidden.make_file()
             return self
         except OSError as error:
             raise RunFileError(f"cannot create the output: {error.strerror}", file=self.target) from error
@@ -107,24 +104,15 @@ class StagedFile:
         """
         self.check()
         try:
-            os.fsync(self._descriptor)
-            self._close()
-            self._path.replace(self._real)
+            os.fsync(self._hidden.descriptor)
+            self._hidden.take_name()
             sync_folder(self._real.parent)
         except OSError as error:
             raise self._explained(error) from error
 
     def discard(self) -> None:
         """Remove the temporary file; harmless before it is made and after :meth:`commit`."""
-        self._close()
-        with suppress(FileNotFoundError):
-            self._path.unlink()
-
-    def _close(self) -> None:
-        # Forgotten first: if a signal comes with the closing, it is not closed a second time.
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        self._hidden.remove()
 
     def _explained(self, error: OSError) -> RunFileError:
         hint = None
@@ -151,7 +139,7 @@ class StagedFile:
 
     def read(self, size: int) -> bytes:
         """Read up to `size` bytes."""
-        piece = os.pread(self._descriptor, size, self._position)
+        piece = os.pread(self._hidden.descriptor, size, self._position)
         self._position += len(piece)
         return piece
 
@@ -159,7 +147,7 @@ class StagedFile:
         """Fill a buffer, with zeros where a failed write left nothing."""
         count = 0
         try:
-            count = os.preadv(self._descriptor, [buffer], self._position)
+            count = os.preadv(self._hidden.descriptor, [buffer], self._position)
         except BaseException as error:
             self.failure = self.failure or error
         buffer[count:] = bytes(len(buffer) - count)
@@ -172,7 +160,7 @@ class StagedFile:
         done = 0
         try:
             while done < len(view) and self.failure is None and not self._stopped:
-                done += os.pwrite(self._descriptor, view[done:], self._position + done)
+                done += os.pwrite(self._hidden.descriptor, view[done:], self._position + done)
         except BaseException as error:
             self.failure = self.failure or error
         self._position += len(view)
@@ -183,7 +171,7 @@ class StagedFile:
     def truncate(self, size: int) -> int:
         """Set the file's size."""
         try:
-            os.ftruncate(self._descriptor, size)
+            os.ftruncate(self._hidden.descriptor, size)
         except BaseException as error:
             self.failure = self.failure or error
         self._size = size
@@ -204,13 +192,6 @@ def write_whole(target: Path, data: bytes) -> None:
     with StagedFile(target) as staged:
         staged.write(data)
         staged.commit()
-
-
-def staged_path(target: Path) -> Path:
-    """A hidden name beside the target that nothing has yet, and not too long if the target's own is not."""
-    # The limit is one of bytes, not of characters.
-    stem = os.fsdecode(os.fsencode(target.name)[:_LONGEST_STEM])
-    return target.with_name(f".{stem}.{secrets.token_hex(4)}.tmp")
 
 
 def sync_folder(folder: Path) -> None:

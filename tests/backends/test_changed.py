@@ -63,6 +63,6 @@ print(PACKS, self_test(CpuWorker()))
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.stdout == "False None\n"

@@ -283,7 +283,7 @@ print(tiny.triple(np.arange(10.0)), tiny.triple(np.arange(10, dtype=np.float32))
 """
     cache = tmp_path / "cache"
     processes = [start(code, cache, tmp_path) for _ in range(3)]
-    assert [process.communicate(timeout=120) for process in processes] == [("135.0 135.0 135.0\n", "")] * 3
+    assert [process.communicate(timeout=600) for process in processes] == [("135.0 135.0 135.0\n", "")] * 3
     assert len(entries(cache)) == 3 and {entry.suffix for entry in entries(cache)} == {".nbc"}
 
 
@@ -301,7 +301,7 @@ print(cut_from_top(counts, 0, 99, 500), cut_from_bottom(counts, 0, 99, 500), fit
 
     def run() -> tuple[str, str]:
         process = start(code, cache, tmp_path)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
         return out, err
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -35,8 +36,9 @@ class Outcome(NamedTuple):
 
 @pytest.fixture
 def engine(diff: Diff, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
-    """The engine of this test; its `diff` may be replaced."""
+    """The engine of this test; its `diff` may be replaced. Its runs take no time, however busy the machine is."""
     fake = FakeEngine(diff)
+    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
     monkeypatch.setitem(sys.modules, "ckptdiff.engine", fake.module())
     monkeypatch.delenv("CKPTDIFF_DEBUG", raising=False)
     return fake

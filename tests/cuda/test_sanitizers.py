@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the ke
 
 def run(build, folder, *sizes):
     program = build.make(folder, "sanitize.cpp", shared=False)
-    found = subprocess.run([program, *map(str, sizes)], capture_output=True, text=True, timeout=120)
+    found = subprocess.run([program, *map(str, sizes)], capture_output=True, text=True, timeout=600)
     assert found.returncode == 0, found.stderr[-4000:]
     assert found.stdout == "clean\n"
 

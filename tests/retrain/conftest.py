@@ -43,6 +43,21 @@ class Model(torch.nn.Module):
         return self.lm_head(self.norm(x))
 
 
+class Task(torch.nn.Module):
+    """A model that returns its loss, as the trainer wants it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.model(input_ids)
+        return {
+            "loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten()),
+            "logits": logits,
+        }
+
+
 def checkpoint(folder: Path, model: torch.nn.Module, moved: float | None = None) -> Path:
     """Save a model's tensors, all of them, or some share of them moved by a little."""
     rng = np.random.default_rng(5)
@@ -64,6 +79,12 @@ def make_model() -> Callable[..., torch.nn.Module]:
         return Model(**options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_task(make_model: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+    """``make_task()``: a small model that returns its loss."""
+    return lambda: Task(make_model())
 
 
 @pytest.fixture(scope="session")

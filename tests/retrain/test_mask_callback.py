@@ -13,24 +13,12 @@ import torch
 ROOT = Path(__file__).parents[2]
 
 
-class Task(torch.nn.Module):
-    """A model that returns its loss, as the trainer wants it."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        logits = self.model(input_ids)
-        return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
-
-
-def test_the_trainer_trains_the_masked_coordinates_only(run_file: Path, make_model: Callable, tmp_path: Path) -> None:
+def test_the_trainer_trains_the_masked_coordinates_only(run_file: Path, make_task: Callable, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     from ckptdiff.retrain import MaskCallback, load_masks
 
-    task = Task(make_model())
+    task = make_task()
     before = [parameter.detach().clone() for parameter in task.parameters()]
     tokens = [{"input_ids": torch.arange(6) + i, "labels": torch.arange(6) * 2 + i} for i in range(8)]
     arguments = transformers.TrainingArguments(
@@ -75,12 +63,12 @@ def test_hooks_of_an_interrupted_training_can_be_taken_away(run_file: Path, make
     assert not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
-def test_the_loop_of_the_readme(run_file: Path, make_model: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loop_of_the_readme(run_file: Path, make_task: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (loop,) = (block for block in blocks if "MaskedAdamW" in block)
-    model = make_model()
+    task = make_task()
+    model = task.model
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    task = Task(model)
     batches = [(torch.arange(6)[None] + i, torch.arange(6)[None] * 2 + i) for i in range(4)]
     monkeypatch.chdir(run_file.parent)
     names = {"model": model, "batches": batches, "loss_of": lambda model, batch: task(*batch)["loss"]}

@@ -62,7 +62,7 @@ def run(code: str, folder: Path, paged: bool = False) -> str:
     script = textwrap.dedent(PREAMBLE) + textwrap.dedent(code)
     options = ["paged"] if paged else []
     done = subprocess.run(
-        [sys.executable, "-c", script, str(folder), *options], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script, str(folder), *options], capture_output=True, text=True, timeout=600
     )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout

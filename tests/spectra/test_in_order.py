@@ -52,7 +52,7 @@ def test_a_long_task_begins_in_good_time() -> None:
     machine = Machine()
     tasks = [Task(partial(machine.work, number, 1, 0.001), 1, 100 if number == 9 else 1) for number in range(30)]
     assert list(in_order(iter(tasks), 2, nothing, nothing)) == list(range(30))
-    assert machine.began.index(9) == 0
+    assert machine.began.index(9) <= 1  # there are two slots, whose threads may begin in either order
     assert machine.began.index(29) > 9  # tasks far ahead wait for the first results
 
 

@@ -1,0 +1,202 @@
+"""Hidden names beside a target, for what is not complete; those that a killed process left are removed."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = ["Hidden", "remove_abandoned"]
+
+_LONGEST_STEM = 200
+_TOKEN_DIGITS = 8
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
+_MOUNTS = Path("/proc/self/mountinfo")
+_OF_ONE_MACHINE = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "tmpfs", "xfs", "zfs"})
+"""File systems that only one machine at a time has mounted, and whose locks all its processes see."""
+
+
+class Hidden:
+    """A new file or folder under a hidden name beside its target, locked as long as its process lives.
+
+    A process that is killed cannot remove it, so a later one with the same target does, and must not touch anything
+    else. Such a name carries a *mark*, a hash that no name has by chance, and what bears a mark is locked from before
+    it got that name until after it lost it. If its lock is free, the process is gone, whatever container it ran in. The
+    mark also says where locks mean that: machines that share a folder do not know each other's marks. Where locks do
+    not work, and on systems other than Linux, names have no mark, and what a killed process left stays.
+
+    Parameters
+    ----------
+    target : Path
+        Its final name, in a folder that exists.
+
+    Attributes
+    ----------
+    path : Path
+        The hidden name.
+    descriptor : int
+        Of the open file or folder; -1 if it is not open.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self._token = secrets.token_hex(_TOKEN_DIGITS // 2)
+        self._plain = self.path = _hidden(target, self._token)
+        self._is_folder = False
+        self.descriptor = -1
+
+    def make_file(self) -> None:
+        """Make a file, open to read and write; what was abandoned is removed first.
+
+        Raises
+        ------
+        OSError
+            As the system does.
+        """
+        remove_abandoned(self._target)
+        self.descriptor = os.open(self._plain, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._lock()
+
+    def make_folder(self) -> None:
+        """Make a folder; what was abandoned is removed first.
+
+        Raises
+        ------
+        OSError
+            As the system does.
+        """
+        remove_abandoned(self._target)
+        self._is_folder = True
+        self._plain.mkdir()
+        self._lock()
+
+    def take_name(self) -> None:
+        """Close it and give it its final name, in place of the file that has it.
+
+        Raises
+        ------
+        OSError
+            As the system does.
+        """
+        if self.path != self._plain:
+            self.path.rename(self._plain)
+        self._close()
+        self._plain.replace(self._target)
+
+    def remove(self) -> None:
+        """Remove it and all that is in it; harmless before it is made, and once it has its final name."""
+        for path in (self.path, self._plain):
+            _remove(path, self._is_folder)
+        self._close()
+
+    def _lock(self) -> None:
+        """Lock it, then mark its name; what cannot be locked has none."""
+        scope = _scope(self._target.parent)
+        if scope is None:
+            return
+        try:
+            if self._is_folder:
+                self.descriptor = os.open(self._plain, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.path = _marked(self._target, self._token, scope)
+            self._plain.rename(self.path)
+        except OSError:
+            self.path = self._plain
+
+    def _close(self) -> None:
+        # Forgotten first: if a signal comes with the closing, it is not closed a second time.
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def remove_abandoned(target: Path) -> None:
+    """Remove the hidden files and folders of a target whose processes are gone.
+
+    What belongs to another user or cannot be removed stays, and is no error: nothing depends on it.
+
+    Parameters
+    ----------
+    target : Path
+        In a folder that need not exist.
+    """
+    scope = _scope(target.parent)
+    if scope is None:
+        return
+    with suppress(OSError):
+        for path in target.parent.iterdir():
+            token = path.stem[-2 * _TOKEN_DIGITS : -_TOKEN_DIGITS]
+            if path.name.startswith(".") and path.name == _marked(target, token, scope).name:
+                with suppress(OSError):
+                    _remove_unlocked(path)
+
+
+def _remove_unlocked(path: Path) -> None:
+    """Remove what no process has locked. No other gets this name, so what is removed is what was looked at.
+
+    Raises
+    ------
+    OSError
+        It is locked, or cannot be opened.
+    """
+    status = path.lstat()
+    is_folder = stat.S_ISDIR(status.st_mode)
+    if status.st_uid != os.geteuid() or not (is_folder or stat.S_ISREG(status.st_mode)):
+        return
+    # NFS locks only those files that are open for writing.
+    access = os.O_RDONLY | os.O_DIRECTORY if is_folder else os.O_RDWR
+    descriptor = os.open(path, access | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove(path, is_folder)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path, is_folder: bool) -> None:
+    if is_folder:
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _hidden(target: Path, token: str) -> Path:
+    # The limit is one of bytes, not of characters.
+    stem = os.fsdecode(os.fsencode(target.name)[:_LONGEST_STEM])
+    return target.with_name(f".{stem}.{token}.tmp")
+
+
+def _marked(target: Path, token: str, scope: str) -> Path:
+    text = "\0".join(("ckptdiff", token, scope, target.name))
+    mark = hashlib.blake2b(os.fsencode(text), digest_size=_TOKEN_DIGITS // 2).hexdigest()
+    return _hidden(target, token + mark)
+
+
+def _scope(folder: Path) -> str | None:
+    """What those processes have in common that see each other's locks in a folder; None if that is not known.
+
+    On a file system of one machine, all do, at any time. On any other those do that have run since the same boot and go
+    through the same mount: of file systems that machines share, some keep locks to the machine, and some to the mount.
+    """
+    try:
+        device = folder.stat().st_dev
+        if _file_system(device) in _OF_ONE_MACHINE:
+            return "one machine"
+        return f"{_BOOT.read_text().strip()} {device}"
+    except OSError:
+        return None
+
+
+def _file_system(device: int) -> str | None:
+    """The type of a mounted file system."""
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in _MOUNTS.read_text(errors="surrogateescape").splitlines():
+        mount, _, source = line.partition(" - ")
+        if mount.split()[2] == number:
+            return source.split()[0]
+    return None
