@@ -45,6 +45,7 @@ def test_kernels_fit_their_registers(names):
         assert use["stack"] == use["stores"] == use["loads"] == "0"
 
 
+@pytest.mark.nvrtc
 @pytest.mark.parametrize("names", [("bf16", "bf16", "bf16"), ("f8_e4m3", "f64", "f64")], ids="-".join)
 def test_nvrtc_compiles_the_source_without_a_gpu(names):
     try:
@@ -57,6 +58,7 @@ def test_nvrtc_compiles_the_source_without_a_gpu(names):
         assert b"\0" + kernel + b"\0" in cubin
 
 
+@pytest.mark.nvrtc
 def test_cupy_has_what_the_backend_calls():
     cupy = pytest.importorskip("cupy", reason="CuPy is missing")
     called = {
