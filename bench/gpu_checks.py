@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import math
 import os
 import shutil
 import subprocess
@@ -148,7 +149,7 @@ def kernel_rows(some: int, quick: bool) -> Iterator[Row]:
             act()
         except Exception as error:  # whatever it is, the next kernels may do
             traceback.print_exc()
-            found = f"{type(error).__name__}: {error}"
+            found = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         took = time.perf_counter() - begun
         return {"kernels": what, "formats": "-".join(names), "found": found, "seconds": took, "wrong": found != "equal"}
 
@@ -256,7 +257,7 @@ def compared(got: Path, expected: Path) -> Row:
     for name in sorted(found.keys() & right.keys() - {"provenance"}):
         value, chunks, attributes = found[name]
         other, other_chunks, other_attributes = right[name]
-        if (chunks, attributes) != (other_chunks, other_attributes):
+        if (chunks, attributes, value.shape) != (other_chunks, other_attributes, other.shape):
             wrong.append(name)
         elif value.dtype.kind == "f":
             scale = np.abs(other)
@@ -279,7 +280,7 @@ def compared(got: Path, expected: Path) -> Row:
         "tensors": tensors,
         "masks": masks,
         "differ": differ or "nothing",
-        "largest of sums": largest,
+        "sums off by": largest if math.isfinite(largest) else "any amount",
         "wrong": bool(wrong),
     }
 
@@ -320,7 +321,7 @@ def tight_rows() -> Iterator[Row]:
     }
 
 
-def compile_rows() -> Iterator[Row]:
+def compile_rows(nice: int) -> Iterator[Row]:
     """Have the kernels of all fixtures compiled, by a process a core."""
     from ckptdiff import warm_up
     from ckptdiff.backends.cpu import CpuWorker
@@ -335,7 +336,7 @@ def compile_rows() -> Iterator[Row]:
     bf16 = FORMATS["bf16"]
     formats |= {(bf16, bf16, bf16), (FORMATS["f32"], bf16, bf16), (FORMATS["f32"],) * 3}
     warm_up._AT_ONCE = len(os.sched_getaffinity(0))  # nobody is waiting for their memory
-    os.nice(10)  # but for their cores, maybe
+    os.nice(nice)
     asked = warm_up.uses({(bf16, bf16, bf16)}, formats, 1 << 17)
     begun = time.perf_counter()
     warm_up.load(CpuWorker(), asked, lambda event: print(event, flush=True))
@@ -350,7 +351,9 @@ def rows_of(options: argparse.Namespace) -> Iterator[Row]:
         return pytest_rows(options.given)
     if options.what == "runs":
         return run_rows(options)
-    return {"machine": machine_rows, "tight": tight_rows, "compile": compile_rows}[options.what]()
+    if options.what == "compile":
+        return compile_rows(options.nice)
+    return machine_rows() if options.what == "machine" else tight_rows()
 
 
 def main() -> int:
@@ -359,8 +362,10 @@ def main() -> int:
     common.add_argument("--figures", type=Path, help="keep the rows here as JSON, from the first one on")
     parser = argparse.ArgumentParser(description="Compare what a GPU counts with what the processor counts.")
     asked = parser.add_subparsers(dest="what", required=True)
-    for name in ("machine", "tight", "compile"):
+    for name in ("machine", "tight"):
         asked.add_parser(name, parents=[common])
+    compiles = asked.add_parser("compile", parents=[common])
+    compiles.add_argument("--nice", type=int, default=0, help="run at a lower priority")
     kernels = asked.add_parser("kernels", parents=[common])
     kernels.add_argument("--quick", action="store_true", help="a few small scans, for a sanitizer")
     kernels.add_argument("--coordinates", type=int, default=400_007, help="of a random scan")

@@ -63,7 +63,7 @@ def run(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file that is whole at any moment: the new one takes the place of the old one at once."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
+    beside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
     beside.replace(path)
 
 
@@ -136,7 +136,12 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a table in Markdown, numbers to three digits; a column for every key that is in any row."""
     heads = list(dict.fromkeys(key for row in rows for key in row))
     lines = [heads, ["---"] * len(heads), *([_cell(row.get(head)) for head in heads] for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    return (
+        "\n".join(
+            "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines
+        )
+        + "\n"
+    )
 
 
 def _cell(value: Any) -> str:

@@ -24,7 +24,7 @@ def bench_path(monkeypatch):
 @pytest.fixture
 def call(tmp_path):
     """Take steps that are Python programs; returns whether all passed, and the figures."""
-    from on_gpu import Call, Step
+    from steps import Call, Step
 
     def take(steps, prepared=(), budget=3600.0, **how):
         scratch, out = tmp_path / "scratch", tmp_path / "out"
@@ -72,6 +72,14 @@ def test_a_step_that_fails_is_told_and_hides_no_later_one(call, tmp_path):
     assert "the reason" in (tmp_path / "out" / "call-a.log").read_text()
 
 
+def test_any_text_stays_in_its_cell():
+    from measure import markdown
+
+    assert (
+        markdown([{"a": "x | y\nz"}, {"b": 0.12345}]) == "| a | b |\n| --- | --- |\n| x \\| y z | - |\n| - | 0.123 |\n"
+    )
+
+
 def test_wrong_kernels_are_not_timed(call):
     steps = [("kernels", "raise SystemExit(1)", {}), ("rate", "", {"times": True}), ("runs", "", {})]
     passed, document = call(steps)
@@ -81,7 +89,7 @@ def test_wrong_kernels_are_not_timed(call):
 
 
 def test_a_step_over_its_limit_is_killed_with_what_it_started(tmp_path):
-    from on_gpu import Running, Step
+    from steps import Running, Step
 
     started = tmp_path / "started"
     text = f"""
