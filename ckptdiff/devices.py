@@ -102,20 +102,20 @@ def open_device(options: Options) -> Device:
 
 
 def _open_gpu(options: Options) -> Device:
-    """A GPU on which a kernel really ran, and as much room on it as the threads need."""
+    """A GPU that passed the whole self-test, and as much room on it as the threads need."""
     from ckptdiff.backends.cuda.choice import find_gpu
     from ckptdiff.backends.cuda.gpu import CupyGpu
     from ckptdiff.backends.cuda.slots import Room, fit_room
     from ckptdiff.backends.cuda.worker import CudaWorker
-    from ckptdiff.backends.self_test import self_test
+    from ckptdiff.backends.self_test import wrong_figures
 
     before = resident()
     index = int(options.device.partition(":")[2] or 0)
     gpu = find_gpu(index)
     free, _ = gpu.free_memory()
     room, threads = fit_room(options.gpu_memory or free // 2, options.threads or default_threads())
-    wrong = self_test(CudaWorker(gpu, Room.smallest()))
-    if wrong is not None:
+    wrong = wrong_figures(CudaWorker(gpu, Room.smallest()))
+    if wrong:
         raise DeviceError("the GPU computes wrong figures", found=wrong, hint="--device cpu, and report this")
 
     def worker() -> Backend:

@@ -60,6 +60,7 @@ def _processor() -> Iterator[Finding]:
 
 def _gpu() -> Iterator[Finding]:
     from ckptdiff.backends.cuda.choice import cupy_packages, find_gpu
+    from ckptdiff.backends.cuda.compiled import compiled_folder
     from ckptdiff.backends.cuda.slots import Room
     from ckptdiff.backends.cuda.source import kernel_folder
     from ckptdiff.backends.cuda.worker import CudaWorker
@@ -69,6 +70,8 @@ def _gpu() -> Iterator[Finding]:
     yield Finding("CUDA kernels", str(kernel_folder()), kernel_folder().is_dir())
     if importlib.util.find_spec("cupy") is not None:
         yield _nvrtc()
+        kept = compiled_folder()
+        yield Finding("compiled for GPUs", str(kept or "none: kernels are compiled in every process"), kept is not None)
     try:
         gpu = find_gpu(0)
         major, minor = gpu.properties["major"], gpu.properties["minor"]
@@ -77,7 +80,6 @@ def _gpu() -> Iterator[Finding]:
         yield Finding("GPU memory", f"{binary_size(free)} of {binary_size(total)} free")
         driver = gpu.cupy.cuda.runtime.driverGetVersion()
         yield Finding("NVIDIA driver", f"for CUDA {driver // 1000}.{driver % 1000 // 10}")
-        yield Finding("compiled for it", os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache"))
         yield _tried("self-test, cuda", CudaWorker(gpu, Room()))
     except (DeviceError, MemoryError) as error:
         problem = error.problem if isinstance(error, DeviceError) else "too little GPU memory"
@@ -86,21 +88,22 @@ def _gpu() -> Iterator[Finding]:
 
 
 def _nvrtc() -> Finding:
-    """Whether the kernels compile; no GPU is needed for that."""
-    from ckptdiff.backends.cuda.source import compile_kernels
+    """Whether the kernels compile, by what compiles them for a run; no GPU is needed for that."""
+    from ckptdiff.backends.cuda.compiled import architecture_for, compile_kernels
 
     try:
-        size = len(compile_kernels("sm_90"))
+        architecture = architecture_for(9, 0)
+        size = len(compile_kernels(architecture))
     except (ImportError, RuntimeError, OSError, DeviceError) as error:
         return Finding("kernels compile", f"no: {str(error).splitlines()[0]}", ok=False)
-    return Finding("kernels compile", f"yes, by NVRTC, for sm_90 ({size >> 10} KiB)")
+    return Finding("kernels compile", f"yes, by NVRTC, for {architecture} ({size >> 10} KiB)")
 
 
 def _tried(name: str, backend: Any) -> Finding:
-    from ckptdiff.backends.self_test import SELF_TESTED, self_test
+    from ckptdiff.backends.self_test import wrong_figures
 
-    wrong = [found for names in SELF_TESTED if (found := self_test(backend, names))]
-    return Finding(name, f"WRONG: {'; '.join(wrong)}" if wrong else "equal to the reference", not wrong)
+    wrong = wrong_figures(backend)
+    return Finding(name, f"WRONG: {wrong}" if wrong else "equal to the reference", not wrong)
 
 
 def _version(package: str) -> str | None:

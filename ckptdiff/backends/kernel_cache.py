@@ -32,6 +32,7 @@ __all__ = [
     "helper",
     "kernel",
     "only_cached",
+    "private_folder",
     "processor_features",
     "reducer",
 ]
@@ -108,14 +109,19 @@ def kernel(function: Function) -> Function:
 
 @functools.cache
 def cache_folder() -> Path | None:
-    """Folder of this version's machine code, or None if there is no safe and writable place.
+    """Folder of this version's machine code for the processor, or None if there is no safe and writable place."""
+    return private_folder(_fingerprint())
+
+
+def private_folder(name: str) -> Path | None:
+    """A folder for machine code that nobody but the user can write to, or None if there is no such place.
 
     ``CKPTDIFF_CACHE_DIR`` names its parent; otherwise it lies in the user's cache folder.
     """
     named = os.environ.get("CKPTDIFF_CACHE_DIR")
     user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ckptdiff")
     try:
-        folder = Path(named or user, _fingerprint()).expanduser()
+        folder = Path(named or user, name).expanduser()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
         if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

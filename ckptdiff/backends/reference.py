@@ -116,8 +116,8 @@ class ReferenceWorker:
                 partial.span[at] = min(partial.span[at], used.min())
                 partial.span[at + 1] = max(partial.span[at + 1], used.max())
         order = [_monotone(pair.compare, codes)[pair.finite_changed] for codes in (pair.base_codes, pair.tuned_codes)]
-        for distance in np.abs(order[0] - order[1]).tolist():
-            partial.ulp[distance.bit_length() - 1] += 1
+        binades = [distance.bit_length() - 1 for distance in np.abs(order[0] - order[1]).tolist()]
+        partial.ulp += np.bincount(np.array(binades, np.int64), minlength=64)
 
     @staticmethod
     def _mask(scan: Scan, pair: _Pair, first_tie: int, partial: Partial) -> NDArray[np.bool_]:

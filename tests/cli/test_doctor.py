@@ -1,6 +1,10 @@
 """`ckptdiff doctor`: what it finds, and its exit code."""
 
-from ckptdiff.backends.cuda import choice
+import importlib.util
+
+import pytest
+
+from ckptdiff.backends.cuda import choice, compiled
 
 
 def test_a_machine_without_gpu_is_fine(cli, monkeypatch):
@@ -28,3 +32,13 @@ def test_two_cupy_packages_are_trouble(cli, monkeypatch):
     code, out, _ = cli("doctor")
     assert code == 2
     assert "! CuPy              cupy-cuda12x 14, cupy-cuda13x 14" in out
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is missing")
+def test_kernels_are_compiled_and_kept_as_for_a_run(cli, empty_cache):
+    compiled.compiled_folder.cache_clear()
+    _, out, _ = cli("doctor")
+    compiled.compiled_folder.cache_clear()
+    lines = {line[2:20].strip(): line[20:] for line in out.splitlines()}
+    assert lines["compiled for GPUs"] == str(empty_cache / "cuda")
+    assert lines["kernels compile"].startswith(("yes, by NVRTC, for sm_90", "no: "))

@@ -33,29 +33,44 @@ class HostGpu:
         Gives the kernels of a triple of formats.
     seed : int
     processors : int
-    memory : int
-        Bytes that may be allocated.
+    memory, lockable : int
+        Bytes that may be allocated, and bytes of host memory that may be page-locked.
     """
 
     _kernels_run = threading.Lock()
 
-    def __init__(self, libraries: Callable[..., Library], seed: int = 0, processors: int = 2, memory: int = 1 << 40):
+    def __init__(
+        self,
+        libraries: Callable[..., Library],
+        seed: int = 0,
+        processors: int = 2,
+        memory: int = 1 << 40,
+        lockable: int = 1 << 40,
+    ):
         self._libraries, self._random, self._free = libraries, random.Random(seed), memory
+        self._lockable = lockable
         self._noise = np.random.default_rng(seed)
         self.processors = processors
         self._streams: list[Stream] = []
         self.launched: list[str] = []
+        self.locked: list[int] = []
 
     def pinned(self, size: int) -> np.ndarray:
-        return np.frombuffer(bytearray(self._noise.bytes(size)), np.uint8)
+        if size > self._lockable:
+            raise MemoryError("not so much can be page-locked")
+        self.locked.append(size)
+        return self._bytes(size)
 
     def empty(self, size: int) -> Memory:
         if self._free < size:
             raise MemoryError
-        memory = Memory(self.pinned(-(-size // 64) * 64)[:size])
+        memory = Memory(self._bytes(-(-size // 64) * 64)[:size])
         self._account(-size)
         weakref.finalize(memory, self._account, size)
         return memory
+
+    def _bytes(self, size: int) -> np.ndarray:
+        return np.frombuffer(bytearray(self._noise.bytes(size)), np.uint8)
 
     def _account(self, size: int) -> None:
         self._free += size
@@ -94,7 +109,18 @@ class HostGpu:
         stream.append(event)
 
     def synchronize(self, event: list[bool]) -> None:
-        while not event[0]:
+        self._work_until(lambda: event[0])
+
+    def finish(self, stream: Stream) -> None:
+        self._work_until(lambda: not stream)
+
+    @property
+    def queued(self) -> int:
+        """How much was queued and did not run."""
+        return sum(map(len, self._streams))
+
+    def _work_until(self, done: Callable[[], bool]) -> None:
+        while not done():
             ready = [queue for queue in self._streams if queue and (callable(queue[0]) or queue[0][0])]
             assert ready, "every stream waits for another"
             action = self._random.choice(ready).pop(0)

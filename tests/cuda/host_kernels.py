@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,15 @@ class Library:
         addresses = (ctypes.c_void_p * len(values))(*[value.ctypes.data for value in values])
         run = getattr(self._library, f"launch_{kernel}")
         run(ctypes.c_uint(blocks), ctypes.c_uint(threads or self._threads), ctypes.c_uint(seed), addresses)
+
+    @contextmanager
+    def flushing(self) -> Iterator[None]:
+        """Within this, kernels take subnormal numbers for zero, as CUDA's do that are compiled with -ftz=true."""
+        self._library.set_flush_to_zero(ctypes.c_bool(True))
+        try:
+            yield
+        finally:
+            self._library.set_flush_to_zero(ctypes.c_bool(False))
 
     def sizes(self) -> list[int]:
         """Bytes of Tile, Record, ScanSettings and Search."""

@@ -1,5 +1,10 @@
 """Which device a run takes, and what a user reads where there is none."""
 
+import errno
+import importlib.util
+import os
+import platform
+import subprocess
 import sys
 import types
 
@@ -9,7 +14,7 @@ from host_gpu import HostGpu
 import ckptdiff
 from ckptdiff import devices
 from ckptdiff.backends.cuda import choice
-from ckptdiff.backends.cuda.gpu import CupyGpu, failure
+from ckptdiff.backends.cuda.gpu import failure
 from ckptdiff.devices import open_device
 from ckptdiff.errors import DeviceError, OptionError, PlanError
 from ckptdiff.options import Options
@@ -74,9 +79,24 @@ def test_a_gpu_that_is_not_there_is_named(cupy_installed):
     ("text", "hint"),
     [
         ("CuPy failed to load libnvrtc.so.13: OSError: libnvrtc.so.13: cannot open", "brings NVRTC"),
+        ('Failure finding "libnvrtc.so.13": No such file: libnvrtc.so.13', "brings NVRTC"),
         ("cudaErrorMemoryAllocation: out of memory", "--gpu-memory"),
+        ("CUDA_ERROR_OUT_OF_MEMORY: out of memory", "--gpu-memory"),
+        ("cudaErrorInsufficientDriver: CUDA driver version is insufficient", "ckptdiff[cuda12]"),
+        ("CUDA_ERROR_UNSUPPORTED_PTX_VERSION: the provided PTX was compiled with an unsupported toolchain.", "driver"),
+        ("CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image is available for execution on the device", "driver"),
+        ("cudaErrorInvalidDeviceFunction: invalid device function", "driver"),
         ("cudaErrorNoDevice: no CUDA-capable device is detected", "nvidia-smi"),
+        ("cudaErrorInvalidDevice: invalid device ordinal", "CUDA_VISIBLE_DEVICES"),
+        ("cudaErrorDevicesUnavailable: CUDA-capable device(s) is/are busy or unavailable", "another process"),
+        ("cudaErrorSystemNotReady: system not yet initialized", "fabric manager"),
+        ("CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure", "run it again"),
+        ("cudaErrorIllegalAddress: an illegal memory access was encountered", "run it again"),
+        ("CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered", "run it again"),
+        ("CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES: too many resources requested for launch", "run it again"),
+        ("libcudart.so.13: cannot open shared object file: No such file or directory", "install CuPy anew"),
         ("cudaErrorECCUncorrectable: uncorrectable ECC error encountered", "dmesg"),
+        ("CUDA_ERROR_UNKNOWN: unknown error", "dmesg"),
         ("", "dmesg"),
     ],
 )
@@ -86,19 +106,33 @@ def test_failures_of_a_gpu_say_what_helps(text, hint):
     assert (text or "RuntimeError") in error.problem
 
 
-def test_a_gpu_lost_in_mid_run_ends_in_an_error():
-    class Lost(CupyGpu):
-        def __init__(self):
-            self.name = "cuda:0"
-            self.cupy = types.SimpleNamespace(
-                cuda=types.SimpleNamespace(compiler=types.SimpleNamespace(CompileException=KeyError))
-            )
+def test_a_message_of_several_lines_is_cut_to_the_first_that_says_something():
+    error = failure(ImportError("\n=========\nFailed to import CuPy.\n\nOriginal error:\n  ..."), "cupy-cuda13x 14.2.0")
+    assert error.problem == "the GPU failed: Failed to import CuPy."
+    assert "install CuPy anew" in error.hint
 
-    def synchronize():
-        raise RuntimeError("cudaErrorDevicesUnavailable: GPU has fallen off the bus")
 
-    with pytest.raises(DeviceError, match="fallen off the bus"):
-        Lost().synchronize(types.SimpleNamespace(synchronize=synchronize))
+def test_a_home_that_cannot_be_written_to_is_named(cupy_installed, monkeypatch):
+    def refuse(name):
+        raise PermissionError(errno.EACCES, "Permission denied", "/nonexistent/.cupy")
+
+    monkeypatch.setattr(choice.importlib, "import_module", refuse)
+    error = refused()
+    assert error.file == "/nonexistent/.cupy"
+    assert "CUPY_CACHE_DIR" in error.hint
+
+
+@pytest.mark.nvrtc
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is missing")
+def test_cupy_itself_where_home_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").touch()
+    code = "from ckptdiff.backends.cuda.choice import _import_cupy; _import_cupy([])"
+    environment = {**os.environ, "HOME": str(tmp_path / "file")}
+    environment.pop("CUPY_CACHE_DIR", None)
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert found.returncode == 1 and "CUPY_CACHE_DIR=FOLDER" in found.stderr
+    environment["CUPY_CACHE_DIR"] = str(tmp_path / "cache")
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
 
 def test_auto_takes_the_processor_and_says_why(monkeypatch):
@@ -139,9 +173,19 @@ def test_auto_leaves_a_gpu_that_is_full(gpu_found, monkeypatch):
 
 
 def test_a_gpu_that_computes_wrong_figures_is_refused(gpu_found, monkeypatch):
-    monkeypatch.setattr("ckptdiff.backends.self_test.self_test", lambda backend: "mask of bf16-bf16-bf16")
+    monkeypatch.setattr("ckptdiff.backends.self_test.wrong_figures", lambda backend: "mask of bf16-bf16-bf16")
     assert "wrong figures" in refused().problem
     assert "wrong figures" in open_device(Options()).note
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86 is told here to flush to zero")
+@pytest.mark.parametrize("name", ["f16", "f8_e4m3", "f8_e5m2"])
+def test_a_gpu_that_flushes_to_zero_is_refused(libraries, gpu_found, name):
+    with libraries(name, name, name).flushing():
+        error = refused()
+    assert "wrong figures" in error.problem
+    assert "deltas" in error.found and error.found.endswith(f" of {name}-{name}-{name}")
+    assert error.found.count(" of ") == 1
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CUDA", "cuda:-1", ""])

@@ -4,12 +4,16 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from host_kernels import HERE, KERNELS
 
-from ckptdiff.backends.cuda.source import NAMES, compile_kernels, kernel_folder, kernel_source
+from ckptdiff.backends.cuda import compiled
+from ckptdiff.backends.cuda.compiled import architecture_for, compile_kernels
+from ckptdiff.backends.cuda.source import KERNEL_NAMES, NAMES, kernel_folder, kernel_options, kernel_source
+from ckptdiff.backends.formats import FORMATS, compare_format
 
 ARCHITECTURES = (75, 80, 90, 100)
 MOST_REGISTERS = 64
@@ -45,35 +49,70 @@ def test_kernels_fit_their_registers(names):
         assert use["stack"] == use["stores"] == use["loads"] == "0"
 
 
-@pytest.mark.nvrtc
-@pytest.mark.parametrize("names", [("bf16", "bf16", "bf16"), ("f8_e4m3", "f64", "f64")], ids="-".join)
-def test_nvrtc_compiles_the_source_without_a_gpu(names):
+@pytest.fixture(scope="module")
+def nvrtc():
+    """The compiler that users have, which needs no GPU."""
     try:
-        cubin = compile_kernels("sm_90", names)
+        library = compiled._nvrtc()
+        library.getVersion()
     except ImportError as error:
         pytest.skip(f"CuPy is missing: {error}")
     except RuntimeError as error:
         pytest.skip(f"NVRTC is missing: {error}")
-    for kernel in (b"scan", b"refine", b"harvest", b"place_ties", b"take_ties"):
-        assert b"\0" + kernel + b"\0" in cubin
+    return library
 
 
 @pytest.mark.nvrtc
-def test_cupy_has_what_the_backend_calls():
-    cupy = pytest.importorskip("cupy", reason="CuPy is missing")
-    called = {
-        cupy: ("RawModule", "empty", "uint8"),
-        cupy.RawModule: ("get_function",),
-        cupy.cuda: ("Device", "Event", "MemoryPointer", "Stream", "alloc_pinned_memory", "compiler", "runtime"),
-        cupy.cuda.MemoryPointer: ("copy_from_host_async", "copy_to_host_async", "memset_async"),
-        cupy.cuda.Stream: ("wait_event", "__enter__"),
-        cupy.cuda.Event: ("record", "synchronize"),
-        cupy.cuda.Device: ("use",),
-        cupy.cuda.compiler: ("CompileException",),
-        cupy.cuda.runtime: ("getDeviceCount", "getDeviceProperties", "memGetInfo", "driverGetVersion"),
-    }
-    for owner, names in called.items():
-        assert [name for name in names if not hasattr(owner, name)] == [], owner
+@pytest.mark.parametrize(
+    ("architecture", "names"),
+    [("sm_90", ("bf16", "bf16", "bf16")), ("sm_75", ("f8_e4m3", "f64", "f64")), ("sm_100", ("f16", "f16", "bf16"))],
+)
+def test_nvrtc_compiles_the_source_without_a_gpu(nvrtc, architecture, names):
+    assert architecture_for(*divmod(int(architecture[3:]), 10)) == architecture
+    cubin = compile_kernels(architecture, names)
+    for kernel in KERNEL_NAMES:
+        assert b"\0" + kernel.encode() + b"\0" in cubin
+
+
+def every_pair_of_formats():
+    """All that a run can ask for: each two stored formats, compared in each way."""
+    pairs = [(base, tuned, way) for base in FORMATS for tuned in FORMATS for way in ("bf16", "stored")]
+    named = [(base, tuned, compare_format(FORMATS[base], FORMATS[tuned], way).name) for base, tuned, way in pairs]
+    return sorted(set(named))
+
+
+INEXACT = re.compile(r"\b\w+(?:\.\w+)*\.(?:ftz|approx|full)(?:\.\w+)*")
+"""An instruction that flushes subnormal numbers, or comes near a quotient or root only."""
+
+
+@pytest.mark.nvrtc
+def test_every_pair_is_compiled_to_exact_arithmetic(nvrtc):
+    names = every_pair_of_formats()
+    assert len(names) == 63
+    with ThreadPoolExecutor(2) as pool:
+        for pair, ptx in zip(names, pool.map(lambda pair: compile_kernels("compute_90", pair), names), strict=True):
+            text = ptx.decode()
+            assert "cvt.f64.f32" in text or pair == ("f64", "f64", "f64"), pair
+            assert INEXACT.findall(text) == [], pair
+
+
+@pytest.mark.nvrtc
+def test_arithmetic_that_is_not_exact_would_be_seen(nvrtc, monkeypatch):
+    monkeypatch.setattr(compiled, "kernel_options", lambda *formats: (*kernel_options(*formats), "-ftz=true"))
+    found = set(INEXACT.findall(compile_kernels("compute_90", ("f16", "f16", "f16")).decode()))
+    assert {"mul.ftz.f32", "sub.ftz.f32", "cvt.ftz.f64.f32"} <= found
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is missing: what it makes of our options is not checked")
+@pytest.mark.parametrize("name", ["f16", "f8_e4m3"])
+def test_nvcc_makes_exact_arithmetic_of_the_same_source_and_options(tmp_path, name):
+    (tmp_path / "kernels.cu").write_text(kernel_source())
+    options = kernel_options(*[FORMATS[name]] * 3)
+    command = ["nvcc", "-ptx", "-arch=compute_90", *options, "-o", "kernels.ptx", "kernels.cu"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    ptx = (tmp_path / "kernels.ptx").read_text()
+    assert "sub.f32" in ptx and "cvt.f64.f32" in ptx
+    assert INEXACT.findall(ptx) == []
 
 
 def test_the_source_is_whole():

@@ -11,7 +11,7 @@ from worker_checks import check, check_refine, sides, source
 
 from ckptdiff.backends.cpu import CpuWorker
 from ckptdiff.backends.cuda.layout import ROWS
-from ckptdiff.backends.cuda.slots import Room, fit_room
+from ckptdiff.backends.cuda.slots import ALIGN, Room, fit_room
 from ckptdiff.backends.cuda.small import groups
 from ckptdiff.backends.cuda.worker import CudaWorker
 from ckptdiff.backends.formats import FORMATS
@@ -160,23 +160,48 @@ def test_too_little_memory_for_anything_is_an_error(libraries):
         CudaWorker(HostGpu(libraries, memory=1 << 20), Room())
 
 
+def test_less_room_is_taken_where_less_can_be_page_locked(libraries, caplog):
+    room = Room(32 << 15, 4)
+    gpu = HostGpu(libraries, lockable=room.host_bytes - 1)
+    with caplog.at_level(logging.WARNING):
+        worker = CudaWorker(gpu, room)
+    assert f"{room.host_bytes >> 20} MiB of host memory cannot be page-locked" in caplog.text
+    assert gpu.locked == [room.halved().host_bytes]
+    check(worker, Scan(BF16, BF16, BF16, EPS, 1e-3, Rule.BITWISE, want_mask=True), *sides(BF16, BF16, 400_000))
+
+
+def test_nothing_that_can_be_page_locked_is_an_error(libraries):
+    with pytest.raises(DeviceError, match="page-locked") as caught:
+        CudaWorker(HostGpu(libraries, lockable=1 << 10), Room())
+    assert "not so much can be page-locked" in caught.value.found
+
+
 @pytest.mark.parametrize("room", [Room(), SMALL, Room.smallest(), Room(1 << 20, 7)])
 def test_a_worker_takes_as_much_as_its_room_says(libraries, room):
     class Counting(HostGpu):
-        on_host = on_gpu = 0
+        on_gpu = 0
 
         def pinned(self, size):
-            self.on_host += size
-            return np.zeros(size, np.uint8)
+            self.block = super().pinned(size)
+            return self.block
 
         def empty(self, size):
             self.on_gpu += size
             return Memory(np.zeros(size, np.uint8))
 
     gpu = Counting(libraries)
-    CudaWorker(gpu, room)
-    assert gpu.on_host <= room.host_bytes
+    worker = CudaWorker(gpu, room)
+    assert gpu.locked == [room.host_bytes]
     assert gpu.on_gpu <= room.gpu_bytes + 8
+    pipeline = worker._pipeline
+    parts = [*pipeline._host_bins, *(totals.host_summary for totals in pipeline._totals)]
+    for slot in pipeline._slots:
+        parts += [*slot.host_sides, slot.host_tiles, slot.host_mask, slot.host_sums]
+    starts = [part.ctypes.data - gpu.block.ctypes.data for part in parts]
+    assert all(start % ALIGN == 0 for start in starts)
+    ends = [start + -(-part.size // ALIGN) * ALIGN for start, part in zip(starts, parts, strict=True)]
+    assert sorted(starts) == [0, *sorted(ends)[:-1]]  # one behind the other, and none within another
+    assert max(ends) == room.host_bytes
 
 
 def test_room_is_fitted_to_memory_and_threads():
@@ -208,8 +233,97 @@ def test_a_read_that_fails_is_reported_and_leaves_nothing_under_way(libraries, t
     with pytest.raises(ChangedFileError) as caught:
         worker.scan(scan, Short(base.view(np.uint8), tuned.view(np.uint8), 500_000), Partial())
     assert caught.value.found == (2 << 17, 3 << 17)
-    assert not any(callable(action) for stream in gpu._streams for action in stream)
+    assert gpu.queued == 0
     check(worker, scan, base, tuned)
+
+
+@pytest.fixture
+def failing(libraries, monkeypatch):
+    """A worker on a device, of which one method raises an error when it is called for the nth time from now on."""
+
+    def make(method, nth, error):
+        gpu = HostGpu(libraries, nth, processors=1)
+        worker, real, left = CudaWorker(gpu, SMALL), getattr(gpu, method), iter(range(nth))
+
+        def call(*args):
+            if next(left, None) is None:
+                raise error
+            return real(*args)
+
+        monkeypatch.setattr(gpu, method, call)
+        return gpu, worker, lambda: monkeypatch.setattr(gpu, method, real)
+
+    return make
+
+
+CALLS = {
+    "upload": (1, 7),
+    "clear": (1,),
+    "launch": (0, 2, 4),
+    "record": (0, 5),
+    "wait": (3,),
+    "download": (1, 9),
+    "synchronize": (0, 3),
+}
+"""Methods of a device, and which of their calls fail: in the first launch, with one under way, and with two."""
+
+
+@pytest.mark.parametrize("error", [DeviceError("the GPU failed: CUDA_ERROR_LAUNCH_FAILED"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    ("method", "nth"),
+    [(method, nth) for method, calls in CALLS.items() for nth in calls],
+)
+def test_whatever_fails_nothing_is_left_under_way(failing, method, nth, error):
+    gpu, worker, mended = failing(method, nth, error)
+    base, tuned = sides(BF16, BF16, (3 << 17) + 5)
+    scan = Scan(BF16, BF16, BF16, EPS, 1e-3, Rule.ABOVE, 1e-5, want_mask=True)
+    with pytest.raises(type(error)) as caught:
+        worker.scan(scan, source(base, tuned), Partial())
+    assert caught.value is error
+    assert gpu.queued == 0
+    mended()
+    check(worker, scan, base, tuned)
+
+
+def test_the_first_error_is_reported(failing, monkeypatch):
+    gpu, worker, _ = failing("launch", 2, DeviceError("the first"))
+    finished = []
+
+    def finish(stream):
+        finished.append(stream)
+        raise DeviceError("sticky")
+
+    monkeypatch.setattr(gpu, "finish", finish)
+    with pytest.raises(DeviceError, match="the first"):
+        worker.scan(Scan(BF16, BF16, BF16, EPS), source(*sides(BF16, BF16, 4 << 17)), Partial())
+    assert len(finished) == 3
+
+
+def test_figures_that_cannot_be_taken_leave_nothing_under_way(libraries, small_tensors, monkeypatch):
+    gpu = HostGpu(libraries, processors=1)
+    worker, places = CudaWorker(gpu, Room(8 << 15, 8)), small_tensors[0]
+    scan = Scan(BF16, BF16, BF16, EPS_OF_RUNS, want_mask=True)
+
+    def fail(*args):
+        gpu.record(worker._pipeline.up)  # so that something is queued, whatever this device has done already
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("ckptdiff.backends.cuda.small.take_whole", fail)
+    with pytest.raises(ZeroDivisionError):
+        small_rows(worker, scan, places)
+    assert gpu.queued == 0
+
+
+def test_a_pass_that_is_given_up_leaves_nothing_under_way(libraries):
+    gpu = HostGpu(libraries, processors=1)
+    worker = CudaWorker(gpu, SMALL)
+    scan = Scan(BF16, BF16, BF16, EPS)
+    jobs = worker._jobs(scan, source(*sides(BF16, BF16, 5 << 17)))
+    landings = worker._pipeline.carry_out(worker._scan_work(scan, 0), jobs)
+    next(landings)
+    gpu.record(worker._pipeline.up)
+    landings.close()
+    assert gpu.queued == 0
 
 
 def test_the_benchmark_runs(libraries, tmp_path, monkeypatch):

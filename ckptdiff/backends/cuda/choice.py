@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 from importlib.metadata import distributions
+from typing import Any
 
 from ckptdiff.backends.cuda.gpu import CupyGpu, failure
 from ckptdiff.errors import DeviceError
@@ -26,7 +28,7 @@ def find_gpu(index: int) -> CupyGpu:
     Raises
     ------
     DeviceError
-        If there is no driver, no CuPy or too many, no NVRTC, or no such GPU.
+        If there is no driver, no CuPy or too many, one that does not load, or no such GPU.
     """
     if importlib.util.find_spec("cupy") is None:
         raise DeviceError("CuPy is not installed, which the CUDA backend needs", hint=_INSTALL)
@@ -45,12 +47,28 @@ def find_gpu(index: int) -> CupyGpu:
             "there is no NVIDIA driver on this machine (libcuda.so.1)",
             hint="--device cpu, or install the driver; in a container, start it with access to the GPU",
         ) from None
+    cupy = _import_cupy(packages)
     try:
-        import cupy
-
         count = int(cupy.cuda.runtime.getDeviceCount())
     except (ImportError, RuntimeError, OSError) as error:
         raise failure(error, ", ".join(packages)) from error
     if index >= count:
         raise DeviceError("there is no such GPU", expected=f"cuda:0 to cuda:{count - 1}", found=f"cuda:{index}")
     return CupyGpu(index)
+
+
+def _import_cupy(packages: list[str]) -> Any:
+    """Import CuPy, which makes a folder for a cache of its own; nothing of ours goes there."""
+    try:
+        return importlib.import_module("cupy")
+    except OSError as error:
+        if error.filename is None:  # a library that does not load
+            raise failure(error, ", ".join(packages)) from error
+        raise DeviceError(
+            "CuPy cannot make its cache folder, and is not imported without it",
+            file=error.filename,
+            found=error.strerror,
+            hint="CUPY_CACHE_DIR=FOLDER in the environment, a folder that can be written to",
+        ) from error
+    except (ImportError, RuntimeError) as error:
+        raise failure(error, ", ".join(packages)) from error

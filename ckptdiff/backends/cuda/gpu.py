@@ -13,17 +13,13 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 import numpy as np
 
-from ckptdiff.backends.cuda.source import kernel_options, kernel_source
+from ckptdiff.backends.cuda.compiled import architecture_for, compiled_kernels
+from ckptdiff.backends.cuda.source import KERNEL_NAMES, THREADS
 from ckptdiff.backends.formats import Formats
 from ckptdiff.backends.source import ByteArray
 from ckptdiff.errors import CkptdiffError, DeviceError
 
-__all__ = ["THREADS", "CupyGpu", "Gpu"]
-
-THREADS = 512
-"""Threads of a block, as the kernels are compiled."""
-
-KERNEL_NAMES = ("scan", "refine", "harvest", "place_ties", "take_ties")
+__all__ = ["CupyGpu", "Gpu", "failure"]
 
 Buffer = Any
 """Bytes in GPU memory. Slicing gives a part of it."""
@@ -32,14 +28,14 @@ Event = Any
 
 
 class Gpu(Protocol):
-    """Queues work. All methods return at once but ``synchronize`` and those that allocate."""
+    """Queues work. All methods return at once but ``synchronize``, ``finish`` and those that allocate."""
 
     @property
     def processors(self) -> int:
         """Multiprocessors."""
 
     def pinned(self, size: int) -> ByteArray:
-        """Host memory that copies can use without waiting."""
+        """Page-locked host memory, which copies can use without waiting; MemoryError if there is not enough."""
 
     def empty(self, size: int) -> Buffer:
         """GPU memory, holding anything; MemoryError if there is not enough."""
@@ -68,6 +64,9 @@ class Gpu(Protocol):
     def synchronize(self, event: Event) -> None:
         """Wait until it has happened."""
 
+    def finish(self, stream: Stream) -> None:
+        """Wait until all that is queued in it is done."""
+
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -81,24 +80,50 @@ def _reported(method: Method) -> Method:
             return method(self, *args)
         except (MemoryError, CkptdiffError):
             raise
-        except (RuntimeError, ImportError, OSError, self.cupy.cuda.compiler.CompileException) as error:
+        except (RuntimeError, ImportError, OSError) as error:
             raise failure(error, self.name) from error
 
     return cast(Method, call)
 
 
+_OUT_OF_MEMORY = ("memoryallocation", "outofmemory")
+_HINTS = {
+    _OUT_OF_MEMORY: "close what else uses the GPU, or --gpu-memory with a smaller size, or fewer --threads",
+    ("insufficientdriver", "newerdriver", "drivermismatch", "compatnotsupported"): (
+        "update the NVIDIA driver, or install ckptdiff[cuda12] for an older one"
+    ),
+    ("nokernelimage", "nobinaryforgpu", "invalidimage", "invaliddevicefunction", "ptx", "jitcompiler"): (
+        "update the NVIDIA driver, which must be as new as NVRTC; or --device cpu"
+    ),
+    ("nodevice", "invaliddevice"): (
+        "--device cpu, or see whether nvidia-smi lists a GPU, and CUDA_VISIBLE_DEVICES allows it"
+    ),
+    ("deviceunavailable", "devicesunavailable"): (
+        "see with nvidia-smi whether another process has the GPU to itself; or --device cpu"
+    ),
+    ("systemnotready",): "start NVIDIA's fabric manager, which GPUs behind an NVSwitch need; or --device cpu",
+    ("launch", "illegal", "misaligned", "invalidpc", "invalidaddressspace", "stackerror", "errorassert"): (
+        "run it again, as a process in which this happened cannot use the GPU any more; "
+        "if it happens again, --device cpu, and report this"
+    ),
+    ("nvrtc",): "pip install 'ckptdiff[cuda13]' (or cuda12), which brings NVRTC",
+    ("import", "nomodule", "cannotopenshared"): "install CuPy anew, just one of ckptdiff[cuda13] and ckptdiff[cuda12]",
+}
+"""What helps, by what is found in errors of the runtime, the driver and the compiler, in lower case without _."""
+
+
 def failure(error: BaseException, device: str) -> DeviceError:
     """What went wrong on a device, and what helps."""
-    text = str(error)
-    hints = {
-        "cudaErrorInsufficientDriver": "update the NVIDIA driver, or install ckptdiff[cuda12] for an older one",
-        "cudaErrorNoDevice": "--device cpu, or see whether nvidia-smi lists a GPU",
-        "cudaErrorMemoryAllocation": "close what else uses the GPU, or --gpu-memory with a smaller size",
-        "nvrtc": "pip install 'ckptdiff[cuda13]' (or cuda12), which brings NVRTC",
-    }
-    hint = next((hint for sign, hint in hints.items() if sign in text), "--device cpu, and see nvidia-smi and dmesg")
-    reason = text.splitlines()[0] if text else type(error).__name__
-    return DeviceError(f"the GPU failed: {reason}", found=device, hint=hint)
+    lines = [line for line in str(error).splitlines() if line.strip(" =")]  # CuPy frames some in lines of =
+    known = (hint for signs, hint in _HINTS.items() if _says(error, signs))
+    hint = next(known, "--device cpu, and see nvidia-smi and dmesg")
+    return DeviceError(f"the GPU failed: {lines[0] if lines else type(error).__name__}", found=device, hint=hint)
+
+
+def _says(error: BaseException, signs: tuple[str, ...]) -> bool:
+    """Whether an error has one of these names: cudaErrorIllegalAddress and CUDA_ERROR_ILLEGAL_ADDRESS are the same."""
+    text = str(error).lower().replace("_", "").replace(" ", "")
+    return any(sign in text for sign in signs)
 
 
 class CupyGpu:
@@ -137,8 +162,15 @@ class CupyGpu:
 
     @_reported
     def pinned(self, size: int) -> ByteArray:
-        """Page-locked host memory."""
-        return np.frombuffer(self.cupy.cuda.alloc_pinned_memory(size), np.uint8, size)
+        """Page-locked host memory, as much as was asked for: CuPy's pool would take up to twice of it."""
+        cuda = self.cupy.cuda
+        try:
+            memory = cuda.PinnedMemory(size, cuda.runtime.hostAllocPortable)
+        except RuntimeError as error:
+            if _says(error, _OUT_OF_MEMORY):
+                raise MemoryError(f"{size >> 20} MiB of host memory cannot be page-locked") from error
+            raise
+        return np.frombuffer(cuda.PinnedMemoryPointer(memory, 0), np.uint8, size)
 
     @_reported
     def empty(self, size: int) -> Buffer:
@@ -169,9 +201,7 @@ class CupyGpu:
     def launch(self, formats: Formats, kernel: str, blocks: int, args: Sequence[Any], stream: Stream) -> None:
         """Launch a kernel, compiled on first use."""
         threads = 1 if kernel == "place_ties" else THREADS
-        function = self._function(formats, kernel)
-        with stream:
-            function((blocks,), (threads,), tuple(args))
+        self._function(formats, kernel)((blocks,), (threads,), tuple(args), 0, stream)
 
     @_reported
     def record(self, stream: Stream) -> Event:
@@ -191,6 +221,11 @@ class CupyGpu:
         event.synchronize()
 
     @_reported
+    def finish(self, stream: Stream) -> None:
+        """Wait on the host for a whole stream."""
+        stream.synchronize()
+
+    @_reported
     def free_memory(self) -> tuple[int, int]:
         """Bytes that are free, and bytes there are."""
         free, total = self.cupy.cuda.runtime.memGetInfo()
@@ -200,7 +235,9 @@ class CupyGpu:
         key = (self.index, formats)
         with self._compiling:
             if key not in self._modules:
-                options = (*kernel_options(*formats), f"-DTHREADS={THREADS}")
-                module = self.cupy.RawModule(code=kernel_source(), options=options)
+                architecture = architecture_for(int(self.properties["major"]), int(self.properties["minor"]))
+                base, tuned, compare = formats
+                module = self.cupy.cuda.Module()
+                module.load(compiled_kernels(architecture, (base.name, tuned.name, compare.name)))
                 self._modules[key] = {kernel: module.get_function(kernel) for kernel in KERNEL_NAMES}
             return self._modules[key][kernel]

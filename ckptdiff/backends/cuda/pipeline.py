@@ -9,7 +9,8 @@ Tables of bins are only touched by the run stream, one launch after the other.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.backends.cuda.gpu import Gpu
 from ckptdiff.backends.cuda.layout import RECORD, TILE, TILE_RECORD
-from ckptdiff.backends.cuda.slots import ALIGN, ENTRIES, SLOTS, Room, Slot, Totals, view_of
+from ckptdiff.backends.cuda.slots import ALIGN, ENTRIES, SLOTS, HostBlock, Room, Slot, Totals, view_of
 from ckptdiff.backends.formats import Formats
 from ckptdiff.backends.partial import Sum
 
@@ -120,13 +121,17 @@ class Pipeline:
     def __init__(self, gpu: Gpu, room: Room) -> None:
         self.gpu, self.room = gpu, room
         self.up, self.run, self.down = gpu.stream(), gpu.stream(), gpu.stream()
-        self._slots = [Slot(gpu, room) for _ in range(SLOTS)]
-        self._totals = [Totals(gpu, room) for _ in range(SLOTS)]
+        block = HostBlock(gpu, room)
+        self._slots = [Slot(gpu, room, block) for _ in range(SLOTS)]
+        self._totals = [Totals(gpu, room, block) for _ in range(SLOTS)]
         self._bins = gpu.empty(room.bins * 8)
-        self._host_bins = gpu.pinned(ENTRIES * 4), gpu.pinned(ENTRIES * 8)
+        self._host_bins = block.take(ENTRIES * 4), block.take(ENTRIES * 8)
 
-    def carry_out(self, work: Work, jobs: Iterable[Job]) -> Iterator[Landed]:
+    def carry_out(self, work: Work, jobs: Iterable[Job]) -> Generator[Landed, None, None]:
         """Launch job after job; yield what comes of each, in order.
+
+        However that ends, by an error, an interrupt or a generator that is closed, nothing is left under way: buffers
+        may go to someone whose work waits for none of these streams.
 
         Parameters
         ----------
@@ -147,9 +152,15 @@ class Pipeline:
                 under_way.append(flight)
             while under_way:
                 yield self._land(under_way.popleft(), work)
-        finally:
-            for flight in under_way:  # given up: nothing may still use the buffers
-                self.gpu.synchronize(flight.slot.done)
+        except BaseException:
+            self._drain()
+            raise
+
+    def _drain(self) -> None:
+        """Wait for all that is queued; what fails on the way follows from what is being reported."""
+        for stream in (self.up, self.run, self.down):
+            with suppress(Exception):
+                self.gpu.finish(stream)
 
     def _read(self, flight: _Flight, work: Work) -> None:
         """Read the parts of a job into its slot, and note its tiles."""

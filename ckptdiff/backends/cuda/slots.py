@@ -12,7 +12,7 @@ from ckptdiff.backends.partial import BINS, Sum
 from ckptdiff.backends.source import ByteArray
 from ckptdiff.errors import PlanError
 
-__all__ = ["ALIGN", "ENTRIES", "SLOTS", "Room", "Slot", "Totals", "fit_room", "view_of"]
+__all__ = ["ALIGN", "ENTRIES", "SLOTS", "HostBlock", "Room", "Slot", "Totals", "fit_room", "view_of"]
 
 SLOTS = 2
 """Launches under way: while one is read, the one before is on its way."""
@@ -49,20 +49,21 @@ class Room:
 
     @property
     def host_bytes(self) -> int:
-        """Pinned memory."""
-        of_slot = (
-            2 * self.side_bytes
-            + self.mask_bytes
-            + self.tiles * (TILE_RECORD.itemsize + 8 * _COLUMNS)
-            + self.summary_bytes
-        )
-        return SLOTS * of_slot + ENTRIES * _ENTRY
+        """Page-locked memory, taken as one block (:class:`HostBlock`)."""
+        of_slot = sum(map(_aligned, (*self.of_slot, self.summary_bytes)))
+        return SLOTS * of_slot + _aligned(ENTRIES * 4) + _aligned(ENTRIES * 8)
 
     @property
     def gpu_bytes(self) -> int:
         """GPU memory."""
-        of_slot = 2 * self.side_bytes + self.mask_bytes + self.tiles * (TILE_RECORD.itemsize + 8 * _COLUMNS + 8)
+        of_slot = sum(self.of_slot) + self.tiles * 8
         return SLOTS * (of_slot + self.summary_bytes + _MOST_ENTRIES * _ENTRY) + self.bins * 8
+
+    @property
+    def of_slot(self) -> tuple[int, int, int, int, int]:
+        """Bytes of base, tuned side, tiles, mask and sums of a launch, on the host and on the GPU."""
+        sides = self.side_bytes, self.side_bytes
+        return *sides, self.tiles * TILE_RECORD.itemsize, self.mask_bytes, self.tiles * 8 * _COLUMNS
 
     @property
     def bins(self) -> int:
@@ -143,16 +144,29 @@ def fit_room(budget: int, threads: int) -> tuple[Room, int]:
     return room, fitting
 
 
+class HostBlock:
+    """The page-locked memory of a pipeline, handed out part after part; once the pipeline is made, none is left.
+
+    One block, since each that is locked takes whole pages and a call of the driver.
+    """
+
+    def __init__(self, gpu: Gpu, room: Room) -> None:
+        self._left = gpu.pinned(room.host_bytes)
+
+    def take(self, size: int) -> ByteArray:
+        """The next part, which starts at a multiple of ``ALIGN``."""
+        part, self._left = self._left[:size], self._left[_aligned(size) :]
+        return part
+
+
 class Slot:
     """What goes up for one launch, and what comes down of each: on the host, and under the same name on the GPU."""
 
-    def __init__(self, gpu: Gpu, room: Room) -> None:
-        sums, tiles = room.tiles * 8 * _COLUMNS, room.tiles * TILE_RECORD.itemsize
-        self.host_sides = gpu.pinned(room.side_bytes), gpu.pinned(room.side_bytes)
-        self.sides = gpu.empty(room.side_bytes), gpu.empty(room.side_bytes)
-        self.host_tiles, self.tiles = gpu.pinned(tiles), gpu.empty(tiles)
-        self.host_mask, self.mask = gpu.pinned(room.mask_bytes), gpu.empty(room.mask_bytes)
-        self.host_sums, self.sums = gpu.pinned(sums), gpu.empty(sums)
+    def __init__(self, gpu: Gpu, room: Room, block: HostBlock) -> None:
+        base, tuned, *others = map(block.take, room.of_slot)
+        self.host_sides, (self.host_tiles, self.host_mask, self.host_sums) = (base, tuned), others
+        base, tuned, *others = map(gpu.empty, room.of_slot)
+        self.sides, (self.tiles, self.mask, self.sums) = (base, tuned), others
         self.first_ties = gpu.empty(room.tiles * 8)
         self.done: Event = None
         """When all that was queued with this slot is done: host and GPU may use it again."""
@@ -161,8 +175,8 @@ class Slot:
 class Totals:
     """What a group of launches leaves once it is complete."""
 
-    def __init__(self, gpu: Gpu, room: Room) -> None:
-        self.host_summary, self.summary = gpu.pinned(room.summary_bytes), gpu.empty(room.summary_bytes)
+    def __init__(self, gpu: Gpu, room: Room, block: HostBlock) -> None:
+        self.host_summary, self.summary = block.take(room.summary_bytes), gpu.empty(room.summary_bytes)
         self.places = gpu.empty(room.most_entries * 4)
         self.counts = gpu.empty(room.most_entries * 8)
 
@@ -180,6 +194,10 @@ class Totals:
         """On the host: how many bins are not empty, and the records."""
         found = int(self.host_summary[:4].view(np.uint32)[0])
         return found, self.host_summary[ALIGN : ALIGN + records * RECORD.itemsize].view(RECORD)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
 
 
 def view_of(buffer: ByteArray, dtype: np.dtype, count: int) -> np.ndarray:

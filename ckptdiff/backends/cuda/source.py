@@ -1,4 +1,4 @@
-"""The kernels' source, as one text for NVRTC."""
+"""The kernels' source, as one text for NVRTC, and the options that it is compiled with."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
-from ckptdiff.backends.formats import FORMATS, Format
-from ckptdiff.errors import DeviceError
+from ckptdiff.backends.formats import Format
 
-__all__ = ["NAMES", "compile_kernels", "kernel_folder", "kernel_options", "kernel_source"]
+__all__ = ["KERNEL_NAMES", "NAMES", "THREADS", "kernel_folder", "kernel_options", "kernel_source"]
 
 KERNELS = ("harvest", "refine", "scan", "ties")
+KERNEL_NAMES = ("scan", "refine", "harvest", "place_ties", "take_ties")
+"""What can be launched."""
 NAMES = {"bf16": "Bf16", "f16": "F16", "f32": "F32", "f64": "F64", "f8_e4m3": "E4m3", "f8_e5m2": "E5m2"}
 """What the source calls each format."""
+THREADS = 512
+"""Threads of a block, as the kernels are compiled."""
+_EXACT = ("-ftz=false", "-prec-div=true", "-prec-sqrt=true")
+"""Subnormal numbers stay what they are: most codes of float8 become subnormal float32 on the way to their values."""
 
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 
@@ -26,7 +31,7 @@ def kernel_folder() -> Path:
 
 
 def kernel_source(folder: Path | None = None) -> str:
-    """All kernels in one text: CuPy names its cache after this text, and would not see a change in an included file.
+    """All kernels in one text, which includes nothing: NVRTC needs no folder of headers, and a hash of it sees all.
 
     Raises
     ------
@@ -47,37 +52,7 @@ def kernel_source(folder: Path | None = None) -> str:
 
 
 def kernel_options(base: Format, tuned: Format, compare: Format) -> tuple[str, ...]:
-    """Compiler options that choose the formats."""
+    """Options of NVRTC, and of nvcc, but for the architecture."""
     chosen = (("BASE", base), ("TUNED", tuned), ("COMPARE", compare))
-    return ("-std=c++17", *(f"-D{side}={NAMES[format.name]}" for side, format in chosen))
-
-
-def compile_kernels(architecture: str, names: tuple[str, str, str] = ("bf16", "bf16", "bf16")) -> bytes:
-    """Machine code of the kernels for one pair of formats, by NVRTC; needs CuPy, and no GPU.
-
-    Parameters
-    ----------
-    architecture : str
-        Such as "sm_90".
-    names : (base, tuned, compare)
-        Formats.
-
-    Raises
-    ------
-    ImportError, RuntimeError
-        If CuPy or NVRTC is missing.
-    DeviceError
-        If the kernels do not compile.
-    """
-    from cupy_backends.cuda.libs import nvrtc
-
-    program = nvrtc.createProgram(kernel_source(), "kernels.cu", (), ())
-    try:
-        options = kernel_options(*(FORMATS[name] for name in names))
-        nvrtc.compileProgram(program, (*options, f"-arch={architecture}"))
-        return bytes(nvrtc.getCUBIN(program))
-    except nvrtc.NVRTCError as error:
-        log = nvrtc.getProgramLog(program)
-        raise DeviceError(f"the kernels do not compile for {architecture}: {error}", found=log) from error
-    finally:
-        nvrtc.destroyProgram(program)
+    formats = (f"-D{side}={NAMES[format.name]}" for side, format in chosen)
+    return ("-std=c++17", *_EXACT, f"-DTHREADS={THREADS}", *formats)

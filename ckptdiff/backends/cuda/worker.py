@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial as bind
 from typing import Any
 
@@ -58,13 +59,14 @@ class CudaWorker:
         mask = self._room_for_mask(source.numel if scan.want_mask else 0)
         work = self._scan_work(scan, first_tie)
         sums, written = [], 0
-        for landed in self._pipeline.carry_out(work, self._jobs(scan, source)):
-            sums.append(landed.sums[0].copy())
-            for bits in landed.masks:
-                mask[written : written + bits.size] = bits
-                written += bits.size
-            if landed.job.closes:
-                add_scanned(scan, source.numel, landed.records[0], np.concatenate(sums), landed.bins, partial)
+        with closing(self._pipeline.carry_out(work, self._jobs(scan, source))) as landings:
+            for landed in landings:
+                sums.append(landed.sums[0].copy())
+                for bits in landed.masks:
+                    mask[written : written + bits.size] = bits
+                    written += bits.size
+                if landed.job.closes:
+                    add_scanned(scan, source.numel, landed.records[0], np.concatenate(sums), landed.bins, partial)
         return mask if scan.want_mask else None
 
     def scan_small(
@@ -88,15 +90,16 @@ class CudaWorker:
         group, sums, at = next(waiting), list[NDArray[np.float64]](), 0
         try:
             all_jobs = (job for one in jobs for job in one.jobs)
-            for landed in self._pipeline.carry_out(self._scan_work(scan, 0), all_jobs):
-                for part, bits in zip(landed.job.parts, landed.masks, strict=False):
-                    first = int(starts[group.rows[part.record]]) + (0 if landed.job.opens else at)
-                    mask[first : first + bits.size] = bits
-                    at = bits.size + (0 if landed.job.opens else at)
-                sums += [tiles.copy() for tiles in landed.sums]
-                if landed.job.closes:
-                    rows.take(group, sums, landed, self._small)
-                    group, sums = next(waiting, group), []
+            with closing(self._pipeline.carry_out(self._scan_work(scan, 0), all_jobs)) as landings:
+                for landed in landings:
+                    for part, bits in zip(landed.job.parts, landed.masks, strict=False):
+                        first = int(starts[group.rows[part.record]]) + (0 if landed.job.opens else at)
+                        mask[first : first + bits.size] = bits
+                        at = bits.size + (0 if landed.job.opens else at)
+                    sums += [tiles.copy() for tiles in landed.sums]
+                    if landed.job.closes:
+                        rows.take(group, sums, landed, self._small)
+                        group, sums = next(waiting, group), []
         except UnreadableError as error:
             return error.row, mask, starts
         return len(places), mask, starts
@@ -104,10 +107,12 @@ class CudaWorker:
     def refine(self, scan: Scan, targets: Targets, source: Source, refined: Refined) -> None:
         """Look for open cuts in a span; see :meth:`ckptdiff.backends.cpu.CpuWorker.refine`."""
         sums = []
-        for landed in self._pipeline.carry_out(self._refine_work(scan, targets), self._jobs(scan, source)):
-            sums.append(landed.sums[0].copy())
-            if landed.job.closes:
-                add_refined(targets, source.numel, landed.records[0], np.concatenate(sums), landed.bins, refined)
+        work = self._refine_work(scan, targets)
+        with closing(self._pipeline.carry_out(work, self._jobs(scan, source))) as landings:
+            for landed in landings:
+                sums.append(landed.sums[0].copy())
+                if landed.job.closes:
+                    add_refined(targets, source.numel, landed.records[0], np.concatenate(sums), landed.bins, refined)
 
     def _scan_work(self, scan: Scan, first_tie: int) -> Work:
         settings, formats, gpu, run = scan_settings(scan), _formats(scan), self._gpu, self._pipeline.run
@@ -157,7 +162,7 @@ class CudaWorker:
 
 
 def open_pipeline(gpu: Gpu, room: Room) -> Pipeline:
-    """Take room on the GPU, less where there is not as much.
+    """Take room on the GPU and on the host, less where there is not as much.
 
     Raises
     ------
@@ -166,14 +171,21 @@ def open_pipeline(gpu: Gpu, room: Room) -> Pipeline:
     """
     wanted: Room | None = room
     while wanted is not None:
+        on_gpu, on_host = wanted.gpu_bytes >> 20, wanted.host_bytes >> 20
         try:
             return Pipeline(gpu, wanted)
-        except MemoryError:
-            smaller = wanted.halved()
-            logger.warning("%d MiB of GPU memory are not free; trying with half", wanted.gpu_bytes >> 20)
-            wanted = smaller
+        except MemoryError as error:
+            wanted, found = wanted.halved(), str(error)
+        if wanted is not None:
+            logger.warning(
+                "%d MiB of GPU memory are not free, or %d MiB of host memory cannot be page-locked; trying with half",
+                on_gpu,
+                on_host,
+            )
     raise DeviceError(
-        "there is too little free GPU memory",
+        "there is too little free GPU memory, or host memory that can be page-locked",
+        expected=f"{on_gpu} MiB, and {on_host} MiB",
+        found=found or None,
         hint="close what else uses the GPU (nvidia-smi lists it), fewer --threads, or --device cpu",
     )
 

@@ -17,5 +17,6 @@ LAUNCHER(place_ties)
 LAUNCHER(take_ties)
 
 extern "C" {
+void set_flush_to_zero(bool flush) { on_host::flush_to_zero = flush; }
 extern const unsigned layout_sizes[] = {sizeof(Tile), sizeof(Record), sizeof(ScanSettings), sizeof(Search)};
 }
