@@ -3,6 +3,7 @@
     python bench/make_pair.py 2GiB /tmp/pair              # bf16, Llama-shaped
     python bench/make_pair.py 1875MiB /tmp/tiny --tensors tiny   # 30,000 tensors of 64 KiB
     python bench/make_pair.py 2GiB /tmp/mixed --dtype mixed      # fp32 base, bf16 tuned
+    python bench/make_pair.py 16GiB /dev/shm/pair --processes 12 # several shards at a time, the same bytes
 
 OUT/base and OUT/tuned each get several shards and an index. SIZE is the base side's data. Weights are
 normal * 0.02. `--changed` of the coordinates (none in norms) move by 1 to 4 bf16 steps in either direction,
@@ -10,7 +11,7 @@ independently: the hardest mask to compress at that density. Masters in fp32 lie
 one of them also moves by less than 3 % of a bf16 step, as fp32 training does.
 
 Random numbers come from tiles that are cut at random places and rescaled for each chunk, so that a pair is
-written at disk speed and yet no stretch of weights repeats.
+written at disk speed and yet no stretch of weights repeats. Each shard draws its cuts from a seed of its own.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -100,9 +102,9 @@ def llama_entries(numel: int, shape: tuple[int, int] | None = None) -> list[Entr
     return [*found, Entry("lm_head.weight", (vocab, hidden))]
 
 
-def tiny_entries(numel: int, itemsize: int) -> list[Entry]:
-    """Per-expert tensors of 64 KiB each, 64 experts a layer."""
-    each = 65536 // itemsize
+def tiny_entries(numel: int, itemsize: int, tensor_bytes: int = 65536) -> list[Entry]:
+    """Per-expert tensors of 64 KiB each or of another multiple of 1 KiB, 64 experts a layer."""
+    each = tensor_bytes // itemsize
     names = (
         f"model.layers.{i // 192}.mlp.experts.{i // 3 % 64}.{('gate', 'up', 'down')[i % 3]}_proj.weight"
         for i in range(max(1, numel // each))
@@ -150,6 +152,7 @@ class Weights:
     """An endless supply of base and tuned values, cut from seeded tiles."""
 
     def __init__(self, seed: int, changed: float, dtype: str) -> None:
+        self.seed = seed
         self.rng = np.random.Generator(np.random.SFC64(seed))
         self.sides = SIDES[dtype]
         tile = self.rng.standard_normal(TILE, dtype=np.float32)
@@ -164,6 +167,10 @@ class Weights:
         else:
             jitter = self.rng.integers(-JITTER, JITTER, TILE, dtype=np.int32, endpoint=True)
             self.moves = ((steps << 16) + jitter).view(np.uint32)
+
+    def begin_shard(self, number: int) -> None:
+        """Draw from here on what belongs to a shard, whatever was drawn before."""
+        self.rng = np.random.Generator(np.random.SFC64([self.seed, number]))
 
     def chunks(self, entry: Entry) -> Iterator[tuple[bytes | memoryview, bytes | memoryview]]:
         """Yield the bytes of both sides of a tensor, a chunk at a time."""
@@ -202,10 +209,13 @@ def make_pair(
     seed: int = 0,
     changed: float = 0.1,
     shape: tuple[int, int] | None = None,
+    tensor_bytes: int = 65536,
+    processes: int = 1,
 ) -> int:
     """Write the pair to `out/base` and `out/tuned`; return the bytes of tensor data on both sides.
 
-    `shape` is as for :func:`llama_entries`.
+    `shape` is as for :func:`llama_entries`, `tensor_bytes` as for :func:`tiny_entries`. The pair is the same for any
+    number of processes.
 
     Raises
     ------
@@ -214,7 +224,7 @@ def make_pair(
     """
     itemsize = ITEMSIZE[SIDES[dtype][0]]
     numel = size // itemsize
-    entries = llama_entries(numel, shape) if tensors == "llama" else tiny_entries(numel, itemsize)
+    entries = llama_entries(numel, shape) if tensors == "llama" else tiny_entries(numel, itemsize, tensor_bytes)
     folders = [out / "base", out / "tuned"]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
@@ -222,17 +232,41 @@ def make_pair(
             raise SystemExit(f"{folder} is not empty")
     weights = Weights(seed, changed, dtype)
     shards = split_shards(entries, max(3, -(-size // (2 << 30))))
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys((entry.name for entry in shard), name)
-        with (folders[0] / name).open("wb") as base, (folders[1] / name).open("wb") as tuned:
-            write_shard((base, tuned), shard, weights)
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+
+    def write(number: int) -> None:
+        weights.begin_shard(number)
+        with (folders[0] / names[number]).open("wb") as base, (folders[1] / names[number]).open("wb") as tuned:
+            write_shard((base, tuned), shards[number], weights)
+
+    if processes == 1:
+        for number in range(len(shards)):
+            write(number)
+    else:
+        _forked(write, len(shards), processes)
+    weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
     numel = sum(entry.numel for entry in entries)
     for folder, side in zip(folders, weights.sides, strict=True):
         index = {"metadata": {"total_size": numel * ITEMSIZE[side]}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     return numel * sum(ITEMSIZE[side] for side in weights.sides)
+
+
+def _forked(write: Callable[[int], None], shards: int, processes: int) -> None:
+    """Write shards in processes that share the tiles of this one."""
+    context = multiprocessing.get_context("fork")
+
+    def take_turns(first: int) -> None:
+        for number in range(first, shards, processes):
+            write(number)
+
+    running = [context.Process(target=take_turns, args=(first,)) for first in range(min(processes, shards))]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    if any(process.exitcode for process in running):
+        raise SystemExit(f"writing shards ended with {[process.exitcode for process in running]}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -242,6 +276,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path, help="folder that gets base/ and tuned/")
     parser.add_argument("--dtype", choices=SIDES, default="bf16", help="mixed: fp32 base, bf16 tuned")
     parser.add_argument("--tensors", choices=("llama", "tiny"), default="llama", help="tiny: 64 KiB each")
+    parser.add_argument("--tensor-bytes", type=parse_size, default=65536, help="of each tiny tensor, another size")
+    parser.add_argument("--processes", type=int, default=1, help="write so many shards at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--changed", type=float, default=0.1, help="share of coordinates moved")
     options = parser.parse_args(argv)

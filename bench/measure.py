@@ -60,6 +60,13 @@ def run(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> 
         return Run(seconds, peak_rss, out.read().decode())
 
 
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file that is whole at any moment: the new one takes the place of the old one at once."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    beside.replace(path)
+
+
 def drop_cache(paths: Iterable[Path]) -> None:
     """Drop the files from the page cache; what is still to be written is written first."""
     for path in paths:
@@ -123,6 +130,18 @@ def table(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
         padded = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
         lines.append("  ".join(["", first.ljust(widths[0]), *padded]).rstrip())
     return "\n".join([title, *lines] if title else lines) + "\n"
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a table in Markdown, numbers to three digits; a column for every key that is in any row."""
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [heads, ["---"] * len(heads), *([_cell(row.get(head)) for head in heads] for row in rows)]
+    return (
+        "\n".join(
+            "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines
+        )
+        + "\n"
+    )
 
 
 def _cell(value: Any) -> str:

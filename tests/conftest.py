@@ -32,6 +32,21 @@ for signum, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
     if signal.getsignal(signum) is signal.SIG_IGN:
         signal.signal(signum, usual)
 
+NEEDED = ("gpu", "nvrtc")
+"""Markers of tests that CKPTDIFF_NEED_GPU=1 does not let be skipped."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """With CKPTDIFF_NEED_GPU=1 a test that is skipped for want of a GPU, or of what compiles for one, has failed."""
+    report: Any = yield
+    needed = os.environ.get("CKPTDIFF_NEED_GPU") == "1" and any(item.get_closest_marker(name) for name in NEEDED)
+    if report.skipped and needed:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome, report.longrepr = "failed", f"CKPTDIFF_NEED_GPU=1, but: {reason}"
+    return report
+
+
 MakeDiff = Callable[..., Diff]
 _BYTES = {"BF16": 2, "F32": 4, "F16": 2, "I64": 8, "I32": 4, "U8": 1}
 _MODULES = {

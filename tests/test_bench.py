@@ -92,6 +92,21 @@ def test_pair_is_the_same_for_the_same_seed_alone(tmp_path):
     assert first == again != other
 
 
+def test_pair_is_the_same_by_any_number_of_processes(tmp_path):
+    from make_pair import make_pair
+
+    for processes in (1, 2, 3):
+        make_pair(200_000, tmp_path / str(processes), processes=processes)
+    names = sorted(path.relative_to(tmp_path / "1") for path in (tmp_path / "1").rglob("*.*"))
+    assert len(names) == 2 * (3 + 1)
+    for name in names:
+        assert len({(tmp_path / str(processes) / name).read_bytes() for processes in (1, 2, 3)}) == 1
+    shards = [read(tmp_path / "1" / side) for side in ("base", "tuned")]
+    whole = np.concatenate([tensor.ravel() for tensor in shards[0].values() if tensor.ndim == 2])
+    # No shard is a copy of another: hardly a value comes again at the same distance.
+    assert max((whole[:1000] == whole[at : at + 1000]).mean() for at in range(1000, whole.size - 1000, 97)) < 0.1
+
+
 @pytest.mark.parametrize(("dtype", "tuned_dtype"), [("fp32", np.dtype(np.float32)), ("mixed", BF16)])
 def test_wide_pairs_leave_the_bf16_grid_and_change_a_tenth_after_the_cast(tmp_path, dtype, tuned_dtype):
     from make_pair import make_pair
@@ -110,6 +125,8 @@ def test_tiny_tensors_have_64_kib_each(tmp_path):
     make_pair(20 << 16, tmp_path, tensors="tiny")
     sizes = [tensor.nbytes for tensor in read(tmp_path / "base").values()]
     assert sizes == [65536] * 20
+    make_pair(1200 << 9, tmp_path / "tinier", tensors="tiny", tensor_bytes=512)
+    assert [tensor.nbytes for tensor in read(tmp_path / "tinier" / "base").values()] == [512] * 1200
 
 
 def test_pair_does_not_overwrite(pair):

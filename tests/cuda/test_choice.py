@@ -122,6 +122,7 @@ def test_a_home_that_cannot_be_written_to_is_named(cupy_installed, monkeypatch):
     assert "CUPY_CACHE_DIR" in error.hint
 
 
+@pytest.mark.nvrtc
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is missing")
 def test_cupy_itself_where_home_cannot_be_written_to(tmp_path):
     (tmp_path / "file").touch()

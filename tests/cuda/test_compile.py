@@ -62,6 +62,7 @@ def nvrtc():
     return library
 
 
+@pytest.mark.nvrtc
 @pytest.mark.parametrize(
     ("architecture", "names"),
     [("sm_90", ("bf16", "bf16", "bf16")), ("sm_75", ("f8_e4m3", "f64", "f64")), ("sm_100", ("f16", "f16", "bf16"))],
@@ -84,6 +85,7 @@ INEXACT = re.compile(r"\b\w+(?:\.\w+)*\.(?:ftz|approx|full)(?:\.\w+)*")
 """An instruction that flushes subnormal numbers, or comes near a quotient or root only."""
 
 
+@pytest.mark.nvrtc
 def test_every_pair_is_compiled_to_exact_arithmetic(nvrtc):
     names = every_pair_of_formats()
     assert len(names) == 63
@@ -94,6 +96,7 @@ def test_every_pair_is_compiled_to_exact_arithmetic(nvrtc):
             assert INEXACT.findall(text) == [], pair
 
 
+@pytest.mark.nvrtc
 def test_arithmetic_that_is_not_exact_would_be_seen(nvrtc, monkeypatch):
     monkeypatch.setattr(compiled, "kernel_options", lambda *formats: (*kernel_options(*formats), "-ftz=true"))
     found = set(INEXACT.findall(compile_kernels("compute_90", ("f16", "f16", "f16")).decode()))

@@ -119,6 +119,7 @@ def test_a_gpu_lost_in_mid_run_ends_in_an_error(cupy):
             wait(lost)
 
 
+@pytest.mark.nvrtc
 def test_cupy_has_what_the_backend_calls():
     cupy = pytest.importorskip("cupy", reason="CuPy is missing")
     cuda = cupy.cuda
@@ -138,6 +139,7 @@ def test_cupy_has_what_the_backend_calls():
     assert list(inspect.signature(cuda.PinnedMemory).parameters) == ["size", "flags"]
 
 
+@pytest.mark.nvrtc
 def test_a_block_of_cupy_is_an_array_without_a_copy():
     cupy = pytest.importorskip("cupy", reason="CuPy is missing")
     memory = np.zeros(100, np.uint8)

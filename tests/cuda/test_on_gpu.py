@@ -1,4 +1,7 @@
-"""The same tables on a real GPU through CuPy (``pytest -m gpu``); skipped, with the reason, where there is none."""
+"""The same tables on a real GPU through CuPy (``pytest -m gpu``); skipped, with the reason, where there is none.
+
+With CKPTDIFF_NEED_GPU=1 in the environment there has to be one: what would be skipped fails.
+"""
 
 from pathlib import Path
 
@@ -19,7 +22,9 @@ from ckptdiff.errors import DeviceError
 
 pytestmark = pytest.mark.gpu
 FIXTURES = Path(__file__).parents[2] / "fixtures"
-SIZES = (1, 7, 9, 4097, 32_768, 32_769, BLOCK + 77, (9 << 20) + 5)
+SIZES = (1, 7, 9, 4097, 32_768, 32_769, 300_001)
+LARGE = (BLOCK + 77, (9 << 20) + 5)
+"""Several blocks, several launches: the reference takes seconds, so not for every format."""
 RULES = [(Rule.NONE, 0.0), (Rule.BITWISE, 0.0), (Rule.ABOVE, 1e-5), (Rule.ETA, 4e-3)]
 
 
@@ -44,6 +49,14 @@ def test_scan_equals_reference(worker, names, kind):
         rule, cut = RULES[i % 4]
         scan = Scan(*formats, (0.0, 1e-8, 1e-5, 1e-4), 1e-3, rule, cut, want_mask=True)
         check(worker, scan, *sides(*formats[:2], n, i, kind))
+
+
+@pytest.mark.parametrize("n", LARGE)
+@pytest.mark.parametrize("names", [TESTED[0], TESTED[6]], ids="-".join)
+def test_scan_of_a_large_tensor(worker, names, n):
+    formats = [FORMATS[name] for name in names]
+    scan = Scan(*formats, (0.0, 1e-8, 1e-5, 1e-4), 1e-3, Rule.ABOVE, 1e-5, want_mask=True)
+    check(worker, scan, *sides(*formats[:2], n))
 
 
 @pytest.mark.parametrize("names", TESTED[:6], ids="-".join)

@@ -335,7 +335,7 @@ def test_the_benchmark_runs(libraries, tmp_path, monkeypatch):
     device = HostGpu(libraries)
     rates = bench.gpu_rates(device, base, tuned, 1) | bench.read_rates(tmp_path, base, 1)
     rates |= bench.pipeline_rates(device, tmp_path, base, tuned, 1)
-    assert len(rates) == 7
+    assert len(rates) == 10
     assert all(rate > 0 for rate in rates.values())
 
 

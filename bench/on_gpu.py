@@ -1,0 +1,403 @@
+"""All that the first run on a GPU has to answer, in two calls of minutes, from the tree, installing nothing.
+
+    PYTHONPATH=. python3 bench/on_gpu.py --call a --out DIR    # 4 minutes: is it right, and how fast
+    PYTHONPATH=. python3 bench/on_gpu.py --call b --out DIR    # 6 minutes: what it depends on, and the sanitizers
+    PYTHONPATH=. python3 bench/on_gpu.py --rehearse --out DIR  # both, small, without a GPU
+
+Each step is a process of its own with a time limit; what is over its limit is killed with all it started, and the rest
+goes on. DIR/call-a.json is whole at any moment and holds what was found so far, DIR/call-a.log what the steps printed,
+DIR/call-a.md the tables. The exit code is 0 if every step passed. `GPU.md` says what each step answers.
+
+If the kernels count wrong, steps that only time them are skipped; those that say what else is wrong are not. When time
+runs out the last steps are skipped: the most important come first. A rehearsal takes the same steps in the same way,
+but for sizes and for the device: `host_device.py` puts the tests' host device in the place of a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from measure import machine
+from steps import GUARD, ROOT, Call, Step, done
+
+BENCH = Path(__file__).absolute().parent
+BUDGET = {"a": 240.0, "b": 360.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured.
+
+    Attributes
+    ----------
+    pair : int
+        Bytes of a side of the large pair.
+    tiny, tiny_bytes : int
+        Small tensors, and bytes of each.
+    mixed, rates, kernels : int
+        Bytes of a side of other data.
+    coordinates : int
+        Of a scan that is compared with the reference.
+    rounds, tiny_rounds : int
+    threads : tuple of int
+        The most come last.
+    rules : tuple of str
+        Mask rules with which the fixtures are compared.
+    ways : tuple of str
+        Options of runs whose files are compared, beside the usual ones.
+    tests : tuple of str
+        More for pytest.
+    nice : int
+        How far the compilers of the CPU backend's kernels stand back, not to disturb what is timed beside them.
+    """
+
+    pair: int = 16 << 30
+    tiny: int = 1200
+    tiny_bytes: int = 64 << 10
+    mixed: int = 256 << 20
+    rates: int = 512 << 20
+    kernels: int = 256 << 20
+    coordinates: int = 150_007
+    rounds: int = 5
+    tiny_rounds: int = 2
+    threads: tuple[int, ...] = (1, 4, 16)
+    rules: tuple[str, ...] = ("abs:1e-05", "top:10")
+    ways: tuple[str, ...] = (
+        "io=mmap,threads=8",
+        "gpu_memory=64M",
+        "mask=rel:0.001",
+        "mask=eta:0.001",
+        "compare=stored,mask=top:5",
+    )
+    tests: tuple[str, ...] = ()
+    nice: int = 10
+
+
+REAL = {"a": Sizes(), "b": Sizes(tiny=30_000, threads=(1, 2, 4, 8, 16))}
+SMALL = Sizes(
+    pair=1 << 20,
+    tiny_bytes=512,
+    mixed=1 << 18,
+    rates=1 << 20,
+    kernels=1 << 19,
+    coordinates=40_007,
+    rounds=1,
+    tiny_rounds=1,
+    threads=(1, 2),
+    rules=("top:10",),
+    ways=("io=mmap,threads=3,gpu_memory=64M", "compare=stored,mask=top:5"),
+    tests=("-k", "tight and not large and not top"),
+    nice=0,
+)
+
+
+TO_CUDA = ("--device", "cuda", "--no-progress")
+
+
+def check(word: str, *given: object) -> tuple[str, ...]:
+    """A command of `gpu_checks.py`."""
+    return (str(BENCH / "gpu_checks.py"), word, "--figures", "{figures}", *map(str, given))
+
+
+def speed(word: str, *given: object) -> tuple[str, ...]:
+    """A command of `gpu.py`."""
+    return (str(BENCH / "gpu.py"), word, "--figures", "{figures}", *map(str, given))
+
+
+def preparations(sizes: Sizes, scratch: Path) -> list[Step]:
+    """What is started at second 0 and needs no GPU."""
+    make, processes = str(BENCH / "make_pair.py"), str(min(8, os.cpu_count() or 1))
+    tiny = (str(sizes.tiny * sizes.tiny_bytes), str(scratch / "tiny"), "--tensors", "tiny")
+    mixed = (str(sizes.mixed), str(scratch / "mixed"), "--dtype", "mixed")
+    large = (str(sizes.pair), str(scratch / "pair"), "--processes", processes)
+    return [
+        Step(
+            "CPU kernels",
+            "compiled, a process a core",
+            check("compile", "--nice", sizes.nice),
+            150,
+            title="Preparations",
+        ),
+        Step("tiny pair", "written", (make, *tiny, "--tensor-bytes", str(sizes.tiny_bytes)), 120),
+        Step("mixed pair", "written", (make, *mixed), 60),
+        Step("large pair", "written", (make, *large), 150),
+    ]
+
+
+def first_steps(sizes: Sizes) -> list[Step]:
+    """What both calls begin with."""
+    return [
+        Step("machine", "which GPU, driver and packages", check("machine"), 30, title="Machine"),
+        Step(
+            GUARD,
+            "do all five kernels count what NumPy counts, on every code of f16, e4m3, e5m2 and bf16",
+            check("kernels", "--coordinates", sizes.coordinates),
+            60,
+            title="Kernels beside the reference",
+        ),
+    ]
+
+
+def call_a(sizes: Sizes, scratch: Path) -> list[Step]:
+    """Is it right, and how fast."""
+    fixtures = sorted(base.parent for base in (ROOT / "fixtures").glob("*/base"))
+    runs, compiled = "Whole runs, both devices", ("CPU kernels",)
+    one_rule, most = ("--scratch", scratch, "--rules", "abs:1e-05"), sizes.threads[-1]
+    return [
+        *first_steps(sizes),
+        *starts(scratch),
+        Step(
+            "tests",
+            "do the tests of the GPU pass",
+            check("tests", "--", *sizes.tests),
+            75,
+            title="Tests",
+            after=compiled,
+        ),
+        Step("doctor", "what a user is told", ("-m", "ckptdiff", "doctor"), 30, after=compiled),
+        Step(
+            "fixtures",
+            "are run files of both devices alike",
+            check("runs", *fixtures, "--scratch", scratch, "--rules", *sizes.rules),
+            45,
+            title=runs,
+            after=compiled,
+        ),
+        Step(
+            "small tensors",
+            f"are {sizes.tiny} small tensors, many to a launch, measured alike, and how fast",
+            check("runs", scratch / "tiny", *one_rule, "--rounds", sizes.tiny_rounds),
+            40,
+            title=runs,
+            after=("tiny pair", *compiled),
+        ),
+        whole(sizes, scratch, "cuda", most),
+        whole(sizes, scratch, "cpu", most),
+        Step(
+            "rates",
+            "how fast are memory, bus, kernel and one thread alone",
+            speed("rates", "--size", sizes.rates, "--rounds", sizes.rounds, "--scratch", scratch),
+            45,
+            title="Rates",
+            after=compiled,
+            times=True,
+        ),
+        whole(sizes, scratch, "cuda", most, masks=True),
+        whole(sizes, scratch, "cpu", most, masks=True),
+        *(whole(sizes, scratch, "cuda", threads) for threads in sizes.threads[-2::-1]),
+    ]
+
+
+def call_b(sizes: Sizes, scratch: Path) -> list[Step]:
+    """What speed depends on, what else may go wrong, and what the tools of CUDA say."""
+    most, compiled = sizes.threads[-1], ("CPU kernels",)
+    one_rule = ("--scratch", scratch, "--rules", "abs:1e-05")
+    few_scans = (*check("kernels")[:2], "--quick", "--coordinates", "40007")
+    every_process = ("--target-processes", "all")
+    sanitizer = ("compute-sanitizer", *every_process, "--error-exitcode", "9", "--report-api-errors", "no", "--tool")
+    profiler = ("ncu", *every_process, "--clock-control", "none", "-k", "regex:^scan$", "-c", "1")
+    for section in ("SpeedOfLight", "MemoryWorkloadAnalysis", "Occupancy", "InstructionStats", "WarpStateStats"):
+        profiler += ("--section", section)
+    # Steps that need nothing of the CPU backend first: its kernels are still being compiled.
+    return [
+        *first_steps(sizes),
+        Step(
+            "hard data",
+            "how slow is the scan kernel where its additions meet in few bins",
+            speed("kernels", "--size", sizes.kernels, "--rounds", sizes.rounds),
+            45,
+            title="Scan kernel over easy and hard data",
+            times=True,
+        ),
+        Step("tight", "does a full GPU get smaller buffers", check("tight"), 30, title="A GPU that is nearly full"),
+        Step("memcheck", "does a kernel leave its buffers", few_scans, 60, under=(*sanitizer, "memcheck")),
+        *(whole(sizes, scratch, "cuda", most, masks, memory) for masks in (False, True) for memory in ("8G", "")),
+        *(whole(sizes, scratch, "cpu", most, masks, memory) for masks in (False, True) for memory in ("8G", "")),
+        Step(
+            "small tensors",
+            f"are {sizes.tiny} small tensors measured alike, and how fast",
+            check("runs", scratch / "tiny", *one_rule, "--rounds", sizes.tiny_rounds, "--threads", most),
+            90,
+            title="Whole runs, both devices",
+            after=("tiny pair", *compiled),
+        ),
+        Step(
+            "ways",
+            "are run files alike with mapped files, little GPU memory, and rules that take a second pass",
+            check("runs", scratch / "mixed", *one_rule, "--ways", *sizes.ways),
+            45,
+            title="Whole runs, both devices",
+            after=("mixed pair", *compiled),
+        ),
+        Step("racecheck", "do threads race for shared memory", few_scans, 75, under=(*sanitizer, "racecheck")),
+        Step(
+            "profile",
+            "what holds the scan kernel",
+            (str(BENCH / "gpu.py"), "kernels", "--size", str(min(sizes.kernels, 64 << 20)), "--rounds", "1"),
+            60,
+            under=profiler,
+        ),
+        *(
+            whole(sizes, scratch, "cuda", threads, masks)
+            for threads in sizes.threads[-2::-1]
+            for masks in (False, True)
+        ),
+        Step(
+            "command",
+            "how long does the whole command take, from its start to its end",
+            ("-m", "ckptdiff", "diff", *sides(scratch / "pair"), "-o", str(scratch / "command.h5"), *TO_CUDA),
+            60,
+            after=("large pair", *compiled),
+            times=True,
+        ),
+    ]
+
+
+def sides(pair: Path) -> tuple[str, str]:
+    """Both sides of a pair."""
+    return str(pair / "base"), str(pair / "tuned")
+
+
+def whole(sizes: Sizes, scratch: Path, device: str, threads: int, masks: bool = False, memory: str = "8G") -> Step:
+    """Runs over the large pair."""
+    given = ["--device", device, "--threads", threads, "--rounds", 1 if threads == 1 else 2]
+    given += ["--masks"] * masks + (["--max-memory", memory] if memory else [])
+    how = f"{device}, {threads} threads, {'masks' if masks else 'statistics'}, {memory or 'default memory'}"
+    return Step(
+        f"whole: {how}",
+        "how fast is a whole run",
+        speed("whole", *sides(scratch / "pair"), *given),
+        60,
+        least=10,
+        title="Whole runs over the large pair",
+        after=("large pair", "CPU kernels"),
+        times=True,
+    )
+
+
+def starts(scratch: Path) -> Iterator[Step]:
+    """What happens once in a process, before and after kernels for the GPU were kept."""
+    for which in ("first", "later"):
+        yield Step(
+            f"{which} start",
+            "what do context, compiler, pinned memory and the first scan take",
+            speed("start"),
+            45,
+            title=f"The {which} process",
+            times=True,
+            env=(("CKPTDIFF_CACHE_DIR", str(scratch / "kept")),),
+        )
+
+
+CALLS = {"a": call_a, "b": call_b}
+
+
+def commit() -> str:
+    """The commit of the tree, if it is a clone."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
+
+
+def sources() -> str:
+    """A hash of all that is measured, which tells trees apart where there is no git."""
+    digest = hashlib.sha256()
+    for folder in ("ckptdiff", "cuda", "bench"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cu", ".cuh"):
+                digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@contextmanager
+def scratch_folder(sizes: Sizes, memory: Path = Path("/dev/shm")) -> Iterator[tuple[Path, Sizes]]:
+    """A folder for all that is written, and sizes that fit there: in memory if there is room, else on a disk."""
+    roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 3 * sizes.pair
+    if not roomy:  # a large pair would be as slow to write as the disk is
+        sizes = replace(sizes, pair=min(sizes.pair, 4 << 30))
+    with tempfile.TemporaryDirectory(prefix="ckptdiff-", dir=memory if roomy else None) as name:
+        while 3 * sizes.pair > shutil.disk_usage(name).free and sizes.pair > 1 << 20:
+            sizes = replace(sizes, pair=sizes.pair // 2)
+        yield Path(name), sizes
+
+
+def make(name: str, options: argparse.Namespace) -> bool:
+    """One call; returns whether all passed."""
+    begun = datetime.now(UTC).isoformat(timespec="seconds")
+    with scratch_folder(SMALL if options.rehearse else REAL[name]) as (scratch, sizes):
+        steps = chosen_steps(name, sizes, scratch, options)
+        needed = {one for step in steps for one in step.after}
+        prepared = [step for step in preparations(sizes, scratch) if step.name in needed]
+        python = [sys.executable]
+        if options.rehearse:
+            python += [str(BENCH / "host_device.py"), str((options.kernels or scratch / "host").absolute())]
+        facts = {
+            "name": name,
+            "rehearsal": options.rehearse,
+            "commit": options.commit or commit(),
+            "sources": sources(),
+            "begun": begun,
+            "budget": options.budget or (3600.0 if options.rehearse else BUDGET[name]),
+            "machine": machine(),
+            "pair_bytes": 2 * sizes.pair,
+            "scratch": str(scratch),
+        }
+        patience = 20.0 if options.rehearse else 1.0
+        return Call(steps, prepared, python, options.out, scratch, facts, patience, options.rehearse).run()
+
+
+def chosen_steps(name: str, sizes: Sizes, scratch: Path, options: argparse.Namespace) -> list[Step]:
+    """The steps of a call; those that did not pass in an earlier one come right after the first two."""
+    steps = CALLS[name](sizes, scratch)
+    if options.repeat:
+        before = {step["name"] for step in json.loads(options.repeat.read_text())["steps"] if not done(step)}
+        again = [step for call in CALLS.values() for step in call(sizes, scratch) if step.name in before]
+        steps = list({step.name: step for step in (*steps[:2], *again, *steps[2:])}.values())
+    if options.only:
+        steps = [step for step in steps if any(word in step.name for word in options.only.split(","))]
+    return steps
+
+
+def main() -> int:
+    """Command line entry; returns 1 if a step did not pass."""
+    parser = argparse.ArgumentParser(
+        description="Answer all that a first run on a GPU has to, in two calls of minutes."
+    )
+    parser.add_argument("--call", choices=CALLS, help="which one; a rehearsal makes both by default")
+    parser.add_argument("--out", type=Path, required=True, help="folder for figures, tables and the log")
+    parser.add_argument("--rehearse", action="store_true", help="small, on the host device of the tests, without a GPU")
+    parser.add_argument("--kernels", type=Path, help="keep what a rehearsal builds here, for the next one")
+    parser.add_argument("--budget", type=float, help="seconds of the whole call (a: 240, b: 360)")
+    parser.add_argument("--repeat", type=Path, metavar="JSON", help="first repeat what did not pass in an earlier call")
+    parser.add_argument("--only", metavar="WORDS", help="only steps whose name holds one of these, by commas")
+    parser.add_argument("--commit", help="of a tree that is not a clone")
+    options = parser.parse_args()
+    if not (options.call or options.rehearse):
+        parser.error("--call a or --call b, or --rehearse")
+    options.out.mkdir(parents=True, exist_ok=True)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # steps over their limit are aborted
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    passed = [make(name, options) for name in ([options.call] if options.call else CALLS)]
+    print("all passed" if all(passed) else "NOT ALL PASSED", flush=True)
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
