@@ -27,17 +27,17 @@ from make_pair import parse_size
 from measure import table, write_json
 
 import ckptdiff
-from ckptdiff.backends.backend import Backend
-from ckptdiff.backends.cpu import CpuWorker
-from ckptdiff.backends.cuda import choice
-from ckptdiff.backends.cuda.gpu import Gpu
-from ckptdiff.backends.cuda.layout import RECORD, ROWS, TILE, TILE_RECORD, scan_settings
-from ckptdiff.backends.cuda.slots import Room
-from ckptdiff.backends.cuda.small import read_into
-from ckptdiff.backends.cuda.worker import CudaWorker
-from ckptdiff.backends.formats import FORMATS, Format
-from ckptdiff.backends.partial import BINS, Partial, Rule, Scan, Sum
-from ckptdiff.backends.source import Extent, InMemory, Window
+from ckptdiff.formats import FORMATS, Format
+from ckptdiff.measure.backend import Backend
+from ckptdiff.measure.cpu import CpuWorker
+from ckptdiff.measure.cuda import choice
+from ckptdiff.measure.cuda.batch import read_into
+from ckptdiff.measure.cuda.gpu import Gpu
+from ckptdiff.measure.cuda.layout import RECORD, ROWS, TILE, TILE_RECORD, scan_settings
+from ckptdiff.measure.cuda.slots import Room
+from ckptdiff.measure.cuda.worker import CudaWorker
+from ckptdiff.measure.partial import BINS, Partial, Rule, Scan, Sum
+from ckptdiff.measure.source import Extent, InMemory, Window
 from ckptdiff.memory import peak_resident, resident
 
 BF16, F16, F32, E4M3, E5M2 = (FORMATS[name] for name in ("bf16", "f16", "f32", "f8_e4m3", "f8_e5m2"))
@@ -229,7 +229,7 @@ def check(worker: Any, base: np.ndarray, tuned: np.ndarray) -> None:
 
 def start_rows() -> Rows:
     """What happens once in a process, one after the other, so that each has its own time and memory."""
-    from ckptdiff.backends.self_test import SELF_TESTED, self_test
+    from ckptdiff.measure.self_test import SELF_TESTED, self_test
 
     clock, before = time.perf_counter(), resident()
 

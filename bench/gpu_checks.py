@@ -68,8 +68,8 @@ def machine_rows() -> Iterator[Row]:
     yield from _nvidia_smi()
     if missing:
         return
-    from ckptdiff.backends.cuda.choice import find_gpu
     from ckptdiff.errors import DeviceError
+    from ckptdiff.measure.cuda.choice import find_gpu
 
     try:
         gpu = find_gpu(0)
@@ -133,11 +133,11 @@ def kernel_rows(some: int, quick: bool) -> Iterator[Row]:
     from code_samples import random_codes
     from worker_checks import check, check_refine, sides
 
-    from ckptdiff.backends.cuda import choice
-    from ckptdiff.backends.cuda.slots import Room
-    from ckptdiff.backends.cuda.worker import CudaWorker
-    from ckptdiff.backends.formats import FORMATS
-    from ckptdiff.backends.partial import Rule, Scan
+    from ckptdiff.formats import FORMATS
+    from ckptdiff.measure.cuda import choice
+    from ckptdiff.measure.cuda.slots import Room
+    from ckptdiff.measure.cuda.worker import CudaWorker
+    from ckptdiff.measure.partial import Rule, Scan
 
     worker = CudaWorker(choice.find_gpu(0), Room.smallest() if quick else Room())
     rng = np.random.default_rng(0)
@@ -289,11 +289,11 @@ def tight_rows() -> Iterator[Row]:
     """Take nearly all memory of the GPU, and see a worker make do with less."""
     from worker_checks import check, sides
 
-    from ckptdiff.backends.cuda import choice
-    from ckptdiff.backends.cuda.slots import Room
-    from ckptdiff.backends.cuda.worker import CudaWorker
-    from ckptdiff.backends.formats import FORMATS
-    from ckptdiff.backends.partial import Rule, Scan
+    from ckptdiff.formats import FORMATS
+    from ckptdiff.measure.cuda import choice
+    from ckptdiff.measure.cuda.slots import Room
+    from ckptdiff.measure.cuda.worker import CudaWorker
+    from ckptdiff.measure.partial import Rule, Scan
 
     gpu, bf16 = choice.find_gpu(0), FORMATS["bf16"]
     scan = Scan(bf16, bf16, bf16, (0.0, 1e-5), 1e-3, Rule.ABOVE, 1e-5, want_mask=True)
@@ -323,10 +323,10 @@ def tight_rows() -> Iterator[Row]:
 
 def compile_rows(nice: int) -> Iterator[Row]:
     """Have the kernels of all fixtures compiled, by a process a core."""
-    from ckptdiff import warm_up
-    from ckptdiff.backends.cpu import CpuWorker
-    from ckptdiff.backends.formats import FORMATS, Formats, formats_of
     from ckptdiff.checkpoint import Kind, open_checkpoint, pair
+    from ckptdiff.formats import FORMATS, Formats, formats_of
+    from ckptdiff.measure.cpu import CpuWorker
+    from ckptdiff.run import warm_up
 
     formats: set[Formats] = set()
     for base in sorted((ROOT / "fixtures").glob("*/base")):

@@ -35,7 +35,7 @@ def install(folder: Path) -> None:
     from host_gpu import HostGpu
     from host_kernels import COMPILER, Build, Library
 
-    from ckptdiff.backends.cuda import choice, gpu
+    from ckptdiff.measure.cuda import choice, gpu
 
     if COMPILER is None:
         raise SystemExit("g++ is missing: the kernels cannot run on this CPU")

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from read_limit import read_limit
 
-from ckptdiff.engine import run
 from ckptdiff.options import MaskRule, Options
+from ckptdiff.run.engine import run
 
 
 def timed(base: Path, tuned: Path, out: Path | None, options: Options) -> float:

@@ -59,7 +59,7 @@ def leading(delta: Any, seed: int = 0, threads: int = 1) -> Any:
     import numpy as np
 
     from ckptdiff.linalg.krylov import KrylovOptions, krylov_values
-    from ckptdiff.linalg.passes import ArrayPanels, run_together
+    from ckptdiff.linalg.stages import ArrayPanels, run_together
 
     options = KrylovOptions(seed=seed)
     with our_threads(threads):

@@ -59,7 +59,7 @@ def _error(values: Any, known: Any) -> float:
 
 def randomized_all(weights: Any, delta: Any, threads: int) -> Any:
     """Every figure of randomized mode."""
-    from ckptdiff.linalg.passes import ArrayPanels, run_together
+    from ckptdiff.linalg.stages import ArrayPanels, run_together
     from ckptdiff.linalg.survey import survey
     from ckptdiff.options import SpectraOptions
     from ckptdiff.spectra.matrices import MatrixView
@@ -73,7 +73,7 @@ def randomized_all(weights: Any, delta: Any, threads: int) -> Any:
 
 def exact_all(weights: Any, delta: Any, threads: int) -> Any:
     """Every figure of exact mode."""
-    from ckptdiff.linalg.passes import ArrayPanels, run_together
+    from ckptdiff.linalg.stages import ArrayPanels, run_together
     from ckptdiff.linalg.survey import survey
     from ckptdiff.spectra.matrices import MatrixView
     from ckptdiff.spectra.measure import measure_exact

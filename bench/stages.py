@@ -20,16 +20,16 @@ from unittest import mock
 
 import numpy as np
 
-from ckptdiff.backends.kernels.fetch import FETCH
-from ckptdiff.backends.partial import BLOCK, Partial, Scan
-from ckptdiff.backends.source import Extent, Source
-from ckptdiff.devices import Device
-from ckptdiff.engine import run
+from ckptdiff.checkpoint.open_shards import open_shards
+from ckptdiff.codes.fetch import FETCH
+from ckptdiff.measure.partial import BLOCK, Partial, Scan
+from ckptdiff.measure.source import Extent, Source
 from ckptdiff.options import MaskRule, Options
-from ckptdiff.planning import Plan, prepare
-from ckptdiff.schedule import execute
-from ckptdiff.stream import worker
-from ckptdiff.stream.shards import open_shards
+from ckptdiff.run import worker
+from ckptdiff.run.devices import Device
+from ckptdiff.run.engine import run
+from ckptdiff.run.planning import Plan, prepare
+from ckptdiff.run.schedule import execute
 
 
 class ReadOnly:

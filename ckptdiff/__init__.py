@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from ckptdiff.api import diff
     from ckptdiff.checkpoint import Checkpoint, TensorInfo, open_checkpoint
     from ckptdiff.errors import CkptdiffError
+    from ckptdiff.figures.result import Diff, TensorFacts
     from ckptdiff.options import MaskRule, Options
-    from ckptdiff.result import Diff, TensorFacts
     from ckptdiff.runfile.mask import Mask
     from ckptdiff.runfile.reader import RunFile
 
@@ -41,12 +41,12 @@ __all__ = [
 _HOME = {
     "Checkpoint": "ckptdiff.checkpoint",
     "CkptdiffError": "ckptdiff.errors",
-    "Diff": "ckptdiff.result",
+    "Diff": "ckptdiff.figures.result",
     "Mask": "ckptdiff.runfile.mask",
     "MaskRule": "ckptdiff.options",
     "Options": "ckptdiff.options",
     "RunFile": "ckptdiff.runfile.reader",
-    "TensorFacts": "ckptdiff.result",
+    "TensorFacts": "ckptdiff.figures.result",
     "TensorInfo": "ckptdiff.checkpoint",
     "diff": "ckptdiff.api",
     "open_checkpoint": "ckptdiff.checkpoint",

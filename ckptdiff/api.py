@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
-from ckptdiff.engine import run
 from ckptdiff.events import Listener
+from ckptdiff.figures.result import Diff
 from ckptdiff.options import MaskRule, Options, SpectraMode, SpectraOptions, parse_size
-from ckptdiff.result import Diff
+from ckptdiff.run.engine import run
 
 __all__ = ["diff"]
 

@@ -46,24 +46,24 @@ def examine() -> Iterator[Finding]:
 def _processor() -> Iterator[Finding]:
     import llvmlite.binding
 
-    from ckptdiff.backends import kernel_cache
-    from ckptdiff.backends.cpu import CpuWorker
+    from ckptdiff import jit
+    from ckptdiff.measure.cpu import CpuWorker
 
     features = {name for name, has in llvmlite.binding.get_host_cpu_features().items() if has}
     vectors = [name for name in ("avx2", "avx512f", "avx512bw", "neon", "sve") if name in features]
     yield Finding("processor", f"{llvmlite.binding.get_host_cpu_name()}, {', '.join(vectors) or 'no wide vectors'}")
     yield Finding("threads", f"{default_threads()} by default, {os.cpu_count()} cores")
-    folder = kernel_cache.cache_folder()
+    folder = jit.cache_folder()
     yield Finding("kernel cache", str(folder or "none: kernels are compiled in every process"), folder is not None)
     yield _tried("self-test, cpu", CpuWorker())
 
 
 def _gpu() -> Iterator[Finding]:
-    from ckptdiff.backends.cuda.choice import cupy_packages, find_gpu
-    from ckptdiff.backends.cuda.compiled import compiled_folder
-    from ckptdiff.backends.cuda.slots import Room
-    from ckptdiff.backends.cuda.source import kernel_folder
-    from ckptdiff.backends.cuda.worker import CudaWorker
+    from ckptdiff.measure.cuda.choice import cupy_packages, find_gpu
+    from ckptdiff.measure.cuda.compiled import compiled_folder
+    from ckptdiff.measure.cuda.slots import Room
+    from ckptdiff.measure.cuda.sources import kernel_folder
+    from ckptdiff.measure.cuda.worker import CudaWorker
 
     packages = cupy_packages()
     yield Finding("CuPy", ", ".join(packages) or "not installed", len(packages) < 2)
@@ -89,7 +89,7 @@ def _gpu() -> Iterator[Finding]:
 
 def _nvrtc() -> Finding:
     """Whether the kernels compile, by what compiles them for a run; no GPU is needed for that."""
-    from ckptdiff.backends.cuda.compiled import architecture_for, compile_kernels
+    from ckptdiff.measure.cuda.compiled import architecture_for, compile_kernels
 
     try:
         architecture = architecture_for(9, 0)
@@ -100,7 +100,7 @@ def _nvrtc() -> Finding:
 
 
 def _tried(name: str, backend: Any) -> Finding:
-    from ckptdiff.backends.self_test import wrong_figures
+    from ckptdiff.measure.self_test import wrong_figures
 
     wrong = wrong_figures(backend)
     return Finding(name, f"WRONG: {wrong}" if wrong else "equal to the reference", not wrong)

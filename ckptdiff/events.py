@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from ckptdiff.result import Diff
+    from ckptdiff.figures.result import Diff
 
 __all__ = [
     "Event",

@@ -1,4 +1,4 @@
-// What host and kernels hand each other. ckptdiff/backends/cuda/layout.py holds the same records as NumPy dtypes.
+// What host and kernels hand each other. ckptdiff/measure/cuda/layout.py holds the same records as NumPy dtypes.
 #pragma once
 
 typedef unsigned char u8;

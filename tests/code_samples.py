@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ckptdiff.backends.partial import Sum
+from ckptdiff.measure.partial import Sum
 
 
 def random_codes(format, n, rng, kind):

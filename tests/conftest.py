@@ -18,9 +18,9 @@ import pytest
 from hypothesis import settings
 
 from ckptdiff.checkpoint.names import locate
-from ckptdiff.metrics.catalogue import COLUMNS, EPS, RHO, TAU, P, flat_key
+from ckptdiff.figures.catalogue import COLUMNS, EPS, RHO, TAU, P, flat_key
+from ckptdiff.figures.result import Diff, TensorFacts, UnmatchedTensor
 from ckptdiff.options import Options
-from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
 
 # How long an example takes depends on the machine, and on whether a kernel has to be compiled first.
 settings.register_profile("untimed", deadline=None)
@@ -218,10 +218,10 @@ def troubled_diff(make_diff: MakeDiff) -> Diff:
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder that CKPTDIFF_CACHE_DIR names, in which no kernel was kept yet."""
-    from ckptdiff.backends import kernel_cache
+    from ckptdiff import jit
 
     folder = tmp_path / "cache"
     monkeypatch.setenv("CKPTDIFF_CACHE_DIR", str(folder))
-    kernel_cache.cache_folder.cache_clear()
+    jit.cache_folder.cache_clear()
     yield folder
-    kernel_cache.cache_folder.cache_clear()
+    jit.cache_folder.cache_clear()

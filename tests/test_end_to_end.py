@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ckptdiff import planning
 from ckptdiff.cli import main
+from ckptdiff.run import planning
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CASES = ("llama", "wide", "tied", "vlm", "moe", "fp8", "odd")
@@ -412,7 +412,7 @@ def test_the_library_is_light_and_agrees() -> None:
     code = (
         "import sys, ckptdiff\n"
         "assert not {'numpy', 'numba', 'h5py', 'torch', 'rich', 'click'} & set(sys.modules)\n"
-        "from ckptdiff.engine import run\n"
+        "from ckptdiff.run.engine import run\n"
         "print(repr(run(*sys.argv[1:3]).overall['rel_norm']))\n"
         "assert not {'torch', 'rich', 'click'} & set(sys.modules)"
     )

@@ -22,10 +22,10 @@ from stopped_process import ended, go_on, stopped_at
 from ckptdiff.cli import main
 from ckptdiff.cli.session import Terminated
 from ckptdiff.cli.signals import raise_pending, signals_raise
-from ckptdiff.engine import run
 from ckptdiff.errors import ChangedFileError
 from ckptdiff.events import Event, Finished, StageProgress, Started
 from ckptdiff.options import Options
+from ckptdiff.run.engine import run
 from ckptdiff.runfile.writer import RunFileWriter
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -137,7 +137,7 @@ def test_an_impatient_user(large: Pair, tmp_path: Path, signum: int) -> None:
 
 
 def test_a_signal_before_the_first_read(large: Pair, tmp_path: Path) -> None:
-    process = start("ckptdiff.engine:execute", 1, *large, "-o", tmp_path / "run.h5")
+    process = start("ckptdiff.run.engine:execute", 1, *large, "-o", tmp_path / "run.h5")
     process.terminate()
     go_on(process)
     assert ended(process) == (143, "ckptdiff: terminated\n")
@@ -269,7 +269,7 @@ def test_a_file_that_changes_while_it_is_read(
 def test_the_command_line_says_what_changed(
     small: Pair, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ckptdiff import engine
+    from ckptdiff.run import engine
 
     def shrink_first(io: str) -> Any:
         cut_short(small[1])
@@ -286,7 +286,7 @@ def test_the_command_line_says_what_changed(
 
 
 def test_an_error_in_a_thread_ends_the_run(small: Pair, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ckptdiff.stream import worker
+    from ckptdiff.run import worker
 
     calls: list[int] = []
 

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptdiff.checkpoint import open_checkpoint, pair
-from ckptdiff.stream.same_values import same_values
-from ckptdiff.stream.shards import open_shards
+from ckptdiff.checkpoint.open_shards import open_shards
+from ckptdiff.checkpoint.same_values import same_values
 
 FOLDER = Path(__file__).parents[1] / "fixtures"
 CASES = ("llama", "wide", "tied", "vlm", "moe", "fp8", "odd")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ckptdiff.engine import run
 from ckptdiff.options import Options
+from ckptdiff.run.engine import run
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 CASES = sorted(path.stem for path in (FIXTURES / "golden").glob("*.json"))

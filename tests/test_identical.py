@@ -22,11 +22,11 @@ import pytest
 from numpy.typing import NDArray
 from told_stages import told_stages
 
-from ckptdiff import planning
-from ckptdiff.engine import prepare, run
 from ckptdiff.events import Event
 from ckptdiff.options import MaskRule, Options
-from ckptdiff.stream import plan as stream_plan
+from ckptdiff.run import planning
+from ckptdiff.run import tasks as stream_plan
+from ckptdiff.run.engine import prepare, run
 
 BLOCK = 2**20
 BASELINE = 100 << 20

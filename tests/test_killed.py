@@ -14,7 +14,7 @@ from ckptdiff import cli
 
 PAIR = tuple(str(Path(__file__).parents[1] / "fixtures" / "tied" / side) for side in ("base", "tuned"))
 
-NAMING = "ckptdiff.runfile.hidden:Hidden.take_name"
+NAMING = "ckptdiff.files.hidden:Hidden.take_name"
 COMMANDS = {
     "diff": "diff {base} {tuned} -o {out}.h5 --mask bitwise -O /dev/null",
     "report": "diff {base} {tuned} --format json -O {out}.json",

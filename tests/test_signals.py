@@ -19,11 +19,12 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 AT_EACH_STEP = """
 import os, signal, subprocess, sys, threading, time
 
-from ckptdiff import cli, warm_up
+from ckptdiff import cli
+from ckptdiff.run import warm_up
 
 MODULES = (
-    "threading", "concurrent.futures", "subprocess", "ckptdiff.warm_up", "ckptdiff.schedule",
-    "ckptdiff.runfile.histogram_table", "ckptdiff.track.follow", "ckptdiff.spectra.in_order", "ckptdiff.spectra.stage",
+    "threading", "concurrent.futures", "subprocess", "ckptdiff.run.warm_up", "ckptdiff.run.schedule",
+    "ckptdiff.runfile.histogram_table", "ckptdiff.track.follow", "ckptdiff.in_order", "ckptdiff.spectra.stage",
 )
 
 

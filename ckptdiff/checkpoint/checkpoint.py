@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ckptdiff.checkpoint.find import find_shards
 from ckptdiff.checkpoint.header import Shard, TensorInfo, read_header
 from ckptdiff.checkpoint.index import Index, check_index
-from ckptdiff.checkpoint.shards import find_shards
 from ckptdiff.errors import CheckpointError
 
 __all__ = ["Checkpoint", "open_checkpoint"]

@@ -139,8 +139,8 @@ def pair(
         Shell-style patterns on the base's or the tuned side's name. Without `include` everything is included;
         `exclude` wins. What they leave out appears nowhere in the result, nor does anything that is tied to it.
     same_values : callable, optional
-        Tells whether two tensors hold the same values (:func:`~ckptdiff.stream.same_values.same_values`). Without it no
-        data is read; the pairs are the same.
+        Tells whether two tensors hold the same values (:func:`~ckptdiff.checkpoint.same_values.same_values`). Without
+        it no data is read; the pairs are the same.
 
     Returns
     -------

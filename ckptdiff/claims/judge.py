@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 
 from ckptdiff.claims.published import Row, figures_of
+from ckptdiff.figures.result import Diff
 from ckptdiff.linalg.principal import principal_rank
 from ckptdiff.report.text import percent
-from ckptdiff.result import Diff
 
 __all__ = ["Verdict", "judge"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ckptdiff.result import Diff
+from ckptdiff.figures.result import Diff
 
 __all__ = ["COLUMNS", "PUBLISHED", "Row", "figures_of"]
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptdiff.errors import OptionError
-from ckptdiff.members import LABEL_KEYS, GroupBy
+from ckptdiff.figures.members import LABEL_KEYS, GroupBy
 
 if TYPE_CHECKING:
-    from ckptdiff.result import Diff, TensorFacts
+    from ckptdiff.figures.result import Diff, TensorFacts
 
 __all__ = ["Check"]
 

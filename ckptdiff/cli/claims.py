@@ -15,7 +15,7 @@ from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError
 
 if TYPE_CHECKING:
-    from ckptdiff.result import Diff
+    from ckptdiff.figures.result import Diff
 
 __all__ = ["claims"]
 
@@ -67,8 +67,8 @@ def claims(paths: tuple[str, ...], **given: Any) -> int:
 
 
 def _measured(base: str, tuned: str, given: dict[str, Any]) -> Diff:
-    from ckptdiff.engine import run
     from ckptdiff.options import MaskRule, Options, SpectraOptions
+    from ckptdiff.run.engine import run
 
     options = Options(
         mask=MaskRule("none"),

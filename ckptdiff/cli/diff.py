@@ -15,8 +15,8 @@ from ckptdiff.cli.view import Request, verdict_verbosity, view_options
 
 if TYPE_CHECKING:
     from ckptdiff.events import Event, Listener
+    from ckptdiff.figures.result import Diff
     from ckptdiff.options import Options
-    from ckptdiff.result import Diff
 
 __all__ = ["diff"]
 
@@ -133,8 +133,8 @@ def _options(given: dict[str, Any]) -> Options:
 
 
 def _run(base: str, tuned: str, out: Path | None, options: Options, request: Request, given: dict[str, Any]) -> int:
-    from ckptdiff.engine import run
     from ckptdiff.report.as_ndjson import streams
+    from ckptdiff.run.engine import run
 
     streaming = request.format == "ndjson" and streams(request.view) and not request.silent and not options.spectra
     with ExitStack() as stack:

@@ -15,7 +15,7 @@ from ckptdiff.cli.messages import warn
 from ckptdiff.cli.target import ReportTarget, output_option
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import plural
-from ckptdiff.members import GROUPINGS, LABEL_KEYS
+from ckptdiff.figures.members import GROUPINGS, LABEL_KEYS
 from ckptdiff.report.json_text import dumps
 from ckptdiff.report.text import percent, quantity, safe
 

@@ -26,7 +26,7 @@ def print_plan(base: str, tuned: str, out: Path | None, options: Options, reques
     OptionError
         If another format is asked for.
     """
-    from ckptdiff.engine import prepare
+    from ckptdiff.run.engine import prepare
 
     if request.format not in ("table", "json"):
         raise OptionError("--dry-run prints text or json", expected="--format table or json", found=request.format)

@@ -14,7 +14,7 @@ from typing import TextIO
 import click
 
 from ckptdiff.errors import OptionError
-from ckptdiff.runfile.hidden import Hidden
+from ckptdiff.files.hidden import Hidden
 
 __all__ = ["ReportTarget", "abandon_stdout", "files_of", "output_option"]
 

@@ -17,7 +17,7 @@ from ckptdiff.cli.messages import warn
 from ckptdiff.cli.target import ReportTarget, files_of, output_option
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError
-from ckptdiff.members import LABEL_KEYS
+from ckptdiff.figures.members import LABEL_KEYS
 from ckptdiff.report.json_text import dumps
 from ckptdiff.report.text import percent, quantity, safe
 from ckptdiff.runfile.schema import HDF5_SIGNATURE

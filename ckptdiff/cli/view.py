@@ -14,13 +14,13 @@ from ckptdiff.cli.failures import DIFFERS, OK
 from ckptdiff.cli.messages import say
 from ckptdiff.cli.session import Session
 from ckptdiff.cli.target import ReportTarget, output_option
-from ckptdiff.members import GROUPINGS
+from ckptdiff.figures.members import GROUPINGS
 from ckptdiff.report.text import safe
 
 if TYPE_CHECKING:
+    from ckptdiff.figures.result import Diff
     from ckptdiff.report.exporters import Format
     from ckptdiff.report.rows import View
-    from ckptdiff.result import Diff
 
 __all__ = ["FORMATS", "Request", "verbosity", "verdict_verbosity", "view_options"]
 

@@ -12,16 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import Checkpoint, Shard, TensorInfo, open_checkpoint
+from ckptdiff.checkpoint.blocks import blocks_of
 from ckptdiff.checkpoint.index import MAX_INDEX_BYTES
+from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.checkpoint.regular_file import read_whole
 from ckptdiff.errors import CheckpointError, OptionError, PatchError, plural
 from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.exports.patch_reader import Patch, TensorPatch, changes_of, open_patch
-from ckptdiff.runfile.staged import StagedFile, write_whole
-from ckptdiff.runfile.staged_folder import StagedFolder
+from ckptdiff.files.staged import StagedFile, write_whole
+from ckptdiff.files.staged_folder import StagedFolder
 from ckptdiff.runfile.target import check_new
-from ckptdiff.stream.blocks import blocks_of
-from ckptdiff.stream.shards import OpenShards, open_shards
 
 __all__ = ["Applied", "apply_patch"]
 

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES, TensorInfo
+from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.errors import OptionError, RunFileError
 from ckptdiff.events import Listener, Stage, stage
+from ckptdiff.files.staged import StagedFile
+from ckptdiff.measure.partial import BLOCK
+from ckptdiff.runfile.checked_blocks import KnownNorm, checked_blocks, known_norms
 from ckptdiff.runfile.export import chosen_masks
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import Entry, is_safetensors_of, write_safetensors
 from ckptdiff.runfile.schema import BIT_ORDER, mask_chunks
 from ckptdiff.runfile.sides import open_side, shards_json
-from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.runfile.target import check_folder
-from ckptdiff.stream.checked_blocks import KnownNorm, checked_blocks, known_norms
-from ckptdiff.stream.shards import OpenShards, open_shards
 
 __all__ = ["PATCH_FORMAT", "export_patch", "missing_from_patch"]
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES, Shard, TensorInfo, read_header
+from ckptdiff.checkpoint.blocks import blocks_of
+from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.errors import PatchError
 from ckptdiff.exports.patch import PATCH_FORMAT
-from ckptdiff.stream.blocks import blocks_of
-from ckptdiff.stream.shards import OpenShards
+from ckptdiff.measure.partial import BLOCK
 
 __all__ = ["BlockChange", "Patch", "TensorPatch", "changes_of", "open_patch"]
 

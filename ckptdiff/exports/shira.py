@@ -12,22 +12,22 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
+from ckptdiff.checkpoint.blocks import values_of
 from ckptdiff.checkpoint.globs import Globs
+from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.errors import OptionError, first_few
 from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.exports.linear_layers import refusal
-from ckptdiff.result import TensorFacts
+from ckptdiff.figures.result import TensorFacts
+from ckptdiff.files.staged import StagedFile, write_whole
+from ckptdiff.files.staged_folder import StagedFolder
+from ckptdiff.measure.partial import BLOCK
+from ckptdiff.runfile.checked_blocks import KnownNorm, checked_blocks, known_norms
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
 from ckptdiff.runfile.sides import open_side
-from ckptdiff.runfile.staged import StagedFile, write_whole
-from ckptdiff.runfile.staged_folder import StagedFolder
 from ckptdiff.runfile.target import check_new
-from ckptdiff.stream.blocks import values_of
-from ckptdiff.stream.checked_blocks import KnownNorm, checked_blocks, known_norms
-from ckptdiff.stream.shards import OpenShards, open_shards
 
 __all__ = ["ShiraExport", "export_shira"]
 

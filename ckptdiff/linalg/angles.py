@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.passes import Array, Panel, Stage, on_host
 from ckptdiff.linalg.products import add_gram, add_product, gram_work, product, product_work
+from ckptdiff.linalg.stages import Array, Panel, Stage, on_host
 from ckptdiff.linalg.symmetric import eigenvalues, solve_lower, whole
 from ckptdiff.linalg.threads import count_work, counted
 

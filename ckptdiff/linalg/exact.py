@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.passes import Array, Panel, Side, Stage, meanwhile
 from ckptdiff.linalg.products import add_gram, gram_work, product
+from ckptdiff.linalg.stages import Array, Panel, Side, Stage, meanwhile
 from ckptdiff.linalg.symmetric import (
     eigenpairs_work,
     eigenvalues,

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.passes import Array, Panel, Stage, on_host
 from ckptdiff.linalg.products import add_product, gram_work, product, product_work
+from ckptdiff.linalg.stages import Array, Panel, Stage, on_host
 from ckptdiff.linalg.symmetric import eigenpairs_work, eigenvalues_work, eigh_top, gram_of
 from ckptdiff.linalg.threads import counted
 

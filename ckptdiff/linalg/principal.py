@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.passes import Array, Panel, PanelSource, Stage, array_module, meanwhile, on_host
 from ckptdiff.linalg.products import add_gram, add_product, cuts, gram_work, product, product_work
 from ckptdiff.linalg.score_cut import LANES, Covered, ScoreCut, likely_zooms
+from ckptdiff.linalg.stages import Array, Panel, PanelSource, Stage, array_module, meanwhile, on_host
 from ckptdiff.linalg.survey import Survey, exactly
 from ckptdiff.linalg.symmetric import eigenpairs_work, eigh_top, gram_of, solve_lower, whole
 from ckptdiff.linalg.threads import count_work, counted, in_parts

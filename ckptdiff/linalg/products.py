@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ckptdiff.linalg.blas import add_gram_block, add_product_block
-from ckptdiff.linalg.passes import Array, array_module
+from ckptdiff.linalg.stages import Array, array_module
 from ckptdiff.linalg.threads import in_parts
 
 __all__ = ["add_gram", "add_product", "cuts", "gram_work", "product", "product_work"]

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.kernels.scores import count_scores
-from ckptdiff.linalg.passes import Array, Panel, array_module, on_host
+from ckptdiff.linalg.kernels.scores import count_scores
+from ckptdiff.linalg.stages import Array, Panel, array_module, on_host
 from ckptdiff.linalg.survey import MAGNITUDES, SMALL_CHANGE
 
 __all__ = ["LANES", "Covered", "ScoreCut", "likely_zooms"]

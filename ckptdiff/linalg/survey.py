@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.kernels.scores import count_magnitudes
-from ckptdiff.linalg.passes import Panel, Stage, array_module, on_host
+from ckptdiff.linalg.kernels.scores import count_magnitudes
+from ckptdiff.linalg.stages import Panel, Stage, array_module, on_host
 from ckptdiff.linalg.threads import counted
 
 __all__ = ["MAGNITUDES", "SMALL_CHANGE", "SURVEY_WORK", "Survey", "exactly", "survey"]

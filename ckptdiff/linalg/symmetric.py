@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.linalg.blas import eigh_all, eigh_part, solve_lower_block
-from ckptdiff.linalg.passes import Array, Panel, Side, Stage, array_module, on_host
 from ckptdiff.linalg.products import add_gram, product_work
+from ckptdiff.linalg.stages import Array, Panel, Side, Stage, array_module, on_host
 from ckptdiff.linalg.threads import counted
 
 __all__ = [

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.events import Stage
+from ckptdiff.files.staged import StagedFile, write_whole
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
-from ckptdiff.runfile.staged import StagedFile, write_whole
 
 __all__ = ["AdapterWriter"]
 

@@ -10,12 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from ckptdiff.backends.formats import formats_of
 from ckptdiff.checkpoint import Kind, TensorInfo, TensorPair
-from ckptdiff.engine import run
+from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.errors import PairingError
 from ckptdiff.events import Listener, Note, ignore, stage
 from ckptdiff.exports.linear_layers import refusal
+from ckptdiff.figures.result import Diff
+from ckptdiff.files.staged import StagedFile
+from ckptdiff.files.staged_folder import StagedFolder
+from ckptdiff.formats import formats_of
+from ckptdiff.in_order import Task, in_order
 from ckptdiff.linalg.blas import require_scipy
 from ckptdiff.linalg.threads import one_blas_thread, product_threads, work_counted_in
 from ckptdiff.linalg.work import WorkMeter
@@ -23,18 +27,14 @@ from ckptdiff.lora.adapter import AdapterWriter
 from ckptdiff.lora.factors import Factors, factor_work, factorize, krylov_block
 from ckptdiff.memory import resident
 from ckptdiff.options import Compare, MaskRule, Options, SpectraOptions
-from ckptdiff.planning import prepare
 from ckptdiff.report.text import percent
-from ckptdiff.result import Diff
-from ckptdiff.runfile.staged import StagedFile
-from ckptdiff.runfile.staged_folder import StagedFolder
+from ckptdiff.run.engine import run
+from ckptdiff.run.planning import prepare
+from ckptdiff.run.warm_up import Uses, load, panel_uses
 from ckptdiff.runfile.target import check_new
-from ckptdiff.spectra.in_order import Task, in_order
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.memory import Budget, cache_bytes
 from ckptdiff.spectra.source import StoredPanels
-from ckptdiff.stream.shards import OpenShards, open_shards
-from ckptdiff.warm_up import Uses, load, panel_uses
 
 __all__ = ["Extracted", "Extraction", "extract_lora"]
 

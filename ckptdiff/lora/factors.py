@@ -17,8 +17,8 @@ from ckptdiff.linalg.krylov import (
     krylov_values,
     krylov_work,
 )
-from ckptdiff.linalg.passes import Array, Panel, PanelSource, Stage, run_together
 from ckptdiff.linalg.products import product, product_work
+from ckptdiff.linalg.stages import Array, Panel, PanelSource, Stage, run_together
 
 __all__ = ["Factors", "factor_work", "factorize", "krylov_block"]
 

@@ -14,22 +14,22 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.formats import stored_format
-from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
+from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.errors import MaskError, OptionError
 from ckptdiff.events import Listener, Stage, stage
+from ckptdiff.figures.result import TensorFacts
+from ckptdiff.formats import stored_format
+from ckptdiff.in_order import Task, in_order
+from ckptdiff.measure.partial import BLOCK
 from ckptdiff.options import check_threads, default_threads
 from ckptdiff.overlap.figures import Overlap, PairCounts
 from ckptdiff.overlap.same_base import common_tensors, require_same_base
-from ckptdiff.result import TensorFacts
+from ckptdiff.runfile.checked_blocks import KnownNorm, checked_blocks, known_norms
 from ckptdiff.runfile.mask import Mask, population
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.schema import BIT_ORDER, mask_chunks
 from ckptdiff.runfile.sides import open_side
-from ckptdiff.spectra.in_order import Task, in_order
-from ckptdiff.stream.checked_blocks import KnownNorm, checked_blocks, known_norms
-from ckptdiff.stream.shards import OpenShards, open_shards
 
 __all__ = ["overlap"]
 

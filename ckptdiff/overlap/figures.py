@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.members import LABEL_KEYS, members_of
-from ckptdiff.result import TensorFacts
+from ckptdiff.figures.members import LABEL_KEYS, members_of
+from ckptdiff.figures.result import TensorFacts
 
 __all__ = ["FIGURES", "Overlap", "PairCounts"]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ckptdiff.backends.formats import FORMATS, is_wide, stored_format
 from ckptdiff.errors import MaskError, first_few, plural
-from ckptdiff.result import Diff, TensorFacts
+from ckptdiff.figures.result import Diff, TensorFacts
+from ckptdiff.formats import FORMATS, is_wide, stored_format
 from ckptdiff.runfile.reader import RunFile
 
 __all__ = ["common_tensors", "require_same_base"]

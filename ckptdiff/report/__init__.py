@@ -1,1 +1,1 @@
-"""Reports of a :class:`~ckptdiff.result.Diff`: the table, json, ndjson, csv and parquet, and the progress display."""
+"""Reports of a :class:`~ckptdiff.figures.result.Diff` in every format, and the progress display."""

@@ -6,9 +6,9 @@ import csv
 import math
 from typing import Any, TextIO
 
+from ckptdiff.figures.result import Diff
 from ckptdiff.report.rows import View, flat_columns, flatten, rows
 from ckptdiff.report.text import safe
-from ckptdiff.result import Diff
 
 __all__ = ["write"]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TextIO
 
+from ckptdiff.figures.result import Diff
 from ckptdiff.report.document import document
 from ckptdiff.report.json_text import dumps
 from ckptdiff.report.rows import View
-from ckptdiff.result import Diff
 
 __all__ = ["write"]
 

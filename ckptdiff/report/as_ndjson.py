@@ -14,10 +14,10 @@ from typing import Any, TextIO
 import numpy as np
 
 from ckptdiff.events import Event, Finished, Started, TensorsDone
+from ckptdiff.figures.result import Diff
 from ckptdiff.report.document import aggregates, facts
 from ckptdiff.report.json_text import dumps
 from ckptdiff.report.rows import View, rows
-from ckptdiff.result import Diff
 
 __all__ = ["NdjsonStream", "lines", "streams", "write"]
 

@@ -6,12 +6,12 @@ import io
 from typing import Any, TextIO
 
 from ckptdiff.errors import OptionError
-from ckptdiff.metrics.catalogue import FIGURES, flat_keys
-from ckptdiff.metrics.spectral import SPECTRAL_KEYS
+from ckptdiff.figures.catalogue import FIGURES, flat_keys
+from ckptdiff.figures.result import Diff
+from ckptdiff.figures.spectral import SPECTRAL_KEYS
 from ckptdiff.report.document import facts
 from ckptdiff.report.json_text import dumps
 from ckptdiff.report.rows import SPECTRAL, View, flat_columns, flatten, rows
-from ckptdiff.result import Diff
 
 __all__ = ["require_pyarrow", "write"]
 

@@ -8,8 +8,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from ckptdiff.members import GroupBy
-from ckptdiff.metrics.catalogue import parameter_key
+from ckptdiff.figures.catalogue import parameter_key
+from ckptdiff.figures.members import GroupBy
+from ckptdiff.figures.result import Diff
 from ckptdiff.report.legend import legend_lines
 from ckptdiff.report.member_labels import labels
 from ckptdiff.report.rows import View, rows
@@ -17,7 +18,6 @@ from ckptdiff.report.screen import Column, Screen, bar, screen_of, table_lines
 from ckptdiff.report.spectra_section import spectra_section
 from ckptdiff.report.summary import summary
 from ckptdiff.report.text import number, percent, quantity, shape_text
-from ckptdiff.result import Diff
 
 __all__ = ["table", "write"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ckptdiff.figures.result import Diff
 from ckptdiff.report.rows import LIST_KEYS, View, rows
-from ckptdiff.result import Diff
 
 __all__ = ["SCHEMA", "aggregates", "document", "facts"]
 

@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Callable
 from typing import Literal, TextIO, TypeAlias, cast, get_args
 
+from ckptdiff.figures.result import Diff
 from ckptdiff.report.rows import View
-from ckptdiff.result import Diff
 
 __all__ = ["FORMATS", "Exporter", "Format", "exporter"]
 

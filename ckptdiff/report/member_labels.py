@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ckptdiff.members import LABEL_KEYS, GroupBy
+from ckptdiff.figures.members import LABEL_KEYS, GroupBy
 from ckptdiff.report.text import safe
 
 __all__ = ["labels"]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptdiff.errors import OptionError
-from ckptdiff.members import LABEL_KEYS, GroupBy
-from ckptdiff.metrics.catalogue import FIGURES, flat_keys, parameter_key
-from ckptdiff.metrics.spectral import SPECTRAL_FIGURES, SPECTRAL_KEYS, spectral_keys
-from ckptdiff.result import Diff, TensorFacts
+from ckptdiff.figures.catalogue import FIGURES, flat_keys, parameter_key
+from ckptdiff.figures.members import LABEL_KEYS, GroupBy
+from ckptdiff.figures.result import Diff, TensorFacts
+from ckptdiff.figures.spectral import SPECTRAL_FIGURES, SPECTRAL_KEYS, spectral_keys
 
 __all__ = [
     "LABELS",

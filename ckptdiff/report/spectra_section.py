@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptdiff.errors import plural
-from ckptdiff.metrics.catalogue import parameter_key
-from ckptdiff.metrics.spectral import ENERGY_RANKS
+from ckptdiff.figures.catalogue import parameter_key
+from ckptdiff.figures.result import Diff
+from ckptdiff.figures.spectral import ENERGY_RANKS
 from ckptdiff.report.legend import legend_lines
 from ckptdiff.report.member_labels import labels
 from ckptdiff.report.rows import SPECTRAL, View, rows
 from ckptdiff.report.screen import Column, Screen, table_lines
 from ckptdiff.report.text import number, percent, safe
-from ckptdiff.result import Diff
 
 __all__ = ["sparkline", "spectra_section"]
 

@@ -9,9 +9,9 @@ from pathlib import PurePath
 import numpy as np
 
 from ckptdiff.errors import plural
-from ckptdiff.metrics.catalogue import parameter_key
+from ckptdiff.figures.catalogue import parameter_key
+from ckptdiff.figures.result import SIDES, Diff
 from ckptdiff.report.text import number, percent, quantity, safe
-from ckptdiff.result import SIDES, Diff
 
 __all__ = ["side_name", "summary"]
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ckptdiff.backends.kernels.masked_steps import adamw_step
 from ckptdiff.errors import OptionError
+from ckptdiff.retrain.kernels.masked_steps import adamw_step
 from ckptdiff.retrain.optimizer import MaskedOptimizer
 from ckptdiff.retrain.packed import PackedMask
 
@@ -78,7 +78,7 @@ class MaskedAdamW(MaskedOptimizer):
         return self.every_slot
 
     def constants(self, group: dict[str, Any], step: int, fresh: bool) -> list[float]:
-        """As :func:`~ckptdiff.backends.kernels.masked_steps.adamw_step` takes them."""
+        """As :func:`~ckptdiff.retrain.kernels.masked_steps.adamw_step` takes them."""
         lr, (beta1, beta2) = float(group["lr"]), group["betas"]
         return [
             1 - lr * group["weight_decay"],

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ckptdiff.backends.kernels.masked_steps import sum_masked_squares
 from ckptdiff.errors import MaskError, OptionError
+from ckptdiff.retrain.kernels.masked_steps import sum_masked_squares
 from ckptdiff.retrain.packed import PackedMask, require_fit
 from ckptdiff.retrain.refusals import require_dense, require_unmoved
 from ckptdiff.retrain.support import IndexSupport, Support, TileSupport, flat_view, support_of

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from ckptdiff.backends.kernels.masked_steps import sgd_step
 from ckptdiff.errors import OptionError
+from ckptdiff.retrain.kernels.masked_steps import sgd_step
 from ckptdiff.retrain.optimizer import MaskedOptimizer
 from ckptdiff.retrain.packed import PackedMask
 
@@ -83,7 +83,7 @@ class MaskedSGD(MaskedOptimizer):
         return self.every_slot if group["momentum"] else ()
 
     def constants(self, group: dict[str, Any], step: int, fresh: bool) -> list[float]:
-        """As :func:`~ckptdiff.backends.kernels.masked_steps.sgd_step` takes them."""
+        """As :func:`~ckptdiff.retrain.kernels.masked_steps.sgd_step` takes them."""
         share = 1.0 if fresh else 1 - group["dampening"]  # the first gradient goes into a buffer whole
         return [float(group["lr"]), group["weight_decay"], group["momentum"], share, float(group["nesterov"])]
 

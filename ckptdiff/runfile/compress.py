@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.runfile.deflate import Deflated, deflate_parts
+from ckptdiff.deflate.deflate import Deflated, deflate_parts
 from ckptdiff.runfile.schema import MASK_CHUNK
 
 __all__ = ["DEFLATED", "MASK_CHUNK", "RAW", "compress_chunk", "compress_parts"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptdiff.metrics.histograms import HistogramRows, log2_floor, ulp_floor
+from ckptdiff.measure.histograms import HistogramRows, log2_floor, ulp_floor
 from ckptdiff.runfile.schema import HISTOGRAMS
 
 __all__ = ["HistogramTable"]

@@ -15,8 +15,8 @@ import h5py
 import numpy as np
 
 from ckptdiff.errors import OptionError, RunFileError
-from ckptdiff.metrics.histograms import HistogramRows
-from ckptdiff.result import Diff
+from ckptdiff.figures.result import Diff
+from ckptdiff.measure.histograms import HistogramRows
 from ckptdiff.runfile.mask import MaskView
 from ckptdiff.runfile.schema import FORMAT, FORMAT_VERSION, HDF5_SIGNATURE, HISTOGRAMS
 from ckptdiff.runfile.spectra_table import SpectraView, read_spectra

@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptdiff.checkpoint import DTYPES
 from ckptdiff.errors import RunFileError
-from ckptdiff.runfile.staged import StagedFile
+from ckptdiff.files.staged import StagedFile
 
 __all__ = ["METADATA", "Entry", "is_safetensors_of", "write_safetensors"]
 

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.metrics.spectral import SPECTRAL_FIGURES, SPECTRAL_KEYS, Spectra, spectral_keys
+from ckptdiff.figures.spectral import SPECTRAL_FIGURES, SPECTRAL_KEYS, Spectra, spectral_keys
 from ckptdiff.runfile.schema import escape_name, escape_text, unescape
 from ckptdiff.runfile.tables import numbers_of_tensors, texts_of_tensors
 from ckptdiff.runfile.typed import numbers_of, text_of

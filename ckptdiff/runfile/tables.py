@@ -11,8 +11,8 @@ import h5py
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ckptdiff.metrics.catalogue import COLUMNS
-from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
+from ckptdiff.figures.catalogue import COLUMNS
+from ckptdiff.figures.result import Diff, TensorFacts, UnmatchedTensor
 from ckptdiff.runfile.schema import TEXT_FACTS, escape_text, unescape
 from ckptdiff.runfile.typed import Spec, WrongTypeError, json_of, numbers_of, parse_json, require, texts_of
 
@@ -162,7 +162,7 @@ def read_provenance(file: Any) -> dict[str, Any]:
 
 
 def read_unmatched(file: Any) -> dict[str, Any]:
-    """The lists of ``/unmatched``, as fields of a :class:`~ckptdiff.result.Diff`."""
+    """The lists of ``/unmatched``, as fields of a :class:`~ckptdiff.figures.result.Diff`."""
     lists = json_of(file["unmatched"], _UNMATCHED)
     return {
         "only_in_base": tuple(lists["only_in_base"]),

@@ -15,13 +15,13 @@ from h5py import h5a, h5d, h5o, h5p, h5s, h5t
 from numpy.typing import NDArray
 
 import ckptdiff
-from ckptdiff.metrics.histograms import HistogramRows
+from ckptdiff.figures.result import Diff
+from ckptdiff.files.staged import StagedFile
+from ckptdiff.measure.histograms import HistogramRows
 from ckptdiff.options import MaskRule
-from ckptdiff.result import Diff
 from ckptdiff.runfile.histogram_table import HistogramTable
 from ckptdiff.runfile.schema import BIT_ORDER, FORMAT, FORMAT_VERSION, escape_name, mask_chunk_bytes, packed_bytes
 from ckptdiff.runfile.spectra_table import add_spectrum, write_spectra
-from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.runfile.tables import write_provenance, write_tensors
 
 __all__ = ["RunFileWriter"]

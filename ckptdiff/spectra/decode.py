@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.formats import Format, recode_table
-from ckptdiff.backends.kernels.panels import cast_to_bf16, widen_bf16
+from ckptdiff.formats import Format, recode_table
+from ckptdiff.spectra.kernels.panels import cast_to_bf16, widen_bf16
 
 __all__ = ["decode"]
 

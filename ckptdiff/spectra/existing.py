@@ -10,18 +10,18 @@ from typing import Literal, cast
 import h5py
 
 from ckptdiff.checkpoint import Checkpoint, TensorInfo, TensorPair, pair
+from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.errors import OptionError, RunFileError
 from ckptdiff.events import Listener, Stage, ignore, stage
+from ckptdiff.figures.result import Diff
+from ckptdiff.files.staged import StagedFile
 from ckptdiff.linalg.blas import require_scipy
 from ckptdiff.options import Compare, Options, SpectraOptions
-from ckptdiff.result import Diff
+from ckptdiff.runfile.checked_blocks import checked_blocks, known_norms
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.sides import open_side
 from ckptdiff.runfile.spectra_table import add_spectrum, write_spectra
-from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.spectra.stage import SpectraTable, measure_spectra
-from ckptdiff.stream.checked_blocks import checked_blocks, known_norms
-from ckptdiff.stream.shards import OpenShards, open_shards
 
 __all__ = ["add_spectra"]
 

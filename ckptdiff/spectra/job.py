@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ckptdiff.backends.formats import formats_of
 from ckptdiff.checkpoint import TensorPair
-from ckptdiff.linalg.passes import PanelSource, run_together
+from ckptdiff.checkpoint.open_shards import OpenShards
+from ckptdiff.formats import formats_of
+from ckptdiff.linalg.stages import PanelSource, run_together
 from ckptdiff.linalg.survey import Survey, survey
 from ckptdiff.linalg.threads import product_threads, work_counted_in
 from ckptdiff.linalg.work import WorkMeter
@@ -27,7 +28,6 @@ from ckptdiff.spectra.measure import (
 )
 from ckptdiff.spectra.memory import Budget, cache_bytes, exact_bytes
 from ckptdiff.spectra.source import StoredPanels
-from ckptdiff.stream.shards import OpenShards
 
 __all__ = ["Job", "Measuring"]
 

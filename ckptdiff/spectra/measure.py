@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptdiff.figures.catalogue import RHO, flat_key
+from ckptdiff.figures.spectral import ENERGY_RANKS, RANK_TAU
 from ckptdiff.linalg.angles import Angles, angle_rank, angles_work, principal_angles
 from ckptdiff.linalg.exact import SideSpectrum, effective_rank, nss, numerical_rank, side_spectrum, side_work
 from ckptdiff.linalg.krylov import (
@@ -18,12 +20,10 @@ from ckptdiff.linalg.krylov import (
     krylov_values,
     krylov_work,
 )
-from ckptdiff.linalg.passes import PanelSource, Side, Stage, run_together
 from ckptdiff.linalg.principal import Principal, principal, principal_rank, principal_work
+from ckptdiff.linalg.stages import PanelSource, Side, Stage, run_together
 from ckptdiff.linalg.survey import SURVEY_WORK, Survey
-from ckptdiff.metrics.catalogue import RHO, flat_key
-from ckptdiff.metrics.rounding_null import change_chances
-from ckptdiff.metrics.spectral import ENERGY_RANKS, RANK_TAU
+from ckptdiff.measure.rounding_null import change_chances
 from ckptdiff.options import SpectraOptions
 from ckptdiff.spectra.matrices import MatrixView
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ckptdiff.figures.catalogue import RHO
 from ckptdiff.linalg.angles import angle_rank
 from ckptdiff.linalg.principal import principal_rank
 from ckptdiff.memory import machine_memory
-from ckptdiff.metrics.catalogue import RHO
 from ckptdiff.options import Options, SpectraMode, SpectraOptions, default_threads
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.source import PANEL

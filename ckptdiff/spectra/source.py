@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.formats import Format, Formats
 from ckptdiff.checkpoint import TensorInfo, TensorPair
-from ckptdiff.linalg.passes import ArrayPanels, Panel
+from ckptdiff.checkpoint.open_shards import OpenShards
+from ckptdiff.formats import Format, Formats
 from ckptdiff.linalg.products import cuts
+from ckptdiff.linalg.stages import ArrayPanels, Panel
 from ckptdiff.linalg.threads import count_work, in_parts
 from ckptdiff.spectra.decode import decode
 from ckptdiff.spectra.matrices import MatrixView
-from ckptdiff.stream.shards import OpenShards
 
 __all__ = ["PANEL", "StoredPanels"]
 
@@ -28,7 +28,7 @@ Floats = NDArray[Any]
 
 
 class StoredPanels:
-    """A matrix pair on disk; a :class:`~ckptdiff.linalg.passes.PanelSource`.
+    """A matrix pair on disk; a :class:`~ckptdiff.linalg.stages.PanelSource`.
 
     Parameters
     ----------

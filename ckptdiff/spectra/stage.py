@@ -12,21 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import Kind, TensorPair
+from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.events import Listener, Stage, stage
+from ckptdiff.figures.catalogue import RHO, flat_key
+from ckptdiff.figures.result import Diff
+from ckptdiff.figures.spectral import SPECTRAL_KEYS, Spectra
+from ckptdiff.in_order import Task, in_order
 from ckptdiff.linalg.threads import one_blas_thread
 from ckptdiff.linalg.work import WorkMeter
 from ckptdiff.memory import resident
-from ckptdiff.metrics.catalogue import RHO, flat_key
-from ckptdiff.metrics.spectral import SPECTRAL_KEYS, Spectra
 from ckptdiff.options import Options
-from ckptdiff.result import Diff
-from ckptdiff.spectra.in_order import Task, in_order
+from ckptdiff.run.warm_up import Uses, load, panel_uses
 from ckptdiff.spectra.job import Job, Measuring
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.measure import MatrixSpectra
 from ckptdiff.spectra.memory import Budget
-from ckptdiff.stream.shards import OpenShards
-from ckptdiff.warm_up import Uses, load, panel_uses
 
 __all__ = ["SpectraPlan", "SpectraTable", "TensorSpectra", "measure_spectra", "plan_spectra"]
 
@@ -199,7 +199,7 @@ def _by_tensor(found: Iterator[tuple[int, MatrixSpectra]], tensors: int) -> Iter
 
 
 class SpectraTable:
-    """The columns of a :class:`~ckptdiff.metrics.spectral.Spectra` as they fill."""
+    """The columns of a :class:`~ckptdiff.figures.spectral.Spectra` as they fill."""
 
     def __init__(self, mode: str, tensors: int) -> None:
         self._spectra = Spectra.empty(mode, tensors)

@@ -22,14 +22,14 @@ import h5py
 import numpy as np
 
 import ckptdiff
-from ckptdiff.backends.kernels.trajectory import Flow
 from ckptdiff.checkpoint import Shard
 from ckptdiff.errors import RunFileError
+from ckptdiff.files.staged import StagedFile
 from ckptdiff.runfile.schema import escape_text
-from ckptdiff.runfile.staged import StagedFile
 from ckptdiff.runfile.tables import numbers_of_tensors, texts_of_tensors
 from ckptdiff.runfile.target import TRACK_FORMAT, check_target
 from ckptdiff.runfile.typed import Spec, WrongTypeError, json_of, numbers_of, parse_json
+from ckptdiff.track.kernels.trajectory import Flow
 from ckptdiff.track.result import COUNTS, Track
 
 __all__ = ["check_track_target", "load_track", "save_track"]

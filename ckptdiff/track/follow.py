@@ -14,17 +14,17 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.kernels.tiles import facts_of
-from ckptdiff.backends.kernels.trajectory import Flow, Rooms, follow_spans, new_rooms
-from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES
+from ckptdiff.checkpoint.open_shard import failed_once
+from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.events import Listener, ignore, stage
+from ckptdiff.measure.kernels.tiles import facts_of
+from ckptdiff.measure.partial import BLOCK
 from ckptdiff.options import Compare, check_threads, default_threads
-from ckptdiff.stream.reader import failed_once
-from ckptdiff.stream.shards import OpenShards, open_shards
+from ckptdiff.run.warm_up import Uses, load
+from ckptdiff.track.kernels.trajectory import Flow, Rooms, follow_spans, new_rooms
 from ckptdiff.track.plan import Followed, plan_track
 from ckptdiff.track.result import Track
-from ckptdiff.warm_up import Uses, load
 
 __all__ = ["track"]
 

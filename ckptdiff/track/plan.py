@@ -10,13 +10,13 @@ from functools import cache, partial
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.backends.cpu import cast_of
-from ckptdiff.backends.formats import FORMATS, Format, compare_format, stored_format
 from ckptdiff.checkpoint import Checkpoint, Kind, TensorInfo, open_checkpoint, pair
+from ckptdiff.checkpoint.open_shards import open_shards
+from ckptdiff.checkpoint.same_values import same_values
 from ckptdiff.errors import OptionError, PairingError, first_few, plural
+from ckptdiff.formats import FORMATS, Format, compare_format, stored_format
+from ckptdiff.measure.cpu import cast_of
 from ckptdiff.options import Compare
-from ckptdiff.stream.same_values import same_values
-from ckptdiff.stream.shards import open_shards
 
 __all__ = ["Followed", "TrackPlan", "plan_track"]
 

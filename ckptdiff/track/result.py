@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import locate
-from ckptdiff.members import LABEL_KEYS, members_of
+from ckptdiff.figures.members import LABEL_KEYS, members_of
 
 __all__ = ["COUNTS", "FIGURES", "Track"]
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fake_engine import FakeEngine
 
 from ckptdiff.cli import main
-from ckptdiff.result import Diff
+from ckptdiff.figures.result import Diff
 
 _HARNESS = """
 import sys
@@ -39,7 +39,7 @@ def engine(diff: Diff, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """The engine of this test; its `diff` may be replaced. Its runs take no time, however busy the machine is."""
     fake = FakeEngine(diff)
     monkeypatch.setattr(time, "monotonic", lambda: 0.0)
-    monkeypatch.setitem(sys.modules, "ckptdiff.engine", fake.module())
+    monkeypatch.setitem(sys.modules, "ckptdiff.run.engine", fake.module())
     monkeypatch.delenv("CKPTDIFF_DEBUG", raising=False)
     return fake
 

@@ -11,9 +11,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from ckptdiff.events import Finished, Listener, Note, Started, TensorsDone, stage
-from ckptdiff.metrics.histograms import HistogramRows
+from ckptdiff.figures.result import Diff
+from ckptdiff.measure.histograms import HistogramRows
 from ckptdiff.options import DEFAULT_MEMORY, MaskRule, Options
-from ckptdiff.result import Diff
 from ckptdiff.runfile.schema import mask_chunk_bytes
 
 
@@ -94,11 +94,11 @@ class FakeEngine:
                 told.at(1000 * (row + 1) // len(self.diff.tensors), facts.name, 10 * (row + 1), 7 * (row + 1))
 
     def module(self) -> ModuleType:
-        module = ModuleType("ckptdiff.engine")
+        module = ModuleType("ckptdiff.run.engine")
         module.run, module.prepare = self.run, self.prepare
         return module
 
 
 def install(engine: FakeEngine) -> None:
     """For subprocesses."""
-    sys.modules["ckptdiff.engine"] = engine.module()
+    sys.modules["ckptdiff.run.engine"] = engine.module()

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from ckptdiff.cli.checks import Check
 from ckptdiff.errors import OptionError
-from ckptdiff.metrics.catalogue import FIGURES
+from ckptdiff.figures.catalogue import FIGURES
+from ckptdiff.figures.result import Diff
 from ckptdiff.report.document import document
 from ckptdiff.report.rows import figure_paths
-from ckptdiff.result import Diff
 
 _SINGLE = [figure.key for figure in FIGURES if not figure.parameters]
 

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from ckptdiff.backends.cuda import choice, compiled
+from ckptdiff.measure.cuda import choice, compiled
 
 
 def test_a_machine_without_gpu_is_fine(cli, monkeypatch):
@@ -21,14 +21,14 @@ def test_a_machine_without_gpu_is_fine(cli, monkeypatch):
 
 
 def test_a_wrong_answer_is_trouble(cli, monkeypatch):
-    monkeypatch.setattr("ckptdiff.backends.self_test.self_test", lambda backend, names: "mask of " + "-".join(names))
+    monkeypatch.setattr("ckptdiff.measure.self_test.self_test", lambda backend, names: "mask of " + "-".join(names))
     code, out, _ = cli("doctor")
     assert code == 2
     assert "! self-test, cpu    WRONG: mask of bf16-bf16-bf16" in out
 
 
 def test_two_cupy_packages_are_trouble(cli, monkeypatch):
-    monkeypatch.setattr("ckptdiff.backends.cuda.choice.cupy_packages", lambda: ["cupy-cuda12x 14", "cupy-cuda13x 14"])
+    monkeypatch.setattr("ckptdiff.measure.cuda.choice.cupy_packages", lambda: ["cupy-cuda12x 14", "cupy-cuda13x 14"])
     code, out, _ = cli("doctor")
     assert code == 2
     assert "! CuPy              cupy-cuda12x 14, cupy-cuda13x 14" in out

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptdiff.backends.cuda.source import NAMES
+from ckptdiff.measure.cuda.sources import NAMES
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "cuda"

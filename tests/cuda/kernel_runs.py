@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from host_kernels import Library
 
-from ckptdiff.backends.cuda.layout import (
+from ckptdiff.measure.cuda.layout import (
     RECORD,
     REFINE_BINS,
     ROWS,
@@ -16,7 +16,7 @@ from ckptdiff.backends.cuda.layout import (
     scan_settings,
     search_settings,
 )
-from ckptdiff.backends.partial import BINS, Partial, Refined, Rule, Sum
+from ckptdiff.measure.partial import BINS, Partial, Refined, Rule, Sum
 
 UNTOUCHED = 0xAA
 

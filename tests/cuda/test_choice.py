@@ -12,12 +12,12 @@ import pytest
 from host_gpu import HostGpu
 
 import ckptdiff
-from ckptdiff import devices
-from ckptdiff.backends.cuda import choice
-from ckptdiff.backends.cuda.gpu import failure
-from ckptdiff.devices import open_device
 from ckptdiff.errors import DeviceError, OptionError, PlanError
+from ckptdiff.measure.cuda import choice
+from ckptdiff.measure.cuda.gpu import failure
 from ckptdiff.options import Options
+from ckptdiff.run import devices
+from ckptdiff.run.devices import open_device
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_a_home_that_cannot_be_written_to_is_named(cupy_installed, monkeypatch):
 @pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is missing")
 def test_cupy_itself_where_home_cannot_be_written_to(tmp_path):
     (tmp_path / "file").touch()
-    code = "from ckptdiff.backends.cuda.choice import _import_cupy; _import_cupy([])"
+    code = "from ckptdiff.measure.cuda.choice import _import_cupy; _import_cupy([])"
     environment = {**os.environ, "HOME": str(tmp_path / "file")}
     environment.pop("CUPY_CACHE_DIR", None)
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -152,7 +152,7 @@ class Reachable(HostGpu):
 
 @pytest.fixture
 def gpu_found(libraries, monkeypatch):
-    monkeypatch.setattr("ckptdiff.backends.cuda.choice.find_gpu", lambda index: Reachable(libraries))
+    monkeypatch.setattr("ckptdiff.measure.cuda.choice.find_gpu", lambda index: Reachable(libraries))
 
 
 def test_auto_takes_a_gpu_on_which_a_kernel_ran(gpu_found):
@@ -173,7 +173,7 @@ def test_auto_leaves_a_gpu_that_is_full(gpu_found, monkeypatch):
 
 
 def test_a_gpu_that_computes_wrong_figures_is_refused(gpu_found, monkeypatch):
-    monkeypatch.setattr("ckptdiff.backends.self_test.wrong_figures", lambda backend: "mask of bf16-bf16-bf16")
+    monkeypatch.setattr("ckptdiff.measure.self_test.wrong_figures", lambda backend: "mask of bf16-bf16-bf16")
     assert "wrong figures" in refused().problem
     assert "wrong figures" in open_device(Options()).note
 
@@ -196,7 +196,7 @@ def test_unknown_devices_are_refused(name):
 
 def test_a_run_on_a_missing_gpu_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
-    fixture = devices.__file__.replace("ckptdiff/devices.py", "fixtures/tied/")
+    fixture = devices.__file__.replace("ckptdiff/run/devices.py", "fixtures/tied/")
     with pytest.raises(DeviceError):
         ckptdiff.diff(fixture + "base", fixture + "tuned", out=tmp_path / "run.h5", device="cuda:0")
     assert list(tmp_path.iterdir()) == []

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from ckptdiff.backends.cuda import compiled, source
 from ckptdiff.errors import DeviceError
+from ckptdiff.measure.cuda import compiled
+from ckptdiff.measure.cuda import sources as source
 
 BF16, F16 = ("bf16",) * 3, ("f16",) * 3
 

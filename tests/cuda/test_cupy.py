@@ -7,11 +7,11 @@ import types
 import numpy as np
 import pytest
 
-from ckptdiff.backends.cuda import gpu as gpu_module
-from ckptdiff.backends.cuda.gpu import CupyGpu
-from ckptdiff.backends.cuda.source import THREADS
-from ckptdiff.backends.formats import FORMATS
 from ckptdiff.errors import DeviceError
+from ckptdiff.formats import FORMATS
+from ckptdiff.measure.cuda import gpu as gpu_module
+from ckptdiff.measure.cuda.gpu import CupyGpu
+from ckptdiff.measure.cuda.sources import THREADS
 
 BF16 = (FORMATS["bf16"],) * 3
 F16 = (FORMATS["f16"],) * 3

@@ -5,9 +5,9 @@ import platform
 import pytest
 from host_gpu import HostGpu
 
-from ckptdiff.backends.cuda.slots import Room
-from ckptdiff.backends.cuda.worker import CudaWorker
-from ckptdiff.backends.self_test import SELF_TESTED, self_test
+from ckptdiff.measure.cuda.slots import Room
+from ckptdiff.measure.cuda.worker import CudaWorker
+from ckptdiff.measure.self_test import SELF_TESTED, self_test
 
 
 @pytest.mark.parametrize("names", SELF_TESTED, ids="-".join)

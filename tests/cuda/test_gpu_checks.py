@@ -12,8 +12,8 @@ import pytest
 from host_gpu import HostGpu
 
 import ckptdiff
-from ckptdiff.backends.cuda import choice
-from ckptdiff.backends.formats import FORMATS
+from ckptdiff.formats import FORMATS
+from ckptdiff.measure.cuda import choice
 
 ROOT = Path(__file__).parents[2]
 

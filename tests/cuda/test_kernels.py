@@ -8,7 +8,8 @@ from code_samples import assert_partials_equal, encode, random_codes, tuned_code
 from host_kernels import TESTED
 from kernel_runs import UNTOUCHED, nonzero, padded, run_refine, run_scan, tiles_of
 
-from ckptdiff.backends.cuda.layout import (
+from ckptdiff.formats import FORMATS
+from ckptdiff.measure.cuda.layout import (
     RECORD,
     ROWS,
     SCAN_SETTINGS,
@@ -18,10 +19,9 @@ from ckptdiff.backends.cuda.layout import (
     add_scanned,
     scan_settings,
 )
-from ckptdiff.backends.formats import FORMATS
-from ckptdiff.backends.partial import BINS, BLOCK, Count, Partial, Refined, Rule, Scan, Sum, Targets
-from ckptdiff.backends.reference import ReferenceWorker
-from ckptdiff.backends.source import InMemory
+from ckptdiff.measure.partial import BINS, BLOCK, Count, Partial, Refined, Rule, Scan, Sum, Targets
+from ckptdiff.measure.reference import ReferenceWorker
+from ckptdiff.measure.source import InMemory
 
 SIZES = (1, 7, 8, 9, 511, 513, 4097, TILE - 1, TILE, TILE + 1)
 RULES = [(Rule.NONE, 0.0), (Rule.BITWISE, 0.0), (Rule.ABOVE, 1e-5), (Rule.ETA, 4e-3)]

@@ -12,13 +12,13 @@ from run_files import assert_same_run, datasets
 from worker_checks import check, check_refine, sides
 
 import ckptdiff
-from ckptdiff.backends.cuda.choice import find_gpu
-from ckptdiff.backends.cuda.slots import Room
-from ckptdiff.backends.cuda.worker import CudaWorker
-from ckptdiff.backends.formats import FORMATS
-from ckptdiff.backends.partial import BLOCK, Rule, Scan
-from ckptdiff.backends.self_test import SELF_TESTED, self_test
 from ckptdiff.errors import DeviceError
+from ckptdiff.formats import FORMATS
+from ckptdiff.measure.cuda.choice import find_gpu
+from ckptdiff.measure.cuda.slots import Room
+from ckptdiff.measure.cuda.worker import CudaWorker
+from ckptdiff.measure.partial import BLOCK, Rule, Scan
+from ckptdiff.measure.self_test import SELF_TESTED, self_test
 
 pytestmark = pytest.mark.gpu
 FIXTURES = Path(__file__).parents[2] / "fixtures"

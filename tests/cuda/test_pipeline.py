@@ -9,19 +9,19 @@ from code_samples import assert_partials_equal
 from host_gpu import HostGpu, Memory
 from worker_checks import check, check_refine, sides, source
 
-from ckptdiff.backends.cpu import CpuWorker
-from ckptdiff.backends.cuda.layout import ROWS
-from ckptdiff.backends.cuda.slots import ALIGN, Room, fit_room
-from ckptdiff.backends.cuda.small import groups
-from ckptdiff.backends.cuda.worker import CudaWorker
-from ckptdiff.backends.formats import FORMATS
-from ckptdiff.backends.partial import BINS, Partial, Rule, Scan
-from ckptdiff.backends.reference import ReferenceWorker
-from ckptdiff.backends.source import Extent, InMemory, Window
 from ckptdiff.errors import ChangedFileError, DeviceError, PlanError
-from ckptdiff.metrics.catalogue import EPS as EPS_OF_RUNS
-from ckptdiff.metrics.columns import LARGEST, SMALLEST, empty_records, set_sizes
-from ckptdiff.metrics.small import wanted
+from ckptdiff.figures.catalogue import EPS as EPS_OF_RUNS
+from ckptdiff.figures.columns import LARGEST, SMALLEST, empty_records, set_sizes
+from ckptdiff.formats import FORMATS
+from ckptdiff.measure.cpu import CpuWorker
+from ckptdiff.measure.cuda.batch import groups
+from ckptdiff.measure.cuda.layout import ROWS
+from ckptdiff.measure.cuda.slots import ALIGN, Room, fit_room
+from ckptdiff.measure.cuda.worker import CudaWorker
+from ckptdiff.measure.one_scan import wanted
+from ckptdiff.measure.partial import BINS, Partial, Rule, Scan
+from ckptdiff.measure.reference import ReferenceWorker
+from ckptdiff.measure.source import Extent, InMemory, Window
 
 EPS = (0.0, 1e-8, 1e-5, 1e-4)
 BF16, F32, F64 = (FORMATS[name] for name in ("bf16", "f32", "f64"))
@@ -308,7 +308,7 @@ def test_figures_that_cannot_be_taken_leave_nothing_under_way(libraries, small_t
         gpu.record(worker._pipeline.up)  # so that something is queued, whatever this device has done already
         raise ZeroDivisionError
 
-    monkeypatch.setattr("ckptdiff.backends.cuda.small.take_whole", fail)
+    monkeypatch.setattr("ckptdiff.measure.cuda.batch.take_whole", fail)
     with pytest.raises(ZeroDivisionError):
         small_rows(worker, scan, places)
     assert gpu.queued == 0

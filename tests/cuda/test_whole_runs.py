@@ -9,11 +9,11 @@ from run_files import assert_same_run, datasets
 from safetensors.numpy import save_file
 
 import ckptdiff
-from ckptdiff import planning
-from ckptdiff.backends.cuda.slots import Room
-from ckptdiff.backends.cuda.worker import CudaWorker
-from ckptdiff.devices import Device
 from ckptdiff.errors import DeviceError
+from ckptdiff.measure.cuda.slots import Room
+from ckptdiff.measure.cuda.worker import CudaWorker
+from ckptdiff.run import planning
+from ckptdiff.run.devices import Device
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 

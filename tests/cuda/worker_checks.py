@@ -3,9 +3,9 @@
 import numpy as np
 from code_samples import assert_partials_equal, random_codes, tuned_codes
 
-from ckptdiff.backends.partial import Partial, Refined, Scan, Targets
-from ckptdiff.backends.reference import ReferenceWorker
-from ckptdiff.backends.source import InMemory
+from ckptdiff.measure.partial import Partial, Refined, Scan, Targets
+from ckptdiff.measure.reference import ReferenceWorker
+from ckptdiff.measure.source import InMemory
 
 
 def sides(base_format, tuned_format, n, seed=0, kind="tame"):

@@ -7,7 +7,7 @@ from spectrum_cases import base, singular_values, update
 
 from ckptdiff.linalg.angles import angle_rank, principal_angles
 from ckptdiff.linalg.exact import effective_rank, nss, numerical_rank, side_spectrum
-from ckptdiff.linalg.passes import ArrayPanels, run_together
+from ckptdiff.linalg.stages import ArrayPanels, run_together
 
 KINDS = ("flat", "s1", "power", "exponential", "low rank", "deficient")
 SHAPES = [(500, 260), (260, 260), (3000, 30), (7, 1), (3, 2)]

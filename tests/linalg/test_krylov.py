@@ -5,7 +5,7 @@ import pytest
 from spectrum_cases import singular_values, update
 
 from ckptdiff.linalg.krylov import KrylovOptions, LeadingValues, direct_values, krylov_values
-from ckptdiff.linalg.passes import ArrayPanels, run_together
+from ckptdiff.linalg.stages import ArrayPanels, run_together
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 KINDS = ("flat", "s1", "power", "exponential", "low rank", "deficient")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from spectrum_cases import base, orthonormal, principal_figures, to_bf16, update
 
-from ckptdiff.backends.formats import FORMATS
-from ckptdiff.linalg.passes import ArrayPanels, run_together
+from ckptdiff.formats import FORMATS
 from ckptdiff.linalg.principal import Principal, principal, principal_rank
 from ckptdiff.linalg.score_cut import ScoreCut
+from ckptdiff.linalg.stages import ArrayPanels, run_together
 from ckptdiff.linalg.survey import survey
-from ckptdiff.metrics.rounding_null import change_chances
+from ckptdiff.measure.rounding_null import change_chances
 
 RHO = (0.01, 0.05, 0.1, 0.2)
 FIGURES = ("energy", "energy_long", "energy_short", "coverage", "coverage_above", "not_low")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from spectrum_cases import base, update
 
 from ckptdiff.linalg.krylov import KrylovOptions, krylov_values
-from ckptdiff.linalg.passes import ArrayPanels, run_together
 from ckptdiff.linalg.principal import principal
 from ckptdiff.linalg.products import add_gram, add_product, cuts, product
+from ckptdiff.linalg.stages import ArrayPanels, run_together
 from ckptdiff.linalg.survey import survey
 from ckptdiff.linalg.threads import in_parts, one_blas_thread, product_threads
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 
 from ckptdiff.events import Finished, StageProgress, Started, TensorsDone
+from ckptdiff.figures.result import Diff
 from ckptdiff.report import as_ndjson
 from ckptdiff.report.as_ndjson import NdjsonStream, lines, streams
 from ckptdiff.report.document import document
 from ckptdiff.report.rows import View
-from ckptdiff.result import Diff
 
 
 def started(diff: Diff) -> Diff:

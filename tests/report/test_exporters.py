@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from ckptdiff.errors import OptionError
+from ckptdiff.figures.result import Diff
 from ckptdiff.report.document import document
 from ckptdiff.report.exporters import FORMATS, Format, exporter
 from ckptdiff.report.rows import View
-from ckptdiff.result import Diff
 
 
 def export(diff: Diff, name: Format, view: View | None = None) -> str:

@@ -10,9 +10,9 @@ import pyte
 import pytest
 
 from ckptdiff.events import Note, StageBegun, StageProgress, Started
+from ckptdiff.figures.result import Diff
 from ckptdiff.report import progress
 from ckptdiff.report.progress import ProgressDisplay
-from ckptdiff.result import Diff
 
 
 class Clock:

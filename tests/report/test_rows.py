@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from ckptdiff.errors import OptionError
-from ckptdiff.members import GROUPINGS
-from ckptdiff.metrics.catalogue import FIGURES
-from ckptdiff.metrics.spectral import SPECTRAL_FIGURES
+from ckptdiff.figures.catalogue import FIGURES
+from ckptdiff.figures.members import GROUPINGS
+from ckptdiff.figures.result import Diff
+from ckptdiff.figures.spectral import SPECTRAL_FIGURES
 from ckptdiff.report.rows import View, figure_paths, flat_columns, flatten, rows
-from ckptdiff.result import Diff
 
 
 def test_tensors_keep_plan_order(diff: Diff) -> None:

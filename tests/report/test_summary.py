@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ckptdiff.figures.result import Diff, UnmatchedTensor
 from ckptdiff.report.summary import side_name, summary
-from ckptdiff.result import Diff, UnmatchedTensor
 
 MakeDiff = Callable[..., Diff]
 

@@ -14,11 +14,11 @@ from rich.color import ColorSystem
 from safetensors.numpy import save_file
 
 import ckptdiff
-from ckptdiff.members import GROUPINGS
+from ckptdiff.figures.members import GROUPINGS
+from ckptdiff.figures.result import Diff
 from ckptdiff.report.as_table import table, write
 from ckptdiff.report.rows import View
 from ckptdiff.report.screen import Column, Screen, bar, folded, screen_of, table_lines
-from ckptdiff.result import Diff
 
 MakeDiff = Callable[..., Diff]
 ANSI = re.compile(r"\x1b\[[0-9;]*m")

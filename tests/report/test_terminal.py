@@ -175,7 +175,8 @@ def test_every_other_command(folder: Path, tmp_path: Path) -> None:
 def held_until(path: Path) -> str:
     """Code after which no matrix is measured before there is a file of that name."""
     return f"""
-from ckptdiff.spectra import in_order, job
+from ckptdiff import in_order
+from ckptdiff.spectra import job
 in_order._PATIENCE = 0.01
 measure = job.Measuring._measure
 def held(measuring, *arguments):

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ckptdiff.metrics.histograms import HistogramRows
+from ckptdiff.figures.result import Diff
+from ckptdiff.measure.histograms import HistogramRows
 from ckptdiff.options import MaskRule
-from ckptdiff.result import Diff
 from ckptdiff.runfile.compress import compress_chunk
 from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes
 from ckptdiff.runfile.writer import RunFileWriter

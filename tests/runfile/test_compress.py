@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptdiff.deflate.deflate import deflate
 from ckptdiff.runfile.compress import DEFLATED, MASK_CHUNK, RAW, compress_chunk
-from ckptdiff.runfile.deflate import deflate
 
 BLOCK = 1 << 20
 ROWS, WIDTH = 256, 4096

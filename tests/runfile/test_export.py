@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from ckptdiff.errors import OptionError, RunFileError
-from ckptdiff.metrics.histograms import HistogramRows
+from ckptdiff.measure.histograms import HistogramRows
 from ckptdiff.runfile.export import export_masks
 from ckptdiff.runfile.reader import RunFile
 

@@ -16,20 +16,20 @@ from typing import Any
 import h5py
 import pytest
 
-from ckptdiff.runfile.staged import StagedFile
+from ckptdiff.files.staged import StagedFile
 
 PREAMBLE = """
     import os, resource, signal, sys
     from pathlib import Path
     import numpy as np
     from ckptdiff.errors import RunFileError
-    from ckptdiff.metrics.catalogue import COLUMNS
-    from ckptdiff.metrics.histograms import HistogramRows
+    from ckptdiff.figures.catalogue import COLUMNS
+    from ckptdiff.measure.histograms import HistogramRows
     from ckptdiff.options import MaskRule
-    from ckptdiff.result import Diff, TensorFacts
+    from ckptdiff.figures.result import Diff, TensorFacts
     from ckptdiff.runfile.export import export_masks
     from ckptdiff.runfile.reader import RunFile
-    from ckptdiff.runfile.staged import StagedFile
+    from ckptdiff.files.staged import StagedFile
     from ckptdiff.runfile.writer import RunFileWriter
 
     folder = Path(sys.argv[1])

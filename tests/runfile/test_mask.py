@@ -10,7 +10,7 @@ import pytest
 from run_samples import SHAPES, Sample, counted, write
 
 from ckptdiff.errors import RunFileError
-from ckptdiff.metrics.histograms import HistogramRows
+from ckptdiff.measure.histograms import HistogramRows
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
 

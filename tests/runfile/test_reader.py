@@ -17,9 +17,9 @@ from run_samples import Sample, write
 
 import ckptdiff
 from ckptdiff.errors import RunFileError
-from ckptdiff.metrics.histograms import HistogramRows
+from ckptdiff.figures.result import Diff
+from ckptdiff.measure.histograms import HistogramRows
 from ckptdiff.options import MaskRule
-from ckptdiff.result import Diff
 from ckptdiff.runfile.reader import RunFile
 
 

@@ -16,8 +16,8 @@ from run_samples import Sample, add_mask, counted, file_names, random_rows, writ
 
 import ckptdiff
 from ckptdiff.errors import RunFileError
-from ckptdiff.metrics.catalogue import COLUMNS
-from ckptdiff.metrics.histograms import HistogramRows
+from ckptdiff.figures.catalogue import COLUMNS
+from ckptdiff.measure.histograms import HistogramRows
 from ckptdiff.options import MaskRule
 from ckptdiff.runfile.schema import TEXT_FACTS
 from ckptdiff.runfile.writer import RunFileWriter

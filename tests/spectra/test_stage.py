@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 import ckptdiff
 from ckptdiff.cli import main
 from ckptdiff.errors import OptionError
+from ckptdiff.figures.result import Diff
 from ckptdiff.lora.extract import extract_lora
 from ckptdiff.options import SpectraOptions
-from ckptdiff.result import Diff
 from ckptdiff.spectra.existing import add_spectra
 from ckptdiff.spectra.job import Measuring
 from ckptdiff.spectra.matrices import MatrixView

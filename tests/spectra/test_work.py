@@ -15,7 +15,7 @@ from told_stages import told_stages
 import ckptdiff
 from ckptdiff.events import Event
 from ckptdiff.linalg import work as work_module
-from ckptdiff.linalg.passes import ArrayPanels, meanwhile, run_together
+from ckptdiff.linalg.stages import ArrayPanels, meanwhile, run_together
 from ckptdiff.linalg.survey import survey
 from ckptdiff.linalg.symmetric import eigenvalues, eigenvalues_work
 from ckptdiff.linalg.threads import count_work, counted, in_parts, one_blas_thread, product_threads, work_counted_in
@@ -194,7 +194,7 @@ def test_where_work_is_counted(threads: int) -> None:
 def test_a_run_tells_of_its_spectra(mode: Any, memory: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of work, not of tensors: there is one that matters."""
     monkeypatch.setattr("ckptdiff.events._OFTEN", 0.0)
-    monkeypatch.setattr("ckptdiff.spectra.in_order._PATIENCE", 0.001)
+    monkeypatch.setattr("ckptdiff.in_order._PATIENCE", 0.001)
     rng = np.random.default_rng(0)
     weights = {"lm_head.weight": rng.standard_normal((3000, 500)), "norm": rng.standard_normal(500)}
     for side, size in (("base", 0.0), ("tuned", 0.01)):

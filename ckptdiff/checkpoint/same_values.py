@@ -1,0 +1,58 @@
+"""Whether two tensors hold the same values, by a look at all of them or up to the first that differs."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.checkpoint import TensorInfo
+from ckptdiff.checkpoint.blocks import blocks_of
+from ckptdiff.checkpoint.open_shards import OpenShards
+from ckptdiff.events import Stage
+from ckptdiff.formats import Format, common_format, recode_table, stored_format
+
+__all__ = ["same_values"]
+
+
+def same_values(shards: OpenShards, first: TensorInfo, second: TensorInfo, told: Stage) -> bool:
+    """Compare two floating tensors of one shape as ``unchanged_stored`` does.
+
+    Both are widened to the smallest format that holds either's values. There +0 equals -0, and a NaN equals one of the
+    same bits.
+
+    Parameters
+    ----------
+    shards : OpenShards
+        The readers of their files.
+    first, second : TensorInfo
+        Of any two floating dtypes, with as many elements.
+    told : Stage
+        Told of the bytes of both that were read.
+
+    Raises
+    ------
+    CheckpointError
+        If either cannot be read, or changes.
+    """
+    if first.region == second.region:
+        return True
+    formats = stored_format(first.dtype), stored_format(second.dtype)
+    common = common_format(*formats)
+    for stored in zip(blocks_of(shards, first), blocks_of(shards, second), strict=True):
+        told.more(sum(side.nbytes for side in stored), first.name)
+        one, other = (_widened(codes, format, common) for codes, format in zip(stored, formats, strict=True))
+        differ = one != other
+        if differ.any() and ((one | other)[differ] & common.magnitude).any():
+            return False
+    return True
+
+
+def _widened(stored: NDArray[np.uint8], format: Format, common: Format) -> NDArray[np.unsignedinteger]:
+    codes: NDArray[np.unsignedinteger] = stored.view(format.code_dtype)
+    if format == common:
+        return codes
+    if format.bits <= 16:
+        widened: NDArray[np.unsignedinteger] = recode_table(format, common)[codes]
+        return widened
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return codes.view(np.float32).astype(np.float64).view(common.code_dtype)

@@ -1,0 +1,236 @@
+"""Sixty-four codes in registers, for loops that a compiler would not keep there by itself.
+
+Each step is portable LLVM IR on wide vectors, so the same source becomes a few instructions with AVX-512, twice as many
+with AVX2, and more with NEON. Loops over them are plain Python for Numba.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.core.datamodel import models
+from numba.core.datamodel.registry import register_default
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
+
+from ckptdiff.jit import processor_features
+
+__all__ = [
+    "LANES",
+    "PACKS",
+    "SUMS",
+    "add_squares",
+    "aligned",
+    "any_lowest",
+    "changed_lanes",
+    "differing",
+    "load_codes",
+    "lower",
+    "no_codes",
+    "pack_lanes",
+    "positive_zeros",
+]
+
+LANES = 64
+SUMS = LANES // 2
+"""Sums that are kept apart: two codes each."""
+PACKS = llvmlite.binding.llvm_version_info >= (20,) and "+avx512vbmi2" in processor_features().split(",")
+"""Whether ``pack_lanes`` is a few instructions here; without them it would be slower than a loop over bits."""
+
+_REGISTER = 512
+_LINE = 64
+
+
+class Codes(types.Type):  # type: ignore[misc]
+    """Sixty-four codes of some bits each."""
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+        super().__init__(name=f"Codes({bits})")
+
+
+@register_default(Codes)
+class _CodesModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Codes) -> None:
+        super().__init__(manager, kind, ir.VectorType(ir.IntType(kind.bits), LANES))
+
+
+def _filled(vector: ir.VectorType, value: int) -> ir.Constant:
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def _everywhere(builder: Any, value: Any, vector: ir.VectorType) -> Any:
+    """The same value in all lanes."""
+    return _part(builder, builder.insert_element(_filled(vector, 0), value, ir.IntType(32)(0)), [0] * vector.count)
+
+
+def _part(builder: Any, vector: Any, lanes: Sequence[int]) -> Any:
+    """Some lanes of a vector."""
+    order = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), list(lanes))
+    return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), order)
+
+
+def _lowest(codes: Any) -> ir.Constant:
+    """The sign bit alone."""
+    return _filled(codes.type, -(1 << (codes.type.element.width - 1)))
+
+
+def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Room, not cleared, that begins where a cache line does: loads that cross lines take twice as long."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + _LINE, np.uint8)
+    start = -room.ctypes.data % _LINE
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
+@intrinsic
+def load_codes(typing: Any, codes: Any, row: Any, start: Any) -> Any:
+    """Codes ``start`` to ``start + 63`` of a row of an array."""
+    loaded = Codes(codes.dtype.bitwidth)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = make_array(signature.args[0])(context, builder, args[0])
+        at = builder.add(builder.mul(args[1], builder.extract_value(array.shape, 1)), args[2])
+        vector = context.get_value_type(loaded)
+        load = builder.load(builder.bitcast(builder.gep(array.data, [at]), vector.as_pointer()))
+        load.align = 1
+        return load
+
+    return loaded(codes, types.intp, types.intp), generate
+
+
+@intrinsic
+def no_codes(typing: Any, codes: Any) -> Any:
+    """Zeros in place of the codes given."""
+    return codes(codes), lambda context, builder, signature, args: _filled(args[0].type, 0)
+
+
+@intrinsic
+def differing(typing: Any, left: Any, right: Any) -> Any:
+    """Word whose bit k is set where codes k differ."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.icmp_unsigned("!=", *args), ir.IntType(LANES))
+
+    return types.uint64(left, right), generate
+
+
+@intrinsic
+def changed_lanes(typing: Any, left: Any, right: Any, magnitude: Any) -> Any:
+    """Word whose bit k is set where codes k differ and are not +0 and -0."""
+    scalar = types.Integer.from_bitwidth(left.bits, signed=False)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        left, right, magnitude = args
+        size = builder.and_(builder.or_(left, right), _everywhere(builder, magnitude, left.type))
+        changed = builder.and_(
+            builder.icmp_unsigned("!=", left, right), builder.icmp_unsigned("!=", size, _filled(left.type, 0))
+        )
+        return builder.bitcast(changed, ir.IntType(LANES))
+
+    return types.uint64(left, right, scalar), generate
+
+
+@intrinsic
+def pack_lanes(typing: Any, codes: Any, word: Any, packed: Any, at: Any) -> Any:
+    """Write the codes whose bit in ``word`` is set to ``packed[at:]``, side by side, and anything into what follows.
+
+    Up to 64 entries from ``at`` on are overwritten.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        codes, word, _, at = args
+        data = make_array(signature.args[2])(context, builder, args[2]).data
+        code = codes.type.element
+        count = _REGISTER // code.width
+        part, flags = ir.VectorType(code, count), ir.VectorType(ir.IntType(1), count)
+        name = f"llvm.experimental.vector.compress.v{count}i{code.width}"
+        compress = builder.module.globals.get(name)
+        if compress is None:
+            compress = ir.Function(builder.module, ir.FunctionType(part, [part, flags, part]), name)
+        for first in range(0, LANES, count):
+            bits = builder.trunc(builder.lshr(word, word.type(first)), ir.IntType(count))
+            some = _part(builder, codes, range(first, first + count))
+            dense = builder.call(compress, [some, builder.bitcast(bits, flags), ir.Constant(part, ir.Undefined)])
+            builder.store(dense, builder.bitcast(builder.gep(data, [at]), part.as_pointer())).align = code.width // 8
+            at = builder.add(at, builder.zext(builder.ctpop(bits), at.type))
+        return context.get_dummy_value()
+
+    return types.void(codes, types.uint64, packed, types.intp), generate
+
+
+@intrinsic
+def positive_zeros(typing: Any, codes: Any, magnitude: Any) -> Any:
+    """The same codes, but zero where all bits of the magnitude are."""
+    scalar = types.Integer.from_bitwidth(codes.bits, signed=False)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        zeros, mask = _filled(args[0].type, 0), _everywhere(builder, args[1], args[0].type)
+        return builder.select(builder.icmp_unsigned("==", builder.and_(args[0], mask), zeros), zeros, args[0])
+
+    return codes(codes, scalar), generate
+
+
+@intrinsic
+def lower(typing: Any, left: Any, right: Any) -> Any:
+    """The lower of each two codes as signed integers: a sign bit alone is the lowest of all."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.icmp_signed("<", *args), *args)
+
+    return left(left, right), generate
+
+
+@intrinsic
+def any_lowest(typing: Any, codes: Any) -> Any:
+    """Whether any code is a sign bit alone."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        found = builder.bitcast(builder.icmp_unsigned("==", args[0], _lowest(args[0])), ir.IntType(LANES))
+        return builder.icmp_unsigned("!=", found, ir.IntType(LANES)(0))
+
+    return types.boolean(codes), generate
+
+
+def _values(builder: Any, codes: Any) -> list[Any]:
+    """Values of codes, in two vectors: float32 of bfloat16, float64 of float32 and float64."""
+    width = codes.type.element.width
+    if width == 16:  # two codes to a word: each is the upper half of a float32
+        words, reals = (ir.VectorType(kind, SUMS) for kind in (ir.IntType(32), ir.FloatType()))
+        pairs = builder.bitcast(codes, words)
+        halves = builder.shl(pairs, _filled(words, 16)), builder.and_(pairs, _filled(words, 0xFFFF_0000))
+        return [builder.bitcast(half, reals) for half in halves]
+    doubles = ir.VectorType(ir.DoubleType(), LANES)
+    if width == 32:
+        wide = builder.fpext(builder.bitcast(codes, ir.VectorType(ir.FloatType(), LANES)), doubles)
+    else:
+        wide = builder.bitcast(codes, doubles)
+    return [_part(builder, wide, range(SUMS)), _part(builder, wide, range(SUMS, LANES))]
+
+
+@intrinsic
+def add_squares(typing: Any, sums: Any, row: Any, base: Any, codes: Any) -> Any:
+    """Add squared differences to a row of ``SUMS`` sums: float32 of bfloat16 codes, float64 of wider ones."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = make_array(signature.args[0])(context, builder, args[0])
+        reals = ir.VectorType(context.get_data_type(signature.args[0].dtype), SUMS)
+        address = builder.gep(array.data, [builder.mul(args[1], ir.Constant(args[1].type, SUMS))])
+        address = builder.bitcast(address, reals.as_pointer())
+        total = builder.load(address)
+        total.align = signature.args[0].dtype.bitwidth // 8
+        for left, right in zip(_values(builder, args[2]), _values(builder, args[3]), strict=True):
+            delta = builder.fsub(right, left)
+            square = builder.fmul(delta, delta, flags=("contract",))
+            total = builder.fadd(total, square, flags=("contract",))
+        builder.store(total, address).align = signature.args[0].dtype.bitwidth // 8
+        return context.get_dummy_value()
+
+    return types.void(sums, types.intp, base, codes), generate

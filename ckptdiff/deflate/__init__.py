@@ -1,0 +1,1 @@
+"""An encoder of deflate streams for masks; it knows no run file."""

@@ -1,0 +1,1 @@
+"""From rows of records to what is printed."""

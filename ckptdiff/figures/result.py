@@ -1,0 +1,209 @@
+"""Diff: the one in-memory result. The engine makes it, ``RunFile.load`` makes it, and reports take nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.figures.catalogue import Figure
+from ckptdiff.figures.grouping import Grouping, figures_of, median_2d, values_of
+from ckptdiff.figures.members import LABEL_KEYS, GroupBy, members_of
+from ckptdiff.figures.spectral import Spectra
+
+__all__ = ["SIDES", "Diff", "Side", "TensorFacts", "UnmatchedTensor"]
+
+Side: TypeAlias = Literal["base", "tuned"]
+SIDES: tuple[Side, Side] = ("base", "tuned")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFacts:
+    """What is known of a compared tensor before its data is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype_base: str
+    dtype_tuned: str
+    compare: str
+    """Dtype both sides were cast to ("bf16", "f32", ...), or "bitwise"."""
+    layer: int | None
+    tower: str
+    module_type: str
+    block: str
+    tuned_name: str | None = None
+    """Name on the tuned side, if it differs."""
+    groups: tuple[str, ...] = ()
+    """The user's own groups that the name matches."""
+    same_bytes: bool = False
+    """Both names resolve to the same bytes of the same file."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnmatchedTensor:
+    """A tensor of both sides that could not be compared."""
+
+    name: str
+    base: Mapping[str, Any]
+    """``{"dtype", "shape"}`` of the base side."""
+    tuned: Mapping[str, Any]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Diff:
+    """The result of comparing two checkpoints.
+
+    Attributes
+    ----------
+    tensors : tuple of TensorFacts
+        Compared tensors in plan order.
+    columns : mapping of str to array, shape (len(tensors),)
+        Measured per tensor; :data:`~ckptdiff.figures.catalogue.COLUMNS` describes each.
+    base, tuned : mapping
+        Provenance of each side: ``path``, ``tensors``, ``numel``, ``bytes``, ``dtypes``, ``shards``, and
+        ``uncompared``: weights of its folder that were not read, and tensors that only ``config.json`` calls tied.
+    options : mapping
+        The options of the run, as plain JSON values.
+    compare : str
+        "bf16" or "stored".
+    mask_rule : str
+        Such as "abs:1e-05", or "none".
+    """
+
+    tensors: tuple[TensorFacts, ...]
+    columns: Mapping[str, NDArray[Any]]
+    base: Mapping[str, Any]
+    tuned: Mapping[str, Any]
+    compare: str
+    mask_rule: str
+    options: Mapping[str, Any]
+    ckptdiff_version: str
+    only_in_base: tuple[str, ...] = ()
+    only_in_tuned: tuple[str, ...] = ()
+    aliased: tuple[tuple[str, str], ...] = ()
+    """(name, name of the tensor it is tied to)."""
+    mismatched: tuple[UnmatchedTensor, ...] = ()
+    warnings: tuple[str, ...] = ()
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """How it ran: device, threads, io, started, seconds."""
+    spectra: Spectra | None = None
+    """Spectral figures, None if none were measured."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many tensors were matched, and how many were not."""
+        return {
+            "matched": len(self.tensors),
+            "same_bytes": sum(tensor.same_bytes for tensor in self.tensors),
+            "only_in_base": len(self.only_in_base),
+            "only_in_tuned": len(self.only_in_tuned),
+            "mismatched": len(self.mismatched),
+            "aliased": len(self.aliased),
+        }
+
+    @property
+    def identical(self) -> bool:
+        """Whether no value differs, and every value of both sides is accounted for.
+
+        That is: compared and equal, or that of a tensor which is equal to a compared one of its own side. What
+        ``include`` and ``exclude`` leave out does not count.
+        """
+        left_out = self.only_in_base or self.only_in_tuned or self.mismatched or any(map(self.uncompared, SIDES))
+        return not (left_out or self.differing.any())
+
+    @property
+    def differing(self) -> NDArray[np.bool_]:
+        """Which tensors hold a value that differs, as stored or after the cast, shape (len(tensors),)."""
+        columns, numel = self.columns, self.columns["numel"]
+        stored = columns["wide"].astype(bool) & (columns["unchanged_stored"] != numel)
+        found: NDArray[np.bool_] = stored | (columns["unchanged_bitwise"] != numel)
+        return found
+
+    def uncompared(self, side: Side) -> tuple[str, ...]:
+        """Weights of a side that are neither compared nor listed as unmatched: files, and tensors taken as tied."""
+        facts = self.base if side == "base" else self.tuned
+        # Older run files lack it, and call tied what only had the names and the shapes for it.
+        return tuple(facts.get("uncompared", (name for name, _ in self.aliased)))
+
+    @cached_property
+    def overall(self) -> dict[str, Any]:
+        """Figures over all floating tensors, weighted by size."""
+        return figures_of(self._grouping(np.zeros(len(self.tensors), np.intp), 1, self._valued))[0]
+
+    @cached_property
+    def median_2d(self) -> dict[str, Any]:
+        """Unweighted medians over native 2-D tensors with a nonzero delta."""
+        matrices = np.array([len(tensor.shape) == 2 for tensor in self.tensors], bool) & self._valued
+        figures = median_2d(self._grouping(np.arange(len(self.tensors)), len(self.tensors), None), matrices)
+        return figures | self._spectral(np.arange(len(self.tensors)))
+
+    @cached_property
+    def per_tensor(self) -> list[dict[str, Any]]:
+        """Figures of each tensor, in the order of :attr:`tensors`."""
+        figures = figures_of(self._grouping(np.arange(len(self.tensors)), len(self.tensors), None))
+        if self.spectra is None:
+            return figures
+        return [{**row, "spectral": self.spectra.tensor(index)} for index, row in enumerate(figures)]
+
+    def of_tensors(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Figures of some tensors, by their place in :attr:`tensors`: cheaper than :attr:`per_tensor` if few."""
+        columns = {name: values[list(rows)] for name, values in self.columns.items()}
+        figures = figures_of(Grouping(columns, np.arange(len(rows)), len(rows), self._delta_energy))
+        if self.spectra is None:
+            return figures
+        return [{**found, "spectral": self.spectra.tensor(row)} for row, found in zip(rows, figures, strict=True)]
+
+    def values(self, figure: Figure, parameter: float | None) -> NDArray[np.float64]:
+        """One figure of every tensor, NaN where undefined, shape (len(tensors),)."""
+        return values_of(self._grouping(np.arange(len(self.tensors)), len(self.tensors), None), figure, parameter)
+
+    def grouped(self, by: GroupBy) -> list[dict[str, Any]]:
+        """Figures by layer, module type, block, tower or user group.
+
+        Returns
+        -------
+        list of dict
+            The label ("module_type", "layer" with its "tower", "block", "tower" or "group"), "tensors" (how
+            many), "numel", then the figures. Groups come in order of first appearance, layers in order of their
+            number; integer and opaque tensors are left out.
+        """
+        if by == "tensor":
+            raise ValueError("per_tensor holds the figures of single tensors")
+        members = members_of(by, ((row, self.tensors[row]) for row in np.flatnonzero(self._valued).tolist()))
+        rows = np.array([row for found in members.values() for row in found], np.intp)
+        ids = np.repeat(np.arange(len(members)), [len(found) for found in members.values()])
+        groups = Grouping({k: v[rows] for k, v in self.columns.items()}, ids, len(members), self._delta_energy)
+        numel = groups.total("numel")
+        result = []
+        for i, ((label, found), figures) in enumerate(zip(members.items(), figures_of(groups), strict=True)):
+            head = dict(zip(LABEL_KEYS[by], label, strict=True))
+            counts = {"tensors": len(found), "numel": int(numel[i])}
+            result.append({**head, **counts, **figures, **self._spectral(found)})
+        return result
+
+    def _spectral(self, rows: Sequence[int] | NDArray[np.intp]) -> dict[str, Any]:
+        """Medians over the native matrices with a nonzero delta among some tensors, if there are spectra."""
+        if self.spectra is None:
+            return {}
+        moved = self.columns["delta_norm"] > 0
+        return {"spectral": self.spectra.median([r for r in rows if len(self.tensors[r].shape) == 2 and moved[r]])}
+
+    def _grouping(self, labels: NDArray[np.intp], size: int, keep: NDArray[np.bool_] | None) -> Grouping:
+        columns = self.columns
+        if keep is not None:
+            columns, labels = {name: values[keep] for name, values in columns.items()}, labels[keep]
+        return Grouping(columns, labels, size, self._delta_energy)
+
+    @cached_property
+    def _valued(self) -> NDArray[np.bool_]:
+        valued: NDArray[np.bool_] = self.columns["valued"] > 0
+        return valued
+
+    @cached_property
+    def _delta_energy(self) -> float:
+        return float(np.nansum(np.square(self.columns["delta_norm"].astype(np.float64))))

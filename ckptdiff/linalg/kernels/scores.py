@@ -1,0 +1,88 @@
+"""Kernels on the entries of a panel: magnitudes of base weights, and what lies above a cut in a score."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ckptdiff.jit import kernel
+from ckptdiff.measure.kernels.tiles import Array
+
+__all__ = ["count_magnitudes", "count_scores"]
+
+
+@kernel
+def count_magnitudes(base: Array, delta: Array, threshold: Any, counts: Array) -> int:
+    """Count entries by the leading 15 magnitude bits of the base.
+
+    Parameters
+    ----------
+    base : uint32 array, shape (rows, columns)
+        Codes of float32 values.
+    delta : float32 array of the same shape
+    threshold : float32
+    counts : int64 array, shape (2, 32768)
+        Added to: all entries, and those with delta != 0.
+
+    Returns
+    -------
+    int
+        Entries with |delta| > threshold.
+    """
+    above = 0
+    for i in range(base.shape[0]):
+        for j in range(base.shape[1]):
+            code = (base[i, j] >> np.uint32(16)) & np.uint32(0x7FFF)
+            counts[0, code] += 1
+            d = delta[i, j]
+            if d != 0:
+                counts[1, code] += 1
+                above += abs(d) > threshold
+    return above
+
+
+@kernel
+def count_scores(
+    scores: Array, base: Array, delta: Array, chances: Array, window: Any, low: Any, threshold: Any, counts: Array
+) -> None:
+    """Add what is known of each entry to the bin of its score.
+
+    Parameters
+    ----------
+    scores : uint32 array, shape (rows, columns)
+        Codes of float32 values; their sign does not matter.
+    base : uint32 array of the same shape
+        Codes of float32 values.
+    delta : float32 array of the same shape
+    chances : float64 array, shape (32768,)
+        By magnitude of the base, the chance to be changed under the null.
+    window : (uint32, uint32)
+        Score codes are shifted right by the first, and bin 0 starts at the second.
+    low : (uint32, float64)
+        Magnitude of the base at which the smallest end, and which share of the entries there is not among them.
+    threshold : float32
+    counts : float64 array, shape (bins + 1, 5)
+        Entries, changed ones, changed above the threshold, changed and not among the smallest, and sum of chances, by
+        bin of the score; the last row takes what lies above all bins, and what lies below is left out.
+    """
+    last = np.uint32(counts.shape[0] - 1)
+    shift, start = window
+    low_cut, not_low = low
+    for i in range(scores.shape[0]):
+        for j in range(scores.shape[1]):
+            code = (scores[i, j] & np.uint32(0x7FFF_FFFF)) >> shift
+            if code < start:
+                continue
+            bin_ = min(code - start, last)
+            magnitude = (base[i, j] >> np.uint32(16)) & np.uint32(0x7FFF)
+            counts[bin_, 0] += 1.0
+            counts[bin_, 4] += chances[magnitude]
+            d = delta[i, j]
+            if d != 0:
+                counts[bin_, 1] += 1.0
+                counts[bin_, 2] += abs(d) > threshold
+                if magnitude > low_cut:
+                    counts[bin_, 3] += 1.0
+                elif magnitude == low_cut:
+                    counts[bin_, 3] += not_low

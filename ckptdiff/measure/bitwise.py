@@ -1,0 +1,39 @@
+"""Integer, boolean and opaque dtypes, of which only bit equality is measured."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.measure.partial import BitScan, Count, Partial
+from ckptdiff.measure.source import Source
+
+__all__ = ["changed_elements", "scan_bits"]
+
+
+def scan_bits(scan: BitScan, source: Source, partial: Partial) -> NDArray[np.uint8] | None:
+    """Measure a span of blocks; returns mask bits if ``scan.want_mask``."""
+    masks = [np.zeros(0, np.uint8)]
+    for base, tuned in source.blocks():
+        changed = changed_elements(base, tuned, scan.bits)
+        partial.numel += changed.size
+        partial.counts[[Count.CHANGED, Count.MASKED]] += np.count_nonzero(changed)
+        masks.append(np.packbits(changed, bitorder="little"))
+    return np.concatenate(masks) if scan.want_mask else None
+
+
+def changed_elements(base: NDArray[np.uint8], tuned: NDArray[np.uint8], bits: int) -> NDArray[np.bool_]:
+    """Which elements differ in any bit.
+
+    Parameters
+    ----------
+    base, tuned : uint8 array, shape (n * bits / 8,)
+        Raw bytes of n elements; elements of less than 8 bits are packed from the low bit up.
+    bits : int
+        Bits of an element.
+    """
+    different = base ^ tuned
+    groups = (
+        np.unpackbits(different, bitorder="little").reshape(-1, bits) if bits % 8 else different.reshape(-1, bits // 8)
+    )
+    return np.asarray(groups.max(axis=1, initial=0) > 0, bool)

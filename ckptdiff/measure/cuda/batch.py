@@ -1,0 +1,136 @@
+"""Whole small tensors: as many in a launch as there is room for, and a row of figures from what each left."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial as bind
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.codes.fetch import WINDOW
+from ckptdiff.measure.cuda.layout import add_scanned, split_bins
+from ckptdiff.measure.cuda.pipeline import Job, Landed, Part
+from ckptdiff.measure.cuda.slots import Room
+from ckptdiff.measure.kernels.batch import take_whole
+from ckptdiff.measure.kernels.row import Wanted
+from ckptdiff.measure.kernels.tiles import facts_of, totals_of
+from ckptdiff.measure.partial import Partial, Scan
+from ckptdiff.measure.records import Records
+from ckptdiff.measure.source import ByteArray
+
+__all__ = ["Group", "Rows", "UnreadableError", "groups"]
+
+
+class UnreadableError(Exception):
+    """The files of a row could not be read."""
+
+    def __init__(self, row: int) -> None:
+        self.row = row
+        super().__init__(row)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Consecutive tensors that share a launch, or one that takes several launches."""
+
+    rows: range
+    jobs: tuple[Job, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where the figures go; see :meth:`ckptdiff.measure.cpu.CpuWorker.scan_small`."""
+
+    scan: Scan
+    numel: NDArray[np.int64]
+    ranks: tuple[NDArray[np.int64], NDArray[np.int64]]
+    wanted: Wanted
+    records: Records
+
+    def take(self, group: Group, sums: list[NDArray[np.float64]], landed: Landed, partial: Partial) -> None:
+        """Fill the rows of a group that is complete; ``partial`` holds nothing, and is left so."""
+        if len(group.jobs) > 1:
+            sums = [np.concatenate(sums)]
+        bins = split_bins(landed.bins, len(group.rows))
+        for record, row in enumerate(group.rows):
+            partial.open_blocks(0, len(self.scan.thresholds))
+            add_scanned(self.scan, int(self.numel[row]), landed.records[record], sums[record], bins[record], partial)
+            tables = facts_of(self.scan.compare), self.wanted
+            take_whole(totals_of(partial, 1), self.ranks, tables, row, self.records)
+            partial.clear()
+
+
+def groups(scan: Scan, places: NDArray[np.int64], room: Room) -> Iterator[Group]:
+    """Cut tensors into groups, in order.
+
+    Parameters
+    ----------
+    scan : Scan
+    places : int64 array, shape (k, 5)
+        Of each tensor: descriptor and offset of the base, of the tuned side, and coordinates.
+    room : Room
+    """
+    widest = max(scan.base.bits, scan.tuned.bits)
+    first, free = 0, room.limits()
+    for row, numel in enumerate(places[:, 4].tolist()):
+        needs = room.needs(numel, widest)
+        if _fit(needs, free):
+            free = tuple(left - need for left, need in zip(free, needs, strict=True))
+            continue
+        if first < row:
+            yield _together(scan, places, range(first, row))
+        first, free = row, room.limits()
+        if _fit(needs, free):
+            free = tuple(left - need for left, need in zip(free, needs, strict=True))
+        else:
+            yield _alone(scan, places, row, room.coordinates(widest))
+            first = row + 1
+    if first < len(places):
+        yield _together(scan, places, range(first, len(places)))
+
+
+def _fit(needs: tuple[int, ...], free: tuple[int, ...]) -> bool:
+    return all(need <= left for need, left in zip(needs, free, strict=True))
+
+
+def _together(scan: Scan, places: NDArray[np.int64], rows: range) -> Group:
+    parts = tuple(
+        Part(record, int(places[row, 4]), bind(_read, scan, places[row], row, 0)) for record, row in enumerate(rows)
+    )
+    return Group(rows, (Job(parts),))
+
+
+def _alone(scan: Scan, places: NDArray[np.int64], row: int, step: int) -> Group:
+    numel = int(places[row, 4])
+    jobs = []
+    for first in range(0, numel, step):
+        part = Part(0, min(step, numel - first), bind(_read, scan, places[row], row, first))
+        jobs.append(Job((part,), opens=first == 0, closes=first + step >= numel))
+    return Group(range(row, row + 1), tuple(jobs))
+
+
+def _read(scan: Scan, place: NDArray[np.int64], row: int, first: int, *rooms: ByteArray) -> None:
+    """Read both sides of a tensor from coordinate ``first`` on."""
+    sides = zip(rooms, place[:4].reshape(2, 2).tolist(), (scan.base, scan.tuned), strict=True)
+    for room, (descriptor, offset), stored in sides:
+        if descriptor == WINDOW:  # a rehearsal: any bytes will do
+            room[:] = 0
+        elif not read_into(room, descriptor, offset + first * stored.bits // 8):
+            raise UnreadableError(row)
+
+
+def read_into(room: ByteArray, descriptor: int, offset: int) -> bool:
+    """Fill an array from an open file; whether all came."""
+    done = 0
+    while done < room.size:
+        try:
+            count = os.preadv(descriptor, [room[done:].data], offset + done)
+        except OSError:
+            return False
+        if not count:
+            return False
+        done += count
+    return True

@@ -1,0 +1,167 @@
+"""The kernels compiled for a GPU by NVRTC, and kept.
+
+CuPy would compile them too, but it lets every kernel flush subnormal numbers to zero, whatever options it is given, and
+looks for CUDA's headers first, which nothing here includes. So NVRTC is called directly, and CuPy loads the result.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ckptdiff.errors import DeviceError
+from ckptdiff.formats import FORMATS
+from ckptdiff.jit import private_folder
+from ckptdiff.measure.cuda.sources import kernel_options, kernel_source
+
+__all__ = ["architecture_for", "compile_kernels", "compiled_folder", "compiled_kernels"]
+
+_CHECKSUM = 32
+"""Bytes of the checksum that stands before the machine code in a file."""
+
+logger = logging.getLogger("ckptdiff.cuda")
+
+
+def architecture_for(major: int, minor: int) -> str:
+    """What NVRTC compiles for, so that a GPU of this compute capability can run it.
+
+    Returns
+    -------
+    str
+        "sm_90": machine code of just this architecture. "compute_90": an intermediate language (PTX) that the driver
+        makes machine code of, for a GPU that is newer than NVRTC.
+
+    Raises
+    ------
+    ImportError, RuntimeError
+        If CuPy or NVRTC is missing.
+    DeviceError
+        If the GPU is older than what NVRTC still knows.
+    """
+    nvrtc, own = _nvrtc(), 10 * major + minor
+    known = nvrtc.getSupportedArchs()
+    if own in known:
+        return f"sm_{own}"
+    older = [architecture for architecture in known if architecture < own]
+    if not older:
+        raise DeviceError(
+            f"NVRTC {'.'.join(map(str, nvrtc.getVersion()))} does not compile for a GPU as old as this one",
+            expected=f"sm_{min(known)} or newer",
+            found=f"sm_{own}",
+            hint="ckptdiff[cuda12] in the place of ckptdiff[cuda13], or --device cpu",
+        )
+    return f"compute_{max(older)}"
+
+
+def compile_kernels(architecture: str, names: tuple[str, str, str] = ("bf16", "bf16", "bf16")) -> bytes:
+    """The kernels for one pair of formats, compiled now; needs CuPy and NVRTC, and no GPU.
+
+    Parameters
+    ----------
+    architecture : str
+        "sm_90" for machine code (a cubin), "compute_90" for PTX.
+    names : (base, tuned, compare)
+        Formats.
+
+    Raises
+    ------
+    ImportError, RuntimeError
+        If CuPy or NVRTC is missing.
+    DeviceError
+        If the kernels do not compile.
+    """
+    nvrtc = _nvrtc()
+    program = nvrtc.createProgram(kernel_source(), "kernels.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, _options(architecture, names))
+        code = nvrtc.getPTX(program) if _is_ptx(architecture) else nvrtc.getCUBIN(program)
+        return bytes(code)
+    except nvrtc.NVRTCError as error:
+        raise DeviceError(
+            f"the kernels do not compile for {architecture}: {error}",
+            found=nvrtc.getProgramLog(program).strip() or None,
+            hint="install NVRTC anew: pip install --force-reinstall 'ckptdiff[cuda13]' (or cuda12); or --device cpu",
+        ) from error
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+def compiled_kernels(architecture: str, names: tuple[str, str, str]) -> bytes:
+    """The same from the cache, or compiled and put there; a damaged file is compiled anew.
+
+    Parameters and errors are those of :func:`compile_kernels`.
+    """
+    folder = compiled_folder()
+    if folder is None:
+        return compile_kernels(architecture, names)
+    path = folder / _file_name(architecture, names)
+    code = _read(path)
+    if code is None:
+        code = compile_kernels(architecture, names)
+        _write(path, code)
+    return code
+
+
+@functools.cache
+def compiled_folder() -> Path | None:
+    """Where compiled kernels are kept; None if there is no safe and writable place."""
+    return private_folder("cuda")
+
+
+def _options(architecture: str, names: tuple[str, str, str]) -> tuple[str, ...]:
+    return (*kernel_options(*(FORMATS[name] for name in names)), f"-arch={architecture}")
+
+
+def _is_ptx(architecture: str) -> bool:
+    return architecture.startswith("compute_")
+
+
+def _file_name(architecture: str, names: tuple[str, str, str]) -> str:
+    """Hold a hash of all that the machine code depends on."""
+    digest = hashlib.sha256()
+    for part in (*map(str, _nvrtc().getVersion()), *_options(architecture, names), kernel_source()):
+        digest.update(part.encode() + b"\0")
+    kind = "ptx" if _is_ptx(architecture) else "cubin"
+    return f"{'-'.join(names)}.{architecture}.{digest.hexdigest()[:20]}.{kind}"
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        logger.warning("cannot read a compiled kernel: %s", error)
+        return None
+    checksum, code = content[:_CHECKSUM], content[_CHECKSUM:]
+    if hashlib.sha256(code).digest() != checksum:
+        logger.warning("dropped a damaged kernel from %s", path)
+        return None
+    return code
+
+
+def _write(path: Path, code: bytes) -> None:
+    """Keep machine code under its name once it is complete; a failure is said and survived."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        try:
+            unfinished.write_bytes(hashlib.sha256(code).digest() + code)
+            unfinished.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                unfinished.unlink()
+            raise
+    except OSError as error:
+        logger.warning("could not keep a compiled kernel in %s: %s", path.parent, error)
+
+
+def _nvrtc() -> Any:
+    from cupy_backends.cuda.libs import nvrtc
+
+    return nvrtc

@@ -1,0 +1,243 @@
+"""Launch after launch, so that reading, the bus both ways and the kernels are busy at the same time.
+
+Three streams: up, run and down. The host fills a slot, queues its copies up, the kernels, and the copies down, and goes
+on with the other slot; before it uses a slot again it waits for all that was queued with it. So within a slot, on the
+GPU, three things need an order: kernels after the copies up, copies down after the kernels, and the host after those.
+Tables of bins are only touched by the run stream, one launch after the other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.formats import Formats
+from ckptdiff.measure.cuda.gpu import Gpu
+from ckptdiff.measure.cuda.layout import RECORD, TILE, TILE_RECORD
+from ckptdiff.measure.cuda.slots import ALIGN, ENTRIES, SLOTS, HostBlock, Room, Slot, Totals, view_of
+from ckptdiff.measure.partial import Sum
+
+__all__ = ["Bins", "Job", "Landed", "Part", "Pipeline", "Work"]
+
+Bins = tuple[NDArray[np.uint32], NDArray[np.uint64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Consecutive coordinates of one tensor pair in a launch.
+
+    Attributes
+    ----------
+    record : int
+        Which of the pairs of its group it belongs to.
+    numel : int
+    read : callable
+        Reads both sides into given arrays of bytes; with one array, that of the base, which is also the tuned side's.
+    shared : bool
+        Whether both sides are the same bytes.
+    """
+
+    record: int
+    numel: int
+    read: Callable[..., None]
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One launch. Those of a group, from the first that ``opens`` to the one that ``closes``, share their totals."""
+
+    parts: tuple[Part, ...]
+    opens: bool = True
+    closes: bool = True
+
+    @property
+    def shared(self) -> bool:
+        """Whether both sides are the same bytes, so that one goes up; a tensor of which that is true goes alone."""
+        return self.parts[0].shared
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """What came down of a launch; valid until the next one is asked for.
+
+    Attributes
+    ----------
+    masks : list of uint8 array
+        Mask bits of each part; empty if none are wanted.
+    sums : list of float array, shape (tiles of the part, len(Sum))
+    records : structured array of ``RECORD``
+        Of each tensor pair of the group, if the job closes it; else empty.
+    bins : (places, counts)
+        The bins of the group that are not empty.
+    """
+
+    job: Job
+    masks: list[NDArray[np.uint8]]
+    sums: list[NDArray[np.float64]]
+    records: NDArray[Any]
+    bins: Bins
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What to do with each launch.
+
+    Attributes
+    ----------
+    formats : (base, tuned, compare)
+    launch : callable
+        Queues the kernels of one launch, given the slot, the totals, the bins, the number of tiles, and the job.
+    bins : int
+        Bins of one tensor pair.
+    want_mask : bool
+    """
+
+    formats: Formats
+    launch: Callable[[Slot, Totals, Any, int, Job], None]
+    bins: int
+    want_mask: bool
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A job under way."""
+
+    job: Job
+    slot: Slot
+    totals: Totals
+    tiles: NDArray[Any]
+
+
+class Pipeline:
+    """The streams and slots of one thread."""
+
+    def __init__(self, gpu: Gpu, room: Room) -> None:
+        self.gpu, self.room = gpu, room
+        self.up, self.run, self.down = gpu.stream(), gpu.stream(), gpu.stream()
+        block = HostBlock(gpu, room)
+        self._slots = [Slot(gpu, room, block) for _ in range(SLOTS)]
+        self._totals = [Totals(gpu, room, block) for _ in range(SLOTS)]
+        self._bins = gpu.empty(room.bins * 8)
+        self._host_bins = block.take(ENTRIES * 4), block.take(ENTRIES * 8)
+
+    def carry_out(self, work: Work, jobs: Iterable[Job]) -> Generator[Landed, None, None]:
+        """Launch job after job; yield what comes of each, in order.
+
+        However that ends, by an error, an interrupt or a generator that is closed, nothing is left under way: buffers
+        may go to someone whose work waits for none of these streams.
+
+        Parameters
+        ----------
+        work : Work
+        jobs : iterable of Job
+            Each is read before the next one is asked for.
+        """
+        under_way: deque[_Flight] = deque()
+        group = -1
+        try:
+            for index, job in enumerate(jobs):
+                if len(under_way) == SLOTS:
+                    yield self._land(under_way.popleft(), work)
+                group += job.opens
+                flight = _Flight(job, self._slots[index % SLOTS], self._totals[group % SLOTS], np.zeros(0, TILE_RECORD))
+                self._read(flight, work)
+                self._queue(flight, work)
+                under_way.append(flight)
+            while under_way:
+                yield self._land(under_way.popleft(), work)
+        except BaseException:
+            self._drain()
+            raise
+
+    def _drain(self) -> None:
+        """Wait for all that is queued; what fails on the way follows from what is being reported."""
+        for stream in (self.up, self.run, self.down):
+            with suppress(Exception):
+                self.gpu.finish(stream)
+
+    def _read(self, flight: _Flight, work: Work) -> None:
+        """Read the parts of a job into its slot, and note its tiles."""
+        slot = flight.slot
+        base_bits, tuned_bits = work.formats[0].bits, work.formats[1].bits
+        at = [0, 0, 0]
+        tiles = []
+        for part in flight.job.parts:
+            sizes = [part.numel * base_bits // 8, part.numel * tuned_bits // 8, -(-part.numel // 8)]
+            base, tuned = (slot.host_sides[side][at[side] : at[side] + sizes[side]] for side in (0, 1))
+            part.read(*((base,) if part.shared else (base, tuned)))
+            starts = np.arange(0, part.numel, TILE, dtype=np.uint64)
+            own = np.zeros(starts.size, TILE_RECORD)
+            own["base"], own["tuned"] = at[0] + starts * base_bits // 8, at[1] + starts * tuned_bits // 8
+            own["mask"], own["record"] = at[2] + starts // 8, part.record
+            own["numel"] = np.minimum(part.numel - starts, TILE)
+            tiles.append(own)
+            at = [place + -(-size // ALIGN) * ALIGN for place, size in zip(at, sizes, strict=True)]
+        flight.tiles = view_of(slot.host_tiles, TILE_RECORD, sum(own.size for own in tiles))
+        np.concatenate(tiles, out=flight.tiles)
+
+    def _queue(self, flight: _Flight, work: Work) -> None:
+        gpu, slot, job, totals, tiles = self.gpu, flight.slot, flight.job, flight.totals, flight.tiles
+        for side, (host, there) in enumerate(zip(slot.host_sides, slot.sides, strict=True)):
+            if side == 0 or not job.shared:
+                gpu.upload(there, host[: _end(tiles, ("base", "tuned")[side], work.formats[side].bits)], self.up)
+        gpu.upload(slot.tiles, slot.host_tiles[: tiles.nbytes], self.up)
+        records = 1 + max(part.record for part in job.parts)
+        if job.opens:
+            gpu.clear(totals.summary, self.run)
+            gpu.clear(self._bins[: records * work.bins * 8], self.run)
+        gpu.wait(self.run, gpu.record(self.up))
+        work.launch(slot, totals, self._bins, tiles.size, job)
+        if job.closes:
+            found = [totals.places, totals.counts, totals.found]
+            size = np.uint64(records * work.bins)
+            gpu.launch(work.formats, "harvest", 2 * gpu.processors, [self._bins, size, *found], self.run)
+        gpu.wait(self.down, gpu.record(self.run))
+        if work.want_mask:
+            gpu.download(slot.host_mask[: _end(tiles, "mask", 1)], slot.mask, self.down)
+        gpu.download(slot.host_sums[: tiles.size * 8 * len(Sum)], slot.sums, self.down)
+        if job.closes:
+            gpu.download(totals.host_summary, totals.summary, self.down)
+        slot.done = gpu.record(self.down)
+
+    def _land(self, flight: _Flight, work: Work) -> Landed:
+        """Wait for a job, and read what it left on the host."""
+        self.gpu.synchronize(flight.slot.done)
+        tiles, job = flight.tiles, flight.job
+        sums = flight.slot.host_sums[: tiles.size * 8 * len(Sum)].view(np.float64).reshape(-1, len(Sum))
+        masks, of_parts, first = [], [], 0
+        for part in job.parts:
+            stop = first + -(-part.numel // TILE)
+            of_parts.append(sums[first:stop])
+            if work.want_mask:
+                start = int(tiles["mask"][first])
+                masks.append(flight.slot.host_mask[start : start + -(-part.numel // 8)])
+            first = stop
+        if not job.closes:
+            nothing = np.zeros(0, np.uint32), np.zeros(0, np.uint64)
+            return Landed(job, masks, of_parts, np.zeros(0, RECORD), nothing)
+        found, records = flight.totals.home(1 + max(part.record for part in job.parts))
+        return Landed(job, masks, of_parts, records, self._bring_home(flight.totals, found))
+
+    def _bring_home(self, totals: Totals, found: int) -> Bins:
+        """The bins that are not empty: how many there are is known only now."""
+        places, counts = np.empty(found, np.uint32), np.empty(found, np.uint64)
+        for start in range(0, found, ENTRIES):
+            stop = min(start + ENTRIES, found)
+            hosts = self._host_bins[0][: (stop - start) * 4], self._host_bins[1][: (stop - start) * 8]
+            self.gpu.download(hosts[0], totals.places[start * 4 : stop * 4], self.down)
+            self.gpu.download(hosts[1], totals.counts[start * 8 : stop * 8], self.down)
+            self.gpu.synchronize(self.gpu.record(self.down))
+            places[start:stop], counts[start:stop] = hosts[0].view(np.uint32), hosts[1].view(np.uint64)
+        return places, counts
+
+
+def _end(tiles: NDArray[Any], field: str, bits: int) -> int:
+    """Where the bytes of the last tile end."""
+    return int(tiles[field][-1]) + -(-int(tiles["numel"][-1]) * bits // 8)

@@ -1,0 +1,212 @@
+"""The CUDA backend of one thread: spans of blocks into launches, and what they leave into records."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterator
+from contextlib import closing
+from functools import partial as bind
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.errors import DeviceError
+from ckptdiff.formats import Formats
+from ckptdiff.measure.cuda.batch import Rows, UnreadableError, groups, read_into
+from ckptdiff.measure.cuda.gpu import Gpu
+from ckptdiff.measure.cuda.layout import (
+    REFINE_BINS,
+    ROWS,
+    add_refined,
+    add_scanned,
+    scan_settings,
+    search_settings,
+)
+from ckptdiff.measure.cuda.pipeline import Job, Part, Pipeline, Work
+from ckptdiff.measure.cuda.slots import Room, Slot, Totals
+from ckptdiff.measure.kernels.row import Wanted
+from ckptdiff.measure.partial import BINS, Partial, Refined, Rule, Scan, Targets
+from ckptdiff.measure.records import Records
+from ckptdiff.measure.source import ByteArray, Extent, Source, Window
+
+__all__ = ["CudaWorker", "open_pipeline"]
+
+logger = logging.getLogger("ckptdiff.cuda")
+
+
+class CudaWorker:
+    """Measures spans on a GPU; the methods are those of :class:`~ckptdiff.measure.cpu.CpuWorker`.
+
+    Parameters
+    ----------
+    gpu : Gpu
+    room : Room
+        How large its buffers may be; smaller ones are taken where GPU memory does not suffice.
+    """
+
+    def __init__(self, gpu: Gpu, room: Room) -> None:
+        self._gpu = gpu
+        self._pipeline = open_pipeline(gpu, room)
+        self._next_tie = gpu.empty(8)
+        self._mask = np.zeros(0, np.uint8)
+        self._small = Partial()
+
+    def scan(self, scan: Scan, source: Source, partial: Partial, first_tie: int = 0) -> NDArray[np.uint8] | None:
+        """Measure a span of blocks; see :meth:`ckptdiff.measure.cpu.CpuWorker.scan`."""
+        partial.open_blocks(0, len(scan.thresholds))
+        mask = self._room_for_mask(source.numel if scan.want_mask else 0)
+        work = self._scan_work(scan, first_tie)
+        sums, written = [], 0
+        with closing(self._pipeline.carry_out(work, self._jobs(scan, source))) as landings:
+            for landed in landings:
+                sums.append(landed.sums[0].copy())
+                for bits in landed.masks:
+                    mask[written : written + bits.size] = bits
+                    written += bits.size
+                if landed.job.closes:
+                    add_scanned(scan, source.numel, landed.records[0], np.concatenate(sums), landed.bins, partial)
+        return mask if scan.want_mask else None
+
+    def scan_small(
+        self,
+        scan: Scan,
+        places: NDArray[np.int64],
+        ranks: tuple[NDArray[np.int64], NDArray[np.int64]],
+        wanted: Wanted,
+        records: Records,
+    ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
+        """Measure whole tensors of at most a block, many with one launch.
+
+        Parameters are those of :meth:`ckptdiff.measure.cpu.CpuWorker.scan_small`.
+        """
+        numel = places[:, 4]
+        words = -(-numel // 64)
+        starts = 8 * (np.cumsum(words) - words)
+        mask = self._room_for_mask(64 * int(words.sum()) if scan.want_mask else 0)
+        rows = Rows(scan, numel, ranks, wanted, records)
+        jobs, waiting = itertools.tee(groups(scan, places, self._pipeline.room))
+        group, sums, at = next(waiting), list[NDArray[np.float64]](), 0
+        try:
+            all_jobs = (job for one in jobs for job in one.jobs)
+            with closing(self._pipeline.carry_out(self._scan_work(scan, 0), all_jobs)) as landings:
+                for landed in landings:
+                    for part, bits in zip(landed.job.parts, landed.masks, strict=False):
+                        first = int(starts[group.rows[part.record]]) + (0 if landed.job.opens else at)
+                        mask[first : first + bits.size] = bits
+                        at = bits.size + (0 if landed.job.opens else at)
+                    sums += [tiles.copy() for tiles in landed.sums]
+                    if landed.job.closes:
+                        rows.take(group, sums, landed, self._small)
+                        group, sums = next(waiting, group), []
+        except UnreadableError as error:
+            return error.row, mask, starts
+        return len(places), mask, starts
+
+    def refine(self, scan: Scan, targets: Targets, source: Source, refined: Refined) -> None:
+        """Look for open cuts in a span; see :meth:`ckptdiff.measure.cpu.CpuWorker.refine`."""
+        sums = []
+        work = self._refine_work(scan, targets)
+        with closing(self._pipeline.carry_out(work, self._jobs(scan, source))) as landings:
+            for landed in landings:
+                sums.append(landed.sums[0].copy())
+                if landed.job.closes:
+                    add_refined(targets, source.numel, landed.records[0], np.concatenate(sums), landed.bins, refined)
+
+    def _scan_work(self, scan: Scan, first_tie: int) -> Work:
+        settings, formats, gpu, run = scan_settings(scan), _formats(scan), self._gpu, self._pipeline.run
+
+        def launch(slot: Slot, totals: Totals, bins: Any, tiles: int, job: Job) -> None:
+            blocks, count = min(tiles, 2 * gpu.processors), np.uint32(tiles)
+            sides = slot.sides[0], slot.sides[0 if job.shared else 1]
+            mask = slot.mask if scan.want_mask else None
+            given = [slot.tiles, count, settings, *sides, mask]
+            gpu.launch(formats, "scan", blocks, [*given, slot.sums, totals.records, bins], run)
+            if scan.rule == Rule.TOP and scan.ties:
+                begins = np.uint32(job.opens), np.uint64(first_tie)
+                ordinals = [slot.sums, count, *begins, slot.first_ties, self._next_tie]
+                gpu.launch(formats, "place_ties", 1, ordinals, run)
+                gpu.launch(formats, "take_ties", blocks, [*given, slot.first_ties, totals.records], run)
+
+        return Work(formats, launch, ROWS * BINS, scan.want_mask)
+
+    def _refine_work(self, scan: Scan, targets: Targets) -> Work:
+        settings = search_settings(scan.compare, targets)
+        formats, gpu, run = _formats(scan), self._gpu, self._pipeline.run
+
+        def launch(slot: Slot, totals: Totals, bins: Any, tiles: int, job: Job) -> None:
+            sides = slot.sides[0], slot.sides[0 if job.shared else 1]
+            given = [slot.tiles, np.uint32(tiles), settings, *sides]
+            blocks = min(tiles, 2 * gpu.processors)
+            gpu.launch(formats, "refine", blocks, [*given, slot.sums, totals.records, bins], run)
+
+        rows = len(targets.deltas) + 2 * len(targets.weights)
+        return Work(formats, launch, rows * REFINE_BINS, False)
+
+    def _jobs(self, scan: Scan, source: Source) -> Iterator[Job]:
+        """One group: the span, cut into launches."""
+        step = self._pipeline.room.coordinates(max(scan.base.bits, scan.tuned.bits))
+        for window in source.windows():
+            for first in range(window.first, window.stop, step):
+                stop = min(first + step, window.stop)
+                shared = window.tuned is window.base
+                part = Part(0, stop - first, bind(_read, scan, source, window, first), shared)
+                yield Job((part,), opens=first == 0, closes=stop == source.numel)
+
+    def _room_for_mask(self, numel: int) -> NDArray[np.uint8]:
+        size = -(-numel // 8)
+        if self._mask.size < size:
+            self._mask = np.zeros(size, np.uint8)
+        return self._mask[:size]
+
+
+def open_pipeline(gpu: Gpu, room: Room) -> Pipeline:
+    """Take room on the GPU and on the host, less where there is not as much.
+
+    Raises
+    ------
+    DeviceError
+        If there is not even room for the smallest.
+    """
+    wanted: Room | None = room
+    while wanted is not None:
+        on_gpu, on_host = wanted.gpu_bytes >> 20, wanted.host_bytes >> 20
+        try:
+            return Pipeline(gpu, wanted)
+        except MemoryError as error:
+            wanted, found = wanted.halved(), str(error)
+        if wanted is not None:
+            logger.warning(
+                "%d MiB of GPU memory are not free, or %d MiB of host memory cannot be page-locked; trying with half",
+                on_gpu,
+                on_host,
+            )
+    raise DeviceError(
+        "there is too little free GPU memory, or host memory that can be page-locked",
+        expected=f"{on_gpu} MiB, and {on_host} MiB",
+        found=found or None,
+        hint="close what else uses the GPU (nvidia-smi lists it), fewer --threads, or --device cpu",
+    )
+
+
+def _formats(scan: Scan) -> Formats:
+    return scan.base, scan.tuned, scan.compare
+
+
+def _read(scan: Scan, source: Source, window: Window, first: int, *rooms: ByteArray) -> None:
+    """Read both sides of coordinates of a window from ``first`` on, as many as there is room for."""
+    sides = (window.base, scan.base), (window.tuned, scan.tuned)
+    for (extent, stored), room in zip(sides, rooms, strict=False):
+        item = stored.bits // 8
+        if not _fill(room, extent, (first - window.first) * item):
+            source.fail(first, first + room.size // item)
+
+
+def _fill(room: ByteArray, extent: Extent, start: int) -> bool:
+    """Copy or read bytes of an extent; whether all came."""
+    if extent.mapped is not None:
+        room[:] = extent.mapped[start : start + room.size]
+        return True
+    assert extent.descriptor is not None
+    return read_into(room, extent.descriptor, extent.offset + start)

@@ -1,0 +1,137 @@
+"""Many small tensors in one call, from their bytes to their figures.
+
+A checkpoint of experts holds tens of thousands of tensors; what Python does for each costs more than to measure it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ckptdiff.codes.fetch import Side
+from ckptdiff.jit import helper, kernel
+from ckptdiff.measure.kernels.row import Wanted, take_figures
+from ckptdiff.measure.kernels.span import Work, scan_span
+from ckptdiff.measure.kernels.stored import Stored
+from ckptdiff.measure.kernels.tiles import Array, Facts, Measure, Totals
+from ckptdiff.measure.partial import BINS, Count
+
+__all__ = ["scan_small", "take_whole"]
+
+CHANGED, STORED_EQUAL = int(Count.CHANGED), int(Count.STORED_EQUAL)
+NONFINITE_BASE, NONFINITE_TUNED = int(Count.NONFINITE_BASE), int(Count.NONFINITE_TUNED)
+
+
+@helper
+def fill(target: Array) -> None:
+    """Set to zero."""
+    for i in range(target.size):
+        target[i] = 0
+
+
+@helper
+def clear(totals: Totals) -> None:
+    """Set to nothing seen, touching only the bins in use."""
+    for row in range(3):
+        for bin_ in range(totals.span[0], totals.span[1] + 1):
+            totals.weights[row, bin_] = 0
+        for bin_ in range(totals.span[2], totals.span[3] + 1):
+            totals.deltas[row, bin_] = np.uint64(0)
+    totals.span[0], totals.span[1], totals.span[2], totals.span[3] = BINS, -1, BINS, -1
+    fill(totals.counts)
+    fill(totals.within)
+    fill(totals.sums[0])
+    fill(totals.ulp)
+    totals.max_abs[0] = 0.0
+
+
+@helper
+def copy(source: Array, target: Array) -> None:
+    """Copy one row; an assignment of arrays would compile its error messages too, for seconds."""
+    for i in range(source.size):
+        target[i] = source[i]
+
+
+@helper
+def count_native(totals: Totals, numel: int, infinite: Any) -> None:
+    """The counts of what is stored, where both sides are stored as compared."""
+    strange: Any = 0
+    for code in range(np.int64(infinite), totals.span[1] + 1):
+        strange += totals.weights[0, code]
+    totals.counts[STORED_EQUAL] += numel - totals.counts[CHANGED]
+    totals.counts[NONFINITE_BASE] += strange
+    totals.counts[NONFINITE_TUNED] += strange
+
+
+@helper
+def take_row(totals: Totals, ranks: tuple[Array, Array], tables: tuple[Facts, Wanted], row: int, records: Any) -> None:
+    """Fill one row from the totals of a whole tensor."""
+    copy(totals.counts, records.counts[row])
+    copy(totals.within, records.within[row])
+    copy(totals.sums[0], records.sums[row])
+    records.max_abs[row] = totals.max_abs[0]
+    take_figures(totals, (ranks[0][row], ranks[1][row]), tables[0], tables[1], row, records)
+
+
+@kernel
+def take_whole(
+    totals: Totals, ranks: tuple[Array, Array], tables: tuple[Facts, Wanted], row: int, records: Any
+) -> None:
+    """Fill one row from the totals of a tensor that was scanned elsewhere; parameters as in ``scan_small``."""
+    take_row(totals, ranks, tables, row, records)
+
+
+@kernel
+def scan_small(
+    sides: tuple[Side, Side],
+    stored: tuple[Stored, Stored] | None,
+    places: Array,
+    ranks: tuple[Array, Array],
+    tables: tuple[Facts, Wanted],
+    measure: Measure,
+    room: tuple[Work, Totals],
+    out: tuple[Any, Array],
+) -> int:
+    """Measure whole tensors of at most a block, of a compare format of at most 16 bits.
+
+    Parameters
+    ----------
+    sides : (Side, Side)
+        Room to read into; file and offset of each tensor are in ``places``.
+    stored : (Stored, Stored) or None
+        As in :func:`~ckptdiff.measure.kernels.span.scan_span`.
+    places : int64 array, shape (k, 6)
+        Of each tensor: descriptor and offset of the base, of the tuned side, coordinates, and its first word of mask.
+    ranks : pair of int64 array, shape (k, ...)
+        Sizes of the sets of largest |d| and of smallest weights.
+    tables : (Facts, Wanted)
+    measure : Measure
+    room : (Work, Totals)
+        Work space, and totals of nothing seen, which are left so.
+    out : (Records, uint64 array)
+        k rows that receive the figures, and words that receive the masks.
+
+    Returns
+    -------
+    int
+        How many tensors were measured: less than all if one could not be read.
+    """
+    (base, tuned), (work, totals), (records, words) = sides, room, out
+    for row in range(len(places)):
+        place = places[row]
+        numel = place[4]
+        pair = (
+            Side(place[0], place[1], 0, base.bytes, base.itemsize),
+            Side(place[2], place[3], 0, tuned.bytes, tuned.itemsize),
+        )
+        mask = words[place[5] : place[5] + (numel + 63) // 64]
+        came = scan_span(pair, stored, (0, numel), tables[0], work, measure, totals, mask)
+        if came < numel:
+            clear(totals)
+            return row
+        if measure.native:
+            count_native(totals, numel, tables[0].infinite)
+        take_row(totals, ranks, tables, row, records)
+        clear(totals)
+    return len(places)

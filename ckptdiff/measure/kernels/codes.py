@@ -1,0 +1,125 @@
+"""One tile of a compare format of 8 or 16 bits, whose codes index a table of values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ckptdiff.codes.bfloat16 import bf16_to_f32
+from ckptdiff.codes.bits import bits_float
+from ckptdiff.jit import helper
+from ckptdiff.measure.kernels.changed import count_nonfinite, count_strange, find_changed, first_of, keep_finite
+from ckptdiff.measure.kernels.deltas import count_deltas, count_distances, summarise, widen_span
+from ckptdiff.measure.kernels.masks import mask_tile, open_mask
+from ckptdiff.measure.kernels.tiles import Array, Facts, Measure, Tile, Totals
+from ckptdiff.measure.partial import Count
+
+__all__ = ["find_bins", "measure_codes", "note_bins", "take_values"]
+
+CHANGED, NONFINITE_TUNED = int(Count.CHANGED), int(Count.NONFINITE_TUNED)
+
+
+@helper
+def note_bins(codes: Array, magnitude: Any, span: Array) -> None:
+    """Note which bins of ``weights`` codes fall into."""
+    smallest, largest = codes.dtype.type(0xFFFF), codes.dtype.type(0)
+    for i in range(codes.size):
+        code = codes.dtype.type(codes[i] & magnitude)
+        smallest = code if code < smallest else smallest
+        largest = code if code > largest else largest
+    widen_span(span, 0, int(smallest), int(largest))
+
+
+@helper
+def find_bins(counts: Array, span: Array) -> None:
+    """Find which bins of a histogram are in use: after millions of coordinates cheaper than to look at each."""
+    first, last = 0, counts.size - 1
+    while first < counts.size and counts[first] == 0:
+        first += 1
+    while last >= 0 and counts[last] == 0:
+        last -= 1
+    widen_span(span, 0, first, last)
+
+
+@helper
+def count_weights(codes: Array, magnitude: Any, weights: Array) -> None:
+    """Histogram of the magnitudes of all base codes."""
+    # Four codes to a load: the loop is bound by its loads and stores.
+    whole = codes.size // 4 * 4
+    fours = codes[:whole].view(np.uint64)
+    for i in range(fours.size):
+        word = fours[i]
+        weights[0, word & magnitude] += 1
+        weights[0, (word >> 16) & magnitude] += 1
+        weights[0, (word >> 32) & magnitude] += 1
+        weights[0, (word >> 48) & magnitude] += 1
+    for i in range(whole, codes.size):
+        weights[0, codes[i] & magnitude] += 1
+
+
+@helper
+def take_values(values: Array, tile: Tile) -> None:
+    """Values and d of changed codes."""
+    if values.size == 0:  # bfloat16: a code is the upper half of its float32
+        for j in range(tile.delta.size):
+            tile.base[j] = bits_float(bf16_to_f32(tile.left[j]))
+            tile.tuned[j] = bits_float(bf16_to_f32(tile.right[j]))
+    else:
+        for j in range(tile.delta.size):
+            tile.base[j], tile.tuned[j] = values[tile.left[j]], values[tile.right[j]]
+    for j in range(tile.delta.size):
+        tile.delta[j] = tile.tuned[j] - tile.base[j]
+
+
+@helper
+def count_into(row: int, codes: Array, magnitude: Any, weights: Array) -> None:
+    """Add the magnitudes of codes to one row of ``weights``."""
+    for j in range(codes.size):
+        weights[row, codes[j] & magnitude] += 1
+
+
+@helper
+def count_lost(tile: Tile, magnitude: Any, weights: Array) -> None:
+    """Histogram of the base magnitudes whose d is not finite."""
+    for j in range(tile.delta.size):
+        if not abs(tile.delta[j]) < np.inf:
+            weights[2, tile.left[j] & magnitude] += 1
+
+
+@helper
+def measure_distances(left: Array, right: Array, magnitude: Any, distance: Array) -> None:
+    """Distance of two codes in the monotone integer order of their format, in which +0 and -0 are one."""
+    for j in range(left.size):
+        x, y = np.int32(left[j]), np.int32(right[j])
+        x_size, y_size = np.int32(x & magnitude), np.int32(y & magnitude)
+        x_order = x_size if x <= magnitude else np.int32(-x_size)
+        y_order = y_size if y <= magnitude else np.int32(-y_size)
+        apart = np.int32(x_order - y_order)
+        distance[j] = apart if apart > 0 else np.int32(-apart)
+
+
+@helper
+def measure_codes(
+    a: Array, b: Array, facts: Facts, tile: Tile, measure: Measure, totals: Totals, sums: Array, words: Array
+) -> None:
+    """Measure one tile; see :func:`~ckptdiff.measure.kernels.span.measure_tile`."""
+    magnitude, infinite = np.uint16(facts.magnitude), np.uint16(facts.infinite)
+    count_weights(a, facts.magnitude, totals.weights)
+    changed = find_changed(a, b, magnitude, tile)
+    open_mask(tile, measure, a.size)
+    found = first_of(tile, changed)
+    take_values(facts.values, found)
+    totals.counts[CHANGED] += changed
+    count_into(1, found.left, facts.magnitude, totals.weights)
+    if count_strange(found.delta) > 0:
+        count_lost(found, facts.magnitude, totals.weights)
+        if measure.native:  # beyond the base's own, which its histogram tells
+            gained = count_nonfinite(found.right, magnitude, infinite)
+            totals.counts[NONFINITE_TUNED] += gained - count_nonfinite(found.left, magnitude, infinite)
+        found = first_of(tile, keep_finite(found))
+    extremes = count_deltas(found.delta, np.uint32(0x7FFF_FFFF), np.uint32(16), totals)
+    measure_distances(found.left, found.right, np.int32(magnitude), found.distance)
+    count_distances(found)
+    summarise(found, extremes, measure, totals, sums)
+    mask_tile(found, measure, changed, totals, sums, words)

@@ -1,0 +1,77 @@
+"""From the changed coordinates of a tile to its mask."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ckptdiff.codes.bits import lowest_bit, pack64, population, unpack64
+from ckptdiff.jit import helper
+from ckptdiff.measure.kernels.tiles import Array, Measure, Tile, Totals
+from ckptdiff.measure.partial import Count, Rule, Sum
+
+__all__ = ["mask_tile", "open_mask"]
+
+MASKED, TIES = int(Count.MASKED), int(Sum.TIES)
+NO_RULE, BITWISE, ABOVE, ETA, TOP = (int(rule) for rule in Rule)
+
+
+@helper
+def open_mask(tile: Tile, measure: Measure, n: int) -> None:
+    """Flag all changed coordinates among ``n``, and note where they are, for a rule that leaves some out."""
+    if measure.rule <= BITWISE:
+        return
+    count = 0
+    for j in range((n + 63) // 64):
+        word = tile.marks[j]
+        unpack64(word, tile.flags, j * 64)
+        total = population(word)
+        for k in range(8):  # whatever there is, as in `pick_codes`
+            tile.found[count + k] = np.uint16(np.uint64(j * 64) + lowest_bit(word))
+            word &= word - np.uint64(1)
+        for k in range(8, total):
+            tile.found[count + k] = np.uint16(np.uint64(j * 64) + lowest_bit(word))
+            word &= word - np.uint64(1)
+        count += total
+
+
+@helper
+def drop_outside(tile: Tile, measure: Measure, sums: Array) -> int:
+    """Clear the flags of changed coordinates that the mask rule leaves out; returns how many it left out."""
+    out = 0
+    if measure.rule == ABOVE:
+        for j in range(tile.delta.size):
+            keep = abs(np.float64(tile.delta[j])) > measure.cut
+            tile.flags[tile.found[j]] = keep
+            out += not keep
+    elif measure.rule == ETA:
+        for j in range(tile.delta.size):
+            larger = max(abs(np.float64(tile.base[j])), abs(np.float64(tile.tuned[j])))
+            keep = abs(np.float64(tile.delta[j])) > measure.cut * larger
+            tile.flags[tile.found[j]] = keep
+            out += not keep
+    elif measure.rule == TOP:
+        ordinal, ties, take = measure.tie[0], measure.tie[1], measure.tie[2]
+        for j in range(tile.delta.size):
+            magnitude = abs(np.float64(tile.delta[j]))
+            keep = magnitude > measure.cut
+            if magnitude == measure.cut:
+                sums[TIES] += 1
+                keep = ties > 0 and (ordinal + 1) * take // ties > ordinal * take // ties
+                ordinal += 1
+            tile.flags[tile.found[j]] = keep
+            out += not keep
+        measure.tie[0] = ordinal
+    return out
+
+
+@helper
+def mask_tile(tile: Tile, measure: Measure, changed: int, totals: Totals, sums: Array, words: Array) -> None:
+    """Count the mask of a tile and write its bits; ``words`` is empty if only the count is wanted."""
+    if measure.rule == BITWISE:
+        totals.counts[MASKED] += changed
+        for j in range(words.size):
+            words[j] = tile.marks[j]
+    elif measure.rule != NO_RULE:
+        totals.counts[MASKED] += changed - drop_outside(tile, measure, sums)
+        for j in range(words.size):
+            words[j] = pack64(tile.flags, j * 64)

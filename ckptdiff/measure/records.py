@@ -1,0 +1,69 @@
+"""What is known of whole tensors, a row each: what the columns of the run file are made of."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.measure.partial import ULP_BINS, Count, Sum
+
+__all__ = ["Records", "new_records"]
+
+
+class Records(NamedTuple):
+    """Figures of k tensors."""
+
+    complete: NDArray[np.bool_]
+    """Whether one scan told all; if not, the row is to be filled by further passes."""
+    counts: NDArray[np.int64]
+    """Shape (k, len(Count)), as in a Partial."""
+    within: NDArray[np.int64]
+    """Shape (k, thresholds)."""
+    within_rel: NDArray[np.int64]
+    """Changed coordinates with |d| <= tau RMS(W0), shape (k, taus)."""
+    sums: NDArray[np.float64]
+    """Shape (k, len(Sum))."""
+    max_abs: NDArray[np.float64]
+    finite: NDArray[np.int64]
+    """Coordinates with finite d."""
+    base_square: NDArray[np.float64]
+    """Sum of W0^2 over them."""
+    support: NDArray[np.int64]
+    """Changed coordinates whose base is not NaN."""
+    energies: NDArray[np.float64]
+    """Sum of the largest d^2, shape (k, percentages)."""
+    overlaps: NDArray[np.float64]
+    """Expected number of changed coordinates among the smallest weights, shape (k, fractions)."""
+    nulls: NDArray[np.float64]
+    """Their share of the support under the rounding null, NaN where undefined."""
+    delta_log2: NDArray[np.uint64]
+    """Histograms by power of two, shape (k, log2 bins); ``ulp`` has ``ULP_BINS``."""
+    base_log2: NDArray[np.uint64]
+    changed_log2: NDArray[np.uint64]
+    ulp: NDArray[np.uint64]
+
+
+def new_records(
+    tensors: int, *, thresholds: int, taus: int, percentages: int, fractions: int, log2_bins: int
+) -> Records:
+    """Rows in which nothing is known yet."""
+    return Records(
+        np.zeros(tensors, np.bool_),
+        np.zeros((tensors, len(Count)), np.int64),
+        np.zeros((tensors, thresholds), np.int64),
+        np.zeros((tensors, taus), np.int64),
+        np.zeros((tensors, len(Sum))),
+        np.zeros(tensors),
+        np.zeros(tensors, np.int64),
+        np.zeros(tensors),
+        np.zeros(tensors, np.int64),
+        np.zeros((tensors, percentages)),
+        np.zeros((tensors, fractions)),
+        np.full((tensors, fractions), np.nan),
+        np.zeros((tensors, log2_bins), np.uint64),
+        np.zeros((tensors, log2_bins), np.uint64),
+        np.zeros((tensors, log2_bins), np.uint64),
+        np.zeros((tensors, ULP_BINS), np.uint64),
+    )

@@ -1,0 +1,1 @@
+"""One run: planned, fitted into memory, and spread over threads."""

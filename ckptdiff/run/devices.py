@@ -1,0 +1,124 @@
+"""Which backend measures, and what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ckptdiff.errors import DeviceError, PlanError
+from ckptdiff.events import Listener
+from ckptdiff.measure.backend import Backend
+from ckptdiff.measure.partial import BLOCK
+from ckptdiff.memory import resident
+from ckptdiff.options import Options, default_threads
+from ckptdiff.run.warm_up import Uses, load, make_call
+
+__all__ = ["Device", "open_device"]
+
+
+def _no_scratch(numel: int) -> int:
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A backend that was chosen and found to work.
+
+    Attributes
+    ----------
+    name : str
+    worker : callable
+        Makes the backend of one thread.
+    batches : bool
+        Whether that backend is :class:`~ckptdiff.measure.backend.Batching`.
+    scratch : callable
+        Bytes of work space that a thread needs for a pair of a number of coordinates, beside the blocks themselves.
+    threads : int
+        Most threads it can serve; 0 for any number.
+    overhead : int
+        Bytes of host memory that its driver and libraries took.
+    compiled_apart : bool
+        Whether another process can compile its kernels for it.
+    note : str
+        Why it was chosen, if that needs saying.
+    """
+
+    name: str
+    worker: Callable[[], Backend]
+    batches: bool
+    scratch: Callable[[int], int] = _no_scratch
+    threads: int = 0
+    overhead: int = 0
+    compiled_apart: bool = False
+    note: str = ""
+
+    def warm_up(self, asked: Uses, tell: Listener) -> None:
+        """Load or compile the kernels that a run will call, so that what it measures next is time and memory of data.
+
+        Parameters
+        ----------
+        asked : Uses
+            What it will call.
+        tell : callable
+            Told if kernels for the processor have to be compiled first.
+        """
+        worker = self.worker()
+        if self.compiled_apart:
+            load(worker, asked, tell)
+            return
+        for use in asked.certain:
+            make_call(worker, use)
+
+
+def open_device(options: Options) -> Device:
+    """Choose a backend.
+
+    Parameters
+    ----------
+    options : Options
+        ``device`` is "cpu" for the Numba kernels, "cuda" or "cuda:N" for a GPU, "auto" for a GPU if one works and else
+        the processor, "reference" for NumPy.
+
+    Raises
+    ------
+    DeviceError, PlanError
+        If a GPU is asked for and cannot be used, or has too little memory.
+    """
+    if options.device == "reference":
+        from ckptdiff.measure.reference import ReferenceWorker
+
+        return Device("reference", ReferenceWorker, batches=False, scratch=lambda numel: 240 * min(numel, BLOCK))
+    note = ""
+    if options.device != "cpu":
+        try:
+            return _open_gpu(options)
+        except (DeviceError, PlanError) as error:
+            if options.device != "auto":
+                raise
+            note = f"no GPU: {error.problem}"
+    from ckptdiff.measure.cpu import CpuWorker
+
+    return Device("cpu", CpuWorker, batches=True, compiled_apart=True, note=note)
+
+
+def _open_gpu(options: Options) -> Device:
+    """A GPU that passed the whole self-test, and as much room on it as the threads need."""
+    from ckptdiff.measure.cuda.choice import find_gpu
+    from ckptdiff.measure.cuda.gpu import CupyGpu
+    from ckptdiff.measure.cuda.slots import Room, fit_room
+    from ckptdiff.measure.cuda.worker import CudaWorker
+    from ckptdiff.measure.self_test import wrong_figures
+
+    before = resident()
+    index = int(options.device.partition(":")[2] or 0)
+    gpu = find_gpu(index)
+    free, _ = gpu.free_memory()
+    room, threads = fit_room(options.gpu_memory or free // 2, options.threads or default_threads())
+    wrong = wrong_figures(CudaWorker(gpu, Room.smallest()))
+    if wrong:
+        raise DeviceError("the GPU computes wrong figures", found=wrong, hint="--device cpu, and report this")
+
+    def worker() -> Backend:
+        return CudaWorker(CupyGpu(index), room)  # in the thread that will use it
+
+    return Device(gpu.name, worker, True, lambda numel: room.host_bytes, threads, resident() - before)

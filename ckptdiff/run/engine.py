@@ -1,0 +1,183 @@
+"""The run: plan, stream, compute, merge, write. It emits events and knows no screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
+from ckptdiff.events import Finished, Listener, Note, Stage, Started, TensorsDone, ignore, stage
+from ckptdiff.figures.catalogue import COLUMNS
+from ckptdiff.figures.columns import Measured
+from ckptdiff.figures.result import Diff
+from ckptdiff.figures.spectral import Spectra
+from ckptdiff.options import Options
+from ckptdiff.run.planning import Plan, prepare
+from ckptdiff.run.schedule import execute
+from ckptdiff.run.worker import Result
+from ckptdiff.runfile.writer import RunFileWriter
+
+__all__ = ["prepare", "run"]
+
+
+def run(
+    base: str,
+    tuned: str,
+    *,
+    out: Path | None = None,
+    options: Options | None = None,
+    listener: Listener | None = None,
+    title: str | None = None,
+) -> Diff:
+    """Compare two checkpoints.
+
+    Parameters
+    ----------
+    base, tuned : str
+        Paths of the checkpoints.
+    out : Path, optional
+        Run file to write; it appears when it is complete.
+    options : Options, optional
+    listener : callable, optional
+        Called with every event, in this thread.
+    title : str, optional
+        A title for the run file.
+
+    Raises
+    ------
+    CkptdiffError
+        If the inputs are damaged or change, the output cannot be written, or memory does not suffice.
+    """
+    started, clock = datetime.now(UTC), time.perf_counter()
+    tell = listener or ignore
+    plan = prepare(base, tuned, out=out, options=options, tell=tell)
+    _introduce(plan, tell)
+    results = _Results(plan, tell)
+    with open_shards(plan.io) as shards, _run_file(plan, out, title) as writer:
+        with stage(tell, "comparing", plan.total_bytes, "bytes") as told:
+            for result in execute(plan, shards):
+                if writer is not None:
+                    _write_masks(writer, plan, result)
+                for measured in results.take(result, told):
+                    if writer is not None:
+                        writer.add_histograms(measured.histograms)
+        shards.check()
+        spectra = _spectra(plan, results, shards, writer, tell)
+        shards.check()
+        seconds = time.perf_counter() - clock
+        diff = results.diff({"started": started.isoformat(timespec="seconds"), "seconds": round(seconds, 3)})
+        diff = replace(diff, spectra=spectra)
+        if writer is not None:
+            with stage(tell, "writing"):
+                writer.finish(diff)
+    tell(Finished(diff, seconds))
+    return diff
+
+
+def _introduce(plan: Plan, tell: Listener) -> None:
+    for warning in plan.diff.warnings:
+        tell(Note(warning, warning=True))
+    why = f" ({plan.device.note})" if plan.device.note else ""
+    tell(Note(f"device {plan.device.name}{why}, {plan.threads} threads, io {plan.io} (--io {plan.options.io})"))
+    tell(Note(f"projected memory {plan.projected_memory >> 20} MiB of {plan.max_memory >> 20} MiB"))
+    if plan.threads_note:
+        tell(Note(plan.threads_note))
+    tell(Started(plan.tensors, plan.total_bytes, plan.diff))
+
+
+@contextmanager
+def _run_file(plan: Plan, out: Path | None, title: str | None) -> Iterator[RunFileWriter | None]:
+    if out is None:
+        yield None
+        return
+    options = plan.options
+    with RunFileWriter(out, rule=options.mask, compare=options.compare, title=title, paged=plan.mostly_small) as writer:
+        yield writer
+
+
+def _write_masks(writer: RunFileWriter, plan: Plan, result: Result) -> None:
+    if not plan.want_masks:
+        return
+    for chunk in result.chunks:
+        tensor = plan.pairs[chunk.tensor].base
+        writer.add_mask_chunk(tensor.name, tensor.shape, chunk.index, chunk.payload, chunk.filter_mask)
+    if not result.chunks and not plan.loads[result.tensors[0]].numel:
+        empty = plan.pairs[result.tensors[0]].base
+        writer.begin_mask(empty.name, empty.shape)
+
+
+def _spectra(
+    plan: Plan, results: _Results, shards: OpenShards, writer: RunFileWriter | None, tell: Listener
+) -> Spectra | None:
+    """Measure the spectra of all matrices, once the coordinate pass is through."""
+    if plan.options.spectra is None:
+        return None
+    from ckptdiff.spectra.stage import SpectraTable, measure_spectra
+
+    table = SpectraTable(plan.options.spectra.mode, plan.tensors)
+    for found in measure_spectra(plan.pairs, results.diff({}), shards, plan.options, tell):
+        table.take(found)
+        if writer is not None and found.method:
+            writer.add_spectrum(plan.pairs[found.index].name, found.method, found.lists)
+    return table.finish()
+
+
+class _Results:
+    """Columns as they fill, and the events that tell of it in plan order."""
+
+    def __init__(self, plan: Plan, tell: Listener) -> None:
+        self._plan, self._tell = plan, tell
+        self._columns: dict[str, NDArray[Any]] = {c.name: np.zeros(plan.tensors, c.dtype) for c in COLUMNS}
+        self._complete: dict[int, tuple[range, Measured]] = {}
+        self._next = 0
+        self._bytes = self._compared = self._unchanged = 0
+        self._large: dict[int, list[int]] = {}
+
+    def take(self, result: Result, told: Stage) -> Iterator[Measured]:
+        """Note a result; yield the tensors that are complete with all before them."""
+        self._bytes += self._bytes_of(result)
+        self._compared += result.compared
+        self._unchanged += result.unchanged
+        told.at(self._bytes, self._plan.pairs[result.tensors[0]].name, self._compared, self._unchanged)
+        if result.measured is not None:
+            self._complete[result.tensors.start] = result.tensors, result.measured
+        while self._next in self._complete:
+            tensors, measured = self._complete.pop(self._next)
+            for name, values in measured.columns.items():
+                self._columns[name][tensors.start : tensors.stop] = values
+            yield measured
+            self._next = tensors.stop
+            self._tell(TensorsDone(tensors.start, self._part(tensors)))
+
+    def _bytes_of(self, result: Result) -> int:
+        """Bytes that count as read: each once, in equal parts where a large tensor is passed over several times."""
+        loads, index = self._plan.loads[result.tensors.start : result.tensors.stop], result.tensors[0]
+        if result.span is None:
+            return sum(load.nbytes for load in loads)
+        if index not in self._large:
+            self._large[index] = [loads[0].nbytes, self._plan.measurement(index).passes]
+        left, passes = self._large[index]
+        if result.measured is not None:
+            del self._large[index]
+            return left
+        counted = min(loads[0].span_bytes(result.span) // passes, left)
+        self._large[index][0] -= counted
+        return counted
+
+    def _part(self, tensors: range) -> Diff:
+        part = slice(tensors.start, tensors.stop)
+        columns = {name: values[part] for name, values in self._columns.items()}
+        return replace(self._plan.diff, tensors=self._plan.diff.tensors[part], columns=columns)
+
+    def diff(self, run: dict[str, Any]) -> Diff:
+        """The result."""
+        ran = {"device": self._plan.device.name, "threads": self._plan.threads, "io": self._plan.io, **run}
+        return replace(self._plan.diff, columns=self._columns, run=ran)

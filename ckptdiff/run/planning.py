@@ -1,0 +1,309 @@
+"""From two paths to a plan: open, pair, choose what each pair is measured as, and fit it into memory."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import ckptdiff
+from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorInfo, TensorPair, locate, open_checkpoint, pair
+from ckptdiff.checkpoint.open_shards import open_shards
+from ckptdiff.checkpoint.same_values import same_values
+from ckptdiff.events import Listener, Note, ignore, stage
+from ckptdiff.figures.catalogue import COLUMNS
+from ckptdiff.figures.result import Diff, TensorFacts, UnmatchedTensor
+from ckptdiff.formats import Formats, formats_of
+from ckptdiff.measure.one_scan import one_scan_suffices
+from ckptdiff.measure.partial import BLOCK
+from ckptdiff.measure.passes import BitMeasurement, FloatMeasurement
+from ckptdiff.memory import machine_memory, peak_resident, resident
+from ckptdiff.options import DEFAULT_MEMORY, Options, default_threads
+from ckptdiff.run.devices import Device, open_device
+from ckptdiff.run.tasks import TASK_BLOCKS, Load, Memory, Span, fit_memory
+from ckptdiff.run.warm_up import Uses, uses
+from ckptdiff.runfile.schema import mask_chunk_bytes
+from ckptdiff.runfile.target import check_target
+
+if TYPE_CHECKING:
+    from ckptdiff.spectra.stage import SpectraPlan
+
+__all__ = ["MANY_SMALL", "Plan", "prepare"]
+
+MANY_SMALL = 1000
+"""Small tensors that are worth a kernel that measures many in one call: to compile it takes as long as it saves."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes
+    ----------
+    pairs : tuple of TensorPair
+        In plan order.
+    loads : tuple of Load
+        What each pair asks of reader and memory.
+    diff : Diff
+        Every fact that needs no data; its columns have length zero.
+    memory : Memory
+        Of the coordinate pass.
+    spectra : SpectraPlan or None
+        If spectra are measured after it.
+    io : str
+        "mmap" or "pread".
+    device : Device
+    options : Options
+    want_masks : bool
+        Whether a run file with masks is written.
+    """
+
+    pairs: tuple[TensorPair, ...]
+    loads: tuple[Load, ...]
+    diff: Diff
+    memory: Memory
+    spectra: SpectraPlan | None
+    io: str
+    device: Device
+    options: Options
+    want_masks: bool
+
+    @property
+    def tensors(self) -> int:
+        """Tensor pairs to compare."""
+        return len(self.pairs)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes to read, both sides."""
+        return sum(load.nbytes for load in self.loads)
+
+    @property
+    def threads(self) -> int:
+        """Worker threads."""
+        return self.memory.threads
+
+    @property
+    def threads_note(self) -> str:
+        """Why fewer threads work than were wanted, in words; empty if all do."""
+        wanted = self.options.threads or default_threads()
+        on_device = min(wanted, self.device.threads or wanted)
+        if self.threads < on_device:
+            least = f"{-(-self.memory.of(on_device) >> 20)}M for {on_device}"
+            return f"memory holds {self.threads} of {wanted} threads; --max-memory {least}"
+        return f"--gpu-memory holds {self.threads} of {wanted} threads" if self.threads < wanted else ""
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes that the largest task reads."""
+        return max((load.span_bytes(Span(0, 0, min(load.blocks, TASK_BLOCKS))) for load in self.loads), default=0)
+
+    @property
+    def projected_memory(self) -> int:
+        """Projected peak resident size of the process, in bytes."""
+        spectra = self.spectra.projected_memory if self.spectra else 0
+        return max(self.memory.projected, spectra, peak_resident())
+
+    @property
+    def max_memory(self) -> int:
+        """The bound it was fitted into, in bytes."""
+        spectra = self.spectra.max_memory if self.spectra else 0
+        return self.options.max_memory or max(DEFAULT_MEMORY, spectra, self.projected_memory)
+
+    @property
+    def mostly_small(self) -> bool:
+        """Whether there are very many tensors, of 64 Ki coordinates at most on average."""
+        return len(self.loads) >= MANY_SMALL and sum(load.numel for load in self.loads) <= len(self.loads) << 16
+
+    def measurement(self, index: int) -> FloatMeasurement | BitMeasurement:
+        """A fresh measurement of one pair."""
+        base, tuned = self.pairs[index].base, self.pairs[index].tuned
+        rule = self.options.mask
+        if base.kind is not Kind.FLOAT:
+            want_mask = self.want_masks and rule.kind != "none"
+            return BitMeasurement(base.numel, DTYPES[base.dtype].bits, want_mask, rule)
+        return FloatMeasurement(
+            *formats_of(base.dtype, tuned.dtype, self.options.compare), base.numel, rule, self.want_masks
+        )
+
+
+def prepare(
+    base: str,
+    tuned: str,
+    *,
+    out: Path | None = None,
+    options: Options | None = None,
+    tell: Listener = ignore,
+    read_data: bool = True,
+) -> Plan:
+    """Make the plan of a run. Reads headers and indexes, and no data but that of heads which one side lacks.
+
+    Parameters
+    ----------
+    base, tuned : str
+        Paths of the checkpoints.
+    out : Path, optional
+        Run file to be written; without one no masks are made.
+    options : Options, optional
+    tell : callable, optional
+        Told if kernels have to be compiled first.
+    read_data : bool
+        Whether to read those heads, and the embeddings that they may be; else ``config.json`` alone tells which are
+        tied. The pairs are the same.
+
+    Raises
+    ------
+    CkptdiffError
+        If a checkpoint is damaged, nothing can be compared, the output cannot be written, memory does not suffice, or
+        spectra are asked for and SciPy is missing.
+    """
+    options = options or Options()
+    if options.spectra is not None:
+        from ckptdiff.linalg.blas import require_scipy
+
+        require_scipy()
+    sides = open_checkpoint(base), open_checkpoint(tuned)
+    if out is not None:
+        check_target(out, [(shard.path, shard.device, shard.inode) for side in sides for shard in side.shards])
+    pairing = _paired(*sides, options, tell, read_data)
+    device = open_device(options)
+    want_masks = out is not None and options.mask.kind != "none"
+    # Reads into a cached buffer cost less than mapping pages and dropping them again, and report a lost page.
+    io = "pread" if options.io == "auto" else options.io
+    loads = _loads(pairing.pairs, options, device, io)
+    asked = _uses(pairing.pairs, loads, options, want_masks)
+    device.warm_up(asked, tell)
+    diff = _facts(*sides, pairing, options)
+    threads = min(options.threads or default_threads(), device.threads or sys.maxsize)
+    default, baseline = DEFAULT_MEMORY + device.overhead, resident()
+    growth = (machine_memory() - baseline) // 2
+    memory = fit_memory(loads, threads, options.max_memory, default, growth, baseline, want_masks)
+    spectra = None
+    if options.spectra is not None:
+        from ckptdiff.spectra.stage import plan_spectra
+
+        spectra = plan_spectra(pairing.pairs, options, memory.baseline + memory.results)
+    return Plan(pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks)
+
+
+def _paired(base: Checkpoint, tuned: Checkpoint, options: Options, tell: Listener, read_data: bool) -> Pairing:
+    with open_shards("pread") as shards:
+
+        def look(head: TensorInfo, embedding: TensorInfo) -> bool:
+            tell(Note(f"reading {head.name} and {embedding.name}, to see whether they are one"))
+            with stage(tell, "looking for ties", head.nbytes + embedding.nbytes, "bytes") as told:
+                return same_values(shards, head, embedding, told)
+
+        return pair(
+            base,
+            tuned,
+            renames=options.renames,
+            include=options.include,
+            exclude=options.exclude,
+            same_values=look if read_data else None,
+        )
+
+
+def _uses(pairs: tuple[TensorPair, ...], loads: tuple[Load, ...], options: Options, want_masks: bool) -> Uses:
+    alike: set[Formats] = set()
+    alone: set[Formats] = set()
+    kinds = {(one.base.dtype, one.tuned.dtype, load.kind is None) for one, load in zip(pairs, loads, strict=True)}
+    for base, tuned, by_itself in kinds:
+        if DTYPES[base].kind is Kind.FLOAT:
+            (alone if by_itself else alike).add(formats_of(base, tuned, options.compare))
+    return uses(alike, alone, mask_chunk_bytes(max((load.numel for load in loads), default=0)) if want_masks else 0)
+
+
+def _loads(pairs: tuple[TensorPair, ...], options: Options, device: Device, io: str) -> tuple[Load, ...]:
+    shared: dict[Hashable, Load] = {}
+    asked = [(one.base.dtype, one.tuned.dtype, one.base.numel, one.same_bytes) for one in pairs]
+    for what, one in zip(asked, pairs, strict=True):
+        if what not in shared:
+            shared[what] = _load(one, options, device)
+    if not device.batches or io != "pread" or sum(shared[what].kind is not None for what in asked) < MANY_SMALL:
+        shared = {what: replace(load, kind=None) for what, load in shared.items()}
+    return tuple(shared[what] for what in asked)
+
+
+def _load(pair: TensorPair, options: Options, device: Device) -> Load:
+    same, numel = pair.same_bytes, pair.base.numel
+    sides = [pair.base] if same else [pair.base, pair.tuned]
+    bits = tuple(DTYPES[side.dtype].bits for side in sides)
+    if pair.base.kind is not Kind.FLOAT:
+        return Load(numel, bits, min(numel, BLOCK) * 4)
+    formats = formats_of(pair.base.dtype, pair.tuned.dtype, options.compare)
+    alike = not same and 0 < numel <= BLOCK and one_scan_suffices(formats[2], options.mask)
+    return Load(numel, bits, device.scratch(numel), formats if alike else None)
+
+
+def _facts(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Options) -> Diff:
+    groups = options.group_patterns()
+    return Diff(
+        tensors=tuple(_tensor_facts(pair, options, groups) for pair in pairing.pairs),
+        columns={column.name: np.zeros(0, column.dtype) for column in COLUMNS},
+        base=_side_facts(base, "base", pairing),
+        tuned=_side_facts(tuned, "tuned", pairing),
+        compare=options.compare,
+        mask_rule=str(options.mask),
+        options=options.as_json(),
+        ckptdiff_version=ckptdiff.__version__,
+        only_in_base=pairing.only_in_base,
+        only_in_tuned=pairing.only_in_tuned,
+        aliased=tuple((alias.name, alias.of) for alias in pairing.aliased),
+        mismatched=tuple(
+            UnmatchedTensor(bad.name, _dtype_and_shape(bad.base), _dtype_and_shape(bad.tuned), bad.reason)
+            for bad in pairing.mismatched
+        ),
+        warnings=(*base.warnings, *tuned.warnings, *pairing.warnings),
+    )
+
+
+def _tensor_facts(pair: TensorPair, options: Options, groups: list[tuple[str, Any]]) -> TensorFacts:
+    base, tuned = pair.base, pair.tuned
+    place = locate(pair.name, len(base.shape))
+    compare = formats_of(base.dtype, tuned.dtype, options.compare)[2].name if base.kind is Kind.FLOAT else "bitwise"
+    return TensorFacts(
+        name=pair.name,
+        shape=base.shape,
+        dtype_base=base.dtype,
+        dtype_tuned=tuned.dtype,
+        compare=compare,
+        layer=place.layer,
+        tower=place.tower,
+        module_type=place.module_type,
+        block=place.block,
+        tuned_name=pair.tuned_name,
+        groups=tuple(name for name, pattern in groups if pattern.search(pair.name)),
+        same_bytes=pair.same_bytes,
+    )
+
+
+def _side_facts(side: Checkpoint, called: str, pairing: Pairing) -> dict[str, Any]:
+    assumed = [alias.name for alias in pairing.aliased if alias.side == called and alias.by == "config"]
+    dtypes = Counter(tensor.dtype for tensor in side.tensors.values())
+    return {
+        "path": side.path,
+        "tensors": len(side.tensors),
+        "numel": side.numel,
+        "bytes": side.nbytes,
+        "dtypes": dict(sorted(dtypes.items())),
+        "shards": [
+            {
+                "file": shard.path,
+                "size": shard.size,
+                "mtime_ns": shard.mtime_ns,
+                "header_sha256": shard.header_sha256,
+            }
+            for shard in side.shards
+        ],
+        "uncompared": [*side.unread, *assumed],
+    }
+
+
+def _dtype_and_shape(tensor: TensorInfo) -> dict[str, Any]:
+    return {"dtype": tensor.dtype, "shape": list(tensor.shape)}

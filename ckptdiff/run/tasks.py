@@ -1,0 +1,213 @@
+"""The plan: tensor pairs to tasks, and the memory they will take. Pure arithmetic; no file is opened here."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ckptdiff.errors import PlanError
+from ckptdiff.measure.partial import BINS, BLOCK
+
+__all__ = [
+    "TASK_BLOCKS",
+    "TASK_NUMEL",
+    "TASK_TENSORS",
+    "Load",
+    "Memory",
+    "Span",
+    "Task",
+    "cut",
+    "fit_memory",
+    "plan_tasks",
+]
+
+TASK_BLOCKS = 8
+"""Blocks of one tensor in a task: 8 Mi coordinates."""
+TASK_TENSORS = 128
+"""Small tensors in a task."""
+TASK_NUMEL = 4 * BLOCK
+"""Coordinates of small tensors in a task."""
+
+_MEASUREMENT = 8 * BINS * 6 + (1 << 17)
+"""Bytes of a Partial, if all of its bins are touched."""
+_HINT_STEP = 10 << 20
+"""What the hint of a refusal is rounded to, and by how much at least it exceeds the least of now."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one tensor pair asks of the plan. Pairs that ask for the same may share one.
+
+    Attributes
+    ----------
+    numel : int
+        Coordinates.
+    bits : tuple of int
+        Bits of a stored element on each side that is read: two entries, or one if both sides are the same bytes.
+    scratch : int
+        Bytes of work space a thread needs to decode it.
+    kind : hashable
+        Small tensors of the same kind can be measured in one call; None if only alone.
+    """
+
+    numel: int
+    bits: tuple[int, ...]
+    scratch: int = 0
+    kind: Hashable = None
+
+    @cached_property
+    def blocks(self) -> int:
+        """Blocks of 2**20 coordinates; an empty tensor has none."""
+        return -(-self.numel // BLOCK)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return sum(self.numel * bits // 8 for bits in self.bits)
+
+    def span_bytes(self, span: Span) -> int:
+        """Bytes of a span of blocks, all sides."""
+        numel = min(span.stop * BLOCK, self.numel) - span.first * BLOCK
+        return sum(numel * bits // 8 for bits in self.bits)
+
+    @cached_property
+    def block_bytes(self) -> int:
+        """Bytes of its largest block, all sides."""
+        return sum(min(self.numel, BLOCK) * bits // 8 for bits in self.bits)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive blocks of one tensor pair, ``first`` to ``stop`` - 1."""
+
+    tensor: int
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What one thread does in one go: a part of a large tensor pair, or several whole small ones."""
+
+    spans: tuple[Span, ...]
+    whole: bool
+    """Each span is a whole tensor, which the thread measures to the end."""
+    alike: bool = False
+    """All of them in one call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Projected peak resident size, in bytes."""
+
+    baseline: int
+    """The interpreter, libraries, headers and compiled kernels."""
+    per_thread: int
+    waiting: int
+    """Results of one task, which the run holds from the task's begin until it has its turn."""
+    tasks_waiting: int
+    """Tasks under way and results in waiting, at most: at least one more than there are threads, or threads idle."""
+    threads: int
+    results: int
+    """Columns and facts of all tensors."""
+
+    @property
+    def projected(self) -> int:
+        """The sum."""
+        return self.baseline + self.threads * self.per_thread + self.tasks_waiting * self.waiting + self.results
+
+    def of(self, threads: int) -> int:
+        """The least with which so many threads work."""
+        return replace(self, threads=threads, tasks_waiting=_waiting(threads)[-1]).projected
+
+
+def plan_tasks(loads: Sequence[Load]) -> Iterator[Task]:
+    """Cut tensor pairs into tasks, in order.
+
+    Every span but a tensor's last holds whole blocks, so that figures do not depend on the cut. Tensors of at most a
+    block travel together, tens of thousands of them should not cost tens of thousands of tasks.
+    """
+    batch: list[Span] = []
+    batch_numel = 0
+    kind: Hashable = None
+    for index, load in enumerate(loads):
+        if batch and (
+            load.numel > BLOCK or load.kind != kind or batch_numel >= TASK_NUMEL or len(batch) >= TASK_TENSORS
+        ):
+            yield Task(tuple(batch), whole=True, alike=kind is not None)
+            batch, batch_numel = [], 0
+        if load.numel > BLOCK:
+            yield from cut(index, load)
+        else:
+            batch.append(Span(index, 0, load.blocks))
+            batch_numel += load.numel
+            kind = load.kind
+    if batch:
+        yield Task(tuple(batch), whole=True, alike=kind is not None)
+
+
+def cut(index: int, load: Load) -> Iterator[Task]:
+    """Tasks of one large tensor pair."""
+    for first in range(0, load.blocks, TASK_BLOCKS):
+        yield Task((Span(index, first, min(first + TASK_BLOCKS, load.blocks)),), whole=False)
+
+
+def fit_memory(
+    loads: Sequence[Load], threads: int, max_memory: int, default: int, growth: int, baseline: int, masks: bool
+) -> Memory:
+    """Choose as many threads as memory allows, then as many results in waiting.
+
+    Parameters
+    ----------
+    loads : sequence of Load
+    threads : int
+        Wanted.
+    max_memory : int
+        Bound on the peak resident size, in bytes; 0 if the user gave none.
+    default : int
+        Bound in that case, which grows to what all threads need, and in any case to what one needs.
+    growth : int
+        Bytes above the baseline to which it may grow for more than one thread.
+    baseline : int
+        Resident size before the first read.
+    masks : bool
+        Whether mask bits are made.
+
+    Raises
+    ------
+    PlanError
+        If not even one thread fits.
+    """
+    block = max((load.block_bytes for load in loads), default=0)
+    scratch = max((load.scratch for load in loads), default=0)
+    # A block of both sides, work space, two measurements at a time, the mask of a task, and a chunk compressed.
+    per_thread = block + scratch + 2 * _MEASUREMENT + (TASK_BLOCKS + 4) * (BLOCK // 8) + (8 << 20)
+    waiting = _MEASUREMENT + (TASK_BLOCKS * BLOCK // 8 if masks else 0)
+    results = len(loads) * (3 << 10) + (16 << 20 if masks else 4 << 20)
+    threads = max(threads, 1)
+    grown = Memory(baseline, per_thread, waiting, _waiting(threads)[0], threads, results).projected
+    bound = max_memory or max(default, min(grown, baseline + growth))
+    for count in range(threads, 0, -1):
+        for tasks_waiting in _waiting(count):
+            memory = Memory(baseline, per_thread, waiting, tasks_waiting, count, results)
+            if memory.projected <= bound:
+                return memory
+    if not max_memory:
+        return memory
+    raise PlanError(
+        "this run does not fit into --max-memory",
+        expected=f"at least {_mib(memory.projected)} MiB",
+        found=f"{_mib(max_memory)} MiB",
+        # With room to spare: the next process is a few MiB larger or smaller before its first read.
+        hint=f"--max-memory {(-(-memory.projected // _HINT_STEP) + 1) * _HINT_STEP >> 20}M",
+    )
+
+
+def _waiting(threads: int) -> tuple[int, int]:
+    """How many tasks may be under way or in waiting: as many as are of use, and as few as keep every thread at work."""
+    return 2 * threads + 2, threads + 1
+
+
+def _mib(size: int) -> int:
+    return -(-size // (1 << 20))

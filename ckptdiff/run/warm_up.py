@@ -1,0 +1,308 @@
+"""Load the kernels that a run will call, or have them compiled by processes of their own.
+
+What the compiler takes it never gives back: a process that compiled its kernels would have half of its memory left for
+data. And one such process is busy on one core only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+
+from ckptdiff.checkpoint import Kind, TensorPair
+from ckptdiff.codes.fetch import WINDOW
+from ckptdiff.events import Listener, Note, Stage, stage
+from ckptdiff.figures.catalogue import EPS, ETA
+from ckptdiff.figures.columns import LARGEST, SMALLEST, empty_records, set_sizes
+from ckptdiff.formats import FORMATS, Format, Formats, formats_of
+from ckptdiff.jit import NotCachedError, cache_folder, only_cached
+from ckptdiff.measure.backend import Backend, Batching
+from ckptdiff.measure.delta_cuts import DeltaCut, refine_delta_cut
+from ckptdiff.measure.low_cuts import LowCut, refine_low_cut
+from ckptdiff.measure.one_scan import wanted
+from ckptdiff.measure.partial import Partial, Refined, Rule, Scan, Targets
+from ckptdiff.measure.passes import FloatMeasurement
+from ckptdiff.measure.source import InMemory
+from ckptdiff.options import Compare, MaskRule
+from ckptdiff.runfile.compress import compress_chunk
+
+__all__ = ["Use", "Uses", "compile_apart", "compile_for", "load", "make_call", "panel_uses", "uses"]
+
+Use: TypeAlias = tuple[str, ...]
+"""A call of kernels, as words that another process can be given.
+
+"alike", "alone" or "refine" with the formats of base, tuned side and comparison; "mask" with the bytes of a chunk;
+"panel" with the stored format and that of the comparison; "scores"; "track" with the format of the comparison.
+"""
+
+_AT_ONCE = 2
+"""Compiling processes; each takes some 250 MB."""
+_POLL = 0.01
+"""Seconds between two looks at them: a signal is raised at once where no thread waits."""
+_HOME = Path(__file__).parent.parent
+_ONCE, _EACH_TIME = "once for this version on this machine", "each time: there is no folder to keep them in"
+
+logger = logging.getLogger("ckptdiff.run.warm_up")
+
+
+@dataclass(frozen=True, slots=True)
+class Uses:
+    """The kernels of a run.
+
+    Attributes
+    ----------
+    certain : tuple of Use
+        What it will call; what takes longest to compile comes first, so that it is not the last that is waited for.
+    seldom : tuple of Use
+        What it may come to call: not worth loading, but to be compiled along with others.
+    """
+
+    certain: tuple[Use, ...]
+    seldom: tuple[Use, ...] = ()
+
+
+def uses(alike: Set[Formats], alone: Set[Formats], mask_chunk: int) -> Uses:
+    """What a run will call.
+
+    Parameters
+    ----------
+    alike, alone : set of (base, tuned, compare)
+        Formats of small tensors that are measured in one call, and of all others.
+    mask_chunk : int
+        Bytes of the largest mask chunk, 0 without masks.
+    """
+    mask = [("mask", str(mask_chunk))] if mask_chunk else []
+    # A few of the small tensors need another pass, which they make one by one.
+    narrow = {formats for formats in alike | alone if formats[2].bits <= 16}
+    return Uses(
+        (*_named("alike", alike), *_named("alone", alone), *mask),
+        (*_named("alone", alike - alone), *_named("refine", narrow)),
+    )
+
+
+def _named(kind: str, all_formats: Set[Formats]) -> list[Use]:
+    return sorted((kind, *(format.name for format in formats)) for formats in all_formats)
+
+
+def panel_uses(pairs: Iterable[TensorPair], compare: Compare) -> list[Use]:
+    """What it takes to decode the matrices of these pairs."""
+    kinds = {(pair.base.dtype, pair.tuned.dtype) for pair in pairs if pair.base.kind is Kind.FLOAT}
+    formats = [formats_of(*kind, compare) for kind in kinds]
+    return sorted({("panel", side.name, found[2].name) for found in formats for side in found[:2]})
+
+
+def load(worker: Backend | None, asked: Uses, tell: Listener) -> None:
+    """Make the calls, each on a few coordinates, so that later ones find their kernels in this process.
+
+    Parameters
+    ----------
+    worker : Backend or None
+        Whose kernels are Numba's; None if there is no comparison.
+    asked : Uses
+    tell : callable
+        Told of the stage "compiling", if some are missing.
+    """
+    kept = cache_folder() is not None
+    missing = [use for use in asked.certain if not (kept and _load_cached(worker, use))]
+    if not missing:
+        return
+    apart = [*missing, *asked.seldom] if kept else []
+    tell(Note(f"compiling kernels, {_ONCE if kept else _EACH_TIME}"))
+    with stage(tell, "compiling", len(apart) or len(missing), "kernels") as told:
+        compile_apart(apart, told)
+        for done, use in enumerate(missing):
+            make_call(worker, use)  # and compiles what another process could not
+            told.at(done + 1, _ONCE if kept else _EACH_TIME)
+
+
+def _load_cached(worker: Backend | None, use: Use) -> bool:
+    try:
+        with only_cached():
+            make_call(worker, use)
+    except NotCachedError:
+        return False
+    return True
+
+
+def make_call(worker: Backend | None, use: Use) -> None:
+    """Call the kernels of one use.
+
+    Raises
+    ------
+    NotCachedError
+        Within :func:`only_cached`, if one of them would have to be compiled.
+    """
+    kind, *words = use
+    if kind == "mask":
+        size = int(words[0])
+        compress_chunk(np.arange(size).astype(np.uint8), size)
+        return
+    if kind == "scores":
+        _count_scores()
+        return
+    formats = [FORMATS[name] for name in words]
+    if kind == "panel":
+        _decode(*formats)
+        return
+    if kind == "track":
+        _follow(*formats)
+        return
+    assert worker is not None
+    base, tuned, compare = formats
+    if kind == "alike":
+        assert isinstance(worker, Batching)
+        _measure_small(worker, base, tuned, compare)
+    elif kind == "alone":
+        _measure(worker, base, tuned, compare)
+    else:
+        _refine(worker, base, tuned, compare)
+
+
+def compile_apart(missing: Sequence[Use], told: Stage | None = None) -> None:
+    """Have kernels compiled and kept by processes of their own; the caller compiles what they could not.
+
+    Processes that still run when an exception ends this are killed.
+
+    Parameters
+    ----------
+    missing : sequence of Use
+    told : Stage, optional
+        Told how many are compiled.
+    """
+    if not Path(sys.executable or "").name.startswith("python"):
+        return  # another program with Python inside, which would start itself once more
+    waiting = list(missing)
+    running: dict[Use, subprocess.Popen[bytes]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < _AT_ONCE:
+                use = waiting.pop(0)
+                running[use] = _start(use)
+            time.sleep(_POLL)
+            for use, process in list(running.items()):
+                if process.poll() is not None:
+                    process.communicate()
+                    del running[use]
+                    if process.returncode:
+                        logger.warning("compiling %s apart ended with %d", " ".join(use), process.returncode)
+            if told is not None:
+                told.at(len(missing) - len(waiting) - len(running), _ONCE)
+    except OSError as error:
+        logger.warning("kernels are compiled in this process, no other can be started: %s", error)
+    finally:
+        for process in running.values():
+            process.kill()
+            process.communicate()
+
+
+def _start(use: Use) -> subprocess.Popen[bytes]:
+    # The same packages, and none from a working directory, which may not be the one it was when this process took its
+    # own. Docstrings are part of what the cache knows a kernel by.
+    paths = [path for path in sys.path if isinstance(path, str) and Path(path).is_absolute()]
+    code = (
+        f"import sys; sys.path[:] = {[*paths, str(_HOME)]!r}\n"
+        f"from ckptdiff.run.warm_up import compile_for; compile_for({use!r})"
+    )
+    command = [sys.executable, "-I", *["-O"] * sys.flags.optimize, "-c", code]
+    nowhere = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere)
+
+
+def compile_for(use: Use) -> None:
+    """What a process of its own does: call the kernels once, which compiles them and keeps their machine code.
+
+    It ends with its standard input, which the process that waits for it holds open: whatever befalls that one, no
+    compiler is left running.
+    """
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    from ckptdiff.measure.cpu import CpuWorker
+
+    make_call(CpuWorker(), use)
+
+
+def _end_with_input() -> None:
+    os.read(0, 1)
+    os._exit(1)
+
+
+def _measure_small(worker: Batching, base: Format, tuned: Format, compare: Format) -> None:
+    scan = Scan(base, tuned, compare, EPS, ETA, Rule.BITWISE, want_mask=True)
+    numel = np.array([2])
+    # Two coordinates of what the buffers of the kernel hold by themselves.
+    places = np.array([[WINDOW, 0, WINDOW, 0, 2]])
+    worker.scan_small(
+        scan, places, (set_sizes(LARGEST, numel), set_sizes(SMALLEST, numel)), wanted(compare), empty_records(1)
+    )
+
+
+def _measure(worker: Backend, base: Format, tuned: Format, compare: Format) -> None:
+    measurement = FloatMeasurement(base, tuned, compare, 2, MaskRule("bitwise"), True)
+    source = _two_coordinates(base, tuned)
+    while (todo := measurement.next) is not None:
+        found: Partial | Refined
+        if isinstance(todo, Targets):
+            worker.refine(measurement.scan, todo, source, found := Refined.empty(todo))
+        else:
+            assert isinstance(todo, Scan)
+            worker.scan(replace(todo, want_mask=True), source, found := Partial())
+        measurement.take(found)
+    measurement.measured()
+    if compare.bits > 16:  # narrower formats seldom need a second pass
+        _refine(worker, base, tuned, compare)
+
+
+def _refine(worker: Backend, base: Format, tuned: Format, compare: Format) -> None:
+    scan, targets = FloatMeasurement(base, tuned, compare, 2, MaskRule("bitwise"), True).scan, Targets(16)
+    worker.refine(scan, targets, _two_coordinates(base, tuned), Refined.empty(targets))
+    counts = np.ones((2, 1), np.int64)
+    refine_delta_cut(DeltaCut(1, 64, 0, 16, 0, 1, 0.0), counts[0])
+    refine_low_cut(LowCut(1, 0, 16, 0, 1, 0, 1), counts)
+
+
+def _count_scores() -> None:
+    from ckptdiff.linalg.score_cut import ScoreCut
+    from ckptdiff.linalg.stages import ArrayPanels, run_together
+    from ckptdiff.linalg.survey import survey
+
+    values = np.array([[1.0], [2.0]], np.float32)
+    source = ArrayPanels(values, values)
+    (known,) = run_together(source, survey())
+    (low,) = known.low_cuts([0.5])
+    cut = ScoreCut(1, 1.0, np.zeros(len(known.weights)), low, 1.0)
+    for panel in source.panels():
+        cut.add(values, panel)
+
+
+def _decode(stored: Format, compare: Format) -> None:
+    from ckptdiff.spectra.decode import decode
+
+    codes = np.zeros(stored.bits // 8, np.uint8)
+    codes.flags.writeable = False
+    decode(codes, stored, compare, np.empty(1, np.float32))
+
+
+def _follow(compare: Format) -> None:
+    from ckptdiff.measure.kernels.tiles import facts_of
+    from ckptdiff.track.kernels.trajectory import Flow, follow_spans, new_rooms
+
+    code = max(compare.code_dtype, np.dtype(np.uint16))
+    nothing, files, tables = np.empty((0, 3), np.int64), np.zeros((1, 2, 4), np.int64), np.zeros((2, 0), code)
+    found = np.zeros((0, 1, len(Flow)), np.int64), np.zeros((0, 2))
+    magnitude = code.type(compare.magnitude)
+    follow_spans(nothing, files, tables, facts_of(compare).values, magnitude, new_rooms(code, 2), *found)
+
+
+def _two_coordinates(base: Format, tuned: Format) -> InMemory:
+    """One of which changed: what nothing or everything changed in takes shorter ways."""
+    sides = bytes(base.bits // 4), bytes(tuned.bits // 8) + b"\x3c" * (tuned.bits // 8)
+    return InMemory(np.frombuffer(sides[0], np.uint8), np.frombuffer(sides[1], np.uint8), 2)

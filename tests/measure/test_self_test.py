@@ -1,0 +1,82 @@
+"""The self-test passes what is right and names what is wrong."""
+
+import numpy as np
+import pytest
+
+from ckptdiff.formats import FORMATS
+from ckptdiff.measure import self_test as module
+from ckptdiff.measure.cpu import CpuWorker
+from ckptdiff.measure.self_test import SELF_TESTED, self_test, wrong_figures
+
+
+@pytest.mark.parametrize("names", SELF_TESTED, ids="-".join)
+def test_the_cpu_backend_passes(names):
+    assert self_test(CpuWorker(), names) is None
+
+
+@pytest.mark.parametrize(
+    ("field", "spoil"),
+    [
+        ("counts", lambda counts: counts.__setitem__(0, 7)),
+        ("sums", lambda sums: sums.__imul__(1 + 1e-9)),
+        ("max_abs", lambda max_abs: max_abs.__imul__(2)),
+    ],
+)
+def test_what_differs_is_named(field, spoil):
+    class Wrong(CpuWorker):
+        def scan(self, scan, source, partial, first_tie=0):
+            mask = super().scan(scan, source, partial, first_tie)
+            spoil(getattr(partial, field))
+            return mask
+
+    assert self_test(Wrong()) == f"{field} of bf16-bf16-bf16"
+
+
+def test_a_wrong_mask_is_named():
+    class Wrong(CpuWorker):
+        def scan(self, scan, source, partial, first_tie=0):
+            return super().scan(scan, source, partial, first_tie) ^ 1
+
+    assert self_test(Wrong()) == "mask of bf16-bf16-bf16"
+
+
+def codes(name):
+    """Codes of both sides, as NumPy integers."""
+    format = FORMATS[name]
+    (window,) = module._codes(format, format).windows()
+    return [extent.mapped.view(format.code_dtype) for extent in (window.base, window.tuned)]
+
+
+@pytest.mark.parametrize("name", ["bf16", "f16", "f8_e4m3", "f8_e5m2"])
+def test_every_code_is_tried_on_either_side(name):
+    for side in codes(name):
+        assert np.unique(side).size == 1 << FORMATS[name].bits
+
+
+@pytest.mark.parametrize("name", ["f8_e4m3", "f8_e5m2"])
+def test_every_code_of_8_bits_meets_every_other(name):
+    base, tuned = codes(name)
+    assert np.unique(base.astype(np.uint16) << 8 | tuned).size == 1 << 16
+
+
+@pytest.mark.parametrize(("name", "real"), [("bf16", np.float32), ("f32", np.float32), ("f64", np.float64)])
+def test_numbers_and_differences_are_subnormal_too(name, real):
+    sides = [side.astype(np.uint32) << 16 if name == "bf16" else side for side in codes(name)]
+    base, tuned = (side.view(real) for side in sides)
+    with np.errstate(invalid="ignore", over="ignore"):
+        delta = tuned - base
+    for values in (base, tuned, delta, delta[(np.abs(base) >= np.finfo(real).tiny)]):
+        assert np.count_nonzero((values != 0) & (np.abs(values) < np.finfo(real).tiny)) > 10
+    assert np.isinf(base).any() or np.isnan(base).any()
+
+
+def test_the_whole_of_it_names_all_that_is_wrong():
+    class Wrong(CpuWorker):
+        def scan(self, scan, source, partial, first_tie=0):
+            mask = super().scan(scan, source, partial, first_tie)
+            partial.counts[0] += scan.base.bits == 8
+            return mask
+
+    assert wrong_figures(CpuWorker()) == ""
+    e4m3, e5m2 = (f"counts of {'-'.join([name] * 3)}" for name in ("f8_e4m3", "f8_e5m2"))
+    assert wrong_figures(Wrong()) == f"{e4m3}; {e5m2}"

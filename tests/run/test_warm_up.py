@@ -1,0 +1,342 @@
+"""Kernels that are missing are compiled by processes of their own, and what those cannot do is done here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from told_stages import told_stages
+
+import ckptdiff
+from ckptdiff.events import Event, Note, ignore
+from ckptdiff.formats import FORMATS
+from ckptdiff.jit import NotCachedError, only_cached
+from ckptdiff.measure.cpu import CpuWorker
+from ckptdiff.run import warm_up
+
+TRIPLE = """
+from ckptdiff.jit import kernel
+
+@kernel
+def triple(value):
+    return 3 * value
+"""
+pytestmark = pytest.mark.usefixtures("empty_cache")
+FIXTURE = Path(__file__).parent.parent / "fixtures" / "addition"
+
+
+@pytest.fixture
+def imported(tmp_path: Path) -> Callable[[], ModuleType]:
+    """Import a tiny kernel afresh, as a new process would."""
+    source = tmp_path / "triple.py"
+    source.write_text(TRIPLE)
+
+    def fresh() -> ModuleType:
+        spec = importlib.util.spec_from_file_location("triple", source)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return fresh
+
+
+def test_only_cached(imported: Callable[[], ModuleType]) -> None:
+    module = imported()
+    with only_cached(), pytest.raises(NotCachedError):
+        module.triple(2)
+    assert module.triple(2) == 6
+    with only_cached():
+        assert module.triple(3) == 9
+        assert imported().triple(4) == 12
+        with pytest.raises(NotCachedError):
+            module.triple(2.5)  # another signature
+
+
+def test_other_threads_may_compile(imported: Callable[[], ModuleType]) -> None:
+    came = []
+    with only_cached():
+        thread = threading.Thread(target=lambda: came.append(imported().triple(2)))
+        thread.start()
+        thread.join()
+    assert came == [6]
+
+
+def test_without_a_cache_kernels_are_compiled_here(
+    imported: Callable[[], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CKPTDIFF_CACHE_DIR", "/proc/nowhere")
+    module, told = imported(), list[Event]()
+    calls_of(module, monkeypatch)
+    monkeypatch.setattr(warm_up, "_start", lambda use: pytest.fail("a process was started in vain"))
+    warm_up.load(CpuWorker(), warm_up.Uses((("mask", "2"),)), told.append)
+    assert "each time" in noted(told) and list(told_stages(told)) == ["compiling"]
+    with only_cached():
+        assert module.triple(2) == 6
+
+
+def noted(told: list[Event]) -> str:
+    return "\n".join(event.text for event in told if isinstance(event, Note))
+
+
+def calls_of(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let "mask" stand for a call of the tiny kernel."""
+    monkeypatch.setattr(warm_up, "make_call", lambda worker, use: module.triple(int(use[1])))
+
+
+@pytest.mark.parametrize("how", ["fails", "cannot be started", "is not Python"])
+def test_what_cannot_be_compiled_apart_is_compiled_here(
+    imported: Callable[[], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    how: str,
+) -> None:
+    module, told = imported(), list[Event]()
+    calls_of(module, monkeypatch)
+    if how == "fails":
+        start = [sys.executable, "-c", "raise SystemExit(3)"]
+        monkeypatch.setattr(warm_up, "_start", lambda use: subprocess.Popen(start))
+    elif how == "cannot be started":
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "python-is-gone"))
+    else:
+        other = tmp_path / "app"
+        other.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+        other.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(other))
+    warm_up.load(CpuWorker(), warm_up.Uses((("mask", "2"),)), told.append)
+    with only_cached():
+        assert module.triple(2) == 6
+    assert "once" in noted(told) and list(told_stages(told)) == ["compiling"]
+    assert not (tmp_path / "started").exists()
+    said = {
+        "fails": "compiling mask 2 apart ended with 3",
+        "cannot be started": "no other can be start",
+    }
+    assert len(caplog.messages) == (how in said) and all(said[how] in message for message in caplog.messages)
+
+
+def test_what_is_cached_starts_no_process(imported: Callable[[], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    imported().triple(2)
+    calls_of(imported(), monkeypatch)
+    monkeypatch.setattr(warm_up, "_start", lambda use: pytest.fail("a process was started in vain"))
+    warm_up.load(CpuWorker(), warm_up.Uses((("mask", "2"),)), lambda event: pytest.fail("nothing is compiled"))
+
+
+def test_what_is_seldom_called_is_compiled_along_and_never_loaded(
+    imported: Callable[[], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[list[warm_up.Use]] = []
+    calls_of(imported(), monkeypatch)
+    monkeypatch.setattr(warm_up, "compile_apart", lambda missing, told: given.append(list(missing)))
+    asked = warm_up.Uses((("mask", "2"),), (("mask", "seldom"),))
+    for _ in range(2):
+        warm_up.load(CpuWorker(), asked, ignore)
+    assert given == [[("mask", "2"), ("mask", "seldom")]]
+
+
+def test_uses() -> None:
+    bf16, f32 = FORMATS["bf16"], FORMATS["f32"]
+    one, two = (bf16, bf16, bf16), (f32, f32, f32)
+    words = ("bf16", "bf16", "bf16"), ("f32", "f32", "f32")
+    asked = warm_up.uses({one}, {one, two}, 4096)
+    assert asked.certain == (("alike", *words[0]), ("alone", *words[0]), ("alone", *words[1]), ("mask", "4096"))
+    assert asked.seldom == (("refine", *words[0]),)
+    asked = warm_up.uses({one}, set(), 0)
+    assert asked.certain == (("alike", *words[0]),)
+    assert asked.seldom == (("alone", *words[0]), ("refine", *words[0]))
+    assert warm_up.uses(set(), set(), 0) == warm_up.Uses(())
+
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+PAIRS: dict[str, tuple[tuple[Any, Any], int, tuple[int, int], list[str]]] = {
+    "bf16": ((BF16, BF16), 2, (300, 200), []),
+    "many small": ((BF16, BF16), 1200, (10, 20), []),
+    "f32": ((np.float32, np.float32), 2, (300, 200), ["--compare", "stored"]),
+    "f64 against bf16": ((np.float64, BF16), 2, (300, 200), ["--compare", "stored", "--mask", "top:5"]),
+    "integers": ((np.int32, np.int32), 2, (300, 200), []),
+}
+"""Dtypes of both sides, tensors, shape, options."""
+
+REFUSING = """
+import sys
+from ckptdiff.run import devices, warm_up
+from ckptdiff import jit
+from ckptdiff.cli import main
+
+def refuse(cache, *_):
+    raise RuntimeError(f"{cache.cache_path} was not loaded: {cache._py_func}")
+
+def load(worker, asked, tell):
+    warm_up.load(worker, asked, tell)
+    for use in asked.seldom:
+        warm_up.make_call(worker, use)
+    jit._Cache.load_overload = refuse
+
+devices.load = load
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_run_calls_no_other_kernel(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CKPTDIFF_CACHE_DIR")
+    dtypes, count, shape, options = PAIRS[name]
+    rng = np.random.default_rng(0)
+    scale = 1e5 if name == "integers" else 1
+    base = [scale * 0.05 * rng.standard_normal(shape) for _ in range(count)]
+    tuned = [values + scale * 3e-4 * rng.standard_normal(shape) * (rng.random(shape) < 0.5) for values in base]
+    paths = [tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"]
+    for path, tensors, dtype in zip(paths, (base, tuned), dtypes, strict=True):
+        save_file({f"layers.{i}.w": values.astype(dtype) for i, values in enumerate(tensors)}, path)
+    command = [sys.executable, "-c", REFUSING, "diff", *map(str, paths), "-o", str(tmp_path / "run.h5"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+REFUSING_LATER = """
+import importlib, sys
+from ckptdiff.run import warm_up
+from ckptdiff import jit
+from ckptdiff.cli import main
+
+def refuse(cache, *_):
+    raise RuntimeError(f"{cache.cache_path} was not loaded: {cache._py_func}")
+
+def load(worker, asked, tell):
+    warm_up.load(worker, asked, tell)
+    jit._Cache.load_overload = refuse
+
+importlib.import_module(sys.argv.pop(1)).load = load
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("spectra.stage", ["diff", "base", "tuned", "--spectra", "exact"]),
+        ("spectra.stage", ["diff", "base", "tuned", "--spectra", "randomized", "--compare", "stored"]),
+        ("lora.extract", ["lora", "base", "tuned", "-o", "adapter", "--rank", "2"]),
+        ("track.follow", ["track", "base", "tuned"]),
+        ("overlap.combine", ["mask", "combine", "--union", "run.h5", "run.h5", "-o", "both.h5"]),
+    ],
+)
+def test_no_other_command_compiles_while_it_works(
+    module: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it calls was loaded, or compiled, before: a stage of its own tells of that."""
+    monkeypatch.delenv("CKPTDIFF_CACHE_DIR")
+    rng = np.random.default_rng(0)
+    shape = (400, 300)
+    for side, dtype in (("base", np.float32), ("tuned", BF16)):
+        folder = tmp_path / side
+        folder.mkdir()
+        weights = {"model.layers.0.mlp.up_proj.weight": rng.standard_normal(shape), "norm": np.ones(9)}
+        save_file({name: values.astype(dtype) for name, values in weights.items()}, folder / "model.safetensors")
+    if "run.h5" in words:
+        paths = [str(tmp_path / side) for side in ("base", "tuned")]
+        ckptdiff.diff(*paths, out=tmp_path / "run.h5", mask="bitwise")
+    command = [sys.executable, "-c", REFUSING_LATER, f"ckptdiff.{module}", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_process_takes_the_same_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else stands in sys.path, and lies in the working directory; a mask of 100 bytes needs no kernel."""
+    (tmp_path / "numba.py").write_text("raise SystemExit(7)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", ".", tmp_path / "nowhere", *sys.path])
+    with warm_up._start(("mask", "100")) as process:
+        assert process.wait(600) == 0
+
+
+def test_another_process_keeps_kernels_where_this_one_finds_them() -> None:
+    """Numba knows a kernel by its constants too, of which the docstring is one."""
+    code = (
+        "from ckptdiff import warm_up; process = warm_up._start(('mask', '100')); print(process.wait(), process.args)"
+    )
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("0 ") and done.stdout.count("'-O'") == 2
+
+
+def test_an_exception_ends_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def start(use: warm_up.Use) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(["sleep", "60"]))
+        return started[-1]
+
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(warm_up, "_start", start)
+    monkeypatch.setattr(time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        warm_up.compile_apart([("mask", str(size)) for size in range(3)])
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * 2
+
+
+def diff(folder: Path) -> subprocess.Popen[str]:
+    """A run that, as an installed command does, takes no module from its working directory."""
+    paths = [path for path in sys.path if path]
+    code = f"import sys; sys.path[:] = {paths!r}; from ckptdiff.cli import main; sys.exit(main())"
+    sides = [str(FIXTURE / side) for side in ("base", "tuned")]
+    return subprocess.Popen(
+        [sys.executable, "-I", "-c", code, "diff", *sides, "-o", "run.h5", "-v", "--no-progress"],
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="needs /proc")
+def test_a_first_run(tmp_path: Path) -> None:
+    """Stopped while it compiles, it leaves nothing; let alone, it is as right as a later one and hardly larger."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "numba.py").write_text("raise SystemExit('a module of the working directory')")
+    process = diff(folder)
+    while len(compiling := children(process)) < 2:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.terminate()
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 143 and err.endswith("ckptdiff: terminated\n"), err
+    deadline = time.monotonic() + 600
+    while any(Path(f"/proc/{pid}").exists() for pid in compiling):
+        assert time.monotonic() < deadline, "a compiling process outlives the run"
+        time.sleep(0.01)
+    assert [path.name for path in folder.iterdir()] == ["numba.py"]
+
+    reports, sizes, said = [], [], []
+    for _ in range(2):
+        process = diff(folder)
+        out, err = process.communicate(timeout=600)
+        assert process.returncode == 0 and "ended with" not in err, err
+        memory = re.search(r"projected memory (\d+) MiB", err)
+        assert memory is not None
+        reports.append(out)
+        sizes.append(int(memory[1]))
+        said.append("compiling kernels" in err)
+    assert said == [True, False]
+    assert reports[0] == reports[1] != "" and abs(sizes[0] - sizes[1]) < 30
