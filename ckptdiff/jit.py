@@ -31,6 +31,7 @@ __all__ = [
     "cache_folder",
     "helper",
     "kernel",
+    "kernel_sources",
     "only_cached",
     "private_folder",
     "processor_features",
@@ -39,8 +40,8 @@ __all__ = [
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_KERNEL_FOLDERS = ("backends", "backends/kernels", "runfile")
-"""Where kernels and what they call are written, in the package."""
+_SOURCES = ("jit.py", "formats.py", "measure/partial.py", "codes/*.py", "*/kernels/*.py", "deflate/*.py")
+"""What machine code is made of, in the package: kernels, what they call, and the constants of both."""
 
 _SETTINGS = (
     "BOUNDSCHECK",
@@ -59,7 +60,7 @@ STEP = {**_OPTIONS, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 """Only kernels are called from Python; the wrappers of what they call would cost a third of the compilation."""
 
 _refusing: ContextVar[bool] = ContextVar("refusing", default=False)
-logger = logging.getLogger("ckptdiff.kernel_cache")
+logger = logging.getLogger("ckptdiff.jit")
 
 
 class NotCachedError(Exception):
@@ -141,13 +142,17 @@ def processor_features() -> str:
     return llvmlite.binding.get_host_cpu_features().flatten() if named is None else named
 
 
+def kernel_sources() -> list[Path]:
+    """The modules that machine code is made of."""
+    package = Path(__file__).parent
+    return sorted({source for pattern in _SOURCES for source in package.glob(pattern)})
+
+
 def _fingerprint() -> str:
     """Hash of all that machine code depends on."""
     digest = hashlib.sha256()
-    package = Path(__file__).parent.parent
-    for folder in _KERNEL_FOLDERS:
-        for source in sorted((package / folder).glob("*.py")):
-            digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
+    for source in kernel_sources():
+        digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     for version in (
         numba.__version__,
         platform.python_version(),

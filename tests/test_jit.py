@@ -5,6 +5,7 @@ Most tests use a kernel of one line, which goes through the same cache and compi
 
 from __future__ import annotations
 
+import ast
 import errno
 import importlib.util
 import logging
@@ -13,15 +14,18 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+from packaging.requirements import Requirement
 
 import ckptdiff
-from ckptdiff import jit as kernel_cache
+from ckptdiff import jit
 
 TINY = """
 from ckptdiff.jit import helper, kernel
@@ -55,12 +59,12 @@ def call(tmp_path: Path, empty_cache: Path, caplog: pytest.LogCaptureFixture) ->
     source.write_text(TINY)
 
     def fresh() -> Called:
-        kernel_cache.cache_folder.cache_clear()
+        jit.cache_folder.cache_clear()
         caplog.clear()
         spec = importlib.util.spec_from_file_location("tiny", source)
         assert spec is not None and spec.loader is not None
         module: Any = importlib.util.module_from_spec(spec)
-        with caplog.at_level(logging.INFO, "ckptdiff.kernel_cache"):
+        with caplog.at_level(logging.INFO, "ckptdiff.jit"):
             spec.loader.exec_module(module)
             result = module.triple(np.arange(10.0))
         return Called(result, sum(module.triple.stats.cache_hits.values()), list(caplog.messages))
@@ -87,7 +91,7 @@ def test_the_folder_belongs_to_the_user_alone(call: Call, empty_cache: Path) -> 
     finally:
         os.umask(before)
     (folder,) = empty_cache.iterdir()
-    assert folder == kernel_cache.cache_folder()
+    assert folder == jit.cache_folder()
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
@@ -160,21 +164,21 @@ def test_a_full_disk(call: Call, empty_cache: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o720, 0o702])
 def test_a_folder_that_others_can_write_to_is_not_used(call: Call, empty_cache: Path, mode: int) -> None:
     call()
-    folder = kernel_cache.cache_folder()
+    folder = jit.cache_folder()
     assert folder is not None
     folder.chmod(mode)
     result, hits, warnings = call()
-    assert (result, hits) == (135.0, 0) and kernel_cache.cache_folder() is None
+    assert (result, hits) == (135.0, 0) and jit.cache_folder() is None
     assert len(warnings) == 1 and "can be written by others" in warnings[0]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
 def test_a_folder_of_someone_else_is_not_used(call: Call, empty_cache: Path) -> None:
     call()
-    folder = kernel_cache.cache_folder()
+    folder = jit.cache_folder()
     assert folder is not None
     os.chown(folder, 12345, 12345)
-    assert call()[:2] == (135.0, 0) and kernel_cache.cache_folder() is None
+    assert call()[:2] == (135.0, 0) and jit.cache_folder() is None
 
 
 def test_no_place_to_write_to(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,35 +230,80 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the package whose fingerprint is taken instead."""
     copy = tmp_path / "ckptdiff"
     shutil.copytree(Path(ckptdiff.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(kernel_cache, "__file__", str(copy / "backends/kernel_cache.py"))
+    monkeypatch.setattr(jit, "__file__", str(copy / "jit.py"))
     return copy
 
 
-def test_every_file_with_kernels_counts(package: Path) -> None:
-    made = re.compile(r"backends.kernel_cache import .*\b(kernel|helper|reducer)\b")
-    sources = [path for path in package.rglob("*.py") if made.search(path.read_text())]
-    assert len(sources) > 8
-    fingerprints = {kernel_cache._fingerprint()}
-    for number, source in enumerate(sources, 2):
+def imported_by(source: Path, package: Path) -> set[Path]:
+    """Modules of the package that a module names in its imports."""
+    found = set[Path]()
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "ckptdiff":
+            place = package.joinpath(*node.module.split(".")[1:])
+            found |= {place.with_suffix(".py"), *(place / f"{alias.name}.py" for alias in node.names)}
+    return {path for path in found if path.exists()}
+
+
+def makes_code(source: Path) -> bool:
+    """Whether a module declares something that Numba compiles: kernels, steps, intrinsics, overloads."""
+    text = source.read_text()
+    declared = re.search(r"^from ckptdiff\.jit import .*\b(kernel|helper|reducer|STEP)\b", text, re.MULTILINE)
+    return bool(
+        declared or re.search(r"^\s*(from|import) (numba|llvmlite\.ir|llvmlite import ir)\b", text, re.MULTILINE)
+    )
+
+
+def test_the_fingerprint_covers_what_machine_code_is_made_of_and_no_more() -> None:
+    package = Path(ckptdiff.__file__).parent
+    # BLAS is reached through an address that Numba finds, and doctor prints versions.
+    apart = {package / "linalg/blas.py", package / "doctor.py"}
+    needed = {path for path in package.rglob("*.py") if makes_code(path)} - apart
+    assert len(needed) > 20
+    unseen = list(needed)
+    while unseen:
+        more = imported_by(unseen.pop(), package) - needed
+        needed |= more
+        unseen += more
+    covered = set(jit.kernel_sources())
+    assert needed <= covered
+    assert {path.name for path in covered - needed} <= {"__init__.py"}
+
+
+def test_an_edit_of_any_of_them_counts_and_of_others_none(package: Path) -> None:
+    fingerprints = {jit._fingerprint()}
+    for number, source in enumerate(jit.kernel_sources(), 2):
         source.write_text(source.read_text() + "\n# edited\n")
-        fingerprints.add(kernel_cache._fingerprint())
+        fingerprints.add(jit._fingerprint())
         assert len(fingerprints) == number, source
-    (package / "cli/diff.py").write_text("# has no kernels")
-    assert kernel_cache._fingerprint() in fingerprints
+    for other in ("cli/diff.py", "runfile/reader.py", "measure/passes.py", "run/engine.py"):
+        (package / other).write_text("# has no kernels")
+    assert jit._fingerprint() in fingerprints
+
+
+def test_the_installed_numba_is_one_that_was_tried() -> None:
+    """Its private parts are used; a release that is not among them is refused by pip."""
+    with (Path(__file__).parent.parent / "pyproject.toml").open("rb") as file:
+        wanted = tomllib.load(file)["project"]["dependencies"]
+    (numba,) = [Requirement(text) for text in wanted if text.startswith("numba")]
+    assert any(clause.operator == "<" for clause in numba.specifier)
+    assert numba.specifier.contains(jit.numba.__version__)
+    for name in ("_save_data", "_load_data", "_data_name", "_dump"):
+        assert callable(getattr(IndexDataCacheFile, name))
+    assert issubclass(FunctionCache, object) and hasattr(jit.numba.config, "CACHE_DIR")
 
 
 def test_the_compiler_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = kernel_cache._fingerprint()
-    assert before == kernel_cache._fingerprint()
-    monkeypatch.setattr(kernel_cache.numba, "__version__", "99")
-    assert kernel_cache._fingerprint() != before
+    before = jit._fingerprint()
+    assert before == jit._fingerprint()
+    monkeypatch.setattr(jit.numba, "__version__", "99")
+    assert jit._fingerprint() != before
 
 
 @pytest.mark.parametrize("setting", ["CPU_NAME", "CPU_FEATURES", "ENABLE_PROFILING", "BOUNDSCHECK"])
 def test_the_target_counts(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
-    before = kernel_cache._fingerprint()
-    monkeypatch.setattr(kernel_cache.numba.config, setting, "generic")
-    assert kernel_cache._fingerprint() != before
+    before = jit._fingerprint()
+    monkeypatch.setattr(jit.numba.config, setting, "generic")
+    assert jit._fingerprint() != before
 
 
 def start(code: str, cache: Path, folder: Path) -> subprocess.Popen[str]:

@@ -49,7 +49,7 @@ _AT_ONCE = 2
 """Compiling processes; each takes some 250 MB."""
 _POLL = 0.01
 """Seconds between two looks at them: a signal is raised at once where no thread waits."""
-_HOME = Path(__file__).parent.parent
+_HOME = Path(__file__).parents[2]
 _ONCE, _EACH_TIME = "once for this version on this machine", "each time: there is no folder to keep them in"
 
 logger = logging.getLogger("ckptdiff.run.warm_up")
