@@ -16,7 +16,7 @@ from ckptdiff.backends.formats import Formats, formats_of
 from ckptdiff.backends.partial import BLOCK
 from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorInfo, TensorPair, locate, open_checkpoint, pair
 from ckptdiff.devices import Device, open_device
-from ckptdiff.events import Listener, Note, ignore, stage
+from ckptdiff.events import Listener, ignore
 from ckptdiff.memory import machine_memory, peak_resident, resident
 from ckptdiff.metrics.catalogue import COLUMNS
 from ckptdiff.metrics.measurement import BitMeasurement, FloatMeasurement
@@ -26,7 +26,7 @@ from ckptdiff.result import Diff, TensorFacts, UnmatchedTensor
 from ckptdiff.runfile.schema import mask_chunk_bytes
 from ckptdiff.runfile.target import check_target
 from ckptdiff.stream.plan import TASK_BLOCKS, Load, Memory, Span, fit_memory
-from ckptdiff.stream.same_values import same_values
+from ckptdiff.stream.same_values import look_for_ties
 from ckptdiff.stream.shards import open_shards
 from ckptdiff.warm_up import Uses, uses
 
@@ -193,19 +193,13 @@ def prepare(
 
 def _paired(base: Checkpoint, tuned: Checkpoint, options: Options, tell: Listener, read_data: bool) -> Pairing:
     with open_shards("pread") as shards:
-
-        def look(head: TensorInfo, embedding: TensorInfo) -> bool:
-            tell(Note(f"reading {head.name} and {embedding.name}, to see whether they are one"))
-            with stage(tell, "looking for ties", head.nbytes + embedding.nbytes, "bytes") as told:
-                return same_values(shards, head, embedding, told)
-
         return pair(
             base,
             tuned,
             renames=options.renames,
             include=options.include,
             exclude=options.exclude,
-            same_values=look if read_data else None,
+            same_values=look_for_ties(shards, tell) if read_data else None,
         )
 
 
