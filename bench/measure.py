@@ -136,12 +136,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a table in Markdown, numbers to three digits; a column for every key that is in any row."""
     heads = list(dict.fromkeys(key for row in rows for key in row))
     lines = [heads, ["---"] * len(heads), *([_cell(row.get(head)) for head in heads] for row in rows)]
-    return (
-        "\n".join(
-            "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines
-        )
-        + "\n"
-    )
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def _cell(value: Any) -> str:

@@ -274,7 +274,7 @@ def sides(pair: Path) -> tuple[str, str]:
 
 def whole(sizes: Sizes, scratch: Path, device: str, threads: int, masks: bool = False, memory: str = "8G") -> Step:
     """Runs over the large pair."""
-    given = ["--device", device, "--threads", threads, "--rounds", 1 if threads == 1 else 2]
+    given = ["--device", device, "--threads", threads, "--rounds", 1 if threads == 1 else min(sizes.rounds, 2)]
     given += ["--masks"] * masks + (["--max-memory", memory] if memory else [])
     how = f"{device}, {threads} threads, {'masks' if masks else 'statistics'}, {memory or 'default memory'}"
     return Step(

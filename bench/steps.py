@@ -12,8 +12,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,20 @@ class Step:
 def file_of(scratch: Path, name: str, kind: str) -> Path:
     """Where a step keeps its figures, or what it prints."""
     return scratch / f"{''.join(letter if letter.isalnum() else '-' for letter in name)}.{kind}"
+
+
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until this is over, so that no process is started of which nobody knows."""
+    came: list[int] = []
+    before = {one: signal.signal(one, lambda signum, _: came.append(signum)) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+    if came:
+        signal.raise_signal(came[0])
 
 
 class Running:
@@ -187,14 +201,16 @@ class Call:
         current: Running | None = None
         try:
             for one in self.prepared:
-                self.background[one.name] = Running(one, self.python, self.scratch)
+                with unbroken():
+                    self.background[one.name] = Running(one, self.python, self.scratch)
             for step in self.steps:
                 why = self._why_not(step)
                 if why:
                     self._note(step, {"status": "absent" if why.startswith("absent") else "skipped", "why": why})
                     continue
                 self._write()
-                current = self._start(step)
+                with unbroken():
+                    current = self._start(step)
                 self._note(step, current.wait(min(step.limit * self.patience, self._left())))
                 current = None
             for name in list(self.background):
@@ -202,7 +218,8 @@ class Call:
         finally:
             for running in filter(None, (*self.background.values(), current)):
                 running.kill()
-                self._note(running.step, {"status": "failed", "why": "the call was ended"})
+                if self.found[running.step.name]["status"] == "waiting":
+                    self._note(running.step, {"status": "failed", "why": "the call was ended"})
             for found in self.found.values():
                 if found["status"] == "waiting":
                     found |= {"status": "skipped", "why": "skipped: the call was ended"}
@@ -251,11 +268,12 @@ class Call:
         return Running(step, self.python, self.scratch)
 
     def _await(self, name: str) -> None:
-        running = self.background.pop(name, None)
+        running = self.background.get(name)
         if running is not None:
             spent = time.monotonic() - running.begun
             limit = min(running.step.limit * self.patience - spent, self._left())
             self._note(running.step, running.wait(max(limit, 0.1)))
+            del self.background[name]
 
     def _note(self, step: Step, found: Record) -> None:
         """Keep what a step came to."""

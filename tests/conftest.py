@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,9 @@ NEEDED = ("gpu", "nvrtc")
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """With CKPTDIFF_NEED_GPU=1 a test that is skipped for want of a GPU, or of what compiles for one, has failed."""
-    report: Any = yield
+    report = yield
     needed = os.environ.get("CKPTDIFF_NEED_GPU") == "1" and any(item.get_closest_marker(name) for name in NEEDED)
     if report.skipped and needed:
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr

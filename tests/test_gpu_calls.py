@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -123,6 +124,10 @@ def test_a_call_that_is_ended_keeps_what_it_found(tmp_path):
     assert document["ended"] and not document["passed"]
     assert [step["name"] for step in document["steps"]] == ["kernels"]
     assert document["steps"][0]["why"].endswith("the call was ended")
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # a process that ended meanwhile
+            assert os.fsencode(document["scratch"]) not in path.read_bytes()
+    assert not Path(document["scratch"]).exists()
     assert (tmp_path / "call-a.md").exists()
 
 

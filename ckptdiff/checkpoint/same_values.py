@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import TensorInfo
 from ckptdiff.checkpoint.blocks import blocks_of
 from ckptdiff.checkpoint.open_shards import OpenShards
-from ckptdiff.events import Stage
+from ckptdiff.events import Listener, Note, Stage, stage
 from ckptdiff.formats import Format, common_format, recode_table, stored_format
 
-__all__ = ["same_values"]
+__all__ = ["look_for_ties", "same_values"]
+
+
+def look_for_ties(shards: OpenShards, tell: Listener) -> Callable[[TensorInfo, TensorInfo], bool]:
+    """Tell whether two tensors hold the same values, each two in a stage of their own.
+
+    Parameters
+    ----------
+    shards : OpenShards
+    tell : callable
+        Told of the stages "looking for ties", in bytes.
+    """
+
+    def look(head: TensorInfo, embedding: TensorInfo) -> bool:
+        tell(Note(f"reading {head.name} and {embedding.name}, to see whether they are one"))
+        with stage(tell, "looking for ties", head.nbytes + embedding.nbytes, "bytes") as told:
+            return same_values(shards, head, embedding, told)
+
+    return look
 
 
 def same_values(shards: OpenShards, first: TensorInfo, second: TensorInfo, told: Stage) -> bool:

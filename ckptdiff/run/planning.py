@@ -14,8 +14,8 @@ import numpy as np
 import ckptdiff
 from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorInfo, TensorPair, locate, open_checkpoint, pair
 from ckptdiff.checkpoint.open_shards import open_shards
-from ckptdiff.checkpoint.same_values import same_values
-from ckptdiff.events import Listener, Note, ignore, stage
+from ckptdiff.checkpoint.same_values import look_for_ties
+from ckptdiff.events import Listener, ignore
 from ckptdiff.figures.catalogue import COLUMNS
 from ckptdiff.figures.result import Diff, TensorFacts, UnmatchedTensor
 from ckptdiff.formats import Formats, formats_of
@@ -193,19 +193,13 @@ def prepare(
 
 def _paired(base: Checkpoint, tuned: Checkpoint, options: Options, tell: Listener, read_data: bool) -> Pairing:
     with open_shards("pread") as shards:
-
-        def look(head: TensorInfo, embedding: TensorInfo) -> bool:
-            tell(Note(f"reading {head.name} and {embedding.name}, to see whether they are one"))
-            with stage(tell, "looking for ties", head.nbytes + embedding.nbytes, "bytes") as told:
-                return same_values(shards, head, embedding, told)
-
         return pair(
             base,
             tuned,
             renames=options.renames,
             include=options.include,
             exclude=options.exclude,
-            same_values=look if read_data else None,
+            same_values=look_for_ties(shards, tell) if read_data else None,
         )
 
 

@@ -83,7 +83,8 @@ def track(
     threads : int
         0 stands for one per available core.
     listener : callable, optional
-        Told of the stages "compiling", if kernels are missing, and "following", in bytes.
+        Told of the stages "looking for ties", if a step lacks a head of the base, "compiling", if kernels are
+        missing, and "following", in bytes.
 
     Raises
     ------
@@ -91,11 +92,11 @@ def track(
         A checkpoint that cannot be read, or changes; nothing to follow.
     """
     check_threads(threads)
-    plan = plan_track(base, steps, compare=compare, include=include, exclude=exclude)
+    tell = listener or ignore
+    plan = plan_track(base, steps, compare=compare, include=include, exclude=exclude, tell=tell)
     tensors = plan.tensors
     counts = np.zeros((len(tensors), len(plan.steps), len(Flow)), np.int64)
     squares = np.zeros((len(tensors), 1 + len(plan.steps)))
-    tell = listener or ignore
     load(None, Uses(tuple(sorted({("track", followed.compare.name) for followed in tensors}))), tell)
     nbytes = sum(side.nbytes for followed in tensors for side in followed.sides)
     with open_shards("pread") as shards, stage(tell, "following", nbytes, "bytes") as told:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import Checkpoint, Kind, TensorInfo, open_checkpoint, pair
 from ckptdiff.checkpoint.open_shards import open_shards
-from ckptdiff.checkpoint.same_values import same_values
+from ckptdiff.checkpoint.same_values import look_for_ties
 from ckptdiff.errors import OptionError, PairingError, first_few, plural
+from ckptdiff.events import Listener, ignore
 from ckptdiff.formats import FORMATS, Format, compare_format, stored_format
 from ckptdiff.measure.cpu import cast_of
 from ckptdiff.options import Compare
@@ -89,8 +90,11 @@ def plan_track(
     compare: Compare = "bf16",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    tell: Listener = ignore,
 ) -> TrackPlan:
     """Open all checkpoints and find the floating tensors that every one of them has, by the names of the base.
+
+    Parameters are those of :func:`~ckptdiff.track.follow.track`.
 
     Raises
     ------
@@ -108,7 +112,7 @@ def plan_track(
     warnings: dict[str, None] = dict.fromkeys(opened.warnings)
     with open_shards("pread") as shards:
         # The base's head is looked at once, however many steps lack it.
-        known = cache(partial(same_values, shards))
+        known = cache(look_for_ties(shards, tell))
         pairings = [pair(opened, step, include=include, exclude=exclude, same_values=known) for step in later]
     for step, pairing in zip(later, pairings, strict=True):
         warnings |= dict.fromkeys((*step.warnings, *pairing.warnings))
