@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SIZE ?= 2GiB
 
-.PHONY: demo test lint bench mutants clean
+.PHONY: demo test test-nvrtc lint bench mutants clean
 
 demo: .venv/demo.stamp
 	mkdir -p build
@@ -12,6 +12,10 @@ demo: .venv/demo.stamp
 
 test: .venv/test.stamp
 	$(BIN)/pytest --numprocesses logical --maxprocesses 8
+
+# What users with a GPU compile with, which takes no GPU.
+test-nvrtc: .venv/nvrtc.stamp
+	CKPTDIFF_NEED_GPU=1 $(BIN)/pytest --numprocesses logical --maxprocesses 8 -m nvrtc
 
 lint: .venv/test.stamp .venv/lint.stamp
 	$(BIN)/ruff check
@@ -29,6 +33,7 @@ clean:
 
 .venv/demo.stamp: EXTRAS =
 .venv/test.stamp: EXTRAS = [parquet,test]
+.venv/nvrtc.stamp: EXTRAS = [parquet,test,cuda13]
 .venv/lint.stamp: EXTRAS = [lint]
 .venv/bench.stamp: EXTRAS = [bench]
 
