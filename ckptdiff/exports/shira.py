@@ -23,10 +23,9 @@ from ckptdiff.figures.result import TensorFacts
 from ckptdiff.files.staged import StagedFile, write_whole
 from ckptdiff.files.staged_folder import StagedFolder
 from ckptdiff.measure.partial import BLOCK
-from ckptdiff.runfile.checked_blocks import KnownNorm, checked_blocks, known_norms
+from ckptdiff.runfile.identity import KnownNorm, checked_blocks, known_norms, open_side
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
-from ckptdiff.runfile.sides import open_side
 from ckptdiff.runfile.target import check_new
 
 __all__ = ["ShiraExport", "export_shira"]
