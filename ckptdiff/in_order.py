@@ -65,7 +65,7 @@ def in_order(
     ready: SimpleQueue[Future[Result]] = SimpleQueue()
     done: dict[int, Result] = {}
     begun, ended, free = 0, 0, slots
-    pool = ThreadPoolExecutor(slots, thread_name_prefix="ckptdiff-spectra")
+    pool = ThreadPoolExecutor(slots, thread_name_prefix="ckptdiff")
     try:
         while True:
             while begun < ended + ahead * slots and (task := next(tasks, None)) is not None:
