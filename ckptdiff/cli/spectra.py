@@ -64,7 +64,7 @@ def plot(run: str, patterns: tuple[str, ...]) -> int:
     Without a GLOB the tensor with the largest update is plotted.
     """
     from ckptdiff.checkpoint.globs import names_of
-    from ckptdiff.report.decay_plot import decay_plot
+    from ckptdiff.report.plot import decay_lines
     from ckptdiff.report.screen import screen_of
     from ckptdiff.runfile.reader import RunFile
 
@@ -86,5 +86,5 @@ def plot(run: str, patterns: tuple[str, ...]) -> int:
                 print(safe(name) + ("" if index is None else f" [{index}]"))
                 kept = {key: values if index is None else values[index] for key, values in lists.items()}
                 known = {key: values[values == values] for key, values in kept.items()}
-                print("\n".join(decay_plot(known, screen)))
+                print("\n".join(decay_lines(known, screen)))
     return OK
