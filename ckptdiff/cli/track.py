@@ -103,13 +103,13 @@ def _found(base: str, steps: tuple[str, ...], out: Path | None, given: dict[str,
         _refuse_options(base)
         return load_track(base)
     from ckptdiff.checkpoint import open_checkpoint
+    from ckptdiff.runfile.target import TRACK_FORMAT, check_target
     from ckptdiff.track import save_track
     from ckptdiff.track import track as follow
-    from ckptdiff.track.file import check_track_target
 
     if out is not None:
         shards = [shard for path in (base, *steps) for shard in open_checkpoint(path).shards]
-        check_track_target(out, shards)
+        check_target(out, [(shard.path, shard.device, shard.inode) for shard in shards], TRACK_FORMAT)
     compare: Compare = given["compare"]
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
         found = follow(
