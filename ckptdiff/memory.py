@@ -21,7 +21,8 @@ __all__ = [
 DEFAULT_MEMORY = 400 << 20
 """Bytes that a comparison may take, or more where its threads need more."""
 SPECTRA_MEMORY = {"randomized": 1_000_000_000, "exact": 4_000_000_000}
-"""Bytes that the spectra of a mode may take, with two threads; exact mode needs float64 copies of a Gram matrix."""
+"""Bytes that the spectra of a mode may take with two threads, half of it more for each further one; exact mode needs
+float64 copies of a Gram matrix."""
 
 _GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -49,16 +50,16 @@ def peak_resident() -> int:
 
 
 def default_bound(usual: int, needed: int, most: int) -> int:
-    """The bound on the peak resident size where the user gave none, in bytes.
+    """The bound on the peak resident size where the user gave none: `needed`, from `usual` to `most`, all in bytes.
 
     Parameters
     ----------
     usual : int
-        What it is at least.
+        What it is at least, even on a machine that has less.
     needed : int
-        What all threads need: it grows to that,
+        What all threads need.
     most : int
-        but no further than this.
+        What it does not exceed for their sake.
     """
     return max(usual, min(needed, most))
 

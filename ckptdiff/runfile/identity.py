@@ -192,9 +192,7 @@ def require_same_base(runs: Sequence[RunFile], diffs: Sequence[Diff], force: boo
 def _other_base(first: Diff, other: Diff) -> MaskError | None:
     """What says that two runs have different bases, or that nothing says they have the same."""
     norms = _base_norms(other)
-    same_files = sorted(map(itemgetter(*_FILES), first.base["shards"])) == sorted(
-        map(itemgetter(*_FILES), other.base["shards"])
-    )
+    of_first, of_other = (sorted(map(itemgetter(*_FILES), diff.base["shards"])) for diff in (first, other))
     for name, ours in _base_norms(first).items():
         theirs = norms.get(name, ours)
         comparable = ours.compare == theirs.compare or (ours.as_stored and theirs.as_stored)
@@ -207,7 +205,7 @@ def _other_base(first: Diff, other: Diff) -> MaskError | None:
                 found=f"norm {theirs.norm!r}",
             )
         # A cast moves a norm as much as some steps of training do.
-        if not comparable and not same_files:
+        if not comparable and of_first != of_other:
             return MaskError(
                 "the runs compare the base in different dtypes, so that nothing tells whether it is the same",
                 tensor=name,
