@@ -134,9 +134,9 @@ def _execute(tensors: Sequence[Followed], shards: OpenShards, threads: int, told
             local.rooms[code.itemsize] = new_rooms(code, files.shape[1])
         return _follow(tensors, files, job, shards, local.rooms[code.itemsize])
 
-    # All of one size: in the order in which they lie on the disk.
+    # All of one size: in the order in which they lie on the disk. Jobs are short, so each thread has the next at hand.
     tasks = (Task(partial(work, job), 1, 0) for job in _jobs(tensors))
-    return in_order(tasks, threads, stop.set, told.again, ahead=2)
+    return in_order(tasks, 2 * threads, stop.set, told.again, ahead=1, threads=threads)
 
 
 def _files(tensors: Sequence[Followed], shards: OpenShards) -> NDArray[np.int64]:
