@@ -138,6 +138,11 @@ class Stage:
         """Say that so much more is done."""
         self.at(self._last.done + amount, what)
 
+    def again(self) -> None:
+        """Say the same again, while nothing ends."""
+        last = self._last
+        self.at(last.done, last.what, last.compared, last.unchanged)
+
     def end(self) -> None:
         """Say that everything is done."""
         last = self._last

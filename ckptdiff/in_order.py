@@ -42,6 +42,7 @@ def in_order(
     stop: Callable[[], None],
     idle: Callable[[], None],
     ahead: int = _AHEAD,
+    threads: int = 0,
 ) -> Iterator[Result]:
     """Yield the result of each task, in the order of the tasks.
 
@@ -57,6 +58,9 @@ def in_order(
         Called in this thread, again and again while a result is waited for.
     ahead : int
         Tasks a slot that may be begun before the first that is not done; their results wait in memory.
+    threads : int
+        0 stands for one per slot. With fewer, the next tasks lie ready for a thread that has ended one, which does not
+        wait for the caller then.
     """
     waiting: list[tuple[int, Task[Result]]] = []
     running: dict[Future[Result], tuple[int, int]] = {}
@@ -65,7 +69,7 @@ def in_order(
     ready: SimpleQueue[Future[Result]] = SimpleQueue()
     done: dict[int, Result] = {}
     begun, ended, free = 0, 0, slots
-    pool = ThreadPoolExecutor(slots, thread_name_prefix="ckptdiff-spectra")
+    pool = ThreadPoolExecutor(threads or slots, thread_name_prefix="ckptdiff")
     try:
         while True:
             while begun < ended + ahead * slots and (task := next(tasks, None)) is not None:

@@ -1,4 +1,4 @@
-"""How much memory this process holds, as the system counts it."""
+"""How much memory this process holds, as the system counts it, and how much it may take where the user set no bound."""
 
 from __future__ import annotations
 
@@ -8,7 +8,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["machine_memory", "peak_resident", "resident"]
+__all__ = [
+    "DEFAULT_MEMORY",
+    "SPECTRA_MEMORY",
+    "default_bound",
+    "machine_memory",
+    "peak_resident",
+    "resident",
+    "room_to_grow",
+]
+
+DEFAULT_MEMORY = 400 << 20
+"""Bytes that a comparison may take, or more where its threads need more."""
+SPECTRA_MEMORY = {"randomized": 1_000_000_000, "exact": 4_000_000_000}
+"""Bytes that the spectra of a mode may take with two threads, half of it more for each further one; exact mode needs
+float64 copies of a Gram matrix."""
 
 _GROUPS, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -33,6 +47,26 @@ def peak_resident() -> int:
     # ru_maxrss may stem from the process that started this one, so it comes second.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
+
+
+def default_bound(usual: int, needed: int, most: int) -> int:
+    """The bound on the peak resident size where the user gave none: `needed`, from `usual` to `most`, all in bytes.
+
+    Parameters
+    ----------
+    usual : int
+        What it is at least, even on a machine that has less.
+    needed : int
+        What all threads need.
+    most : int
+        What it does not exceed for their sake.
+    """
+    return max(usual, min(needed, most))
+
+
+def room_to_grow(held: int = 0) -> int:
+    """Half of the machine's memory beyond what a process holds already, in bytes."""
+    return (machine_memory() - held) // 2
 
 
 def machine_memory() -> int:

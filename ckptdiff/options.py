@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeAlias, cast, get_args
 from ckptdiff.errors import OptionError
 
 __all__ = [
-    "DEFAULT_MEMORY",
     "Compare",
     "Io",
     "MaskRule",
@@ -21,7 +20,6 @@ __all__ = [
     "parse_size",
 ]
 
-DEFAULT_MEMORY = 400 << 20
 _LEADING = 64
 """Singular values that the spectra list."""
 
@@ -176,8 +174,8 @@ class Options:
         Worker threads; 0 stands for one per available core.
     max_memory : int
         Bound on the peak resident size of the whole process, mapped pages included, in bytes. 0 stands for
-        :data:`DEFAULT_MEMORY`, or for what all threads need if that is more, up to half of the machine's memory beyond
-        what the process holds already; spectra have a larger default of their own.
+        :data:`ckptdiff.memory.DEFAULT_MEMORY`, or for what all threads need if that is more, up to half of the
+        machine's memory beyond what the process holds already; spectra have a larger default of their own.
     gpu_memory : int
         Bound on the GPU memory that is taken, in bytes; 0 stands for half of what is free.
     io : {"auto", "mmap", "pread"}

@@ -34,6 +34,13 @@ class Machine:
         return number
 
 
+def test_fewer_threads_than_slots_take_all_tasks_in_turn() -> None:
+    machine = Machine()
+    tasks = (Task(partial(machine.work, number, 1, 0.001), 1, 0) for number in range(40))
+    assert list(in_order(tasks, 6, nothing, nothing, ahead=1, threads=3)) == list(range(40))
+    assert machine.most <= 3
+
+
 @pytest.mark.parametrize("slots", [1, 2, 5])
 def test_results_come_in_order_and_slots_suffice(slots: int) -> None:
     machine, draw = Machine(), random.Random(slots)

@@ -171,7 +171,7 @@ def test_a_process_that_is_large_already_gets_all_threads(
     large: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A library user may hold a model in memory."""
-    monkeypatch.setattr("ckptdiff.run.planning.machine_memory", lambda: 64 << 30)
+    monkeypatch.setattr("ckptdiff.memory.machine_memory", lambda: 64 << 30)
     monkeypatch.setattr("ckptdiff.run.planning.resident", lambda: 40 << 30)
     plan = prepare(*large, options=Options(threads=16))
     assert plan.threads == 16 and plan.threads_note == ""
@@ -196,7 +196,7 @@ def test_every_thread_of_the_spectra_works(
     matrices: tuple[str, str], monkeypatch: pytest.MonkeyPatch, threads: int, mode: str
 ) -> None:
     crowd = Crowd(threads)
-    monkeypatch.setattr("ckptdiff.spectra.memory.machine_memory", lambda: 1 << 40)
+    monkeypatch.setattr("ckptdiff.memory.machine_memory", lambda: 1 << 40)
     monkeypatch.setattr(Measuring, "measure_all", crowd.join(enough))
     with pytest.raises(EnoughError):
         ckptdiff.diff(*matrices, threads=threads, device="cpu", spectra=mode)
@@ -208,7 +208,7 @@ def test_every_thread_of_a_low_rank_adapter_works(
     matrices: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     crowd = Crowd(threads)
-    monkeypatch.setattr("ckptdiff.spectra.memory.machine_memory", lambda: 1 << 40)
+    monkeypatch.setattr("ckptdiff.memory.machine_memory", lambda: 1 << 40)
     monkeypatch.setattr(extract._Factoring, "_factors", crowd.join(enough))
     with pytest.raises(EnoughError):
         extract.extract_lora(*matrices, tmp_path / "adapter", rank=8, options=Options(threads=threads, device="cpu"))
@@ -237,7 +237,7 @@ def test_no_count_of_an_overlap_depends_on_threads(runs: tuple[Path, Path], matr
 
 @pytest.mark.parametrize("threads", [4, 16, 64])
 def test_each_thread_can_hold_a_matrix_of_a_large_model(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckptdiff.spectra.memory.machine_memory", lambda: 1 << 40)
+    monkeypatch.setattr("ckptdiff.memory.machine_memory", lambda: 1 << 40)
     view = MatrixView(0, 4096, 4096)
     for mode in ("randomized", "exact"):
         budget = Budget.of(Options(threads=threads, spectra=SpectraOptions(mode)), 250 * MIB, [view])
@@ -247,9 +247,9 @@ def test_each_thread_can_hold_a_matrix_of_a_large_model(threads: int, monkeypatc
 def test_a_default_bound_leaves_half_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     view = MatrixView(0, 4096, 4096)
     options = Options(threads=64, spectra=SpectraOptions())
-    monkeypatch.setattr("ckptdiff.spectra.memory.machine_memory", lambda: 8 << 30)
+    monkeypatch.setattr("ckptdiff.memory.machine_memory", lambda: 8 << 30)
     assert Budget.of(options, 250 * MIB, [view]).room.bound == 4 << 30
-    monkeypatch.setattr("ckptdiff.spectra.memory.machine_memory", lambda: 1 << 30)
+    monkeypatch.setattr("ckptdiff.memory.machine_memory", lambda: 1 << 30)
     assert Budget.of(options, 250 * MIB, [view]).room.bound == 1_000_000_000
     bounded = replace(options, max_memory=900 * MIB)
     assert Budget.of(bounded, 250 * MIB, [view]).room.bound == 900 * MIB

@@ -6,6 +6,7 @@ import statistics
 from itertools import product
 from typing import Any
 
+from retraining import retrained
 from settings import Scale
 from store import Store
 from training import METHODS
@@ -94,8 +95,6 @@ def _outcome(row: dict[str, Any]) -> str:
 
 def _of_retraining(store: Store, scale: Scale) -> list[tuple[str, str, bool]]:
     """Claims about masks of each density; spreads are those of seeds."""
-    from report import retrained
-
     rows = []
     runs = retrained(store)
     for optimizer, density in product(scale.tuned_lrs, scale.densities):

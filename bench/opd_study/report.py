@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from claims import claims
-from retraining import SPARE_SEED, VARIANTS
+from retraining import VARIANTS, retrained
 from settings import Scale
 from store import Store
 
@@ -105,15 +105,6 @@ def spectral_rows(store: Store) -> list[dict[str, Any]]:
         for kind, title in ((BF16, "bf16 file"), (MASTER, "float32 master"), (PERMUTED, "permuted"))
         for found in [run["rows"][-1][kind]["spectral"]]
     ]
-
-
-def retrained(store: Store) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
-    """Runs by optimizer, variant and density, without those that chose a learning rate."""
-    found: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
-    for run in store.results("retrain-").values():
-        if run["seed"] != SPARE_SEED:
-            found.setdefault((run["optimizer"], run["variant"], run["density"]), []).append(run)
-    return found
 
 
 def retraining_rows(store: Store, scale: Scale) -> list[dict[str, Any]]:

@@ -181,3 +181,12 @@ def same_magnitudes(mask: np.ndarray, weights: np.ndarray, rng: np.random.Genera
         there = np.flatnonzero(octaves == octave)
         chosen[rng.choice(there, mask.ravel()[there].sum(), replace=False)] = True
     return chosen.reshape(mask.shape)
+
+
+def retrained(store: Store) -> dict[tuple[str, str, int], list[dict[str, Any]]]:
+    """Runs by optimizer, variant and density, without those that chose a learning rate."""
+    found: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for run in store.results("retrain-").values():
+        if run["seed"] != SPARE_SEED:
+            found.setdefault((run["optimizer"], run["variant"], run["density"]), []).append(run)
+    return found

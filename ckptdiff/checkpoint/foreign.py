@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 
 __all__ = ["CONVERT_PICKLE", "foreign_files", "foreign_format", "pickled_weights"]
 
@@ -26,9 +25,9 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
     (b'{"', "a JSON file", "name the .safetensors file, its .safetensors.index.json or their folder"),
 )
 
-_PATTERNS: tuple[tuple[tuple[str, ...], str, str], ...] = (
-    (("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"), "pickles", CONVERT_PICKLE),
-    (("*.gguf",), "GGUF files", _GGUF),
+_ENDINGS: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    ((".bin", ".pt", ".pth", ".ckpt", ".pkl"), "pickles", CONVERT_PICKLE),
+    ((".gguf",), "GGUF files", _GGUF),
 )
 # Beside or below a model's own weights: the state of its training, and OpenVINO's copy of the model.
 _NO_WEIGHTS = re.compile(
@@ -62,8 +61,8 @@ def foreign_files(names: Iterable[str]) -> tuple[str, list[str], str] | None:
         What they are, which ones, and what the user can do. Pickles come before GGUF.
     """
     listed = sorted(names)
-    for patterns, what, hint in _PATTERNS:
-        found = [name for name in listed if any(fnmatchcase(name.lower(), pattern) for pattern in patterns)]
+    for endings, what, hint in _ENDINGS:
+        found = [name for name in listed if name.lower().endswith(endings)]
         if found:
             return what, found, hint
     return None

@@ -1,12 +1,12 @@
-"""The ``--include`` and ``--exclude`` patterns."""
+"""Shell-style patterns of tensor names: ``--include`` and ``--exclude``, and lists of names or globs."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import translate
 
-__all__ = ["Globs"]
+__all__ = ["Globs", "names_of"]
 
 
 class Globs:
@@ -39,3 +39,11 @@ class Globs:
             for text, pattern in patterns
             if not any(pattern.match(name) for name in known)
         ]
+
+
+def names_of(wanted: Iterable[str], names: Collection[str]) -> dict[str, list[str]]:
+    """What each of a list of names or globs stands for among `names`, in their order.
+
+    A text that is a name stands for that one alone, whatever it would match as a glob: names may hold brackets.
+    """
+    return {text: [text] if text in names else list(filter(Globs([text]).select, names)) for text in wanted}

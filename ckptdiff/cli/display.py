@@ -1,18 +1,19 @@
-"""The progress display of a command, as a listener of the engine."""
+"""What a command shows on stderr: progress, as a listener of the engine, and lines."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from ckptdiff.cli.signals import raise_pending
+from ckptdiff.report.text import safe
 
 if TYPE_CHECKING:
     from ckptdiff.events import Event, Listener
 
-__all__ = ["progress"]
+__all__ = ["progress", "say", "warn"]
 
 
 @contextmanager
@@ -39,3 +40,15 @@ def progress(
                 listener(event)
 
         yield tell
+
+
+def say(text: str) -> None:
+    """Print a line on stderr; none if it is closed, where ``print`` would write to stdout and spoil a report."""
+    if sys.stderr is not None:
+        print(f"ckptdiff: {text}", file=sys.stderr)
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Print each warning as a line of its own, safe to look at."""
+    for warning in warnings:
+        say(f"warning: {safe(warning)}")

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from ckptdiff.cli.display import warn
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.listing import format_option, write_rows
-from ckptdiff.cli.messages import warn
 from ckptdiff.cli.target import ReportTarget, files_of, output_option
 from ckptdiff.errors import OptionError, plural
 from ckptdiff.report.text import quantity, safe, shape_text, size

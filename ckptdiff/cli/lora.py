@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -93,17 +94,7 @@ def lora(base: str, tuned: str, **given: Any) -> int:
 
 
 def _write(stream: TextIO, made: Extraction, form: str) -> None:
-    rows = [
-        {
-            "name": tensor.name,
-            "shape": list(tensor.shape),
-            "delta_norm": tensor.delta_norm,
-            "rank": tensor.rank,
-            "lost": tensor.lost,
-            "reason": tensor.reason,
-        }
-        for tensor in made.tensors
-    ]
+    rows = [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in made.tensors]
     if form != "table":
         totals = {"schema": "ckptdiff.lora/1", "adapter": str(made.folder), "lost": made.lost}
         write_rows(stream, form, rows, _KEYS, {**totals, "unchanged": made.unchanged})

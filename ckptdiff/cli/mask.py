@@ -8,10 +8,10 @@ from typing import Any, TextIO, cast
 import click
 
 from ckptdiff.cli.display import progress as show_progress
+from ckptdiff.cli.display import say, warn
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option
 from ckptdiff.cli.listing import format_option, write_rows
-from ckptdiff.cli.messages import say, warn
 from ckptdiff.cli.target import ReportTarget, output_option
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError, plural

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ckptdiff.cli.display import progress
+from ckptdiff.cli.display import progress, warn
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option, threads_option
 from ckptdiff.cli.listing import format_option, write_rows
-from ckptdiff.cli.messages import warn
 from ckptdiff.cli.target import ReportTarget, output_option
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import plural

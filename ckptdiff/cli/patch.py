@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 
-from ckptdiff.cli.display import progress
+from ckptdiff.cli.display import progress, say, warn
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option
-from ckptdiff.cli.messages import say, warn
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import first_few, plural
 from ckptdiff.report.text import quantity, safe

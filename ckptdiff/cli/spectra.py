@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,8 @@ def plot(run: str, patterns: tuple[str, ...]) -> int:
 
     Without a GLOB the tensor with the largest update is plotted.
     """
-    from ckptdiff.checkpoint.globs import Globs
-    from ckptdiff.report.decay_plot import decay_plot
+    from ckptdiff.checkpoint.globs import names_of
+    from ckptdiff.report.plot import decay_lines
     from ckptdiff.report.screen import screen_of
     from ckptdiff.runfile.reader import RunFile
 
@@ -72,8 +73,10 @@ def plot(run: str, patterns: tuple[str, ...]) -> int:
         if not file.spectra:
             raise OptionError("the run file holds no spectra", file=run, hint=f"ckptdiff spectra add {Path(run)}")
         norms = dict(zip(file.names, file.load().columns["delta_norm"].tolist(), strict=True))
-        globs = Globs(patterns, ())
-        names = [name for name in file.names if name in file.spectra and globs.select(name)]
+        names = [name for name in file.names if name in file.spectra]
+        if patterns:
+            wanted = set(chain.from_iterable(names_of(patterns, names).values()))
+            names = [name for name in names if name in wanted]
         if not names:
             raise OptionError("no tensor with spectra matches", file=run, found=" ".join(patterns))
         for name in names if patterns else [max(names, key=lambda name: norms[name])]:
@@ -83,5 +86,5 @@ def plot(run: str, patterns: tuple[str, ...]) -> int:
                 print(safe(name) + ("" if index is None else f" [{index}]"))
                 kept = {key: values if index is None else values[index] for key, values in lists.items()}
                 known = {key: values[values == values] for key, values in kept.items()}
-                print("\n".join(decay_plot(known, screen)))
+                print("\n".join(decay_lines(known, screen)))
     return OK

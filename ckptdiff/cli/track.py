@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ckptdiff.cli.display import progress
+from ckptdiff.cli.display import progress, warn
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option, threads_option
 from ckptdiff.cli.listing import format_option, write_rows
-from ckptdiff.cli.messages import warn
 from ckptdiff.cli.target import ReportTarget, files_of, output_option
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError
@@ -104,13 +103,13 @@ def _found(base: str, steps: tuple[str, ...], out: Path | None, given: dict[str,
         _refuse_options(base)
         return load_track(base)
     from ckptdiff.checkpoint import open_checkpoint
+    from ckptdiff.runfile.target import TRACK_FORMAT, check_target
     from ckptdiff.track import save_track
     from ckptdiff.track import track as follow
-    from ckptdiff.track.file import check_track_target
 
     if out is not None:
         shards = [shard for path in (base, *steps) for shard in open_checkpoint(path).shards]
-        check_track_target(out, shards)
+        check_target(out, [(shard.path, shard.device, shard.inode) for shard in shards], TRACK_FORMAT)
     compare: Compare = given["compare"]
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
         found = follow(

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ckptdiff.cli.checks import Check
+from ckptdiff.cli.display import say
 from ckptdiff.cli.failures import DIFFERS, OK
-from ckptdiff.cli.messages import say
 from ckptdiff.cli.session import Session
 from ckptdiff.cli.target import ReportTarget, output_option
 from ckptdiff.figures.members import GROUPINGS

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,13 +17,12 @@ from ckptdiff.errors import OptionError, RunFileError
 from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.files.staged import StagedFile
 from ckptdiff.measure.partial import BLOCK
-from ckptdiff.runfile.checked_blocks import KnownNorm, checked_blocks, known_norms
 from ckptdiff.runfile.export import chosen_masks
+from ckptdiff.runfile.identity import KnownNorm, checked_blocks, known_norms, open_side
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import Entry, is_safetensors_of, write_safetensors
 from ckptdiff.runfile.schema import BIT_ORDER, mask_chunks
-from ckptdiff.runfile.sides import open_side, shards_json
 from ckptdiff.runfile.target import check_folder
 
 __all__ = ["PATCH_FORMAT", "export_patch", "missing_from_patch"]
@@ -131,9 +131,17 @@ def _metadata(run: RunFile, masks: Sequence[Mask]) -> dict[str, str]:
         "rule": str(run.masks.rule),
         "compare": run.masks.compare,
         "shapes": json.dumps({mask.name: mask.shape for mask in masks}),
-        "base": json.dumps(shards_json(run, "base")),
-        "tuned": json.dumps(shards_json(run, "tuned")),
+        "base": json.dumps(_shards(run, "base")),
+        "tuned": json.dumps(_shards(run, "tuned")),
     }
+
+
+def _shards(run: RunFile, side: str) -> list[dict[str, Any]]:
+    """Name, size and header hash of each shard of a side."""
+    return [
+        {"file": os.path.basename(shard["file"]), "size": shard["size"], "header_sha256": shard["header_sha256"]}  # noqa: PTH119
+        for shard in run.provenance[side]["shards"]
+    ]
 
 
 def _entries(

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.checkpoint.blocks import values_of
-from ckptdiff.checkpoint.globs import Globs
+from ckptdiff.checkpoint.globs import names_of
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.errors import OptionError, first_few
 from ckptdiff.events import Listener, Stage, stage
@@ -23,10 +24,9 @@ from ckptdiff.figures.result import TensorFacts
 from ckptdiff.files.staged import StagedFile, write_whole
 from ckptdiff.files.staged_folder import StagedFolder
 from ckptdiff.measure.partial import BLOCK
-from ckptdiff.runfile.checked_blocks import KnownNorm, checked_blocks, known_norms
+from ckptdiff.runfile.identity import KnownNorm, checked_blocks, known_norms, open_side
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
-from ckptdiff.runfile.sides import open_side
 from ckptdiff.runfile.target import check_new
 
 __all__ = ["ShiraExport", "export_shira"]
@@ -149,9 +149,10 @@ def export_shira(
 
 
 def _chosen(tensors: Sequence[TensorFacts], names: Sequence[str], path: str) -> list[TensorFacts]:
-    globs = Globs(names, ())
-    chosen = [f for f in tensors if (globs.select(f.name) if names else _is_matrix_of_a_layer(f))]
-    unknown = [name for name in names if not any(map(Globs([name]).select, (facts.name for facts in tensors)))]
+    found = names_of(names, [facts.name for facts in tensors])
+    unknown = [name for name, matches in found.items() if not matches]
+    wanted = set(chain.from_iterable(found.values()))
+    chosen = [facts for facts in tensors if (facts.name in wanted if names else _is_matrix_of_a_layer(facts))]
     if unknown or not chosen:
         raise OptionError(
             "no matrix of that name" if names else "the run compared no matrix of an attention or ffn block",

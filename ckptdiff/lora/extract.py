@@ -28,8 +28,7 @@ from ckptdiff.lora.factors import Factors, factor_work, factorize, krylov_block
 from ckptdiff.memory import resident
 from ckptdiff.options import Compare, MaskRule, Options, SpectraOptions
 from ckptdiff.report.text import percent
-from ckptdiff.run.engine import run
-from ckptdiff.run.planning import prepare
+from ckptdiff.run.engine import prepare, run_plan
 from ckptdiff.run.warm_up import Uses, load, panel_uses
 from ckptdiff.runfile.target import check_new
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
@@ -131,8 +130,8 @@ def extract_lora(
     options = replace(options or Options(), compare="stored", mask=MaskRule("none"), spectra=None)
     check_new(folder)
     tell = listener or ignore
-    diff = run(base, tuned, options=options, listener=tell)
-    plan = prepare(base, tuned, options=options, read_data=False)
+    plan = prepare(base, tuned, options=options, tell=tell)
+    diff = run_plan(plan, listener=tell)
     load(None, Uses(tuple(panel_uses(plan.pairs, options.compare))), tell)
     strange = diff.columns["nonfinite_base"] + diff.columns["nonfinite_tuned"] > 0
     updates = [

@@ -17,9 +17,10 @@ from ckptdiff.errors import MaskError, OptionError
 from ckptdiff.events import Listener, Stage, ignore, stage
 from ckptdiff.figures.result import Diff
 from ckptdiff.options import MaskRule
-from ckptdiff.overlap.same_base import common_tensors, require_same_base
+from ckptdiff.overlap.count import common_tensors
 from ckptdiff.run.warm_up import Uses, load
 from ckptdiff.runfile.compress import compress_chunk
+from ckptdiff.runfile.identity import require_same_base
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes, mask_chunks

@@ -16,22 +16,20 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
-from ckptdiff.errors import MaskError, OptionError
+from ckptdiff.errors import MaskError, OptionError, first_few, plural
 from ckptdiff.events import Listener, Stage, stage
-from ckptdiff.figures.result import TensorFacts
+from ckptdiff.figures.result import Diff, TensorFacts
 from ckptdiff.formats import stored_format
 from ckptdiff.in_order import Task, in_order
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.options import check_threads, default_threads
 from ckptdiff.overlap.figures import Overlap, PairCounts
-from ckptdiff.overlap.same_base import common_tensors, require_same_base
-from ckptdiff.runfile.checked_blocks import KnownNorm, checked_blocks, known_norms
+from ckptdiff.runfile.identity import KnownNorm, checked_blocks, known_norms, open_side, require_same_base
 from ckptdiff.runfile.mask import Mask, population
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.schema import BIT_ORDER, mask_chunks
-from ckptdiff.runfile.sides import open_side
 
-__all__ = ["overlap"]
+__all__ = ["common_tensors", "overlap"]
 
 _PIECE = 1 << 20
 """Bytes of each mask in memory: small enough for the cache, and eight stored chunks."""
@@ -98,6 +96,42 @@ def overlap(
             pairs=pairs,
             warnings=(*warnings, *left_out),
         )
+
+
+def common_tensors(runs: Sequence[RunFile], diffs: Sequence[Diff]) -> tuple[list[TensorFacts], list[str]]:
+    """Tensors that all runs have masked, in the order of the first, and warnings about those that some have not.
+
+    Raises
+    ------
+    MaskError
+        A tensor of different shapes, or none in common.
+    """
+    shapes = [{facts.name: facts.shape for facts in diff.tensors} for diff in diffs]
+    common = [facts for facts in diffs[0].tensors if all(facts.name in other for other in shapes)]
+    for facts in common:
+        for run, other in zip(runs, shapes, strict=True):
+            if other[facts.name] != facts.shape:
+                raise MaskError(
+                    "a tensor has different shapes in two runs",
+                    file=run.path,
+                    tensor=facts.name,
+                    expected=f"{facts.shape}, as in {runs[0].path}",
+                    found=other[facts.name],
+                    hint="compare runs of one base; ckptdiff diff --exclude leaves the tensor out",
+                )
+    if not common:
+        raise MaskError(
+            "the runs have no tensor in common",
+            file=runs[-1].path,
+            expected=f"names as in {runs[0].path}",
+            found=first_few(facts.name for facts in diffs[-1].tensors),
+            hint="compare runs of one base, whose tensors have the same names",
+        )
+    left_out = {name for other in shapes for name in other} - {facts.name for facts in common}
+    if not left_out:
+        return common, []
+    some = plural(len(left_out), "tensor")
+    return common, [f"{some} not in all runs, left out: {first_few(sorted(left_out))}"]
 
 
 def _readings(facts: TensorFacts, base: Checkpoint | None) -> int:

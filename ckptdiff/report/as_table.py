@@ -12,8 +12,7 @@ from ckptdiff.figures.catalogue import parameter_key
 from ckptdiff.figures.members import GroupBy
 from ckptdiff.figures.result import Diff
 from ckptdiff.report.legend import legend_lines
-from ckptdiff.report.member_labels import labels
-from ckptdiff.report.rows import View, rows
+from ckptdiff.report.rows import View, labels, rows
 from ckptdiff.report.screen import Column, Screen, bar, screen_of, table_lines
 from ckptdiff.report.spectra_section import spectra_section
 from ckptdiff.report.summary import summary

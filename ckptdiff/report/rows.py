@@ -12,6 +12,7 @@ from ckptdiff.figures.catalogue import FIGURES, flat_keys, parameter_key
 from ckptdiff.figures.members import LABEL_KEYS, GroupBy
 from ckptdiff.figures.result import Diff, TensorFacts
 from ckptdiff.figures.spectral import SPECTRAL_FIGURES, SPECTRAL_KEYS, spectral_keys
+from ckptdiff.report.text import safe
 
 __all__ = [
     "LABELS",
@@ -22,6 +23,7 @@ __all__ = [
     "figure_paths",
     "flat_columns",
     "flatten",
+    "labels",
     "rows",
     "tensor_row",
 ]
@@ -225,3 +227,12 @@ def flatten(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield f"{key}_{inner}", cell
         else:
             yield key, value
+
+
+def labels(members: Sequence[Mapping[str, Any]], by: GroupBy) -> list[str]:
+    """What the members of a grouping are called on the screen."""
+    if by == "layer":
+        towers = {row["tower"] for row in members}
+        return [f"{row['tower']} {row['layer']}" if len(towers) > 1 else str(row["layer"]) for row in members]
+    (key,) = LABEL_KEYS[by]
+    return [safe(str(row[key])) or '""' for row in members]

@@ -10,8 +10,7 @@ from ckptdiff.figures.catalogue import parameter_key
 from ckptdiff.figures.result import Diff
 from ckptdiff.figures.spectral import ENERGY_RANKS
 from ckptdiff.report.legend import legend_lines
-from ckptdiff.report.member_labels import labels
-from ckptdiff.report.rows import SPECTRAL, View, rows
+from ckptdiff.report.rows import SPECTRAL, View, labels, rows
 from ckptdiff.report.screen import Column, Screen, table_lines
 from ckptdiff.report.text import number, percent, safe
 

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ckptdiff.errors import MaskError, OptionError
+from ckptdiff.errors import MaskError
 from ckptdiff.retrain.kernels.masked_steps import sum_masked_squares
 from ckptdiff.retrain.packed import PackedMask, require_fit
-from ckptdiff.retrain.refusals import require_dense, require_unmoved
+from ckptdiff.retrain.refusals import require_dense, require_known, require_unmoved
 from ckptdiff.retrain.support import IndexSupport, Support, TileSupport, flat_view, support_of
 from ckptdiff.retrain.threads import run_all
 
@@ -26,8 +26,6 @@ __all__ = ["MaskedOptimizer"]
 _Tiles: TypeAlias = tuple[Tensor, TileSupport, dict[str, Any], bool]
 """A parameter of the compiled kernels, its group, and whether a slot of its state is new."""
 _NARROW = (torch.bfloat16, torch.float16)
-_OTHERS = ("maximize", "amsgrad", "nesterov", "differentiable")
-"""Options of torch's own optimizers that would change a step, and that a group may bring along."""
 
 
 class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
@@ -272,14 +270,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
                 )
 
     def _require_usable(self, group: Mapping[str, Any]) -> None:
-        for option in _OTHERS:
-            if group.get(option) and option not in self.options:
-                raise OptionError(
-                    "an option that this optimizer does not have",
-                    expected=f"no {option}",
-                    found=f"{option}={group[option]}",
-                    hint="freeze_outside serves any torch optimizer",
-                )
+        require_known(group, self.options)
         self.require_range(group)
 
     def _moving(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, Support]]:

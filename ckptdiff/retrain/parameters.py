@@ -5,11 +5,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from itertools import chain
 
 import numpy as np
 from torch.nn import Parameter
 
+from ckptdiff.checkpoint.globs import names_of
 from ckptdiff.errors import MaskError, first_few, plural
 from ckptdiff.retrain.packed import PackedMask, require_fit
 
@@ -120,26 +121,24 @@ class ParameterMasks(Mapping[Parameter, PackedMask]):
         return self._each(lambda mask, name: mask.shuffled(np.random.default_rng([seed, zlib.crc32(name.encode())])))
 
     def only(self, *patterns: str) -> ParameterMasks:
-        """The masks of parameters whose name in the run file matches one of the globs; the others are frozen.
+        """The masks of parameters that names in the run file, or globs of them, stand for; the others are frozen.
 
         Raises
         ------
         MaskError
             A pattern that matches no parameter.
         """
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in self.names.values()):
+        found = names_of(patterns, self.names.values())
+        for pattern, matches in found.items():
+            if not matches:
                 raise MaskError(
                     "no masked parameter of that name",
                     expected=f"one of {first_few(self.names.values())}",
                     found=pattern,
                     hint="names are those in the run file: ckptdiff mask list shows them",
                 )
-        kept = {
-            parameter: mask
-            for parameter, mask in self._masks.items()
-            if any(fnmatchcase(self.names[parameter], pattern) for pattern in patterns)
-        }
+        wanted = set(chain.from_iterable(found.values()))
+        kept = {parameter: mask for parameter, mask in self._masks.items() if self.names[parameter] in wanted}
         return ParameterMasks(kept, self.names, self.report)
 
     def __or__(self, other: ParameterMasks) -> ParameterMasks:

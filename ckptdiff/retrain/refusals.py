@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
+from typing import Any
+
 from torch import Tensor
 
-from ckptdiff.errors import MaskError
+from ckptdiff.errors import MaskError, OptionError
 from ckptdiff.retrain.support import Support, TileSupport, is_compiled
 
-__all__ = ["require_dense", "require_unmoved"]
+__all__ = ["require_dense", "require_known", "require_unmoved"]
+
+_OTHERS = ("maximize", "amsgrad", "nesterov", "differentiable")
+"""Options of torch's own optimizers that would change a step, and that a group may bring along."""
 
 
 def require_dense(gradient: Tensor, name: str | None) -> None:
@@ -26,6 +32,24 @@ def require_dense(gradient: Tensor, name: str | None) -> None:
             found="a sparse one",
             hint="make the embedding with sparse=False",
         )
+
+
+def require_known(group: Mapping[str, Any], options: Container[str]) -> None:
+    """Refuse a group of parameters with an option that would change a step and is none of `options`.
+
+    Raises
+    ------
+    OptionError
+        It has one.
+    """
+    for option in _OTHERS:
+        if group.get(option) and option not in options:
+            raise OptionError(
+                "an option that this optimizer does not have",
+                expected=f"no {option}",
+                found=f"{option}={group[option]}",
+                hint="freeze_outside serves any torch optimizer",
+            )
 
 
 def require_unmoved(parameter: Tensor, support: Support, shape: tuple[int, ...], name: str | None) -> None:

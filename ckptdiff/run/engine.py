@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ckptdiff.run.schedule import execute
 from ckptdiff.run.worker import Result
 from ckptdiff.runfile.writer import RunFileWriter
 
-__all__ = ["prepare", "run"]
+__all__ = ["prepare", "run", "run_plan"]
 
 
 def run(
@@ -56,9 +56,28 @@ def run(
     CkptdiffError
         If the inputs are damaged or change, the output cannot be written, or memory does not suffice.
     """
-    started, clock = datetime.now(UTC), time.perf_counter()
-    tell = listener or ignore
+    begun, tell = time.perf_counter(), listener or ignore
     plan = prepare(base, tuned, out=out, options=options, tell=tell)
+    return run_plan(plan, out=out, listener=tell, title=title, begun=begun)
+
+
+def run_plan(
+    plan: Plan,
+    *,
+    out: Path | None = None,
+    listener: Listener | None = None,
+    title: str | None = None,
+    begun: float | None = None,
+) -> Diff:
+    """Carry out a plan that `prepare` made for the same `out`; all else as for :func:`run`.
+
+    Parameters
+    ----------
+    begun : float, optional
+        When the run began, by ``time.perf_counter``; now by default.
+    """
+    begun, tell = time.perf_counter() if begun is None else begun, listener or ignore
+    started = datetime.now(UTC) - timedelta(seconds=time.perf_counter() - begun)
     _introduce(plan, tell)
     results = _Results(plan, tell)
     with open_shards(plan.io) as shards, _run_file(plan, out, title) as writer:
@@ -72,7 +91,7 @@ def run(
         shards.check()
         spectra = _spectra(plan, results, shards, writer, tell)
         shards.check()
-        seconds = time.perf_counter() - clock
+        seconds = time.perf_counter() - begun
         diff = results.diff({"started": started.isoformat(timespec="seconds"), "seconds": round(seconds, 3)})
         diff = replace(diff, spectra=spectra)
         if writer is not None:

@@ -22,8 +22,8 @@ from ckptdiff.formats import Formats, formats_of
 from ckptdiff.measure.one_scan import one_scan_suffices
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.measure.passes import BitMeasurement, FloatMeasurement
-from ckptdiff.memory import machine_memory, peak_resident, resident
-from ckptdiff.options import DEFAULT_MEMORY, Options, default_threads
+from ckptdiff.memory import DEFAULT_MEMORY, peak_resident, resident, room_to_grow
+from ckptdiff.options import Options, default_threads
 from ckptdiff.run.devices import Device, open_device
 from ckptdiff.run.tasks import TASK_BLOCKS, Load, Memory, Span, fit_memory
 from ckptdiff.run.warm_up import Uses, uses
@@ -181,8 +181,7 @@ def prepare(
     diff = _facts(*sides, pairing, options)
     threads = min(options.threads or default_threads(), device.threads or sys.maxsize)
     default, baseline = DEFAULT_MEMORY + device.overhead, resident()
-    growth = (machine_memory() - baseline) // 2
-    memory = fit_memory(loads, threads, options.max_memory, default, growth, baseline, want_masks)
+    memory = fit_memory(loads, threads, options.max_memory, default, room_to_grow(baseline), baseline, want_masks)
     spectra = None
     if options.spectra is not None:
         from ckptdiff.spectra.stage import plan_spectra

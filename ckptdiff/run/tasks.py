@@ -8,6 +8,7 @@ from functools import cached_property
 
 from ckptdiff.errors import PlanError
 from ckptdiff.measure.partial import BINS, BLOCK
+from ckptdiff.memory import default_bound
 
 __all__ = [
     "TASK_BLOCKS",
@@ -31,6 +32,18 @@ TASK_NUMEL = 4 * BLOCK
 
 _MEASUREMENT = 8 * BINS * 6 + (1 << 17)
 """Bytes of a Partial, if all of its bins are touched."""
+_MEASUREMENTS = 2
+"""How many of them a thread has at a time."""
+_MASK_BLOCK = BLOCK // 8
+"""Bytes of the mask of a block."""
+_COMPRESSING = 4 * _MASK_BLOCK
+"""Bytes that it takes to compress a chunk of mask."""
+_TILES = 8 << 20
+"""Bytes of the buffers that kernels use for a tile, with what a thread's stack and allocator keep."""
+_ROW = 3 << 10
+"""Bytes of columns and facts of a tensor."""
+_FIGURES, _RUN_FILE = 4 << 20, 16 << 20
+"""Bytes that a result takes beside them, without and with a run file of masks."""
 _HINT_STEP = 10 << 20
 """What the hint of a refusal is rounded to, and by how much at least it exceeds the least of now."""
 
@@ -181,13 +194,13 @@ def fit_memory(
     """
     block = max((load.block_bytes for load in loads), default=0)
     scratch = max((load.scratch for load in loads), default=0)
-    # A block of both sides, work space, two measurements at a time, the mask of a task, and a chunk compressed.
-    per_thread = block + scratch + 2 * _MEASUREMENT + (TASK_BLOCKS + 4) * (BLOCK // 8) + (8 << 20)
-    waiting = _MEASUREMENT + (TASK_BLOCKS * BLOCK // 8 if masks else 0)
-    results = len(loads) * (3 << 10) + (16 << 20 if masks else 4 << 20)
+    mask = TASK_BLOCKS * _MASK_BLOCK
+    per_thread = block + scratch + _MEASUREMENTS * _MEASUREMENT + mask + _COMPRESSING + _TILES
+    waiting = _MEASUREMENT + (mask if masks else 0)
+    results = len(loads) * _ROW + (_RUN_FILE if masks else _FIGURES)
     threads = max(threads, 1)
     grown = Memory(baseline, per_thread, waiting, _waiting(threads)[0], threads, results).projected
-    bound = max_memory or max(default, min(grown, baseline + growth))
+    bound = max_memory or default_bound(default, grown, baseline + growth)
     for count in range(threads, 0, -1):
         for tasks_waiting in _waiting(count):
             memory = Memory(baseline, per_thread, waiting, tasks_waiting, count, results)

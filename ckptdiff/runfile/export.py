@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptdiff.checkpoint.globs import names_of
 from ckptdiff.errors import OptionError, RunFileError
 from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.files.staged import StagedFile
@@ -107,15 +108,13 @@ def chosen_masks(run: RunFile, names: Sequence[str]) -> list[str]:
     run.require_masks()
     if not names:
         return list(run.masks)
-    found: dict[str, None] = {}
-    for wanted in names:
-        matches = [wanted] if wanted in run.masks else [name for name in run.masks if fnmatchcase(name, wanted)]
+    found = names_of(names, run.masks)
+    for wanted, matches in found.items():
         if not matches:
             raise OptionError(
                 "no mask of that name", file=run.path, found=wanted, hint=f"ckptdiff mask list {run.path} lists them"
             )
-        found.update(dict.fromkeys(matches))
-    return list(found)
+    return list(dict.fromkeys(chain.from_iterable(found.values())))
 
 
 def _dtype(mask: Mask, layout: Layout) -> np.dtype[Any]:

@@ -17,9 +17,8 @@ from ckptdiff.figures.result import Diff
 from ckptdiff.files.staged import StagedFile
 from ckptdiff.linalg.blas import require_scipy
 from ckptdiff.options import Compare, Options, SpectraOptions
-from ckptdiff.runfile.checked_blocks import checked_blocks, known_norms
+from ckptdiff.runfile.identity import checked_blocks, known_norms, open_side
 from ckptdiff.runfile.reader import RunFile
-from ckptdiff.runfile.sides import open_side
 from ckptdiff.runfile.spectra_table import add_spectrum, write_spectra
 from ckptdiff.spectra.stage import SpectraTable, measure_spectra
 

@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from ckptdiff.figures.catalogue import RHO
 from ckptdiff.linalg.angles import angle_rank
 from ckptdiff.linalg.principal import principal_rank
-from ckptdiff.memory import machine_memory
+from ckptdiff.memory import SPECTRA_MEMORY, default_bound, room_to_grow
 from ckptdiff.options import Options, SpectraMode, SpectraOptions, default_threads
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.source import PANEL
 
-__all__ = ["Budget", "Room", "cache_bytes", "default_bound", "exact_bytes", "randomized_bytes"]
+__all__ = ["Budget", "Room", "cache_bytes", "exact_bytes", "randomized_bytes"]
 
-_DEFAULT = {"randomized": 1_000_000_000, "exact": 4_000_000_000}
-"""Bound on the peak resident size of two threads where the user gave none, half of it for each further one; exact mode
-needs float64 copies of a Gram matrix."""
 _USUAL = 300_000_000
 """What a process that runs nothing but ckptdiff holds before the spectra begin, at most."""
 
@@ -76,7 +73,7 @@ class Budget:
         spectra, threads = options.spectra, options.threads or default_threads()
         assert spectra is not None
         largest = max((_least(view, spectra) for view in {(v.long, v.short): v for v in views}.values()), default=0)
-        bound = options.max_memory or default_bound(spectra.mode, threads, taken, largest)
+        bound = options.max_memory or _default_bound(spectra.mode, threads, taken, largest)
         return cls(spectra, Room(bound, taken), threads)
 
     def slots(self, view: MatrixView) -> int:
@@ -127,15 +124,15 @@ def _least(view: MatrixView, spectra: SpectraOptions) -> int:
     return randomized_bytes(view, 4, spectra.block * spectra.steps)
 
 
-def default_bound(mode: SpectraMode, threads: int, taken: int, largest: int = 0) -> int:
+def _default_bound(mode: SpectraMode, threads: int, taken: int, largest: int) -> int:
     """The bound where the user gave none.
 
     It grows with the threads, so that each may have a matrix of its own, and to what the largest matrix needs; but
     to half of the machine's memory at most. What a larger program holds already does not count against it.
     """
-    usual, larger = _DEFAULT[mode], max(taken - _USUAL, 0)
-    grown = max(usual * threads // 2, min(taken, _USUAL) + largest)
-    return max(usual, min(grown, machine_memory() // 2)) + larger
+    usual, larger = SPECTRA_MEMORY[mode], max(taken - _USUAL, 0)
+    needed = max(usual * threads // 2, min(taken, _USUAL) + largest)
+    return default_bound(usual, needed, room_to_grow()) + larger
 
 
 def cache_bytes(view: MatrixView, itemsize: int) -> int:
@@ -158,8 +155,9 @@ def randomized_bytes(view: MatrixView, itemsize: int, krylov: int) -> int:
 def exact_bytes(view: MatrixView, together: bool) -> int:
     """Work space of exact mode, beside a decoded pair."""
     short = view.short
-    vectors = principal_rank(RHO[-1], short) + angle_rank(short) + 2
-    return 8 * short * short * (6 if together else 4) + 6 * 8 * short * vectors + _panels(view, 8)
+    squares = 8 * short * short * (6 if together else 4)
+    vectors = 6 * 8 * short * (principal_rank(RHO[-1], short) + angle_rank(short) + 2)
+    return squares + vectors + _panels(view, 8)
 
 
 def _panels(view: MatrixView, itemsize: int) -> int:

@@ -22,34 +22,22 @@ import h5py
 import numpy as np
 
 import ckptdiff
-from ckptdiff.checkpoint import Shard
 from ckptdiff.errors import RunFileError
 from ckptdiff.files.staged import StagedFile
 from ckptdiff.runfile.schema import escape_text
 from ckptdiff.runfile.tables import numbers_of_tensors, texts_of_tensors
-from ckptdiff.runfile.target import TRACK_FORMAT, check_target
+from ckptdiff.runfile.target import TRACK_FORMAT
 from ckptdiff.runfile.typed import Spec, WrongTypeError, json_of, numbers_of, parse_json
 from ckptdiff.track.kernels.trajectory import Flow
 from ckptdiff.track.result import COUNTS, Track
 
-__all__ = ["check_track_target", "load_track", "save_track"]
+__all__ = ["load_track", "save_track"]
 
 _VERSION = 1
 _HINT = "ckptdiff track BASE STEP... -o TRACK.h5 makes one"
 _PROVENANCE: Spec = {"base": str, "steps": [str], "compare": str, "warnings": [str]}
 _TEXT = h5py.string_dtype()
 _COUNTED = tuple(flow.name.lower() for flow in Flow)
-
-
-def check_track_target(target: Path, shards: list[Shard]) -> None:
-    """Refuse a target that a track file could not, or must not, replace.
-
-    Raises
-    ------
-    RunFileError
-        See :func:`~ckptdiff.runfile.target.check_target`.
-    """
-    check_target(target, [(shard.path, shard.device, shard.inode) for shard in shards], TRACK_FORMAT)
 
 
 def save_track(track: Track, target: str | os.PathLike[str]) -> None:

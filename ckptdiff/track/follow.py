@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple, NoReturn
 
@@ -17,7 +16,8 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint import DTYPES
 from ckptdiff.checkpoint.open_shard import failed_once
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
-from ckptdiff.events import Listener, ignore, stage
+from ckptdiff.events import Listener, Stage, ignore, stage
+from ckptdiff.in_order import Task, in_order
 from ckptdiff.measure.kernels.tiles import facts_of
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.options import Compare, check_threads, default_threads
@@ -100,7 +100,7 @@ def track(
     load(None, Uses(tuple(sorted({("track", followed.compare.name) for followed in tensors}))), tell)
     nbytes = sum(side.nbytes for followed in tensors for side in followed.sides)
     with open_shards("pread") as shards, stage(tell, "following", nbytes, "bytes") as told:
-        for found in _execute(tensors, shards, threads or default_threads()):
+        for found in _execute(tensors, shards, threads or default_threads(), told):
             np.add.at(counts, found.tensors, found.counts)
             np.add.at(squares, found.tensors, found.sums)  # in their order: no digit depends on threads
             told.more(found.nbytes, tensors[found.tensors[-1]].sides[0].name)
@@ -118,8 +118,8 @@ def track(
     )
 
 
-def _execute(tensors: Sequence[Followed], shards: OpenShards, threads: int) -> Iterator[_Found]:
-    """Yield what each job gave, in order."""
+def _execute(tensors: Sequence[Followed], shards: OpenShards, threads: int, told: Stage) -> Iterator[_Found]:
+    """What each job gave, in order."""
     local = threading.local()
     stop = threading.Event()
     files = _files(tensors, shards)
@@ -134,18 +134,9 @@ def _execute(tensors: Sequence[Followed], shards: OpenShards, threads: int) -> I
             local.rooms[code.itemsize] = new_rooms(code, files.shape[1])
         return _follow(tensors, files, job, shards, local.rooms[code.itemsize])
 
-    pending: deque[Future[_Found]] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="ckptdiff-track")
-    try:
-        for job in _jobs(tensors):
-            pending.append(pool.submit(work, job))
-            if len(pending) > 2 * threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+    # All of one size: in the order in which they lie on the disk. Jobs are short, so each thread has the next at hand.
+    tasks = (Task(partial(work, job), 1, 0) for job in _jobs(tensors))
+    return in_order(tasks, 2 * threads, stop.set, told.again, ahead=1, threads=threads)
 
 
 def _files(tensors: Sequence[Followed], shards: OpenShards) -> NDArray[np.int64]:

@@ -3,7 +3,7 @@ from fnmatch import fnmatchcase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptdiff.checkpoint.globs import Globs
+from ckptdiff.checkpoint.globs import Globs, names_of
 
 TEXT = st.text("aA.*?[]!\n/", max_size=5)
 PATTERNS = st.lists(TEXT, max_size=2)
@@ -25,3 +25,16 @@ def test_patterns_that_match_nothing_are_told():
         "--include mlp matches no tensor",
         "--exclude x matches no tensor",
     ]
+
+
+@settings(deadline=None)
+@given(PATTERNS, st.lists(TEXT, min_size=1, max_size=4, unique=True))
+def test_a_name_stands_for_itself_and_a_glob_for_what_it_matches(wanted, names):
+    expected = {
+        text: [text] if text in names else [name for name in names if fnmatchcase(name, text)] for text in wanted
+    }
+    assert names_of(wanted, names) == expected
+
+
+def test_a_name_that_looks_like_a_glob_is_a_name():
+    assert names_of(["w[0]", "w?", "x"], ["w0", "w[0]"]) == {"w[0]": ["w[0]"], "w?": ["w0"], "x": []}

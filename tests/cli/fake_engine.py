@@ -13,7 +13,8 @@ from typing import Any
 from ckptdiff.events import Finished, Listener, Note, Started, TensorsDone, stage
 from ckptdiff.figures.result import Diff
 from ckptdiff.measure.histograms import HistogramRows
-from ckptdiff.options import DEFAULT_MEMORY, MaskRule, Options
+from ckptdiff.memory import DEFAULT_MEMORY
+from ckptdiff.options import MaskRule, Options
 from ckptdiff.runfile.schema import mask_chunk_bytes
 
 

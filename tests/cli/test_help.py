@@ -14,7 +14,8 @@ import pytest
 from ckptdiff import __version__
 from ckptdiff.cli import view
 from ckptdiff.cli.group import COMMANDS, ckptdiff
-from ckptdiff.options import DEFAULT_MEMORY, Options
+from ckptdiff.memory import DEFAULT_MEMORY
+from ckptdiff.options import Options
 from ckptdiff.report.exporters import Format
 
 _HEAVY = {"numpy", "numba", "h5py", "rich", "torch", "pyarrow", "safetensors"}

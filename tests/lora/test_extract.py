@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from told_stages import told_stages
 
+from ckptdiff.checkpoint import Checkpoint, open_checkpoint
 from ckptdiff.cli import main
 from ckptdiff.errors import PairingError, RunFileError
 from ckptdiff.events import Event, Note, Started
@@ -57,6 +58,18 @@ def delta_of(pair: tuple[str, str], name: str) -> np.ndarray:
 
 def rows_of(made: Extraction) -> dict[str, tuple[int, str | None]]:
     return {tensor.name: (tensor.rank, tensor.reason) for tensor in made.tensors}
+
+
+def test_each_checkpoint_is_opened_once(pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+
+    def open_it(path: str) -> Checkpoint:
+        opened.append(path)
+        return open_checkpoint(path)
+
+    monkeypatch.setattr("ckptdiff.run.planning.open_checkpoint", open_it)
+    extract_lora(*pair, tmp_path / "adapter", rank=4)
+    assert opened == list(pair)
 
 
 def test_factors_are_the_best_ones(pair: tuple[str, str], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import ckptdiff
 from ckptdiff.checkpoint import open_checkpoint
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.errors import CheckpointError
-from ckptdiff.runfile.checked_blocks import checked_blocks, known_norms
+from ckptdiff.runfile.identity import checked_blocks, known_norms
 
 DTYPES = {
     "f8": ml_dtypes.float8_e4m3fn,

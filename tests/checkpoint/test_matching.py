@@ -1,6 +1,6 @@
 import pytest
 
-from ckptdiff.checkpoint.wrappers import unwrapped
+from ckptdiff.checkpoint.matching import unwrapped
 
 BARE = "layers.0.self_attn.q_proj.weight"
 
