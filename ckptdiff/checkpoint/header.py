@@ -79,6 +79,13 @@ class TensorInfo:
         The file that stores it.
     start, stop : int
         Its bytes in that file: absolute offsets, `stop` excluded.
+
+    Examples
+    --------
+    >>> import ckptdiff
+    >>> tensor = ckptdiff.open_checkpoint("fixtures/llama/base").tensors["lm_head.weight"]
+    >>> tensor.shape, tensor.nbytes == tensor.stop - tensor.start
+    ((256, 64), True)
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Diff: the one in-memory result. The engine makes it, ``RunFile.load`` makes it, and reports take nothing else."""
+"""Hold a result in memory: the engine and ``RunFile.load`` make a :class:`Diff`, and reports take nothing else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ SIDES: tuple[Side, Side] = ("base", "tuned")
 
 @dataclass(frozen=True, slots=True)
 class TensorFacts:
-    """What is known of a compared tensor before its data is read."""
+    """Facts of a compared tensor that are known before its data is read.
+
+    Examples
+    --------
+    >>> import ckptdiff
+    >>> facts = ckptdiff.diff("fixtures/llama/base", "fixtures/llama/tuned").tensors[0]
+    >>> facts.name, facts.compare
+    ('model.embed_tokens.weight', 'bf16')
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -73,6 +81,17 @@ class Diff:
         "bf16" or "stored".
     mask_rule : str
         Such as "abs:1e-05", or "none".
+
+    Examples
+    --------
+    >>> import ckptdiff
+    >>> found = ckptdiff.diff("fixtures/llama/base", "fixtures/llama/tuned")
+    >>> found.identical, found.counts["matched"]
+    (False, 39)
+    >>> found.overall["unchanged_abs"]["1e-05"] > found.overall["unchanged_bitwise"]
+    True
+    >>> [row["module_type"] for row in found.grouped("module")][:2]
+    ['embed_tokens', 'norm']
     """
 
     tensors: tuple[TensorFacts, ...]

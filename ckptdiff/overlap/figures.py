@@ -59,6 +59,13 @@ class Overlap:
     pairs : tuple of PairCounts
         In the order (0, 1), (0, 2), ..., (1, 2), ...
     warnings : tuple of str
+
+    Examples
+    --------
+    >>> from ckptdiff.overlap import overlap
+    >>> found = overlap(["run.h5", "run.h5"])
+    >>> [(row["block"], row["o1"]) for row in found.grouped(found.pairs[0], "block")][:2]
+    [('embedding', 1.0), ('norm', None)]
     """
 
     runs: tuple[str, ...]
@@ -68,7 +75,7 @@ class Overlap:
     warnings: tuple[str, ...] = ()
 
     def overall(self, pair: PairCounts) -> dict[str, Any]:
-        """Figures over all floating tensors."""
+        """Figures over all floating tensors: counts, then :data:`FIGURES`, None where a mask is empty."""
         return self._row(pair, self._valued())
 
     def grouped(self, pair: PairCounts, by: str) -> list[dict[str, Any]]:
