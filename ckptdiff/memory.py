@@ -1,4 +1,4 @@
-"""How much memory this process holds, as the system counts it."""
+"""Measure how much memory this process holds, as the system counts it."""
 
 from __future__ import annotations
 

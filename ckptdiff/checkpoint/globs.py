@@ -1,4 +1,4 @@
-"""The ``--include`` and ``--exclude`` patterns."""
+"""Select tensors by the ``--include`` and ``--exclude`` patterns."""
 
 from __future__ import annotations
 

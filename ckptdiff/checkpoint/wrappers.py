@@ -1,4 +1,4 @@
-"""The prefixes that training frameworks and model classes wrap around the same tensor's name."""
+"""Strip the prefixes that training frameworks and model classes wrap around a tensor's name."""
 
 from __future__ import annotations
 

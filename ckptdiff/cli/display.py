@@ -1,4 +1,4 @@
-"""The progress display of a command, as a listener of the engine."""
+"""Show the progress of a command, as a listener of the engine."""
 
 from __future__ import annotations
 

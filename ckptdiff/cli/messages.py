@@ -1,4 +1,4 @@
-"""Lines on stderr."""
+"""Print lines on stderr."""
 
 from __future__ import annotations
 

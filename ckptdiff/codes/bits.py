@@ -1,4 +1,4 @@
-"""Bit tricks that Numba lacks: sixty-four flags to a word, lowest and highest set bit, bits of a float.
+"""Do bit tricks that Numba lacks: sixty-four flags to a word, lowest and highest set bit, bits of a float.
 
 Each is portable LLVM IR, so the same source becomes one or two instructions with AVX-512, a few with AVX2 or NEON.
 """

@@ -1,4 +1,4 @@
-"""Bytes into compiled code: a window on mapped memory, or reads of the file itself.
+"""Fetch bytes into compiled code: from a window on mapped memory, or by reads of the file itself.
 
 Kernels read the file in pieces that stay in the cache of their core until they are measured, without going back to
 Python between them: its overhead would cost as much as the reads.

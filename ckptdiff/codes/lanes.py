@@ -1,4 +1,4 @@
-"""Sixty-four codes in registers, for loops that a compiler would not keep there by itself.
+"""Keep sixty-four codes in registers, for loops that a compiler would not keep there by itself.
 
 Each step is portable LLVM IR on wide vectors, so the same source becomes a few instructions with AVX-512, twice as many
 with AVX2, and more with NEON. Loops over them are plain Python for Numba.

@@ -1,4 +1,4 @@
-"""Bits into bytes, first bit lowest, for kernels: a code goes out with one store that no alignment binds."""
+"""Write bits into bytes, first bit lowest, from kernels: a code goes out with one store that no alignment binds."""
 
 from __future__ import annotations
 

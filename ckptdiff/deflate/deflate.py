@@ -1,4 +1,4 @@
-"""A deflate encoder for bit-packed masks: one block of Huffman codes and runs of one byte (RFC 1951, section 3.2.7).
+"""Encode bit-packed masks as deflate: one block of Huffman codes and runs of one byte (RFC 1951, section 3.2.7).
 
 Masks of updates hold few repeated strings, so the search for them, where zlib spends its time, is left out. What
 remains is several times faster than zlib with Z_RLE or Z_HUFFMAN_ONLY, and smaller: only runs that pay are coded as

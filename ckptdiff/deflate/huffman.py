@@ -1,4 +1,4 @@
-"""Huffman codes as deflate wants them (RFC 1951, section 3.2.2)."""
+"""Make Huffman codes as deflate wants them (RFC 1951, section 3.2.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quick looks for repeated strings, to know when a search for them pays."""
+"""Look quickly for repeated strings, to know when a search for them pays."""
 
 from __future__ import annotations
 

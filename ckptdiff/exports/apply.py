@@ -1,4 +1,4 @@
-"""A base and a sparse patch make a checkpoint: the base's files with some values set."""
+"""Make a checkpoint of a base and a sparse patch: the base's files with some values set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sparse patch: the tuned values of the masked coordinates."""
+"""Write a sparse patch: the tuned values of the masked coordinates."""
 
 from __future__ import annotations
 

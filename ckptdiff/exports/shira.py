@@ -1,4 +1,4 @@
-"""A SHiRA adapter (Bhardwaj et al., arXiv 2406.13175) of the largest changes, for PEFT."""
+"""Write a SHiRA adapter (Bhardwaj et al., arXiv 2406.13175) of the largest changes, for PEFT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sums of per-tensor columns over groups of tensors.
+"""Sum per-tensor columns over groups of tensors.
 
 One tensor is a group of one, so the same functions of the catalogue give the figures of tensors, layers, module types
 and of the whole checkpoint.

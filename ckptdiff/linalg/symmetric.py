@@ -1,4 +1,4 @@
-"""Symmetric matrices: Gram matrices, and their eigenpairs."""
+"""Make Gram matrices, and find their eigenpairs."""
 
 from __future__ import annotations
 

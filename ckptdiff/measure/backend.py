@@ -1,4 +1,4 @@
-"""What every backend can do."""
+"""Define what every backend can do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a backend is given to read: the bytes of both sides of consecutive blocks of one tensor pair."""
+"""Define what a backend is given to read: the bytes of both sides of consecutive blocks of one tensor pair."""
 
 from __future__ import annotations
 

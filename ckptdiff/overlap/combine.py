@@ -1,4 +1,4 @@
-"""Run files whose masks are the union, the intersection or the difference of others."""
+"""Write run files whose masks are the union, the intersection or the difference of others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counting what masks have in common, piece by piece."""
+"""Count the coordinates that masks have in common, piece by piece."""
 
 from __future__ import annotations
 

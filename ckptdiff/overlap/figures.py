@@ -1,4 +1,4 @@
-"""Figures of an overlap: shares, and what three kinds of chance would give (S1, S2, S3)."""
+"""Make the figures of an overlap: shares, and what three kinds of chance would give (S1, S2, S3)."""
 
 from __future__ import annotations
 

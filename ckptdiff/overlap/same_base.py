@@ -1,4 +1,4 @@
-"""Whether runs start from the same base and have tensors in common."""
+"""Refuse runs that start from different bases, and find the tensors that they have in common."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Singular values of one tensor as a plot of characters."""
+"""Plot the singular values of one tensor in characters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the members of a grouping are called on a screen."""
+"""Name the members of a grouping for a screen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A line plot in characters, for a terminal."""
+"""Draw a line plot in characters, for a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdamW on the masked coordinates."""
+"""Step as AdamW on the masked coordinates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What masked optimizers share: state on masked coordinates only, and everything else left alone."""
+"""Make optimizers masked: state on masked coordinates only, and everything else left alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SGD on the masked coordinates."""
+"""Step as SGD on the masked coordinates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One tensor, block by block, of a checkpoint that a run has seen: its headers tell sizes, its norm tells values."""
+"""Read one tensor again, block by block, and hold it to the norm that a run saw, since headers tell sizes only."""
 
 from __future__ import annotations
 

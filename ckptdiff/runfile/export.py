@@ -1,4 +1,4 @@
-"""Masks for other programs: one safetensors or npz file, written tensor by tensor."""
+"""Write masks for other programs: one safetensors or npz file, tensor by tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checkpoints that a run compared, opened again."""
+"""Open the checkpoints that a run compared again."""
 
 from __future__ import annotations
 

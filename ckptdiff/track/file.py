@@ -1,4 +1,4 @@
-"""Track files (HDF5).
+"""Read and write track files (HDF5).
 
 ::
 

@@ -1,4 +1,4 @@
-"""What host and kernels hand each other: the records of ``cuda/layout.cuh``, and how figures are read from them."""
+"""Lay out what host and kernels hand each other, and read figures from it: the records of ``cuda/layout.cuh``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many small tensors in one call, from their bytes to their figures.
+"""Measure many small tensors in one call, from their bytes to their figures.
 
 A checkpoint of experts holds tens of thousands of tensors; what Python does for each costs more than to measure it.
 """

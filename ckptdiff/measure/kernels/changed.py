@@ -1,4 +1,4 @@
-"""Which coordinates of a tile changed: the first step of every kernel.
+"""Find which coordinates of a tile changed: the first step of every kernel.
 
 Most coordinates of an update did not change, and those add nothing to any figure of d. So a kernel gathers the codes of
 those that changed and does everything about d on them alone, in loops so short and free of branches that LLVM

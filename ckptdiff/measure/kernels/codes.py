@@ -1,4 +1,4 @@
-"""One tile of a compare format of 8 or 16 bits, whose codes index a table of values."""
+"""Measure one tile of a compare format of 8 or 16 bits, whose codes index a table of values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels on the histograms of one tensor: where cuts fall, and sums of bins.
+"""Find where cuts fall in the histograms of one tensor, and sum bins.
 
 A checkpoint can hold tens of thousands of small tensors, so what is done once per tensor is compiled too.
 """

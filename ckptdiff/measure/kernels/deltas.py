@@ -1,4 +1,4 @@
-"""What is counted and summed over the changed coordinates of a tile."""
+"""Count and sum over the changed coordinates of a tile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From the changed coordinates of a tile to its mask."""
+"""Make the mask of a tile of its changed coordinates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels of the rounding null: what a Gaussian update of the same size, rounded to the grid, would change."""
+"""Compute the rounding null: what a Gaussian update of the same size, rounded to the grid, would change."""
 
 from __future__ import annotations
 

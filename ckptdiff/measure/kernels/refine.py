@@ -1,4 +1,4 @@
-"""Kernels of the further passes: the bits below a bin, where a cut falls inside it.
+"""Make the further passes: the bits below a bin, where a cut falls inside it.
 
 A first scan leaves each cut (the k-th largest |d|, the k-th smallest |W0|) inside one bin of 15 leading bits. If the
 values of that bin differ, a further pass counts the next 16 bits of those that share its leading bits, and so on until

@@ -1,4 +1,4 @@
-"""From the totals of one tensor to its figures, as far as a single scan tells them."""
+"""Make the figures of one tensor of its totals, as far as a single scan tells them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stored elements to the codes they are compared as, and the counts that are taken before that cast."""
+"""Cast stored elements to the codes they are compared as, and take the counts that come before that cast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One tile of a compare format of 32 or 64 bits, whose codes are NumPy floats."""
+"""Measure one tile of a compare format of 32 or 64 bits, whose codes are NumPy floats."""
 
 from __future__ import annotations
 

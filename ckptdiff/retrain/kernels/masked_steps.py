@@ -1,4 +1,4 @@
-"""Optimizer steps on the masked coordinates of a parameter: gather, update in registers, scatter.
+"""Step the masked coordinates of a parameter, compiled: gather, update in registers, scatter.
 
 A parameter is cut into tiles of 2^16 coordinates, and the masked ones of a tile are named by their 16-bit positions
 (``retrain/support.py``). Whatever is not named is never written. Each kernel takes a range of tiles, so that threads

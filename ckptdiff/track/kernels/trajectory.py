@@ -1,4 +1,4 @@
-"""A base and any number of later checkpoints, piece by piece: which coordinates left the base, came back, moved on.
+"""Compare a base with later checkpoints, piece by piece: which coordinates left the base, came back, moved on.
 
 The same piece of all checkpoints is read into the cache, then one pass over it takes sixty-four coordinates at a time
 through all steps: each code is loaded into a register once, and nothing is kept between pieces but counts and sums.
