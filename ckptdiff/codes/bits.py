@@ -19,7 +19,7 @@ _FLAGS = 64
 
 @intrinsic
 def pack64(typing: Any, flags: Any, start: Any) -> Any:
-    """Word whose bit k is set where the byte ``flags[start + k]`` is not zero."""
+    """Word whose bit k is set where the byte ``flags[start + k]`` is not zero; flags of shape (start + 64,) or more."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array = make_array(signature.args[0])(context, builder, args[0])
@@ -34,7 +34,7 @@ def pack64(typing: Any, flags: Any, start: Any) -> Any:
 
 @intrinsic
 def unpack64(typing: Any, word: Any, flags: Any, start: Any) -> Any:
-    """Set the byte ``flags[start + k]`` to bit k of a word."""
+    """Set the byte ``flags[start + k]`` to bit k of a word; flags of shape (start + 64,) or more."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array = make_array(signature.args[1])(context, builder, args[1])

@@ -45,7 +45,7 @@ class Side(NamedTuple):
 
 @intrinsic
 def read_at(typing: Any, descriptor: Any, buffer: Any, start: Any, size: Any, offset: Any) -> Any:
-    """POSIX pread into a uint8 array from its byte ``start`` on; also into arrays that Numba takes for read-only."""
+    """POSIX pread into a uint8 array, shape (bytes,), from byte ``start`` on; also if Numba takes it for read-only."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer, word = ir.IntType(8).as_pointer(), ir.IntType(64)

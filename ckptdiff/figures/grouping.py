@@ -73,7 +73,7 @@ class Grouping:
 
     @staticmethod
     def ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
-        """Quotient, NaN where the denominator is zero or beyond float64."""
+        """Quotient, NaN where the denominator is zero or beyond float64; all three of one shape."""
         undefined = np.full(np.shape(numerator), np.nan)
         known = (denominator != 0) & np.isfinite(denominator)
         quotient: FloatArray = np.divide(numerator, denominator, out=undefined, where=known)

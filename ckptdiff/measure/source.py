@@ -76,7 +76,7 @@ class InMemory:
 
     Parameters
     ----------
-    base, tuned : uint8 array
+    base, tuned : uint8 array, shape (bytes,)
     numel : int
         How many coordinates they hold.
     """

@@ -108,7 +108,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         states: list[Any],
         fresh: list[bool],
     ) -> None:
-        """Torch's own step, on the gathered values of parameters and their states."""
+        """Torch's own step, on the gathered values, gradients and states of parameters, each of shape (masked,)."""
 
     def __getstate__(self) -> dict[str, Any]:
         """All that copy and pickle need; torch names but its own attributes."""
