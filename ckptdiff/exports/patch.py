@@ -44,7 +44,7 @@ def export_patch(
     that is enough, else int64, and ``NAME.values`` in the tuned side's dtype. With a bitwise mask of ``--compare
     stored``, ``base.view(-1)[indices] = values`` makes the tuned tensor of the base; masks of other rules leave smaller
     changes out. The metadata say which rule it was, and name both sides' shards with their sizes and header hashes.
-    :func:`apply_patch` applies it.
+    :func:`~ckptdiff.exports.apply_patch` applies it.
 
     Parameters
     ----------

@@ -92,7 +92,7 @@ def test_indices_that_cannot_be(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for module in ("stream.blocks", "exports.patch_reader"):
+    for module in ("checkpoint.blocks", "exports.patch_reader"):
         monkeypatch.setattr(f"ckptdiff.{module}.BLOCK", block)
     entries = {"b.indices": integers(*indices, dtype=dtype), "b.values": floats(len(indices))}
     path = write(tmp_path / "p.safetensors", entries, metadata_of(base, {"b": (4, 3)}))
