@@ -108,6 +108,16 @@ class MaskRule:
 def parse_size(text: str) -> int:
     """Read a size in bytes such as ``400M``, ``2GiB`` or ``1.5g`` (powers of 1024).
 
+    Parameters
+    ----------
+    text : str
+        A positive number with an optional K, M, G or T, in either case, and an optional B or iB.
+
+    Returns
+    -------
+    int
+        Bytes.
+
     Raises
     ------
     OptionError

@@ -144,6 +144,18 @@ def test_keywords_are_spelled_out_with_types(room):
                 assert parameter.annotation not in (Parameter.empty, "Any"), f"{name}({parameter})"
 
 
+@pytest.mark.parametrize("room", PUBLIC)
+def test_docstrings_name_every_parameter_what_is_returned_and_raised(room):
+    for name in PUBLIC[room]:
+        found = getattr(module_of(room), name)
+        if isfunction(found):
+            given, sections = signature(found), re.split(r"\n    (\w+)\n    -+\n", found.__doc__)
+            told = dict(zip(sections[1::2], sections[2::2], strict=True))
+            listed = re.findall(r"^ {4}(\w[\w, ]*) : ", told["Parameters"], re.M)
+            assert [each for names in listed for each in names.split(", ")] == list(given.parameters), name
+            assert "Raises" in told and ("Returns" in told) == (given.return_annotation != "None"), name
+
+
 def test_an_unknown_keyword_is_a_type_error():
     with pytest.raises(TypeError, match="unexpected keyword argument 'maks'"):
         ckptdiff.diff(LLAMA / "base", LLAMA / "tuned", maks="bitwise")

@@ -178,11 +178,23 @@ class Diff:
         return [{**found, "spectral": self.spectra.tensor(row)} for row, found in zip(rows, figures, strict=True)]
 
     def values(self, figure: Figure, parameter: float | None) -> NDArray[np.float64]:
-        """One figure of every tensor, NaN where undefined, shape (len(tensors),)."""
+        """One figure of every tensor, NaN where undefined, shape (len(tensors),).
+
+        Parameters
+        ----------
+        figure : Figure
+            A row of :data:`~ckptdiff.figures.catalogue.FIGURES`.
+        parameter : float or None
+            Which of its parameters; None for a figure without any.
+        """
         return values_of(self._grouping(np.arange(len(self.tensors)), len(self.tensors), None), figure, parameter)
 
     def grouped(self, by: GroupBy) -> list[dict[str, Any]]:
         """Figures by layer, module type, block, tower or user group.
+
+        Parameters
+        ----------
+        by : {"module", "layer", "block", "tower", "group"}
 
         Returns
         -------

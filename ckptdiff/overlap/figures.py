@@ -75,11 +75,11 @@ class Overlap:
     warnings: tuple[str, ...] = ()
 
     def overall(self, pair: PairCounts) -> dict[str, Any]:
-        """Figures over all floating tensors: counts, then :data:`FIGURES`, None where a mask is empty."""
+        """Figures of a pair over all floating tensors: counts, then :data:`FIGURES`, None where a mask is empty."""
         return self._row(pair, self._valued())
 
     def grouped(self, pair: PairCounts, by: str) -> list[dict[str, Any]]:
-        """Figures by "tensor", "module", "layer", "block", "tower" or "group", each row with its label.
+        """Figures of a pair by "tensor", "module", "layer", "block", "tower" or "group", each row with its label.
 
         Groups are of floating tensors, in order of first appearance, layers in order of their number. "group" are the
         user's own, as the first run has them; a tensor may be in several.
