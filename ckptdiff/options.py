@@ -1,4 +1,4 @@
-"""The options of a run: one frozen record, validated when it is made."""
+"""Hold the options of a run: one frozen record, validated when it is made."""
 
 from __future__ import annotations
 
