@@ -1,4 +1,4 @@
-"""What this machine offers, and whether it computes what it should: the facts behind ``ckptdiff doctor``."""
+"""Find out what this machine offers, and whether it computes what it should: the facts behind ``ckptdiff doctor``."""
 
 from __future__ import annotations
 

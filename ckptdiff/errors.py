@@ -1,4 +1,4 @@
-"""The error tree: catch the root, read the leaf.
+"""Raise every error from one tree: catch the root, read the leaf.
 
 ::
 

@@ -1,4 +1,4 @@
-"""What a command tells while it runs. It knows no screen; a progress display or a library user listens.
+"""Tell what a command does while it runs; a progress display or a library user listens, and it knows no screen.
 
 A command goes through stages, one after the other: it compiles, compares, measures spectra, writes. Each begins with
 a :class:`StageBegun` before anything of it is done, goes on with :class:`StageProgress` whose ``done`` never falls, and

@@ -1,4 +1,4 @@
-"""Compare dtypes: what a pair of stored dtypes is compared as, and what the codes of each dtype mean."""
+"""Choose what a pair of stored dtypes is compared as, and say what the codes of each dtype mean."""
 
 from __future__ import annotations
 

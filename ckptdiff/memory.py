@@ -1,4 +1,4 @@
-"""How much memory this process holds, as the system counts it, and how much it may take where the user set no bound."""
+"""Tell how much memory this process holds, and how much it may take where the user set no bound."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""What a run is asked to do: one frozen record, validated when it is made."""
+"""Hold the options of a run: one frozen record, validated when it is made."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 from ckptdiff.errors import OptionError
 
@@ -16,10 +17,14 @@ __all__ = [
     "Options",
     "SpectraMode",
     "SpectraOptions",
+    "as_bytes",
+    "as_spectra",
+    "as_tuple",
     "check_threads",
     "parse_size",
 ]
 
+_Text = TypeVar("_Text", bound=str | os.PathLike[str])
 _LEADING = 64
 """Singular values that the spectra list."""
 
@@ -44,6 +49,21 @@ class MaskRule:
 
     ``bitwise``, ``abs:EPS``, ``eta:ETA``, ``rel:TAU`` (in units of RMS(W0)), ``top:PERCENT``, or ``none``; in run files
     also ``combined``: masks that were made of others, which no diff can make.
+
+    Attributes
+    ----------
+    kind : {"bitwise", "abs", "eta", "rel", "top", "none", "combined"}
+    value : float
+        The threshold, or the percentage of ``top``; 0 for rules without one.
+
+    Examples
+    --------
+    >>> from ckptdiff import MaskRule
+    >>> rule = MaskRule.parse("top:20")
+    >>> rule.kind, rule.value
+    ('top', 20.0)
+    >>> print(MaskRule("abs", 1e-5))
+    abs:1e-05
     """
 
     kind: RuleKind
@@ -85,16 +105,62 @@ class MaskRule:
 def parse_size(text: str) -> int:
     """Read a size in bytes such as ``400M``, ``2GiB`` or ``1.5g`` (powers of 1024).
 
+    Parameters
+    ----------
+    text : str
+        A positive number with an optional K, M, G or T, in either case, and an optional B or iB.
+
+    Returns
+    -------
+    int
+        Bytes.
+
     Raises
     ------
     OptionError
         If the text is not a positive number with an optional K, M, G or T.
+
+    Examples
+    --------
+    >>> from ckptdiff import parse_size
+    >>> parse_size("1.5g")
+    1610612736
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(?:i?b)?\s*", text, re.IGNORECASE)
     size = float(match[1]) * _SUFFIX[match[2].lower()] if match else 0.0
     if not 1 <= size < 1 << 63:
         raise OptionError("not a size", expected="a size such as 400M or 2G", found=text)
     return int(size)
+
+
+def as_bytes(size: str | int) -> int:
+    """A size in bytes, given as a number or as text for :func:`parse_size`.
+
+    Raises
+    ------
+    OptionError
+        If the text is not a size.
+    """
+    return parse_size(size) if isinstance(size, str) else size
+
+
+def as_tuple(name: str, given: Sequence[_Text]) -> tuple[_Text, ...]:
+    """Several globs, names or paths as a tuple.
+
+    Parameters
+    ----------
+    name : str
+        What the option is called.
+    given : sequence of str or path-like
+
+    Raises
+    ------
+    OptionError
+        If it is a single one: of a string each character would count.
+    """
+    if isinstance(given, str | os.PathLike):
+        raise OptionError(f"{name} takes several", expected=f"a list: {name}=[{given!r}]", found=repr(given))
+    return tuple(given)
 
 
 def default_threads() -> int:
@@ -131,6 +197,12 @@ class SpectraOptions:
     ------
     OptionError
         If a value cannot be used.
+
+    Examples
+    --------
+    >>> from ckptdiff import SpectraOptions
+    >>> SpectraOptions("exact").limit
+    8192
     """
 
     mode: SpectraMode = "randomized"
@@ -150,6 +222,17 @@ class SpectraOptions:
         vectors = self.block * self.steps
         if vectors < 2 * _LEADING:
             raise OptionError("too few Krylov vectors", expected=f"{2 * _LEADING} or more in all", found=vectors)
+
+
+def as_spectra(given: SpectraMode | SpectraOptions) -> SpectraOptions:
+    """Spectra as they were asked for, by their mode alone or by a record.
+
+    Raises
+    ------
+    OptionError
+        If there is no such mode.
+    """
+    return SpectraOptions(given) if isinstance(given, str) else given
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +270,13 @@ class Options:
     ------
     OptionError
         If a value cannot be used.
+
+    Examples
+    --------
+    >>> from ckptdiff import MaskRule, Options
+    >>> options = Options(compare="stored", mask=MaskRule("bitwise"))
+    >>> options.as_json()["mask"]
+    'bitwise'
     """
 
     compare: Compare = "bf16"

@@ -17,7 +17,7 @@ from task import accuracy
 from training import METHODS, pretrain, train
 
 import ckptdiff
-from ckptdiff.claims.judge import judge
+from ckptdiff.claims import judge_claims
 from ckptdiff.track import track
 
 FIGURES = ("rel_norm", "unchanged_bitwise", "max_abs")
@@ -131,7 +131,7 @@ def figures(diff: ckptdiff.Diff) -> dict[str, Any]:
         medians = diff.median_2d["spectral"]
         found["spectral"] = {key: medians[key][at] for key, at in SPECTRAL.items()}
         found["spectral"]["stable_rank"] = medians["stable_rank"]
-        found["claims"] = [asdict(verdict) for verdict in judge(diff)]
+        found["claims"] = [asdict(verdict) for verdict in judge_claims(diff)]
     return found | {
         "global": chosen(diff.overall),
         "median_2d": chosen(diff.median_2d),

@@ -1,4 +1,4 @@
-"""What is on disk: shards and their headers, which names belong to which layer, and which tensors are compared."""
+"""Read what is on disk: shards and their headers, the place of each name in its model, and pairs of tensors."""
 
 from ckptdiff.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from ckptdiff.checkpoint.dtypes import DTYPES, DType, Kind

@@ -1,4 +1,4 @@
-"""One tensor, block by block, for what needs a single side."""
+"""Read one tensor, block by block, for what needs a single side."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint: the tensors of one file, or of all the shards that belong together."""
+"""Open a checkpoint: the tensors of one file, or of all the shards that belong together."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ class Checkpoint:
     unread : tuple of str
         Weights in the folder that `path` names, relative to it, which are not part of this: files that the index leaves
         out, and weights of subfolders, where a pattern stands for several files.
+
+    Examples
+    --------
+    >>> import ckptdiff
+    >>> checkpoint = ckptdiff.open_checkpoint("fixtures/llama/base")
+    >>> len(checkpoint.shards), checkpoint.tensors["lm_head.weight"].dtype
+    (2, 'BF16')
     """
 
     path: str
@@ -75,6 +82,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         An index that is damaged, leaves its folder, or that the shards contradict.
     CheckpointError
         Nothing to read, no permission, a missing shard, or a tensor in two shards.
+
+    Examples
+    --------
+    >>> import ckptdiff
+    >>> ckptdiff.open_checkpoint("fixtures/llama/base").numel
+    180800
     """
     source = find_shards(os.fspath(path))
     warnings = list(source.warnings)

@@ -1,4 +1,4 @@
-"""The dtypes a safetensors header can name, and what can be said about values stored in them."""
+"""List the dtypes that a safetensors header can name, and what can be said about values stored in them."""
 
 from __future__ import annotations
 

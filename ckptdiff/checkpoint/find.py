@@ -1,4 +1,4 @@
-"""From the path a user gives to the files that make up the checkpoint."""
+"""Find the files that make up the checkpoint at a path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model files that are not safetensors: recognised, named, never opened further."""
+"""Recognise model files that are not safetensors, and name them; they are never opened further."""
 
 from __future__ import annotations
 

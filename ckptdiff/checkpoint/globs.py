@@ -1,4 +1,4 @@
-"""Shell-style patterns of tensor names: ``--include`` and ``--exclude``, and lists of names or globs."""
+"""Select tensors by shell-style patterns: ``--include`` and ``--exclude``, and lists of names or globs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One shard's header: what it says, checked in full before any tensor data is touched.
+"""Read a shard's header, and check it in full before any tensor data is touched.
 
 A safetensors file is an 8-byte little-endian length, a JSON header of that length, then the tensors' bytes
 without a gap. What the safetensors library refuses is refused here too, and beyond it: keys given twice, white space
@@ -79,6 +79,13 @@ class TensorInfo:
         The file that stores it.
     start, stop : int
         Its bytes in that file: absolute offsets, `stop` excluded.
+
+    Examples
+    --------
+    >>> import ckptdiff
+    >>> tensor = ckptdiff.open_checkpoint("fixtures/llama/base").tensors["lm_head.weight"]
+    >>> tensor.shape, tensor.nbytes == tensor.stop - tensor.start
+    ((256, 64), True)
     """
 
     name: str

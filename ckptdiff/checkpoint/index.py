@@ -1,4 +1,4 @@
-"""The index of a sharded checkpoint: a hint that every shard's header is checked against."""
+"""Check the index of a sharded checkpoint, a hint, against every shard's header."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ``config.json`` beside a checkpoint says of its model, as far as a comparison asks."""
+"""Read the ``config.json`` beside a checkpoint, as far as a comparison asks."""
 
 from __future__ import annotations
 

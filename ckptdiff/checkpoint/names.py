@@ -1,4 +1,4 @@
-"""From a tensor's name to its place in the model: layer, tower, module type and block.
+"""Place a tensor in its model by its name: layer, tower, module type and block.
 
 Names of Llama, Qwen, Mistral, Gemma, Phi, GPT-2, GPT-J, GPT-NeoX, Falcon, BLOOM, OPT, BERT, T5, ViT, CLIP, SigLIP,
 Mamba, of mixtures of experts and vision-language models built from them, and of the blocks of diffusers. A name of no

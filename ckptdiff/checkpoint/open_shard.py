@@ -1,4 +1,4 @@
-"""Windows on shards: memory maps whose pages are dropped after use, or reads into one buffer per thread.
+"""Open windows on shards: memory maps whose pages are dropped after use, or reads into one buffer per thread.
 
 A shard must not change while it is read. Its inode, size and time are compared when it is opened, before each window
 and after the last one, and at the end its path must still lead to it. A page that disappears in between is an error

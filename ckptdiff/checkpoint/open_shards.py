@@ -1,4 +1,4 @@
-"""The shards of a run: each opened once, on first use, and checked again after the last read."""
+"""Hold the shards of a run open: each opened once, on first use, and checked again after the last read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensor of one checkpoint is compared with which tensor of the other."""
+"""Choose which tensor of one checkpoint is compared with which tensor of the other."""
 
 from __future__ import annotations
 

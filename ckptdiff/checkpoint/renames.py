@@ -1,4 +1,4 @@
-"""The ``--map OLD=NEW`` renames that a user gives."""
+"""Apply the ``--map OLD=NEW`` renames that a user gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether two tensors hold the same values, by a look at all of them or up to the first that differs."""
+"""Compare the values of two tensors, all of them or up to the first that differs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which fp8 tensors have scales beside them: their codes alone are not the values that a model multiplies with."""
+"""Find fp8 tensors with scales beside them: their codes alone are not the values that a model multiplies with."""
 
 from __future__ import annotations
 

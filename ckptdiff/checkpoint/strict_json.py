@@ -1,4 +1,4 @@
-"""JSON as a checkpoint may hold it: no repeated key, no NaN, no number or nesting without bound."""
+"""Parse JSON as a checkpoint may hold it: no repeated key, no NaN, no number or nesting without bound."""
 
 from __future__ import annotations
 

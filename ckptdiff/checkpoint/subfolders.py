@@ -1,4 +1,4 @@
-"""Weights in subfolders of a checkpoint's folder, which are none of its shards."""
+"""Find weights in subfolders of a checkpoint's folder, which are none of its shards."""
 
 from __future__ import annotations
 

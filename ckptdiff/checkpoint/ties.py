@@ -1,4 +1,4 @@
-"""Tensors stored under two names: an output head tied to the token embedding, or one region named twice."""
+"""Find tensors stored under two names: an output head tied to the token embedding, or one region named twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does this pair show what the paper claims? Each claim by one figure, against what chance or rounding would give."""
+"""Judge each claim of the paper by one figure of a pair, against what chance or rounding would give."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ckptdiff.figures.result import Diff
 from ckptdiff.linalg.principal import principal_rank
 from ckptdiff.report.text import percent
 
-__all__ = ["Verdict", "judge"]
+__all__ = ["Verdict", "judge_claims"]
 
 Outcome = Literal["shown", "not shown", "no more than chance", "unknown"]
 
@@ -48,8 +48,33 @@ class Verdict:
     sentence: str
 
 
-def judge(diff: Diff) -> list[Verdict]:
-    """Judge every claim for a diff with spectra."""
+def judge_claims(diff: Diff) -> list[Verdict]:
+    """Judge every claim for a diff with spectra.
+
+    Parameters
+    ----------
+    diff : Diff
+        Such as ``ckptdiff.diff(base, tuned, spectra="exact")``; of randomized spectra the rank is unknown.
+
+    Returns
+    -------
+    list of Verdict
+        One of each claim, in the paper's order.
+
+    Raises
+    ------
+    OptionError
+        The diff has no spectra.
+
+    Examples
+    --------
+    >>> import ckptdiff
+    >>> from ckptdiff.claims import judge_claims
+    >>> found = ckptdiff.diff("fixtures/llama/base", "fixtures/llama/tuned", spectra="exact")
+    >>> sparse, small, *others = judge_claims(found)
+    >>> sparse.claim, sparse.outcome
+    ('most coordinates do not change', 'shown')
+    """
     row = figures_of(diff)
     alone = [_sparse(row), _small(row), _full_rank(diff, row)]
     return [*alone, _concentrated(diff, row), *_off_principal(diff, row), _low(diff, row)]

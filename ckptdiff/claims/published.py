@@ -1,10 +1,11 @@
-"""The figures that the paper publishes, and the same figures of a diff in the paper's conventions."""
+"""List the figures that the paper publishes, and make the same of a diff, in the paper's conventions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ckptdiff.errors import OptionError
 from ckptdiff.figures.result import Diff
 
 __all__ = ["COLUMNS", "PUBLISHED", "Row", "figures_of"]
@@ -55,7 +56,32 @@ PUBLISHED: Mapping[str, Row] = {
 
 
 def figures_of(diff: Diff) -> Row:
-    """The same figures of a diff with spectra: the whole, or unweighted medians over native matrices that moved."""
+    """The same figures of a diff with spectra: the whole, or unweighted medians over native matrices that moved.
+
+    Parameters
+    ----------
+    diff : Diff
+
+    Returns
+    -------
+    mapping of str to float or None
+        By the keys of :data:`COLUMNS`, as shares; None where undefined.
+
+    Raises
+    ------
+    OptionError
+        The diff has no spectra.
+
+    Examples
+    --------
+    >>> import ckptdiff
+    >>> from ckptdiff.claims import figures_of
+    >>> row = figures_of(ckptdiff.diff("fixtures/llama/base", "fixtures/llama/tuned", spectra="randomized"))
+    >>> round(row["unchanged_bitwise"], 4)
+    0.7817
+    """
+    if diff.spectra is None:
+        raise OptionError("the diff holds no spectra", file=diff.base["path"], hint="measure them: spectra='exact'")
     whole, median = diff.overall, diff.median_2d
     spectral = median["spectral"]
 

@@ -1,4 +1,4 @@
-"""The checks of ``--fail-if``: a figure of the output contract compared with a number."""
+"""Compare figures of the output contract with numbers, for ``--fail-if``."""
 
 from __future__ import annotations
 

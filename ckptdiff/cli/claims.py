@@ -100,15 +100,15 @@ def _loaded(path: str) -> Diff:
 def _write(stream: TextIO, diff: Diff, form: str) -> None:
     from dataclasses import asdict
 
-    from ckptdiff.claims.judge import judge
-    from ckptdiff.claims.published import COLUMNS, PUBLISHED, figures_of
+    from ckptdiff.claims import PUBLISHED, figures_of, judge_claims
+    from ckptdiff.claims.published import COLUMNS
     from ckptdiff.report.json_text import dumps
     from ckptdiff.report.legend import legend_lines
     from ckptdiff.report.screen import Column, folded, screen_of, table_lines
     from ckptdiff.report.summary import side_name
     from ckptdiff.report.text import number, percent, safe
 
-    pair, verdicts = figures_of(diff), judge(diff)
+    pair, verdicts = figures_of(diff), judge_claims(diff)
     if form == "json":
         document = {
             "schema": "ckptdiff.claims/1",

@@ -1,4 +1,4 @@
-"""What a command shows on stderr: progress, as a listener of the engine, and lines."""
+"""Show on stderr what a command has to say: its progress, as a listener of the engine, and lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From an exception to what the user reads and the exit code."""
+"""Turn an exception into what the user reads, and the exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that several commands share: which tensors to compare, with how much of the machine, and what to show."""
+"""Define options that several commands share: which tensors, how much of the machine, and what to show."""
 
 from __future__ import annotations
 

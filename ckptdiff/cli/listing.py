@@ -1,4 +1,4 @@
-"""Lists of things that are no diff: rows of plain values in the formats of a listing."""
+"""Print lists of things that are no diff: rows of plain values in the formats of a listing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ndjson report that is written while the run goes on."""
+"""Write the ndjson report while the run goes on."""
 
 from __future__ import annotations
 

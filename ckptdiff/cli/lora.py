@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
@@ -18,7 +17,7 @@ from ckptdiff.errors import OptionError, plural
 from ckptdiff.report.text import number, percent, safe, shape_text
 
 if TYPE_CHECKING:
-    from ckptdiff.lora.extract import Extraction
+    from ckptdiff.lora import Extraction
 
 __all__ = ["lora"]
 
@@ -67,12 +66,8 @@ def lora(base: str, tuned: str, **given: Any) -> int:
     rank, energy = given["rank"], given["energy"]
     if rank is None and energy is None:
         raise OptionError("no rank", expected="--rank R or --energy SHARE")
-    if rank is not None and not 1 <= rank <= 4096:
-        raise OptionError("rank out of range", expected="1 to 4096", found=rank)
-    if energy is not None and not 0 < energy <= 1:
-        raise OptionError("energy out of range", expected="above 0, at most 1", found=energy)
     target = ReportTarget.choose(given["output"], binary=False, kept=[*files_of(base), *files_of(tuned)])
-    from ckptdiff.lora.extract import extract_lora
+    from ckptdiff.lora import extract_lora
     from ckptdiff.options import Options
 
     options = Options(renames=given["renames"], include=given["include"], exclude=given["exclude"])
@@ -80,8 +75,8 @@ def lora(base: str, tuned: str, **given: Any) -> int:
         made = extract_lora(
             base,
             tuned,
-            Path(given["out"]),
-            rank=rank or _MOST,
+            given["out"],
+            rank=_MOST if rank is None else rank,
             energy=energy,
             seed=given["seed"],
             options=options,

@@ -111,22 +111,22 @@ def export(run: str, names: tuple[str, ...], out: str, layout: str, **given: Any
     missing: list[str] = []
     with RunFile(run) as file, show_progress(**how) as tell:
         if layout == "shira":
-            from ckptdiff.exports.shira import export_shira
+            from ckptdiff.exports import export_shira
 
             sides = {name: given[name] for name in ("rank", "base", "tuned")}
-            adapter = export_shira(file, Path(out), names=names, **sides, listener=tell)
+            adapter = export_shira(file, out, names=names, **sides, listener=tell)
             what = f"{quantity(adapter.coordinates)} coordinates of {plural(adapter.layers, 'layer')}"
             what += f", {percent(adapter.energy)} of their sum d^2,"
         elif layout == "patch":
-            from ckptdiff.exports.patch import export_patch, missing_from_patch
+            from ckptdiff.exports import export_patch, missing_from_patch
 
-            changed = export_patch(file, Path(out), names=names, tuned=given["tuned"], listener=tell)
+            changed = export_patch(file, out, names=names, tuned=given["tuned"], listener=tell)
             what = plural(changed, "changed tensor")
             missing = _missing(*missing_from_patch(file, names))
         else:
-            from ckptdiff.runfile.export import Layout, export_masks
+            from ckptdiff.exports import Layout, export_masks
 
-            count = export_masks(file, Path(out), layout=cast(Layout, layout), names=names, listener=tell)
+            count = export_masks(file, out, layout=cast(Layout, layout), names=names, listener=tell)
             what = plural(count, "mask")
     if not given["quiet"]:
         warn(missing)
@@ -157,8 +157,7 @@ def combine(
             expected="one of --union, --intersect and --minus",
             found=" and ".join(f"--{name}" for name in chosen) or None,
         )
-    from ckptdiff.overlap.combine import Operation
-    from ckptdiff.overlap.combine import combine as combine_masks
+    from ckptdiff.overlap import Operation, combine_masks
 
     with show_progress(shown=progress, quiet=quiet, verbose=verbose) as tell:
         diff = combine_masks(cast(Operation, chosen[0]), runs, out, force=force, listener=tell)

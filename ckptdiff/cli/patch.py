@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
@@ -45,10 +44,10 @@ def apply(base: str, patch: str, out: str, **given: Any) -> int:
 
     PATCH is what ckptdiff mask export --layout patch wrote. OUT must not exist; other files of BASE are not copied.
     """
-    from ckptdiff.exports.apply import apply_patch
+    from ckptdiff.exports import apply_patch
 
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
-        made = apply_patch(base, patch, Path(out), force=given["force"], listener=tell)
+        made = apply_patch(base, patch, out, force=given["force"], listener=tell)
     if given["quiet"]:
         return OK
     warn(made.warnings)

@@ -1,4 +1,4 @@
-"""What the commands and main() tell each other."""
+"""Carry what the commands and main() tell each other."""
 
 from __future__ import annotations
 

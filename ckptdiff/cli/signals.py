@@ -1,4 +1,4 @@
-"""Signals that end the program: raised as exceptions where it stands, so that temporary files go away.
+"""Turn signals that end the program into exceptions where it stands, so that temporary files go away.
 
 Inside the standard library's code for threads and processes they wait a moment: an exception there would leave a lock
 closed, for which someone then waits for ever, or a thread that nobody waits for.

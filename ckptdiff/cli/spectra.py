@@ -38,7 +38,7 @@ def spectra() -> None:
 def add(run: str, **given: Any) -> int:
     """Measure the spectra of the checkpoints that RUN.h5 compared, and add them to it."""
     from ckptdiff.options import SpectraOptions
-    from ckptdiff.spectra.existing import add_spectra
+    from ckptdiff.spectra import add_spectra
 
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
         add_spectra(

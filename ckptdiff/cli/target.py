@@ -1,4 +1,4 @@
-"""Where a report goes: stdout, or a file that takes its name only when it is whole."""
+"""Choose where a report goes: stdout, or a file that takes its name only when it is whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of every command that prints a diff, and the printing itself."""
+"""Define the options of every command that prints a diff, and print it."""
 
 from __future__ import annotations
 

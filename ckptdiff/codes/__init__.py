@@ -1,1 +1,1 @@
-"""Codes of numbers, as every compiled loop needs them: their bits, their values, and how they are read from a file."""
+"""Handle codes of numbers in compiled loops: their bits, their values, and how they are read from a file."""

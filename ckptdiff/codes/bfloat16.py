@@ -1,4 +1,4 @@
-"""Bfloat16 codes to and from those of float32, one at a time."""
+"""Convert bfloat16 codes to those of float32 and back, one at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bit tricks that Numba lacks: sixty-four flags to a word, lowest and highest set bit, bits of a float.
+"""Do bit tricks that Numba lacks: sixty-four flags to a word, lowest and highest set bit, bits of a float.
 
 Each is portable LLVM IR, so the same source becomes one or two instructions with AVX-512, a few with AVX2 or NEON.
 """
@@ -19,7 +19,7 @@ _FLAGS = 64
 
 @intrinsic
 def pack64(typing: Any, flags: Any, start: Any) -> Any:
-    """Word whose bit k is set where the byte ``flags[start + k]`` is not zero."""
+    """Word whose bit k is set where the byte ``flags[start + k]`` is not zero; flags of shape (start + 64,) or more."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array = make_array(signature.args[0])(context, builder, args[0])
@@ -34,7 +34,7 @@ def pack64(typing: Any, flags: Any, start: Any) -> Any:
 
 @intrinsic
 def unpack64(typing: Any, word: Any, flags: Any, start: Any) -> Any:
-    """Set the byte ``flags[start + k]`` to bit k of a word."""
+    """Set the byte ``flags[start + k]`` to bit k of a word; flags of shape (start + 64,) or more."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array = make_array(signature.args[1])(context, builder, args[1])

@@ -1,4 +1,4 @@
-"""Bytes into compiled code: a window on mapped memory, or reads of the file itself.
+"""Fetch bytes into compiled code: from a window on mapped memory, or by reads of the file itself.
 
 Kernels read the file in pieces that stay in the cache of their core until they are measured, without going back to
 Python between them: its overhead would cost as much as the reads.
@@ -45,7 +45,7 @@ class Side(NamedTuple):
 
 @intrinsic
 def read_at(typing: Any, descriptor: Any, buffer: Any, start: Any, size: Any, offset: Any) -> Any:
-    """POSIX pread into a uint8 array from its byte ``start`` on; also into arrays that Numba takes for read-only."""
+    """POSIX pread into a uint8 array, shape (bytes,), from byte ``start`` on; also if Numba takes it for read-only."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer, word = ir.IntType(8).as_pointer(), ir.IntType(64)

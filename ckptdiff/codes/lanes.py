@@ -1,4 +1,4 @@
-"""Sixty-four codes in registers, for loops that a compiler would not keep there by itself.
+"""Keep sixty-four codes in registers, for loops that a compiler would not keep there by itself.
 
 Each step is portable LLVM IR on wide vectors, so the same source becomes a few instructions with AVX-512, twice as many
 with AVX2, and more with NEON. Loops over them are plain Python for Numba.
@@ -92,7 +92,7 @@ def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
 
 @intrinsic
 def load_codes(typing: Any, codes: Any, row: Any, start: Any) -> Any:
-    """Codes ``start`` to ``start + 63`` of a row of an array."""
+    """Codes ``start`` to ``start + 63`` of a row of an array, shape (rows, n)."""
     loaded = Codes(codes.dtype.bitwidth)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -142,7 +142,7 @@ def changed_lanes(typing: Any, left: Any, right: Any, magnitude: Any) -> Any:
 def pack_lanes(typing: Any, codes: Any, word: Any, packed: Any, at: Any) -> Any:
     """Write the codes whose bit in ``word`` is set to ``packed[at:]``, side by side, and anything into what follows.
 
-    Up to 64 entries from ``at`` on are overwritten.
+    Up to 64 entries from ``at`` on are overwritten, of shape (at + 64,) or more.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -217,7 +217,7 @@ def _values(builder: Any, codes: Any) -> list[Any]:
 
 @intrinsic
 def add_squares(typing: Any, sums: Any, row: Any, base: Any, codes: Any) -> Any:
-    """Add squared differences to a row of ``SUMS`` sums: float32 of bfloat16 codes, float64 of wider ones."""
+    """Add squared differences to a row of shape (rows, SUMS): float32 of bfloat16 codes, float64 of wider ones."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array = make_array(signature.args[0])(context, builder, args[0])

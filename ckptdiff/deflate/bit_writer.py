@@ -1,4 +1,4 @@
-"""Bits into bytes, first bit lowest, for kernels: a code goes out with one store that no alignment binds."""
+"""Write bits into bytes, first bit lowest, from kernels: a code goes out with one store that no alignment binds."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def equal_before(_: Any, difference: Any) -> Any:
 
 @helper
 def put(out: Array, state: Bits, code: int, bits: int) -> Bits:
-    """Append up to 56 bits; up to eight bytes from the state's byte on are overwritten."""
+    """Append up to 56 bits to bytes, shape (n,); up to eight bytes from the state's byte on are overwritten."""
     pending, count, position = state
     pending |= np.uint64(code) << count
     store_word(out, position, pending)

@@ -1,4 +1,4 @@
-"""The checksum at the end of a zlib stream (RFC 1950, section 8.2)."""
+"""Compute the checksum at the end of a zlib stream (RFC 1950, section 8.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A deflate encoder for bit-packed masks: one block of Huffman codes and runs of one byte (RFC 1951, section 3.2.7).
+"""Encode bit-packed masks as deflate: one block of Huffman codes and runs of one byte (RFC 1951, section 3.2.7).
 
 Masks of updates hold few repeated strings, so the search for them, where zlib spends its time, is left out. What
 remains is several times faster than zlib with Z_RLE or Z_HUFFMAN_ONLY, and smaller: only runs that pay are coded as
@@ -167,6 +167,14 @@ def count_symbols(data: Array, spans: Array, counts: Array) -> int:
 
     Only runs of eight bytes or more are looked for, from the end of the last one on in steps of eight bytes: shorter
     ones would save nothing, as the code of a byte that often follows itself has one or two bits.
+
+    Parameters
+    ----------
+    data : uint8 array, shape (n,)
+    spans : int64 array, shape (n // 8 + 1, 2)
+        Receives start and stop of as many runs as are returned.
+    counts : int64 array, shape (symbols,)
+        Receives how often each symbol is written.
     """
     # Four tables, so that equal bytes in a row do not wait for each other's sums.
     tables = np.zeros((4, 256), np.int64)
@@ -224,7 +232,16 @@ def piece(left: int) -> int:
 
 @helper
 def header_symbols(costs: Array, symbols: Array, counts: Array) -> int:
-    """Code the code lengths: fills rows of symbol, extra bits and their value, and how often each symbol comes."""
+    """Code the code lengths: fills rows of symbol, extra bits and their value, and how often each symbol comes.
+
+    Parameters
+    ----------
+    costs : int64 array, shape (symbols,)
+    symbols : int64 array, shape (symbols + 1, 3)
+        Receives as many rows as are returned.
+    counts : int64 array, shape (19,)
+        Added to.
+    """
     last = used(costs)
     size, i = 0, 0
     while i <= last:
@@ -250,7 +267,16 @@ def header_symbols(costs: Array, symbols: Array, counts: Array) -> int:
 
 @helper
 def put_bytes(out: Array, state: Bits, data: Array, codes: Array, costs: Array) -> Bits:
-    """Append the codes of bytes, four at a time."""
+    """Append the codes of bytes, four at a time.
+
+    Parameters
+    ----------
+    out : uint8 array
+    state : Bits
+    data : uint8 array, shape (n,)
+    codes, costs : uint64 array, shape (symbols,)
+        Code of each byte, and its bits.
+    """
     pending, count, position = state
     for i in range(0, data.size - 3, 4):
         a, b, c, d = data[i], data[i + 1], data[i + 2], data[i + 3]
@@ -272,7 +298,7 @@ def put_bytes(out: Array, state: Bits, data: Array, codes: Array, costs: Array) 
 
 @helper
 def put_run(out: Array, state: Bits, left: int, codes: Array, costs: Array) -> Bits:
-    """Append the codes of a run; its distance, 1, is a zero bit."""
+    """Append the codes of a run, as in ``put_bytes``, shape (symbols,); its distance, 1, is a zero bit."""
     while left > 0:
         length = piece(left)
         symbol, extra, value = _RUNS[length, 0], _RUNS[length, 1], _RUNS[length, 2]

@@ -1,4 +1,4 @@
-"""Huffman codes as deflate wants them (RFC 1951, section 3.2.2)."""
+"""Make Huffman codes as deflate wants them (RFC 1951, section 3.2.2)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ Array: TypeAlias = NDArray[Any]
 
 @helper
 def code_lengths(counts: Array, longest: int, lengths: Array) -> None:
-    """Huffman code lengths of at least two symbols; codes that would be longer than `longest` are shortened."""
+    """Huffman code lengths of at least two symbols; codes that would be longer than `longest` are shortened.
+
+    Parameters
+    ----------
+    counts : int64 array, shape (symbols,)
+    longest : int
+    lengths : int64 array, shape (symbols,)
+        Receives the lengths; 0 for a symbol that does not occur.
+    """
     keys = np.empty(counts.size, np.int64)
     weights = np.empty(2 * counts.size, np.int64)
     parents = np.empty(2 * counts.size, np.int64)
@@ -64,7 +72,8 @@ def code_lengths(counts: Array, longest: int, lengths: Array) -> None:
 def sort_keys(counts: Array, keys: Array) -> int:
     """Sort the symbols in use by count, then by symbol, six bits of the count at a time; a key is a count and a symbol.
 
-    To compare counts would cost a misprediction at every other comparison.
+    To compare counts would cost a misprediction at every other comparison. Both arrays have shape (symbols,); of `keys`
+    the first entries, as many as are returned, are written.
     """
     found, largest = 0, 0
     for symbol in range(counts.size):

@@ -1,4 +1,4 @@
-"""Quick looks for repeated strings, to know when a search for them pays."""
+"""Look quickly for repeated strings, to know when a search for them pays."""
 
 from __future__ import annotations
 
@@ -75,7 +75,15 @@ def has_echoes(data: Array, spans: Array, runs: int) -> bool:
 
 @helper
 def costly_string(data: Array, costs: Array, place: int) -> tuple[int, int]:
-    """Start and stop of a string of 40 bits near a place, from a rare byte on; equal if there is none."""
+    """Start and stop of a string of 40 bits near a place, from a rare byte on; equal if there is none.
+
+    Parameters
+    ----------
+    data : uint8 array, shape (n,)
+    costs : int64 array, shape (symbols,)
+        Bits of each byte's code.
+    place : int
+    """
     start, best = place, 0
     for candidate in range(_CANDIDATES):
         # Odd steps, so that candidates fall on all columns of a matrix.

@@ -1,4 +1,4 @@
-"""A base and a sparse patch make a checkpoint: the base's files with some values set."""
+"""Make a checkpoint of a base and a sparse patch: the base's files with some values set."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Applied:
 def apply_patch(
     base: str | os.PathLike[str],
     patch: str | os.PathLike[str],
-    target: Path,
+    target: str | os.PathLike[str],
     *,
     force: bool = False,
     listener: Listener | None = None,
@@ -69,12 +69,16 @@ def apply_patch(
         A checkpoint, as `open_checkpoint` takes it.
     patch : path-like
         What `export_patch` wrote.
-    target : Path
+    target : path-like
         To be made: a file in ``.safetensors`` if the base is a single file, else a folder.
     force : bool
         Also take a base whose headers are not those of the base that the patch was made for.
     listener : callable, optional
         Told of the stage "patching", in bytes.
+
+    Returns
+    -------
+    Applied
 
     Raises
     ------
@@ -86,7 +90,21 @@ def apply_patch(
         Base or patch cannot be read, or change while they are read.
     RunFileError
         The target exists or cannot be written.
+
+    Examples
+    --------
+    >>> import ckptdiff
+    >>> from ckptdiff.exports import apply_patch, export_patch
+    >>> base, tuned = "fixtures/llama/base", "fixtures/llama/tuned"
+    >>> ckptdiff.diff(base, tuned, out="stored.h5", compare="stored", mask="bitwise").identical
+    False
+    >>> with ckptdiff.RunFile("stored.h5") as run:
+    ...     changed = export_patch(run, "whole.safetensors")
+    >>> made = apply_patch(base, "whole.safetensors", "patched")
+    >>> made.tensors == changed, ckptdiff.diff("patched", tuned, compare="stored").identical
+    (True, True)
     """
+    target = Path(target)
     checkpoint, found = open_checkpoint(base), open_patch(patch)
     single = checkpoint.index is None and not Path(base).is_dir()
     _require_name(target, single)

@@ -1,4 +1,4 @@
-"""Which tensors are weights of linear layers, as far as names and shapes tell: those that PEFT adapts."""
+"""Tell the weights of linear layers, which PEFT adapts, from other tensors, as far as names and shapes say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sparse patch: the tuned values of the masked coordinates."""
+"""Write a sparse patch: the tuned values of the masked coordinates."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PATCH_FORMAT = "ckptdiff-patch"
 
 def export_patch(
     run: RunFile,
-    target: Path,
+    target: str | os.PathLike[str],
     *,
     names: Sequence[str] = (),
     tuned: str | os.PathLike[str] | None = None,
@@ -44,12 +44,12 @@ def export_patch(
     that is enough, else int64, and ``NAME.values`` in the tuned side's dtype. With a bitwise mask of ``--compare
     stored``, ``base.view(-1)[indices] = values`` makes the tuned tensor of the base; masks of other rules leave smaller
     changes out. The metadata say which rule it was, and name both sides' shards with their sizes and header hashes.
-    `ckptdiff.exports.apply.apply_patch` applies it.
+    :func:`~ckptdiff.exports.apply_patch` applies it.
 
     Parameters
     ----------
     run : RunFile
-    target : Path
+    target : path-like
         A name in ``.safetensors``.
     names : sequence of str
         Tensor names or globs; none stands for all.
@@ -71,7 +71,16 @@ def export_patch(
         The tuned checkpoint is not what the run compared, by headers or by norms, or changes while it is read.
     RunFileError
         The run holds no masks or is damaged; the target cannot be written, or is there and no patch.
+
+    Examples
+    --------
+    >>> import ckptdiff
+    >>> from ckptdiff.exports import export_patch
+    >>> with ckptdiff.RunFile("run.h5") as run:
+    ...     export_patch(run, "patch.safetensors", names=["*.mlp.*"])
+    12
     """
+    target = Path(target)
     if target.suffix != ".safetensors":
         raise OptionError("unknown format of a patch", expected="a name in .safetensors", found=target)
     masks = [run.masks[name] for name in chosen_masks(run, names)]
@@ -94,7 +103,7 @@ def export_patch(
 
 
 def missing_from_patch(run: RunFile, names: Sequence[str] = ()) -> tuple[int, int, int]:
-    """What the tuned checkpoint holds beside the base and a patch of this run.
+    """Count what the tuned checkpoint holds beside the base and a patch of this run.
 
     Parameters
     ----------
@@ -110,6 +119,21 @@ def missing_from_patch(run: RunFile, names: Sequence[str] = ()) -> tuple[int, in
         Tensors that only the tuned side has, or has in another shape.
     retyped : int
         Changed tensors that the base stores in another dtype: `apply_patch` refuses them.
+
+    Raises
+    ------
+    OptionError
+        A name that no mask has.
+    RunFileError
+        The run holds no masks or is damaged.
+
+    Examples
+    --------
+    >>> import ckptdiff
+    >>> from ckptdiff.exports import missing_from_patch
+    >>> with ckptdiff.RunFile("run.h5") as run:
+    ...     missing_from_patch(run)
+    (4256, 0, 0)
     """
     diff, chosen = run.load(), set(chosen_masks(run, names))
     columns = diff.columns

@@ -1,4 +1,4 @@
-"""A sparse patch, read back: what it changes, and its indices and values piece by piece."""
+"""Read a sparse patch back: what it changes, and its indices and values piece by piece."""
 
 from __future__ import annotations
 

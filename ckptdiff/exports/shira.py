@@ -1,4 +1,4 @@
-"""A SHiRA adapter (Bhardwaj et al., arXiv 2406.13175) of the largest changes, for PEFT."""
+"""Write a SHiRA adapter (Bhardwaj et al., arXiv 2406.13175) of the largest changes, for PEFT."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from ckptdiff.figures.result import TensorFacts
 from ckptdiff.files.staged import StagedFile, write_whole
 from ckptdiff.files.staged_folder import StagedFolder
 from ckptdiff.measure.partial import BLOCK
+from ckptdiff.options import as_tuple
 from ckptdiff.runfile.identity import KnownNorm, checked_blocks, known_norms, open_side
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
@@ -37,7 +38,7 @@ _Side: TypeAlias = tuple[TensorInfo, KnownNorm | None]
 
 @dataclass(frozen=True, slots=True)
 class ShiraExport:
-    """What an adapter holds.
+    """An adapter that was written.
 
     Attributes
     ----------
@@ -64,7 +65,7 @@ class _Largest:
 
 def export_shira(
     run: RunFile,
-    target: Path,
+    target: str | os.PathLike[str],
     *,
     rank: int,
     names: Sequence[str] = (),
@@ -81,7 +82,7 @@ def export_shira(
     ----------
     run : RunFile
         It need not hold masks.
-    target : Path
+    target : path-like
         A folder to be made.
     rank : int
     names : sequence of str
@@ -90,6 +91,10 @@ def export_shira(
         Where the checkpoints are now; the norms of what is read must be those of the run.
     listener : callable, optional
         Told of the stage "exporting", in bytes that are read.
+
+    Returns
+    -------
+    ShiraExport
 
     Raises
     ------
@@ -101,8 +106,18 @@ def export_shira(
         A checkpoint is not what the run compared, by headers or by norms, or changes while it is read.
     RunFileError
         The run is damaged, or the target exists or cannot be written.
+
+    Examples
+    --------
+    >>> import ckptdiff
+    >>> from ckptdiff.exports import export_shira
+    >>> with ckptdiff.RunFile("run.h5") as run:
+    ...     export_shira(run, "shira", rank=2, names=["*.mlp.*"]).layers
+    12
     """
+    target = Path(target)
     diff = run.load()
+    names = as_tuple("names", names)
     chosen = _chosen(diff.tensors, names, run.path)
     for facts in chosen:
         _require_rank(facts, rank, run.path)

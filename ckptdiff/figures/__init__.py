@@ -1,1 +1,1 @@
-"""From rows of records to what is printed."""
+"""Make what is printed of the rows that were measured."""

@@ -1,4 +1,4 @@
-"""The catalogue: every stored column and every printed figure, one declarative row each.
+"""Declare every stored column and every printed figure, one row each.
 
 A *column* is what the run file stores per tensor: integer counts and the few floats that groups can be made from.
 A *figure* is what is printed, for one tensor or for any group of them; it is computed from columns by one small

@@ -1,4 +1,4 @@
-"""From records of whole tensors to the columns and histograms of the run file."""
+"""Make the columns and histograms of the run file of the records of whole tensors."""
 
 from __future__ import annotations
 

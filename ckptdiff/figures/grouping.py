@@ -1,4 +1,4 @@
-"""Sums of per-tensor columns over groups of tensors.
+"""Sum per-tensor columns over groups of tensors.
 
 One tensor is a group of one, so the same functions of the catalogue give the figures of tensors, layers, module types
 and of the whole checkpoint.
@@ -73,7 +73,7 @@ class Grouping:
 
     @staticmethod
     def ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
-        """Quotient, NaN where the denominator is zero or beyond float64."""
+        """Quotient, NaN where the denominator is zero or beyond float64; all three of one shape."""
         undefined = np.full(np.shape(numerator), np.nan)
         known = (denominator != 0) & np.isfinite(denominator)
         quotient: FloatArray = np.divide(numerator, denominator, out=undefined, where=known)

@@ -1,4 +1,4 @@
-"""What a row of figures can stand for, and which tensors belong to it. Standard library only."""
+"""Say what a row of figures can stand for, and which tensors belong to it. Standard library only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Diff: the one in-memory result. The engine makes it, ``RunFile.load`` makes it, and reports take nothing else."""
+"""Hold a result in memory: the engine and ``RunFile.load`` make a :class:`Diff`, and reports take nothing else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,15 @@ SIDES: tuple[Side, Side] = ("base", "tuned")
 
 @dataclass(frozen=True, slots=True)
 class TensorFacts:
-    """What is known of a compared tensor before its data is read."""
+    """Facts of a compared tensor that are known before its data is read.
+
+    Examples
+    --------
+    >>> import ckptdiff
+    >>> facts = ckptdiff.diff("fixtures/llama/base", "fixtures/llama/tuned").tensors[0]
+    >>> facts.name, facts.compare
+    ('model.embed_tokens.weight', 'bf16')
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -73,6 +81,17 @@ class Diff:
         "bf16" or "stored".
     mask_rule : str
         Such as "abs:1e-05", or "none".
+
+    Examples
+    --------
+    >>> import ckptdiff
+    >>> found = ckptdiff.diff("fixtures/llama/base", "fixtures/llama/tuned")
+    >>> found.identical, found.counts["matched"]
+    (False, 39)
+    >>> found.overall["unchanged_abs"]["1e-05"] > found.overall["unchanged_bitwise"]
+    True
+    >>> [row["module_type"] for row in found.grouped("module")][:2]
+    ['embed_tokens', 'norm']
     """
 
     tensors: tuple[TensorFacts, ...]
@@ -159,11 +178,23 @@ class Diff:
         return [{**found, "spectral": self.spectra.tensor(row)} for row, found in zip(rows, figures, strict=True)]
 
     def values(self, figure: Figure, parameter: float | None) -> NDArray[np.float64]:
-        """One figure of every tensor, NaN where undefined, shape (len(tensors),)."""
+        """One figure of every tensor, NaN where undefined, shape (len(tensors),).
+
+        Parameters
+        ----------
+        figure : Figure
+            A row of :data:`~ckptdiff.figures.catalogue.FIGURES`.
+        parameter : float or None
+            Which of its parameters; None for a figure without any.
+        """
         return values_of(self._grouping(np.arange(len(self.tensors)), len(self.tensors), None), figure, parameter)
 
     def grouped(self, by: GroupBy) -> list[dict[str, Any]]:
         """Figures by layer, module type, block, tower or user group.
+
+        Parameters
+        ----------
+        by : {"module", "layer", "block", "tower", "group"}
 
         Returns
         -------

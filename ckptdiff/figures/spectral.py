@@ -1,4 +1,4 @@
-"""The spectral figures: one declarative row each, and the columns of a run as one table.
+"""Declare the spectral figures, one row each, and hold those of a run as one table.
 
 Unlike the figures of coordinates they cannot be added up over a group: groups have the unweighted median over their
 native matrices with a nonzero delta, as the papers' tables do. Sources as in :mod:`ckptdiff.figures.catalogue`; RV is

@@ -1,1 +1,1 @@
-"""Files and folders that take their name when they are complete."""
+"""Make files and folders that take their name when they are complete."""

@@ -1,4 +1,4 @@
-"""Hidden names beside a target, for what is not complete; those that a killed process left are removed."""
+"""Hide what is not complete under names beside its target, and remove what a killed process left there."""
 
 from __future__ import annotations
 

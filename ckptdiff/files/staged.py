@@ -1,4 +1,4 @@
-"""A file that takes its name only when it is complete."""
+"""Give a file its name only when it is complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder that takes its name only when all its files are complete."""
+"""Give a folder its name only when all its files are complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Principal angles between the leading singular subspaces of the base and of the tuned side.
+"""Compute principal angles between the leading singular subspaces of the base and of the tuned side.
 
 Cosines come from the product of the bases, sines from what of one basis is outside the other: an arccos alone is noise
 below 1e-8 (Björck and Golub 1973).

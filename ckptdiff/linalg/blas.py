@@ -1,4 +1,4 @@
-"""The BLAS and LAPACK routines of SciPy, called so that other Python threads run meanwhile.
+"""Call the BLAS and LAPACK routines of SciPy so that other Python threads run meanwhile.
 
 SciPy's own functions hold the interpreter's lock while they compute, which would leave one matrix at a time. The
 routines behind them are published for compiled callers (`scipy.linalg.cython_blas`, `cython_lapack`) and are called

@@ -1,4 +1,4 @@
-"""Every singular value of a matrix, from its float64 Gram matrix and one more pass for the small ones.
+"""Find every singular value of a matrix, from its float64 Gram matrix and one more pass for the small ones.
 
 Eigenvalues of a Gram matrix carry an error of c eps lambda_1, so singular values near zero are only good to
 3e-8 s_1. Where an eigenvalue is below 1e-6 lambda_1, its eigenvector is taken, and the singular values of A times

@@ -1,4 +1,4 @@
-"""Leading singular values of an update by a seeded block Krylov method, with a bound on what it may have missed.
+"""Find leading singular values of an update by a seeded block Krylov method, and bound what it may have missed.
 
 Updates have flat spectra: plain randomized projection is tens of percent off, and subspace iteration still misses
 the 64th singular value by a tenth (Halko, Martinsson, Tropp 2011 describe both). A block Krylov space keeps every

@@ -1,4 +1,4 @@
-"""How much of an update lies in the principal subspaces of its base, and on the base's principal entries.
+"""Measure how much of an update lies in the principal subspaces of its base, and on its principal entries.
 
 The principal subspaces are spanned by the top singular vectors of W0. They come from the Gram matrix of the short side
 and a partial eigendecomposition: randomized rank-k subspaces would leave the energies off by up to several percent.

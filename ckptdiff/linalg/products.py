@@ -1,4 +1,4 @@
-"""Matrix products, cut into parts that the threads of a matrix share.
+"""Multiply matrices, cut into parts that the threads of a matrix share.
 
 The parts depend on the sizes alone, so that no digit depends on the number of threads.
 """

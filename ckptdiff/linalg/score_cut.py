@@ -1,4 +1,4 @@
-"""The largest entries of a score that is computed panel by panel: what they cover, without keeping any.
+"""Find what the largest entries of a score cover that is computed panel by panel, without keeping any.
 
 Scores are counted by their float32 code in a window around the expected cut. Where the window missed, or the bin of the
 cut holds so many changed entries that their order in it matters, the window zooms and the pass is made again.

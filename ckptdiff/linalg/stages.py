@@ -1,4 +1,4 @@
-"""A pair of matrices as a sequence of panels, and computations that share the passes over it.
+"""Share the passes over a pair of matrices, a sequence of panels, among several computations.
 
 Every matrix is seen tall: ``long`` by ``short``. A stored matrix that is wide comes transposed, which changes neither
 its singular values nor any figure that counts entries; left and right singular vectors trade places.

@@ -1,4 +1,4 @@
-"""The first pass over a pair: norms, changed entries, and where the smallest base weights end."""
+"""Make the first pass over a pair: norms, changed entries, and where the smallest base weights end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Symmetric matrices: Gram matrices, and their eigenpairs."""
+"""Make Gram matrices, and find their eigenpairs."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def eigenpairs_work(n: int, count: int, itemsize: int) -> float:
 
 
 def solve_lower(factor: Array, right: Array) -> Array:
-    """Solve ``factor @ x = right`` for a lower triangular factor."""
+    """Solve ``factor @ x = right``, shape (n, k), for a lower triangular factor, shape (n, n)."""
     if array_module(factor) is not np:
         from cupyx.scipy.linalg import solve_triangular
 

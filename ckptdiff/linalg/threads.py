@@ -1,4 +1,4 @@
-"""How many threads one matrix takes.
+"""Share the products of one matrix among the threads that it may take.
 
 BLAS is kept to one thread. Products are cut into parts that depend on the matrices alone, and threads of our own share
 the parts. So no digit depends on the number of threads, as it does where BLAS cuts; several matrices can be measured at

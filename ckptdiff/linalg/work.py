@@ -1,4 +1,4 @@
-"""How much of a long computation is done, counted while it runs.
+"""Count how much of a long computation is done, while it runs.
 
 Work is counted in multiply-adds of float32 in a large product; all else is worth as many as take the same time. What
 a matrix will take is known from its sizes beforehand, up to what its values decide: a Krylov space that is complete

@@ -1,4 +1,4 @@
-"""The files of an adapter as PEFT reads it: adapter_config.json and adapter_model.safetensors."""
+"""Write the files of an adapter as PEFT reads it: adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""From two checkpoints to an adapter, one tensor at a time."""
+"""Make an adapter of two checkpoints, one tensor at a time."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ import numpy as np
 
 from ckptdiff.checkpoint import Kind, TensorInfo, TensorPair
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
-from ckptdiff.errors import PairingError
+from ckptdiff.errors import OptionError, PairingError
 from ckptdiff.events import Listener, Note, ignore, stage
 from ckptdiff.exports.linear_layers import refusal
 from ckptdiff.figures.result import Diff
@@ -89,9 +90,9 @@ class Extraction:
 
 
 def extract_lora(
-    base: str,
-    tuned: str,
-    folder: Path,
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
     *,
     rank: int,
     energy: float | None = None,
@@ -105,14 +106,14 @@ def extract_lora(
 
     Parameters
     ----------
-    base, tuned : str
-        Paths of the checkpoints.
-    folder : Path
+    base, tuned : path-like
+        The checkpoints.
+    folder : path-like
         To be made.
     rank : int
-        Of the factors; the largest one if `energy` is given.
+        Of the factors, 1 to 4096; the largest one if `energy` is given.
     energy : float, optional
-        Share of each tensor's energy to keep.
+        Share of each tensor's energy to keep, above 0 and at most 1.
     seed : int
         Of the randomized SVD.
     options : Options, optional
@@ -121,11 +122,33 @@ def extract_lora(
         Called with every event of the comparison, of the stages "factors" and "writing", and with a `Note` for each
         tensor that changed.
 
+    Returns
+    -------
+    Extraction
+
     Raises
     ------
-    CkptdiffError
-        If an input cannot be used, nothing changed that an adapter can hold, the folder exists, or SciPy is missing.
+    OptionError
+        If `rank` or `energy` is out of range, or SciPy is missing.
+    CheckpointError
+        If a checkpoint cannot be read, or changes while it is read.
+    PairingError
+        If nothing changed that an adapter can hold.
+    RunFileError
+        If the folder exists or cannot be written.
+
+    Examples
+    --------
+    >>> from ckptdiff.lora import extract_lora
+    >>> made = extract_lora("fixtures/llama/base", "fixtures/llama/tuned", "adapter", rank=4)
+    >>> [(tensor.shape, tensor.rank) for tensor in made.tensors if "layers.0.mlp.up" in tensor.name]
+    [((128, 64), 4)]
     """
+    if not 1 <= rank <= 4096:
+        raise OptionError("rank out of range", expected="1 to 4096", found=rank)
+    if energy is not None and not 0 < energy <= 1:
+        raise OptionError("energy out of range", expected="above 0, at most 1", found=energy)
+    base, tuned, folder = os.fspath(base), os.fspath(tuned), Path(folder)
     require_scipy()
     options = replace(options or Options(), compare="stored", mask=MaskRule("none"), spectra=None)
     check_new(folder)

@@ -1,4 +1,4 @@
-"""The best low-rank factors of a streamed update."""
+"""Find the best low-rank factors of a streamed update."""
 
 from __future__ import annotations
 

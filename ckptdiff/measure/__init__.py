@@ -1,1 +1,1 @@
-"""From the bytes of a tensor pair to one row of figures, on a processor or a GPU."""
+"""Measure a tensor pair: from its bytes to one row of figures, on a processor or a GPU."""

@@ -1,4 +1,4 @@
-"""What every backend can do."""
+"""Define what every backend can do."""
 
 from __future__ import annotations
 
@@ -37,4 +37,26 @@ class Batching(Protocol):
         wanted: Wanted,
         records: Records,
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
-        """Measure whole tensors from their files; returns how many, their mask bits, and where those of each start."""
+        """Measure whole tensors from their files, of at most a block each.
+
+        Parameters
+        ----------
+        scan : Scan
+        places : int64 array, shape (k, 6)
+            Of each tensor: descriptor and offset of the base, of the tuned side, coordinates, and its first word of
+            mask.
+        ranks : pair of int64 array, shapes (k, percentages) and (k, fractions)
+            Sizes of the sets of largest |d|, and of smallest weights.
+        wanted : Wanted
+        records : Records
+            k rows that receive the figures.
+
+        Returns
+        -------
+        int
+            How many were measured: less than all if one could not be read.
+        uint8 array
+            Their mask bits.
+        int64 array, shape (k,)
+            Where those of each start.
+        """

@@ -1,4 +1,4 @@
-"""Integer, boolean and opaque dtypes, of which only bit equality is measured."""
+"""Measure integer, boolean and opaque dtypes, of which only bit equality counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CPU backend: Numba kernels that run without the GIL, one :class:`CpuWorker` per thread."""
+"""Measure on the processor: Numba kernels that run without the GIL, one :class:`CpuWorker` per thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cuts in |d|: the k-th largest value, and the energy of the k largest, exactly.
+"""Find cuts in |d|: the k-th largest value, and the energy of the k largest, exactly.
 
 A scan leaves |d| in bins of its leading 15 bits. The bin that holds a cut is resolved at once if all its values are
 equal, as they usually are between bfloat16 sides, and by further passes if not.

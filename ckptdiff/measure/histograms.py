@@ -1,4 +1,4 @@
-"""Histograms of a tensor by power of two: what the run file stores beside the columns."""
+"""Make histograms of a tensor by power of two: what the run file stores beside the columns."""
 
 from __future__ import annotations
 

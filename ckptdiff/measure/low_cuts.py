@@ -1,4 +1,4 @@
-"""Cuts in |W0|: the k smallest weights, and the expected number of changed coordinates among them."""
+"""Find cuts in |W0|: the k smallest weights, and the expected number of changed coordinates among them."""
 
 from __future__ import annotations
 

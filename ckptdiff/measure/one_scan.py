@@ -1,4 +1,4 @@
-"""Small tensors that one scan can measure to the end, without a measurement of their own."""
+"""Pick the small tensors that one scan can measure to the end, without a measurement of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Partial: the one record that every backend returns for a run of blocks of one tensor pair.
+"""Define the one record that every backend returns for a run of blocks of one tensor pair.
 
 All of it but ``sums`` is integers, so partials can be added in any order; ``sums`` keeps one row per block of 2**20
 coordinates, and rows are added in block order. Hence no figure depends on how a tensor was cut, or on how many threads

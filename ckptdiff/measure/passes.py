@@ -1,4 +1,4 @@
-"""One tensor pair from its first scan to its columns, pass by pass.
+"""Take one tensor pair from its first scan to its columns, pass by pass.
 
 Most tensors need one pass. More follow where a cut falls inside a bin of unequal values, or where the mask rule needs
 a figure of the whole tensor first (``rel``: RMS(W0), ``top``: the cut in |d|). A measurement says what the next pass

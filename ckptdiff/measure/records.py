@@ -1,4 +1,4 @@
-"""What is known of whole tensors, a row each: what the columns of the run file are made of."""
+"""Hold what is known of whole tensors, a row each: what the columns of the run file are made of."""
 
 from __future__ import annotations
 

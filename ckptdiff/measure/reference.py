@@ -1,4 +1,4 @@
-"""The reference backend: NumPy, written for clarity, one array operation a line. It is the oracle of the others."""
+"""Measure with NumPy, written for clarity, one array operation a line: the oracle of the other backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The null of ``low_coverage``: a Gaussian update of the same support, rounded to the grid of the compare dtype.
+"""Fit the null of ``low_coverage``: a Gaussian update of the same support, rounded to the grid of the compare dtype.
 
 Small weights lie on a finer grid, so rounding alone makes any update "fall near zero". With N_h weights of magnitude
 code h, gaps up_h and dn_h to half-way of its neighbours and a step N(0, sigma^2), a weight moves with chance

@@ -1,4 +1,4 @@
-"""Does this machine compute what it should? A backend's answer to small pairs, beside that of the reference."""
+"""Check that this machine computes what it should: a backend's answer to small pairs, beside the reference's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a backend is given to read: the bytes of both sides of consecutive blocks of one tensor pair."""
+"""Define what a backend is given to read: the bytes of both sides of consecutive blocks of one tensor pair."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class InMemory:
 
     Parameters
     ----------
-    base, tuned : uint8 array
+    base, tuned : uint8 array, shape (bytes,)
     numel : int
         How many coordinates they hold.
     """

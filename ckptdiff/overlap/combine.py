@@ -1,4 +1,4 @@
-"""Run files whose masks are the union, the intersection or the difference of others."""
+"""Write run files whose masks are the union, the intersection or the difference of others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ckptdiff.errors import MaskError, OptionError
 from ckptdiff.events import Listener, Stage, ignore, stage
 from ckptdiff.figures.result import Diff
-from ckptdiff.options import MaskRule
+from ckptdiff.options import MaskRule, as_tuple
 from ckptdiff.overlap.count import common_tensors
 from ckptdiff.run.warm_up import Uses, load
 from ckptdiff.runfile.compress import compress_chunk
@@ -27,13 +27,13 @@ from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes, mask_chunks
 from ckptdiff.runfile.target import check_target
 from ckptdiff.runfile.writer import RunFileWriter
 
-__all__ = ["Operation", "combine"]
+__all__ = ["Operation", "combine_masks"]
 
 Operation: TypeAlias = Literal["union", "intersect", "minus"]
 Bits: TypeAlias = NDArray[np.uint8]
 
 
-def combine(
+def combine_masks(
     operation: Operation,
     paths: Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
@@ -52,6 +52,7 @@ def combine(
     paths : sequence of path-like
         Two or more run files, of the same tensors.
     out : path-like
+        The run file to write.
     force : bool
         Also combine runs of different bases.
     listener : callable, optional
@@ -65,12 +66,20 @@ def combine(
     Raises
     ------
     OptionError
-        An unknown operation, or fewer than two runs.
+        An unknown operation, fewer than two runs, or a single string for several.
     MaskError
         Runs of different bases, unless forced, or of different tensors.
     RunFileError
         A run without masks, one that cannot be read, or an output that cannot be written.
+
+    Examples
+    --------
+    >>> from ckptdiff.overlap import combine_masks
+    >>> both = combine_masks("minus", ["run.h5", "run.h5"], "none.h5")
+    >>> both.mask_rule, int(both.columns["changed"].sum())
+    ('combined', 0)
     """
+    paths = as_tuple("paths", paths)
     if operation not in get_args(Operation) or len(paths) < 2:
         raise OptionError(
             "masks cannot be combined so",

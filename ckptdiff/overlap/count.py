@@ -1,4 +1,4 @@
-"""Counting what masks have in common, piece by piece."""
+"""Count the coordinates that masks have in common, piece by piece."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ckptdiff.figures.result import Diff, TensorFacts
 from ckptdiff.formats import stored_format
 from ckptdiff.in_order import Task, in_order
 from ckptdiff.measure.partial import BLOCK
-from ckptdiff.options import check_threads, default_threads
+from ckptdiff.options import as_tuple, check_threads, default_threads
 from ckptdiff.overlap.figures import Overlap, PairCounts
 from ckptdiff.runfile.identity import KnownNorm, checked_blocks, known_norms, open_side, require_same_base
 from ckptdiff.runfile.mask import Mask, population
@@ -68,14 +68,23 @@ def overlap(
     Raises
     ------
     OptionError
-        Fewer than two runs, or a number of threads out of range.
+        Fewer than two runs, a single string for several, or a number of threads out of range.
     MaskError
         Runs of different bases, unless forced, or of different shapes, or without a common tensor.
     RunFileError
         A run file without masks, or one that cannot be read.
     CheckpointError
         `base` is not the base of the first run: its shards have other headers, or a tensor another norm.
+
+    Examples
+    --------
+    >>> from ckptdiff.overlap import overlap
+    >>> found = overlap(["run.h5", "run.h5"])
+    >>> (pair,) = found.pairs
+    >>> found.overall(pair)["jaccard"]
+    1.0
     """
+    paths = as_tuple("paths", paths)
     if len(paths) < 2:
         raise OptionError("an overlap needs two run files or more", found=len(paths))
     check_threads(threads)

@@ -1,4 +1,4 @@
-"""Figures of an overlap: shares, and what three kinds of chance would give (S1, S2, S3)."""
+"""Make the figures of an overlap: shares, and what three kinds of chance would give (S1, S2, S3)."""
 
 from __future__ import annotations
 
@@ -59,6 +59,13 @@ class Overlap:
     pairs : tuple of PairCounts
         In the order (0, 1), (0, 2), ..., (1, 2), ...
     warnings : tuple of str
+
+    Examples
+    --------
+    >>> from ckptdiff.overlap import overlap
+    >>> found = overlap(["run.h5", "run.h5"])
+    >>> [(row["block"], row["o1"]) for row in found.grouped(found.pairs[0], "block")][:2]
+    [('embedding', 1.0), ('norm', None)]
     """
 
     runs: tuple[str, ...]
@@ -68,11 +75,11 @@ class Overlap:
     warnings: tuple[str, ...] = ()
 
     def overall(self, pair: PairCounts) -> dict[str, Any]:
-        """Figures over all floating tensors."""
+        """Figures of a pair over all floating tensors: counts, then :data:`FIGURES`, None where a mask is empty."""
         return self._row(pair, self._valued())
 
     def grouped(self, pair: PairCounts, by: str) -> list[dict[str, Any]]:
-        """Figures by "tensor", "module", "layer", "block", "tower" or "group", each row with its label.
+        """Figures of a pair by "tensor", "module", "layer", "block", "tower" or "group", each row with its label.
 
         Groups are of floating tensors, in order of first appearance, layers in order of their number. "group" are the
         user's own, as the first run has them; a tensor may be in several.

@@ -1,4 +1,4 @@
-"""The output contract: a diff as one object of plain JSON values."""
+"""Make the output contract of a diff: one object of plain JSON values."""
 
 from __future__ import annotations
 

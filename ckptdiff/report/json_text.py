@@ -1,4 +1,4 @@
-"""JSON text that every parser reads. Standard library only."""
+"""Spell JSON text that every parser reads. Standard library only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the titles of tables mean, for the columns that are shown, and which ones had no room."""
+"""Explain the titles of the columns that a table shows, and name those that had no room."""
 
 from __future__ import annotations
 

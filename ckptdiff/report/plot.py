@@ -1,4 +1,4 @@
-"""Plots in characters, for a terminal."""
+"""Draw plots in characters, for a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stream can show: its width, colours, and whether bars can be drawn; and text laid out for it."""
+"""Find out what a stream can show (its width, colours, bars), and lay out text for it."""
 
 from __future__ import annotations
 

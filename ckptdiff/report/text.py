@@ -1,4 +1,4 @@
-"""How names and numbers are spelled on a screen. Standard library only."""
+"""Spell names and numbers for a screen. Standard library only."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
 """Train just the changed subnetwork: masks of a run file as masks of a model's parameters (needs torch).
 
->>> from ckptdiff.retrain import MaskedAdamW, load_masks  # doctest: +SKIP
->>> masks = load_masks("run.h5", model)  # doctest: +SKIP
->>> optimizer = MaskedAdamW(model.parameters(), masks, lr=1e-5)  # doctest: +SKIP
+With `model` that of the checkpoints that the run compared:
+
+>>> from ckptdiff.retrain import MaskedAdamW, load_masks
+>>> masks = load_masks("run.h5", model)
+>>> optimizer = MaskedAdamW(model.parameters(), masks, lr=1e-5)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""AdamW on the masked coordinates."""
+"""Step as AdamW on the masked coordinates."""
 
 from __future__ import annotations
 
@@ -43,6 +43,14 @@ class MaskedAdamW(MaskedOptimizer):
         A number out of range.
     MaskError
         Masks that do not fit.
+
+    Examples
+    --------
+    >>> from ckptdiff.retrain import MaskedAdamW, load_masks
+    >>> masks = load_masks("run.h5", model)
+    >>> optimizer = MaskedAdamW(model.parameters(), masks, lr=1e-5)
+    >>> sum(p.square().sum() for p in model.parameters()).backward()
+    >>> optimizer.step()
     """
 
     options = ("lr", "betas", "eps", "weight_decay")

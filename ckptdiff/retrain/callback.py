@@ -1,4 +1,4 @@
-"""The same guarantee inside transformers' ``Trainer``."""
+"""Train masked coordinates inside transformers' ``Trainer``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ class MaskCallback(TrainerCallback):  # type: ignore[misc]
 
     Examples
     --------
-    >>> Trainer(model, arguments, train_dataset=data, callbacks=[MaskCallback("run.h5")])  # doctest: +SKIP
+    >>> from ckptdiff.retrain import MaskCallback
+    >>> callback = MaskCallback("run.h5", change=lambda masks: masks.random(0))
+    >>> Trainer(model, arguments, train_dataset=data, callbacks=[callback])  # doctest: +SKIP
     """
 
     def __init__(

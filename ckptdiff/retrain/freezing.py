@@ -18,7 +18,14 @@ __all__ = ["Freezing", "freeze_outside", "mask_gradients"]
 
 
 class Freezing:
-    """Hooks that are in place until :meth:`remove`; also a context manager."""
+    """Hooks that are in place until :meth:`remove`; also a context manager.
+
+    Examples
+    --------
+    >>> from ckptdiff.retrain import load_masks, mask_gradients
+    >>> with mask_gradients(load_masks("run.h5", model)):
+    ...     sum(p.square().sum() for p in model.parameters()).backward()
+    """
 
     def __init__(self, hooks: list[Any]) -> None:
         self._hooks = hooks
@@ -47,6 +54,26 @@ def mask_gradients(masks: Mapping[Any, PackedMask]) -> Freezing:
     Parameters
     ----------
     masks : mapping of Parameter to PackedMask
+
+    Returns
+    -------
+    Freezing
+        Holds the hooks; its ``remove`` ends it.
+
+    Raises
+    ------
+    MaskError
+        A mask does not fit its parameter; while training, a sparse gradient of a parameter with a mask.
+
+    Examples
+    --------
+    >>> from ckptdiff.retrain import load_masks, mask_gradients
+    >>> masks = load_masks("run.h5", model)
+    >>> model.zero_grad()
+    >>> with mask_gradients(masks):
+    ...     sum(p.square().sum() for p in model.parameters()).backward()
+    >>> sum(int(p.grad.count_nonzero()) for p in model.parameters()) <= masks.count
+    True
     """
     hooks = [_gradient_hook(p, _Outside.of(p, masks)) for p in masks if p.requires_grad]
     return Freezing(hooks)
@@ -77,6 +104,15 @@ def freeze_outside(optimizer: torch.optim.Optimizer, masks: Mapping[Any, PackedM
     MaskError
         If no parameter of the optimizer has a masked coordinate, or a mask does not fit; while training, a sparse
         gradient of a parameter with a mask.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from ckptdiff.retrain import freeze_outside, load_masks
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, weight_decay=0.1)
+    >>> with freeze_outside(optimizer, load_masks("run.h5", model)):
+    ...     sum(p.square().sum() for p in model.parameters()).backward()
+    ...     optimizer.step()
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     counts = [_fitting(parameter, masks).count for parameter in parameters if parameter in masks]

@@ -1,4 +1,4 @@
-"""From a run file and a model to the masks of its parameters."""
+"""Load the masks of a run file for the parameters of a model."""
 
 from __future__ import annotations
 
@@ -68,6 +68,13 @@ def load_masks(
         `names` is neither side.
     RunFileError
         The run file cannot be read, or holds no masks.
+
+    Examples
+    --------
+    >>> from ckptdiff.retrain import load_masks
+    >>> masks = load_masks("run.h5", model)
+    >>> masks.report.complete
+    True
     """
     if not isinstance(run_file, RunFile):
         with RunFile(run_file) as run:

@@ -1,4 +1,4 @@
-"""What masked optimizers share: state on masked coordinates only, and everything else left alone."""
+"""Make optimizers masked: state on masked coordinates only, and everything else left alone."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         states: list[Any],
         fresh: list[bool],
     ) -> None:
-        """Torch's own step, on the gathered values of parameters and their states."""
+        """Torch's own step, on the gathered values, gradients and states of parameters, each of shape (masked,)."""
 
     def __getstate__(self) -> dict[str, Any]:
         """All that copy and pickle need; torch names but its own attributes."""

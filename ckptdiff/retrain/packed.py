@@ -1,4 +1,4 @@
-"""The mask of one parameter, one bit per coordinate. NumPy only."""
+"""Hold the mask of one parameter, one bit per coordinate. NumPy only."""
 
 from __future__ import annotations
 
@@ -28,6 +28,19 @@ class PackedMask:
         Shape of the parameter.
     bits : uint8 array, shape (ceil(numel / 8),)
         Row-major, least significant bit first; bits after the last coordinate are zero.
+
+    Raises
+    ------
+    ValueError
+        Bits of another dtype or number than the shape asks for.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from ckptdiff.retrain import PackedMask
+    >>> mask = PackedMask.of(np.eye(3, dtype=bool))
+    >>> mask.count, mask.inverted().count, mask.bits.size
+    (3, 6, 2)
     """
 
     shape: tuple[int, ...]

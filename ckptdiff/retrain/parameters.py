@@ -1,4 +1,4 @@
-"""The masks of a model's parameters, and what can be made of them."""
+"""Hold the masks of a model's parameters, and make others of them."""
 
 from __future__ import annotations
 
@@ -79,6 +79,15 @@ class ParameterMasks(Mapping[Parameter, PackedMask]):
     ------
     MaskError
         What is no packed mask, or one of another shape than its parameter.
+
+    Examples
+    --------
+    >>> from ckptdiff.retrain import load_masks
+    >>> masks = load_masks("run.h5", model)
+    >>> masks.random(0).count == masks.count, (masks - masks).count
+    (True, 0)
+    >>> len(masks.only("*.mlp.*"))
+    12
     """
 
     def __init__(

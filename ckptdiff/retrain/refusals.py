@@ -1,4 +1,4 @@
-"""What masked training cannot do, said with the parameter's name."""
+"""Refuse what masked training cannot do, by the parameter's name."""
 
 from __future__ import annotations
 

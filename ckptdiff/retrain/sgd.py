@@ -1,4 +1,4 @@
-"""SGD on the masked coordinates."""
+"""Step as SGD on the masked coordinates."""
 
 from __future__ import annotations
 
@@ -36,6 +36,14 @@ class MaskedSGD(MaskedOptimizer):
         A number out of range.
     MaskError
         Masks that do not fit.
+
+    Examples
+    --------
+    >>> from ckptdiff.retrain import MaskedSGD, load_masks
+    >>> masks = load_masks("run.h5", model)
+    >>> optimizer = MaskedSGD(model.parameters(), masks, lr=1e-5)
+    >>> sum(p.square().sum() for p in model.parameters()).backward()
+    >>> optimizer.step()
     """
 
     options = ("lr", "momentum", "dampening", "weight_decay", "nesterov")

@@ -1,4 +1,4 @@
-"""The masked coordinates of one parameter, in the form in which its device reaches them quickly."""
+"""Hold the masked coordinates of one parameter in the form in which its device reaches them quickly."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One run: planned, fitted into memory, and spread over threads."""
+"""Do one run: planned, fitted into memory, and spread over threads."""

@@ -1,4 +1,4 @@
-"""Which backend measures, and what it needs."""
+"""Choose the backend that measures, and say what it needs."""
 
 from __future__ import annotations
 

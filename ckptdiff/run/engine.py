@@ -1,4 +1,4 @@
-"""The run: plan, stream, compute, merge, write. It emits events and knows no screen."""
+"""Run a comparison: plan, stream, compute, merge, write. It emits events and knows no screen."""
 
 from __future__ import annotations
 

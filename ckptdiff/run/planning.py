@@ -1,4 +1,4 @@
-"""From two paths to a plan: open, pair, choose what each pair is measured as, and fit it into memory."""
+"""Make a plan of two paths: open, pair, choose what each pair is measured as, and fit it into memory."""
 
 from __future__ import annotations
 

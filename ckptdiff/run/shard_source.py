@@ -1,4 +1,4 @@
-"""The bytes of consecutive blocks of a tensor pair, from its shards."""
+"""Read the bytes of consecutive blocks of a tensor pair from its shards."""
 
 from __future__ import annotations
 

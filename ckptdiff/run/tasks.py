@@ -1,4 +1,4 @@
-"""The plan: tensor pairs to tasks, and the memory they will take. Pure arithmetic; no file is opened here."""
+"""Cut tensor pairs into tasks, and project the memory they take. Pure arithmetic; no file is opened here."""
 
 from __future__ import annotations
 

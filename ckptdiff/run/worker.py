@@ -1,4 +1,4 @@
-"""What one thread does with a task: pass both sides through the backend, compress masks."""
+"""Do the tasks of one thread: pass both sides through the backend, and compress masks."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The run file: its HDF5 schema, its one writer, its reader, and the masks in it."""
+"""Read and write run files: their HDF5 schema, the one writer, the reader, and the masks in them."""

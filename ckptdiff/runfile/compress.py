@@ -1,4 +1,4 @@
-"""Compression of mask chunks: deflate, as HDF5's own filter reads it."""
+"""Compress mask chunks with deflate, as HDF5's own filter reads it."""
 
 from __future__ import annotations
 

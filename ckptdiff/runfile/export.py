@@ -1,8 +1,9 @@
-"""Masks for other programs: one safetensors or npz file, written tensor by tensor."""
+"""Write masks for other programs: one safetensors or npz file, tensor by tensor."""
 
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from ckptdiff.checkpoint.globs import names_of
 from ckptdiff.errors import OptionError, RunFileError
 from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.files.staged import StagedFile
+from ckptdiff.options import as_tuple
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import METADATA, Entry, is_safetensors_of, write_safetensors
@@ -33,7 +35,7 @@ _SAFETENSORS_DTYPE = {"bool": "BOOL", "uint8": "U8", "int32": "I32", "int64": "I
 
 def export_masks(
     run: RunFile,
-    target: Path,
+    target: str | os.PathLike[str],
     *,
     layout: Layout = "bool",
     names: Sequence[str] = (),
@@ -47,7 +49,7 @@ def export_masks(
     ----------
     run : RunFile
         Where the masks are.
-    target : Path
+    target : path-like
         What to write; its suffix says in which format. In an npz, names are escaped as in the run file.
     layout : {"bool", "packed", "flat", "coo"}
         Booleans of the tensor's shape; bits in row-major order, least significant first, as uint8 of
@@ -71,7 +73,16 @@ def export_masks(
         An unknown layout or suffix, or a name that no mask has.
     RunFileError
         The run holds no masks or is damaged; the target cannot be written, or is there and not such an export.
+
+    Examples
+    --------
+    >>> import ckptdiff
+    >>> from ckptdiff.exports import export_masks
+    >>> with ckptdiff.RunFile("run.h5") as run:
+    ...     export_masks(run, "masks.npz", layout="flat", names=["*.mlp.*"])
+    12
     """
+    target = Path(target)
     if layout not in get_args(Layout):
         raise OptionError("unknown layout", expected=", ".join(get_args(Layout)), found=layout)
     if target.suffix not in (".safetensors", ".npz"):
@@ -98,14 +109,20 @@ def export_masks(
 def chosen_masks(run: RunFile, names: Sequence[str]) -> list[str]:
     """Names of the masks that names and globs ask for; all of them if there are none.
 
+    Parameters
+    ----------
+    run : RunFile
+    names : sequence of str
+
     Raises
     ------
     OptionError
-        A name that no mask has.
+        A name that no mask has, or a single string for several.
     RunFileError
         The run holds no masks.
     """
     run.require_masks()
+    names = as_tuple("names", names)
     if not names:
         return list(run.masks)
     found = names_of(names, run.masks)

@@ -1,4 +1,4 @@
-"""The ``/histograms`` group, filled row by row."""
+"""Fill the ``/histograms`` group row by row."""
 
 from __future__ import annotations
 

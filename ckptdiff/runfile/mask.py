@@ -1,4 +1,4 @@
-"""Masks as a run file stores them."""
+"""Read the masks that a run file stores."""
 
 from __future__ import annotations
 
@@ -39,6 +39,14 @@ class Mask:
         Shape of the tensor.
     count : int
         Coordinates in the mask.
+
+    Examples
+    --------
+    >>> import ckptdiff
+    >>> with ckptdiff.RunFile("run.h5") as run:
+    ...     mask = run.masks["lm_head.weight"]
+    ...     mask.dense().shape == mask.shape, mask.flat().size == mask.count
+    (True, True)
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Reading run files."""
+"""Read run files: figures, histograms, spectra and masks."""
 
 from __future__ import annotations
 
@@ -48,6 +48,13 @@ class RunFile:
     RunFileError
         No such file, not HDF5, another HDF5 format, written by a newer ckptdiff, incomplete, or damaged. Every
         method raises it too where it meets damage.
+
+    Examples
+    --------
+    >>> import ckptdiff
+    >>> with ckptdiff.RunFile("run.h5") as run:
+    ...     print(run.load().mask_rule, len(run.masks))
+    abs:1e-05 39
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

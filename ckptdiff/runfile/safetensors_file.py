@@ -1,4 +1,4 @@
-"""Writing safetensors files piece by piece."""
+"""Write safetensors files piece by piece."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run file holds and what it is called there.
+"""Name everything that a run file holds, and say how it is stored.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Spectra in a run file: figures beside the other columns, and the singular values of every tensor."""
+"""Keep spectra in a run file: figures beside the other columns, and the singular values of every tensor."""
 
 from __future__ import annotations
 

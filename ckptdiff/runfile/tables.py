@@ -1,4 +1,4 @@
-"""The parts of a run file that are written at its end, and read first: columns, facts, provenance, lists."""
+"""Read and write the parts of a run file that come at its end: columns, facts, provenance, lists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of where a run file or an export is to go, before any work is done."""
+"""Check where a run file or an export is to go, before any work is done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a file holds, read as the type that it should be of: other programs may have written or damaged it."""
+"""Read what a file holds as the type that it should be of: other programs may have written or damaged it."""
 
 from __future__ import annotations
 

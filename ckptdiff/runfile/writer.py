@@ -1,4 +1,4 @@
-"""The one writer of run files."""
+"""Write run files; nothing else does."""
 
 from __future__ import annotations
 

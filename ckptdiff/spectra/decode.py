@@ -1,4 +1,4 @@
-"""Stored codes to the values they are compared as."""
+"""Decode stored codes to the values they are compared as."""
 
 from __future__ import annotations
 

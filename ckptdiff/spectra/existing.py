@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from ckptdiff.events import Listener, Stage, ignore, stage
 from ckptdiff.figures.result import Diff
 from ckptdiff.files.staged import StagedFile
 from ckptdiff.linalg.blas import require_scipy
-from ckptdiff.options import Compare, Options, SpectraOptions
+from ckptdiff.options import Compare, Options, SpectraMode, SpectraOptions, as_bytes, as_spectra
 from ckptdiff.runfile.identity import checked_blocks, known_norms, open_side
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.spectra_table import add_spectrum, write_spectra
@@ -28,13 +29,13 @@ _COPY = 1 << 22
 
 
 def add_spectra(
-    path: str,
-    spectra: SpectraOptions,
+    path: str | os.PathLike[str],
+    spectra: SpectraMode | SpectraOptions = "randomized",
     *,
-    base: str | None = None,
-    tuned: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    tuned: str | os.PathLike[str] | None = None,
     threads: int = 0,
-    max_memory: int = 0,
+    max_memory: str | int = 0,
     listener: Listener | None = None,
 ) -> Diff:
     """Measure the spectra of a run's checkpoints and add them to its run file.
@@ -43,15 +44,22 @@ def add_spectra(
 
     Parameters
     ----------
-    path : str
+    path : path-like
         The run file.
-    spectra : SpectraOptions
-    base, tuned : str, optional
+    spectra : {"randomized", "exact"} or SpectraOptions
+    base, tuned : path-like, optional
         Where the checkpoints are now, if they have moved: such a side is read once more, to compare its norms.
-    threads, max_memory : int
+    threads : int
         As in :class:`~ckptdiff.options.Options`.
+    max_memory : str or int
+        Likewise; also such as "2G".
     listener : callable, optional
         Called with the events of each stage: the run file is copied, a side that has moved is read, spectra.
+
+    Returns
+    -------
+    Diff
+        The run, with its spectra.
 
     Raises
     ------
@@ -60,11 +68,23 @@ def add_spectra(
     CheckpointError
         If the checkpoints are not those of the run, by headers or by norms.
     OptionError
-        If they do not pair as they did, or SciPy is missing.
+        If an option cannot be used, they do not pair as they did, or SciPy is missing.
+
+    Examples
+    --------
+    >>> import ckptdiff
+    >>> from ckptdiff.spectra import add_spectra
+    >>> before = ckptdiff.diff("fixtures/llama/base", "fixtures/llama/tuned", out="later.h5", include=["*up_proj*"])
+    >>> after = add_spectra("later.h5", "exact")
+    >>> round(after.median_2d["spectral"]["stable_rank"], 2)
+    7.45
     """
     require_scipy()
+    path, spectra = os.fspath(path), as_spectra(spectra)
     diff, pairs = _without_spectra(path, base, tuned)
-    options = Options(compare=cast(Compare, diff.compare), threads=threads, max_memory=max_memory, spectra=spectra)
+    options = Options(
+        compare=cast(Compare, diff.compare), threads=threads, max_memory=as_bytes(max_memory), spectra=spectra
+    )
     tell = listener or ignore
     with StagedFile(Path(path)) as staged:
         _copy(Path(path), staged, tell)
@@ -106,7 +126,9 @@ def _require_values(
                 told.more(block.nbytes, tensor.name)
 
 
-def _without_spectra(path: str, base: str | None, tuned: str | None) -> tuple[Diff, Sequence[TensorPair]]:
+def _without_spectra(
+    path: str, base: str | os.PathLike[str] | None, tuned: str | os.PathLike[str] | None
+) -> tuple[Diff, Sequence[TensorPair]]:
     """What a run file holds, and the tensor pairs of its checkpoints."""
     with RunFile(path) as run:
         diff = run.load()

@@ -1,4 +1,4 @@
-"""One matrix to measure: in which mode, what it may take of memory and threads, and where its panels come from."""
+"""Plan the measurement of one matrix: its mode, its share of memory and threads, and where its panels come from."""
 
 from __future__ import annotations
 

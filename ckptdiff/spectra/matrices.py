@@ -1,4 +1,4 @@
-"""Which matrices a tensor is made of."""
+"""List the matrices that a tensor is made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One matrix of a pair: which computations its mode takes, in which passes, and the figures they give."""
+"""Measure one matrix of a pair: choose the computations and passes of its mode, and make figures of what they give."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the spectra of a matrix take in memory. Arithmetic only."""
+"""Project the memory that the spectra of a matrix take. Arithmetic only."""
 
 from __future__ import annotations
 

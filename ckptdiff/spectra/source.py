@@ -1,4 +1,4 @@
-"""A matrix of a tensor pair as panels: decoded once if it fits into memory, else streamed in every pass."""
+"""Hand out a matrix of a tensor pair as panels: decoded once if it fits into memory, else streamed in every pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The spectral stage: every matrix of a plan, several at a time, after the coordinate pass."""
+"""Run the spectral stage: every matrix of a plan, several at a time, after the coordinate pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an update grew over the checkpoints of a training run."""
+"""Follow the growth of an update over the checkpoints of a training run."""
 
 from ckptdiff.track.file import load_track, save_track
 from ckptdiff.track.follow import track

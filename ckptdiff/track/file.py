@@ -1,4 +1,4 @@
-"""Track files (HDF5).
+"""Read and write track files (HDF5).
 
 ::
 
@@ -43,10 +43,21 @@ _COUNTED = tuple(flow.name.lower() for flow in Flow)
 def save_track(track: Track, target: str | os.PathLike[str]) -> None:
     """Write a track file; it takes its name when it is complete.
 
+    Parameters
+    ----------
+    track : Track
+    target : path-like
+        What is there is replaced.
+
     Raises
     ------
     RunFileError
         The disk is full, or the file cannot be written.
+
+    Examples
+    --------
+    >>> from ckptdiff.track import save_track, track
+    >>> save_track(track("fixtures/llama/base", ["fixtures/llama/tuned"]), "track.h5")
     """
     with StagedFile(Path(target)) as staged:
         with h5py.File(staged, "w") as file:
@@ -70,10 +81,26 @@ def save_track(track: Track, target: str | os.PathLike[str]) -> None:
 def load_track(path: str | os.PathLike[str]) -> Track:
     """Read a track file.
 
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    Track
+        Equal to what was written.
+
     Raises
     ------
     RunFileError
         No such file, not a track file, or damaged.
+
+    Examples
+    --------
+    >>> from ckptdiff.track import load_track, save_track, track
+    >>> save_track(track("fixtures/llama/base", ["fixtures/llama/tuned"]), "later.h5")
+    >>> load_track("later.h5").steps
+    ('fixtures/llama/tuned',)
     """
     try:
         file = h5py.File(path, "r", locking=False)

@@ -20,7 +20,7 @@ from ckptdiff.events import Listener, Stage, ignore, stage
 from ckptdiff.in_order import Task, in_order
 from ckptdiff.measure.kernels.tiles import facts_of
 from ckptdiff.measure.partial import BLOCK
-from ckptdiff.options import Compare, check_threads, default_threads
+from ckptdiff.options import Compare, as_tuple, check_threads, default_threads
 from ckptdiff.run.warm_up import Uses, load
 from ckptdiff.track.kernels.trajectory import Flow, Rooms, follow_spans, new_rooms
 from ckptdiff.track.plan import Followed, plan_track
@@ -86,12 +86,28 @@ def track(
         Told of the stages "looking for ties", if a step lacks a head of the base, "compiling", if kernels are
         missing, and "following", in bytes.
 
+    Returns
+    -------
+    Track
+
     Raises
     ------
-    CkptdiffError
-        A checkpoint that cannot be read, or changes; nothing to follow.
+    OptionError
+        No step, a single string for several, or a number of threads out of range.
+    CheckpointError
+        A checkpoint that cannot be read, or changes while it is read.
+    PairingError
+        A step that has no tensor of the base, or no floating tensor that all steps have.
+
+    Examples
+    --------
+    >>> from ckptdiff.track import track
+    >>> found = track("fixtures/llama/base", ["fixtures/llama/tuned", "fixtures/llama/base"], include=["lm_head*"])
+    >>> [(row["support"], row["reverted"]) for row in found.overall()]
+    [(3599, 0), (0, 3599)]
     """
     check_threads(threads)
+    steps, include, exclude = as_tuple("steps", steps), as_tuple("include", include), as_tuple("exclude", exclude)
     tell = listener or ignore
     plan = plan_track(base, steps, compare=compare, include=include, exclude=exclude, tell=tell)
     tensors = plan.tensors

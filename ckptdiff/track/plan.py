@@ -1,4 +1,4 @@
-"""Which tensors of a base and its later checkpoints can be followed, and how each is read."""
+"""Find the tensors of a base that can be followed through its later checkpoints, and how each is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Track: the growth of an update, by tensor and step."""
+"""Keep the growth of an update, by tensor and step: :class:`Track`."""
 
 from __future__ import annotations
 
@@ -52,6 +52,13 @@ class Track:
         Frobenius norms of W - W0.
     warnings : tuple of str
         What was left out.
+
+    Examples
+    --------
+    >>> from ckptdiff.track import track
+    >>> found = track("fixtures/llama/base", ["fixtures/llama/tuned"])
+    >>> [label["module_type"] for label, rows in found.grouped("module")][:2]
+    ['embed_tokens', 'norm']
     """
 
     base: str
@@ -65,7 +72,7 @@ class Track:
     warnings: tuple[str, ...] = ()
 
     def overall(self) -> list[dict[str, Any]]:
-        """Figures of all tensors together, one row per step."""
+        """Figures of all tensors together, a row of :data:`FIGURES` for each step; None where undefined."""
         return self._rows(range(len(self.names)))
 
     def grouped(self, by: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:

@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import ckptdiff
-from ckptdiff.claims.judge import _noise_energy, judge
+from ckptdiff.claims import judge_claims
+from ckptdiff.claims.judge import _noise_energy
 from ckptdiff.claims.published import COLUMNS, PUBLISHED, figures_of
 from ckptdiff.cli import claims, main
 
@@ -46,7 +47,7 @@ def diff_of(folder: Path, step: Any, seed: int = 0) -> ckptdiff.Diff:
 
 def outcomes(diff: ckptdiff.Diff) -> dict[str, str]:
     found = {}
-    for verdict in judge(diff):
+    for verdict in judge_claims(diff):
         (short,) = (short for short in CLAIMS if short in verdict.claim)
         found[short] = verdict.outcome
         assert verdict.claim in verdict.sentence
@@ -124,7 +125,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["claims", *sides, "--format", "json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["pair"] == figures_of(diff)
-    assert [claim["outcome"] for claim in document["claims"]] == [verdict.outcome for verdict in judge(diff)]
+    assert [claim["outcome"] for claim in document["claims"]] == [verdict.outcome for verdict in judge_claims(diff)]
     assert main(["diff", *sides, "-o", run]) == 0
     assert main(["claims", run]) == 2
     assert "spectra add" in capsys.readouterr().err

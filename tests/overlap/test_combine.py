@@ -12,7 +12,7 @@ from updates import Updates
 
 import ckptdiff
 from ckptdiff.errors import CkptdiffError, MaskError, OptionError, RunFileError
-from ckptdiff.overlap.combine import combine
+from ckptdiff.overlap import combine_masks
 
 OPERATIONS = {"union": np.logical_or, "intersect": np.logical_and, "minus": lambda a, b: a & ~b}
 
@@ -21,7 +21,7 @@ OPERATIONS = {"union": np.logical_or, "intersect": np.logical_and, "minus": lamb
 @pytest.mark.parametrize("indices", [(0, 1), (2, 0, 1)])
 def test_masks_are_combined(operation: str, indices: tuple[int, ...], updates: Updates, tmp_path: Path) -> None:
     out = tmp_path / "combined.h5"
-    written = combine(operation, [updates.run(i) for i in indices], out)
+    written = combine_masks(operation, [updates.run(i) for i in indices], out)
     with ckptdiff.RunFile(out) as run, ckptdiff.RunFile(updates.run(indices[0])) as first:
         assert str(run.masks.rule) == "combined"
         loaded, original = run.load(), first.load()
@@ -94,11 +94,11 @@ def test_what_cannot_be_combined_is_refused_and_nothing_is_written(updates: Upda
     ]
     for error, message, runs in refused:
         with pytest.raises(error, match=message):
-            combine("union", runs, out)
+            combine_masks("union", runs, out)
         assert not out.exists()
     with pytest.raises(RunFileError, match="one of the inputs"):
-        combine("union", [updates.run(0), updates.run(1)], updates.run(1))
-    combine("union", [updates.run(0), tmp_path / "other.h5"], out, force=True)
+        combine_masks("union", [updates.run(0), updates.run(1)], updates.run(1))
+    combine_masks("union", [updates.run(0), tmp_path / "other.h5"], out, force=True)
     with ckptdiff.RunFile(out) as run:
         assert "another base" in run.provenance["warnings"][-1]
 

@@ -1,1 +1,1 @@
-"""The CUDA backend: kernels in ``cuda/``, CuPy to reach a GPU, and a pipeline that keeps its bus busy."""
+"""Measure on a GPU: kernels in ``cuda/``, CuPy to reach it, and a pipeline that keeps its bus busy."""

@@ -1,4 +1,4 @@
-"""Whole small tensors: as many in a launch as there is room for, and a row of figures from what each left."""
+"""Measure whole small tensors: as many in a launch as there is room for, and a row of figures from what each left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a GPU can be used, and if not, why and what to install."""
+"""Tell whether a GPU can be used, and if not, why and what to install."""
 
 from __future__ import annotations
 

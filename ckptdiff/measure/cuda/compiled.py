@@ -1,4 +1,4 @@
-"""The kernels compiled for a GPU by NVRTC, and kept.
+"""Compile the kernels for a GPU by NVRTC, and keep them.
 
 CuPy would compile them too, but it lets every kernel flush subnormal numbers to zero, whatever options it is given, and
 looks for CUDA's headers first, which nothing here includes. So NVRTC is called directly, and CuPy loads the result.

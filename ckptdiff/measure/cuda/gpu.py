@@ -1,4 +1,4 @@
-"""What the pipeline asks of a GPU, and CuPy's answer to it.
+"""Define what the pipeline asks of a GPU, and answer it with CuPy.
 
 The tests answer with a device of their own, which runs the same kernels on the CPU in any order that streams and events
 allow. So nothing here knows what is computed.

@@ -1,4 +1,4 @@
-"""What host and kernels hand each other: the records of ``cuda/layout.cuh``, and how figures are read from them."""
+"""Lay out what host and kernels hand each other, and read figures from it: the records of ``cuda/layout.cuh``."""
 
 from __future__ import annotations
 
@@ -211,7 +211,8 @@ def add_refined(
 ) -> None:
     """Add what a further pass left on the device; parameters as in :func:`add_scanned`.
 
-    ``found`` indexes rows of ``REFINE_BINS``: one for each open cut of |d|, then two for each of the base.
+    ``tiles`` has shape (ceil(numel / TILE), len(targets.tails)) or more columns. ``found`` indexes rows of
+    ``REFINE_BINS``: one for each open cut of |d|, then two for each of the base.
     """
     places, counts = found
     rows, bins = np.divmod(places.astype(np.int64), REFINE_BINS)

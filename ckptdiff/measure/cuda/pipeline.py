@@ -1,4 +1,4 @@
-"""Launch after launch, so that reading, the bus both ways and the kernels are busy at the same time.
+"""Keep reading, the bus both ways and the kernels busy at the same time, launch after launch.
 
 Three streams: up, run and down. The host fills a slot, queues its copies up, the kernels, and the copies down, and goes
 on with the other slot; before it uses a slot again it waits for all that was queued with it. So within a slot, on the

@@ -1,4 +1,4 @@
-"""Room for what is under way: two launches at a time, on the host and on the GPU."""
+"""Make room for what is under way: two launches at a time, on the host and on the GPU."""
 
 from __future__ import annotations
 

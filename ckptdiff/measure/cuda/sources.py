@@ -1,4 +1,4 @@
-"""The kernels' source, as one text for NVRTC, and the options that it is compiled with."""
+"""Join the kernels' source into one text for NVRTC, and choose the options that it is compiled with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA backend of one thread: spans of blocks into launches, and what they leave into records."""
+"""Measure on a GPU for one thread: spans of blocks into launches, and what they leave into records."""
 
 from __future__ import annotations
 

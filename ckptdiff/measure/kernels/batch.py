@@ -1,4 +1,4 @@
-"""Many small tensors in one call, from their bytes to their figures.
+"""Measure many small tensors in one call, from their bytes to their figures.
 
 A checkpoint of experts holds tens of thousands of tensors; what Python does for each costs more than to measure it.
 """
@@ -48,7 +48,7 @@ def clear(totals: Totals) -> None:
 
 @helper
 def copy(source: Array, target: Array) -> None:
-    """Copy one row; an assignment of arrays would compile its error messages too, for seconds."""
+    """Copy one row, shape (n,); an assignment of arrays would compile its error messages too, for seconds."""
     for i in range(source.size):
         target[i] = source[i]
 
@@ -66,7 +66,7 @@ def count_native(totals: Totals, numel: int, infinite: Any) -> None:
 
 @helper
 def take_row(totals: Totals, ranks: tuple[Array, Array], tables: tuple[Facts, Wanted], row: int, records: Any) -> None:
-    """Fill one row from the totals of a whole tensor."""
+    """Fill one row from the totals of a whole tensor; parameters as in ``scan_small``, ranks of shape (k, ...)."""
     copy(totals.counts, records.counts[row])
     copy(totals.within, records.within[row])
     copy(totals.sums[0], records.sums[row])
@@ -78,7 +78,7 @@ def take_row(totals: Totals, ranks: tuple[Array, Array], tables: tuple[Facts, Wa
 def take_whole(
     totals: Totals, ranks: tuple[Array, Array], tables: tuple[Facts, Wanted], row: int, records: Any
 ) -> None:
-    """Fill one row from the totals of a tensor that was scanned elsewhere; parameters as in ``scan_small``."""
+    """Fill one row from the totals of a tensor that was scanned elsewhere; parameters as in ``take_row``."""
     take_row(totals, ranks, tables, row, records)
 
 

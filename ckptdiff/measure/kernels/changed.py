@@ -1,4 +1,4 @@
-"""Which coordinates of a tile changed: the first step of every kernel.
+"""Find which coordinates of a tile changed: the first step of every kernel.
 
 Most coordinates of an update did not change, and those add nothing to any figure of d. So a kernel gathers the codes of
 those that changed and does everything about d on them alone, in loops so short and free of branches that LLVM
@@ -21,7 +21,7 @@ __all__ = ["count_nonfinite", "count_strange", "find_changed", "first_of", "keep
 
 @helper
 def pack_codes(left: Array, right: Array, start: int, word: Any, tile: Tile, count: int) -> None:
-    """Append the codes of a word's coordinates to those gathered so far."""
+    """Append the codes of a word's coordinates, of both sides of shape (1, n), to those gathered so far."""
     pack_lanes(load_codes(left, 0, start), word, tile.left, count)
     pack_lanes(load_codes(right, 0, start), word, tile.right, count)
 
@@ -49,7 +49,17 @@ append_codes = pack_codes if PACKS else pick_codes
 
 @helper
 def find_changed(a: Array, b: Array, magnitude: Any, tile: Tile) -> int:
-    """Mark codes that differ and are not +0 and -0, and gather them; returns how many there are."""
+    """Mark codes that differ and are not +0 and -0, and gather them; returns how many there are.
+
+    Parameters
+    ----------
+    a, b : unsigned array, shape (n,)
+        Codes of both sides, n <= ``TILE``.
+    magnitude : unsigned
+        Mask of the magnitude bits, in the dtype of codes.
+    tile : Tile
+        Its marks, and the first entries of ``left`` and ``right``, are written.
+    """
     whole = a.size // LANES * LANES
     left, right = a[:whole].reshape(1, whole), b[:whole].reshape(1, whole)
     count = 0
@@ -88,7 +98,7 @@ def first_of(tile: Tile, count: int) -> Tile:
 
 @helper
 def count_nonfinite(codes: Array, magnitude: Any, infinite: Any) -> Any:
-    """How many codes are NaN or Inf."""
+    """How many codes, shape (n,), are NaN or Inf."""
     count: Any = np.int32(0)
     for i in range(codes.size):
         count = np.int32(count + ((codes[i] & magnitude) >= infinite))

@@ -1,4 +1,4 @@
-"""One tile of a compare format of 8 or 16 bits, whose codes index a table of values."""
+"""Measure one tile of a compare format of 8 or 16 bits, whose codes index a table of values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHANGED, NONFINITE_TUNED = int(Count.CHANGED), int(Count.NONFINITE_TUNED)
 
 @helper
 def note_bins(codes: Array, magnitude: Any, span: Array) -> None:
-    """Note which bins of ``weights`` codes fall into."""
+    """Note in a span, shape (4,), which bins of ``weights`` codes, shape (n,), fall into."""
     smallest, largest = codes.dtype.type(0xFFFF), codes.dtype.type(0)
     for i in range(codes.size):
         code = codes.dtype.type(codes[i] & magnitude)
@@ -33,7 +33,7 @@ def note_bins(codes: Array, magnitude: Any, span: Array) -> None:
 
 @helper
 def find_bins(counts: Array, span: Array) -> None:
-    """Find which bins of a histogram are in use: after millions of coordinates cheaper than to look at each."""
+    """Find which bins of a histogram, shape (bins,), are in use: cheaper than to look at each of millions of codes."""
     first, last = 0, counts.size - 1
     while first < counts.size and counts[first] == 0:
         first += 1
@@ -44,7 +44,16 @@ def find_bins(counts: Array, span: Array) -> None:
 
 @helper
 def count_weights(codes: Array, magnitude: Any, weights: Array) -> None:
-    """Histogram of the magnitudes of all base codes."""
+    """Histogram of the magnitudes of all base codes.
+
+    Parameters
+    ----------
+    codes : uint16 array, shape (n,)
+    magnitude : uint64
+        Mask of the magnitude bits.
+    weights : int64 array, shape (3, BINS)
+        Its first row is added to.
+    """
     # Four codes to a load: the loop is bound by its loads and stores.
     whole = codes.size // 4 * 4
     fours = codes[:whole].view(np.uint64)
@@ -74,14 +83,14 @@ def take_values(values: Array, tile: Tile) -> None:
 
 @helper
 def count_into(row: int, codes: Array, magnitude: Any, weights: Array) -> None:
-    """Add the magnitudes of codes to one row of ``weights``."""
+    """Add the magnitudes of codes, shape (n,), to one row of ``weights``, shape (3, BINS)."""
     for j in range(codes.size):
         weights[row, codes[j] & magnitude] += 1
 
 
 @helper
 def count_lost(tile: Tile, magnitude: Any, weights: Array) -> None:
-    """Histogram of the base magnitudes whose d is not finite."""
+    """Histogram of the base magnitudes whose d is not finite, in the last row of ``weights``, shape (3, BINS)."""
     for j in range(tile.delta.size):
         if not abs(tile.delta[j]) < np.inf:
             weights[2, tile.left[j] & magnitude] += 1
@@ -89,7 +98,7 @@ def count_lost(tile: Tile, magnitude: Any, weights: Array) -> None:
 
 @helper
 def measure_distances(left: Array, right: Array, magnitude: Any, distance: Array) -> None:
-    """Distance of two codes in the monotone integer order of their format, in which +0 and -0 are one."""
+    """Distances of codes, shape (n,), in the monotone integer order of their format, in which +0 and -0 are one."""
     for j in range(left.size):
         x, y = np.int32(left[j]), np.int32(right[j])
         x_size, y_size = np.int32(x & magnitude), np.int32(y & magnitude)
@@ -103,7 +112,7 @@ def measure_distances(left: Array, right: Array, magnitude: Any, distance: Array
 def measure_codes(
     a: Array, b: Array, facts: Facts, tile: Tile, measure: Measure, totals: Totals, sums: Array, words: Array
 ) -> None:
-    """Measure one tile; see :func:`~ckptdiff.measure.kernels.span.measure_tile`."""
+    """Measure one tile; parameters and shapes as in :func:`~ckptdiff.measure.kernels.span.measure_tile`."""
     magnitude, infinite = np.uint16(facts.magnitude), np.uint16(facts.infinite)
     count_weights(a, facts.magnitude, totals.weights)
     changed = find_changed(a, b, magnitude, tile)

@@ -1,4 +1,4 @@
-"""Kernels on the histograms of one tensor: where cuts fall, and sums of bins.
+"""Find where cuts fall in the histograms of one tensor, and sum bins.
 
 A checkpoint can hold tens of thousands of small tensors, so what is done once per tensor is compiled too.
 """
@@ -151,7 +151,7 @@ def bits_at_most(threshold: float) -> Any:
 
 @kernel
 def within_bins(deltas: Array, span: Array, threshold: float, width: int) -> Any:
-    """Changed coordinates with |d| <= threshold, -1 if the histogram cannot tell."""
+    """Changed coordinates with |d| <= threshold, -1 if the histogram, shape (3, BINS), cannot tell."""
     bits: Any = np.int64(bits_at_most(threshold)) if width == 32 else np.int64(float_bits(threshold))
     cut = bits >> (width - 16)
     below: Any = 0
@@ -187,7 +187,7 @@ def count_run(weights: Array, start: int, stop: int) -> int:
 
 @kernel
 def regroup(counts: Array, groups: Groups, first: int, last: int, out: Array) -> None:
-    """Add bins ``first`` to ``last`` up by group; groups past the end of ``out`` are left out."""
+    """Add bins ``first`` to ``last``, of shape (bins,), up by group, shape (groups,); others are left out."""
     run = 0
     while run < groups.numbers.size and groups.starts[run + 1] <= first:
         run += 1

@@ -1,4 +1,4 @@
-"""What is counted and summed over the changed coordinates of a tile."""
+"""Count and sum over the changed coordinates of a tile."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def widen_span(span: Array, at: int, first: int, last: int) -> None:
 
 @helper
 def count_deltas(delta: Array, magnitude: Any, shift: Any, totals: Totals) -> tuple[Any, Any]:
-    """Histogram of |d|, for a d of 32 bits with the moments of the bits below each bin; returns the extreme |d|."""
+    """Histogram of |d|, shape (n,), for a d of 32 bits with the moments of the bits below; returns the extreme |d|."""
     smallest, largest, all_bits = magnitude, type(magnitude)(0), type(magnitude)(0)
     for j in range(delta.size):
         bits = type(magnitude)(float_bits(delta[j]) & magnitude)
@@ -52,7 +52,7 @@ def count_deltas(delta: Array, magnitude: Any, shift: Any, totals: Totals) -> tu
 
 @helper
 def count_from(distance: Array, least: Any) -> Any:
-    """How many distances are at least so large."""
+    """How many distances, shape (n,), are at least so large."""
     count: Any = np.int32(0)
     for j in range(distance.size):
         count = np.int32(count + (distance[j] >= least))
@@ -90,7 +90,7 @@ def add_ulp(tile: Tile, ulp: Array) -> None:
 
 @helper
 def count_within(delta: Array, threshold: Any) -> Any:
-    """How many |delta| <= threshold."""
+    """How many |delta|, shape (n,), are <= threshold."""
     count: Any = np.int32(0)
     for j in range(delta.size):
         count = np.int32(count + (abs(delta[j]) <= threshold))
@@ -110,7 +110,7 @@ def count_within_eta(tile: Tile, eta: float) -> Any:
 
 @reducer
 def add_sums(base: Array, delta: Array, sums: Array) -> None:
-    """Add the sums over changed coordinates, in float64."""
+    """Add the sums over changed coordinates, shape (n,), in float64 to ``sums``, shape (len(Sum),)."""
     total, magnitude, square, product = 0.0, 0.0, 0.0, 0.0
     for j in range(delta.size):
         d = np.float64(delta[j])
@@ -126,7 +126,7 @@ def add_sums(base: Array, delta: Array, sums: Array) -> None:
 
 @helper
 def summarise(tile: Tile, extremes: tuple[Any, Any], measure: Measure, totals: Totals, sums: Array) -> None:
-    """Count and sum over the changed coordinates of a tile, whose |d| lie between two extremes."""
+    """Count over the changed coordinates of a tile, |d| between two extremes, and sum them into shape (len(Sum),)."""
     add_sums(tile.base, tile.delta, sums)
     for t in range(measure.thresholds.size):
         if measure.thresholds[t] >= extremes[1]:

@@ -1,4 +1,4 @@
-"""From the changed coordinates of a tile to its mask."""
+"""Make the mask of a tile of its changed coordinates."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def drop_outside(tile: Tile, measure: Measure, sums: Array) -> int:
 
 @helper
 def mask_tile(tile: Tile, measure: Measure, changed: int, totals: Totals, sums: Array, words: Array) -> None:
-    """Count the mask of a tile and write its bits; ``words`` is empty if only the count is wanted."""
+    """Count the mask of a tile and write its bits; ``words`` has shape (ceil(n / 64),), or (0,) for the count alone."""
     if measure.rule == BITWISE:
         totals.counts[MASKED] += changed
         for j in range(words.size):

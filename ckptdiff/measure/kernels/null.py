@@ -1,4 +1,4 @@
-"""Kernels of the rounding null: what a Gaussian update of the same size, rounded to the grid, would change."""
+"""Compute the rounding null: what a Gaussian update of the same size, rounded to the grid, would change."""
 
 from __future__ import annotations
 
@@ -105,9 +105,9 @@ def null_overlap(
     weights, gaps, first, last
         As in ``fit_null``.
     sigma : float
-    ranks : int64 array
+    ranks : int64 array, shape (k,)
         How many of the smallest weights, ascending.
-    overlap : float64 array
+    overlap : float64 array, shape (k,)
         Receives one expectation per rank; ties at a cut count fractionally.
 
     Returns

@@ -1,4 +1,4 @@
-"""Kernels of the further passes: the bits below a bin, where a cut falls inside it.
+"""Make the further passes: the bits below a bin, where a cut falls inside it.
 
 A first scan leaves each cut (the k-th largest |d|, the k-th smallest |W0|) inside one bin of 15 leading bits. If the
 values of that bin differ, a further pass counts the next 16 bits of those that share its leading bits, and so on until
@@ -45,7 +45,18 @@ class Found(NamedTuple):
 
 @helper
 def count_weights(codes: Array, marks: Array, magnitude: Any, search: Search, weights: Array) -> None:
-    """Count the next bits of base codes that share the known bits of a cut."""
+    """Count the next bits of base codes that share the known bits of a cut.
+
+    Parameters
+    ----------
+    codes : unsigned array, shape (n,)
+    marks : uint64 array, shape (ceil(n / 64),)
+        Bit set: changed.
+    magnitude : unsigned
+    search : Search
+    weights : int64 array, shape (len(search.weights), 2, 2**16)
+        Added to.
+    """
     for r in range(search.weights.size):
         for i in range(codes.size):
             size = np.uint64(codes[i] & magnitude)
@@ -57,7 +68,7 @@ def count_weights(codes: Array, marks: Array, magnitude: Any, search: Search, we
 
 @helper
 def search_deltas(delta: Array, search: Search, found: Found, tails: Array) -> None:
-    """Count the next bits of d, what lies within thresholds, and sum what lies above tails."""
+    """Count the next bits of d, shape (n,), and what is within thresholds; sum what is above tails, shape (tails,)."""
     for r in range(search.deltas.size):
         for j in range(delta.size):
             size = np.uint64(float_bits(abs(delta[j])))

@@ -1,4 +1,4 @@
-"""From the totals of one tensor to its figures, as far as a single scan tells them."""
+"""Make the figures of one tensor of its totals, as far as a single scan tells them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def base_sums(weights: Array, first: int, last: int, facts: Facts) -> tuple[int,
 
 @helper
 def take_null(totals: Totals, ranks: Array, last: int, wanted: Wanted, nulls: Array) -> None:
-    """The rounding null; what stays NaN is undefined."""
+    """The rounding null for ranks of shape (k,), into ``nulls``, shape (k,); what stays NaN is undefined."""
     first = totals.span[0]
     all_, changed = 0, 0
     for code in range(first, last + 1):
@@ -74,7 +74,7 @@ def take_figures(
     Parameters
     ----------
     totals : Totals
-    ranks : pair of int64 array
+    ranks : pair of int64 array, shapes (percentages,) and (fractions,)
         How many of the largest |d|, and how many of the smallest weights, ascending.
     facts : Facts
     wanted : Wanted

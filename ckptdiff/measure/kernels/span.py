@@ -1,4 +1,4 @@
-"""The loop of all kernels: fetch a piece of both sides, cast it tile by tile, measure each tile."""
+"""Loop over a span: fetch a piece of both sides, cast it tile by tile, measure each tile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stored elements to the codes they are compared as, and the counts that are taken before that cast."""
+"""Cast stored elements to the codes they are compared as, and take the counts that come before that cast."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ STORED_EQUAL, OFF_GRID = int(Count.STORED_EQUAL), int(Count.OFF_GRID)
 
 @helper
 def look_up(codes: Array, table: Array, out: Array) -> None:
-    """Code of each stored code."""
+    """Code of each stored code, shape (n,), by table, shape (256,) or (65536,)."""
     for i in range(codes.size):
         out[i] = table[codes[i]]
 
@@ -79,7 +79,7 @@ def decode(raw: Array, cast: int, itemsize: int, table: Array, out: Array) -> No
 
 @helper
 def decode_narrow(raw: Array, cast: int, itemsize: int, table: Array, out: Array) -> None:
-    """To codes of 16 bits: by table, or from a wider real to bfloat16."""
+    """To codes of 16 bits: by table, or from a wider real to bfloat16; shapes as in ``decode``."""
     if cast == TABLE and itemsize == 1:
         look_up(raw, table, out)
     elif cast == TABLE:
@@ -96,7 +96,7 @@ def decode_narrow(raw: Array, cast: int, itemsize: int, table: Array, out: Array
 
 @helper
 def decode_single(raw: Array, cast: int, itemsize: int, table: Array, out: Array) -> None:
-    """To codes of float32."""
+    """To codes of float32; shapes as in ``decode``."""
     if cast == TABLE and itemsize == 1:
         look_up(raw, table, out)
     elif cast == TABLE:
@@ -109,7 +109,7 @@ def decode_single(raw: Array, cast: int, itemsize: int, table: Array, out: Array
 
 @helper
 def decode_double(raw: Array, cast: int, itemsize: int, table: Array, out: Array) -> None:
-    """To codes of float64."""
+    """To codes of float64; shapes as in ``decode``."""
     if cast == TABLE and itemsize == 1:
         look_up(raw, table, out)
     elif cast == TABLE:
@@ -140,7 +140,7 @@ def nonfinite(raw: Array, stored: Stored) -> int:
 
 @helper
 def equal_codes(a: Array, b: Array, magnitude: Any) -> int:
-    """How many codes are equal, +0 equal to -0."""
+    """How many codes of two arrays of shape (n,) are equal, +0 equal to -0."""
     count: Any = np.int32(0)
     for i in range(a.size):
         count = np.int32(count + ((a[i] == b[i]) | (((a[i] | b[i]) & magnitude) == 0)))
@@ -149,7 +149,7 @@ def equal_codes(a: Array, b: Array, magnitude: Any) -> int:
 
 @helper
 def equal_halves(halves: Array, singles: Array) -> int:
-    """How many bfloat16 and float32 elements are equal, +0 equal to -0."""
+    """How many bfloat16 and float32 elements, both of shape (n,), are equal, +0 equal to -0."""
     count: Any = np.int32(0)
     for i in range(halves.size):
         wide = bf16_to_f32(halves[i])
@@ -159,7 +159,7 @@ def equal_halves(halves: Array, singles: Array) -> int:
 
 @helper
 def widen(raw: Array, stored: Stored, out: Array) -> None:
-    """Codes in the common format, as uint64."""
+    """Codes in the common format, as uint64 of shape (n,), of raw elements, uint8 of shape (n * itemsize,)."""
     if stored.common == TABLE or stored.common == REAL:
         decode_double(raw, stored.common, stored.itemsize, stored.common_table, out)
     elif stored.itemsize == 2:
@@ -178,7 +178,7 @@ def widen(raw: Array, stored: Stored, out: Array) -> None:
 
 @helper
 def count_same(raw: tuple[Array, Array], base: Stored, tuned: Stored, scratch: tuple[Array, Array]) -> int:
-    """How many elements are equal as stored, +0 equal to -0."""
+    """How many elements are equal as stored, +0 equal to -0; shapes as in ``count_stored``."""
     x, y = raw
     if base.common == NONE and tuned.common == NONE:
         if base.itemsize == 2:
@@ -199,7 +199,7 @@ def count_same(raw: tuple[Array, Array], base: Stored, tuned: Stored, scratch: t
 
 @helper
 def count_off_grid(raw: Array, stored: Stored, codes: Array) -> int:
-    """How many values the cast to bfloat16 changed, NaN left out."""
+    """How many values the cast to bfloat16 changed, NaN left out; shapes as in ``count_stored``."""
     count: Any = np.int32(0)
     if stored.itemsize == 4:
         singles = raw.view(np.uint32)
@@ -236,10 +236,10 @@ def count_stored(
 
     Parameters
     ----------
-    raw : pair of read-only uint8 array
+    raw : pair of read-only uint8 array, shape (n * itemsize,)
         Both sides as stored.
     stored : pair of Stored
-    codes : read-only unsigned array
+    codes : read-only unsigned array, shape (n,)
         Of the base after the cast.
     measure : Measure
     scratch : pair of uint64 array, shape (TILE,)

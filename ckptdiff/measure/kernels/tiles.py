@@ -1,4 +1,4 @@
-"""What the kernels of one thread work on: a tile of both sides, what to measure, and what is added to."""
+"""Define what the kernels of one thread work on: a tile of both sides, what to measure, and what is added to."""
 
 from __future__ import annotations
 

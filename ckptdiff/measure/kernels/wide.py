@@ -1,4 +1,4 @@
-"""One tile of a compare format of 32 or 64 bits, whose codes are NumPy floats."""
+"""Measure one tile of a compare format of 32 or 64 bits, whose codes are NumPy floats."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def weight_bin(code: Any, magnitude: Any, infinite: Any, shift: Any) -> Any:
 
 @helper
 def count_weights(row: int, codes: Array, magnitude: Any, infinite: Any, shift: Any, totals: Totals) -> None:
-    """Add base codes to one row of ``weights``."""
+    """Add base codes, shape (n,), to one row of ``weights``."""
     first, last = BINS, -1
     for i in range(codes.size):
         bin_ = weight_bin(codes[i], magnitude, infinite, shift)
@@ -50,7 +50,7 @@ def sum_squares(values: Array) -> float:
 
 @helper
 def add_base(x: Array, y: Array, all_finite: bool, counts: Array, sums: Array) -> None:
-    """Count the coordinates with finite d and add the squares of their base."""
+    """Count the coordinates with finite d, of x and y of shape (n,), and add the squares of their base."""
     if all_finite:
         counts[FINITE] += x.size
         sums[BASE_SQUARE] += sum_squares(x)
@@ -73,7 +73,7 @@ def take_floats(values: Array, tile: Tile) -> None:
 
 @helper
 def count_lost(tile: Tile, magnitude: Any, infinite: Any, shift: Any, weights: Array) -> None:
-    """Histogram of the base magnitudes whose d is not finite."""
+    """Histogram of the base magnitudes whose d is not finite, in the last row of ``weights``, shape (3, BINS)."""
     for j in range(tile.delta.size):
         if not abs(tile.delta[j]) < np.inf:
             weights[2, weight_bin(tile.left[j], magnitude, infinite, shift)] += 1
@@ -81,7 +81,7 @@ def count_lost(tile: Tile, magnitude: Any, infinite: Any, shift: Any, weights: A
 
 @helper
 def measure_distances(left: Array, right: Array, magnitude: Any, distance: Array) -> None:
-    """Distance of two codes in the monotone integer order of their format, in which +0 and -0 are one."""
+    """Distances of codes, shape (n,), in the monotone integer order of their format, in which +0 and -0 are one."""
     for j in range(left.size):
         x_size, y_size = np.int64(left[j] & magnitude), np.int64(right[j] & magnitude)
         x = x_size if left[j] <= magnitude else -x_size
@@ -93,7 +93,7 @@ def measure_distances(left: Array, right: Array, magnitude: Any, distance: Array
 def measure_wide(
     a: Array, b: Array, facts: Facts, tile: Tile, measure: Measure, totals: Totals, sums: Array, words: Array
 ) -> None:
-    """Measure one tile; see :func:`~ckptdiff.measure.kernels.span.measure_tile`."""
+    """Measure one tile; parameters and shapes as in :func:`~ckptdiff.measure.kernels.span.measure_tile`."""
     magnitude, infinite = a.dtype.type(facts.magnitude), a.dtype.type(facts.infinite)
     shift = a.dtype.type(8 * a.itemsize - 16)
     x, y = a.view(tile.delta.dtype), b.view(tile.delta.dtype)

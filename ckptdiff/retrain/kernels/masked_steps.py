@@ -1,4 +1,4 @@
-"""Optimizer steps on the masked coordinates of a parameter: gather, update in registers, scatter.
+"""Step the masked coordinates of a parameter, compiled: gather, update in registers, scatter.
 
 A parameter is cut into tiles of 2^16 coordinates, and the masked ones of a tile are named by their 16-bit positions
 (``retrain/support.py``). Whatever is not named is never written. Each kernel takes a range of tiles, so that threads
@@ -54,9 +54,11 @@ def _rounded(value: Any, like: Any) -> Any:
 
 @helper
 def begin(near: Array, where: Array, held: Array, all_masters: Array, start: int) -> Array:
-    """Float32 values to start from: the masters, or without them what is stored.
+    """Float32 values to start from, shape (n,): the masters, or without them what is stored.
 
     Where a master does not round to what is stored, something else has changed the parameter: the master follows.
+    `near` is the parameter from its tile on, `where` n positions in it, `held` room for their values, and `all_masters`
+    has shape (masked,) or (0,).
     """
     n = where.size
     if all_masters.size:
@@ -72,7 +74,7 @@ def begin(near: Array, where: Array, held: Array, all_masters: Array, start: int
 
 @helper
 def adamw(values: Array, gradients: Array, first: Array, second: Array, constants: Array) -> None:
-    """One step of AdamW (Loshchilov & Hutter 2019), in the order of operations of ``torch.optim.AdamW``."""
+    """One step of AdamW (Loshchilov & Hutter 2019) on arrays of shape (n,), in the order of ``torch.optim.AdamW``."""
     decay, one_minus_beta1, beta2, one_minus_beta2 = constants[0], constants[1], constants[2], constants[3]
     correction, eps, step = constants[4], constants[5], constants[6]
     for j in range(gradients.size):
@@ -86,7 +88,7 @@ def adamw(values: Array, gradients: Array, first: Array, second: Array, constant
 
 @helper
 def sgd(values: Array, gradients: Array, buffer: Array, constants: Array) -> None:
-    """One step of SGD, in the order of operations of ``torch.optim.SGD``; an empty buffer stands for no momentum."""
+    """One step of SGD on arrays of shape (n,), in the order of ``torch.optim.SGD``; an empty buffer: no momentum."""
     rate, decay, momentum, fresh, nesterov = constants[0], constants[1], constants[2], constants[3], constants[4]
     for j in range(gradients.size):
         g = gradients[j] + decay * values[j]
@@ -137,7 +139,7 @@ def sgd_step(
 ) -> None:
     """SGD on the masked coordinates of tiles ``span[0]`` to ``span[1]`` - 1 of a parameter.
 
-    As :func:`adamw_step`, except that `state` is the momentum buffer, empty for none, and the masters, and `constants`
+    As :func:`adamw_step`, shapes too, but `state` is the momentum buffer, empty for none, and the masters; `constants`
     are lr, weight_decay, momentum, 1 - dampening (1 where the buffer is new), and 1 for Nesterov's momentum.
     """
     held, slopes = np.empty(PART, np.float32), np.empty(PART, np.float32)
@@ -165,7 +167,7 @@ def sum_squares(gradients: Array) -> float:
 
 @kernel
 def sum_masked_squares(gradients: Array, positions: Array, starts: Array, span: Any) -> float:
-    """Sum of squares over the masked coordinates of a gradient, in float64; parameters as in :func:`adamw_step`."""
+    """Sum of squares over the masked coordinates of a gradient, in float64; shapes as in :func:`adamw_step`."""
     slopes = np.empty(PART, np.float32)
     total = 0.0
     for tile in range(span[0], span[1]):

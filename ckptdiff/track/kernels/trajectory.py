@@ -1,4 +1,4 @@
-"""A base and any number of later checkpoints, piece by piece: which coordinates left the base, came back, moved on.
+"""Compare a base with later checkpoints, piece by piece: which coordinates left the base, came back, moved on.
 
 The same piece of all checkpoints is read into the cache, then one pass over it takes sixty-four coordinates at a time
 through all steps: each code is loaded into a register once, and nothing is kept between pieces but counts and sums.
@@ -96,18 +96,18 @@ def new_rooms(code: np.dtype[Any], sides: int) -> Rooms:
 
 @helper
 def value16(code: Any, values: Array) -> Any:
-    """Value of a 16-bit code: of bfloat16, or by table."""
+    """Value of a 16-bit code: of bfloat16, or by table, shape (65536,)."""
     return bits_float(bf16_to_f32(code)) if values.size == 0 else values[code]
 
 
 @helper
 def value_wide(code: Any, values: Array) -> Any:
-    """Value of a code of float32 or float64."""
+    """Value of a code of float32 or float64; the table has shape (0,)."""
     return bits_float(code)
 
 
 def value_of(code: Any, values: Array) -> Any:
-    """Value of a code."""
+    """Value of a code; the table has shape (0,) or (65536,)."""
     raise NotImplementedError("compiled code only")
 
 
@@ -119,7 +119,10 @@ def _value_of(code: Any, values: Any) -> Any:
 
 @helper
 def exact_squares(codes: Array, row: int, n: int, values: Array) -> float:
-    """Sum of squared finite differences from the base, or for row 0 of squared finite values, in float64."""
+    """Sum of squared finite differences from the base, or for row 0 of squared finite values, in float64.
+
+    Of the first `n` codes of a row of shape (1 + steps, coordinates).
+    """
     total = 0.0
     for i in range(n):
         delta = np.float64(value_of(codes[row, i], values))
@@ -200,7 +203,16 @@ def follow_piece(n: int, magnitude: Any, rooms: Rooms) -> None:
 
 @helper
 def read_piece(first: int, stop: int, files: Array, tables: Array, rooms: Rooms) -> bool:
-    """Codes of a piece of all checkpoints; whether all could be read."""
+    """Codes of a piece of all checkpoints; whether all could be read.
+
+    Parameters
+    ----------
+    first, stop : int
+    files : int64 array, shape (1 + steps, 4)
+    tables : array of codes, shape (1 + steps, 0 or 65536)
+    rooms : Rooms
+        Its codes are written.
+    """
     n = stop - first
     for side in range(files.shape[0]):
         descriptor, offset, itemsize, cast = files[side, 0], files[side, 1], files[side, 2], files[side, 3]
