@@ -269,14 +269,11 @@ def test_the_machine_has_as_much_memory_as_it_says() -> None:
         ("0::/\n", {}, None),
     ],
 )
-def test_a_control_group_may_have_less(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, files: dict[str, str], limit: int | None
-) -> None:
+def test_a_control_group_may_have_less(tmp_path: Path, lines: str, files: dict[str, str], limit: int | None) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "own").write_text(lines)
     whole = machine_memory()
-    monkeypatch.setattr("ckptdiff.memory._GROUPS", tmp_path)
-    monkeypatch.setattr("ckptdiff.memory._OWN_GROUPS", tmp_path / "own")
-    assert machine_memory() == limit if limit else machine_memory() >= whole
+    found = machine_memory(tmp_path, tmp_path / "own")
+    assert found == limit if limit else found >= whole

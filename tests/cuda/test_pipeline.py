@@ -331,9 +331,8 @@ def test_the_benchmark_runs(libraries, tmp_path, monkeypatch):
     import gpu as bench
 
     base, tuned = bench.make_sides(1 << 19)
-    monkeypatch.setattr(bench, "PIECE", 1 << 18)
     device = HostGpu(libraries)
-    rates = bench.gpu_rates(device, base, tuned, 1) | bench.read_rates(tmp_path, base, 1)
+    rates = bench.gpu_rates(device, base, tuned, 1) | bench.read_rates(tmp_path, base, 1, piece=1 << 18)
     rates |= bench.pipeline_rates(device, tmp_path, base, tuned, 1)
     assert len(rates) == 10
     assert all(rate > 0 for rate in rates.values())
