@@ -18,10 +18,6 @@ BENCH = Path(__file__).parents[1] / "bench"
 BF16 = np.dtype(ml_dtypes.bfloat16)
 NUMPY = {"BF16": BF16, "F32": np.dtype(np.float32)}
 
-needs_cli = pytest.mark.skipif(
-    any(importlib.util.find_spec(f"ckptdiff.{module}") is None for module in ("engine", "cli.diff")),
-    reason="there is no ckptdiff diff to measure yet",
-)
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 
 
@@ -235,7 +231,6 @@ def test_known_figures_of_the_real_pair_are_held_to_their_digits():
     assert len(wrong_facts(good, "stored")) == len(KNOWN["stored"])
 
 
-@needs_cli
 def test_compare_runs(tmp_path):
     report = tmp_path / "report.json"
     printed = script("compare.py", "--quick", "--sections", "main", "--scratch", tmp_path, "--json", report)
@@ -274,7 +269,6 @@ def test_masked_step_measures_and_checks_every_optimizer(dtype: str, tmp_path: P
     assert "masked / fused:" in printed
 
 
-@needs_cli
 @pytest.mark.parametrize("name", ["overlap_speed.py", "track_speed.py"])
 def test_speeds_of_other_commands(name: str, tmp_path: Path):
     pytest.importorskip("torch")

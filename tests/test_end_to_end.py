@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import pytest
+from patience import PATIENCE
 from safetensors.numpy import load_file, save_file
 
 from ckptdiff.cli import main
@@ -451,7 +452,7 @@ def test_an_interrupted_run_leaves_the_old_file(
     process.stdout.readline()
     assert b'"type": "tensor"' in process.stdout.readline()
     process.send_signal(signum)
-    _, err = process.communicate(timeout=600)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, err
     assert run.read_bytes() == llama_run.read_bytes()
     if signum != signal.SIGKILL:
@@ -463,7 +464,7 @@ def test_head_ends_a_run_without_a_run_file_quietly(slow_pair: tuple[Path, Path]
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(timeout=600) == 141
+    assert process.wait(timeout=PATIENCE) == 141
     assert process.stderr is not None and process.stderr.read() == b""
 
 
@@ -471,6 +472,6 @@ def test_head_does_not_keep_a_run_file_from_being_finished(slow_pair: tuple[Path
     process = start("diff", *slow_pair, "-o", tmp_path / "run.h5", "--format", "ndjson")
     assert process.stdout is not None
     process.stdout.close()
-    assert process.wait(timeout=600) == 0
+    assert process.wait(timeout=PATIENCE) == 0
     with h5py.File(tmp_path / "run.h5") as file:
         assert file.attrs["complete"] == 1 and len(file["masks"]) == 24

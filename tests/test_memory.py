@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from patience import PATIENCE
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
@@ -40,7 +41,7 @@ class Ran(NamedTuple):
 
 def diff(*arguments: str | Path) -> Ran:
     command = [sys.executable, "-c", _RUN, "diff", *map(str, arguments), "-v", "--no-progress", "-O", "/dev/null"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
     def number(pattern: str) -> int:
         match = re.search(pattern, done.stderr)

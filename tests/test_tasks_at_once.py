@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE
 
 import ckptdiff
 from ckptdiff.events import Event, Note
@@ -29,7 +30,6 @@ from ckptdiff.track.follow import track
 BLOCK = 2**20
 MIB = 2**20
 THREADS = [1, 2, 4, 16, 64]
-PATIENCE = 60.0
 
 
 class Crowd:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import h5py
 import pytest
+from patience import PATIENCE
 
 Spawn = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -21,7 +22,7 @@ def names(folder: Path) -> list[str]:
 
 
 def ended(process: subprocess.Popen[bytes]) -> tuple[int, str]:
-    _, err = process.communicate(timeout=600)
+    _, err = process.communicate(timeout=PATIENCE)
     return process.returncode, err.decode()
 
 

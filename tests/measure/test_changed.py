@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE
 
 from ckptdiff.codes.bits import population
 from ckptdiff.codes.lanes import LANES, PACKS
@@ -63,6 +64,6 @@ print(PACKS, self_test(CpuWorker()))
         capture_output=True,
         text=True,
         check=True,
-        timeout=600,
+        timeout=PATIENCE,
     )
     assert done.stdout == "False None\n"
