@@ -337,6 +337,7 @@ print(tiny.triple(np.arange(10.0)), tiny.triple(np.arange(10, dtype=np.float32))
     assert len(entries(cache)) == 3 and {entry.suffix for entry in entries(cache)} == {".nbc"}
 
 
+@pytest.mark.slow
 def test_the_kernels_themselves(tmp_path: Path) -> None:
     """An empty cache, a warm one, and one with damaged entries: the same bytes, and it is said."""
     code = """

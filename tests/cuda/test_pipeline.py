@@ -109,7 +109,7 @@ def small_tensors(tmp_path):
 
 
 @pytest.mark.parametrize("want_mask", [True, False])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_small_tensors_share_launches(libraries, small_tensors, seed, want_mask):
     gpu = HostGpu(libraries, seed, processors=1)
     worker = CudaWorker(gpu, Room(8 << 15, 8))

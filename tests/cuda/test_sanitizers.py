@@ -6,7 +6,10 @@ import pytest
 from host_kernels import COMPILER, Build
 from patience import PATIENCE
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot run on this CPU")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot run on this CPU"),
+]
 
 
 def run(build, folder, *sizes):

@@ -50,6 +50,7 @@ def test_marked_codes_lie_side_by_side(gather, code, words, seed):
     np.testing.assert_array_equal(tile.right[:count], right[marked])
 
 
+@pytest.mark.slow
 def test_a_processor_without_the_instructions():
     """The whole kernel as it is compiled elsewhere: its self-test compares it with the reference."""
     code = """

@@ -310,6 +310,7 @@ def children(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="needs /proc")
 def test_a_first_run(tmp_path: Path) -> None:
     """Stopped while it compiles, it leaves nothing; let alone, it is as right as a later one and hardly larger."""
