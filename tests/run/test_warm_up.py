@@ -37,7 +37,7 @@ def triple(value):
     return 3 * value
 """
 pytestmark = pytest.mark.usefixtures("empty_cache")
-FIXTURE = Path(__file__).parent.parent / "fixtures" / "addition"
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "addition"
 
 
 @pytest.fixture
