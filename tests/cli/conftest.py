@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_engine import FakeEngine
 
+import ckptdiff.api
+import ckptdiff.lora.extract  # noqa: F401  (both keep the engine that they are first imported with: the real one)
 from ckptdiff.cli import main
 from ckptdiff.figures.result import Diff
 
