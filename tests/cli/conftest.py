@@ -70,12 +70,19 @@ def spawn() -> Callable[..., subprocess.Popen[bytes]]:
     """``spawn(arguments, layers=2, pause=0)``: main() over a fake engine in a process of its own."""
 
     def start(
-        *arguments: str | Path, layers: int = 2, pause: float = 0.0, stdout: int = subprocess.PIPE
+        *arguments: str | Path,
+        layers: int = 2,
+        pause: float = 0.0,
+        stdout: int = subprocess.PIPE,
+        pipesize: int = -1,
     ) -> subprocess.Popen[bytes]:
         here = Path(__file__).parent
         code = _HARNESS.format(tests=str(here.parent), cli=str(here), layers=layers, pause=pause)
         return subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)], stdout=stdout, stderr=subprocess.PIPE
+            [sys.executable, "-c", code, *map(str, arguments)],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            pipesize=pipesize,
         )
 
     return start
