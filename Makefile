@@ -4,18 +4,24 @@ PYTHON ?= python3
 BIN := .venv/bin
 SIZE ?= 2GiB
 
-.PHONY: demo test test-nvrtc lint bench mutants clean
+# Tests of a group share what takes long to make, so one process takes them all.
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
+
+.PHONY: demo test test-slow test-nvrtc lint bench mutants clean
 
 demo: .venv/demo.stamp
 	mkdir -p build
 	$(BIN)/ckptdiff diff fixtures/addition/base fixtures/addition/tuned -o build/addition.h5
 
 test: .venv/test.stamp
-	$(BIN)/pytest --numprocesses logical --maxprocesses 8
+	$(PYTEST) -m 'not slow'
+
+test-slow: .venv/test.stamp
+	$(PYTEST) -m slow
 
 # What users with a GPU compile with, which takes no GPU.
 test-nvrtc: .venv/nvrtc.stamp
-	CKPTDIFF_NEED_GPU=1 $(BIN)/pytest --numprocesses logical --maxprocesses 8 -m nvrtc
+	CKPTDIFF_NEED_GPU=1 $(PYTEST) -m nvrtc
 
 lint: .venv/test.stamp .venv/lint.stamp
 	$(BIN)/ruff check

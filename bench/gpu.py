@@ -44,7 +44,6 @@ BF16, F16, F32, E4M3, E5M2 = (FORMATS[name] for name in ("bf16", "f16", "f32", "
 EPS = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 TILED = (1 << 22) + 9973
 """Coordinates of which large sides are made, again and again."""
-PIECE = 4 << 20
 Rows = Iterator[dict[str, Any]]
 
 
@@ -165,9 +164,9 @@ def kernel_rows(gpu: Gpu, size: int, rounds: int) -> Rows:
         yield {"scan kernel over": what, "GB/s": kernel_rate(gpu, format, base, tuned, rounds)}
 
 
-def read_rates(folder: Path, base: np.ndarray, rounds: int) -> dict[str, float]:
+def read_rates(folder: Path, base: np.ndarray, rounds: int, piece: int = 4 << 20) -> dict[str, float]:
     """GB/s of one thread that fills a buffer, as the pipeline fills pinned memory, with what is in the page cache."""
-    path, piece = folder / "side", min(PIECE, base.nbytes)
+    path, piece = folder / "side", min(piece, base.nbytes)
     path.write_bytes(base.tobytes())
     room, starts = np.empty(piece, np.uint8), range(0, base.nbytes - piece + 1, piece)
 

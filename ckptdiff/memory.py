@@ -69,21 +69,29 @@ def room_to_grow(held: int = 0) -> int:
     return (machine_memory() - held) // 2
 
 
-def machine_memory() -> int:
-    """Bytes that this process could have at most: all of the machine, or what its control group is limited to."""
+def machine_memory(groups: Path = _GROUPS, own: Path = _OWN_GROUPS) -> int:
+    """Bytes that this process could have at most: all of the machine, or what its control group is limited to.
+
+    Parameters
+    ----------
+    groups : Path
+        Where the system shows its control groups.
+    own : Path
+        The file that says in which of them this process is.
+    """
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([whole, *_group_limits()])
+    return min([whole, *_group_limits(groups, own)])
 
 
-def _group_limits() -> Iterator[int]:
+def _group_limits(shown: Path, own: Path) -> Iterator[int]:
     """Limits of the control groups that this process is in, under version 2 or 1."""
     try:
-        groups = [line.split(":", 2) for line in _OWN_GROUPS.read_text().splitlines()]
+        groups = [line.split(":", 2) for line in own.read_text().splitlines()]
     except OSError:
         return
     for _, controllers, path in groups:
         if controllers in ("", "memory"):
-            root, name = (_GROUPS, "memory.max") if not controllers else (_GROUPS / "memory", "memory.limit_in_bytes")
+            root, name = (shown, "memory.max") if not controllers else (shown / "memory", "memory.limit_in_bytes")
             # In a container the path may be that of the host, which is not there: the root is the container's own then.
             group = root / path.lstrip("/")
             for folder in (group, *group.parents):

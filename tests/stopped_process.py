@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from patience import PATIENCE
+
 _STOPPING = """
 import importlib, os, signal, sys
 from ckptdiff.cli import main
@@ -52,5 +54,5 @@ def go_on(process: subprocess.Popen[bytes]) -> None:
 
 def ended(process: subprocess.Popen[bytes]) -> tuple[int, str]:
     """The exit code, and what it said on stderr."""
-    _, err = process.communicate(timeout=600)
+    _, err = process.communicate(timeout=PATIENCE)
     return process.returncode, err.decode()

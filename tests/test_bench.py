@@ -18,10 +18,6 @@ BENCH = Path(__file__).parents[1] / "bench"
 BF16 = np.dtype(ml_dtypes.bfloat16)
 NUMPY = {"BF16": BF16, "F32": np.dtype(np.float32)}
 
-needs_cli = pytest.mark.skipif(
-    any(importlib.util.find_spec(f"ckptdiff.{module}") is None for module in ("engine", "cli.diff")),
-    reason="there is no ckptdiff diff to measure yet",
-)
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 
 
@@ -235,7 +231,7 @@ def test_known_figures_of_the_real_pair_are_held_to_their_digits():
     assert len(wrong_facts(good, "stored")) == len(KNOWN["stored"])
 
 
-@needs_cli
+@pytest.mark.slow
 def test_compare_runs(tmp_path):
     report = tmp_path / "report.json"
     printed = script("compare.py", "--quick", "--sections", "main", "--scratch", tmp_path, "--json", report)
@@ -246,12 +242,14 @@ def test_compare_runs(tmp_path):
     assert list(tmp_path.iterdir()) == [report]
 
 
+@pytest.mark.slow
 def test_spectra_are_right_and_small_in_memory():
     output = script("spectra.py", "--quick", "--threads", 1, "--sections", "accuracy,memory")
     assert "MISSED" not in output
     assert "median bound" in output
 
 
+@pytest.mark.slow
 @needs_torch
 def test_spectra_beside_torch():
     output = script("spectra.py", "--quick", "--threads", 1, "--sections", "update,principal,exact")
@@ -261,6 +259,7 @@ def test_spectra_beside_torch():
     assert "NSS" in output
 
 
+@pytest.mark.slow
 @needs_torch
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_masked_step_measures_and_checks_every_optimizer(dtype: str, tmp_path: Path, monkeypatch):
@@ -274,7 +273,7 @@ def test_masked_step_measures_and_checks_every_optimizer(dtype: str, tmp_path: P
     assert "masked / fused:" in printed
 
 
-@needs_cli
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["overlap_speed.py", "track_speed.py"])
 def test_speeds_of_other_commands(name: str, tmp_path: Path):
     pytest.importorskip("torch")

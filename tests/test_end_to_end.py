@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import pytest
+from patience import PATIENCE
 from safetensors.numpy import load_file, save_file
 
 from ckptdiff.cli import main
@@ -422,9 +423,9 @@ def test_the_library_is_light_and_agrees() -> None:
 
 
 @pytest.fixture(scope="module")
-def slow_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A pair that the reference backend takes seconds for."""
-    folder = tmp_path_factory.mktemp("slow")
+def large_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pair whose report and masks are not written at once."""
+    folder = tmp_path_factory.mktemp("large")
     rng = np.random.default_rng(1)
     weights = {f"layers.{i}.mlp.up_proj.weight": rng.normal(0, 0.02, (1024, 1024)).astype("<f4") for i in range(24)}
     save_file(weights, folder / "base.safetensors")
@@ -432,45 +433,48 @@ def slow_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "base.safetensors", folder / "tuned.safetensors"
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "ckptdiff.cli", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+PAGE = 4096
+"""Of a pipe this small a report fills more than one, so that its run cannot end before it is read."""
+
+
+def start(*arguments: str | Path, pipesize: int = -1) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "ckptdiff.cli", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pipesize=pipesize)
 
 
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
 def test_an_interrupted_run_leaves_the_old_file(
-    slow_pair: tuple[Path, Path], llama_run: Path, tmp_path: Path, signum: int, code: int
+    large_pair: tuple[Path, Path], llama_run: Path, tmp_path: Path, signum: int, code: int
 ) -> None:
     run = tmp_path / "run.h5"
     run.write_bytes(llama_run.read_bytes())
-    process = start("diff", *slow_pair, "-o", run, "--device", "reference", "--format", "ndjson")
+    process = start("diff", *large_pair, "-o", run, "--format", "ndjson", pipesize=PAGE)
     assert process.stdout is not None
     process.stdout.readline()
     assert b'"type": "tensor"' in process.stdout.readline()
     process.send_signal(signum)
-    _, err = process.communicate(timeout=600)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == code, err
     assert run.read_bytes() == llama_run.read_bytes()
     if signum != signal.SIGKILL:
         assert [path.name for path in tmp_path.iterdir()] == ["run.h5"]
 
 
-def test_head_ends_a_run_without_a_run_file_quietly(slow_pair: tuple[Path, Path]) -> None:
-    process = start("diff", *slow_pair, "--device", "reference", "--format", "ndjson", "--no-progress")
+def test_head_ends_a_run_without_a_run_file_quietly(large_pair: tuple[Path, Path]) -> None:
+    process = start("diff", *large_pair, "--format", "ndjson", "--no-progress", pipesize=PAGE)
     assert process.stdout is not None
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(timeout=600) == 141
+    assert process.wait(timeout=PATIENCE) == 141
     assert process.stderr is not None and process.stderr.read() == b""
 
 
-def test_head_does_not_keep_a_run_file_from_being_finished(slow_pair: tuple[Path, Path], tmp_path: Path) -> None:
-    process = start("diff", *slow_pair, "-o", tmp_path / "run.h5", "--format", "ndjson")
+def test_head_does_not_keep_a_run_file_from_being_finished(large_pair: tuple[Path, Path], tmp_path: Path) -> None:
+    process = start("diff", *large_pair, "-o", tmp_path / "run.h5", "--format", "ndjson")
     assert process.stdout is not None
     process.stdout.close()
-    assert process.wait(timeout=600) == 0
+    assert process.wait(timeout=PATIENCE) == 0
     with h5py.File(tmp_path / "run.h5") as file:
         assert file.attrs["complete"] == 1 and len(file["masks"]) == 24

@@ -17,6 +17,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from patience import PATIENCE
 from stopped_process import ended, go_on, stopped_at
 
 from ckptdiff.cli import main
@@ -207,7 +208,7 @@ def limited(size: int, *arguments: str | Path) -> subprocess.CompletedProcess[st
         "sys.exit(main())"
     )
     command = [sys.executable, "-c", code, "diff", *map(str, arguments), "--no-progress"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def test_a_full_disk(small: Pair, out: Path) -> None:

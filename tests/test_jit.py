@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from packaging.requirements import Requirement
+from patience import PATIENCE
 
 import ckptdiff
 from ckptdiff import jit
@@ -332,10 +333,11 @@ print(tiny.triple(np.arange(10.0)), tiny.triple(np.arange(10, dtype=np.float32))
 """
     cache = tmp_path / "cache"
     processes = [start(code, cache, tmp_path) for _ in range(3)]
-    assert [process.communicate(timeout=600) for process in processes] == [("135.0 135.0 135.0\n", "")] * 3
+    assert [process.communicate(timeout=PATIENCE) for process in processes] == [("135.0 135.0 135.0\n", "")] * 3
     assert len(entries(cache)) == 3 and {entry.suffix for entry in entries(cache)} == {".nbc"}
 
 
+@pytest.mark.slow
 def test_the_kernels_themselves(tmp_path: Path) -> None:
     """An empty cache, a warm one, and one with damaged entries: the same bytes, and it is said."""
     code = """
@@ -350,7 +352,7 @@ print(cut_from_top(counts, 0, 99, 500), cut_from_bottom(counts, 0, 99, 500), fit
 
     def run() -> tuple[str, str]:
         process = start(code, cache, tmp_path)
-        out, err = process.communicate(timeout=600)
+        out, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, err
         return out, err
 

@@ -1,4 +1,4 @@
-"""Peak memory of whole runs, each in a process of its own: below the projection, and below the bound."""
+"""Peak memory of whole runs, each in a process of its own, below the projection and the bound; and what there is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from patience import PATIENCE
+
+from ckptdiff.memory import machine_memory
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 
@@ -40,7 +43,7 @@ class Ran(NamedTuple):
 
 def diff(*arguments: str | Path) -> Ran:
     command = [sys.executable, "-c", _RUN, "diff", *map(str, arguments), "-v", "--no-progress", "-O", "/dev/null"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
     def number(pattern: str) -> int:
         match = re.search(pattern, done.stderr)
@@ -171,3 +174,27 @@ def test_spectra_are_in_the_projection(tmp_path: Path, mode: str) -> None:
     bare = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(bare.stdout)["spectra"] is None
     assert json.loads(bare.stdout)["projected_memory"] < plan["projected_memory"]
+
+
+def test_the_machine_has_as_much_memory_as_it_says() -> None:
+    total = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:"))
+    assert 0 < machine_memory() <= int(total.split()[1]) << 10
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "limit"),
+    [
+        ("0::/a/b\n", {"a/memory.max": "7000\n", "a/b/memory.max": "max\n"}, 7000),
+        ("0::/of/the/host\n", {"memory.max": "5000\n"}, 5000),
+        ("4:memory:/a\n3:cpu:/a\n0::/\n", {"memory/a/memory.limit_in_bytes": "9000\n"}, 9000),
+        ("0::/\n", {}, None),
+    ],
+)
+def test_a_control_group_may_have_less(tmp_path: Path, lines: str, files: dict[str, str], limit: int | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "own").write_text(lines)
+    whole = machine_memory()
+    found = machine_memory(tmp_path, tmp_path / "own")
+    assert found == limit if limit else found >= whole

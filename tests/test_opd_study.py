@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study")]  # the fixture is the study itself
 STUDY = Path(__file__).parents[1] / "bench" / "opd_study" / "run.py"
 
 

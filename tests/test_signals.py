@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from ckptdiff import cli
 
@@ -61,9 +62,7 @@ assert code == 0
 codes = []
 for last in range(1, steps, int(sys.argv[1])):
     codes.append(run(last)[0])
-    deadline = time.monotonic() + 600
-    while threading.active_count() > 1:
-        assert time.monotonic() < deadline, threading.enumerate()
+    while threading.active_count() > 1:  # one that never ends is noticed by the process that started this one
         time.sleep(0.001)
 print(*codes)
 """
@@ -78,12 +77,13 @@ COMMANDS = {
 def assert_ends(every: int, *arguments: str | Path) -> None:
     """A signal at each step, or at some of them, ends the command."""
     command = [sys.executable, "-c", AT_EACH_STEP, str(every), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 0, result.stderr
     codes = result.stdout.split()
     assert set(codes) <= {"0", "143"} and codes.count("143") > max(30, len(codes) // 2), codes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_signal_at_each_step_of_a_command(command: str, tmp_path: Path) -> None:
     every, *words = COMMANDS[command]
@@ -93,6 +93,7 @@ def test_a_signal_at_each_step_of_a_command(command: str, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.slow
 def test_a_signal_at_each_step_while_other_processes_compile() -> None:
     assert_ends(1, "compile")
 

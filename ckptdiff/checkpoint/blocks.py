@@ -15,9 +15,9 @@ from ckptdiff.measure.partial import BLOCK
 __all__ = ["blocks_of", "values_of"]
 
 
-def blocks_of(shards: OpenShards, tensor: TensorInfo) -> Iterator[NDArray[np.uint8]]:
-    """Stored bytes, ``BLOCK`` coordinates at a time; each piece is read-only and valid until the next is asked for."""
-    size = BLOCK * DTYPES[tensor.dtype].bits // 8
+def blocks_of(shards: OpenShards, tensor: TensorInfo, block: int = BLOCK) -> Iterator[NDArray[np.uint8]]:
+    """Stored bytes, `block` coordinates at a time; each piece is read-only and valid until the next is asked for."""
+    size = block * DTYPES[tensor.dtype].bits // 8
     buffer = np.empty(min(size, tensor.nbytes), np.uint8)
     for start in range(tensor.start, tensor.stop, size):
         with shards[tensor.shard].window(tensor, start, min(start + size, tensor.stop), buffer) as piece:

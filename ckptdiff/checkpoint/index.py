@@ -41,18 +41,18 @@ class Index:
     total_size: int | None
 
 
-def read_index(path: str) -> Index:
+def read_index(path: str, limit: int = MAX_INDEX_BYTES) -> Index:
     """Read an index and find its shards, which must exist inside the index's own folder.
 
     Raises
     ------
     IndexFileError
-        Longer than `MAX_INDEX_BYTES`, not a JSON object of the right form, or a shard that is missing or outside.
+        Longer than `limit` bytes, not a JSON object of the right form, or a shard that is missing or outside.
     CheckpointError
         An index that cannot be read.
     """
     try:
-        content = parse_object(read_whole(path, MAX_INDEX_BYTES, IndexFileError))
+        content = parse_object(read_whole(path, limit, IndexFileError))
     except JsonProblemError as error:
         raise IndexFileError(
             f"the index {error.problem}", file=path, expected=error.expected, found=error.found

@@ -12,6 +12,7 @@ from ckptdiff.checkpoint.blocks import blocks_of
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.events import Listener, Note, Stage, stage
 from ckptdiff.formats import Format, common_format, recode_table, stored_format
+from ckptdiff.measure.partial import BLOCK
 
 __all__ = ["look_for_ties", "same_values"]
 
@@ -34,7 +35,7 @@ def look_for_ties(shards: OpenShards, tell: Listener) -> Callable[[TensorInfo, T
     return look
 
 
-def same_values(shards: OpenShards, first: TensorInfo, second: TensorInfo, told: Stage) -> bool:
+def same_values(shards: OpenShards, first: TensorInfo, second: TensorInfo, told: Stage, block: int = BLOCK) -> bool:
     """Compare two floating tensors of one shape as ``unchanged_stored`` does.
 
     Both are widened to the smallest format that holds either's values. There +0 equals -0, and a NaN equals one of the
@@ -48,6 +49,8 @@ def same_values(shards: OpenShards, first: TensorInfo, second: TensorInfo, told:
         Of any two floating dtypes, with as many elements.
     told : Stage
         Told of the bytes of both that were read.
+    block : int
+        Coordinates of each that are read at a time.
 
     Raises
     ------
@@ -58,7 +61,7 @@ def same_values(shards: OpenShards, first: TensorInfo, second: TensorInfo, told:
         return True
     formats = stored_format(first.dtype), stored_format(second.dtype)
     common = common_format(*formats)
-    for stored in zip(blocks_of(shards, first), blocks_of(shards, second), strict=True):
+    for stored in zip(blocks_of(shards, first, block), blocks_of(shards, second, block), strict=True):
         told.more(sum(side.nbytes for side in stored), first.name)
         one, other = (_widened(codes, format, common) for codes, format in zip(stored, formats, strict=True))
         differ = one != other

@@ -21,6 +21,7 @@ from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.exports.patch_reader import Patch, TensorPatch, changes_of, open_patch
 from ckptdiff.files.staged import StagedFile, write_whole
 from ckptdiff.files.staged_folder import StagedFolder
+from ckptdiff.measure.partial import BLOCK
 from ckptdiff.runfile.target import check_new
 
 __all__ = ["Applied", "apply_patch"]
@@ -58,6 +59,7 @@ def apply_patch(
     *,
     force: bool = False,
     listener: Listener | None = None,
+    block: int = BLOCK,
 ) -> Applied:
     """Write the base with the patched coordinates set: the same files and headers, and all other bytes as they are.
 
@@ -75,6 +77,8 @@ def apply_patch(
         Also take a base whose headers are not those of the base that the patch was made for.
     listener : callable, optional
         Told of the stage "patching", in bytes.
+    block : int
+        Coordinates of a block; an even number, for formats of four bits.
 
     Returns
     -------
@@ -116,7 +120,7 @@ def apply_patch(
     left_out = () if single else _left_out(checkpoint)
     write = _write_file if single else _write_folder
     with stage(listener, "patching", sum(shard.size for shard in checkpoint.shards), "bytes") as told:
-        write(_Copy(checkpoint, found, told), target)
+        write(_Copy(checkpoint, found, told, block), target)
     return Applied(
         tensors=sum(1 for change in found.tensors.values() if change.count),
         coordinates=sum(change.count for change in found.tensors.values()),
@@ -130,8 +134,8 @@ def apply_patch(
 class _Copy:
     """Writes the shards of a base with a patch applied, and tells of it."""
 
-    def __init__(self, checkpoint: Checkpoint, patch: Patch, told: Stage) -> None:
-        self.checkpoint, self._patch, self._told = checkpoint, patch, told
+    def __init__(self, checkpoint: Checkpoint, patch: Patch, told: Stage, block: int) -> None:
+        self.checkpoint, self._patch, self._told, self._block = checkpoint, patch, told, block
         self._held = {
             path: list(tensors)
             for path, tensors in groupby(checkpoint.tensors.values(), lambda tensor: tensor.shard.path)
@@ -141,13 +145,13 @@ class _Copy:
         tensors = self._held.get(shard.path, [])
         # The header is copied as it is, so that order, metadata and padding stay.
         length = tensors[0].start if tensors else shard.size
-        for piece in blocks_of(shards, TensorInfo("the header", "U8", (length,), shard, 0, length)):
+        for piece in blocks_of(shards, TensorInfo("the header", "U8", (length,), shard, 0, length), self._block):
             staged.write(piece.data)
             self._told.more(piece.nbytes)
         staged.check()
         for tensor in tensors:
             change = self._patch.tensors.get(tensor.name)
-            for piece in _patched(shards, tensor, change) if change else blocks_of(shards, tensor):
+            for piece in _patched(shards, tensor, change, self._block):
                 staged.write(piece.data)
                 staged.check()
                 self._told.more(piece.nbytes, tensor.name)
@@ -177,16 +181,18 @@ def _write_folder(copy: _Copy, target: Path) -> None:
         made.commit()
 
 
-def _patched(shards: OpenShards, tensor: TensorInfo, patch: TensorPatch) -> Iterator[NDArray[np.uint8]]:
-    """Stored bytes of a tensor, a block at a time, with the patch applied."""
-    changes = changes_of(shards, patch)
+def _patched(
+    shards: OpenShards, tensor: TensorInfo, patch: TensorPatch | None, block: int
+) -> Iterator[NDArray[np.uint8]]:
+    """Stored bytes of a tensor, a block at a time, with the patch applied, if there is one."""
+    changes = changes_of(shards, patch, block) if patch else iter(())
     change = next(changes, None)
-    for block, stored in enumerate(blocks_of(shards, tensor)):
-        if change is None or change.block != block:
+    for place, stored in enumerate(blocks_of(shards, tensor, block)):
+        if change is None or change.block != place:
             yield stored
             continue
         codes = stored.view(change.values.dtype).copy()
-        while change is not None and change.block == block:
+        while change is not None and change.block == place:
             codes[change.offsets] = change.values
             change = next(changes, None)
         yield codes.view(np.uint8)

@@ -149,8 +149,15 @@ def _size(value: Any) -> int:
     return size
 
 
-def changes_of(shards: OpenShards, patch: TensorPatch) -> Iterator[BlockChange]:
+def changes_of(shards: OpenShards, patch: TensorPatch, block: int = BLOCK) -> Iterator[BlockChange]:
     """What a patch does to a tensor, in the order of its blocks; several changes may be of one block.
+
+    Parameters
+    ----------
+    shards : OpenShards
+    patch : TensorPatch
+    block : int
+        Coordinates in a block, and indices that are read at a time.
 
     Raises
     ------
@@ -161,14 +168,14 @@ def changes_of(shards: OpenShards, patch: TensorPatch) -> Iterator[BlockChange]:
     """
     code = np.dtype(f"<u{DTYPES[patch.values.dtype].bits // 8}")
     position, last = 0, -1
-    stored = zip(blocks_of(shards, patch.indices), blocks_of(shards, patch.values), strict=True)
+    stored = zip(blocks_of(shards, patch.indices, block), blocks_of(shards, patch.values, block), strict=True)
     for piece, values in ((one.view(_INDEX_DTYPES[patch.indices.dtype]), two.view(code)) for one, two in stored):
         _check_indices(patch, piece, position, last)
         position, last = position + piece.size, int(piece[-1])
-        blocks = piece // BLOCK
+        blocks = piece // block
         cuts = np.flatnonzero(blocks[1:] != blocks[:-1]) + 1
         for start, stop in pairwise([0, *cuts.tolist(), piece.size]):
-            yield BlockChange(int(blocks[start]), piece[start:stop] % BLOCK, values[start:stop])
+            yield BlockChange(int(blocks[start]), piece[start:stop] % block, values[start:stop])
 
 
 def _require_match(patch: TensorPatch) -> None:

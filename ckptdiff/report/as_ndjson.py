@@ -21,9 +21,6 @@ from ckptdiff.report.rows import View, rows
 
 __all__ = ["NdjsonStream", "lines", "streams", "write"]
 
-_SECONDS = 0.05
-"""Tensors done within this time are written together: the figures of many cost little more than those of one."""
-
 
 def write(diff: Diff, stream: TextIO, view: View) -> None:
     """Write every line of a finished diff."""
@@ -51,10 +48,12 @@ class NdjsonStream:
     ----------
     stream : TextIO
         Flushed after each batch of lines, so that the next program in the pipe sees them at once.
+    every : float
+        Seconds between two batches, at least: the figures of many tensors cost little more than those of one.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, every: float = 0.05) -> None:
+        self._stream, self._every = stream, every
         self._waiting: list[Diff] = []
         self._written = -math.inf
 
@@ -67,7 +66,7 @@ class NdjsonStream:
         if isinstance(event, Finished):
             self._write_waiting()
             self._write([_summary(event.diff)])
-        elif time.monotonic() - self._written >= _SECONDS:
+        elif time.monotonic() - self._written >= self._every:
             self._write_waiting()
 
     def _write_waiting(self) -> None:

@@ -4,8 +4,8 @@ import os
 import pytest
 from raw_safetensors import write, write_index
 
-from ckptdiff.checkpoint import index as index_module
 from ckptdiff.checkpoint import open_checkpoint
+from ckptdiff.checkpoint.index import read_index
 from ckptdiff.errors import CheckpointError, IndexFileError
 
 A, B, C = {"a": ("F32", (2, 3))}, {"b": ("BF16", (4,))}, {"c": ("U8", (1,))}
@@ -133,11 +133,16 @@ def test_a_tensor_that_its_shard_lacks(refusal, tensor, shard, found):
     assert found in error.found
 
 
-def test_an_index_over_the_limit(refusal, monkeypatch):
-    monkeypatch.setattr(index_module, "MAX_INDEX_BYTES", 100)
-    error = refusal({"weight_map": {"a": "x" * 100}})
-    assert error.problem == "the file is too long"
-    assert error.expected == "at most 100 bytes"
+def test_an_index_over_the_limit(folder):
+    path = folder / "model.safetensors.index.json"
+    write_index(path, {"a": "one.safetensors"})
+    size = path.stat().st_size
+    assert read_index(str(path), limit=size).weight_map == {"a": "one.safetensors"}
+    with pytest.raises(IndexFileError) as caught:
+        read_index(str(path), limit=size - 1)
+    assert caught.value.file == str(path)
+    assert caught.value.problem == "the file is too long"
+    assert caught.value.expected == f"at most {size - 1} bytes"
 
 
 def test_an_index_that_nobody_may_read(public_dir, error_of_nobody):

@@ -11,11 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ckptdiff.checkpoint import blocks, open_checkpoint
+from ckptdiff.checkpoint import open_checkpoint
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.checkpoint.same_values import same_values
 from ckptdiff.errors import CheckpointError
 from ckptdiff.events import Stage, ignore
+from ckptdiff.measure.partial import BLOCK
 
 DTYPES = {
     "F64": np.float64,
@@ -36,12 +37,12 @@ def write(path: Path, tensors: Sequence[tuple[str, np.ndarray]]) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(array.tobytes() for _, array in tensors))
 
 
-def same(path: Path, one: tuple[str, np.ndarray], other: tuple[str, np.ndarray]) -> bool:
+def same(path: Path, one: tuple[str, np.ndarray], other: tuple[str, np.ndarray], block: int = BLOCK) -> bool:
     write(path, [one, other])
     first, second = open_checkpoint(path).tensors.values()
     with open_shards("pread") as shards:
-        found = same_values(shards, first, second, Stage(ignore, "looking"))
-        assert same_values(shards, second, first, Stage(ignore, "looking")) == found
+        found = same_values(shards, first, second, Stage(ignore, "looking"), block)
+        assert same_values(shards, second, first, Stage(ignore, "looking"), block) == found
         return found
 
 
@@ -74,15 +75,12 @@ def test_what_the_narrower_dtype_cannot_hold_differs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", ["BF16", "F32"])
 @pytest.mark.parametrize("place", [None, 0, 999, 1000, 2499])
-def test_every_block_is_looked_at(
-    tmp_path: Path, other: str, place: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(blocks, "BLOCK", 1000)
+def test_every_block_is_looked_at(tmp_path: Path, other: str, place: int | None) -> None:
     head = np.random.default_rng(0).normal(size=(50, 50)).astype(ml_dtypes.bfloat16)
     embedding = head.astype(DTYPES[other])
     if place is not None:
         embedding.reshape(-1)[place] += DTYPES[other](1)
-    assert same(tmp_path / "x", ("BF16", head), (other, embedding)) == (place is None)
+    assert same(tmp_path / "x", ("BF16", head), (other, embedding), 1000) == (place is None)
 
 
 def test_empty_tensors_are_equal(tmp_path: Path) -> None:
@@ -90,8 +88,7 @@ def test_empty_tensors_are_equal(tmp_path: Path) -> None:
     assert same(tmp_path / "x", ("F32", empty), ("F16", empty.astype(np.float16)))
 
 
-def test_reading_ends_at_the_first_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK", 4)
+def test_reading_ends_at_the_first_difference(tmp_path: Path) -> None:
     read = []
 
     class Counting(dict):  # type: ignore[type-arg]
@@ -105,10 +102,10 @@ def test_reading_ends_at_the_first_difference(tmp_path: Path, monkeypatch: pytes
     write(tmp_path / "x", [("F32", np.arange(100, dtype=np.float32)), ("F32", np.ones(100, np.float32))])
     first, second = open_checkpoint(tmp_path / "x").tensors.values()
     with open_shards("pread") as shards:
-        assert not same_values(Counting(), first, second, Stage(ignore, "looking"))  # type: ignore[arg-type]
+        assert not same_values(Counting(), first, second, Stage(ignore, "looking"), 4)  # type: ignore[arg-type]
         assert len(read) == 2
         read.clear()
-        assert same_values(Counting(), first, first, Stage(ignore, "looking"))  # type: ignore[arg-type]
+        assert same_values(Counting(), first, first, Stage(ignore, "looking"), 4)  # type: ignore[arg-type]
         assert read == [], "the same bytes"
 
 

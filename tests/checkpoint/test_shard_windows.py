@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE
 
 from ckptdiff.checkpoint import Shard, TensorInfo
 from ckptdiff.checkpoint import open_shard as reader_module
@@ -247,7 +248,7 @@ def in_process(code: str, *arguments: str | Path) -> subprocess.CompletedProcess
     """
     script = textwrap.dedent(preamble) + textwrap.dedent(code)
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def test_a_page_that_is_lost_while_it_is_in_use(shaky: tuple[Path, Shard, TensorInfo]) -> None:

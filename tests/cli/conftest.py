@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from fake_engine import FakeEngine
 
+import ckptdiff.api
+import ckptdiff.lora.extract  # noqa: F401  (both keep the engine that they are first imported with: the real one)
 from ckptdiff.cli import main
 from ckptdiff.figures.result import Diff
 
@@ -68,12 +70,19 @@ def spawn() -> Callable[..., subprocess.Popen[bytes]]:
     """``spawn(arguments, layers=2, pause=0)``: main() over a fake engine in a process of its own."""
 
     def start(
-        *arguments: str | Path, layers: int = 2, pause: float = 0.0, stdout: int = subprocess.PIPE
+        *arguments: str | Path,
+        layers: int = 2,
+        pause: float = 0.0,
+        stdout: int = subprocess.PIPE,
+        pipesize: int = -1,
     ) -> subprocess.Popen[bytes]:
         here = Path(__file__).parent
         code = _HARNESS.format(tests=str(here.parent), cli=str(here), layers=layers, pause=pause)
         return subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)], stdout=stdout, stderr=subprocess.PIPE
+            [sys.executable, "-c", code, *map(str, arguments)],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            pipesize=pipesize,
         )
 
     return start

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import h5py
 import pytest
+from patience import PATIENCE
 
 Spawn = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -21,7 +22,7 @@ def names(folder: Path) -> list[str]:
 
 
 def ended(process: subprocess.Popen[bytes]) -> tuple[int, str]:
-    _, err = process.communicate(timeout=600)
+    _, err = process.communicate(timeout=PATIENCE)
     return process.returncode, err.decode()
 
 
@@ -82,7 +83,7 @@ def test_no_stdout_at_all(spawn: Spawn) -> None:
 )
 def test_signals_leave_nothing_behind(spawn: Spawn, signum: int, code: int, message: str, tmp_path: Path) -> None:
     run, report = tmp_path / "run.h5", tmp_path / "report.ndjson"
-    process = spawn("diff", "a", "b", "-o", run, "--format", "ndjson", "-O", report, layers=60, pause=0.5)
+    process = spawn("diff", "a", "b", "-o", run, "--format", "ndjson", "-O", report, pause=600.0)
     while len(names(tmp_path)) < 2:
         assert process.poll() is None
         time.sleep(0.02)
@@ -105,7 +106,7 @@ def test_an_ignored_hangup_stays_ignored(tmp_path: Path) -> None:
 
 
 def test_ndjson_lines_arrive_while_the_run_goes_on(spawn: Spawn) -> None:
-    process = spawn("diff", "a", "b", "--format", "ndjson", layers=60, pause=0.2)
+    process = spawn("diff", "a", "b", "--format", "ndjson", layers=60, pause=0.1, pipesize=4096)  # not room for all
     assert process.stdout is not None
     assert b'"type": "header"' in process.stdout.readline()
     assert b'"type": "tensor"' in process.stdout.readline()

@@ -1,4 +1,4 @@
-"""Kernels built once in a session, two at a time, into a temporary folder."""
+"""Kernels built once in a session, by whichever of its processes needs them first, into a temporary folder."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
-from host_kernels import COMPILER, TESTED, Build, Library
+from host_kernels import COMPILER, QUICK, Build, Library
 
 Libraries = Callable[..., Library]
 
 
 @pytest.fixture(scope="session")
 def libraries(tmp_path_factory) -> Iterator[Libraries]:
-    """Gives the library of a pair of formats; all that are tested are under way from the first call on."""
+    """Gives the library of a pair of formats; those that every run needs are under way from the first call on."""
     if COMPILER is None:
         pytest.skip("g++ is missing: the kernels cannot run on this CPU")
-    folder = tmp_path_factory.mktemp("kernels")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which this process has in common with those beside it
+    folder = folder / "kernels"
+    folder.mkdir(exist_ok=True)
     pool = ThreadPoolExecutor(2)
     builds: dict[Build, Future] = {}
 
@@ -33,7 +37,7 @@ def libraries(tmp_path_factory) -> Iterator[Libraries]:
     def get(base: str, tuned: str, compare: str, threads: int = 64) -> Library:
         future = start(Build(base, tuned, compare, threads))
         if os.environ.get("CKPTDIFF_TEST_BUILD_ALL") != "0":
-            for names in TESTED:
+            for names in QUICK:
                 start(Build(*names, 64))
         return Library(future.result(), threads)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ TESTED = [
     ("f16", "f64", "f64"),
 ]
 """Stored formats and compare format of the pairs that are built; each format, each kind of cast."""
+QUICK = TESTED[:8]
+"""Those of them that a quick run takes: each format, and a cast of one side and of both."""
 COMPILER = shutil.which("g++")
 FLAGS = ("-std=c++20", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 
@@ -49,16 +52,23 @@ class Build:
     kernels: Path = KERNELS
 
     def make(self, folder: Path, source: str = "kernels.cpp", shared: bool = True) -> Path:
-        """Build into a folder, unless it is there."""
+        """Build into a folder, unless it is there, or another process is about to build it there."""
         flags = "".join(self.flags).replace("-", "_").replace("=", "_")
         path = folder / f"{self.base}-{self.tuned}-{self.compare}-{self.threads}{flags}-{source}.bin"
-        if not path.exists():
-            formats = zip(("BASE", "TUNED", "COMPARE"), (self.base, self.tuned, self.compare), strict=True)
-            defines = [f"-D{side}={NAMES[name]}" for side, name in formats]
-            how = ["-shared", "-fPIC"] if shared else []
-            command = [COMPILER, *FLAGS, *self.flags, *how, f"-I{self.kernels}", f"-DTHREADS={self.threads}", *defines]
-            subprocess.run([*command, "-o", path, HERE / "host" / source], check=True)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                self._compile(path, source, shared)
         return path
+
+    def _compile(self, path: Path, source: str, shared: bool) -> None:
+        formats = zip(("BASE", "TUNED", "COMPARE"), (self.base, self.tuned, self.compare), strict=True)
+        defines = [f"-D{side}={NAMES[name]}" for side, name in formats]
+        how = ["-shared", "-fPIC"] if shared else []
+        command = [COMPILER, *FLAGS, *self.flags, *how, f"-I{self.kernels}", f"-DTHREADS={self.threads}", *defines]
+        made = path.with_suffix(".made")
+        subprocess.run([*command, "-o", made, HERE / "host" / source], check=True)
+        made.rename(path)
 
 
 class Library:

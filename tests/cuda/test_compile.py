@@ -38,6 +38,7 @@ def nvcc(names: tuple[str, ...]) -> list[dict[str, str]]:
     return [found.groupdict() for found in USE.finditer(built.stderr)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is missing: spills and registers are not checked")
 @pytest.mark.parametrize("names", [("bf16", "bf16", "bf16"), ("f64", "f32", "bf16")], ids="-".join)
 def test_kernels_fit_their_registers(names):
@@ -85,6 +86,7 @@ INEXACT = re.compile(r"\b\w+(?:\.\w+)*\.(?:ftz|approx|full)(?:\.\w+)*")
 """An instruction that flushes subnormal numbers, or comes near a quotient or root only."""
 
 
+@pytest.mark.slow
 @pytest.mark.nvrtc
 def test_every_pair_is_compiled_to_exact_arithmetic(nvrtc):
     names = every_pair_of_formats()

@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 import pytest
 from code_samples import assert_partials_equal, encode, random_codes, tuned_codes
-from host_kernels import TESTED
+from host_kernels import QUICK, TESTED
 from kernel_runs import UNTOUCHED, nonzero, padded, run_refine, run_scan, tiles_of
 
 from ckptdiff.formats import FORMATS
@@ -26,6 +26,8 @@ from ckptdiff.measure.source import InMemory
 SIZES = (1, 7, 8, 9, 511, 513, 4097, TILE - 1, TILE, TILE + 1)
 RULES = [(Rule.NONE, 0.0), (Rule.BITWISE, 0.0), (Rule.ABOVE, 1e-5), (Rule.ETA, 4e-3)]
 EPS = (0.0, 1e-8, 1e-5, 1e-4)
+EACH = [pytest.param(names, marks=[] if names in QUICK else pytest.mark.slow) for names in TESTED]
+NARROW = [each for each in EACH if FORMATS[each.values[0][0]].bits <= 16]
 
 
 def in_memory(base, tuned):
@@ -63,7 +65,7 @@ def test_records_are_laid_out_alike(libraries):
 
 
 @pytest.mark.parametrize("kind", ["wild", "tame"])
-@pytest.mark.parametrize("names", TESTED, ids="-".join)
+@pytest.mark.parametrize("names", EACH, ids="-".join)
 def test_scan_equals_reference(libraries, names, kind):
     library = libraries(*names)
     formats = [FORMATS[name] for name in names]
@@ -73,7 +75,7 @@ def test_scan_equals_reference(libraries, names, kind):
         agree(library, scan, *sample(names, n, kind), blocks=1 + i % 3, seed=i)
 
 
-@pytest.mark.parametrize("names", [n for n in TESTED if FORMATS[n[0]].bits <= 16], ids="-".join)
+@pytest.mark.parametrize("names", NARROW, ids="-".join)
 def test_every_code_means_what_its_table_says(libraries, names):
     base_format, tuned_format, compare = (FORMATS[name] for name in names)
     n = 1 << 16
@@ -93,7 +95,7 @@ def special_codes(format):
     return np.array([code | sign for code in sizes for sign in (0, format.magnitude + 1)], format.code_dtype)
 
 
-@pytest.mark.parametrize("names", TESTED, ids="-".join)
+@pytest.mark.parametrize("names", EACH, ids="-".join)
 def test_special_codes_against_each_other(libraries, names):
     formats = [FORMATS[name] for name in names]
     base, tuned = np.meshgrid(special_codes(formats[0]), special_codes(formats[1]))

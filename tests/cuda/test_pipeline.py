@@ -109,7 +109,7 @@ def small_tensors(tmp_path):
 
 
 @pytest.mark.parametrize("want_mask", [True, False])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_small_tensors_share_launches(libraries, small_tensors, seed, want_mask):
     gpu = HostGpu(libraries, seed, processors=1)
     worker = CudaWorker(gpu, Room(8 << 15, 8))
@@ -331,9 +331,8 @@ def test_the_benchmark_runs(libraries, tmp_path, monkeypatch):
     import gpu as bench
 
     base, tuned = bench.make_sides(1 << 19)
-    monkeypatch.setattr(bench, "PIECE", 1 << 18)
     device = HostGpu(libraries)
-    rates = bench.gpu_rates(device, base, tuned, 1) | bench.read_rates(tmp_path, base, 1)
+    rates = bench.gpu_rates(device, base, tuned, 1) | bench.read_rates(tmp_path, base, 1, piece=1 << 18)
     rates |= bench.pipeline_rates(device, tmp_path, base, tuned, 1)
     assert len(rates) == 10
     assert all(rate > 0 for rate in rates.values())

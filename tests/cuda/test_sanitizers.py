@@ -4,13 +4,17 @@ import subprocess
 
 import pytest
 from host_kernels import COMPILER, Build
+from patience import PATIENCE
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot run on this CPU")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(COMPILER is None, reason="g++ is missing: the kernels cannot run on this CPU"),
+]
 
 
 def run(build, folder, *sizes):
     program = build.make(folder, "sanitize.cpp", shared=False)
-    found = subprocess.run([program, *map(str, sizes)], capture_output=True, text=True, timeout=600)
+    found = subprocess.run([program, *map(str, sizes)], capture_output=True, text=True, timeout=PATIENCE)
     assert found.returncode == 0, found.stderr[-4000:]
     assert found.stdout == "clean\n"
 

@@ -46,8 +46,8 @@ def run_both(base, tuned, tmp_path, **options):
         ("llama", "abs:1e-05", {}),
         ("llama", "top:5", {"io": "mmap"}),
         ("moe", "bitwise", {"threads": 3}),
-        ("fp8", "eta:0.01", {}),
-        ("wide", "rel:0.001", {"compare": "stored"}),
+        pytest.param("fp8", "eta:0.01", {}, marks=pytest.mark.slow),
+        pytest.param("wide", "rel:0.001", {"compare": "stored"}, marks=pytest.mark.slow),
         ("odd", "top:20", {}),
         ("tied", "abs:1e-05", {"io": "mmap"}),
     ],
@@ -57,7 +57,7 @@ def test_fixtures(on_host_gpu, tmp_path, fixture, mask, options):
     run_both(FIXTURES / fixture / "base", FIXTURES / fixture / "tuned", tmp_path, mask=mask, **options)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_a_tensor_of_several_spans_and_ties_at_the_cut(on_host_gpu, tmp_path, seed):
     on_host_gpu(seed, Room(1 << 20, 4))
     rng = np.random.default_rng(seed)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import PATIENCE
 from stopped_process import ended, go_on, stopped_at
 from stored_tensors import Stored, metadata_of, random_tensor, read, write, write_patch
 
@@ -119,7 +120,9 @@ def test_a_full_disk(inputs: tuple[Path, Path, Path], share: float) -> None:
         "from ckptdiff.cli import main\n"
         "sys.exit(main())"
     )
-    done = subprocess.run([sys.executable, "-c", code, *arguments(inputs)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments(inputs)], capture_output=True, text=True, timeout=PATIENCE
+    )
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert done.stderr.startswith("ckptdiff: error: cannot write the output: File too large\n")
     named = out / "a.safetensors" if base.is_dir() else out
@@ -181,7 +184,7 @@ def test_memory_does_not_grow_with_the_tensor(large: tuple[Path, Path], tmp_path
     )
     out = tmp_path / "out.safetensors"
     command = [sys.executable, "-c", code, *arguments((*large, out))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     grown = re.search(r"grown (\d+)", done.stdout)
     assert grown is not None and int(grown[1]) < 60 * MIB, done.stdout

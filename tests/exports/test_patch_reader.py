@@ -83,21 +83,12 @@ def test_parts_that_do_not_belong_together(
 )
 @pytest.mark.parametrize("block", [1, 2, 1 << 20])
 def test_indices_that_cannot_be(
-    indices: tuple[int, ...],
-    message: str,
-    found: str,
-    dtype: str,
-    block: int,
-    base: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    indices: tuple[int, ...], message: str, found: str, dtype: str, block: int, base: Path, tmp_path: Path
 ) -> None:
-    for module in ("checkpoint.blocks", "exports.patch_reader"):
-        monkeypatch.setattr(f"ckptdiff.{module}.BLOCK", block)
     entries = {"b.indices": integers(*indices, dtype=dtype), "b.values": floats(len(indices))}
     path = write(tmp_path / "p.safetensors", entries, metadata_of(base, {"b": (4, 3)}))
     with pytest.raises(PatchError, match=message) as caught:
-        apply_patch(base, path, tmp_path / "out.safetensors")
+        apply_patch(base, path, tmp_path / "out.safetensors", block=block)
     assert (caught.value.file, caught.value.tensor, caught.value.found) == (str(path), "b", found)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["base.safetensors", "p.safetensors"]
 

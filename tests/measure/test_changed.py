@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE
 
 from ckptdiff.codes.bits import population
 from ckptdiff.codes.lanes import LANES, PACKS
@@ -49,6 +50,7 @@ def test_marked_codes_lie_side_by_side(gather, code, words, seed):
     np.testing.assert_array_equal(tile.right[:count], right[marked])
 
 
+@pytest.mark.slow
 def test_a_processor_without_the_instructions():
     """The whole kernel as it is compiled elsewhere: its self-test compares it with the reference."""
     code = """
@@ -63,6 +65,6 @@ print(PACKS, self_test(CpuWorker()))
         capture_output=True,
         text=True,
         check=True,
-        timeout=600,
+        timeout=PATIENCE,
     )
     assert done.stdout == "False None\n"

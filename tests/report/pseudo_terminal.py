@@ -17,11 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pyte
+from patience import PATIENCE
 
 __all__ = ["Terminal", "lines_of", "run_under_terminal"]
-
-_PATIENCE = 120.0
-"""Seconds after which a test gives up; nothing depends on how long it takes."""
 
 # The terminal becomes that of the session, so that Ctrl-C typed there is a signal here. What only a run that lasts
 # would show is shown at once, and each event is drawn. Where a stage counts, it must have counted everything.
@@ -62,7 +60,7 @@ class Terminal:
 
     def wait_for(self, condition: Callable[[list[str]], bool]) -> None:
         """Read until the screen shows what is waited for."""
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + PATIENCE
         while not condition(lines_of(self.screen)):
             assert time.monotonic() < deadline, lines_of(self.screen)
             assert self._read(), ("the command has ended", lines_of(self.screen))
@@ -73,10 +71,10 @@ class Terminal:
 
     def ended(self) -> int:
         """Read to the end, and return the exit code."""
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + PATIENCE
         while self._read():
             assert time.monotonic() < deadline, lines_of(self.screen)
-        return self._process.wait(_PATIENCE)
+        return self._process.wait(PATIENCE)
 
     def _read(self) -> bool:
         if not select.select([self._master], [], [], 1.0)[0]:

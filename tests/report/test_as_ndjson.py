@@ -10,7 +10,6 @@ import pytest
 
 from ckptdiff.events import Finished, StageProgress, Started, TensorsDone
 from ckptdiff.figures.result import Diff
-from ckptdiff.report import as_ndjson
 from ckptdiff.report.as_ndjson import NdjsonStream, lines, streams
 from ckptdiff.report.document import document
 from ckptdiff.report.rows import View
@@ -44,13 +43,10 @@ def test_rows_of_another_grouping(diff: Diff) -> None:
 
 @pytest.mark.parametrize("batch", [0.0, 1e9])
 @pytest.mark.parametrize("name", ["diff", "troubled_diff"])
-def test_a_stream_is_the_same_bytes(
-    name: str, batch: float, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(as_ndjson, "_SECONDS", batch)
+def test_a_stream_is_the_same_bytes(name: str, batch: float, request: pytest.FixtureRequest) -> None:
     diff: Diff = request.getfixturevalue(name)
     stream = io.StringIO()
-    listener = NdjsonStream(stream)
+    listener = NdjsonStream(stream, batch)
     listener(Started(len(diff.tensors), 1000, started(diff)))
     for row in range(len(diff.tensors)):
         listener(TensorsDone(row, single(diff, row)))
@@ -59,10 +55,9 @@ def test_a_stream_is_the_same_bytes(
     assert stream.getvalue() == "".join(lines(diff, View()))
 
 
-def test_a_line_does_not_wait_for_the_next_tensor(diff: Diff, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(as_ndjson, "_SECONDS", 0.0)
+def test_a_line_does_not_wait_for_the_next_tensor(diff: Diff) -> None:
     stream = io.StringIO()
-    listener = NdjsonStream(stream)
+    listener = NdjsonStream(stream, every=0.0)
     listener(Started(len(diff.tensors), 1000, started(diff)))
     listener(TensorsDone(0, single(diff, 0)))
     assert [json.loads(line)["type"] for line in stream.getvalue().splitlines()] == ["header", "tensor"]

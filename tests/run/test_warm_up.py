@@ -18,6 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from patience import PATIENCE
 from safetensors.numpy import save_file
 from told_stages import told_stages
 
@@ -36,7 +37,7 @@ def triple(value):
     return 3 * value
 """
 pytestmark = pytest.mark.usefixtures("empty_cache")
-FIXTURE = Path(__file__).parent.parent / "fixtures" / "addition"
+FIXTURE = Path(__file__).parents[2] / "fixtures" / "addition"
 
 
 @pytest.fixture
@@ -204,7 +205,7 @@ def test_a_run_calls_no_other_kernel(name: str, tmp_path: Path, monkeypatch: pyt
     for path, tensors, dtype in zip(paths, (base, tuned), dtypes, strict=True):
         save_file({f"layers.{i}.w": values.astype(dtype) for i, values in enumerate(tensors)}, path)
     command = [sys.executable, "-c", REFUSING, "diff", *map(str, paths), "-o", str(tmp_path / "run.h5"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -252,7 +253,7 @@ def test_no_other_command_compiles_while_it_works(
         paths = [str(tmp_path / side) for side in ("base", "tuned")]
         ckptdiff.diff(*paths, out=tmp_path / "run.h5", mask="bitwise")
     command = [sys.executable, "-c", REFUSING_LATER, f"ckptdiff.{module}", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -262,7 +263,7 @@ def test_another_process_takes_the_same_packages(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", ".", tmp_path / "nowhere", *sys.path])
     with warm_up._start(("mask", "100")) as process:
-        assert process.wait(600) == 0
+        assert process.wait(PATIENCE) == 0
 
 
 def test_another_process_keeps_kernels_where_this_one_finds_them() -> None:
@@ -309,6 +310,7 @@ def children(process: subprocess.Popen[str]) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path(f"/proc/self/task/{os.getpid()}/children").exists(), reason="needs /proc")
 def test_a_first_run(tmp_path: Path) -> None:
     """Stopped while it compiles, it leaves nothing; let alone, it is as right as a later one and hardly larger."""
@@ -320,9 +322,9 @@ def test_a_first_run(tmp_path: Path) -> None:
         assert process.poll() is None
         time.sleep(0.001)
     process.terminate()
-    _, err = process.communicate(timeout=600)
+    _, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143 and err.endswith("ckptdiff: terminated\n"), err
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + PATIENCE
     while any(Path(f"/proc/{pid}").exists() for pid in compiling):
         assert time.monotonic() < deadline, "a compiling process outlives the run"
         time.sleep(0.01)
@@ -331,7 +333,7 @@ def test_a_first_run(tmp_path: Path) -> None:
     reports, sizes, said = [], [], []
     for _ in range(2):
         process = diff(folder)
-        out, err = process.communicate(timeout=600)
+        out, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0 and "ended with" not in err, err
         memory = re.search(r"projected memory (\d+) MiB", err)
         assert memory is not None

@@ -15,6 +15,7 @@ from typing import Any
 
 import h5py
 import pytest
+from patience import PATIENCE
 
 from ckptdiff.files.staged import StagedFile
 
@@ -62,7 +63,7 @@ def run(code: str, folder: Path, paged: bool = False) -> str:
     script = textwrap.dedent(PREAMBLE) + textwrap.dedent(code)
     options = ["paged"] if paged else []
     done = subprocess.run(
-        [sys.executable, "-c", script, str(folder), *options], capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", script, str(folder), *options], capture_output=True, text=True, timeout=PATIENCE
     )
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout

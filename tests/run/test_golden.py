@@ -9,7 +9,7 @@ import pytest
 from ckptdiff.options import Options
 from ckptdiff.run.engine import run
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 CASES = sorted(path.stem for path in (FIXTURES / "golden").glob("*.json"))
 NOT_GOLDEN = {"delta_energy_share"}
 

@@ -1,0 +1,30 @@
+"""Where tests lie: in a folder for each room of the package, under names that no other module has."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import ckptdiff
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+BY_NAME = (*TESTS.rglob("*.py"), *(ROOT / "bench").glob("*.py"), *(ROOT / "fixtures").glob("*.py"))
+"""What tests import by base name alone, and tests themselves, which pytest imports so."""
+
+
+def test_no_module_hides_another() -> None:
+    paths = defaultdict(list)
+    for path in BY_NAME:
+        if path.name not in ("conftest.py", "__main__.py"):
+            paths[path.stem].append(str(path.relative_to(ROOT)))
+    assert {name: found for name, found in paths.items() if len(found) > 1} == {}
+    assert paths.keys() & (sys.stdlib_module_names | {"ckptdiff"}) == set()
+
+
+def test_a_folder_of_tests_is_about_a_room_of_the_package() -> None:
+    package = Path(ckptdiff.__file__).parent
+    rooms = {path.parent.name for path in package.rglob("__init__.py")} - {"kernels"}
+    folders = {path.parent.name for path in TESTS.rglob("test_*.py")} - {TESTS.name}
+    assert len(folders) > 10 and folders - rooms == set()
