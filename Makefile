@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SIZE ?= 2GiB
 
-.PHONY: demo test lint bench mutants clean
+.PHONY: demo test lint docs bench mutants clean
 
 demo: .venv/demo.stamp
 	mkdir -p build
@@ -18,6 +18,10 @@ lint: .venv/test.stamp .venv/lint.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+docs: .venv/docs.stamp
+	$(BIN)/sphinx-build -W --keep-going -q -b html -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
+
 bench: .venv/bench.stamp
 	$(BIN)/python bench/compare.py --size $(SIZE) --json build/bench.json
 
@@ -30,6 +34,7 @@ clean:
 .venv/demo.stamp: EXTRAS =
 .venv/test.stamp: EXTRAS = [parquet,test]
 .venv/lint.stamp: EXTRAS = [lint]
+.venv/docs.stamp: EXTRAS = [docs]
 .venv/bench.stamp: EXTRAS = [bench]
 
 .venv/%.stamp: pyproject.toml constraints.txt | .venv/bin/python
