@@ -19,7 +19,7 @@ lint: .venv/test.stamp .venv/lint.stamp
 	$(BIN)/mypy
 
 docs: .venv/docs.stamp
-	$(BIN)/sphinx-build -W --keep-going -q -b html -d build/doctrees docs build/docs
+	$(BIN)/sphinx-build -E -W --keep-going -q -b html -d build/doctrees docs build/docs
 	@echo "build/docs/index.html"
 
 bench: .venv/bench.stamp

@@ -32,7 +32,7 @@ autodoc_mock_imports = ["torch", "transformers"]
 
 # Some packages import a name when it is first asked for; autodoc sees what is there.
 with mock(autodoc_mock_imports):
-    for package in ("exports", "lora", "overlap", "retrain", "track"):
+    for package in ("claims", "exports", "lora", "overlap", "retrain", "spectra", "track"):
         module = import_module(f"ckptdiff.{package}")
         for name in getattr(module, "__all__", ()):
             setattr(module, name, getattr(module, name))

@@ -169,7 +169,7 @@ def test_the_layouts_are_those_of_the_code(module: object) -> None:
 
 def test_every_public_package_is_on_the_page_of_the_interface() -> None:
     documented = re.findall(r"^\.\. automodule:: (\S+)$", text_of("docs/python.md"), re.MULTILINE)
-    rooms = ("errors", "events", "exports", "lora", "overlap", "retrain", "track")
+    rooms = ("claims", "errors", "events", "exports", "lora", "overlap", "retrain", "spectra", "track")
     assert {"ckptdiff", *(f"ckptdiff.{room}" for room in rooms)} <= set(documented)
 
 
