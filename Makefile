@@ -7,7 +7,7 @@ SIZE ?= 2GiB
 # Tests of a group share what takes long to make, so one process takes them all.
 PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
 
-.PHONY: demo test test-slow test-nvrtc lint bench mutants clean
+.PHONY: demo test test-slow test-nvrtc lint docs bench mutants clean
 
 demo: .venv/demo.stamp
 	mkdir -p build
@@ -28,6 +28,10 @@ lint: .venv/test.stamp .venv/lint.stamp
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+docs: .venv/docs.stamp
+	$(BIN)/sphinx-build -E -W --keep-going -q -b html -d build/doctrees docs build/docs
+	@echo "build/docs/index.html"
+
 bench: .venv/bench.stamp
 	$(BIN)/python bench/compare.py --size $(SIZE) --json build/bench.json
 
@@ -41,6 +45,7 @@ clean:
 .venv/test.stamp: EXTRAS = [parquet,test]
 .venv/nvrtc.stamp: EXTRAS = [parquet,test,cuda13]
 .venv/lint.stamp: EXTRAS = [lint]
+.venv/docs.stamp: EXTRAS = [docs]
 .venv/bench.stamp: EXTRAS = [bench]
 
 .venv/%.stamp: pyproject.toml constraints.txt | .venv/bin/python

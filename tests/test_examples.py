@@ -1,91 +1,78 @@
-"""The examples of docstrings, run where `fixtures` and a run file of its first pair lie."""
+"""The examples run as they stand, in a process of their own, and say what is true."""
 
 from __future__ import annotations
 
-import doctest
-import inspect
-from collections.abc import Iterator
-from importlib import import_module
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
+import h5py
 import pytest
+from safetensors.numpy import load_file
 
 import ckptdiff
 
-ROOT = Path(ckptdiff.__file__).parent
-FIXTURES = Path(__file__).parent.parent / "fixtures"
-MODULES = sorted(
-    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
-    for path in ROOT.rglob("*.py")
-    if ">>> " in path.read_text()
-)
+ROOT = Path(__file__).parents[1]
+PAIR = [str(ROOT / "fixtures/llama" / side) for side in ("base", "tuned")]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the examples are run in; `run.h5` is theirs to read."""
-    made = tmp_path_factory.mktemp("examples")
-    (made / "fixtures").symlink_to(FIXTURES)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(made)
-        ckptdiff.diff("fixtures/llama/base", "fixtures/llama/tuned", out="run.h5")
-    return made
+def run(*words: str | Path, status: int = 0) -> str:
+    """Run a command with this Python's commands first in its path, away from the clone."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    places = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # One thread: on a busy machine those of torch wait for each other longer than they compute.
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == status, done.stderr
+    return done.stdout
 
 
-def llama() -> Any:
-    """A torch module whose parameters are those of the base, by name and shape; it computes nothing."""
-    nn = pytest.importorskip("torch.nn")
-    from safetensors.torch import load_file
-
-    model = nn.Module()
-    for shard in sorted((FIXTURES / "llama" / "base").glob("*.safetensors")):
-        for name, values in load_file(shard).items():
-            *path, last = name.split(".")
-            inner = model
-            for part in path:
-                if part not in dict(inner.named_children()):
-                    inner.add_module(part, nn.Module())
-                inner = inner.get_submodule(part)
-            inner.register_parameter(last, nn.Parameter(values))
-    return model
+def test_a_comparison_step_by_step() -> None:
+    said = run(sys.executable, "examples/compare.py")
+    overall = ckptdiff.diff(*PAIR).overall
+    assert said.startswith(f"39 tensors, {overall['unchanged_abs']['1e-05']:.1%} of the values")
+    assert f"relative update {overall['rel_norm']:.4%}" in said
+    assert "gate_proj" in said and "in the mask, by row" in said
 
 
-def examples_of(module: str) -> Iterator[doctest.DocTest]:
-    given: dict[str, Any] = {"model": llama()} if module.startswith("ckptdiff.retrain") else {}
-    return (test for test in doctest.DocTestFinder().find(import_module(module), extraglobs=given) if test.examples)
+def test_masks_by_h5py_alone(tmp_path: Path) -> None:
+    source = (ROOT / "examples/read_masks.py").read_text()
+    assert not re.search(r"^\s*(import|from) ckptdiff", source, re.MULTILINE)
+    run_file, exported = tmp_path / "run.h5", tmp_path / "masks.safetensors"
+    odd = [ROOT / "fixtures/odd" / side for side in ("base", "tuned")]
+    for pair in (PAIR, odd):
+        ckptdiff.diff(*pair, out=run_file, mask="bitwise")
+        run(sys.executable, "-m", "ckptdiff", "mask", "export", run_file, "-o", exported)
+        names: dict[str, object] = {}
+        exec(compile(source, "read_masks.py", "exec"), names)
+        masks = dict(names["masks_of"](str(run_file)))
+        expected = load_file(exported)
+        assert masks.keys() == expected.keys()
+        assert all((masks[name] == mask).all() and masks[name].shape == mask.shape for name, mask in expected.items())
+    assert run(sys.executable, "examples/read_masks.py", run_file).count(" in the mask") == len(masks)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_examples_give_what_they_show(module: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    told: list[str] = []
-    for test in examples_of(module):
-        runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
-        runner.run(test, out=told.append)
-        assert runner.tries, test.name
-    assert not told, "".join(told)
+def test_a_run_without_masks(tmp_path: Path) -> None:
+    ckptdiff.diff(*PAIR, out=tmp_path / "run.h5", mask="none")
+    with h5py.File(tmp_path / "run.h5") as file:
+        assert not len(file["masks"])
+    run(sys.executable, "examples/read_masks.py", tmp_path / "run.h5", status=1)
 
 
-def test_an_example_that_shows_something_else_is_found() -> None:
-    test = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, 0)
-    told: list[str] = []
-    assert doctest.DocTestRunner().run(test, out=told.append).failed == 1 and told
+def test_a_shell_pipeline(tmp_path: Path) -> None:
+    rows = sorted(ckptdiff.diff(*PAIR).per_tensor, key=lambda row: row["rel_norm"], reverse=True)
+    said = run("bash", "examples/pipeline.sh", *PAIR).splitlines()
+    assert [line.split()[0] for line in said[:3]] == [f"{row['rel_norm']:.4%}" for row in rows[:3]]
+    assert said[3].startswith("relative update: 0.000346")
+    run("bash", "examples/pipeline.sh", *PAIR, "1e-4", status=1)
+    run("bash", "examples/pipeline.sh", PAIR[0], tmp_path / "nothing", status=2)
 
 
-RECORDS = {"Applied", "Extracted", "Extraction", "MatchReport", "PairCounts", "ShiraExport", "Verdict"}
-"""What functions with an example return."""
-
-
-@pytest.mark.parametrize("room", ["", *(f".{room}" for room in ckptdiff._ROOMS)])
-def test_what_is_public_has_an_example(room: str) -> None:
-    if room == ".retrain":
-        pytest.importorskip("torch")
-    module = import_module(f"ckptdiff{room}")
-    without = set()
-    for name in set(module.__all__) - RECORDS:
-        found = getattr(module, name)
-        error = isinstance(found, type) and issubclass(found, ckptdiff.CkptdiffError)
-        if (inspect.isclass(found) or inspect.isfunction(found)) and not error and ">>> " not in (found.__doc__ or ""):
-            without.add(name)
-    assert without == set()
+def test_retraining() -> None:
+    pytest.importorskip("torch")
+    said = run(sys.executable, "examples/retrain.py")
+    before, after = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", said).groups())
+    assert after < before
+    assert re.search(r"of them moved, and 0 others", said)

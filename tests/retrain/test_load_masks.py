@@ -17,7 +17,7 @@ from ckptdiff.retrain import ParameterMasks, load_masks
 
 
 def dense_by_h5py(run_file: Path, name: str) -> np.ndarray:
-    """As the README says it, without ckptdiff."""
+    """As docs/run-file.md says it, without ckptdiff."""
     with h5py.File(run_file) as file:
         mask = file[f"masks/{name}"]
         bits = np.unpackbits(mask[:], bitorder="little", count=mask.attrs["shape"].prod()).astype(bool)

@@ -1,4 +1,4 @@
-"""The masks inside transformers' Trainer, and in the loop of the README."""
+"""The masks inside transformers' Trainer, and in the loop of the documentation."""
 
 from __future__ import annotations
 
@@ -63,8 +63,9 @@ def test_hooks_of_an_interrupted_training_can_be_taken_away(run_file: Path, make
     assert not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
-def test_the_loop_of_the_readme(run_file: Path, make_task: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/retraining.md"])
+def test_the_loop_of_a_page(page: str, run_file: Path, make_task: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     (loop,) = (block for block in blocks if "MaskedAdamW" in block)
     task = make_task()
     model = task.model
@@ -72,7 +73,7 @@ def test_the_loop_of_the_readme(run_file: Path, make_task: Callable, monkeypatch
     batches = [(torch.arange(6)[None] + i, torch.arange(6)[None] * 2 + i) for i in range(4)]
     monkeypatch.chdir(run_file.parent)
     names = {"model": model, "batches": batches, "loss_of": lambda model, batch: task(*batch)["loss"]}
-    exec(compile(loop, "README.md", "exec"), names)
+    exec(compile(loop, page, "exec"), names)
     masks = names["masks"]
     for name, parameter in model.named_parameters():
         inside = torch.from_numpy(masks[parameter].dense())
