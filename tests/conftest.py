@@ -18,8 +18,9 @@ import pytest
 from hypothesis import settings
 
 from ckptdiff.checkpoint.names import locate
-from ckptdiff.figures.catalogue import COLUMNS, EPS, RHO, TAU, P, flat_key
+from ckptdiff.figures.catalogue import COLUMNS, flat_key
 from ckptdiff.figures.result import Diff, TensorFacts, UnmatchedTensor
+from ckptdiff.measure.thresholds import EPS, RHO, TAU, P
 from ckptdiff.options import Options
 
 # How long an example takes depends on the machine, and on whether a kernel has to be compiled first.

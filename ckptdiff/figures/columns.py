@@ -4,37 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from fractions import Fraction
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.figures.catalogue import COLUMNS, EPS, RHO, TAU, P, flat_key
-from ckptdiff.formats import FORMATS
-from ckptdiff.measure.histograms import LOG2_BINS, HistogramRows, log2_bins
-from ckptdiff.measure.kernels.cuts import Groups
-from ckptdiff.measure.partial import BINS, Count, Sum
-from ckptdiff.measure.records import Records, new_records
+from ckptdiff.figures.catalogue import COLUMNS, flat_key
+from ckptdiff.figures.grouping import Grouping
+from ckptdiff.measure.histograms import HistogramRows
+from ckptdiff.measure.partial import Count, Sum
+from ckptdiff.measure.records import Records
+from ckptdiff.measure.thresholds import EPS, RHO, TAU, P
 from ckptdiff.options import MaskRule
 
 __all__ = [
-    "LARGEST",
-    "SMALLEST",
     "Measured",
     "bits_only",
-    "empty_records",
-    "log2_groups",
     "measured",
-    "set_size",
-    "set_sizes",
 ]
-
-LARGEST = tuple(Fraction(str(p)) / 100 for p in P)
-"""Fractions of coordinates whose energy ``coord_energy`` tells."""
-SMALLEST = tuple(Fraction(str(rho)) for rho in RHO)
-"""Fractions of smallest weights of ``low_coverage``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,29 +45,6 @@ class Measured:
             self.columns[name][row] = values[0]
         for field in fields(HistogramRows):
             getattr(self.histograms, field.name)[row] = getattr(one.histograms, field.name)[0]
-
-
-def set_size(fraction: Fraction, numel: int) -> int:
-    """Size of a set that holds a fraction of the coordinates, rounded up, at least one."""
-    return max(-(-numel * fraction.numerator // fraction.denominator), 1)
-
-
-def set_sizes(fractions: tuple[Fraction, ...], numel: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Do as ``set_size`` for many tensors and fractions; shape (k, fractions)."""
-    sizes = [-(-numel * fraction.numerator // fraction.denominator) for fraction in fractions]
-    return np.maximum(np.stack(sizes, axis=1), 1)
-
-
-def empty_records(tensors: int) -> Records:
-    """Records of the default figures."""
-    return new_records(
-        tensors,
-        thresholds=len(EPS),
-        taus=len(TAU),
-        percentages=len(P),
-        fractions=len(RHO),
-        log2_bins=LOG2_BINS,
-    )
 
 
 def measured(records: Records, numel: NDArray[np.int64], wide: bool, rule: MaskRule) -> Measured:
@@ -121,9 +85,9 @@ def measured(records: Records, numel: NDArray[np.int64], wide: bool, rule: MaskR
     for i, tau in enumerate(TAU):
         columns[flat_key("unchanged_rel", tau)] = unchanged + records.within_rel[:, i]
     for i, p in enumerate(P):
-        columns[flat_key("coord_energy", p)] = np.minimum(_ratio(records.energies[:, i], total), 1.0)
+        columns[flat_key("coord_energy", p)] = np.minimum(Grouping.ratio(records.energies[:, i], total), 1.0)
     for i, rho in enumerate(RHO):
-        columns[flat_key("low_coverage", rho)] = _ratio(records.overlaps[:, i], records.support)
+        columns[flat_key("low_coverage", rho)] = Grouping.ratio(records.overlaps[:, i], records.support)
         columns[flat_key("low_coverage_null", rho)] = records.nulls[:, i]
     return Measured(columns, HistogramRows(records.delta_log2, records.base_log2, records.changed_log2, records.ulp))
 
@@ -136,31 +100,3 @@ def bits_only(numel: int, changed: int, rule: MaskRule) -> Measured:
     if rule.kind != "none":
         columns["changed"][0], columns["masked"][0] = changed, 1
     return Measured(columns, HistogramRows.empty(1))
-
-
-@cache
-def log2_groups(name: str) -> Groups:
-    """Log2 bins of the bins of a format's magnitude histogram; ``LOG2_BINS`` for bins that are not finite.
-
-    A bin of several float32 or float64 subnormals counts as its smallest nonzero power of two.
-    """
-    format = FORMATS[name]
-    if format.bits <= 16:
-        values = np.zeros(BINS)
-        values[: format.infinite] = format.values()[: format.infinite]
-        finite = format.infinite
-    else:
-        codes = np.arange(BINS).astype(format.code_dtype) << format.code_dtype.type(format.bits - 16)
-        finite = format.infinite >> (format.bits - 16)
-        values = np.where(np.arange(BINS) < finite, codes.view(f"f{format.bits // 8}"), 0).astype(np.float64)
-    bins = log2_bins(values)
-    bins[finite:] = LOG2_BINS
-    starts = np.append(0, np.flatnonzero(np.diff(bins)) + 1)
-    return Groups(np.append(starts, BINS), bins[starts])
-
-
-def _ratio(numerator: NDArray[Any], denominator: NDArray[Any]) -> NDArray[np.float64]:
-    undefined = np.full(len(denominator), np.nan)
-    known = (denominator != 0) & np.isfinite(denominator)
-    quotient: NDArray[np.float64] = np.divide(numerator, denominator, out=undefined, where=known)
-    return quotient

@@ -16,17 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.errors import OptionError
-from ckptdiff.figures.catalogue import EPS, ETA, TAU, P
-from ckptdiff.figures.columns import (
-    LARGEST,
-    SMALLEST,
-    Measured,
-    bits_only,
-    empty_records,
-    log2_groups,
-    measured,
-    set_size,
-)
+from ckptdiff.figures.columns import Measured, bits_only, measured
 from ckptdiff.formats import Format, is_wide
 from ckptdiff.measure.delta_cuts import DeltaCut, first_delta_cut, refine_delta_cut
 from ckptdiff.measure.kernels.cuts import regroup, within_bins
@@ -34,16 +24,23 @@ from ckptdiff.measure.kernels.row import base_sums
 from ckptdiff.measure.kernels.tiles import facts_of
 from ckptdiff.measure.low_cuts import LowCut, first_low_cuts, first_nan_bin, refine_low_cut
 from ckptdiff.measure.partial import BitScan, Count, Partial, Refined, Rule, Scan, Sum, Targets
-from ckptdiff.measure.records import Records
+from ckptdiff.measure.ranks import LARGEST, SMALLEST, log2_groups, set_size
+from ckptdiff.measure.records import Records, empty_records
 from ckptdiff.measure.rounding_null import low_coverage_null
+from ckptdiff.measure.thresholds import EPS, ETA, TAU, P
 from ckptdiff.options import MaskRule
 
-__all__ = ["BitMeasurement", "FloatMeasurement", "Pass"]
+__all__ = ["BitMeasurement", "FloatMeasurement", "Pass", "one_scan_suffices"]
 
 Pass: TypeAlias = Scan | BitScan | Targets
 """What one pass over a tensor pair does."""
 _State: TypeAlias = Literal["scan", "refine", "tails", "ties", "mask"]
 """What the pass at hand is for."""
+
+
+def one_scan_suffices(compare: Format, rule: MaskRule) -> bool:
+    """Whether most tensors need no further pass: those of at most 16 bits, unless the mask needs figures first."""
+    return compare.bits <= 16 and rule.kind in ("none", "bitwise", "abs", "eta")
 
 
 class BitMeasurement:

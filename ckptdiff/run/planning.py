@@ -19,9 +19,8 @@ from ckptdiff.events import Listener, ignore
 from ckptdiff.figures.catalogue import COLUMNS
 from ckptdiff.figures.result import Diff, TensorFacts, UnmatchedTensor
 from ckptdiff.formats import Formats, formats_of
-from ckptdiff.measure.one_scan import one_scan_suffices
 from ckptdiff.measure.partial import BLOCK
-from ckptdiff.measure.passes import BitMeasurement, FloatMeasurement
+from ckptdiff.measure.passes import BitMeasurement, FloatMeasurement, one_scan_suffices
 from ckptdiff.memory import machine_memory, peak_resident, resident
 from ckptdiff.options import DEFAULT_MEMORY, Options, default_threads
 from ckptdiff.run.devices import Device, open_device

@@ -22,17 +22,17 @@ import numpy as np
 from ckptdiff.checkpoint import Kind, TensorPair
 from ckptdiff.codes.fetch import WINDOW
 from ckptdiff.events import Listener, Note, Stage, stage
-from ckptdiff.figures.catalogue import EPS, ETA
-from ckptdiff.figures.columns import LARGEST, SMALLEST, empty_records, set_sizes
 from ckptdiff.formats import FORMATS, Format, Formats, formats_of
 from ckptdiff.jit import NotCachedError, cache_folder, only_cached
 from ckptdiff.measure.backend import Backend, Batching
 from ckptdiff.measure.delta_cuts import DeltaCut, refine_delta_cut
 from ckptdiff.measure.low_cuts import LowCut, refine_low_cut
-from ckptdiff.measure.one_scan import wanted
 from ckptdiff.measure.partial import Partial, Refined, Rule, Scan, Targets
 from ckptdiff.measure.passes import FloatMeasurement
+from ckptdiff.measure.ranks import LARGEST, SMALLEST, set_sizes, wanted
+from ckptdiff.measure.records import empty_records
 from ckptdiff.measure.source import InMemory
+from ckptdiff.measure.thresholds import EPS, ETA
 from ckptdiff.options import Compare, MaskRule
 from ckptdiff.runfile.compress import compress_chunk
 

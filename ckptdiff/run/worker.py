@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import TensorInfo, TensorPair
 from ckptdiff.checkpoint.open_shards import OpenShards
-from ckptdiff.figures.columns import LARGEST, SMALLEST, Measured, empty_records, measured, set_sizes
+from ckptdiff.figures.columns import Measured, measured
 from ckptdiff.measure.backend import Backend, Batching
 from ckptdiff.measure.bitwise import scan_bits
-from ckptdiff.measure.one_scan import wanted
 from ckptdiff.measure.partial import BitScan, Count, Partial, Refined, Scan, Targets
 from ckptdiff.measure.passes import BitMeasurement, FloatMeasurement
+from ckptdiff.measure.ranks import LARGEST, SMALLEST, set_sizes, wanted
+from ckptdiff.measure.records import empty_records
 from ckptdiff.run.shard_source import Buffers, ShardSource
 from ckptdiff.run.tasks import Span
 from ckptdiff.runfile.compress import compress_chunk, compress_parts

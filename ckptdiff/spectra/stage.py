@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint import Kind, TensorPair
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.events import Listener, Stage, stage
-from ckptdiff.figures.catalogue import RHO, flat_key
+from ckptdiff.figures.catalogue import flat_key
 from ckptdiff.figures.result import Diff
 from ckptdiff.figures.spectral import SPECTRAL_KEYS, Spectra
 from ckptdiff.in_order import Task, in_order
 from ckptdiff.linalg.threads import one_blas_thread
 from ckptdiff.linalg.work import WorkMeter
+from ckptdiff.measure.thresholds import RHO
 from ckptdiff.memory import resident
 from ckptdiff.options import Options
 from ckptdiff.run.warm_up import Uses, load, panel_uses

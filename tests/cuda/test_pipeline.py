@@ -10,18 +10,18 @@ from host_gpu import HostGpu, Memory
 from worker_checks import check, check_refine, sides, source
 
 from ckptdiff.errors import ChangedFileError, DeviceError, PlanError
-from ckptdiff.figures.catalogue import EPS as EPS_OF_RUNS
-from ckptdiff.figures.columns import LARGEST, SMALLEST, empty_records, set_sizes
 from ckptdiff.formats import FORMATS
 from ckptdiff.measure.cpu import CpuWorker
 from ckptdiff.measure.cuda.batch import groups
 from ckptdiff.measure.cuda.layout import ROWS
 from ckptdiff.measure.cuda.slots import ALIGN, Room, fit_room
 from ckptdiff.measure.cuda.worker import CudaWorker
-from ckptdiff.measure.one_scan import wanted
 from ckptdiff.measure.partial import BINS, Partial, Rule, Scan
+from ckptdiff.measure.ranks import LARGEST, SMALLEST, set_sizes, wanted
+from ckptdiff.measure.records import empty_records
 from ckptdiff.measure.reference import ReferenceWorker
 from ckptdiff.measure.source import Extent, InMemory, Window
+from ckptdiff.measure.thresholds import EPS as EPS_OF_RUNS
 
 EPS = (0.0, 1e-8, 1e-5, 1e-4)
 BF16, F32, F64 = (FORMATS[name] for name in ("bf16", "f32", "f64"))
