@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,7 @@ from ckptdiff.measure.records import Records
 from ckptdiff.measure.thresholds import EPS, RHO, TAU, P
 from ckptdiff.options import MaskRule
 
-__all__ = [
-    "Measured",
-    "bits_only",
-    "measured",
-]
+__all__ = ["Measured", "measured"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,33 +35,35 @@ class Measured:
     columns: dict[str, NDArray[Any]]
     histograms: HistogramRows
 
-    def replace(self, row: int, one: Measured) -> None:
-        """Put what is known of one tensor in place of a row."""
-        for name, values in one.columns.items():
-            self.columns[name][row] = values[0]
-        for field in fields(HistogramRows):
-            getattr(self.histograms, field.name)[row] = getattr(one.histograms, field.name)[0]
+
+_OF_BITS = {"numel", "unchanged_bitwise", "unchanged_stored", "changed", "masked"}
+"""What is measured of integer and opaque tensors."""
 
 
-def measured(records: Records, numel: NDArray[np.int64], wide: bool, rule: MaskRule) -> Measured:
-    """Columns and histograms of floating tensors.
+def measured(
+    records: Records, numel: NDArray[np.int64], valued: NDArray[np.bool_], wide: NDArray[np.bool_], rule: MaskRule
+) -> Measured:
+    """Columns and histograms of k tensors.
 
     Parameters
     ----------
     records : Records
+        Of k rows.
     numel : int64 array, shape (k,)
-    wide : bool
-        Whether a side is stored wider than the compare format.
+    valued : bool array, shape (k,)
+        Which hold floating values; of the others only bits are compared.
+    wide : bool array, shape (k,)
+        Of which a side is stored wider than the compare format.
     rule : MaskRule
     """
     counts, sums, total = records.counts, records.sums, records.sums[:, Sum.DELTA_SQUARE]
     unchanged = numel - counts[:, Count.CHANGED]
     columns: dict[str, NDArray[Any]] = {
         "numel": numel,
-        "valued": np.ones_like(numel),
+        "valued": valued.astype(np.int64),
         "finite": records.finite,
         "unchanged_bitwise": unchanged,
-        "wide": np.full_like(numel, wide),
+        "wide": wide.astype(np.int64),
         "unchanged_stored": counts[:, Count.STORED_EQUAL],
         "unchanged_eta": unchanged + counts[:, Count.WITHIN_ETA],
         "changed": counts[:, Count.MASKED],
@@ -89,14 +87,9 @@ def measured(records: Records, numel: NDArray[np.int64], wide: bool, rule: MaskR
     for i, rho in enumerate(RHO):
         columns[flat_key("low_coverage", rho)] = Grouping.ratio(records.overlaps[:, i], records.support)
         columns[flat_key("low_coverage_null", rho)] = records.nulls[:, i]
+    if not valued.all():
+        for column in COLUMNS:
+            if column.name not in _OF_BITS:
+                undefined = 0 if column.dtype == "uint64" else math.nan
+                columns[column.name] = np.where(valued, columns[column.name], undefined)
     return Measured(columns, HistogramRows(records.delta_log2, records.base_log2, records.changed_log2, records.ulp))
-
-
-def bits_only(numel: int, changed: int, rule: MaskRule) -> Measured:
-    """Columns of one integer or opaque tensor."""
-    columns = {c.name: np.array([0 if c.dtype == "uint64" else math.nan]) for c in COLUMNS}
-    columns["numel"][0] = numel
-    columns["unchanged_bitwise"][0] = columns["unchanged_stored"][0] = numel - changed
-    if rule.kind != "none":
-        columns["changed"][0], columns["masked"][0] = changed, 1
-    return Measured(columns, HistogramRows.empty(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,13 +12,15 @@ from numpy.typing import NDArray
 from ckptdiff.formats import FORMATS, Format
 from ckptdiff.measure.histograms import LOG2_BINS, log2_bins
 from ckptdiff.measure.kernels.cuts import Groups
+from ckptdiff.measure.kernels.null import Gaps
 from ckptdiff.measure.kernels.row import Wanted
+from ckptdiff.measure.kernels.tiles import Facts, facts_of
 from ckptdiff.measure.low_cuts import first_nan_bin
 from ckptdiff.measure.partial import BINS
 from ckptdiff.measure.rounding_null import half_gaps
 from ckptdiff.measure.thresholds import RHO, TAU, P
 
-__all__ = ["LARGEST", "SMALLEST", "log2_groups", "set_size", "set_sizes", "wanted"]
+__all__ = ["LARGEST", "SMALLEST", "log2_groups", "ranks_of", "set_size", "tables_of"]
 
 LARGEST = tuple(Fraction(str(p)) / 100 for p in P)
 """Fractions of coordinates whose energy ``coord_energy`` tells."""
@@ -25,15 +28,15 @@ SMALLEST = tuple(Fraction(str(rho)) for rho in RHO)
 """Fractions of smallest weights of ``low_coverage``."""
 
 
-def set_size(fraction: Fraction, numel: int) -> int:
-    """Size of a set that holds a fraction of the coordinates, rounded up, at least one."""
-    return max(-(-numel * fraction.numerator // fraction.denominator), 1)
+def set_size(fraction: Fraction, numel: Any) -> Any:
+    """Size of a set that holds a fraction of the coordinates, rounded up, at least one; ``numel`` may be an array."""
+    return np.maximum(-(-numel * fraction.numerator // fraction.denominator), 1)
 
 
-def set_sizes(fractions: tuple[Fraction, ...], numel: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Do as ``set_size`` for many tensors and fractions; shape (k, fractions)."""
-    sizes = [-(-numel * fraction.numerator // fraction.denominator) for fraction in fractions]
-    return np.maximum(np.stack(sizes, axis=1), 1)
+def ranks_of(numel: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Sizes of the sets of largest |d| and of smallest weights of k tensors, shape (k, ...) each."""
+    largest, smallest = (np.stack([set_size(f, numel) for f in sizes], axis=1) for sizes in (LARGEST, SMALLEST))
+    return largest, smallest
 
 
 @cache
@@ -58,7 +61,11 @@ def log2_groups(name: str) -> Groups:
 
 
 @cache
-def wanted(compare: Format) -> Wanted:
-    """What to find in the histograms of tensors of a compare format, and the tables that it takes."""
-    groups = log2_groups("f32"), log2_groups(compare.name)
-    return Wanted(np.array(TAU), first_nan_bin(compare), *groups, half_gaps(compare.name))
+def tables_of(compare: Format) -> tuple[Facts, Wanted]:
+    """What a compiled row needs to know of a compare format, and what it is to find."""
+    wide = compare.bits > 16
+    gaps = Gaps(np.zeros(0), np.zeros(0), np.zeros(0, np.int64)) if wide else half_gaps(compare.name)
+    width = 64 if compare.bits == 64 else 32
+    groups = log2_groups(f"f{width}"), log2_groups(compare.name)
+    below = max(compare.bits - 16, 0)
+    return facts_of(compare), Wanted(np.array(TAU), first_nan_bin(compare), width, below, *groups, gaps)

@@ -11,16 +11,16 @@ from ckptdiff.measure.histograms import LOG2_BINS
 from ckptdiff.measure.partial import ULP_BINS, Count, Sum
 from ckptdiff.measure.thresholds import EPS, RHO, TAU, P
 
-__all__ = ["Records", "empty_records"]
+__all__ = ["Records", "empty_records", "put_row"]
 
 
 class Records(NamedTuple):
     """Figures of k tensors."""
 
     complete: NDArray[np.bool_]
-    """Whether one scan told all; if not, the row is to be filled by further passes."""
+    """Whether all is known; if not, the row is to be filled by further passes."""
     counts: NDArray[np.int64]
-    """Shape (k, len(Count)), as in a Partial."""
+    """Shape (k, len(Count)), as in a Partial; of integer and opaque tensors all else is zero."""
     within: NDArray[np.int64]
     """Shape (k, thresholds)."""
     within_rel: NDArray[np.int64]
@@ -67,3 +67,9 @@ def empty_records(tensors: int) -> Records:
         np.zeros((tensors, LOG2_BINS), np.uint64),
         np.zeros((tensors, ULP_BINS), np.uint64),
     )
+
+
+def put_row(records: Records, row: int, one: Records) -> None:
+    """Put what is known of one tensor in place of a row."""
+    for target, source in zip(records, one, strict=True):
+        target[row] = source[0]

@@ -17,7 +17,6 @@ from ckptdiff.measure.cuda.layout import ROWS
 from ckptdiff.measure.cuda.slots import ALIGN, Room, fit_room
 from ckptdiff.measure.cuda.worker import CudaWorker
 from ckptdiff.measure.partial import BINS, Partial, Rule, Scan
-from ckptdiff.measure.ranks import LARGEST, SMALLEST, set_sizes, wanted
 from ckptdiff.measure.records import empty_records
 from ckptdiff.measure.reference import ReferenceWorker
 from ckptdiff.measure.source import Extent, InMemory, Window
@@ -82,8 +81,7 @@ def test_bytes_that_both_names_share_go_up_once(libraries):
 def small_rows(worker, scan, places):
     numel = places[:, 4]
     records = empty_records(len(places))
-    ranks = set_sizes(LARGEST, numel), set_sizes(SMALLEST, numel)
-    done, bits, starts = worker.scan_small(scan, places, ranks, wanted(scan.compare), records)
+    done, bits, starts = worker.scan_small(scan, places, records)
     assert (starts % 8 == 0).all()
     rows = zip(starts.tolist(), numel.tolist(), strict=True) if scan.want_mask else ()
     return done, [bits[start : start + -(-n // 8)].copy() for start, n in rows], records
@@ -308,7 +306,7 @@ def test_figures_that_cannot_be_taken_leave_nothing_under_way(libraries, small_t
         gpu.record(worker._pipeline.up)  # so that something is queued, whatever this device has done already
         raise ZeroDivisionError
 
-    monkeypatch.setattr("ckptdiff.measure.cuda.batch.take_whole", fail)
+    monkeypatch.setattr("ckptdiff.measure.cuda.batch.fill_row", fail)
     with pytest.raises(ZeroDivisionError):
         small_rows(worker, scan, places)
     assert gpu.queued == 0
