@@ -105,6 +105,7 @@ def columns_of(tensors: Sequence[tuple[TensorFacts, float]], seed: int = 7) -> d
             "finite": numel,
             "unchanged_bitwise": equal,
             "wide": bool(wide),
+            "on_grid": not wide,
             "unchanged_stored": equal // 50 if wide else equal,
             "unchanged_eta": equal,
             "changed": (numel - equal) * 9 // 10,

@@ -94,6 +94,7 @@ def _counts() -> Iterator[Column]:
     yield count("finite", "coordinates whose delta is finite: those in the sums")
     yield count("unchanged_bitwise", "coordinates with equal bits after the cast, +0 equal to -0")
     yield count("wide", "1 if a side is stored wider than the compare dtype")
+    yield count("on_grid", "1 if the compare dtype holds every value of the base, which the rounding null takes")
     yield count("unchanged_stored", "coordinates with equal values as stored, before the cast")
     yield count("unchanged_eta", f"coordinates with |d| <= {ETA:g} max(|W0|, |W1|)")
     for eps in EPS:

@@ -64,6 +64,7 @@ def measured(
         "finite": records.finite,
         "unchanged_bitwise": unchanged,
         "wide": wide.astype(np.int64),
+        "on_grid": (counts[:, Count.OFF_GRID] == 0).astype(np.int64),
         "unchanged_stored": counts[:, Count.STORED_EQUAL],
         "unchanged_eta": unchanged + counts[:, Count.WITHIN_ETA],
         "changed": counts[:, Count.MASKED],
