@@ -18,8 +18,9 @@ import pytest
 from hypothesis import settings
 
 from ckptdiff.checkpoint.names import locate
-from ckptdiff.figures.catalogue import COLUMNS, EPS, RHO, TAU, P, flat_key
+from ckptdiff.figures.catalogue import COLUMNS, flat_key
 from ckptdiff.figures.result import Diff, TensorFacts, UnmatchedTensor
+from ckptdiff.measure.thresholds import EPS, RHO, TAU, P
 from ckptdiff.options import Options
 
 # How long an example takes depends on the machine, and on whether a kernel has to be compiled first.
@@ -104,6 +105,7 @@ def columns_of(tensors: Sequence[tuple[TensorFacts, float]], seed: int = 7) -> d
             "finite": numel,
             "unchanged_bitwise": equal,
             "wide": bool(wide),
+            "on_grid": not wide,
             "unchanged_stored": equal // 50 if wide else equal,
             "unchanged_eta": equal,
             "changed": (numel - equal) * 9 // 10,

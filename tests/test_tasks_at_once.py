@@ -133,7 +133,7 @@ def test_every_thread_works_on_small_tensors(
     small: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     crowd = Crowd(threads)
-    monkeypatch.setattr(Worker, "measure_alike", crowd.join(enough))
+    monkeypatch.setattr(Worker, "measure", crowd.join(enough))
     with pytest.raises(EnoughError):
         ckptdiff.diff(*small, threads=threads, device="cpu", out=tmp_path / "run.h5")
     assert crowd.most == threads

@@ -13,38 +13,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from ckptdiff.figures.grouping import FloatArray, Grouping
+from ckptdiff.figures.grouping import FloatArray, Grouping
+from ckptdiff.measure.thresholds import EPS, ETA, RHO, TAU, P
 
 __all__ = [
     "COLUMNS",
-    "EPS",
-    "ETA",
     "FIGURES",
-    "RHO",
-    "TAU",
     "Column",
     "Figure",
-    "P",
     "flat_key",
     "flat_keys",
     "parameter_key",
 ]
-
-EPS = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
-"""Absolute thresholds of ``unchanged_abs``; the headline is 1e-5 (S1, S2)."""
-TAU = (1e-4, 1e-3, 1e-2)
-"""Thresholds of ``unchanged_rel`` in units of RMS(W0); the headline is 1e-3 (S1)."""
-P = (0.1, 1.0, 5.0)
-"""Percentages of coordinates of ``coord_energy`` (S1)."""
-RHO = (0.01, 0.05, 0.1, 0.2)
-"""Fractions of smallest base weights of ``low_coverage``; the headline is 0.10 (S1)."""
-ETA = 1e-3
-"""Relative threshold of ``unchanged_eta`` (S3)."""
 
 _ROUNDING = 1e-13
 """What sums in float64 over equal and opposite terms may leave of them."""
@@ -110,6 +94,7 @@ def _counts() -> Iterator[Column]:
     yield count("finite", "coordinates whose delta is finite: those in the sums")
     yield count("unchanged_bitwise", "coordinates with equal bits after the cast, +0 equal to -0")
     yield count("wide", "1 if a side is stored wider than the compare dtype")
+    yield count("on_grid", "1 if the compare dtype holds every value of the base, which the rounding null takes")
     yield count("unchanged_stored", "coordinates with equal values as stored, before the cast")
     yield count("unchanged_eta", f"coordinates with |d| <= {ETA:g} max(|W0|, |W1|)")
     for eps in EPS:

@@ -13,9 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.figures.catalogue import FIGURES, Figure, flat_keys, parameter_key
-
-__all__ = ["FloatArray", "Grouping", "figures_of", "median_2d", "values_of"]
+__all__ = ["FloatArray", "Grouping"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
@@ -72,7 +70,7 @@ class Grouping:
         return self.ratio(self._sum(values * weights), self._sum(weights))
 
     @staticmethod
-    def ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
+    def ratio(numerator: NDArray[Any], denominator: NDArray[Any]) -> FloatArray:
         """Quotient, NaN where the denominator is zero or beyond float64; all three of one shape."""
         undefined = np.full(np.shape(numerator), np.nan)
         known = (denominator != 0) & np.isfinite(denominator)
@@ -82,59 +80,3 @@ class Grouping:
     def _sum(self, values: FloatArray) -> FloatArray:
         weights = np.where(np.isnan(values), 0.0, values)
         return np.bincount(self.labels, weights, self.size).astype(np.float64)
-
-
-def figures_of(groups: Grouping) -> list[dict[str, Any]]:
-    """Every figure of every group, as the output contract writes it.
-
-    Returns
-    -------
-    list of dict
-        One per group: figure key to a float, an int for counts, None where undefined, or a dict from parameter key to
-        such a value for a figure with parameters.
-    """
-    rows: list[dict[str, Any]] = [{} for _ in range(groups.size)]
-    for figure in FIGURES:
-        for parameter, _ in flat_keys(figure):
-            for row, value in zip(rows, values_of(groups, figure, parameter).tolist(), strict=True):
-                _put(row, figure, parameter, value)
-    return rows
-
-
-def values_of(groups: Grouping, figure: Figure, parameter: float | None) -> FloatArray:
-    """One figure of every group, NaN where undefined, shape (groups.size,)."""
-    # A sum beyond float64 is infinite, and so no figure; differences of such sums are NaN already.
-    with np.errstate(over="ignore", invalid="ignore"):
-        values = figure.value(groups, parameter)
-    known = np.isfinite(values)
-    return np.where(known if figure.bitwise else known & (groups.total("valued") > 0), values, np.nan)
-
-
-def median_2d(groups: Grouping, matrices: NDArray[np.bool_]) -> dict[str, Any]:
-    """Unweighted median of every figure over native 2-D tensors with a nonzero delta (S1, Tables 8 and 9).
-
-    Parameters
-    ----------
-    groups : Grouping
-        One group per tensor.
-    matrices : bool array, shape (n,)
-        Which tensors are native matrices.
-    """
-    chosen = matrices & (groups.column("delta_norm") > 0)
-    row: dict[str, Any] = {}
-    for figure in FIGURES:
-        for parameter, _ in flat_keys(figure):
-            values = values_of(groups, figure, parameter)[chosen]
-            values = values[~np.isnan(values)]
-            _put(row, figure, parameter, float(np.median(values)) if values.size else np.nan, whole=False)
-    return row
-
-
-def _put(row: dict[str, Any], figure: Figure, parameter: float | None, value: float, whole: bool = True) -> None:
-    cell: float | int | None = None if np.isnan(value) else value
-    if cell is not None and figure.unit == "count" and whole:
-        cell = int(cell)
-    if parameter is None:
-        row[figure.key] = cell
-    else:
-        row.setdefault(figure.key, {})[parameter_key(parameter)] = cell

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.figures.catalogue import Figure
-from ckptdiff.figures.grouping import Grouping, figures_of, median_2d, values_of
+from ckptdiff.figures.evaluate import figures_of, median_2d, values_of
+from ckptdiff.figures.grouping import Grouping
 from ckptdiff.figures.members import LABEL_KEYS, GroupBy, members_of
 from ckptdiff.figures.spectral import Spectra
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.figures.catalogue import RHO, flat_key, parameter_key
+from ckptdiff.figures.catalogue import flat_key, parameter_key
+from ckptdiff.measure.thresholds import RHO
 
 __all__ = [
     "ENERGY_RANKS",

@@ -7,7 +7,6 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.measure.kernels.row import Wanted
 from ckptdiff.measure.partial import Partial, Refined, Scan, Targets
 from ckptdiff.measure.records import Records
 from ckptdiff.measure.source import Source
@@ -33,8 +32,6 @@ class Batching(Protocol):
         self,
         scan: Scan,
         places: NDArray[np.int64],
-        ranks: tuple[NDArray[np.int64], NDArray[np.int64]],
-        wanted: Wanted,
         records: Records,
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
         """Measure whole tensors from their files, of at most a block each.

@@ -13,11 +13,11 @@ from ckptdiff.codes.lanes import aligned
 from ckptdiff.formats import Format, common_format, recode_table
 from ckptdiff.measure.kernels.batch import scan_small
 from ckptdiff.measure.kernels.refine import Found, Search, refine_span
-from ckptdiff.measure.kernels.row import Wanted
 from ckptdiff.measure.kernels.span import Work, new_work, read_only, scan_span
 from ckptdiff.measure.kernels.stored import Cast, Stored
 from ckptdiff.measure.kernels.tiles import facts_of, new_measure, round_down, totals_of
 from ckptdiff.measure.partial import BLOCK, Count, Partial, Refined, Scan, Targets
+from ckptdiff.measure.ranks import ranks_of, tables_of
 from ckptdiff.measure.records import Records
 from ckptdiff.measure.source import Extent, Source, Window
 
@@ -100,8 +100,6 @@ class CpuWorker:
         self,
         scan: Scan,
         places: NDArray[np.int64],
-        ranks: tuple[NDArray[np.int64], NDArray[np.int64]],
-        wanted: Wanted,
         records: Records,
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
         """Measure whole tensors of at most a block.
@@ -112,9 +110,6 @@ class CpuWorker:
             Of a compare format of at most 16 bits, with a mask rule that needs no figure of the whole tensor.
         places : int64 array, shape (k, 5)
             Of each tensor: descriptor and offset of the base, of the tuned side, and coordinates.
-        ranks : pair of int64 array, shape (k, ...)
-            Sizes of the sets of largest |d| and of smallest weights.
-        wanted : Wanted
         records : Records
             Of k rows; receives the figures.
 
@@ -139,8 +134,8 @@ class CpuWorker:
             ),
             _stored(scan.base, scan.tuned, compare),
             np.column_stack([places, stops - words]),
-            ranks,
-            (facts_of(compare), wanted),
+            ranks_of(numel),
+            tables_of(compare),
             new_measure(scan, _real(compare)),
             (self._work_for(compare), totals_of(self._small, 1)),
             (records, masks),

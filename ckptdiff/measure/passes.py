@@ -1,8 +1,8 @@
-"""Take one tensor pair from its first scan to its columns, pass by pass.
+"""Take one tensor pair from its first scan to its row of figures, pass by pass.
 
 Most tensors need one pass. More follow where a cut falls inside a bin of unequal values, or where the mask rule needs
 a figure of the whole tensor first (``rel``: RMS(W0), ``top``: the cut in |d|). A measurement says what the next pass
-is, takes its result, and knows neither files nor threads.
+is, takes its result span by span, and knows neither files nor threads.
 """
 
 from __future__ import annotations
@@ -16,29 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.errors import OptionError
-from ckptdiff.figures.catalogue import EPS, ETA, TAU, P
-from ckptdiff.figures.columns import (
-    LARGEST,
-    SMALLEST,
-    Measured,
-    bits_only,
-    empty_records,
-    log2_groups,
-    measured,
-    set_size,
-)
-from ckptdiff.formats import Format, is_wide
+from ckptdiff.formats import Format, Formats
 from ckptdiff.measure.delta_cuts import DeltaCut, first_delta_cut, refine_delta_cut
-from ckptdiff.measure.kernels.cuts import regroup, within_bins
-from ckptdiff.measure.kernels.row import base_sums
-from ckptdiff.measure.kernels.tiles import facts_of
-from ckptdiff.measure.low_cuts import LowCut, first_low_cuts, first_nan_bin, refine_low_cut
+from ckptdiff.measure.kernels.row import fill_row
+from ckptdiff.measure.kernels.tiles import totals_of
+from ckptdiff.measure.low_cuts import LowCut, first_low_cuts, refine_low_cut
 from ckptdiff.measure.partial import BitScan, Count, Partial, Refined, Rule, Scan, Sum, Targets
-from ckptdiff.measure.records import Records
-from ckptdiff.measure.rounding_null import low_coverage_null
+from ckptdiff.measure.ranks import ranks_of, set_size, tables_of
+from ckptdiff.measure.records import Records, empty_records
+from ckptdiff.measure.thresholds import EPS, ETA, TAU, P
 from ckptdiff.options import MaskRule
 
-__all__ = ["BitMeasurement", "FloatMeasurement", "Pass"]
+__all__ = ["BitMeasurement", "FloatMeasurement", "Measurement", "Pass", "one_scan_suffices"]
 
 Pass: TypeAlias = Scan | BitScan | Targets
 """What one pass over a tensor pair does."""
@@ -46,46 +35,102 @@ _State: TypeAlias = Literal["scan", "refine", "tails", "ties", "mask"]
 """What the pass at hand is for."""
 
 
-class BitMeasurement:
-    """A pair of integer or opaque tensors: one pass, bit equality alone."""
+def one_scan_suffices(compare: Format, rule: MaskRule) -> bool:
+    """Whether most tensors need no further pass: those of at most 16 bits, unless the mask needs figures first."""
+    return compare.bits <= 16 and rule.kind in ("none", "bitwise", "abs", "eta")
 
-    def __init__(self, numel: int, bits: int, want_mask: bool, rule: MaskRule) -> None:
-        self.next: Pass | None = BitScan(bits, want_mask)
-        self.masks_now = want_mask
-        self._numel, self._rule = numel, rule
-        self._changed = 0
 
-    @property
-    def scanning(self) -> bool:
-        """Whether the first pass is still to come."""
-        return self.next is not None
+class Measurement:
+    """A tensor pair under measurement.
+
+    Attributes
+    ----------
+    first : Pass
+        The scan that begins it.
+    next : Pass or None
+        The pass at hand; None once all is known.
+    row : Records
+        Of one row, complete once no pass is left.
+    """
+
+    def __init__(self, first: Pass) -> None:
+        self.first = first
+        self.next: Pass | None = first
+        self.row: Records = empty_records(1)
+        self._merged: Partial | Refined | None = None
+
+    def take(self, found: Partial | Refined, last: bool = True) -> list[Partial]:
+        """Take what the pass at hand found in a span; after the last one decide on the next pass.
+
+        Parameters
+        ----------
+        found : Partial or Refined
+            Of the blocks that follow those taken before.
+        last : bool
+            Whether they are the tensor's last.
+
+        Returns
+        -------
+        list of Partial
+            Those that nobody reads any more.
+
+        Raises
+        ------
+        OptionError
+            The mask rule is ``rel``, and RMS(W0) is beyond float64.
+        """
+        read = [found]
+        if self._merged is None:
+            self._merged = read.pop()
+        elif isinstance(self._merged, Partial):
+            assert isinstance(found, Partial)
+            self._merged.add(found)
+        else:
+            assert isinstance(found, Refined)
+            self._merged.add(found)
+        if last:
+            read.append(self._merged)
+            self._conclude(self._merged)
+            self._merged = None
+        return [one for one in read if isinstance(one, Partial)]
+
+    def _conclude(self, merged: Partial | Refined) -> None:
+        """Take what the whole pass found, and decide on the next one."""
+        raise NotImplementedError
+
+    def first_tie(self, block: int) -> int:
+        """Coordinates at the cut of ``Rule.TOP`` in the blocks before one."""
+        return 0
 
     @property
     def passes(self) -> int:
-        """How many passes it takes."""
+        """How many passes it is likely to take: values decide whether a cut falls inside a bin."""
         return 1
 
-    def first_tie(self, block: int) -> int:
-        """No mask rule of theirs counts ties."""
-        return 0
 
-    def take(self, result: Partial | Refined) -> None:
-        """Take the result of the pass."""
-        assert isinstance(result, Partial)
-        self._changed = int(result.counts[Count.CHANGED])
+class BitMeasurement(Measurement):
+    """A pair of integer or opaque tensors: one pass, bit equality alone."""
+
+    def __init__(self, bits: int, rule: MaskRule, want_mask: bool) -> None:
+        super().__init__(BitScan(bits, want_mask))
+        self._rule = rule
+
+    def _conclude(self, merged: Partial | Refined) -> None:
+        assert isinstance(merged, Partial)
+        self.row.counts[0] = merged.counts
+        self.row.counts[0, Count.STORED_EQUAL] = merged.numel - merged.counts[Count.CHANGED]
+        if self._rule.kind == "none":
+            self.row.counts[0, Count.MASKED] = 0
+        self.row.complete[0] = True
         self.next = None
 
-    def measured(self) -> Measured:
-        """The columns, once no pass is left."""
-        return bits_only(self._numel, self._changed, self._rule)
 
-
-class FloatMeasurement:
+class FloatMeasurement(Measurement):
     """A pair of floating tensors.
 
     Parameters
     ----------
-    base, tuned, compare : Format
+    formats : (base, tuned, compare)
     numel : int
         Coordinates of the tensor.
     rule : MaskRule
@@ -93,109 +138,63 @@ class FloatMeasurement:
         Whether mask bits are wanted, or only their count.
     """
 
-    def __init__(
-        self, base: Format, tuned: Format, compare: Format, numel: int, rule: MaskRule, want_mask: bool
-    ) -> None:
-        self.numel, self.rule, self.compare, self._want_mask = numel, rule, compare, want_mask
-        self._width = 64 if compare.bits == 64 else 32
-        self.scan = Scan(base, tuned, compare, EPS, ETA, *_first_rule(rule))
-        self._scanned: Partial | None = None
+    def __init__(self, formats: Formats, numel: int, rule: MaskRule, want_mask: bool) -> None:
+        self.scan = Scan(*formats, EPS, ETA, *_first_rule(rule))
+        first = rule.kind in ("bitwise", "abs", "eta")
+        super().__init__(replace(self.scan, want_mask=want_mask and first))
+        self._numel, self._rule, self._want_mask = numel, rule, want_mask
+        self._width = 64 if self.scan.compare.bits == 64 else 32
         self._cuts: list[DeltaCut] = []
         self._low: list[LowCut] = []
-        self._within_rel: list[int | None] = []
         self._tails: NDArray[np.float64] | None = None
         self._ties: NDArray[np.float64] | None = None
-        self._masked = 0
         self._state: _State = "scan"
-        self.next: Pass | None = self.scan
-        self._offer_mask(rule.kind in ("bitwise", "abs", "eta"))
 
-    def take(self, result: Partial | Refined) -> None:
-        """Take the merged result of the pass and decide on the next one.
-
-        Raises
-        ------
-        OptionError
-            The rule is ``rel``, and RMS(W0) is beyond float64.
-        """
-        if isinstance(result, Refined):
-            self._refine(result)
+    def _conclude(self, merged: Partial | Refined) -> None:
+        if isinstance(merged, Refined):
+            self._refine(merged)
         elif self._state == "scan":
-            self._scanned = result
-            self._finite, self._base_square = self._base()
-            if self.rule.kind == "rel" and not math.isfinite(self._base_square):
-                raise OptionError(
-                    "the sum of W0^2 of a tensor is beyond float64: a rel mask has no threshold there",
-                    expected="float64 values below 1e154",
-                    hint="--mask eta:ETA or top:PERCENT, or --exclude the tensor",
-                )
-            self._masked = int(result.counts[Count.MASKED])
-            self._start()
+            self._start(merged)
         elif self._state == "ties":
-            self._ties = result.sums[:, Sum.TIES]
+            self._ties = merged.sums[:, Sum.TIES]
         else:
-            self._masked = int(result.counts[Count.MASKED])
+            self.row.counts[0, Count.MASKED] = merged.counts[Count.MASKED]
         self.next = self._decide()
-
-    @property
-    def scanning(self) -> bool:
-        """Whether the first pass is still to come."""
-        return self._state == "scan" and self.next is not None
+        if self.next is None and not self.row.complete[0]:
+            tails = [None] * len(P) if self._tails is None else self._tails.tolist()
+            self.row.energies[0] = [cut.energy(tail) for cut, tail in zip(self._cuts, tails, strict=False)][: len(P)]
+            self.row.overlaps[0] = [cut.overlap for cut in self._low]
+            self.row.complete[0] = True
 
     @property
     def passes(self) -> int:
         """How many passes it is likely to take: values decide whether a cut falls inside a bin."""
-        return 1 + (self.compare.bits > 16) + {"rel": 1, "top": 2}.get(self.rule.kind, 0)
-
-    @property
-    def wide(self) -> bool:
-        """Whether a side is stored wider than what it is compared as."""
-        return is_wide(self.scan.base, self.compare) or is_wide(self.scan.tuned, self.compare)
+        return 1 + (self.scan.compare.bits > 16) + {"rel": 1, "top": 2}.get(self._rule.kind, 0)
 
     def first_tie(self, block: int) -> int:
         """Coordinates at the cut of ``Rule.TOP`` in the blocks before one."""
         return 0 if self._ties is None else int(self._ties[:block].sum())
 
-    def measured(self) -> Measured:
-        """The columns, once no pass is left."""
-        partial, records = self._partial, empty_records(1)
-        nan = first_nan_bin(self.compare)
-        records.counts[0] = partial.counts
-        records.counts[0, Count.MASKED] = self._masked
-        records.within[0] = partial.within
-        records.within_rel[0] = [count for count in self._within_rel if count is not None]
-        records.sums[0], records.max_abs[0] = partial.total(), partial.max_abs[0]
-        records.finite[0], records.base_square[0] = self._finite, self._base_square
-        records.support[0] = partial.weights[1, partial.span[0] : min(int(partial.span[1]) + 1, nan)].sum()
-        tails = [None] * len(P) if self._tails is None else self._tails.tolist()
-        records.energies[0] = [cut.energy(tail) for cut, tail in zip(self._cuts, tails, strict=False)][: len(P)]
-        records.overlaps[0] = [cut.overlap for cut in self._low]
-        if self.compare.bits <= 16 and not partial.counts[Count.OFF_GRID]:
-            ranks = np.array([cut.rank for cut in self._low], np.int64)
-            records.nulls[0] = low_coverage_null(partial, self.compare, ranks)
-        self._fill_histograms(records)
-        return measured(records, np.array([self.numel]), self.wide, self.rule)
-
-    @property
-    def _partial(self) -> Partial:
-        assert self._scanned is not None
-        return self._scanned
-
-    def _start(self) -> None:
-        """Find the cuts as far as the scan tells."""
-        ranks = [set_size(fraction, self.numel) for fraction in LARGEST]
-        if self.rule.kind == "top":
-            ranks.append(max(self._top_room(), 1))
-        self._cuts = [first_delta_cut(self._partial, self._width, rank) for rank in ranks]
-        low = [set_size(fraction, self.numel) for fraction in SMALLEST]
-        self._low = first_low_cuts(self._partial, self.compare, low)
-        rms = self._rms()
-        self._within_rel = [self._count_within(tau * rms) for tau in TAU]
+    def _start(self, partial: Partial) -> None:
+        """Fill the row, and find the cuts that it leaves open as far as the scan tells."""
+        ranks = ranks_of(np.array([self._numel]))
+        fill_row(totals_of(partial, len(partial.sums)), ranks, tables_of(self.scan.compare), 0, self.row)
+        if self._rule.kind == "rel" and not math.isfinite(self.row.base_square[0]):
+            raise OptionError(
+                "the sum of W0^2 of a tensor is beyond float64: a rel mask has no threshold there",
+                expected="float64 values below 1e154",
+                hint="--mask eta:ETA or top:PERCENT, or --exclude the tensor",
+            )
+        if not self.row.complete[0]:
+            self._cuts = [first_delta_cut(partial, self._width, rank) for rank in ranks[0][0].tolist()]
+            self._low = first_low_cuts(partial, self.scan.compare, ranks[1][0].tolist())
+        if self._rule.kind == "top":
+            self._cuts.append(first_delta_cut(partial, self._width, max(self._top_room(), 1)))
 
     def _decide(self) -> Pass | None:
         """The next pass, None if all is known."""
         unknown = max([cut.unknown for cut in self._cuts] + [cut.unknown for cut in self._low], default=0)
-        rel = tuple(tau * self._rms() for tau, n in zip(TAU, self._within_rel, strict=True) if n is None)
+        rel = tuple(tau * self._rms() for tau, n in zip(TAU, self.row.within_rel[0], strict=True) if n < 0)
         if unknown or rel:
             self._state = "refine"
             return Targets(
@@ -204,26 +203,19 @@ class FloatMeasurement:
                 tuple(dict.fromkeys(cut.prefix for cut in self._low if cut.unknown == unknown)) if unknown else (),
                 rel,
             )
-        if self._width == 64 and self._tails is None and self._partial.counts[Count.CHANGED]:
+        if self._width == 64 and self._tails is None and self.row.counts[0, Count.CHANGED]:
             self._state = "tails"
             return Targets(tails=tuple(cut.value for cut in self._cuts))
-        if self.rule.kind == "top" and self._ties is None:
+        if self._rule.kind == "top" and self._ties is None:
             self._state = "ties"
             return self._top_scan(want_mask=False)
-        if self.rule.kind in ("rel", "top") and self._state != "mask":
+        if self._rule.kind in ("rel", "top") and self._state != "mask":
             self._state = "mask"
-            self._offer_mask(True)
-            if self.rule.kind == "top":
+            if self._rule.kind == "top":
                 return self._top_scan(want_mask=self._want_mask)
-            cut = self.rule.value * self._rms()
+            cut = self._rule.value * self._rms()
             return replace(self.scan, rule=Rule.ABOVE, cut=cut, want_mask=self._want_mask)
         return None
-
-    def _offer_mask(self, now: bool) -> None:
-        """Note whether the pass at hand makes the mask."""
-        self.masks_now = now and self._want_mask
-        if self.masks_now and isinstance(self.next, Scan):
-            self.next = replace(self.next, want_mask=True)
 
     def _top_scan(self, want_mask: bool) -> Scan:
         cut = self._cuts[-1]
@@ -233,8 +225,8 @@ class FloatMeasurement:
     def _top_room(self) -> int:
         """How many coordinates of finite d a ``top`` mask may hold."""
         # Coordinates that became NaN or Inf are in every mask; they use up their part of the percentage first.
-        strange = int(self._partial.counts[Count.CHANGED]) - self._moved()
-        return set_size(Fraction(str(self.rule.value)) / 100, self.numel) - strange
+        strange = int(self.row.counts[0, Count.CHANGED]) - int(self.row.ulp.sum())
+        return int(set_size(Fraction(str(self._rule.value)) / 100, self._numel)) - strange
 
     def _refine(self, found: Refined) -> None:
         targets = self.next
@@ -251,38 +243,12 @@ class FloatMeasurement:
         self._low = [
             refine_low_cut(cut, weights[cut.prefix]) if cut.unknown == targets.shift != 0 else cut for cut in self._low
         ]
-        counts = iter(found.within.tolist())
-        self._within_rel = [next(counts) if count is None else count for count in self._within_rel]
-
-    def _base(self) -> tuple[int, float]:
-        """Number of coordinates with finite d, and sum W0^2 over them."""
-        partial = self._partial
-        if self.compare.bits > 16:
-            return int(partial.counts[Count.FINITE]), float(partial.total()[Sum.BASE_SQUARE])
-        finite, square = base_sums(partial.weights, int(partial.span[0]), int(partial.span[1]), facts_of(self.compare))
-        return int(finite), float(square)
-
-    def _moved(self) -> int:
-        """Changed coordinates with finite d."""
-        return int(self._partial.ulp.sum())
+        within = self.row.within_rel[0]
+        if targets.thresholds:
+            within[within < 0] = found.within
 
     def _rms(self) -> float:
-        return math.sqrt(self._base_square / self._finite) if self._finite else 0.0
-
-    def _count_within(self, threshold: float) -> int | None:
-        """Changed coordinates with |d| <= threshold, None if the scan cannot tell."""
-        within = within_bins(self._partial.deltas, self._partial.span, threshold, self._width)
-        return None if within < 0 else int(within)
-
-    def _fill_histograms(self, records: Records) -> None:
-        partial = self._partial
-        delta_groups, base_groups = log2_groups("f64" if self._width == 64 else "f32"), log2_groups(self.compare.name)
-        first, last, first_delta, last_delta = partial.span.tolist()
-        regroup(partial.deltas[0], delta_groups, first_delta, last_delta, records.delta_log2[0])
-        records.delta_log2[0, 0] += np.uint64(self._finite - self._moved())
-        regroup(partial.weights[0], base_groups, first, last, records.base_log2[0])
-        regroup(partial.weights[1], base_groups, first, last, records.changed_log2[0])
-        records.ulp[0] = partial.ulp.astype(np.uint64)
+        return math.sqrt(self.row.base_square[0] / self.row.finite[0]) if self.row.finite[0] else 0.0
 
 
 def _first_rule(rule: MaskRule) -> tuple[Rule, float]:

@@ -7,18 +7,20 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptdiff.measure.histograms import LOG2_BINS
 from ckptdiff.measure.partial import ULP_BINS, Count, Sum
+from ckptdiff.measure.thresholds import EPS, RHO, TAU, P
 
-__all__ = ["Records", "new_records"]
+__all__ = ["Records", "empty_records", "put_row"]
 
 
 class Records(NamedTuple):
     """Figures of k tensors."""
 
     complete: NDArray[np.bool_]
-    """Whether one scan told all; if not, the row is to be filled by further passes."""
+    """Whether all is known; if not, the row is to be filled by further passes."""
     counts: NDArray[np.int64]
-    """Shape (k, len(Count)), as in a Partial."""
+    """Shape (k, len(Count)), as in a Partial; of integer and opaque tensors all else is zero."""
     within: NDArray[np.int64]
     """Shape (k, thresholds)."""
     within_rel: NDArray[np.int64]
@@ -45,25 +47,29 @@ class Records(NamedTuple):
     ulp: NDArray[np.uint64]
 
 
-def new_records(
-    tensors: int, *, thresholds: int, taus: int, percentages: int, fractions: int, log2_bins: int
-) -> Records:
+def empty_records(tensors: int) -> Records:
     """Rows in which nothing is known yet."""
     return Records(
         np.zeros(tensors, np.bool_),
         np.zeros((tensors, len(Count)), np.int64),
-        np.zeros((tensors, thresholds), np.int64),
-        np.zeros((tensors, taus), np.int64),
+        np.zeros((tensors, len(EPS)), np.int64),
+        np.zeros((tensors, len(TAU)), np.int64),
         np.zeros((tensors, len(Sum))),
         np.zeros(tensors),
         np.zeros(tensors, np.int64),
         np.zeros(tensors),
         np.zeros(tensors, np.int64),
-        np.zeros((tensors, percentages)),
-        np.zeros((tensors, fractions)),
-        np.full((tensors, fractions), np.nan),
-        np.zeros((tensors, log2_bins), np.uint64),
-        np.zeros((tensors, log2_bins), np.uint64),
-        np.zeros((tensors, log2_bins), np.uint64),
+        np.zeros((tensors, len(P))),
+        np.zeros((tensors, len(RHO))),
+        np.full((tensors, len(RHO)), np.nan),
+        np.zeros((tensors, LOG2_BINS), np.uint64),
+        np.zeros((tensors, LOG2_BINS), np.uint64),
+        np.zeros((tensors, LOG2_BINS), np.uint64),
         np.zeros((tensors, ULP_BINS), np.uint64),
     )
+
+
+def put_row(records: Records, row: int, one: Records) -> None:
+    """Put what is known of one tensor in place of a row."""
+    for target, source in zip(records, one, strict=True):
+        target[row] = source[0]

@@ -12,38 +12,10 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.formats import FORMATS, Format
-from ckptdiff.measure.kernels.null import Gaps, change_chance, fit_null, null_overlap
-from ckptdiff.measure.partial import Partial
+from ckptdiff.formats import FORMATS
+from ckptdiff.measure.kernels.null import Gaps, change_chance, fit_null
 
-__all__ = ["change_chances", "half_gaps", "low_coverage_null"]
-
-
-def low_coverage_null(partial: Partial, compare: Format, ranks: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Expected share of the support among the smallest weights, under the null.
-
-    Parameters
-    ----------
-    partial : Partial
-        Of a tensor whose base lies on the compare grid.
-    compare : Format
-        Of at most 16 bits.
-    ranks : int64 array, shape (k,)
-        Sizes of the low sets.
-
-    Returns
-    -------
-    float64 array, shape (k,)
-        NaN if nothing changed or everything did.
-    """
-    first, last = int(partial.span[0]), min(int(partial.span[1]), compare.infinite - 1)
-    finite = partial.weights[:, first : last + 1].sum(axis=1)
-    if not 0 < finite[1] < finite[0]:
-        return np.full(ranks.size, np.nan)
-    gaps, weights = half_gaps(compare.name), partial.weights[0]
-    sigma = fit_null(weights, gaps, first, last, int(finite[1]))
-    overlap = np.zeros(ranks.size)
-    return overlap / null_overlap(weights, gaps, first, last, sigma, ranks, overlap)
+__all__ = ["change_chances", "half_gaps"]
 
 
 def change_chances(weights: NDArray[np.int64], changed: NDArray[np.int64]) -> NDArray[np.float64] | None:

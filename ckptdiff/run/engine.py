@@ -128,9 +128,10 @@ def _write_masks(writer: RunFileWriter, plan: Plan, result: Result) -> None:
     for chunk in result.chunks:
         tensor = plan.pairs[chunk.tensor].base
         writer.add_mask_chunk(tensor.name, tensor.shape, chunk.index, chunk.payload, chunk.filter_mask)
-    if not result.chunks and not plan.loads[result.tensors[0]].numel:
-        empty = plan.pairs[result.tensors[0]].base
-        writer.begin_mask(empty.name, empty.shape)
+    for index in result.tensors:
+        if not plan.loads[index].numel:
+            empty = plan.pairs[index].base
+            writer.begin_mask(empty.name, empty.shape)
 
 
 def _spectra(
@@ -166,8 +167,8 @@ class _Results:
         self._compared += result.compared
         self._unchanged += result.unchanged
         told.at(self._bytes, self._plan.pairs[result.tensors[0]].name, self._compared, self._unchanged)
-        if result.measured is not None:
-            self._complete[result.tensors.start] = result.tensors, result.measured
+        if result.records is not None:
+            self._complete[result.tensors.start] = result.tensors, self._plan.measured(result.tensors, result.records)
         while self._next in self._complete:
             tensors, measured = self._complete.pop(self._next)
             for name, values in measured.columns.items():
@@ -182,9 +183,9 @@ class _Results:
         if result.span is None:
             return sum(load.nbytes for load in loads)
         if index not in self._large:
-            self._large[index] = [loads[0].nbytes, self._plan.measurement(index).passes]
+            self._large[index] = [loads[0].nbytes, self._plan.measurement(index, False).passes]
         left, passes = self._large[index]
-        if result.measured is not None:
+        if result.records is not None:
             del self._large[index]
             return left
         counted = min(loads[0].span_bytes(result.span) // passes, left)

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,12 @@ from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.checkpoint.same_values import look_for_ties
 from ckptdiff.events import Listener, ignore
 from ckptdiff.figures.catalogue import COLUMNS
+from ckptdiff.figures.columns import Measured, measured
 from ckptdiff.figures.result import Diff, TensorFacts, UnmatchedTensor
-from ckptdiff.formats import Formats, formats_of
-from ckptdiff.measure.one_scan import one_scan_suffices
+from ckptdiff.formats import Format, Formats, formats_of, is_wide
 from ckptdiff.measure.partial import BLOCK
-from ckptdiff.measure.passes import BitMeasurement, FloatMeasurement
+from ckptdiff.measure.passes import BitMeasurement, FloatMeasurement, Measurement, one_scan_suffices
+from ckptdiff.measure.records import Records
 from ckptdiff.memory import DEFAULT_MEMORY, peak_resident, resident, room_to_grow
 from ckptdiff.options import Options, default_threads
 from ckptdiff.run.devices import Device, open_device
@@ -120,16 +122,25 @@ class Plan:
         """Whether there are very many tensors, of 64 Ki coordinates at most on average."""
         return len(self.loads) >= MANY_SMALL and sum(load.numel for load in self.loads) <= len(self.loads) << 16
 
-    def measurement(self, index: int) -> FloatMeasurement | BitMeasurement:
-        """A fresh measurement of one pair."""
+    def formats(self, index: int) -> Formats | None:
+        """Formats of one pair of floating tensors; None of integer and opaque ones."""
         base, tuned = self.pairs[index].base, self.pairs[index].tuned
-        rule = self.options.mask
-        if base.kind is not Kind.FLOAT:
-            want_mask = self.want_masks and rule.kind != "none"
-            return BitMeasurement(base.numel, DTYPES[base.dtype].bits, want_mask, rule)
-        return FloatMeasurement(
-            *formats_of(base.dtype, tuned.dtype, self.options.compare), base.numel, rule, self.want_masks
-        )
+        return formats_of(base.dtype, tuned.dtype, self.options.compare) if base.kind is Kind.FLOAT else None
+
+    def measurement(self, index: int, want_mask: bool) -> Measurement:
+        """A fresh measurement of one pair, that makes its mask or only counts it."""
+        base, formats, rule = self.pairs[index].base, self.formats(index), self.options.mask
+        if formats is None:
+            return BitMeasurement(DTYPES[base.dtype].bits, rule, want_mask)
+        return FloatMeasurement(formats, base.numel, rule, want_mask)
+
+    def measured(self, tensors: range, records: Records) -> Measured:
+        """What is stored of consecutive pairs, from their rows."""
+        formats = [self.formats(index) for index in tensors]
+        numel = np.array([self.loads[index].numel for index in tensors], np.int64)
+        valued = np.array([found is not None for found in formats], bool)
+        wide = np.array([found is not None and _is_wide(*found) for found in formats], bool)
+        return measured(records, numel, valued, wide, self.options.mask)
 
 
 def prepare(
@@ -232,6 +243,12 @@ def _load(pair: TensorPair, options: Options, device: Device) -> Load:
     formats = formats_of(pair.base.dtype, pair.tuned.dtype, options.compare)
     alike = not same and 0 < numel <= BLOCK and one_scan_suffices(formats[2], options.mask)
     return Load(numel, bits, device.scratch(numel), formats if alike else None)
+
+
+@cache
+def _is_wide(base: Format, tuned: Format, compare: Format) -> bool:
+    """Whether a side is stored wider than what it is compared as."""
+    return is_wide(base, compare) or is_wide(tuned, compare)
 
 
 def _facts(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Options) -> Diff:

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
@@ -22,18 +22,19 @@ import numpy as np
 from ckptdiff.checkpoint import Kind, TensorPair
 from ckptdiff.codes.fetch import WINDOW
 from ckptdiff.events import Listener, Note, Stage, stage
-from ckptdiff.figures.catalogue import EPS, ETA
-from ckptdiff.figures.columns import LARGEST, SMALLEST, empty_records, set_sizes
 from ckptdiff.formats import FORMATS, Format, Formats, formats_of
 from ckptdiff.jit import NotCachedError, cache_folder, only_cached
 from ckptdiff.measure.backend import Backend, Batching
-from ckptdiff.measure.delta_cuts import DeltaCut, refine_delta_cut
-from ckptdiff.measure.low_cuts import LowCut, refine_low_cut
-from ckptdiff.measure.one_scan import wanted
+from ckptdiff.measure.delta_cuts import DeltaCut, first_delta_cut, refine_delta_cut
+from ckptdiff.measure.kernels.row import fill_row
+from ckptdiff.measure.kernels.tiles import totals_of
+from ckptdiff.measure.low_cuts import LowCut, first_low_cuts, refine_low_cut
 from ckptdiff.measure.partial import Partial, Refined, Rule, Scan, Targets
-from ckptdiff.measure.passes import FloatMeasurement
+from ckptdiff.measure.ranks import ranks_of, tables_of
+from ckptdiff.measure.records import empty_records
 from ckptdiff.measure.source import InMemory
-from ckptdiff.options import Compare, MaskRule
+from ckptdiff.measure.thresholds import EPS, ETA
+from ckptdiff.options import Compare
 from ckptdiff.runfile.compress import compress_chunk
 
 __all__ = ["Use", "Uses", "compile_apart", "compile_for", "load", "make_call", "panel_uses", "uses"]
@@ -41,8 +42,8 @@ __all__ = ["Use", "Uses", "compile_apart", "compile_for", "load", "make_call", "
 Use: TypeAlias = tuple[str, ...]
 """A call of kernels, as words that another process can be given.
 
-"alike", "alone" or "refine" with the formats of base, tuned side and comparison; "mask" with the bytes of a chunk;
-"panel" with the stored format and that of the comparison; "scores"; "track" with the format of the comparison.
+"alike", "alone" or "refine" with the formats of base, tuned side and comparison; "row"; "cuts"; "mask" with the bytes
+of a chunk; "panel" with the stored format and that of the comparison; "scores"; "track" with that of the comparison.
 """
 
 _AT_ONCE = 2
@@ -82,11 +83,25 @@ def uses(alike: Set[Formats], alone: Set[Formats], mask_chunk: int) -> Uses:
         Bytes of the largest mask chunk, 0 without masks.
     """
     mask = [("mask", str(mask_chunk))] if mask_chunk else []
-    # A few of the small tensors need another pass, which they make one by one.
+    row, cuts = [("row",)], [("cuts",)]
+    # A few of the small tensors need another pass, which they make one by one; of wide formats all need one.
     narrow = {formats for formats in alike | alone if formats[2].bits <= 16}
+    wide = alone - narrow
     return Uses(
-        (*_named("alike", alike), *_named("alone", alone), *mask),
-        (*_named("alone", alike - alone), *_named("refine", narrow)),
+        (
+            *_named("alike", alike),
+            *_named("alone", alone),
+            *(row if alone else []),
+            *_named("refine", wide),
+            *(cuts if wide else []),
+            *mask,
+        ),
+        (
+            *_named("alone", alike - alone),
+            *(row if alike and not alone else []),
+            *_named("refine", narrow),
+            *(cuts if narrow and not wide else []),
+        ),
     )
 
 
@@ -147,8 +162,8 @@ def make_call(worker: Backend | None, use: Use) -> None:
         size = int(words[0])
         compress_chunk(np.arange(size).astype(np.uint8), size)
         return
-    if kind == "scores":
-        _count_scores()
+    if not words:
+        {"row": _fill_row, "cuts": _find_cuts, "scores": _count_scores}[kind]()
         return
     formats = [FORMATS[name] for name in words]
     if kind == "panel":
@@ -163,7 +178,7 @@ def make_call(worker: Backend | None, use: Use) -> None:
         assert isinstance(worker, Batching)
         _measure_small(worker, base, tuned, compare)
     elif kind == "alone":
-        _measure(worker, base, tuned, compare)
+        _scan(worker, base, tuned, compare)
     else:
         _refine(worker, base, tuned, compare)
 
@@ -236,35 +251,34 @@ def _end_with_input() -> None:
 
 
 def _measure_small(worker: Batching, base: Format, tuned: Format, compare: Format) -> None:
-    scan = Scan(base, tuned, compare, EPS, ETA, Rule.BITWISE, want_mask=True)
-    numel = np.array([2])
     # Two coordinates of what the buffers of the kernel hold by themselves.
     places = np.array([[WINDOW, 0, WINDOW, 0, 2]])
-    worker.scan_small(
-        scan, places, (set_sizes(LARGEST, numel), set_sizes(SMALLEST, numel)), wanted(compare), empty_records(1)
-    )
+    worker.scan_small(_first_scan(base, tuned, compare), places, empty_records(1))
 
 
-def _measure(worker: Backend, base: Format, tuned: Format, compare: Format) -> None:
-    measurement = FloatMeasurement(base, tuned, compare, 2, MaskRule("bitwise"), True)
-    source = _two_coordinates(base, tuned)
-    while (todo := measurement.next) is not None:
-        found: Partial | Refined
-        if isinstance(todo, Targets):
-            worker.refine(measurement.scan, todo, source, found := Refined.empty(todo))
-        else:
-            assert isinstance(todo, Scan)
-            worker.scan(replace(todo, want_mask=True), source, found := Partial())
-        measurement.take(found)
-    measurement.measured()
-    if compare.bits > 16:  # narrower formats seldom need a second pass
-        _refine(worker, base, tuned, compare)
+def _scan(worker: Backend, base: Format, tuned: Format, compare: Format) -> None:
+    worker.scan(_first_scan(base, tuned, compare), _two_coordinates(base, tuned), Partial())
 
 
 def _refine(worker: Backend, base: Format, tuned: Format, compare: Format) -> None:
-    scan, targets = FloatMeasurement(base, tuned, compare, 2, MaskRule("bitwise"), True).scan, Targets(16)
-    worker.refine(scan, targets, _two_coordinates(base, tuned), Refined.empty(targets))
-    counts = np.ones((2, 1), np.int64)
+    targets = Targets(16)
+    worker.refine(_first_scan(base, tuned, compare), targets, _two_coordinates(base, tuned), Refined.empty(targets))
+
+
+def _first_scan(base: Format, tuned: Format, compare: Format) -> Scan:
+    return Scan(base, tuned, compare, EPS, ETA, Rule.BITWISE, want_mask=True)
+
+
+def _fill_row() -> None:
+    partial = Partial()
+    partial.open_blocks(1, len(EPS))
+    fill_row(totals_of(partial, 1), ranks_of(np.array([2])), tables_of(FORMATS["bf16"]), 0, empty_records(1))
+
+
+def _find_cuts() -> None:
+    partial, counts = Partial(), np.ones((2, 1), np.int64)
+    first_delta_cut(partial, 64, 1)
+    first_low_cuts(partial, FORMATS["bf16"], [1])
     refine_delta_cut(DeltaCut(1, 64, 0, 16, 0, 1, 0.0), counts[0])
     refine_low_cut(LowCut(1, 0, 16, 0, 1, 0, 1), counts)
 

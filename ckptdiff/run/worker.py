@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint import TensorInfo, TensorPair
+from ckptdiff.checkpoint import Kind, TensorInfo, TensorPair
 from ckptdiff.checkpoint.open_shards import OpenShards
-from ckptdiff.figures.columns import LARGEST, SMALLEST, Measured, empty_records, measured, set_sizes
-from ckptdiff.measure.backend import Backend, Batching
+from ckptdiff.measure.backend import Batching
 from ckptdiff.measure.bitwise import scan_bits
-from ckptdiff.measure.one_scan import wanted
 from ckptdiff.measure.partial import BitScan, Count, Partial, Refined, Scan, Targets
-from ckptdiff.measure.passes import BitMeasurement, FloatMeasurement
+from ckptdiff.measure.passes import FloatMeasurement, Measurement
+from ckptdiff.measure.records import Records, empty_records, put_row
+from ckptdiff.run.planning import Plan
 from ckptdiff.run.shard_source import Buffers, ShardSource
 from ckptdiff.run.tasks import Span
 from ckptdiff.runfile.compress import compress_chunk, compress_parts
 from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes
 
 __all__ = ["Chunk", "Result", "Worker"]
-
-Measurement = FloatMeasurement | BitMeasurement
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +52,8 @@ class Result:
         Mask chunks, in order.
     compared, unchanged : int
         Floating coordinates that were seen for the first time, and those of them that did not change.
-    measured : Measured or None
-        Of all ``tensors``; set on the result that completes them.
+    records : Records or None
+        Rows of all ``tensors``; set on the result that completes them.
     """
 
     tensors: range
@@ -64,7 +62,7 @@ class Result:
     chunks: list[Chunk] = field(default_factory=list)
     compared: int = 0
     unchanged: int = 0
-    measured: Measured | None = None
+    records: Records | None = None
 
 
 class Worker:
@@ -72,7 +70,7 @@ class Worker:
 
     Parameters
     ----------
-    backend : Backend
+    plan : Plan
     shards : OpenShards
     stop : threading.Event
         Set when the run is given up; the thread then leaves at the next block.
@@ -81,62 +79,56 @@ class Worker:
         cheaper than to get zeros for all.
     """
 
-    def __init__(self, backend: Backend, shards: OpenShards, stop: threading.Event, spare: deque[Partial]) -> None:
-        self._backend, self._shards, self._stop = backend, shards, stop
+    def __init__(self, plan: Plan, shards: OpenShards, stop: threading.Event, spare: deque[Partial]) -> None:
+        self._plan, self._shards, self._stop = plan, shards, stop
+        self._backend = plan.device.worker()
         self._spare = spare
         self._buffers = Buffers()
 
-    def measure(self, pair: TensorPair, measurement: Measurement, span: Span) -> Result:
-        """Carry out every pass over a whole tensor pair."""
-        result = Result(range(span.tensor, span.tensor + 1))
-        partials = []
-        while measurement.next is not None:
-            found, chunks = self._pass(pair, measurement, span)
-            result.chunks += chunks
-            measurement.take(found)
-            if isinstance(found, Partial):
-                partials.append(found)
-        result.measured = measurement.measured()
-        if isinstance(measurement, FloatMeasurement):
-            result.compared, result.unchanged = measurement.numel, int(result.measured.columns["unchanged_bitwise"][0])
-        self._spare.extend(partials)  # only now: the measurement reads the first one to the end
-        return result
-
-    def measure_alike(
-        self, pairs: Sequence[TensorPair], measurement: Callable[[int], Measurement], first: int
-    ) -> Result:
-        """Measure small tensor pairs of the same formats in one go; those that need another pass, one by one."""
-        model, backend = measurement(first), self._backend
-        assert isinstance(model, FloatMeasurement) and isinstance(model.next, Scan) and isinstance(backend, Batching)
-        numel = np.array([pair.base.numel for pair in pairs], np.int64)
-        records = empty_records(len(pairs))
-        ranks = set_sizes(LARGEST, numel), set_sizes(SMALLEST, numel)
-        done, masks, starts = backend.scan_small(model.next, self._places(pairs), ranks, wanted(model.compare), records)
-        if done < len(pairs):
-            span = Span(first + done, 0, 1)
-            ShardSource(self._shards, pairs[done], span, self._buffers, self._stop).fail(0, pairs[done].base.numel)
-        payloads = compress_parts(masks, starts, -(-numel // 8)) if model.masks_now else []
-        chunks = [Chunk(first + i, 0, *payload) for i, payload in enumerate(payloads)]
-        found = measured(records, numel, model.wide, model.rule)
+    def measure(self, tensors: range, alike: bool) -> Result:
+        """Measure whole tensor pairs: in one call those of the same formats, then one by one what is not complete."""
+        plan, records = self._plan, empty_records(len(tensors))
+        chunks = self._scan_alike(tensors, records) if alike else []
         for row in np.flatnonzero(~records.complete).tolist():
-            alone = self.measure(pairs[row], measurement(first + row), Span(first + row, 0, 1))
-            assert alone.measured is not None
-            found.replace(row, alone.measured)
-        unchanged = int(found.columns["unchanged_bitwise"].sum())
-        tensors = range(first, first + len(pairs))
-        return Result(tensors, chunks=chunks, compared=int(numel.sum()), unchanged=unchanged, measured=found)
+            index = tensors[row]
+            # What was scanned alike has its mask already.
+            measurement = plan.measurement(index, plan.want_masks and not alike)
+            while measurement.next is not None:
+                found, made = self._pass(measurement, Span(index, 0, plan.loads[index].blocks))
+                chunks += made
+                self._spare.extend(measurement.take(found))
+            put_row(records, row, measurement.row)
+        compared = unchanged = 0
+        for index, changed in zip(tensors, records.counts[:, Count.CHANGED].tolist(), strict=True):
+            if plan.pairs[index].base.kind is Kind.FLOAT:
+                compared += plan.loads[index].numel
+                unchanged += plan.loads[index].numel - changed
+        return Result(tensors, chunks=chunks, compared=compared, unchanged=unchanged, records=records)
 
-    def pass_over(self, pair: TensorPair, measurement: Measurement, span: Span) -> Result:
+    def pass_over(self, measurement: Measurement, span: Span) -> Result:
         """Carry out the pass at hand over a part of a tensor pair."""
-        first = measurement.scanning
-        found, chunks = self._pass(pair, measurement, span)
+        found, chunks = self._pass(measurement, span)
         result = Result(range(span.tensor, span.tensor + 1), span, found, chunks)
-        if first and isinstance(found, Partial) and isinstance(measurement, FloatMeasurement):
+        if measurement.next is measurement.first and isinstance(measurement, FloatMeasurement):
+            assert isinstance(found, Partial)
             result.compared, result.unchanged = found.numel, found.numel - int(found.counts[Count.CHANGED])
         return result
 
-    def _pass(self, pair: TensorPair, measurement: Measurement, span: Span) -> tuple[Partial | Refined, list[Chunk]]:
-        todo = measurement.next
+    def _scan_alike(self, tensors: range, records: Records) -> list[Chunk]:
+        """Fill the rows of small tensor pairs of the same formats, as far as one scan tells."""
+        plan, pairs = self._plan, self._plan.pairs[tensors.start : tensors.stop]
+        model, backend = plan.measurement(tensors.start, plan.want_masks), self._backend
+        assert isinstance(model.next, Scan) and isinstance(backend, Batching)
+        places = self._places(pairs)
+        done, masks, starts = backend.scan_small(model.next, places, records)
+        if done < len(pairs):
+            span = Span(tensors[done], 0, 1)
+            ShardSource(self._shards, pairs[done], span, self._buffers, self._stop).fail(0, pairs[done].base.numel)
+        payloads = compress_parts(masks, starts, -(-places[:, 4] // 8)) if model.next.want_mask else []
+        return [Chunk(index, 0, *payload) for index, payload in zip(tensors, payloads, strict=False)]
+
+    def _pass(self, measurement: Measurement, span: Span) -> tuple[Partial | Refined, list[Chunk]]:
+        todo, pair = measurement.next, self._plan.pairs[span.tensor]
         assert todo is not None
         source = ShardSource(self._shards, pair, span, self._buffers, self._stop)
         if isinstance(todo, Targets):

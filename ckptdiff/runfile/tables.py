@@ -11,8 +11,9 @@ import h5py
 import numpy as np
 from numpy.typing import DTypeLike
 
-from ckptdiff.figures.catalogue import COLUMNS
+from ckptdiff.figures.catalogue import COLUMNS, flat_key
 from ckptdiff.figures.result import Diff, TensorFacts, UnmatchedTensor
+from ckptdiff.measure.thresholds import RHO
 from ckptdiff.runfile.schema import TEXT_FACTS, escape_text, unescape
 from ckptdiff.runfile.typed import Spec, WrongTypeError, json_of, numbers_of, parse_json, require, texts_of
 
@@ -138,8 +139,15 @@ def _of_tensors(group: Any, name: str) -> Any:
 
 
 def read_columns(group: Any) -> dict[str, Any]:
-    """Every column of the catalogue, by name."""
-    return {column.name: numbers_of_tensors(group, column.name, column.dtype) for column in COLUMNS}
+    """Every column of the catalogue, by name; run files of 0.1.0 lack ``on_grid``, and tell it by the rounding null."""
+    columns = {
+        column.name: numbers_of_tensors(group, column.name, column.dtype)
+        for column in COLUMNS
+        if column.name != "on_grid" or column.name in group
+    }
+    if "on_grid" not in columns:
+        columns["on_grid"] = (~np.isnan(columns[flat_key("low_coverage_null", RHO[0])])).astype(np.uint64)
+    return columns
 
 
 def read_facts(group: Any) -> tuple[TensorFacts, ...]:

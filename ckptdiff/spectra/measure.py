@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.figures.catalogue import RHO, flat_key
+from ckptdiff.figures.catalogue import flat_key
 from ckptdiff.figures.spectral import ENERGY_RANKS, RANK_TAU
 from ckptdiff.linalg.angles import Angles, angle_rank, angles_work, principal_angles
 from ckptdiff.linalg.exact import SideSpectrum, effective_rank, nss, numerical_rank, side_spectrum, side_work
@@ -24,6 +24,7 @@ from ckptdiff.linalg.principal import Principal, principal, principal_rank, prin
 from ckptdiff.linalg.stages import PanelSource, Side, Stage, run_together
 from ckptdiff.linalg.survey import SURVEY_WORK, Survey
 from ckptdiff.measure.rounding_null import change_chances
+from ckptdiff.measure.thresholds import RHO
 from ckptdiff.options import SpectraOptions
 from ckptdiff.spectra.matrices import MatrixView
 

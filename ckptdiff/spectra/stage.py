@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint import Kind, TensorPair
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.events import Listener, Stage, stage
-from ckptdiff.figures.catalogue import RHO, flat_key
 from ckptdiff.figures.result import Diff
 from ckptdiff.figures.spectral import SPECTRAL_KEYS, Spectra
 from ckptdiff.in_order import Task, in_order
@@ -140,8 +139,8 @@ def _measured(
     pairs: Sequence[TensorPair], diff: Diff, shards: OpenShards, options: Options, told: Stage
 ) -> Iterator[TensorSpectra]:
     unchanged = diff.columns["numel"] == diff.columns["unchanged_bitwise"]
-    on_grid = ~np.isnan(diff.columns[flat_key("low_coverage_null", RHO[0])])
-    on_grid &= np.array([tensor.compare == "bf16" for tensor in diff.tensors], bool)  # float8 has a grid of its own
+    # float8 has a grid of its own
+    on_grid = diff.columns["on_grid"].astype(bool) & [tensor.compare == "bf16" for tensor in diff.tensors]
     budget = Budget.of(options, resident(), (view for _, _, view in _matrices(pairs)))
     measuring = Measuring(shards, options.compare, budget)
 

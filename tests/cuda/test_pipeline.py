@@ -10,18 +10,17 @@ from host_gpu import HostGpu, Memory
 from worker_checks import check, check_refine, sides, source
 
 from ckptdiff.errors import ChangedFileError, DeviceError, PlanError
-from ckptdiff.figures.catalogue import EPS as EPS_OF_RUNS
-from ckptdiff.figures.columns import LARGEST, SMALLEST, empty_records, set_sizes
 from ckptdiff.formats import FORMATS
 from ckptdiff.measure.cpu import CpuWorker
 from ckptdiff.measure.cuda.batch import groups
 from ckptdiff.measure.cuda.layout import ROWS
 from ckptdiff.measure.cuda.slots import ALIGN, Room, fit_room
 from ckptdiff.measure.cuda.worker import CudaWorker
-from ckptdiff.measure.one_scan import wanted
 from ckptdiff.measure.partial import BINS, Partial, Rule, Scan
+from ckptdiff.measure.records import empty_records
 from ckptdiff.measure.reference import ReferenceWorker
 from ckptdiff.measure.source import Extent, InMemory, Window
+from ckptdiff.measure.thresholds import EPS as EPS_OF_RUNS
 
 EPS = (0.0, 1e-8, 1e-5, 1e-4)
 BF16, F32, F64 = (FORMATS[name] for name in ("bf16", "f32", "f64"))
@@ -82,8 +81,7 @@ def test_bytes_that_both_names_share_go_up_once(libraries):
 def small_rows(worker, scan, places):
     numel = places[:, 4]
     records = empty_records(len(places))
-    ranks = set_sizes(LARGEST, numel), set_sizes(SMALLEST, numel)
-    done, bits, starts = worker.scan_small(scan, places, ranks, wanted(scan.compare), records)
+    done, bits, starts = worker.scan_small(scan, places, records)
     assert (starts % 8 == 0).all()
     rows = zip(starts.tolist(), numel.tolist(), strict=True) if scan.want_mask else ()
     return done, [bits[start : start + -(-n // 8)].copy() for start, n in rows], records
@@ -308,7 +306,7 @@ def test_figures_that_cannot_be_taken_leave_nothing_under_way(libraries, small_t
         gpu.record(worker._pipeline.up)  # so that something is queued, whatever this device has done already
         raise ZeroDivisionError
 
-    monkeypatch.setattr("ckptdiff.measure.cuda.batch.take_whole", fail)
+    monkeypatch.setattr("ckptdiff.measure.cuda.batch.fill_row", fail)
     with pytest.raises(ZeroDivisionError):
         small_rows(worker, scan, places)
     assert gpu.queued == 0

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ckptdiff.figures.catalogue import COLUMNS, EPS, ETA, FIGURES, RHO, TAU, P, flat_key, flat_keys, parameter_key
+from ckptdiff.figures.catalogue import COLUMNS, FIGURES, flat_key, flat_keys, parameter_key
+from ckptdiff.measure.thresholds import EPS, ETA, RHO, TAU, P
 
 # The keys of the output contract, in its order.
 CONTRACT = """unchanged_bitwise unchanged_stored unchanged_eta unchanged_abs unchanged_rel changed delta_norm base_norm

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptdiff.figures.catalogue import COLUMNS, RHO, P, flat_key
-from ckptdiff.figures.grouping import Grouping, figures_of, median_2d
+from ckptdiff.figures.catalogue import COLUMNS, flat_key
+from ckptdiff.figures.evaluate import figures_of, median_2d
+from ckptdiff.figures.grouping import Grouping
+from ckptdiff.measure.thresholds import RHO, P
 
 
 def columns_of(rows: list[dict[str, float]]) -> dict[str, np.ndarray]:

@@ -155,11 +155,15 @@ def test_uses() -> None:
     one, two = (bf16, bf16, bf16), (f32, f32, f32)
     words = ("bf16", "bf16", "bf16"), ("f32", "f32", "f32")
     asked = warm_up.uses({one}, {one, two}, 4096)
-    assert asked.certain == (("alike", *words[0]), ("alone", *words[0]), ("alone", *words[1]), ("mask", "4096"))
+    scans = ("alike", *words[0]), ("alone", *words[0]), ("alone", *words[1])
+    assert asked.certain == (*scans, ("row",), ("refine", *words[1]), ("cuts",), ("mask", "4096"))
     assert asked.seldom == (("refine", *words[0]),)
     asked = warm_up.uses({one}, set(), 0)
     assert asked.certain == (("alike", *words[0]),)
-    assert asked.seldom == (("alone", *words[0]), ("refine", *words[0]))
+    assert asked.seldom == (("alone", *words[0]), ("row",), ("refine", *words[0]), ("cuts",))
+    asked = warm_up.uses(set(), {one}, 0)
+    assert asked.certain == (("alone", *words[0]), ("row",))
+    assert asked.seldom == (("refine", *words[0]), ("cuts",))
     assert warm_up.uses(set(), set(), 0) == warm_up.Uses(())
 
 

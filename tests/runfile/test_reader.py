@@ -61,6 +61,17 @@ def test_attributes_provenance_and_names(sample: Sample) -> None:
         assert run.names == tuple(sample.masks)
 
 
+def test_a_run_file_of_the_first_release_tells_the_grid_by_the_rounding_null(sample: Sample, tmp_path: Path) -> None:
+    path = Path(shutil.copy(sample.path, tmp_path / "run.h5"))
+    with h5py.File(path, "a") as file:
+        nulls = file["tensors/low_coverage_null_0.01"][()]
+        del file["tensors/on_grid"]
+    with RunFile(path) as run:
+        on_grid = run.load().columns["on_grid"]
+    assert on_grid.dtype == np.uint64 and on_grid.tolist() == [int(not np.isnan(null)) for null in nulls]
+    assert 0 < on_grid.sum() < len(on_grid)
+
+
 def test_histograms_by_tensor_name(sample: Sample) -> None:
     with RunFile(sample.path) as run:
         assert list(run.histograms) == list(sample.masks)

@@ -310,3 +310,19 @@ def test_a_missing_scipy_is_said_before_any_work(
         with pytest.raises(OptionError, match="need SciPy"):
             work()
     assert [path.name for path in tmp_path.iterdir()] == ["run.h5"]
+
+
+@pytest.mark.parametrize("on_grid", [True, False])
+def test_the_rounding_null_applies_where_the_run_found_the_base_on_the_grid(tmp_path: Path, on_grid: bool) -> None:
+    """One base value that bfloat16 does not hold is enough; how much changed says nothing of it."""
+    rng = np.random.default_rng(0)
+    base = (0.1 * rng.standard_normal((64, 48))).astype(BF16).astype(np.float32)
+    tuned = base + np.float32(0.003) * rng.standard_normal(base.shape).astype(np.float32)
+    if not on_grid:
+        base[3, 5] += np.float32(2**-20)
+    save_file({"w": base}, tmp_path / "base.safetensors")
+    save_file({"w": tuned}, tmp_path / "tuned.safetensors")
+    paths = [str(tmp_path / f"{side}.safetensors") for side in ("base", "tuned")]
+    found = ckptdiff.diff(*paths, spectra="randomized")
+    assert found.columns["on_grid"].tolist() == [on_grid]
+    assert (found.per_tensor[0]["spectral"]["principal_coverage_null"]["0.1"] is not None) == on_grid

@@ -14,10 +14,10 @@ from ckptdiff.codes.fetch import WINDOW
 from ckptdiff.measure.cuda.layout import add_scanned, split_bins
 from ckptdiff.measure.cuda.pipeline import Job, Landed, Part
 from ckptdiff.measure.cuda.slots import Room
-from ckptdiff.measure.kernels.batch import take_whole
-from ckptdiff.measure.kernels.row import Wanted
-from ckptdiff.measure.kernels.tiles import facts_of, totals_of
+from ckptdiff.measure.kernels.row import fill_row
+from ckptdiff.measure.kernels.tiles import totals_of
 from ckptdiff.measure.partial import Partial, Scan
+from ckptdiff.measure.ranks import tables_of
 from ckptdiff.measure.records import Records
 from ckptdiff.measure.source import ByteArray
 
@@ -47,7 +47,6 @@ class Rows:
     scan: Scan
     numel: NDArray[np.int64]
     ranks: tuple[NDArray[np.int64], NDArray[np.int64]]
-    wanted: Wanted
     records: Records
 
     def take(self, group: Group, sums: list[NDArray[np.float64]], landed: Landed, partial: Partial) -> None:
@@ -58,8 +57,7 @@ class Rows:
         for record, row in enumerate(group.rows):
             partial.open_blocks(0, len(self.scan.thresholds))
             add_scanned(self.scan, int(self.numel[row]), landed.records[record], sums[record], bins[record], partial)
-            tables = facts_of(self.scan.compare), self.wanted
-            take_whole(totals_of(partial, 1), self.ranks, tables, row, self.records)
+            fill_row(totals_of(partial, 1), self.ranks, tables_of(self.scan.compare), row, self.records)
             partial.clear()
 
 

@@ -26,8 +26,8 @@ from ckptdiff.measure.cuda.layout import (
 )
 from ckptdiff.measure.cuda.pipeline import Job, Part, Pipeline, Work
 from ckptdiff.measure.cuda.slots import Room, Slot, Totals
-from ckptdiff.measure.kernels.row import Wanted
 from ckptdiff.measure.partial import BINS, Partial, Refined, Rule, Scan, Targets
+from ckptdiff.measure.ranks import ranks_of
 from ckptdiff.measure.records import Records
 from ckptdiff.measure.source import ByteArray, Extent, Source, Window
 
@@ -73,8 +73,6 @@ class CudaWorker:
         self,
         scan: Scan,
         places: NDArray[np.int64],
-        ranks: tuple[NDArray[np.int64], NDArray[np.int64]],
-        wanted: Wanted,
         records: Records,
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
         """Measure whole tensors of at most a block, many with one launch.
@@ -85,7 +83,7 @@ class CudaWorker:
         words = -(-numel // 64)
         starts = 8 * (np.cumsum(words) - words)
         mask = self._room_for_mask(64 * int(words.sum()) if scan.want_mask else 0)
-        rows = Rows(scan, numel, ranks, wanted, records)
+        rows = Rows(scan, numel, ranks_of(numel), records)
         jobs, waiting = itertools.tee(groups(scan, places, self._pipeline.room))
         group, sums, at = next(waiting), list[NDArray[np.float64]](), 0
         try:

@@ -11,13 +11,13 @@ import numpy as np
 
 from ckptdiff.codes.fetch import Side
 from ckptdiff.jit import helper, kernel
-from ckptdiff.measure.kernels.row import Wanted, take_figures
+from ckptdiff.measure.kernels.row import Wanted, take_row
 from ckptdiff.measure.kernels.span import Work, scan_span
 from ckptdiff.measure.kernels.stored import Stored
 from ckptdiff.measure.kernels.tiles import Array, Facts, Measure, Totals
 from ckptdiff.measure.partial import BINS, Count
 
-__all__ = ["scan_small", "take_whole"]
+__all__ = ["scan_small"]
 
 CHANGED, STORED_EQUAL = int(Count.CHANGED), int(Count.STORED_EQUAL)
 NONFINITE_BASE, NONFINITE_TUNED = int(Count.NONFINITE_BASE), int(Count.NONFINITE_TUNED)
@@ -47,13 +47,6 @@ def clear(totals: Totals) -> None:
 
 
 @helper
-def copy(source: Array, target: Array) -> None:
-    """Copy one row, shape (n,); an assignment of arrays would compile its error messages too, for seconds."""
-    for i in range(source.size):
-        target[i] = source[i]
-
-
-@helper
 def count_native(totals: Totals, numel: int, infinite: Any) -> None:
     """The counts of what is stored, where both sides are stored as compared."""
     strange: Any = 0
@@ -62,24 +55,6 @@ def count_native(totals: Totals, numel: int, infinite: Any) -> None:
     totals.counts[STORED_EQUAL] += numel - totals.counts[CHANGED]
     totals.counts[NONFINITE_BASE] += strange
     totals.counts[NONFINITE_TUNED] += strange
-
-
-@helper
-def take_row(totals: Totals, ranks: tuple[Array, Array], tables: tuple[Facts, Wanted], row: int, records: Any) -> None:
-    """Fill one row from the totals of a whole tensor; parameters as in ``scan_small``, ranks of shape (k, ...)."""
-    copy(totals.counts, records.counts[row])
-    copy(totals.within, records.within[row])
-    copy(totals.sums[0], records.sums[row])
-    records.max_abs[row] = totals.max_abs[0]
-    take_figures(totals, (ranks[0][row], ranks[1][row]), tables[0], tables[1], row, records)
-
-
-@kernel
-def take_whole(
-    totals: Totals, ranks: tuple[Array, Array], tables: tuple[Facts, Wanted], row: int, records: Any
-) -> None:
-    """Fill one row from the totals of a tensor that was scanned elsewhere; parameters as in ``take_row``."""
-    take_row(totals, ranks, tables, row, records)
 
 
 @kernel

@@ -57,7 +57,7 @@ def cut_from_top(counts: Array, first: int, last: int, rank: int) -> tuple[int, 
     return first - 1, above
 
 
-@kernel
+@helper
 def single_value(deltas: Array, bin_: int) -> int:
     """Bits of the one |d| of 32 bits in a bin that is not empty, -1 if the bin holds several values."""
     count, total, squares = deltas[0, bin_], deltas[1, bin_], deltas[2, bin_]
@@ -149,7 +149,7 @@ def bits_at_most(threshold: float) -> Any:
     return bits - np.uint32(1) if np.float64(rounded) > threshold else bits
 
 
-@kernel
+@helper
 def within_bins(deltas: Array, span: Array, threshold: float, width: int) -> Any:
     """Changed coordinates with |d| <= threshold, -1 if the histogram, shape (3, BINS), cannot tell."""
     bits: Any = np.int64(bits_at_most(threshold)) if width == 32 else np.int64(float_bits(threshold))
@@ -185,7 +185,7 @@ def count_run(weights: Array, start: int, stop: int) -> int:
     return total
 
 
-@kernel
+@helper
 def regroup(counts: Array, groups: Groups, first: int, last: int, out: Array) -> None:
     """Add bins ``first`` to ``last``, of shape (bins,), up by group, shape (groups,); others are left out."""
     run = 0

@@ -94,7 +94,7 @@ def fit_null(weights: Array, gaps: Gaps, first: int, last: int, changed: int) ->
     return math.exp(at)
 
 
-@kernel
+@helper
 def null_overlap(
     weights: Array, gaps: Gaps, first: int, last: int, sigma: float, ranks: Array, overlap: Array
 ) -> float:

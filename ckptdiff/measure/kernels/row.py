@@ -1,4 +1,4 @@
-"""Make the figures of one tensor of its totals, as far as a single scan tells them."""
+"""Make the row of figures of one tensor of its totals, as far as a single scan tells them."""
 
 from __future__ import annotations
 
@@ -12,27 +12,33 @@ from ckptdiff.jit import helper, kernel
 from ckptdiff.measure.kernels.cuts import Groups, find_delta_cut, find_low_cut, regroup, within_bins
 from ckptdiff.measure.kernels.null import Gaps, fit_null, null_overlap
 from ckptdiff.measure.kernels.tiles import Array, Facts, Totals
-from ckptdiff.measure.partial import Count
+from ckptdiff.measure.partial import Count, Sum
 
-__all__ = ["Wanted", "base_sums", "take_figures"]
+__all__ = ["Wanted", "fill_row", "take_row"]
 
-CHANGED, OFF_GRID = int(Count.CHANGED), int(Count.OFF_GRID)
+CHANGED, FINITE, OFF_GRID = int(Count.CHANGED), int(Count.FINITE), int(Count.OFF_GRID)
+BASE_SQUARE = int(Sum.BASE_SQUARE)
 
 
 class Wanted(NamedTuple):
-    """What to find in the histograms of a tensor of at most 16 bits, and the tables that it takes."""
+    """What to find in the histograms of a tensor, and the tables that it takes."""
 
     taus: Array
     """Thresholds in units of RMS(W0), float64."""
     nan: int
     """First bin of ``weights`` that holds NaN."""
+    width: int
+    """Bits of d: 32 or 64."""
+    below: int
+    """Bits of |W0| that a bin of ``weights`` leaves open: 0 for formats of at most 16 bits."""
     delta_groups: Groups
     """Log2 bins of the bins of ``deltas`` and of ``weights``."""
     base_groups: Groups
     gaps: Gaps
+    """Of formats of at most 16 bits, else empty."""
 
 
-@kernel
+@helper
 def base_sums(weights: Array, first: int, last: int, facts: Facts) -> tuple[int, float]:
     """Coordinates with finite d, and the sum of W0^2 over them, from a histogram of codes of at most 16 bits."""
     finite, square = 0, 0.0
@@ -67,34 +73,38 @@ def take_null(totals: Totals, ranks: Array, last: int, wanted: Wanted, nulls: Ar
 
 @helper
 def take_figures(
-    totals: Totals, ranks: tuple[Array, Array], facts: Facts, wanted: Wanted, row: int, records: Any
+    totals: Totals, ranks: tuple[Array, Array], tables: tuple[Facts, Wanted], row: int, records: Any
 ) -> None:
-    """Fill one row from the totals of a whole tensor of one block, of a compare format of at most 16 bits.
+    """Fill the figures of one row, whose counts and sums are filled.
 
     Parameters
     ----------
     totals : Totals
     ranks : pair of int64 array, shapes (percentages,) and (fractions,)
         How many of the largest |d|, and how many of the smallest weights, ascending.
-    facts : Facts
-    wanted : Wanted
+    tables : (Facts, Wanted)
     row : int
     records : Records
         ``complete`` tells whether all cuts could be found.
     """
+    facts, wanted = tables
     first, last = totals.span[0], min(totals.span[1], wanted.nan - 1)
-    finite, square = base_sums(totals.weights, first, totals.span[1], facts)
+    if wanted.below > 0:
+        finite, square = records.counts[row, FINITE], records.sums[row, BASE_SQUARE]
+    else:
+        finite, square = base_sums(totals.weights, first, totals.span[1], facts)
     records.finite[row], records.base_square[row] = finite, square
-    complete = True
+    # The energies of a d of 64 bits take a pass of their own.
+    complete = wanted.width == 32 or totals.counts[CHANGED] == 0
     for r in range(ranks[0].size):
-        value, unknown, above, at, energy = find_delta_cut(totals.deltas, totals.span, ranks[0][r], 32)
+        value, unknown, above, at, energy = find_delta_cut(totals.deltas, totals.span, ranks[0][r], wanted.width)
         complete &= unknown == 0
         if at > 0 and unknown == 0:
             energy += (ranks[0][r] - above) * np.float64(bits_float(np.uint32(value))) ** 2
         records.energies[row, r] = energy
     rms = np.sqrt(square / finite) if finite > 0 else 0.0
     for t in range(wanted.taus.size):
-        within = within_bins(totals.deltas, totals.span, wanted.taus[t] * rms, 32)
+        within = within_bins(totals.deltas, totals.span, wanted.taus[t] * rms, wanted.width)
         complete &= within >= 0
         records.within_rel[row, t] = within
     support = 0
@@ -106,9 +116,10 @@ def take_figures(
         bin_, below, at, changed_below, changed_at = find_low_cut(
             totals.weights, bin_, last, ranks[1][r], below, changed_below
         )
+        complete &= at == 0 or wanted.below == 0
         share = (ranks[1][r] - below) / at if at > 0 else 0.0
         records.overlaps[row, r] = changed_below + share * changed_at
-    if totals.counts[OFF_GRID] == 0:
+    if totals.counts[OFF_GRID] == 0 and wanted.below == 0:
         take_null(totals, ranks[1], min(last, np.int64(facts.infinite) - 1), wanted, records.nulls[row])
     regroup(totals.deltas[0], wanted.delta_groups, totals.span[2], totals.span[3], records.delta_log2[row])
     regroup(totals.weights[0], wanted.base_groups, first, totals.span[1], records.base_log2[row])
@@ -119,3 +130,38 @@ def take_figures(
         moved += totals.ulp[k]
     records.delta_log2[row, 0] += np.uint64(finite - moved)
     records.complete[row] = complete
+
+
+@helper
+def take_row(totals: Totals, ranks: tuple[Array, Array], tables: tuple[Facts, Wanted], row: int, records: Any) -> None:
+    """Do as ``fill_row`` within another kernel."""
+    # Loops: an assignment of arrays would compile its error messages too, for seconds.
+    for i in range(totals.counts.size):
+        records.counts[row, i] = totals.counts[i]
+    for i in range(totals.within.size):
+        records.within[row, i] = totals.within[i]
+    for block in range(len(totals.sums)):
+        for i in range(records.sums.shape[1]):
+            records.sums[row, i] += totals.sums[block, i]
+    records.max_abs[row] = totals.max_abs[0]
+    take_figures(totals, (ranks[0][row], ranks[1][row]), tables, row, records)
+
+
+@kernel
+def fill_row(totals: Totals, ranks: tuple[Array, Array], tables: tuple[Facts, Wanted], row: int, records: Any) -> None:
+    """Fill one row from the totals of a whole tensor.
+
+    Parameters
+    ----------
+    totals : Totals
+        With the sums of all blocks, which are added in order.
+    ranks : pair of int64 array, shape (k, ...)
+        For each row, how many of the largest |d|, and how many of the smallest weights, ascending.
+    tables : (Facts, Wanted)
+        Of the compare format.
+    row : int
+    records : Records
+        Of k rows, in this one of which nothing is known yet. ``complete`` tells whether all is known then; if not,
+        ``within_rel`` is -1 where the scan cannot tell, and ``energies`` and ``overlaps`` mean nothing.
+    """
+    take_row(totals, ranks, tables, row, records)
