@@ -14,13 +14,13 @@ Libraries = Callable[..., Library]
 
 
 @pytest.fixture(scope="session")
-def libraries(tmp_path_factory) -> Iterator[Libraries]:
+def libraries(tmp_path_factory, request) -> Iterator[Libraries]:
     """Gives the library of a pair of formats; those that every run needs are under way from the first call on."""
     if COMPILER is None:
         pytest.skip("g++ is missing: the kernels cannot run on this CPU")
     folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # which this process has in common with those beside it
+    if hasattr(request.config, "workerinput"):
+        folder = folder.parent  # which the workers of pytest-xdist have in common
     folder = folder / "kernels"
     folder.mkdir(exist_ok=True)
     pool = ThreadPoolExecutor(2)
