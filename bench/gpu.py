@@ -29,13 +29,13 @@ from measure import table, write_json
 import ckptdiff
 from ckptdiff.formats import FORMATS, Format
 from ckptdiff.measure.backend import Backend
-from ckptdiff.measure.cpu import CpuWorker
+from ckptdiff.measure.cpu import CpuBackend
 from ckptdiff.measure.cuda import choice
+from ckptdiff.measure.cuda.backend import CudaBackend
 from ckptdiff.measure.cuda.batch import read_into
 from ckptdiff.measure.cuda.gpu import Gpu
-from ckptdiff.measure.cuda.layout import RECORD, ROWS, TILE, TILE_RECORD, scan_settings
+from ckptdiff.measure.cuda.layout import DEVICE_TILE, RECORD, ROWS, TILE_RECORD, scan_settings
 from ckptdiff.measure.cuda.slots import Room
-from ckptdiff.measure.cuda.worker import CudaWorker
 from ckptdiff.measure.partial import BINS, Partial, Rule, Scan, Sum
 from ckptdiff.measure.source import Extent, InMemory, Window
 from ckptdiff.memory import peak_resident, resident
@@ -112,10 +112,10 @@ def kernel_rate(gpu: Gpu, format: Format, base: np.ndarray, tuned: np.ndarray, r
     """GB/s of the scan kernel over both sides in GPU memory, in one launch."""
     stream, nbytes, size = gpu.stream(), base.nbytes, format.bits // 8
     sides = gpu.empty(nbytes + 64), gpu.empty(nbytes + 64)
-    tiles = np.zeros(-(-base.size // TILE), TILE_RECORD)
-    starts = np.arange(tiles.size) * TILE
+    tiles = np.zeros(-(-base.size // DEVICE_TILE), TILE_RECORD)
+    starts = np.arange(tiles.size) * DEVICE_TILE
     tiles["base"], tiles["tuned"], tiles["mask"] = size * starts, size * starts, starts // 8
-    tiles["numel"] = np.minimum(base.size - starts, TILE)
+    tiles["numel"] = np.minimum(base.size - starts, DEVICE_TILE)
     host, on_gpu = gpu.pinned(max(nbytes, tiles.nbytes)), gpu.empty(tiles.nbytes)
     for data, target in ((tiles, on_gpu), (base, sides[0]), (tuned, sides[1])):
         host[: data.nbytes] = data.view(np.uint8)
@@ -192,8 +192,8 @@ def read_rates(folder: Path, base: np.ndarray, rounds: int, piece: int = 4 << 20
 
 def pipeline_rates(gpu: Gpu, folder: Path, base: np.ndarray, tuned: np.ndarray, rounds: int) -> dict[str, float]:
     """GB/s of one thread with the GPU and with the processor, from memory and from files in the page cache."""
-    nbytes, worker = 2 * base.nbytes, CudaWorker(gpu, Room())
-    backends: dict[str, Backend] = {"pipeline": worker, "CPU backend": CpuWorker()}
+    nbytes, worker = 2 * base.nbytes, CudaBackend(gpu, Room())
+    backends: dict[str, Backend] = {"pipeline": worker, "CPU backend": CpuBackend()}
     check(worker, base, tuned)
     paths = folder / "base", folder / "tuned"
     for path, codes in zip(paths, (base, tuned), strict=True):
@@ -218,7 +218,7 @@ def check(worker: Any, base: np.ndarray, tuned: np.ndarray) -> None:
     """
     found = Partial(), Partial()
     source = InMemory(base.view(np.uint8), tuned.view(np.uint8), base.size)
-    masks = [backend.scan(SCAN, source, one) for backend, one in zip((worker, CpuWorker()), found, strict=True)]
+    masks = [backend.scan(SCAN, source, one) for backend, one in zip((worker, CpuBackend()), found, strict=True)]
     same = [
         np.array_equal(getattr(found[0], name), getattr(found[1], name)) for name in ("counts", "weights", "deltas")
     ]
@@ -248,7 +248,7 @@ def start_rows() -> Rows:
     pinned = gpu.pinned(64 << 20)
     pinned[:] = 1
     yield row("64 MiB of pinned memory, written")
-    worker = CudaWorker(gpu, Room())
+    worker = CudaBackend(gpu, Room())
     room = f"{Room().host_bytes >> 20} MiB pinned, {Room().gpu_bytes >> 20} on the GPU"
     yield row(f"buffers of a thread ({room})")
     base, tuned = make_sides(64 << 10)
@@ -261,7 +261,7 @@ def start_rows() -> Rows:
     for which in ("first", "second"):
         worker.scan(scan_of(F32), wide, Partial())
         yield row(f"{which} scan of f32{', kernels compiled or loaded' * (which == 'first')}")
-    CudaWorker(gpu, Room())
+    CudaBackend(gpu, Room())
     yield row("buffers of another thread")
     wrong = [found for names in SELF_TESTED if (found := self_test(worker, names))]
     yield row(f"self-test of {len(SELF_TESTED)} pairs of formats")

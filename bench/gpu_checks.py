@@ -135,11 +135,11 @@ def kernel_rows(some: int, quick: bool) -> Iterator[Row]:
 
     from ckptdiff.formats import FORMATS
     from ckptdiff.measure.cuda import choice
+    from ckptdiff.measure.cuda.backend import CudaBackend
     from ckptdiff.measure.cuda.slots import Room
-    from ckptdiff.measure.cuda.worker import CudaWorker
     from ckptdiff.measure.partial import Rule, Scan
 
-    worker = CudaWorker(choice.find_gpu(0), Room.smallest() if quick else Room())
+    worker = CudaBackend(choice.find_gpu(0), Room.smallest() if quick else Room())
     rng = np.random.default_rng(0)
 
     def case(what: str, names: tuple[str, ...], act: Any) -> Row:
@@ -291,13 +291,13 @@ def tight_rows() -> Iterator[Row]:
 
     from ckptdiff.formats import FORMATS
     from ckptdiff.measure.cuda import choice
+    from ckptdiff.measure.cuda.backend import CudaBackend
     from ckptdiff.measure.cuda.slots import Room
-    from ckptdiff.measure.cuda.worker import CudaWorker
     from ckptdiff.measure.partial import Rule, Scan
 
     gpu, bf16 = choice.find_gpu(0), FORMATS["bf16"]
     scan = Scan(bf16, bf16, bf16, (0.0, 1e-5), 1e-3, Rule.ABOVE, 1e-5, want_mask=True)
-    small = CudaWorker(gpu, Room.smallest())  # whose kernels are loaded while there is room
+    small = CudaBackend(gpu, Room.smallest())  # whose kernels are loaded while there is room
     check(small, scan, *sides(bf16, bf16, 100_000))
     held, left, step = [], Room().gpu_bytes * 3 // 4, 1 << 30
     while step >= 1 << 20:
@@ -309,7 +309,7 @@ def tight_rows() -> Iterator[Row]:
             pass
         step //= 2
     free = gpu.free_memory()[0]
-    worker = CudaWorker(gpu, Room())
+    worker = CudaBackend(gpu, Room())
     check(worker, scan, *sides(bf16, bf16, 1_000_000))
     wanted, taken = Room().gpu_bytes, worker._pipeline.room.gpu_bytes
     yield {
@@ -325,7 +325,7 @@ def compile_rows(nice: int) -> Iterator[Row]:
     """Have the kernels of all fixtures compiled, by a process a core."""
     from ckptdiff.checkpoint import Kind, open_checkpoint, pair
     from ckptdiff.formats import FORMATS, Formats, formats_of
-    from ckptdiff.measure.cpu import CpuWorker
+    from ckptdiff.measure.cpu import CpuBackend
     from ckptdiff.run import warm_up
 
     formats: set[Formats] = set()
@@ -339,7 +339,7 @@ def compile_rows(nice: int) -> Iterator[Row]:
     os.nice(nice)
     asked = warm_up.uses({(bf16, bf16, bf16)}, formats, 1 << 17)
     begun = time.perf_counter()
-    warm_up.load(CpuWorker(), asked, lambda event: print(event, flush=True))
+    warm_up.load(CpuBackend(), asked, lambda event: print(event, flush=True))
     yield {"kernels of the CPU backend": len(asked.certain), "seconds": time.perf_counter() - begun}
 
 

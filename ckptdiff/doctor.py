@@ -47,7 +47,7 @@ def _processor() -> Iterator[Finding]:
     import llvmlite.binding
 
     from ckptdiff import jit
-    from ckptdiff.measure.cpu import CpuWorker
+    from ckptdiff.measure.cpu import CpuBackend
 
     features = {name for name, has in llvmlite.binding.get_host_cpu_features().items() if has}
     vectors = [name for name in ("avx2", "avx512f", "avx512bw", "neon", "sve") if name in features]
@@ -55,15 +55,15 @@ def _processor() -> Iterator[Finding]:
     yield Finding("threads", f"{default_threads()} by default, {os.cpu_count()} cores")
     folder = jit.cache_folder()
     yield Finding("kernel cache", str(folder or "none: kernels are compiled in every process"), folder is not None)
-    yield _tried("self-test, cpu", CpuWorker())
+    yield _tried("self-test, cpu", CpuBackend())
 
 
 def _gpu() -> Iterator[Finding]:
+    from ckptdiff.measure.cuda.backend import CudaBackend
     from ckptdiff.measure.cuda.choice import cupy_packages, find_gpu
     from ckptdiff.measure.cuda.compiled import compiled_folder
     from ckptdiff.measure.cuda.slots import Room
     from ckptdiff.measure.cuda.sources import kernel_folder
-    from ckptdiff.measure.cuda.worker import CudaWorker
 
     packages = cupy_packages()
     yield Finding("CuPy", ", ".join(packages) or "not installed", len(packages) < 2)
@@ -80,7 +80,7 @@ def _gpu() -> Iterator[Finding]:
         yield Finding("GPU memory", f"{binary_size(free)} of {binary_size(total)} free")
         driver = gpu.cupy.cuda.runtime.driverGetVersion()
         yield Finding("NVIDIA driver", f"for CUDA {driver // 1000}.{driver % 1000 // 10}")
-        yield _tried("self-test, cuda", CudaWorker(gpu, Room()))
+        yield _tried("self-test, cuda", CudaBackend(gpu, Room()))
     except (DeviceError, MemoryError) as error:
         problem = error.problem if isinstance(error, DeviceError) else "too little GPU memory"
         hint = f"; try: {error.hint}" if isinstance(error, DeviceError) and error.hint else ""

@@ -20,9 +20,9 @@ from ckptdiff.options import Options, SpectraOptions, parse_size
 from ckptdiff.overlap import count
 from ckptdiff.run.planning import prepare
 from ckptdiff.run.worker import Worker
+from ckptdiff.spectra.budget import Budget
 from ckptdiff.spectra.job import Measuring
 from ckptdiff.spectra.matrices import MatrixView
-from ckptdiff.spectra.memory import Budget
 from ckptdiff.track import follow
 from ckptdiff.track.follow import track
 

@@ -16,7 +16,7 @@ from ckptdiff.checkpoint.regular_file import read_whole, stat_path
 from ckptdiff.checkpoint.subfolders import weights_below
 from ckptdiff.errors import CheckpointError
 
-__all__ = ["ShardSource", "find_shards"]
+__all__ = ["FoundShards", "find_shards"]
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 _NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5,})-of-(?P<total>[0-9]{5,})\.safetensors", re.DOTALL)
@@ -25,7 +25,7 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
-class ShardSource:
+class FoundShards:
     """Where a checkpoint's tensors are to be read.
 
     Attributes
@@ -46,7 +46,7 @@ class ShardSource:
     unread: tuple[str, ...]
 
 
-def find_shards(path: str) -> ShardSource:
+def find_shards(path: str) -> FoundShards:
     """Find the shards that `path` means; reads the index if there is one, and no header.
 
     Raises
@@ -69,10 +69,10 @@ def find_shards(path: str) -> ShardSource:
     if path.endswith(".index.json"):
         # Who names an index, or a file, asks for no more than that.
         return replace(_from_index(path, _listing(str(Path(path).parent))), unread=())
-    return ShardSource((path,), None, (), ())
+    return FoundShards((path,), None, (), ())
 
 
-def _in_directory(path: str) -> ShardSource:
+def _in_directory(path: str) -> FoundShards:
     names = _listing(path)
     indexes = [name for name in names if name.endswith(_INDEX_SUFFIX)]
     if "model" + _INDEX_SUFFIX in indexes:
@@ -91,21 +91,21 @@ def _in_directory(path: str) -> ShardSource:
     if shards:
         _check_numbers(path, shards)
         paths = tuple(str(Path(path, name)) for name in shards)
-        return _with_subfolders(path, ShardSource(paths, None, _warn_of_families(path, shards), ()))
+        return _with_subfolders(path, FoundShards(paths, None, _warn_of_families(path, shards), ()))
     if "snapshots" in names:
         return _in_directory(_snapshot(path))
     raise _nothing_to_read(path, names)
 
 
-def _from_index(path: str, siblings: Iterable[str]) -> ShardSource:
+def _from_index(path: str, siblings: Iterable[str]) -> FoundShards:
     index = read_index(path)
     unlisted = tuple(name for name in siblings if name.endswith(".safetensors") and name not in index.shard_paths)
     warnings = (f"{path} does not name {_some(unlisted)}: not read",) if unlisted else ()
     paths = tuple(index.shard_paths[name] for name in sorted(index.shard_paths))
-    return ShardSource(paths, index, warnings, unlisted)
+    return FoundShards(paths, index, warnings, unlisted)
 
 
-def _with_subfolders(path: str, source: ShardSource) -> ShardSource:
+def _with_subfolders(path: str, source: FoundShards) -> FoundShards:
     below = weights_below(path, source.index.shard_paths if source.index else ())
     if not below:
         return source

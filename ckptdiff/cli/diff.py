@@ -105,7 +105,7 @@ def diff(base: str, tuned: str, **given: Any) -> int:
     request = Request.of(given, run_file=given["out"], kept=kept)
     options = _options(given)
     if given["dry_run"]:
-        from ckptdiff.cli.plan import print_plan
+        from ckptdiff.cli.dry_run import print_plan
 
         with progress(shown=given["progress"], quiet=request.quiet, verbose=given["verbose"]) as tell:
             print_plan(base, tuned, out, options, request, tell)

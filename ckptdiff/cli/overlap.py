@@ -63,7 +63,7 @@ def overlap(runs: tuple[str, ...], **given: Any) -> int:
     """
     target = ReportTarget.choose(given["output"], binary=False, kept=map(Path, runs))
     from ckptdiff.overlap import overlap as count_overlap
-    from ckptdiff.overlap.figures import FIGURES
+    from ckptdiff.overlap.figures import OVERLAP_FIGURES
 
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
         found = count_overlap(runs, base=given["base"], force=given["force"], threads=given["threads"], listener=tell)
@@ -78,7 +78,7 @@ def overlap(runs: tuple[str, ...], **given: Any) -> int:
         elif given["format"] == "json":
             stream.write(dumps(_document(found)) + "\n")
         else:
-            keys = ("first", "second", *LABEL_KEYS[given["by"]], *_COUNTS, *FIGURES)
+            keys = ("first", "second", *LABEL_KEYS[given["by"]], *_COUNTS, *OVERLAP_FIGURES)
             rows = [
                 {"first": found.runs[pair.first], "second": found.runs[pair.second], **row}
                 for pair in found.pairs

@@ -85,14 +85,16 @@ def track(base: str, steps: tuple[str, ...], **given: Any) -> int:
         elif given["format"] == "table":
             _write_tables(stream, found, given["by"])
         else:
-            from ckptdiff.track.result import FIGURES
+            from ckptdiff.track.result import TRACK_FIGURES
 
             rows = [
                 {"step": step, "path": found.steps[step], **label, **row}
                 for label, rows in _grouped(found, given["by"])
                 for step, row in enumerate(rows)
             ]
-            write_rows(stream, given["format"], rows, ("step", "path", *LABEL_KEYS.get(given["by"], ()), *FIGURES), {})
+            write_rows(
+                stream, given["format"], rows, ("step", "path", *LABEL_KEYS.get(given["by"], ()), *TRACK_FIGURES), {}
+            )
     return OK
 
 
@@ -103,7 +105,7 @@ def _found(base: str, steps: tuple[str, ...], out: Path | None, given: dict[str,
         _refuse_options(base)
         return load_track(base)
     from ckptdiff.checkpoint import open_checkpoint
-    from ckptdiff.runfile.target import TRACK_FORMAT, check_target
+    from ckptdiff.runfile.check_target import TRACK_FORMAT, check_target
     from ckptdiff.track import save_track
     from ckptdiff.track import track as follow
 

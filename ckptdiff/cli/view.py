@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from ckptdiff.report.exporters import Format
     from ckptdiff.report.rows import View
 
-__all__ = ["FORMATS", "Request", "verbosity", "verdict_verbosity", "view_options"]
+__all__ = ["REPORT_FORMATS", "Request", "verbosity", "verdict_verbosity", "view_options"]
 
-FORMATS = ("table", "json", "ndjson", "csv", "parquet")
+REPORT_FORMATS = ("table", "json", "ndjson", "csv", "parquet")
 """Spelled out here, so that --help needs no import of NumPy; a test compares them with their definition."""
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _OPTIONS = (
-    click.option("--format", type=click.Choice(FORMATS), default="table", help="Format of the report."),
+    click.option("--format", type=click.Choice(REPORT_FORMATS), default="table", help="Format of the report."),
     click.option(
         "--by",
         type=click.Choice(GROUPINGS),

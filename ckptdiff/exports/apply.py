@@ -22,7 +22,7 @@ from ckptdiff.exports.patch_reader import Patch, TensorPatch, changes_of, open_p
 from ckptdiff.files.staged import StagedFile, write_whole
 from ckptdiff.files.staged_folder import StagedFolder
 from ckptdiff.measure.partial import BLOCK
-from ckptdiff.runfile.target import check_new
+from ckptdiff.runfile.check_target import check_new
 
 __all__ = ["Applied", "apply_patch"]
 

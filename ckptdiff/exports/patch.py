@@ -17,13 +17,13 @@ from ckptdiff.errors import OptionError, RunFileError
 from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.files.staged import StagedFile
 from ckptdiff.measure.partial import BLOCK
+from ckptdiff.runfile.check_target import check_folder
 from ckptdiff.runfile.export import chosen_masks
 from ckptdiff.runfile.identity import KnownNorm, checked_blocks, known_norms, open_side
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import Entry, is_safetensors_of, write_safetensors
 from ckptdiff.runfile.schema import BIT_ORDER, mask_chunks
-from ckptdiff.runfile.target import check_folder
 
 __all__ = ["PATCH_FORMAT", "export_patch", "missing_from_patch"]
 

@@ -25,10 +25,10 @@ from ckptdiff.files.staged import StagedFile, write_whole
 from ckptdiff.files.staged_folder import StagedFolder
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.options import as_tuple
+from ckptdiff.runfile.check_target import check_new
 from ckptdiff.runfile.identity import KnownNorm, checked_blocks, known_norms, open_side
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
-from ckptdiff.runfile.target import check_new
 
 __all__ = ["ShiraExport", "export_shira"]
 

@@ -23,8 +23,8 @@ from ckptdiff.measure.thresholds import EPS, ETA, RHO, TAU, P
 __all__ = [
     "COLUMNS",
     "FIGURES",
-    "Column",
     "Figure",
+    "StoredColumn",
     "flat_key",
     "flat_keys",
     "parameter_key",
@@ -39,7 +39,7 @@ Unit = Literal["fraction", "norm", "count", "value", "cosine"]
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
+class StoredColumn:
     """One stored quantity per tensor: a dataset under ``/tensors`` of the run file."""
 
     name: str
@@ -85,9 +85,9 @@ def flat_keys(figure: Figure) -> Iterator[tuple[float | None, str]]:
         yield parameter, flat_key(figure.key, parameter)
 
 
-def _counts() -> Iterator[Column]:
-    def count(name: str, long_name: str) -> Column:
-        return Column(name, "uint64", "1", long_name)
+def _counts() -> Iterator[StoredColumn]:
+    def count(name: str, long_name: str) -> StoredColumn:
+        return StoredColumn(name, "uint64", "1", long_name)
 
     yield count("numel", "coordinates in the tensor")
     yield count("valued", "1 if the tensor holds floating values, 0 if only its bits are compared")
@@ -108,9 +108,9 @@ def _counts() -> Iterator[Column]:
     yield count("nonfinite_tuned", "NaN and Inf in the tuned side, as stored")
 
 
-def _floats() -> Iterator[Column]:
-    def real(name: str, long_name: str, units: str = "1") -> Column:
-        return Column(name, "float64", units, long_name)
+def _floats() -> Iterator[StoredColumn]:
+    def real(name: str, long_name: str, units: str = "1") -> StoredColumn:
+        return StoredColumn(name, "float64", units, long_name)
 
     yield real("delta_norm", "Frobenius norm of d = W1 - W0")
     yield real("base_norm", "Frobenius norm of W0")
@@ -129,7 +129,7 @@ def _floats() -> Iterator[Column]:
         )
 
 
-COLUMNS: tuple[Column, ...] = (*_counts(), *_floats())
+COLUMNS: tuple[StoredColumn, ...] = (*_counts(), *_floats())
 """Every stored column, counts first."""
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.linalg.products import add_gram, add_product, cuts, gram_work, product, product_work
-from ckptdiff.linalg.score_cut import LANES, Covered, ScoreCut, likely_zooms
+from ckptdiff.linalg.score_cut import SCORE_LANES, Covered, ScoreCut, likely_zooms
 from ckptdiff.linalg.stages import Array, Panel, PanelSource, Stage, array_module, meanwhile, on_host
 from ckptdiff.linalg.survey import Survey, exactly
 from ckptdiff.linalg.symmetric import eigenpairs_work, eigh_top, gram_of, solve_lower, whole
@@ -263,7 +263,7 @@ class _Scores:
         """Count the scores of a panel for every cut that is not settled."""
         if projected is None:
             projected = product(panel.base, self._vectors)
-        at = cuts(len(projected), most=LANES)
+        at = cuts(len(projected), most=SCORE_LANES)
         lines = self._vectors.T
 
         def count(lane: int) -> None:

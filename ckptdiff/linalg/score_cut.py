@@ -17,7 +17,7 @@ from ckptdiff.linalg.kernels.scores import count_scores
 from ckptdiff.linalg.stages import Array, Panel, array_module, on_host
 from ckptdiff.linalg.survey import MAGNITUDES, SMALL_CHANGE
 
-__all__ = ["LANES", "Covered", "ScoreCut", "likely_zooms"]
+__all__ = ["SCORE_LANES", "Covered", "ScoreCut", "likely_zooms"]
 
 _CODES = 1 << 31
 _OCTAVE = 1 << 23
@@ -25,7 +25,7 @@ _BINS = 1 << 15
 _FEW_BINS, _FEW = 1 << 11, 1 << 15
 """So many scores above the cut are counted in few bins, which cost less than the scores."""
 _FIELDS = 5
-LANES = 4
+SCORE_LANES = 4
 """Parts of a panel that are counted apart. Their sums are added in order, whichever threads made them."""
 
 
@@ -99,7 +99,7 @@ class ScoreCut:
     def _open(self, shift: int, start: int, bins: int) -> None:
         self._shift, self._start = shift, start
         self._bins = bins
-        self._lanes: list[NDArray[np.float64] | None] = [None] * LANES
+        self._lanes: list[NDArray[np.float64] | None] = [None] * SCORE_LANES
 
     def add(self, scores: Array, panel: Panel, lane: int = 0) -> None:
         """Count a panel.
@@ -110,7 +110,7 @@ class ScoreCut:
         panel : Panel
             The same rows.
         lane : int
-            From 0 to ``LANES - 1``; several may be filled at a time.
+            From 0 to ``SCORE_LANES - 1``; several may be filled at a time.
         """
         base = panel.base.astype(np.float32, copy=False).view(np.uint32)
         delta = panel.delta.astype(np.float32, copy=False)

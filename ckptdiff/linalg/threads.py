@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
-from ckptdiff.linalg.work import Work
+from ckptdiff.linalg.work import MatrixWork
 
 __all__ = [
     "count_work",
@@ -36,7 +36,7 @@ class _Threads:
 
     pool: ThreadPoolExecutor | None = None
     stop: threading.Event = field(default_factory=threading.Event)
-    work: Work | None = None
+    work: MatrixWork | None = None
 
 
 _THREADS: ContextVar[_Threads] = ContextVar("threads of the products", default=_Threads())  # noqa: B039
@@ -75,7 +75,7 @@ def product_threads(count: int, stop: threading.Event | None = None) -> Iterator
 
 
 @contextmanager
-def work_counted_in(work: Work) -> Iterator[None]:
+def work_counted_in(work: MatrixWork) -> Iterator[None]:
     """Count what this thread computes, and what others compute for it, as work of a matrix."""
     token = _THREADS.set(replace(_THREADS.get(), work=work))
     try:

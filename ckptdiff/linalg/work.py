@@ -13,13 +13,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["Work", "WorkMeter"]
+__all__ = ["MatrixWork", "WorkMeter"]
 
 _SURE = 0.8
 """Share of a silent routine that is taken to pass at the expected speed; after that it slows down towards its end."""
 
 
-class Work:
+class MatrixWork:
     """The work of one matrix. The threads that share it count; another one looks.
 
     Attributes
@@ -77,15 +77,15 @@ class WorkMeter:
 
     def __init__(self, total: float) -> None:
         self._total, self._ended = total, 0.0
-        self._under_way: dict[Work, None] = {}
+        self._under_way: dict[MatrixWork, None] = {}
         self._learned = [0.0, 0.0]
         self._lock = threading.Lock()
         self._share = 0.0
 
     @contextmanager
-    def matrix(self, name: str, total: float, threads: int = 1) -> Iterator[Work]:
+    def matrix(self, name: str, total: float, threads: int = 1) -> Iterator[MatrixWork]:
         """Count the work of a matrix, which is part of the whole; at the end its total is what it took."""
-        work = Work(self, name, total, threads)
+        work = MatrixWork(self, name, total, threads)
         self._under_way[work] = None
         try:
             yield work

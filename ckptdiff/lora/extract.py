@@ -31,10 +31,10 @@ from ckptdiff.options import Compare, MaskRule, Options, SpectraOptions
 from ckptdiff.report.text import percent
 from ckptdiff.run.engine import prepare, run_plan
 from ckptdiff.run.warm_up import Uses, load, panel_uses
-from ckptdiff.runfile.target import check_new
+from ckptdiff.runfile.check_target import check_new
+from ckptdiff.spectra.budget import Budget, cache_bytes
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
-from ckptdiff.spectra.memory import Budget, cache_bytes
-from ckptdiff.spectra.source import StoredPanels
+from ckptdiff.spectra.panels import StoredPanels
 
 __all__ = ["Extracted", "Extraction", "extract_lora"]
 

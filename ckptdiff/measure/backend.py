@@ -15,7 +15,7 @@ __all__ = ["Backend", "Batching"]
 
 
 class Backend(Protocol):
-    """Measures spans of blocks; one object per thread. See :class:`~ckptdiff.measure.cpu.CpuWorker`."""
+    """Measures spans of blocks; one object per thread. See :class:`~ckptdiff.measure.cpu.CpuBackend`."""
 
     def scan(self, scan: Scan, source: Source, partial: Partial, first_tie: int = 0) -> NDArray[np.uint8] | None:
         """Measure a span of blocks; returns its mask bits."""

@@ -1,4 +1,4 @@
-"""Measure on the processor: Numba kernels that run without the GIL, one :class:`CpuWorker` per thread."""
+"""Measure on the processor: Numba kernels that run without the GIL, one :class:`CpuBackend` per thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ckptdiff.codes.lanes import aligned
 from ckptdiff.formats import Format, common_format, recode_table
 from ckptdiff.measure.kernels.batch import scan_small
 from ckptdiff.measure.kernels.refine import Found, Search, refine_span
-from ckptdiff.measure.kernels.span import Work, new_work, read_only, scan_span
+from ckptdiff.measure.kernels.span import Workspace, new_work, read_only, scan_span
 from ckptdiff.measure.kernels.stored import Cast, Stored
 from ckptdiff.measure.kernels.tiles import facts_of, new_measure, round_down, totals_of
 from ckptdiff.measure.partial import BLOCK, Count, Partial, Refined, Scan, Targets
@@ -21,17 +21,17 @@ from ckptdiff.measure.ranks import ranks_of, tables_of
 from ckptdiff.measure.records import Records
 from ckptdiff.measure.source import Extent, Source, Window
 
-__all__ = ["CpuWorker", "cast_of"]
+__all__ = ["CpuBackend", "cast_of"]
 
 _ITEM = 8
 """Bytes of the widest element."""
 
 
-class CpuWorker:
+class CpuBackend:
     """Measures spans in one thread; holds that thread's work space."""
 
     def __init__(self) -> None:
-        self._work: dict[int, Work] = {}
+        self._work: dict[int, Workspace] = {}
         self._words = np.zeros(0, np.uint64)
         self._small = Partial()
         self._rooms = [read_only(aligned((FETCH * _ITEM,), np.uint8)) for _ in range(2)]
@@ -154,7 +154,7 @@ class CpuWorker:
         assert extent.descriptor is not None
         return Side(extent.descriptor, extent.offset, first, self._rooms[side], stored.bits // 8)
 
-    def _work_for(self, compare: Format) -> Work:
+    def _work_for(self, compare: Format) -> Workspace:
         code = max(compare.code_dtype, np.dtype(np.uint16))
         if code.itemsize not in self._work:
             self._work[code.itemsize] = new_work(code, _real(compare))

@@ -11,14 +11,14 @@ from ckptdiff.formats import FORMATS, Format, common_format, round_to_bf16
 from ckptdiff.measure.partial import BINS, Count, Partial, Refined, Rule, Scan, Sum, Targets
 from ckptdiff.measure.source import Source
 
-__all__ = ["ReferenceWorker"]
+__all__ = ["ReferenceBackend"]
 
 
-class ReferenceWorker:
-    """Measures blocks with NumPy; the methods are those of :class:`~ckptdiff.measure.cpu.CpuWorker`."""
+class ReferenceBackend:
+    """Measures blocks with NumPy; the methods are those of :class:`~ckptdiff.measure.cpu.CpuBackend`."""
 
     def scan(self, scan: Scan, source: Source, partial: Partial, first_tie: int = 0) -> NDArray[np.uint8] | None:
-        """Measure a span of blocks; see :meth:`ckptdiff.measure.cpu.CpuWorker.scan`."""
+        """Measure a span of blocks; see :meth:`ckptdiff.measure.cpu.CpuBackend.scan`."""
         partial.open_blocks(0, len(scan.thresholds))
         masks = [np.zeros(0, np.uint8)]
         for base, tuned in source.blocks():
@@ -41,7 +41,7 @@ class ReferenceWorker:
         return mask
 
     def refine(self, scan: Scan, targets: Targets, source: Source, refined: Refined) -> None:
-        """Look for open cuts; see :meth:`ckptdiff.measure.cpu.CpuWorker.refine`."""
+        """Look for open cuts; see :meth:`ckptdiff.measure.cpu.CpuBackend.refine`."""
         for base, tuned in source.blocks():
             refined.open_blocks(1)
             self._refine_block(_Pair(scan, base, tuned), targets, refined)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ckptdiff.formats import FORMATS, Format
 from ckptdiff.measure.backend import Backend
 from ckptdiff.measure.partial import Partial, Rule, Scan, Sum
-from ckptdiff.measure.reference import ReferenceWorker
+from ckptdiff.measure.reference import ReferenceBackend
 from ckptdiff.measure.source import InMemory
 
 __all__ = ["SELF_TESTED", "self_test", "wrong_figures"]
@@ -54,7 +54,7 @@ def self_test(backend: Backend, names: tuple[str, str, str] = SELF_TESTED[0]) ->
 
 def _compare(backend: Backend, scan: Scan, source: InMemory) -> list[str]:
     got, expected = Partial(), Partial()
-    ours, theirs = backend.scan(scan, source, got), ReferenceWorker().scan(scan, source, expected)
+    ours, theirs = backend.scan(scan, source, got), ReferenceBackend().scan(scan, source, expected)
     wrong = [] if ours is not None and theirs is not None and np.array_equal(ours, theirs) else ["mask"]
     for field in fields(Partial):
         found, right = getattr(got, field.name), getattr(expected, field.name)

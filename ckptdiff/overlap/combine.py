@@ -19,12 +19,12 @@ from ckptdiff.figures.result import Diff
 from ckptdiff.options import MaskRule, as_tuple
 from ckptdiff.overlap.count import common_tensors
 from ckptdiff.run.warm_up import Uses, load
+from ckptdiff.runfile.check_target import check_target
 from ckptdiff.runfile.compress import compress_chunk
 from ckptdiff.runfile.identity import require_same_base
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes, mask_chunks
-from ckptdiff.runfile.target import check_target
 from ckptdiff.runfile.writer import RunFileWriter
 
 __all__ = ["Operation", "combine_masks"]

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from ckptdiff.figures.members import LABEL_KEYS, members_of
 from ckptdiff.figures.result import TensorFacts
 
-__all__ = ["FIGURES", "Overlap", "PairCounts"]
+__all__ = ["OVERLAP_FIGURES", "Overlap", "PairCounts"]
 
 _BASELINES = ("independent", "stratified", "conditional")
-FIGURES = tuple(
+OVERLAP_FIGURES = tuple(
     f"{figure}{suffix}" for figure in ("o1", "o2", "jaccard") for suffix in ("", *(f"_{b}" for b in _BASELINES))
 )
 """Every figure, each followed by its three baselines."""
@@ -75,7 +75,7 @@ class Overlap:
     warnings: tuple[str, ...] = ()
 
     def overall(self, pair: PairCounts) -> dict[str, Any]:
-        """Figures of a pair over all floating tensors: counts, then :data:`FIGURES`, None where a mask is empty."""
+        """Figures of a pair over all floating tensors: counts, then `OVERLAP_FIGURES`, None where a mask is empty."""
         return self._row(pair, self._valued())
 
     def grouped(self, pair: PairCounts, by: str) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ from ckptdiff.errors import MaskError
 from ckptdiff.retrain.kernels.masked_steps import sum_masked_squares
 from ckptdiff.retrain.packed import PackedMask, require_fit
 from ckptdiff.retrain.refusals import require_dense, require_known, require_unmoved
+from ckptdiff.retrain.step_threads import run_all
 from ckptdiff.retrain.support import IndexSupport, Support, TileSupport, flat_view, support_of
-from ckptdiff.retrain.threads import run_all
 
 __all__ = ["MaskedOptimizer"]
 

@@ -16,7 +16,7 @@ from ckptdiff.runfile.schema import BIT_ORDER
 
 __all__ = ["IndexSupport", "Support", "TileSupport", "flat_view", "is_compiled", "support_of"]
 
-TILE = 1 << 16
+SUPPORT_TILE = 1 << 16
 _SPAN = 32
 """Tiles in one piece of work: 2 Mi coordinates."""
 _BLOCK_BYTES = 1 << 17
@@ -89,13 +89,13 @@ def support_of(mask: PackedMask, parameter: Tensor) -> Support:
         for start in range(0, mask.bits.size, _BLOCK_BYTES)
     ]
     if is_compiled(parameter):
-        tiles = -(-mask.numel // TILE)
+        tiles = -(-mask.numel // SUPPORT_TILE)
         counts = np.zeros(tiles + 1, np.int64)
         for indices in found:
             if indices.size:
-                held = np.bincount((indices - indices[0] // TILE * TILE) // TILE)
-                counts[1 + indices[0] // TILE :][: held.size] += held
-        positions = [(indices & (TILE - 1)).astype(np.uint16) for indices in found]
+                held = np.bincount((indices - indices[0] // SUPPORT_TILE * SUPPORT_TILE) // SUPPORT_TILE)
+                counts[1 + indices[0] // SUPPORT_TILE :][: held.size] += held
+        positions = [(indices & (SUPPORT_TILE - 1)).astype(np.uint16) for indices in found]
         return TileSupport(np.concatenate([np.empty(0, np.uint16), *positions]), np.cumsum(counts))
     dtype = np.int32 if mask.numel <= 1 << 31 else np.int64
     index = np.concatenate([np.empty(0, dtype), *(indices.astype(dtype) for indices in found)])

@@ -85,9 +85,9 @@ def open_device(options: Options) -> Device:
         If a GPU is asked for and cannot be used, or has too little memory.
     """
     if options.device == "reference":
-        from ckptdiff.measure.reference import ReferenceWorker
+        from ckptdiff.measure.reference import ReferenceBackend
 
-        return Device("reference", ReferenceWorker, batches=False, scratch=lambda numel: 240 * min(numel, BLOCK))
+        return Device("reference", ReferenceBackend, batches=False, scratch=lambda numel: 240 * min(numel, BLOCK))
     note = ""
     if options.device != "cpu":
         try:
@@ -96,17 +96,17 @@ def open_device(options: Options) -> Device:
             if options.device != "auto":
                 raise
             note = f"no GPU: {error.problem}"
-    from ckptdiff.measure.cpu import CpuWorker
+    from ckptdiff.measure.cpu import CpuBackend
 
-    return Device("cpu", CpuWorker, batches=True, compiled_apart=True, note=note)
+    return Device("cpu", CpuBackend, batches=True, compiled_apart=True, note=note)
 
 
 def _open_gpu(options: Options) -> Device:
     """A GPU that passed the whole self-test, and as much room on it as the threads need."""
+    from ckptdiff.measure.cuda.backend import CudaBackend
     from ckptdiff.measure.cuda.choice import find_gpu
     from ckptdiff.measure.cuda.gpu import CupyGpu
     from ckptdiff.measure.cuda.slots import Room, fit_room
-    from ckptdiff.measure.cuda.worker import CudaWorker
     from ckptdiff.measure.self_test import wrong_figures
 
     before = resident()
@@ -114,11 +114,11 @@ def _open_gpu(options: Options) -> Device:
     gpu = find_gpu(index)
     free, _ = gpu.free_memory()
     room, threads = fit_room(options.gpu_memory or free // 2, options.threads or default_threads())
-    wrong = wrong_figures(CudaWorker(gpu, Room.smallest()))
+    wrong = wrong_figures(CudaBackend(gpu, Room.smallest()))
     if wrong:
         raise DeviceError("the GPU computes wrong figures", found=wrong, hint="--device cpu, and report this")
 
     def worker() -> Backend:
-        return CudaWorker(CupyGpu(index), room)  # in the thread that will use it
+        return CudaBackend(CupyGpu(index), room)  # in the thread that will use it
 
     return Device(gpu.name, worker, True, lambda numel: room.host_bytes, threads, resident() - before)

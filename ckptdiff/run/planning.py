@@ -29,8 +29,8 @@ from ckptdiff.options import Options, default_threads
 from ckptdiff.run.devices import Device, open_device
 from ckptdiff.run.tasks import TASK_BLOCKS, Load, Memory, Span, fit_memory
 from ckptdiff.run.warm_up import Uses, uses
+from ckptdiff.runfile.check_target import check_target
 from ckptdiff.runfile.schema import mask_chunk_bytes
-from ckptdiff.runfile.target import check_target
 
 if TYPE_CHECKING:
     from ckptdiff.spectra.stage import SpectraPlan

@@ -11,7 +11,7 @@ from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.measure.partial import Partial
 from ckptdiff.measure.passes import Measurement
 from ckptdiff.run.planning import Plan
-from ckptdiff.run.tasks import Task, cut, plan_tasks
+from ckptdiff.run.tasks import SpanTask, cut, plan_tasks
 from ckptdiff.run.worker import Result, Worker
 
 __all__ = ["execute"]
@@ -29,7 +29,7 @@ def execute(plan: Plan, shards: OpenShards) -> Iterator[Result]:
     large: dict[int, Measurement] = {}
     spare: deque[Partial] = deque()
 
-    def work(task: Task) -> Result:
+    def work(task: SpanTask) -> Result:
         if not hasattr(local, "worker"):
             local.worker = Worker(plan, shards, stop, spare)
         worker: Worker = local.worker
@@ -39,7 +39,7 @@ def execute(plan: Plan, shards: OpenShards) -> Iterator[Result]:
         return worker.pass_over(large[span.tensor], span)
 
     planned = plan_tasks(plan.loads)
-    further: deque[Task] = deque()
+    further: deque[SpanTask] = deque()
     pending: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(plan.threads, thread_name_prefix="ckptdiff")
     try:

@@ -17,7 +17,7 @@ __all__ = [
     "Load",
     "Memory",
     "Span",
-    "Task",
+    "SpanTask",
     "cut",
     "fit_memory",
     "plan_tasks",
@@ -100,7 +100,7 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class SpanTask:
     """What one thread does in one go: a part of a large tensor pair, or several whole small ones."""
 
     spans: tuple[Span, ...]
@@ -135,7 +135,7 @@ class Memory:
         return replace(self, threads=threads, tasks_waiting=_waiting(threads)[-1]).projected
 
 
-def plan_tasks(loads: Sequence[Load]) -> Iterator[Task]:
+def plan_tasks(loads: Sequence[Load]) -> Iterator[SpanTask]:
     """Cut tensor pairs into tasks, in order.
 
     Every span but a tensor's last holds whole blocks, so that figures do not depend on the cut. Tensors of at most a
@@ -148,7 +148,7 @@ def plan_tasks(loads: Sequence[Load]) -> Iterator[Task]:
         if batch and (
             load.numel > BLOCK or load.kind != kind or batch_numel >= TASK_NUMEL or len(batch) >= TASK_TENSORS
         ):
-            yield Task(tuple(batch), whole=True, alike=kind is not None)
+            yield SpanTask(tuple(batch), whole=True, alike=kind is not None)
             batch, batch_numel = [], 0
         if load.numel > BLOCK:
             yield from cut(index, load)
@@ -157,13 +157,13 @@ def plan_tasks(loads: Sequence[Load]) -> Iterator[Task]:
             batch_numel += load.numel
             kind = load.kind
     if batch:
-        yield Task(tuple(batch), whole=True, alike=kind is not None)
+        yield SpanTask(tuple(batch), whole=True, alike=kind is not None)
 
 
-def cut(index: int, load: Load) -> Iterator[Task]:
+def cut(index: int, load: Load) -> Iterator[SpanTask]:
     """Tasks of one large tensor pair."""
     for first in range(0, load.blocks, TASK_BLOCKS):
-        yield Task((Span(index, first, min(first + TASK_BLOCKS, load.blocks)),), whole=False)
+        yield SpanTask((Span(index, first, min(first + TASK_BLOCKS, load.blocks)),), whole=False)
 
 
 def fit_memory(

@@ -240,9 +240,9 @@ def compile_for(use: Use) -> None:
     compiler is left running.
     """
     threading.Thread(target=_end_with_input, daemon=True).start()
-    from ckptdiff.measure.cpu import CpuWorker
+    from ckptdiff.measure.cpu import CpuBackend
 
-    make_call(CpuWorker(), use)
+    make_call(CpuBackend(), use)
 
 
 def _end_with_input() -> None:

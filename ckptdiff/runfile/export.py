@@ -19,11 +19,11 @@ from ckptdiff.errors import OptionError, RunFileError
 from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.files.staged import StagedFile
 from ckptdiff.options import as_tuple
+from ckptdiff.runfile.check_target import check_folder
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import METADATA, Entry, is_safetensors_of, write_safetensors
 from ckptdiff.runfile.schema import BIT_ORDER, escape_name, mask_chunks, packed_bytes
-from ckptdiff.runfile.target import check_folder
 
 __all__ = ["EXPORT_FORMAT", "Layout", "chosen_masks", "export_masks"]
 

@@ -39,7 +39,7 @@ class RunFileWriter:
     Parameters
     ----------
     target : Path
-        Final name of the run file; :func:`~ckptdiff.runfile.target.check_target` has accepted it.
+        Final name of the run file; :func:`~ckptdiff.runfile.check_target.check_target` has accepted it.
     rule : MaskRule
         Rule of the masks; none may be added under ``none``.
     compare : str

@@ -18,6 +18,7 @@ from ckptdiff.linalg.survey import Survey, survey
 from ckptdiff.linalg.threads import product_threads, work_counted_in
 from ckptdiff.linalg.work import WorkMeter
 from ckptdiff.options import Compare
+from ckptdiff.spectra.budget import Budget, cache_bytes, exact_bytes
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.measure import (
     MatrixSpectra,
@@ -26,17 +27,16 @@ from ckptdiff.spectra.measure import (
     measure_randomized,
     randomized_work,
 )
-from ckptdiff.spectra.memory import Budget, cache_bytes, exact_bytes
-from ckptdiff.spectra.source import StoredPanels
+from ckptdiff.spectra.panels import StoredPanels
 
-__all__ = ["Job", "Measuring"]
+__all__ = ["MatrixJob", "Measuring"]
 
 _SAFE = (1e-12, 1e12)
 """Norms whose squares and fourth powers float32 can add up."""
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class MatrixJob:
     """A matrix to measure.
 
     Attributes
@@ -81,11 +81,11 @@ class Measuring:
     budget: Budget
     stop: threading.Event = field(default_factory=threading.Event)
 
-    def slots(self, job: Job) -> int:
+    def slots(self, job: MatrixJob) -> int:
         """How many slots of the budget a matrix takes."""
         return 1 if job.unchanged else self.budget.slots(job.view)
 
-    def work(self, job: Job) -> float:
+    def work(self, job: MatrixJob) -> float:
         """What a matrix will take, before anything of it is known, as :mod:`~ckptdiff.linalg.work` counts."""
         if job.unchanged:
             return 0.0
@@ -102,7 +102,7 @@ class Measuring:
             found, passes = randomized_work(view, self.budget.spectra, itemsize)
         return found + self._panels(job, np.dtype(f"f{itemsize}")).work * (1 if cached else passes)
 
-    def measure_all(self, jobs: Sequence[Job], slots: int, meter: WorkMeter) -> list[tuple[int, MatrixSpectra]]:
+    def measure_all(self, jobs: Sequence[MatrixJob], slots: int, meter: WorkMeter) -> list[tuple[int, MatrixSpectra]]:
         """Measure matrices one after the other, within so many slots."""
         found = []
         with product_threads(slots, self.stop):
@@ -111,7 +111,7 @@ class Measuring:
                     found.append((job.index, self._measure(job, self.budget.share(slots))))
         return found
 
-    def _measure(self, job: Job, share: int) -> MatrixSpectra:
+    def _measure(self, job: MatrixJob, share: int) -> MatrixSpectra:
         """Measure one matrix in the mode that was asked for, or in the one that it allows, in `share` bytes."""
         if job.unchanged:
             return _failed("the update is zero")
@@ -133,12 +133,12 @@ class Measuring:
         note = budget.too_large(view) if budget.spectra.mode == "exact" else ""
         return replace(found, reasons=(*([note] if note else []), *found.reasons))
 
-    def _source(self, job: Job, dtype: np.dtype[Any], left: int) -> PanelSource:
+    def _source(self, job: MatrixJob, dtype: np.dtype[Any], left: int) -> PanelSource:
         """The matrix in memory if it fits into what is left, else read in every pass."""
         panels = self._panels(job, dtype)
         return panels.cached() if cache_bytes(job.view, dtype.itemsize) <= left else panels
 
-    def _panels(self, job: Job, dtype: np.dtype[Any]) -> StoredPanels:
+    def _panels(self, job: MatrixJob, dtype: np.dtype[Any]) -> StoredPanels:
         formats = formats_of(job.pair.base.dtype, job.pair.tuned.dtype, self.compare)
         return StoredPanels(self.shards, job.pair, formats, job.view, dtype)
 

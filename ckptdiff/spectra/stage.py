@@ -22,10 +22,10 @@ from ckptdiff.linalg.work import WorkMeter
 from ckptdiff.memory import resident
 from ckptdiff.options import Options
 from ckptdiff.run.warm_up import Uses, load, panel_uses
-from ckptdiff.spectra.job import Job, Measuring
+from ckptdiff.spectra.budget import Budget
+from ckptdiff.spectra.job import MatrixJob, Measuring
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.measure import MatrixSpectra
-from ckptdiff.spectra.memory import Budget
 
 __all__ = ["SpectraPlan", "SpectraTable", "TensorSpectra", "measure_spectra", "plan_spectra"]
 
@@ -144,9 +144,9 @@ def _measured(
     budget = Budget.of(options, resident(), (view for _, _, view in _matrices(pairs)))
     measuring = Measuring(shards, options.compare, budget)
 
-    def jobs() -> Iterator[Job]:
+    def jobs() -> Iterator[MatrixJob]:
         for index, pair, view in _matrices(pairs):
-            yield Job(index, pair, view, bool(on_grid[index]), bool(unchanged[index]))
+            yield MatrixJob(index, pair, view, bool(on_grid[index]), bool(unchanged[index]))
 
     meter = WorkMeter(sum(map(measuring.work, jobs())))
 
@@ -168,10 +168,10 @@ def _matrices(pairs: Sequence[TensorPair]) -> Iterator[tuple[int, TensorPair, Ma
 
 
 def _tasks(
-    jobs: Iterator[Job], measuring: Measuring, meter: WorkMeter
+    jobs: Iterator[MatrixJob], measuring: Measuring, meter: WorkMeter
 ) -> Iterator[Task[list[tuple[int, MatrixSpectra]]]]:
     """Matrices as tasks: small ones many at a time, since each would take less time than to hand it over."""
-    batch: list[Job] = []
+    batch: list[MatrixJob] = []
 
     def taken() -> Task[list[tuple[int, MatrixSpectra]]]:
         size, slots = sum(job.size for job in batch), max(measuring.slots(job) for job in batch)

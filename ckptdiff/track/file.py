@@ -24,9 +24,9 @@ import numpy as np
 import ckptdiff
 from ckptdiff.errors import RunFileError
 from ckptdiff.files.staged import StagedFile
+from ckptdiff.runfile.check_target import TRACK_FORMAT
 from ckptdiff.runfile.schema import escape_text
 from ckptdiff.runfile.tables import numbers_of_tensors, texts_of_tensors
-from ckptdiff.runfile.target import TRACK_FORMAT
 from ckptdiff.runfile.typed import Spec, WrongTypeError, json_of, numbers_of, parse_json
 from ckptdiff.track.kernels.trajectory import Flow
 from ckptdiff.track.result import COUNTS, Track

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint import locate
 from ckptdiff.figures.members import LABEL_KEYS, members_of
 
-__all__ = ["COUNTS", "FIGURES", "Track"]
+__all__ = ["COUNTS", "TRACK_FIGURES", "Track"]
 
 COUNTS = {
     "support": "coordinates that differ from the base",
@@ -25,7 +25,7 @@ COUNTS = {
 }
 """Counts of a step. Whatever moved since the step before is touched, returned, reverted or churned."""
 
-FIGURES = ("numel", *COUNTS, "support_fraction", "union_fraction", "rel_norm")
+TRACK_FIGURES = ("numel", *COUNTS, "support_fraction", "union_fraction", "rel_norm")
 """Keys of a row."""
 
 
@@ -72,7 +72,7 @@ class Track:
     warnings: tuple[str, ...] = ()
 
     def overall(self) -> list[dict[str, Any]]:
-        """Figures of all tensors together, a row of :data:`FIGURES` for each step; None where undefined."""
+        """Figures of all tensors together, a row of :data:`TRACK_FIGURES` for each step; None where undefined."""
         return self._rows(range(len(self.names)))
 
     def grouped(self, by: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:

@@ -6,10 +6,10 @@ import numpy as np
 from host_kernels import Library
 
 from ckptdiff.measure.cuda.layout import (
+    DEVICE_TILE,
     RECORD,
     REFINE_BINS,
     ROWS,
-    TILE,
     TILE_RECORD,
     add_refined,
     add_scanned,
@@ -23,11 +23,11 @@ UNTOUCHED = 0xAA
 
 def tiles_of(scan, numel, record=0):
     """Tiles of a tensor pair that lies at the start of both buffers."""
-    starts = np.arange(0, numel, TILE, dtype=np.uint64)
+    starts = np.arange(0, numel, DEVICE_TILE, dtype=np.uint64)
     tiles = np.zeros(starts.size, TILE_RECORD)
     tiles["base"], tiles["tuned"] = starts * scan.base.bits // 8, starts * scan.tuned.bits // 8
     tiles["mask"], tiles["record"] = starts // 8, record
-    tiles["numel"] = np.minimum(numel - starts, TILE)
+    tiles["numel"] = np.minimum(numel - starts, DEVICE_TILE)
     return tiles
 
 
@@ -44,7 +44,7 @@ def nonzero(rows):
 def run_scan(library: Library, scan, base, tuned, first_tie=0, blocks=3, seed=1):
     """Scan one tensor pair; returns its partial and its mask bits."""
     tiles, settings = tiles_of(scan, base.size), scan_settings(scan)
-    sides, count = (padded(base), padded(tuned)), np.uint32(-(-base.size // TILE))
+    sides, count = (padded(base), padded(tuned)), np.uint32(-(-base.size // DEVICE_TILE))
     mask = np.full(base.size // 8 + 8, UNTOUCHED, np.uint8)
     sums, record = np.full((tiles.size, len(Sum)), np.nan), np.zeros(1, RECORD)
     rows = np.zeros(ROWS * BINS, np.uint64)
@@ -64,7 +64,7 @@ def run_scan(library: Library, scan, base, tuned, first_tie=0, blocks=3, seed=1)
 
 def run_refine(library: Library, scan, targets, base, tuned, blocks=3, seed=1):
     """Pass over one tensor pair again."""
-    tiles, count = tiles_of(scan, base.size), np.uint32(-(-base.size // TILE))
+    tiles, count = tiles_of(scan, base.size), np.uint32(-(-base.size // DEVICE_TILE))
     sums, record = np.full((tiles.size, len(Sum)), np.nan), np.zeros(1, RECORD)
     rows = np.zeros((len(targets.deltas) + 2 * len(targets.weights) + 1) * REFINE_BINS, np.uint64)
     search = search_settings(scan.compare, targets)

@@ -10,20 +10,20 @@ from kernel_runs import UNTOUCHED, nonzero, padded, run_refine, run_scan, tiles_
 
 from ckptdiff.formats import FORMATS
 from ckptdiff.measure.cuda.layout import (
+    DEVICE_TILE,
     RECORD,
     ROWS,
     SCAN_SETTINGS,
     SEARCH,
-    TILE,
     TILE_RECORD,
     add_scanned,
     scan_settings,
 )
 from ckptdiff.measure.partial import BINS, BLOCK, Count, Partial, Refined, Rule, Scan, Sum, Targets
-from ckptdiff.measure.reference import ReferenceWorker
+from ckptdiff.measure.reference import ReferenceBackend
 from ckptdiff.measure.source import InMemory
 
-SIZES = (1, 7, 8, 9, 511, 513, 4097, TILE - 1, TILE, TILE + 1)
+SIZES = (1, 7, 8, 9, 511, 513, 4097, DEVICE_TILE - 1, DEVICE_TILE, DEVICE_TILE + 1)
 RULES = [(Rule.NONE, 0.0), (Rule.BITWISE, 0.0), (Rule.ABOVE, 1e-5), (Rule.ETA, 4e-3)]
 EPS = (0.0, 1e-8, 1e-5, 1e-4)
 EACH = [pytest.param(names, marks=[] if names in QUICK else pytest.mark.slow) for names in TESTED]
@@ -36,7 +36,7 @@ def in_memory(base, tuned):
 
 def oracle(scan, base, tuned, first_tie=0):
     partial = Partial()
-    mask = ReferenceWorker().scan(scan, in_memory(base, tuned), partial, first_tie)
+    mask = ReferenceBackend().scan(scan, in_memory(base, tuned), partial, first_tie)
     return partial, mask
 
 
@@ -112,12 +112,12 @@ def test_special_codes_against_each_other(libraries, names):
 def test_scan_by_as_many_threads_as_a_gpu_runs(libraries):
     names = ("bf16", "bf16", "bf16")
     scan = Scan(*(FORMATS[name] for name in names), EPS, 1e-3, Rule.ABOVE, 1e-5, want_mask=True)
-    agree(libraries(*names, threads=512), scan, *sample(names, 3 * TILE + 12_345, "tame"))
+    agree(libraries(*names, threads=512), scan, *sample(names, 3 * DEVICE_TILE + 12_345, "tame"))
 
 
 def test_blocks_of_a_large_tensor_have_their_own_sums(libraries):
     names = ("bf16", "bf16", "bf16")
-    base, tuned = sample(names, BLOCK + TILE + 3, "tame")
+    base, tuned = sample(names, BLOCK + DEVICE_TILE + 3, "tame")
     scan = Scan(*(FORMATS[name] for name in names), EPS, 1e-3)
     got, _ = run_scan(libraries(*names), scan, base, tuned)
     assert_partials_equal(got, oracle(scan, base, tuned)[0])
@@ -125,7 +125,7 @@ def test_blocks_of_a_large_tensor_have_their_own_sums(libraries):
 
 def test_no_bit_depends_on_grid_or_schedule(libraries):
     names = ("f32", "f32", "f32")
-    base, tuned = sample(names, 5 * TILE + 99, "tame")
+    base, tuned = sample(names, 5 * DEVICE_TILE + 99, "tame")
     scan = Scan(*(FORMATS[name] for name in names), EPS, 1e-3, Rule.ABOVE, 1e-5, want_mask=True)
     first, mask = run_scan(libraries(*names), scan, base, tuned, blocks=1, seed=0)
     for blocks, seed in ((2, 1), (3, 2), (6, 3), (17, 4)):
@@ -140,7 +140,7 @@ def test_many_tensors_in_one_launch_keep_apart(libraries, blocks):
     names = ("f32", "f32", "bf16")
     formats = [FORMATS[name] for name in names]
     scan = Scan(*formats, EPS, 1e-3, Rule.ABOVE, 1e-5, want_mask=True)
-    pairs = [sample(names, n, "tame", n) for n in (3, 4096, 1, TILE + 1, 64, 9)]
+    pairs = [sample(names, n, "tame", n) for n in (3, 4096, 1, DEVICE_TILE + 1, 64, 9)]
     tiles, sides, offset = [], [], 0
     for record, (base, _) in enumerate(pairs):
         own = tiles_of(scan, base.size, record)
@@ -170,7 +170,7 @@ def test_many_tensors_in_one_launch_keep_apart(libraries, blocks):
 @pytest.mark.parametrize("names", TESTED[:7], ids="-".join)
 def test_refine_equals_reference(libraries, names):
     formats = [FORMATS[name] for name in names]
-    base, tuned = sample(names, TILE + 777, "tame")
+    base, tuned = sample(names, DEVICE_TILE + 777, "tame")
     scan = Scan(*formats)
     seen, _ = oracle(scan, base, tuned)
     shift = 48 if formats[2].bits == 64 else 16
@@ -179,7 +179,7 @@ def test_refine_equals_reference(libraries, names):
     deltas = tuple(np.argsort(seen.deltas[0].view(np.int64))[-2:].tolist())
     targets = Targets(shift, deltas, weights, (1e-4, 1e-6), (1e-5, 0.0))
     got, expected = run_refine(libraries(*names), scan, targets, base, tuned), Refined.empty(targets)
-    ReferenceWorker().refine(scan, targets, in_memory(base, tuned), expected)
+    ReferenceBackend().refine(scan, targets, in_memory(base, tuned), expected)
     for name in ("deltas", "weights", "within"):
         np.testing.assert_array_equal(getattr(got, name), getattr(expected, name))
     np.testing.assert_allclose(got.tails, expected.tails, rtol=1e-12)
@@ -189,7 +189,7 @@ def test_refine_equals_reference(libraries, names):
 @pytest.mark.parametrize("first_tie", [0, 12_345])
 @pytest.mark.parametrize("name", ["f32", "f64", "bf16"])
 def test_top_takes_its_share_of_ties_in_row_major_order(libraries, name, first_tie):
-    format, n = FORMATS[name], 2 * TILE + 4099
+    format, n = FORMATS[name], 2 * DEVICE_TILE + 4099
     rng = np.random.default_rng(first_tie)
     base = np.zeros(n, format.code_dtype)
     one = 0x3F80 if name == "bf16" else np.array(1.0, f"f{format.bits // 8}").view(format.code_dtype)

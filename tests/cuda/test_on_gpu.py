@@ -14,9 +14,9 @@ from worker_checks import check, check_refine, sides
 import ckptdiff
 from ckptdiff.errors import DeviceError
 from ckptdiff.formats import FORMATS
+from ckptdiff.measure.cuda.backend import CudaBackend
 from ckptdiff.measure.cuda.choice import find_gpu
 from ckptdiff.measure.cuda.slots import Room
-from ckptdiff.measure.cuda.worker import CudaWorker
 from ckptdiff.measure.partial import BLOCK, Rule, Scan
 from ckptdiff.measure.self_test import SELF_TESTED, self_test
 
@@ -38,7 +38,7 @@ def gpu():
 
 @pytest.fixture(scope="module", params=[Room(), Room.smallest()], ids=["roomy", "tight"])
 def worker(gpu, request):
-    return CudaWorker(gpu, request.param)
+    return CudaBackend(gpu, request.param)
 
 
 @pytest.mark.parametrize("kind", ["wild", "tame"])

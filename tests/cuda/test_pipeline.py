@@ -11,14 +11,14 @@ from worker_checks import check, check_refine, sides, source
 
 from ckptdiff.errors import ChangedFileError, DeviceError, PlanError
 from ckptdiff.formats import FORMATS
-from ckptdiff.measure.cpu import CpuWorker
+from ckptdiff.measure.cpu import CpuBackend
+from ckptdiff.measure.cuda.backend import CudaBackend
 from ckptdiff.measure.cuda.batch import groups
 from ckptdiff.measure.cuda.layout import ROWS
 from ckptdiff.measure.cuda.slots import ALIGN, Room, fit_room
-from ckptdiff.measure.cuda.worker import CudaWorker
 from ckptdiff.measure.partial import BINS, Partial, Rule, Scan
 from ckptdiff.measure.records import empty_records
-from ckptdiff.measure.reference import ReferenceWorker
+from ckptdiff.measure.reference import ReferenceBackend
 from ckptdiff.measure.source import Extent, InMemory, Window
 from ckptdiff.measure.thresholds import EPS as EPS_OF_RUNS
 
@@ -38,7 +38,7 @@ class Same(InMemory):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_any_schedule_gives_what_the_reference_gives(libraries, seed):
-    worker = CudaWorker(HostGpu(libraries, seed, processors=1), SMALL)
+    worker = CudaBackend(HostGpu(libraries, seed, processors=1), SMALL)
     scan = Scan(BF16, BF16, BF16, EPS, 1e-3, Rule.ABOVE, 1e-5, want_mask=True)
     for n in (1, (4 << 17) + 5, 7, 1 << 17):  # spans one after another use the same slots
         check(worker, scan, *sides(BF16, BF16, n, seed))
@@ -46,7 +46,7 @@ def test_any_schedule_gives_what_the_reference_gives(libraries, seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_ties_go_on_from_launch_to_launch(libraries, seed):
-    worker = CudaWorker(HostGpu(libraries, seed, processors=1), SMALL)
+    worker = CudaBackend(HostGpu(libraries, seed, processors=1), SMALL)
     rng = np.random.default_rng(seed)
     n = (5 << 15) + 77
     tuned = rng.choice(np.array([0, 0, 1, 1, 2], np.float64), n).view(np.uint64)
@@ -58,13 +58,13 @@ def test_ties_go_on_from_launch_to_launch(libraries, seed):
 
 def test_a_scan_without_mask_brings_none_home(libraries):
     gpu = HostGpu(libraries)
-    worker = CudaWorker(gpu, SMALL)
+    worker = CudaBackend(gpu, SMALL)
     check(worker, Scan(F32, BF16, BF16, EPS, 1e-3, Rule.ABOVE, 1e-5), *sides(F32, BF16, 200_000))
     assert gpu.launched == ["scan"] * 4 + ["harvest"]
 
 
 def test_an_empty_tensor_leaves_nothing(libraries):
-    check(CudaWorker(HostGpu(libraries), SMALL), Scan(BF16, BF16, BF16, EPS, want_mask=True), *sides(BF16, BF16, 0))
+    check(CudaBackend(HostGpu(libraries), SMALL), Scan(BF16, BF16, BF16, EPS, want_mask=True), *sides(BF16, BF16, 0))
 
 
 def test_bytes_that_both_names_share_go_up_once(libraries):
@@ -72,8 +72,8 @@ def test_bytes_that_both_names_share_go_up_once(libraries):
     got, expected = Partial(), Partial()
     scan = Scan(BF16, BF16, BF16, EPS, 1e-3, Rule.ABOVE, 1e-5, want_mask=True)
     raw = base.view(np.uint8)
-    mask = CudaWorker(HostGpu(libraries), SMALL).scan(scan, Same(raw, raw, base.size), got)
-    right = ReferenceWorker().scan(scan, source(base, base), expected)
+    mask = CudaBackend(HostGpu(libraries), SMALL).scan(scan, Same(raw, raw, base.size), got)
+    right = ReferenceBackend().scan(scan, source(base, base), expected)
     assert_partials_equal(got, expected)
     np.testing.assert_array_equal(mask, right)
 
@@ -110,14 +110,14 @@ def small_tensors(tmp_path):
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))])
 def test_small_tensors_share_launches(libraries, small_tensors, seed, want_mask):
     gpu = HostGpu(libraries, seed, processors=1)
-    worker = CudaWorker(gpu, Room(8 << 15, 8))
+    worker = CudaBackend(gpu, Room(8 << 15, 8))
     scan = Scan(BF16, BF16, BF16, EPS_OF_RUNS, 1e-3, Rule.ABOVE, 1e-5, want_mask=want_mask)
     places, _ = small_tensors
     done, masks, records = small_rows(worker, scan, places)
     # Five, then one in three launches, then eight, then two.
     assert gpu.launched.count("scan") == 1 + 3 + 1 + 1
     assert gpu.launched.count("harvest") == 4
-    right_done, right_masks, right = small_rows(CpuWorker(), scan, places)
+    right_done, right_masks, right = small_rows(CpuBackend(), scan, places)
     assert done == right_done == len(places)
     assert len(masks) == len(right_masks) == (len(places) if want_mask else 0)
     for mask, other in zip(masks, right_masks, strict=True):
@@ -133,7 +133,7 @@ def test_a_small_tensor_that_cannot_be_read_is_named_by_its_row(libraries, small
     places, paths = small_tensors
     with paths[1].open("r+b") as file:
         file.truncate(int(places[7, 3]))
-    worker = CudaWorker(HostGpu(libraries), Room(8 << 15, 8))
+    worker = CudaBackend(HostGpu(libraries), Room(8 << 15, 8))
     scan = Scan(BF16, BF16, BF16, EPS_OF_RUNS, want_mask=True)
     assert small_rows(worker, scan, places)[0] == 7
     assert small_rows(worker, scan, places[:7])[0] == 7
@@ -141,13 +141,13 @@ def test_a_small_tensor_that_cannot_be_read_is_named_by_its_row(libraries, small
 
 @pytest.mark.parametrize("seed", range(4))
 def test_refine_equals_reference(libraries, seed):
-    check_refine(CudaWorker(HostGpu(libraries, seed), SMALL), F32, *sides(F32, F32, 300_000, seed))
+    check_refine(CudaBackend(HostGpu(libraries, seed), SMALL), F32, *sides(F32, F32, 300_000, seed))
 
 
 def test_less_room_is_taken_where_memory_is_short(libraries, caplog):
     room = Room(32 << 15, 4)
     with caplog.at_level(logging.WARNING):
-        worker = CudaWorker(HostGpu(libraries, memory=room.gpu_bytes - 1), room)
+        worker = CudaBackend(HostGpu(libraries, memory=room.gpu_bytes - 1), room)
     assert "GPU memory are not free" in caplog.text
     scan = Scan(BF16, BF16, BF16, EPS, 1e-3, Rule.BITWISE, want_mask=True)
     check(worker, scan, *sides(BF16, BF16, 400_000))
@@ -155,14 +155,14 @@ def test_less_room_is_taken_where_memory_is_short(libraries, caplog):
 
 def test_too_little_memory_for_anything_is_an_error(libraries):
     with pytest.raises(DeviceError, match="too little free GPU memory"):
-        CudaWorker(HostGpu(libraries, memory=1 << 20), Room())
+        CudaBackend(HostGpu(libraries, memory=1 << 20), Room())
 
 
 def test_less_room_is_taken_where_less_can_be_page_locked(libraries, caplog):
     room = Room(32 << 15, 4)
     gpu = HostGpu(libraries, lockable=room.host_bytes - 1)
     with caplog.at_level(logging.WARNING):
-        worker = CudaWorker(gpu, room)
+        worker = CudaBackend(gpu, room)
     assert f"{room.host_bytes >> 20} MiB of host memory cannot be page-locked" in caplog.text
     assert gpu.locked == [room.halved().host_bytes]
     check(worker, Scan(BF16, BF16, BF16, EPS, 1e-3, Rule.BITWISE, want_mask=True), *sides(BF16, BF16, 400_000))
@@ -170,7 +170,7 @@ def test_less_room_is_taken_where_less_can_be_page_locked(libraries, caplog):
 
 def test_nothing_that_can_be_page_locked_is_an_error(libraries):
     with pytest.raises(DeviceError, match="page-locked") as caught:
-        CudaWorker(HostGpu(libraries, lockable=1 << 10), Room())
+        CudaBackend(HostGpu(libraries, lockable=1 << 10), Room())
     assert "not so much can be page-locked" in caught.value.found
 
 
@@ -188,7 +188,7 @@ def test_a_worker_takes_as_much_as_its_room_says(libraries, room):
             return Memory(np.zeros(size, np.uint8))
 
     gpu = Counting(libraries)
-    worker = CudaWorker(gpu, room)
+    worker = CudaBackend(gpu, room)
     assert gpu.locked == [room.host_bytes]
     assert gpu.on_gpu <= room.gpu_bytes + 8
     pipeline = worker._pipeline
@@ -217,7 +217,7 @@ def test_a_read_that_fails_is_reported_and_leaves_nothing_under_way(libraries, t
     path = tmp_path / "short"
     path.write_bytes(base.tobytes()[:700_000])
     gpu = HostGpu(libraries)
-    worker = CudaWorker(gpu, SMALL)
+    worker = CudaBackend(gpu, SMALL)
     scan = Scan(BF16, BF16, BF16, EPS)
 
     class Short(InMemory):
@@ -241,7 +241,7 @@ def failing(libraries, monkeypatch):
 
     def make(method, nth, error):
         gpu = HostGpu(libraries, nth, processors=1)
-        worker, real, left = CudaWorker(gpu, SMALL), getattr(gpu, method), iter(range(nth))
+        worker, real, left = CudaBackend(gpu, SMALL), getattr(gpu, method), iter(range(nth))
 
         def call(*args):
             if next(left, None) is None:
@@ -299,7 +299,7 @@ def test_the_first_error_is_reported(failing, monkeypatch):
 
 def test_figures_that_cannot_be_taken_leave_nothing_under_way(libraries, small_tensors, monkeypatch):
     gpu = HostGpu(libraries, processors=1)
-    worker, places = CudaWorker(gpu, Room(8 << 15, 8)), small_tensors[0]
+    worker, places = CudaBackend(gpu, Room(8 << 15, 8)), small_tensors[0]
     scan = Scan(BF16, BF16, BF16, EPS_OF_RUNS, want_mask=True)
 
     def fail(*args):
@@ -314,7 +314,7 @@ def test_figures_that_cannot_be_taken_leave_nothing_under_way(libraries, small_t
 
 def test_a_pass_that_is_given_up_leaves_nothing_under_way(libraries):
     gpu = HostGpu(libraries, processors=1)
-    worker = CudaWorker(gpu, SMALL)
+    worker = CudaBackend(gpu, SMALL)
     scan = Scan(BF16, BF16, BF16, EPS)
     jobs = worker._jobs(scan, source(*sides(BF16, BF16, 5 << 17)))
     landings = worker._pipeline.carry_out(worker._scan_work(scan, 0), jobs)

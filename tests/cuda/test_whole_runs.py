@@ -10,8 +10,8 @@ from safetensors.numpy import save_file
 
 import ckptdiff
 from ckptdiff.errors import DeviceError
+from ckptdiff.measure.cuda.backend import CudaBackend
 from ckptdiff.measure.cuda.slots import Room
-from ckptdiff.measure.cuda.worker import CudaWorker
 from ckptdiff.run import planning
 from ckptdiff.run.devices import Device
 
@@ -26,7 +26,7 @@ def on_host_gpu(libraries, monkeypatch):
         def open_device(options):
             if options.device == "cpu":
                 return real(options)
-            return Device("cuda:0", lambda: CudaWorker(HostGpu(libraries, seed, processors=1), room), batches=True)
+            return Device("cuda:0", lambda: CudaBackend(HostGpu(libraries, seed, processors=1), room), batches=True)
 
         real = planning.open_device
         monkeypatch.setattr(planning, "open_device", open_device)
@@ -75,7 +75,7 @@ def test_a_gpu_lost_in_mid_run_leaves_no_run_file(libraries, tmp_path, monkeypat
         def synchronize(self, event):
             raise DeviceError("the GPU failed: cudaErrorDevicesUnavailable", found="cuda:0")
 
-    device = Device("cuda:0", lambda: CudaWorker(Lost(libraries), Room.smallest()), batches=True)
+    device = Device("cuda:0", lambda: CudaBackend(Lost(libraries), Room.smallest()), batches=True)
     monkeypatch.setattr(Device, "warm_up", lambda *_: None)  # so that it is lost with the run under way
     monkeypatch.setattr(planning, "open_device", lambda options: device)
     sides = FIXTURES / "llama" / "base", FIXTURES / "llama" / "tuned"

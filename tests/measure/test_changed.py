@@ -54,10 +54,10 @@ def test_marked_codes_lie_side_by_side(gather, code, words, seed):
 def test_a_processor_without_the_instructions():
     """The whole kernel as it is compiled elsewhere: its self-test compares it with the reference."""
     code = """
-from ckptdiff.measure.cpu import CpuWorker
+from ckptdiff.measure.cpu import CpuBackend
 from ckptdiff.codes.lanes import PACKS
 from ckptdiff.measure.self_test import self_test
-print(PACKS, self_test(CpuWorker()))
+print(PACKS, self_test(CpuBackend()))
 """
     done = subprocess.run(
         [sys.executable, "-c", code],

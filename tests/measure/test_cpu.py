@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptdiff.formats import FORMATS, compare_format
-from ckptdiff.measure.cpu import CpuWorker
+from ckptdiff.measure.cpu import CpuBackend
 from ckptdiff.measure.partial import BLOCK, Partial, Refined, Rule, Scan, Sum, Targets
-from ckptdiff.measure.reference import ReferenceWorker
+from ckptdiff.measure.reference import ReferenceBackend
 from ckptdiff.measure.source import InMemory
 
 SIZES = (0, 1, 7, 8, 63, 64, 65, 4097, 32_768, 65_535, 65_536, 65_537, (1 << 17) + 77)
@@ -22,7 +22,7 @@ PAIRS = [
     for a in FORMATS
     for b in FORMATS
 ]
-CPU, REFERENCE = CpuWorker(), ReferenceWorker()
+CPU, REFERENCE = CpuBackend(), ReferenceBackend()
 
 
 def source(base, tuned):

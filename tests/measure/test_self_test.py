@@ -5,13 +5,13 @@ import pytest
 
 from ckptdiff.formats import FORMATS
 from ckptdiff.measure import self_test as module
-from ckptdiff.measure.cpu import CpuWorker
+from ckptdiff.measure.cpu import CpuBackend
 from ckptdiff.measure.self_test import SELF_TESTED, self_test, wrong_figures
 
 
 @pytest.mark.parametrize("names", SELF_TESTED, ids="-".join)
 def test_the_cpu_backend_passes(names):
-    assert self_test(CpuWorker(), names) is None
+    assert self_test(CpuBackend(), names) is None
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def test_the_cpu_backend_passes(names):
     ],
 )
 def test_what_differs_is_named(field, spoil):
-    class Wrong(CpuWorker):
+    class Wrong(CpuBackend):
         def scan(self, scan, source, partial, first_tie=0):
             mask = super().scan(scan, source, partial, first_tie)
             spoil(getattr(partial, field))
@@ -33,7 +33,7 @@ def test_what_differs_is_named(field, spoil):
 
 
 def test_a_wrong_mask_is_named():
-    class Wrong(CpuWorker):
+    class Wrong(CpuBackend):
         def scan(self, scan, source, partial, first_tie=0):
             return super().scan(scan, source, partial, first_tie) ^ 1
 
@@ -71,12 +71,12 @@ def test_numbers_and_differences_are_subnormal_too(name, real):
 
 
 def test_the_whole_of_it_names_all_that_is_wrong():
-    class Wrong(CpuWorker):
+    class Wrong(CpuBackend):
         def scan(self, scan, source, partial, first_tie=0):
             mask = super().scan(scan, source, partial, first_tie)
             partial.counts[0] += scan.base.bits == 8
             return mask
 
-    assert wrong_figures(CpuWorker()) == ""
+    assert wrong_figures(CpuBackend()) == ""
     e4m3, e5m2 = (f"counts of {'-'.join([name] * 3)}" for name in ("f8_e4m3", "f8_e5m2"))
     assert wrong_figures(Wrong()) == f"{e4m3}; {e5m2}"

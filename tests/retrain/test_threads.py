@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from ckptdiff.retrain.threads import run_all
+from ckptdiff.retrain.step_threads import run_all
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 64, 65, 1000])

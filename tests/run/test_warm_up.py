@@ -26,7 +26,7 @@ import ckptdiff
 from ckptdiff.events import Event, Note, ignore
 from ckptdiff.formats import FORMATS
 from ckptdiff.jit import NotCachedError, only_cached
-from ckptdiff.measure.cpu import CpuWorker
+from ckptdiff.measure.cpu import CpuBackend
 from ckptdiff.run import warm_up
 
 TRIPLE = """
@@ -84,7 +84,7 @@ def test_without_a_cache_kernels_are_compiled_here(
     module, told = imported(), list[Event]()
     calls_of(module, monkeypatch)
     monkeypatch.setattr(warm_up, "_start", lambda use: pytest.fail("a process was started in vain"))
-    warm_up.load(CpuWorker(), warm_up.Uses((("mask", "2"),)), told.append)
+    warm_up.load(CpuBackend(), warm_up.Uses((("mask", "2"),)), told.append)
     assert "each time" in noted(told) and list(told_stages(told)) == ["compiling"]
     with only_cached():
         assert module.triple(2) == 6
@@ -119,7 +119,7 @@ def test_what_cannot_be_compiled_apart_is_compiled_here(
         other.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
         other.chmod(0o755)
         monkeypatch.setattr(sys, "executable", str(other))
-    warm_up.load(CpuWorker(), warm_up.Uses((("mask", "2"),)), told.append)
+    warm_up.load(CpuBackend(), warm_up.Uses((("mask", "2"),)), told.append)
     with only_cached():
         assert module.triple(2) == 6
     assert "once" in noted(told) and list(told_stages(told)) == ["compiling"]
@@ -135,7 +135,7 @@ def test_what_is_cached_starts_no_process(imported: Callable[[], ModuleType], mo
     imported().triple(2)
     calls_of(imported(), monkeypatch)
     monkeypatch.setattr(warm_up, "_start", lambda use: pytest.fail("a process was started in vain"))
-    warm_up.load(CpuWorker(), warm_up.Uses((("mask", "2"),)), lambda event: pytest.fail("nothing is compiled"))
+    warm_up.load(CpuBackend(), warm_up.Uses((("mask", "2"),)), lambda event: pytest.fail("nothing is compiled"))
 
 
 def test_what_is_seldom_called_is_compiled_along_and_never_loaded(
@@ -146,7 +146,7 @@ def test_what_is_seldom_called_is_compiled_along_and_never_loaded(
     monkeypatch.setattr(warm_up, "compile_apart", lambda missing, told: given.append(list(missing)))
     asked = warm_up.Uses((("mask", "2"),), (("mask", "seldom"),))
     for _ in range(2):
-        warm_up.load(CpuWorker(), asked, ignore)
+        warm_up.load(CpuBackend(), asked, ignore)
     assert given == [[("mask", "2"), ("mask", "seldom")]]
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.codes.fetch import WINDOW
 from ckptdiff.measure.cuda.layout import add_scanned, split_bins
-from ckptdiff.measure.cuda.pipeline import Job, Landed, Part
+from ckptdiff.measure.cuda.pipeline import Landed, Launch, Part
 from ckptdiff.measure.cuda.slots import Room
 from ckptdiff.measure.kernels.row import fill_row
 from ckptdiff.measure.kernels.tiles import totals_of
@@ -37,12 +37,12 @@ class Group:
     """Consecutive tensors that share a launch, or one that takes several launches."""
 
     rows: range
-    jobs: tuple[Job, ...]
+    jobs: tuple[Launch, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Where the figures go; see :meth:`ckptdiff.measure.cpu.CpuWorker.scan_small`."""
+    """Where the figures go; see :meth:`ckptdiff.measure.cpu.CpuBackend.scan_small`."""
 
     scan: Scan
     numel: NDArray[np.int64]
@@ -98,7 +98,7 @@ def _together(scan: Scan, places: NDArray[np.int64], rows: range) -> Group:
     parts = tuple(
         Part(record, int(places[row, 4]), bind(_read, scan, places[row], row, 0)) for record, row in enumerate(rows)
     )
-    return Group(rows, (Job(parts),))
+    return Group(rows, (Launch(parts),))
 
 
 def _alone(scan: Scan, places: NDArray[np.int64], row: int, step: int) -> Group:
@@ -106,7 +106,7 @@ def _alone(scan: Scan, places: NDArray[np.int64], row: int, step: int) -> Group:
     jobs = []
     for first in range(0, numel, step):
         part = Part(0, min(step, numel - first), bind(_read, scan, places[row], row, first))
-        jobs.append(Job((part,), opens=first == 0, closes=first + step >= numel))
+        jobs.append(Launch((part,), opens=first == 0, closes=first + step >= numel))
     return Group(range(row, row + 1), tuple(jobs))
 
 

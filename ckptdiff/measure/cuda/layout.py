@@ -14,13 +14,13 @@ from ckptdiff.formats import Format
 from ckptdiff.measure.partial import BINS, BLOCK, Count, Partial, Refined, Rule, Scan, Sum, Targets
 
 __all__ = [
+    "DEVICE_TILE",
     "RECORD",
     "REFINE_BINS",
     "ROWS",
     "SCAN_SETTINGS",
     "SEARCH",
     "TAILS",
-    "TILE",
     "TILE_RECORD",
     "DeviceCount",
     "add_refined",
@@ -31,7 +31,7 @@ __all__ = [
     "split_bins",
 ]
 
-TILE = 1 << 15
+DEVICE_TILE = 1 << 15
 """Coordinates of a tile, each of which has its own row of sums."""
 ROWS = 6
 """Rows of bins of a scan: three of weights, three of deltas, as in :class:`~ckptdiff.measure.partial.Partial`."""
@@ -142,7 +142,7 @@ def block_sums(tiles: NDArray[np.float64], numel: int) -> NDArray[np.float64]:
 
     Parameters
     ----------
-    tiles : float array, shape (ceil(numel / TILE), columns)
+    tiles : float array, shape (ceil(numel / DEVICE_TILE), columns)
     numel : int
         Coordinates, from the first of a block on.
 
@@ -151,9 +151,9 @@ def block_sums(tiles: NDArray[np.float64], numel: int) -> NDArray[np.float64]:
     float array, shape (ceil(numel / BLOCK), columns)
     """
     blocks = -(-numel // BLOCK)
-    padded = np.zeros((blocks * (BLOCK // TILE), tiles.shape[1]))
+    padded = np.zeros((blocks * (BLOCK // DEVICE_TILE), tiles.shape[1]))
     padded[: len(tiles)] = tiles
-    of_blocks = padded.reshape(blocks, BLOCK // TILE, tiles.shape[1])
+    of_blocks = padded.reshape(blocks, BLOCK // DEVICE_TILE, tiles.shape[1])
     return np.add.accumulate(of_blocks, axis=1)[:, -1]
 
 
@@ -173,7 +173,7 @@ def add_scanned(
     numel : int
         Coordinates scanned.
     record : structured array of ``RECORD``, shape ()
-    tiles : float array, shape (ceil(numel / TILE), len(Sum))
+    tiles : float array, shape (ceil(numel / DEVICE_TILE), len(Sum))
     found : (places, counts)
         The bins of ``ROWS * BINS`` that are not empty, in any order.
     partial : Partial
@@ -211,7 +211,7 @@ def add_refined(
 ) -> None:
     """Add what a further pass left on the device; parameters as in :func:`add_scanned`.
 
-    ``tiles`` has shape (ceil(numel / TILE), len(targets.tails)) or more columns. ``found`` indexes rows of
+    ``tiles`` has shape (ceil(numel / DEVICE_TILE), len(targets.tails)) or more columns. ``found`` indexes rows of
     ``REFINE_BINS``: one for each open cut of |d|, then two for each of the base.
     """
     places, counts = found

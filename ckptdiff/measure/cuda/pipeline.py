@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from ckptdiff.formats import Formats
 from ckptdiff.measure.cuda.gpu import Gpu
-from ckptdiff.measure.cuda.layout import RECORD, TILE, TILE_RECORD
-from ckptdiff.measure.cuda.slots import ALIGN, ENTRIES, SLOTS, HostBlock, Room, Slot, Totals, view_of
+from ckptdiff.measure.cuda.layout import DEVICE_TILE, RECORD, TILE_RECORD
+from ckptdiff.measure.cuda.slots import ALIGN, ENTRIES, SLOTS, GroupTotals, HostBlock, Room, Slot, view_of
 from ckptdiff.measure.partial import Sum
 
-__all__ = ["Bins", "Job", "Landed", "Part", "Pipeline", "Work"]
+__all__ = ["Bins", "Landed", "Launch", "LaunchWork", "Part", "Pipeline"]
 
 Bins = tuple[NDArray[np.uint32], NDArray[np.uint64]]
 
@@ -50,7 +50,7 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Launch:
     """One launch. Those of a group, from the first that ``opens`` to the one that ``closes``, share their totals."""
 
     parts: tuple[Part, ...]
@@ -78,7 +78,7 @@ class Landed:
         The bins of the group that are not empty.
     """
 
-    job: Job
+    job: Launch
     masks: list[NDArray[np.uint8]]
     sums: list[NDArray[np.float64]]
     records: NDArray[Any]
@@ -86,7 +86,7 @@ class Landed:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class LaunchWork:
     """What to do with each launch.
 
     Attributes
@@ -100,7 +100,7 @@ class Work:
     """
 
     formats: Formats
-    launch: Callable[[Slot, Totals, Any, int, Job], None]
+    launch: Callable[[Slot, GroupTotals, Any, int, Launch], None]
     bins: int
     want_mask: bool
 
@@ -109,9 +109,9 @@ class Work:
 class _Flight:
     """A job under way."""
 
-    job: Job
+    job: Launch
     slot: Slot
-    totals: Totals
+    totals: GroupTotals
     tiles: NDArray[Any]
 
 
@@ -123,11 +123,11 @@ class Pipeline:
         self.up, self.run, self.down = gpu.stream(), gpu.stream(), gpu.stream()
         block = HostBlock(gpu, room)
         self._slots = [Slot(gpu, room, block) for _ in range(SLOTS)]
-        self._totals = [Totals(gpu, room, block) for _ in range(SLOTS)]
+        self._totals = [GroupTotals(gpu, room, block) for _ in range(SLOTS)]
         self._bins = gpu.empty(room.bins * 8)
         self._host_bins = block.take(ENTRIES * 4), block.take(ENTRIES * 8)
 
-    def carry_out(self, work: Work, jobs: Iterable[Job]) -> Generator[Landed, None, None]:
+    def carry_out(self, work: LaunchWork, jobs: Iterable[Launch]) -> Generator[Landed, None, None]:
         """Launch job after job; yield what comes of each, in order.
 
         However that ends, by an error, an interrupt or a generator that is closed, nothing is left under way: buffers
@@ -135,8 +135,8 @@ class Pipeline:
 
         Parameters
         ----------
-        work : Work
-        jobs : iterable of Job
+        work : LaunchWork
+        jobs : iterable of Launch
             Each is read before the next one is asked for.
         """
         under_way: deque[_Flight] = deque()
@@ -162,7 +162,7 @@ class Pipeline:
             with suppress(Exception):
                 self.gpu.finish(stream)
 
-    def _read(self, flight: _Flight, work: Work) -> None:
+    def _read(self, flight: _Flight, work: LaunchWork) -> None:
         """Read the parts of a job into its slot, and note its tiles."""
         slot = flight.slot
         base_bits, tuned_bits = work.formats[0].bits, work.formats[1].bits
@@ -172,17 +172,17 @@ class Pipeline:
             sizes = [part.numel * base_bits // 8, part.numel * tuned_bits // 8, -(-part.numel // 8)]
             base, tuned = (slot.host_sides[side][at[side] : at[side] + sizes[side]] for side in (0, 1))
             part.read(*((base,) if part.shared else (base, tuned)))
-            starts = np.arange(0, part.numel, TILE, dtype=np.uint64)
+            starts = np.arange(0, part.numel, DEVICE_TILE, dtype=np.uint64)
             own = np.zeros(starts.size, TILE_RECORD)
             own["base"], own["tuned"] = at[0] + starts * base_bits // 8, at[1] + starts * tuned_bits // 8
             own["mask"], own["record"] = at[2] + starts // 8, part.record
-            own["numel"] = np.minimum(part.numel - starts, TILE)
+            own["numel"] = np.minimum(part.numel - starts, DEVICE_TILE)
             tiles.append(own)
             at = [place + -(-size // ALIGN) * ALIGN for place, size in zip(at, sizes, strict=True)]
         flight.tiles = view_of(slot.host_tiles, TILE_RECORD, sum(own.size for own in tiles))
         np.concatenate(tiles, out=flight.tiles)
 
-    def _queue(self, flight: _Flight, work: Work) -> None:
+    def _queue(self, flight: _Flight, work: LaunchWork) -> None:
         gpu, slot, job, totals, tiles = self.gpu, flight.slot, flight.job, flight.totals, flight.tiles
         for side, (host, there) in enumerate(zip(slot.host_sides, slot.sides, strict=True)):
             if side == 0 or not job.shared:
@@ -206,14 +206,14 @@ class Pipeline:
             gpu.download(totals.host_summary, totals.summary, self.down)
         slot.done = gpu.record(self.down)
 
-    def _land(self, flight: _Flight, work: Work) -> Landed:
+    def _land(self, flight: _Flight, work: LaunchWork) -> Landed:
         """Wait for a job, and read what it left on the host."""
         self.gpu.synchronize(flight.slot.done)
         tiles, job = flight.tiles, flight.job
         sums = flight.slot.host_sums[: tiles.size * 8 * len(Sum)].view(np.float64).reshape(-1, len(Sum))
         masks, of_parts, first = [], [], 0
         for part in job.parts:
-            stop = first + -(-part.numel // TILE)
+            stop = first + -(-part.numel // DEVICE_TILE)
             of_parts.append(sums[first:stop])
             if work.want_mask:
                 start = int(tiles["mask"][first])
@@ -225,7 +225,7 @@ class Pipeline:
         found, records = flight.totals.home(1 + max(part.record for part in job.parts))
         return Landed(job, masks, of_parts, records, self._bring_home(flight.totals, found))
 
-    def _bring_home(self, totals: Totals, found: int) -> Bins:
+    def _bring_home(self, totals: GroupTotals, found: int) -> Bins:
         """The bins that are not empty: how many there are is known only now."""
         places, counts = np.empty(found, np.uint32), np.empty(found, np.uint64)
         for start in range(0, found, ENTRIES):

@@ -8,11 +8,11 @@ import numpy as np
 
 from ckptdiff.errors import PlanError
 from ckptdiff.measure.cuda.gpu import Event, Gpu
-from ckptdiff.measure.cuda.layout import RECORD, REFINE_BINS, ROWS, TILE, TILE_RECORD
+from ckptdiff.measure.cuda.layout import DEVICE_TILE, RECORD, REFINE_BINS, ROWS, TILE_RECORD
 from ckptdiff.measure.partial import BINS, Sum
 from ckptdiff.measure.source import ByteArray
 
-__all__ = ["ALIGN", "ENTRIES", "SLOTS", "HostBlock", "Room", "Slot", "Totals", "fit_room", "view_of"]
+__all__ = ["ALIGN", "ENTRIES", "SLOTS", "GroupTotals", "HostBlock", "Room", "Slot", "fit_room", "view_of"]
 
 SLOTS = 2
 """Launches under way: while one is read, the one before is on its way."""
@@ -34,7 +34,7 @@ class Room:
     Attributes
     ----------
     side : int
-        Bytes of one side in a launch; a multiple of 8 ``TILE``.
+        Bytes of one side in a launch; a multiple of 8 ``DEVICE_TILE``.
     records : int
         Tensor pairs in a launch.
     """
@@ -45,7 +45,7 @@ class Room:
     @property
     def tiles(self) -> int:
         """Tiles in a launch: of formats of a byte, and one begun in each pair."""
-        return self.side // TILE + self.records
+        return self.side // DEVICE_TILE + self.records
 
     @property
     def host_bytes(self) -> int:
@@ -77,7 +77,7 @@ class Room:
 
     def coordinates(self, bits: int) -> int:
         """Coordinates in a launch whose wider side has so many bits each."""
-        return self.side * 8 // bits // TILE * TILE
+        return self.side * 8 // bits // DEVICE_TILE * DEVICE_TILE
 
     def limits(self) -> tuple[int, ...]:
         """How many pairs, bytes of a side, and bins in use a launch of several tensor pairs may have."""
@@ -90,7 +90,7 @@ class Room:
     @classmethod
     def smallest(cls) -> Room:
         """One tile of the widest format."""
-        return cls(8 * TILE, 1)
+        return cls(8 * DEVICE_TILE, 1)
 
     def halved(self) -> Room | None:
         """A smaller one; None if this is the smallest."""
@@ -111,7 +111,7 @@ class Room:
 
     @property
     def summary_bytes(self) -> int:
-        """Bytes of what :class:`Totals` brings home at once."""
+        """Bytes of what :class:`GroupTotals` brings home at once."""
         return ALIGN + self.records * RECORD.itemsize
 
 
@@ -172,7 +172,7 @@ class Slot:
         """When all that was queued with this slot is done: host and GPU may use it again."""
 
 
-class Totals:
+class GroupTotals:
     """What a group of launches leaves once it is complete."""
 
     def __init__(self, gpu: Gpu, room: Room, block: HostBlock) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from ckptdiff.codes.fetch import Side
 from ckptdiff.jit import helper, kernel
 from ckptdiff.measure.kernels.row import Wanted, take_row
-from ckptdiff.measure.kernels.span import Work, scan_span
+from ckptdiff.measure.kernels.span import Workspace, scan_span
 from ckptdiff.measure.kernels.stored import Stored
 from ckptdiff.measure.kernels.tiles import Array, Facts, Measure, Totals
 from ckptdiff.measure.partial import BINS, Count
@@ -65,7 +65,7 @@ def scan_small(
     ranks: tuple[Array, Array],
     tables: tuple[Facts, Wanted],
     measure: Measure,
-    room: tuple[Work, Totals],
+    room: tuple[Workspace, Totals],
     out: tuple[Any, Array],
 ) -> int:
     """Measure whole tensors of at most a block, of a compare format of at most 16 bits.
@@ -82,7 +82,7 @@ def scan_small(
         Sizes of the sets of largest |d| and of smallest weights.
     tables : (Facts, Wanted)
     measure : Measure
-    room : (Work, Totals)
+    room : (Workspace, Totals)
         Work space, and totals of nothing seen, which are left so.
     out : (Records, uint64 array)
         k rows that receive the figures, and words that receive the masks.

@@ -16,7 +16,7 @@ from ckptdiff.codes.fetch import FETCH, Side, fetch
 from ckptdiff.jit import helper, kernel
 from ckptdiff.measure.kernels.changed import find_changed, first_of, keep_finite
 from ckptdiff.measure.kernels.deltas import count_within
-from ckptdiff.measure.kernels.span import Work, codes_of, values_of
+from ckptdiff.measure.kernels.span import Workspace, codes_of, values_of
 from ckptdiff.measure.kernels.stored import Stored
 from ckptdiff.measure.kernels.tiles import TILE, Array, Facts
 from ckptdiff.measure.partial import BLOCK
@@ -88,7 +88,7 @@ def refine_span(
     stored: tuple[Stored, Stored] | None,
     extent: tuple[int, int],
     facts: Facts,
-    work: Work,
+    work: Workspace,
     search: Search,
     found: Found,
 ) -> int:

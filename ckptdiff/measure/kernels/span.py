@@ -17,14 +17,14 @@ from ckptdiff.measure.kernels.tiles import TILE, Array, Facts, Measure, Tile, To
 from ckptdiff.measure.kernels.wide import measure_wide, take_floats
 from ckptdiff.measure.partial import BLOCK
 
-__all__ = ["Work", "codes_of", "new_work", "read_only", "scan_span", "values_of"]
+__all__ = ["Workspace", "codes_of", "new_work", "read_only", "scan_span", "values_of"]
 
 NO_CAST = int(Cast.NONE)
 MANY = 1 << 19
 """Coordinates from which on the bins in use are found in the histogram itself."""
 
 
-class Work(NamedTuple):
+class Workspace(NamedTuple):
     """Work space of one thread for one width of codes."""
 
     tile: Tile
@@ -36,11 +36,11 @@ class Work(NamedTuple):
     """Codes of a tile in the common format of both sides, as uint64."""
 
 
-def new_work(code: np.dtype[Any], real: np.dtype[Any]) -> Work:
+def new_work(code: np.dtype[Any], real: np.dtype[Any]) -> Workspace:
     """Work space for codes and a d of the given dtypes."""
     out = np.zeros(TILE, code), np.zeros(TILE, code)
     scratch = np.zeros(TILE, np.uint64), np.zeros(TILE, np.uint64)
-    return Work(new_tile(code, real), out, (read_only(out[0]), read_only(out[1])), scratch)
+    return Workspace(new_tile(code, real), out, (read_only(out[0]), read_only(out[1])), scratch)
 
 
 def read_only(array: Array) -> Array:
@@ -111,7 +111,7 @@ def _note_span(codes: Any, facts: Any, totals: Any, many: Any) -> Any:
 
 
 @helper
-def codes_of(raw: Array, stored: tuple[Stored, Stored] | None, side: int, work: Work) -> Array:
+def codes_of(raw: Array, stored: tuple[Stored, Stored] | None, side: int, work: Workspace) -> Array:
     """Codes of a tile of stored elements."""
     if stored is None:
         return raw.view(work.codes[0].dtype)
@@ -129,7 +129,7 @@ def scan_span(
     stored: tuple[Stored, Stored] | None,
     extent: tuple[int, int],
     facts: Facts,
-    work: Work,
+    work: Workspace,
     measure: Measure,
     totals: Totals,
     words: Array,
@@ -145,7 +145,7 @@ def scan_span(
     extent : (int, int)
         First coordinate, a multiple of ``FETCH``, and how many there are.
     facts : Facts
-    work : Work
+    work : Workspace
     measure : Measure
     totals : Totals
         Added to.

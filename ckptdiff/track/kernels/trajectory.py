@@ -38,7 +38,7 @@ PIECES_BYTES = 3 << 20
 """Bytes of a piece of all checkpoints together: about the caches of a core."""
 LARGEST, SMALLEST = 1 << 18, 1 << 14
 """Coordinates of a piece. A read costs a microsecond beside its bytes, so short ones are slower than a lower cache."""
-TILE = 1 << 13
+TRACK_TILE = 1 << 13
 """Coordinates whose squares are summed in float32 before they are added in float64: 256 in each sum."""
 _WIDEST = 8
 
@@ -194,8 +194,8 @@ def follow_piece(n: int, magnitude: Any, rooms: Rooms) -> None:
     """Count and square the codes of a piece, tile by tile."""
     signs_lead = magnitude == np.iinfo(rooms.codes.dtype).max >> 1
     rooms.piece_flows[:], rooms.piece_squares[:] = 0, 0
-    for start in range(0, n, TILE):
-        stop = min(start + TILE, n)
+    for start in range(0, n, TRACK_TILE):
+        stop = min(start + TRACK_TILE, n)
         if not signs_lead or follow_tile(start, stop, magnitude, False, rooms):
             follow_tile(start, stop, magnitude, True, rooms)
         add_tile(rooms)

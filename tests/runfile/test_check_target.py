@@ -8,7 +8,7 @@ import pytest
 from run_samples import Sample
 
 from ckptdiff.errors import RunFileError
-from ckptdiff.runfile.target import check_target
+from ckptdiff.runfile.check_target import check_target
 
 
 def refused(target: Path, words: str, inputs: list[tuple[Path, int, int]] | None = None) -> RunFileError:

@@ -24,20 +24,20 @@ from ckptdiff.measure.cuda.layout import (
     scan_settings,
     search_settings,
 )
-from ckptdiff.measure.cuda.pipeline import Job, Part, Pipeline, Work
-from ckptdiff.measure.cuda.slots import Room, Slot, Totals
+from ckptdiff.measure.cuda.pipeline import Launch, LaunchWork, Part, Pipeline
+from ckptdiff.measure.cuda.slots import GroupTotals, Room, Slot
 from ckptdiff.measure.partial import BINS, Partial, Refined, Rule, Scan, Targets
 from ckptdiff.measure.ranks import ranks_of
 from ckptdiff.measure.records import Records
 from ckptdiff.measure.source import ByteArray, Extent, Source, Window
 
-__all__ = ["CudaWorker", "open_pipeline"]
+__all__ = ["CudaBackend", "open_pipeline"]
 
 logger = logging.getLogger("ckptdiff.cuda")
 
 
-class CudaWorker:
-    """Measures spans on a GPU; the methods are those of :class:`~ckptdiff.measure.cpu.CpuWorker`.
+class CudaBackend:
+    """Measures spans on a GPU; the methods are those of :class:`~ckptdiff.measure.cpu.CpuBackend`.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class CudaWorker:
         self._small = Partial()
 
     def scan(self, scan: Scan, source: Source, partial: Partial, first_tie: int = 0) -> NDArray[np.uint8] | None:
-        """Measure a span of blocks; see :meth:`ckptdiff.measure.cpu.CpuWorker.scan`."""
+        """Measure a span of blocks; see :meth:`ckptdiff.measure.cpu.CpuBackend.scan`."""
         partial.open_blocks(0, len(scan.thresholds))
         mask = self._room_for_mask(source.numel if scan.want_mask else 0)
         work = self._scan_work(scan, first_tie)
@@ -77,7 +77,7 @@ class CudaWorker:
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
         """Measure whole tensors of at most a block, many with one launch.
 
-        Parameters are those of :meth:`ckptdiff.measure.cpu.CpuWorker.scan_small`.
+        Parameters are those of :meth:`ckptdiff.measure.cpu.CpuBackend.scan_small`.
         """
         numel = places[:, 4]
         words = -(-numel // 64)
@@ -103,7 +103,7 @@ class CudaWorker:
         return len(places), mask, starts
 
     def refine(self, scan: Scan, targets: Targets, source: Source, refined: Refined) -> None:
-        """Look for open cuts in a span; see :meth:`ckptdiff.measure.cpu.CpuWorker.refine`."""
+        """Look for open cuts in a span; see :meth:`ckptdiff.measure.cpu.CpuBackend.refine`."""
         sums = []
         work = self._refine_work(scan, targets)
         with closing(self._pipeline.carry_out(work, self._jobs(scan, source))) as landings:
@@ -112,10 +112,10 @@ class CudaWorker:
                 if landed.job.closes:
                     add_refined(targets, source.numel, landed.records[0], np.concatenate(sums), landed.bins, refined)
 
-    def _scan_work(self, scan: Scan, first_tie: int) -> Work:
+    def _scan_work(self, scan: Scan, first_tie: int) -> LaunchWork:
         settings, formats, gpu, run = scan_settings(scan), _formats(scan), self._gpu, self._pipeline.run
 
-        def launch(slot: Slot, totals: Totals, bins: Any, tiles: int, job: Job) -> None:
+        def launch(slot: Slot, totals: GroupTotals, bins: Any, tiles: int, job: Launch) -> None:
             blocks, count = min(tiles, 2 * gpu.processors), np.uint32(tiles)
             sides = slot.sides[0], slot.sides[0 if job.shared else 1]
             mask = slot.mask if scan.want_mask else None
@@ -127,22 +127,22 @@ class CudaWorker:
                 gpu.launch(formats, "place_ties", 1, ordinals, run)
                 gpu.launch(formats, "take_ties", blocks, [*given, slot.first_ties, totals.records], run)
 
-        return Work(formats, launch, ROWS * BINS, scan.want_mask)
+        return LaunchWork(formats, launch, ROWS * BINS, scan.want_mask)
 
-    def _refine_work(self, scan: Scan, targets: Targets) -> Work:
+    def _refine_work(self, scan: Scan, targets: Targets) -> LaunchWork:
         settings = search_settings(scan.compare, targets)
         formats, gpu, run = _formats(scan), self._gpu, self._pipeline.run
 
-        def launch(slot: Slot, totals: Totals, bins: Any, tiles: int, job: Job) -> None:
+        def launch(slot: Slot, totals: GroupTotals, bins: Any, tiles: int, job: Launch) -> None:
             sides = slot.sides[0], slot.sides[0 if job.shared else 1]
             given = [slot.tiles, np.uint32(tiles), settings, *sides]
             blocks = min(tiles, 2 * gpu.processors)
             gpu.launch(formats, "refine", blocks, [*given, slot.sums, totals.records, bins], run)
 
         rows = len(targets.deltas) + 2 * len(targets.weights)
-        return Work(formats, launch, rows * REFINE_BINS, False)
+        return LaunchWork(formats, launch, rows * REFINE_BINS, False)
 
-    def _jobs(self, scan: Scan, source: Source) -> Iterator[Job]:
+    def _jobs(self, scan: Scan, source: Source) -> Iterator[Launch]:
         """One group: the span, cut into launches."""
         step = self._pipeline.room.coordinates(max(scan.base.bits, scan.tuned.bits))
         for window in source.windows():
@@ -150,7 +150,7 @@ class CudaWorker:
                 stop = min(first + step, window.stop)
                 shared = window.tuned is window.base
                 part = Part(0, stop - first, bind(_read, scan, source, window, first), shared)
-                yield Job((part,), opens=first == 0, closes=stop == source.numel)
+                yield Launch((part,), opens=first == 0, closes=stop == source.numel)
 
     def _room_for_mask(self, numel: int) -> NDArray[np.uint8]:
         size = -(-numel // 8)

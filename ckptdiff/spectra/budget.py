@@ -11,16 +11,16 @@ from ckptdiff.measure.thresholds import RHO
 from ckptdiff.memory import SPECTRA_MEMORY, default_bound, room_to_grow
 from ckptdiff.options import Options, SpectraMode, SpectraOptions, default_threads
 from ckptdiff.spectra.matrices import MatrixView
-from ckptdiff.spectra.source import PANEL
+from ckptdiff.spectra.panels import PANEL
 
-__all__ = ["Budget", "Room", "cache_bytes", "exact_bytes", "randomized_bytes"]
+__all__ = ["Budget", "Headroom", "cache_bytes", "exact_bytes", "randomized_bytes"]
 
 _USUAL = 300_000_000
 """What a process that runs nothing but ckptdiff holds before the spectra begin, at most."""
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class Headroom:
     """Memory that the spectra may take, in bytes.
 
     Attributes
@@ -47,14 +47,14 @@ class Budget:
     Attributes
     ----------
     spectra : SpectraOptions
-    room : Room
+    room : Headroom
         For all matrices that are measured at a time.
     threads : int
         Slots of the run: each stands for a thread and for its share of the room.
     """
 
     spectra: SpectraOptions
-    room: Room
+    room: Headroom
     threads: int
 
     @classmethod
@@ -74,7 +74,7 @@ class Budget:
         assert spectra is not None
         largest = max((_least(view, spectra) for view in {(v.long, v.short): v for v in views}.values()), default=0)
         bound = options.max_memory or _default_bound(spectra.mode, threads, taken, largest)
-        return cls(spectra, Room(bound, taken), threads)
+        return cls(spectra, Headroom(bound, taken), threads)
 
     def slots(self, view: MatrixView) -> int:
         """How many slots a matrix takes: as many as hold it, or all if nothing does and it is read in every pass."""
