@@ -42,7 +42,7 @@ __all__ = ["Use", "Uses", "compile_apart", "compile_for", "load", "make_call", "
 Use: TypeAlias = tuple[str, ...]
 """A call of kernels, as words that another process can be given.
 
-"alike", "alone" or "refine" with the formats of base, tuned side and comparison; "row"; "cuts"; "mask" with the bytes
+"alike", "alone" or "refine" with the formats of base, tuned side and comparison; "row"; "mask" with the bytes
 of a chunk; "panel" with the stored format and that of the comparison; "scores"; "track" with that of the comparison.
 """
 
@@ -83,7 +83,7 @@ def uses(alike: Set[Formats], alone: Set[Formats], mask_chunk: int) -> Uses:
         Bytes of the largest mask chunk, 0 without masks.
     """
     mask = [("mask", str(mask_chunk))] if mask_chunk else []
-    row, cuts = [("row",)], [("cuts",)]
+    row = [("row",)]
     # A few of the small tensors need another pass, which they make one by one; of wide formats all need one.
     narrow = {formats for formats in alike | alone if formats[2].bits <= 16}
     wide = alone - narrow
@@ -93,14 +93,12 @@ def uses(alike: Set[Formats], alone: Set[Formats], mask_chunk: int) -> Uses:
             *_named("alone", alone),
             *(row if alone else []),
             *_named("refine", wide),
-            *(cuts if wide else []),
             *mask,
         ),
         (
             *_named("alone", alike - alone),
             *(row if alike and not alone else []),
             *_named("refine", narrow),
-            *(cuts if narrow and not wide else []),
         ),
     )
 
@@ -163,7 +161,7 @@ def make_call(worker: Backend | None, use: Use) -> None:
         compress_chunk(np.arange(size).astype(np.uint8), size)
         return
     if not words:
-        {"row": _fill_row, "cuts": _find_cuts, "scores": _count_scores}[kind]()
+        {"row": _fill_row, "scores": _count_scores}[kind]()
         return
     formats = [FORMATS[name] for name in words]
     if kind == "panel":
@@ -270,13 +268,10 @@ def _first_scan(base: Format, tuned: Format, compare: Format) -> Scan:
 
 
 def _fill_row() -> None:
-    partial = Partial()
+    """And what finds the cuts that a row leaves open."""
+    partial, counts = Partial(), np.ones((2, 1), np.int64)
     partial.open_blocks(1, len(EPS))
     fill_row(totals_of(partial, 1), ranks_of(np.array([2])), tables_of(FORMATS["bf16"]), 0, empty_records(1))
-
-
-def _find_cuts() -> None:
-    partial, counts = Partial(), np.ones((2, 1), np.int64)
     first_delta_cut(partial, 64, 1)
     first_low_cuts(partial, FORMATS["bf16"], [1])
     refine_delta_cut(DeltaCut(1, 64, 0, 16, 0, 1, 0.0), counts[0])

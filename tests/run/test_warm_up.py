@@ -156,14 +156,14 @@ def test_uses() -> None:
     words = ("bf16", "bf16", "bf16"), ("f32", "f32", "f32")
     asked = warm_up.uses({one}, {one, two}, 4096)
     scans = ("alike", *words[0]), ("alone", *words[0]), ("alone", *words[1])
-    assert asked.certain == (*scans, ("row",), ("refine", *words[1]), ("cuts",), ("mask", "4096"))
+    assert asked.certain == (*scans, ("row",), ("refine", *words[1]), ("mask", "4096"))
     assert asked.seldom == (("refine", *words[0]),)
     asked = warm_up.uses({one}, set(), 0)
     assert asked.certain == (("alike", *words[0]),)
-    assert asked.seldom == (("alone", *words[0]), ("row",), ("refine", *words[0]), ("cuts",))
+    assert asked.seldom == (("alone", *words[0]), ("row",), ("refine", *words[0]))
     asked = warm_up.uses(set(), {one}, 0)
     assert asked.certain == (("alone", *words[0]), ("row",))
-    assert asked.seldom == (("refine", *words[0]), ("cuts",))
+    assert asked.seldom == (("refine", *words[0]),)
     assert warm_up.uses(set(), set(), 0) == warm_up.Uses(())
 
 
