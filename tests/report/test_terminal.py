@@ -90,7 +90,7 @@ def test_a_diff_with_spectra(folder: Path, tmp_path: Path) -> None:
         "-O",
         tmp_path / "x",
     )
-    patient = "from ckptdiff.spectra import in_order\nin_order._PATIENCE = 0.01\n"
+    patient = "from ckptdiff import in_order\nin_order._PATIENCE = 0.01\n"
     with run_under_terminal(patient + command(*words), 100, 30) as terminal:
         assert terminal.ended() == 0
     assert_each_stage_is_shown(terminal, ["comparing", "spectra", "writing"])
