@@ -269,7 +269,9 @@ def test_another_process_takes_the_same_packages(tmp_path: Path, monkeypatch: py
 def test_another_process_keeps_kernels_where_this_one_finds_them() -> None:
     """Numba knows a kernel by its constants too, of which the docstring is one."""
     code = (
-        "from ckptdiff import warm_up; process = warm_up._start(('mask', '100')); print(process.wait(), process.args)"
+        "from ckptdiff.run import warm_up\n"
+        "process = warm_up._start(('mask', '100'))\n"
+        "print(process.wait(), process.args)"
     )
     done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("0 ") and done.stdout.count("'-O'") == 2
