@@ -143,7 +143,7 @@ def test_the_pair_of_the_command_line_can_be_narrowed(tmp_path: Path, capsys: py
     save_file(base, tmp_path / "base.safetensors")
     save_file({f"old_{name}": value * 1.01 for name, value in base.items()}, tmp_path / "tuned.safetensors")
     sides = [str(tmp_path / f"{side}.safetensors") for side in ("base", "tuned")]
-    narrow = ["--map", "^=old_", "--include", "*a.w", "--threads", "1", "--max-memory", "2G", "--no-progress"]
+    narrow = ["--map", "^=old_", "--include", "*a.w", "--threads", "1", "--max-memory", "16G", "--no-progress"]
     assert main(["claims", *sides]) == 2
     assert main(["claims", *sides, *narrow, "--format", "json"]) == 0
     output = capsys.readouterr()

@@ -70,7 +70,7 @@ def test_defaults_are_those_of_the_library() -> None:
 
 
 def test_choices_are_those_of_the_library() -> None:
-    assert get_args(Format) == view.FORMATS
+    assert get_args(Format) == view.REPORT_FORMATS
 
 
 def test_io_help_tells_of_sigbus(cli) -> None:

@@ -34,6 +34,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert main(
             ["diff", *pair, "--compare", "stored", "--mask", "bitwise", "-o", str(folder / f"{number}.h5"), "-q"]
         )
+    # Every kernel is called once, so that no command of a test has one to compile, which it would tell of.
+    sides, out = [str(folder / f"{number}.safetensors") for number in range(3)], ["-O", str(folder / "x")]
+    for words in (
+        *(["diff", *sides[:2], "--spectra", mode, *out] for mode in ("randomized", "exact")),
+        ["lora", *sides[:2], "-o", str(folder / "adapter"), "--rank", "4", *out],
+        ["track", *sides, *out],
+        ["mask", "combine", "--union", str(folder / "1.h5"), str(folder / "2.h5"), "-o", str(folder / "both.h5")],
+    ):
+        assert main([*words, "--no-progress"]) == 0
     return folder
 
 
