@@ -99,7 +99,7 @@ SMALL = Sizes(
     tiny_rounds=1,
     threads=(1, 2),
     rules=("top:10",),
-    ways=("io=mmap,threads=3,gpu_memory=64M", "compare=stored,mask=top:5"),
+    ways=("io=mmap,threads=3,gpu_memory=64M,compare=stored,mask=top:5",),
     tests=("-k", "tight and not large and not top"),
     nice=0,
 )
