@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import shutil
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -23,14 +24,22 @@ MODULES = sorted(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the examples are run in; `run.h5` is theirs to read."""
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run file of the first pair."""
     made = tmp_path_factory.mktemp("examples")
     (made / "fixtures").symlink_to(FIXTURES)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(made)
         ckptdiff.diff("fixtures/llama/base", "fixtures/llama/tuned", out="run.h5")
-    return made
+    return made / "run.h5"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, run_file: Path) -> Path:
+    """What the examples of one module are run in: what they write, another module's would find there."""
+    (tmp_path / "fixtures").symlink_to(FIXTURES)
+    shutil.copy(run_file, tmp_path)
+    return tmp_path
 
 
 def llama() -> Any:
