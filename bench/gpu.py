@@ -37,7 +37,7 @@ from ckptdiff.measure.cuda.gpu import Gpu
 from ckptdiff.measure.cuda.layout import DEVICE_TILE, RECORD, ROWS, TILE_RECORD, scan_settings
 from ckptdiff.measure.cuda.slots import Room
 from ckptdiff.measure.partial import BINS, Partial, Rule, Scan, Sum
-from ckptdiff.measure.source import Extent, InMemory, Window
+from ckptdiff.measure.source import InMemory, Window
 from ckptdiff.memory import peak_resident, resident
 
 BF16, F16, F32, E4M3, E5M2 = (FORMATS[name] for name in ("bf16", "f16", "f32", "f8_e4m3", "f8_e5m2"))
@@ -63,7 +63,7 @@ class FromFiles(InMemory):
 
     def windows(self) -> Any:
         """Everything."""
-        base, tuned = (Extent(file.fileno(), 0) for file in self._files)
+        base, tuned = (np.array([[0, file.fileno(), 0]]) for file in self._files)
         yield Window(0, self.numel, base, tuned)
 
 

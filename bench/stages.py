@@ -23,7 +23,7 @@ import numpy as np
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.codes.fetch import FETCH
 from ckptdiff.measure.partial import BLOCK, Partial, Scan
-from ckptdiff.measure.source import Extent, Source
+from ckptdiff.measure.source import Source, read_runs
 from ckptdiff.options import MaskRule, Options
 from ckptdiff.run import worker
 from ckptdiff.run.devices import Device
@@ -43,13 +43,10 @@ class ReadOnly:
         partial.open_blocks(-(-source.numel // BLOCK), len(scan.thresholds))
         partial.numel += source.numel
         for window in source.windows():
-            for extent, format in ((window.base, scan.base), (window.tuned, scan.tuned)):
-                self._read(extent, (window.stop - window.first) * format.bits // 8, FETCH * format.bits // 8)
-
-    def _read(self, extent: Extent, size: int, step: int) -> None:
-        assert extent.descriptor is not None
-        for start in range(0, size, step):
-            os.preadv(extent.descriptor, [self._room[: min(step, size - start)]], extent.offset + start)
+            for runs, format in ((window.base, scan.base), (window.tuned, scan.tuned)):
+                for first in range(window.first, window.stop, FETCH):
+                    numel = min(FETCH, window.stop - first)
+                    read_runs(runs, first, format.bits, self._room[: numel * format.bits // 8])
 
     def refine(self, *_: object) -> None:
         """Never needed, as nothing changed."""

@@ -1,7 +1,7 @@
-"""Fetch bytes into compiled code: from a window on mapped memory, or by reads of the file itself.
+"""Fetch the bytes of a span into compiled code: by reads of the file itself, or from memory.
 
-Kernels read the file in pieces that stay in the cache of their core until they are measured, without going back to
-Python between them: its overhead would cost as much as the reads.
+Kernels read in pieces that stay in the cache of their core until they are measured, without going back to Python
+between them: its overhead would cost as much as the reads.
 """
 
 from __future__ import annotations
@@ -10,20 +10,26 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
+from numba.np.arrayobj import make_array, populate_array
 
 from ckptdiff.jit import helper
 
-__all__ = ["FETCH", "SHARED", "WINDOW", "Array", "Side", "fetch"]
+__all__ = ["AT", "FETCH", "FILE", "FIRST", "MEMORY", "Array", "Side", "fetch"]
 
 FETCH = 1 << 17
 """Coordinates that are fetched at a time; divides ``BLOCK``."""
 
-WINDOW, SHARED = -1, -2
-"""In place of a descriptor: the bytes are mapped; they are those that the other side has just fetched."""
+FIRST, FILE, AT = 0, 1, 2
+"""Columns of runs: the coordinate of the span where one begins, the descriptor of an open file, and the byte of it
+where that coordinate lies. A run ends where the next one begins."""
+MEMORY = -1
+"""In place of a descriptor: ``AT`` is an address."""
 
 _ATTEMPTS = 64
+_ALIGNED = 8
+"""Bytes that an address must be a multiple of, or what lies there is copied first."""
 
 Array = Any
 
@@ -31,14 +37,11 @@ Array = Any
 class Side(NamedTuple):
     """One side of a span of coordinates."""
 
-    descriptor: int
-    """Of the open file, or ``WINDOW``, or ``SHARED``."""
-    offset: int
-    """Where coordinate ``origin`` lies in the file."""
-    origin: int
-    """The first coordinate that can be fetched."""
-    bytes: Array
-    """The mapped bytes, or room for ``FETCH`` coordinates; read-only to Numba. Its address is a multiple of 8."""
+    runs: Array
+    """Where they lie: int64, shape (k, 3), columns ``FIRST``, ``FILE``, ``AT``; none if they are what the other side
+    has just read into the same room."""
+    room: Array
+    """For ``FETCH`` coordinates; read-only to Numba. Its address is a multiple of 8."""
     itemsize: int
     """Bytes of a stored element."""
 
@@ -61,22 +64,62 @@ def read_at(typing: Any, descriptor: Any, buffer: Any, start: Any, size: Any, of
     return types.int64(types.int64, buffer, types.int64, types.int64, types.int64), generate
 
 
+@intrinsic
+def copy_from(typing: Any, address: Any, buffer: Any, start: Any, size: Any) -> Any:
+    """Copy memory into a uint8 array, shape (bytes,), from byte ``start`` on; also if Numba takes it for read-only."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = make_array(signature.args[1])(context, builder, args[1]).data
+        source = builder.inttoptr(args[0], data.type)
+        cgutils.raw_memcpy(builder, builder.gep(data, [args[2]]), source, args[3], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, buffer, types.int64, types.int64), generate
+
+
+@intrinsic
+def memory_at(typing: Any, address: Any, size: Any, like: Any) -> Any:
+    """Bytes of memory that someone else keeps alive, as an array of the type of ``like``, shape (size,)."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = make_array(signature.return_type)(context, builder)
+        data = builder.inttoptr(args[0], array.data.type)
+        word = context.get_constant(types.intp, 1)
+        populate_array(array, data=data, shape=[args[1]], strides=[word], itemsize=word, meminfo=None)
+        return array._getvalue()
+
+    return like(types.int64, types.int64, like), generate
+
+
 @helper
 def fetch(side: Side, first: int, stop: int) -> Array:
-    """Raw bytes of coordinates ``first`` to ``stop`` - 1 of a span; fewer if the file could not be read.
+    """Raw bytes of coordinates ``first`` to ``stop`` - 1 of a span; fewer if a file could not be read.
 
     Why not is for the caller to find out: compiled code knows no exceptions worth showing.
     """
-    start, wanted = (first - side.origin) * side.itemsize, (stop - first) * side.itemsize
-    if side.descriptor == WINDOW:
-        return side.bytes[start : start + wanted]
-    if side.descriptor == SHARED:
-        return side.bytes[:wanted]
-    done, attempts = 0, 0
-    while done < wanted and attempts < _ATTEMPTS:
-        count = read_at(side.descriptor, side.bytes, done, wanted - done, side.offset + start + done)
-        if count > 0:
-            done += count
-        else:  # a signal interrupts once; whatever else is wrong stays wrong
-            attempts += 1
-    return side.bytes[:done]
+    runs, size = side.runs, side.itemsize
+    wanted = (stop - first) * size
+    if len(runs) == 0:
+        return side.room[:wanted]
+    row = 0
+    while row + 1 < len(runs) and runs[row + 1, FIRST] <= first:
+        row += 1
+    done = 0
+    while True:
+        end = wanted if row + 1 == len(runs) else min(wanted, (runs[row + 1, FIRST] - first) * size)
+        at = runs[row, AT] + (first - runs[row, FIRST]) * size
+        if runs[row, FILE] == MEMORY:
+            if end - done == wanted and at % _ALIGNED == 0:
+                return memory_at(at, wanted, side.room)
+            copy_from(at + done, side.room, done, end - done)
+            done = end
+        attempts = 0
+        while done < end and attempts < _ATTEMPTS:
+            count = read_at(runs[row, FILE], side.room, done, end - done, at + done)
+            if count > 0:
+                done += count
+            else:  # a signal interrupts once; whatever else is wrong stays wrong
+                attempts += 1
+        if done < end or end == wanted:
+            return side.room[:done]
+        row += 1

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.measure.partial import Partial, Refined, Scan, Targets
 from ckptdiff.measure.records import Records
-from ckptdiff.measure.source import Source
+from ckptdiff.measure.source import SmallPairs, Source
 
 __all__ = ["Backend", "Batching"]
 
@@ -31,29 +31,7 @@ class Batching(Protocol):
     def scan_small(
         self,
         scan: Scan,
-        places: NDArray[np.int64],
+        pairs: SmallPairs,
         records: Records,
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
-        """Measure whole tensors from their files, of at most a block each.
-
-        Parameters
-        ----------
-        scan : Scan
-        places : int64 array, shape (k, 6)
-            Of each tensor: descriptor and offset of the base, of the tuned side, coordinates, and its first word of
-            mask.
-        ranks : pair of int64 array, shapes (k, percentages) and (k, fractions)
-            Sizes of the sets of largest |d|, and of smallest weights.
-        wanted : Wanted
-        records : Records
-            k rows that receive the figures.
-
-        Returns
-        -------
-        int
-            How many were measured: less than all if one could not be read.
-        uint8 array
-            Their mask bits.
-        int64 array, shape (k,)
-            Where those of each start.
-        """
+        """Measure whole tensors of at most a block; see :meth:`ckptdiff.measure.cpu.CpuBackend.scan_small`."""

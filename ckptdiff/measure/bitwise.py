@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.measure.partial import BitScan, Count, Partial
-from ckptdiff.measure.source import Source
+from ckptdiff.measure.source import Source, blocks_of_span
 
 __all__ = ["changed_elements", "scan_bits"]
 
@@ -14,7 +14,7 @@ __all__ = ["changed_elements", "scan_bits"]
 def scan_bits(scan: BitScan, source: Source, partial: Partial) -> NDArray[np.uint8] | None:
     """Measure a span of blocks; returns mask bits if ``scan.want_mask``."""
     masks = [np.zeros(0, np.uint8)]
-    for base, tuned in source.blocks():
+    for base, tuned in blocks_of_span(source, (scan.bits, scan.bits)):
         changed = changed_elements(base, tuned, scan.bits)
         partial.numel += changed.size
         partial.counts[[Count.CHANGED, Count.MASKED]] += np.count_nonzero(changed)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.codes.fetch import FETCH, SHARED, WINDOW, Side
+from ckptdiff.codes.fetch import FETCH, FILE, MEMORY, Side
 from ckptdiff.codes.lanes import aligned
 from ckptdiff.formats import Format, common_format, recode_table
 from ckptdiff.measure.kernels.batch import scan_small
@@ -19,7 +19,7 @@ from ckptdiff.measure.kernels.tiles import facts_of, new_measure, round_down, to
 from ckptdiff.measure.partial import BLOCK, Count, Partial, Refined, Scan, Targets
 from ckptdiff.measure.ranks import ranks_of, tables_of
 from ckptdiff.measure.records import Records
-from ckptdiff.measure.source import Extent, Source, Window
+from ckptdiff.measure.source import Runs, SmallPairs, Source, Window
 
 __all__ = ["CpuBackend", "cast_of"]
 
@@ -99,7 +99,7 @@ class CpuBackend:
     def scan_small(
         self,
         scan: Scan,
-        places: NDArray[np.int64],
+        pairs: SmallPairs,
         records: Records,
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
         """Measure whole tensors of at most a block.
@@ -108,8 +108,7 @@ class CpuBackend:
         ----------
         scan : Scan
             Of a compare format of at most 16 bits, with a mask rule that needs no figure of the whole tensor.
-        places : int64 array, shape (k, 5)
-            Of each tensor: descriptor and offset of the base, of the tuned side, and coordinates.
+        pairs : SmallPairs
         records : Records
             Of k rows; receives the figures.
 
@@ -122,18 +121,15 @@ class CpuBackend:
         starts : int64 array, shape (k,)
             Where those of each tensor start.
         """
-        compare, numel = scan.compare, places[:, 4]
+        compare, numel = scan.compare, pairs.numel
         words = -(-numel // 64)
         stops = np.cumsum(words)
         masks = self._room_for_mask(64 * int(stops[-1]) if scan.want_mask else 0)
         self._small.open_blocks(1 - len(self._small.sums), len(scan.thresholds))
         done = scan_small(
-            (
-                Side(0, 0, 0, self._rooms[0], scan.base.bits // 8),
-                Side(0, 0, 0, self._rooms[1], scan.tuned.bits // 8),
-            ),
+            (self._side(pairs.base, 0, scan.base), self._side(pairs.tuned, 1, scan.tuned)),
             _stored(scan.base, scan.tuned, compare),
-            np.column_stack([places, stops - words]),
+            np.column_stack([numel, stops - words]),
             ranks_of(numel),
             tables_of(compare),
             new_measure(scan, _real(compare)),
@@ -143,16 +139,14 @@ class CpuBackend:
         return done, masks.view(np.uint8), 8 * (stops - words)
 
     def _sides(self, window: Window, scan: Scan) -> tuple[Side, Side]:
-        base = self._side(window.base, window.first, scan.base, 0)
+        base = self._side(window.base, 0, scan.base)
         if window.tuned is not window.base:
-            return base, self._side(window.tuned, window.first, scan.tuned, 1)
-        return base, base if base.descriptor == WINDOW else base._replace(descriptor=SHARED)
+            return base, self._side(window.tuned, 1, scan.tuned)
+        # The same bytes: what lies in memory costs nothing, what is read need not be read twice.
+        return base, base if window.base[0, FILE] == MEMORY else base._replace(runs=window.base[:0])
 
-    def _side(self, extent: Extent, first: int, stored: Format, side: int) -> Side:
-        if extent.mapped is not None:
-            return Side(WINDOW, 0, first, extent.mapped, stored.bits // 8)
-        assert extent.descriptor is not None
-        return Side(extent.descriptor, extent.offset, first, self._rooms[side], stored.bits // 8)
+    def _side(self, runs: Runs, side: int, stored: Format) -> Side:
+        return Side(runs, self._rooms[side], stored.bits // 8)
 
     def _work_for(self, compare: Format) -> Workspace:
         code = max(compare.code_dtype, np.dtype(np.uint16))

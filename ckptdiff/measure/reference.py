@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.formats import FORMATS, Format, common_format, round_to_bf16
 from ckptdiff.measure.partial import BINS, Count, Partial, Refined, Rule, Scan, Sum, Targets
-from ckptdiff.measure.source import Source
+from ckptdiff.measure.source import Source, blocks_of_span
 
 __all__ = ["ReferenceBackend"]
 
@@ -21,7 +21,7 @@ class ReferenceBackend:
         """Measure a span of blocks; see :meth:`ckptdiff.measure.cpu.CpuBackend.scan`."""
         partial.open_blocks(0, len(scan.thresholds))
         masks = [np.zeros(0, np.uint8)]
-        for base, tuned in source.blocks():
+        for base, tuned in blocks_of_span(source, (scan.base.bits, scan.tuned.bits)):
             partial.open_blocks(1, len(scan.thresholds))
             mask = self._scan_block(scan, _Pair(scan, base, tuned), (base, tuned), partial, first_tie)
             first_tie += int(partial.sums[-1, Sum.TIES])
@@ -42,7 +42,7 @@ class ReferenceBackend:
 
     def refine(self, scan: Scan, targets: Targets, source: Source, refined: Refined) -> None:
         """Look for open cuts; see :meth:`ckptdiff.measure.cpu.CpuBackend.refine`."""
-        for base, tuned in source.blocks():
+        for base, tuned in blocks_of_span(source, (scan.base.bits, scan.tuned.bits)):
             refined.open_blocks(1)
             self._refine_block(_Pair(scan, base, tuned), targets, refined)
 

@@ -1,7 +1,13 @@
-"""Define what a backend is given to read: the bytes of both sides of consecutive blocks of one tensor pair."""
+"""Define what a backend is given to read: the bytes of both sides of consecutive blocks of one tensor pair.
+
+Where they lie is told by *runs*: an int64 array of shape (k, 3), whose rows say from which coordinate on, in which
+open file or in memory, and at which byte or address; see :mod:`ckptdiff.codes.fetch`.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
@@ -9,47 +15,61 @@ from typing import NoReturn, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptdiff.codes.fetch import FIRST, MEMORY
 from ckptdiff.measure.partial import BLOCK
 
-__all__ = ["ByteArray", "Extent", "InMemory", "Source", "Window"]
+__all__ = [
+    "ByteArray",
+    "InMemory",
+    "Runs",
+    "SmallPairs",
+    "Source",
+    "Window",
+    "blocks_of_span",
+    "in_memory",
+    "read_runs",
+]
 
 ByteArray = NDArray[np.uint8]
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """Where one side of a window lies.
-
-    Attributes
-    ----------
-    descriptor : int or None
-        An open file to read from, if the bytes are not in memory.
-    offset : int
-        Where the window starts in that file.
-    mapped : read-only uint8 array or None
-        The bytes, at an address that is a multiple of 8.
-    """
-
-    descriptor: int | None = None
-    offset: int = 0
-    mapped: ByteArray | None = None
+Runs = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
     """Coordinates ``first`` to ``stop`` - 1 of a span that can be read now; ``first`` is a multiple of ``BLOCK``.
 
-    Both extents are the same object if both sides are the same bytes.
+    Attributes
+    ----------
+    first, stop : int
+    base, tuned : int64 array, shape (k, 3)
+        Their runs; one object if both sides are the same bytes.
     """
 
     first: int
     stop: int
-    base: Extent
-    tuned: Extent
+    base: Runs
+    tuned: Runs
+
+
+@dataclass(frozen=True, slots=True)
+class SmallPairs:
+    """Whole tensor pairs of at most a block.
+
+    Attributes
+    ----------
+    base, tuned : int64 array, shape (k, 3)
+        The one run of each side of each.
+    numel : int64 array, shape (k,)
+        Their coordinates.
+    """
+
+    base: Runs
+    tuned: Runs
+    numel: NDArray[np.int64]
 
 
 class Source(Protocol):
-    """A span of blocks: compiled code goes through its windows, NumPy through its blocks."""
+    """A span of blocks, which a backend goes through window by window."""
 
     @property
     def numel(self) -> int:
@@ -58,11 +78,8 @@ class Source(Protocol):
     def windows(self) -> Iterator[Window]:
         """All coordinates in order; each window is valid until the next one is asked for."""
 
-    def blocks(self) -> Iterator[tuple[ByteArray, ByteArray]]:
-        """Raw bytes of both sides, ``BLOCK`` coordinates at a time; read-only, valid until the next is asked for."""
-
     def fail(self, first: int, stop: int) -> NoReturn:
-        """Read coordinates that compiled code could not read, to learn why.
+        """Read coordinates that could not be read, to learn why.
 
         Raises
         ------
@@ -76,29 +93,91 @@ class InMemory:
 
     Parameters
     ----------
-    base, tuned : uint8 array, shape (bytes,)
+    base, tuned : uint8 array, shape (bytes,), contiguous
     numel : int
         How many coordinates they hold.
     """
 
     def __init__(self, base: ByteArray, tuned: ByteArray, numel: int) -> None:
         self.numel = numel
-        self._base, self._tuned = base.view(), tuned.view()
-        self._base.flags.writeable = self._tuned.flags.writeable = False
+        self._sides = base, tuned
 
     def windows(self) -> Iterator[Window]:
         """One window on everything."""
-        yield Window(0, self.numel, Extent(mapped=self._base), Extent(mapped=self._tuned))
-
-    def blocks(self) -> Iterator[tuple[ByteArray, ByteArray]]:
-        """Cut both sides."""
-        for first in range(0, self.numel, BLOCK):
-            stop = min(first + BLOCK, self.numel)
-            yield (
-                self._base[self._base.size * first // self.numel : self._base.size * stop // self.numel],
-                self._tuned[self._tuned.size * first // self.numel : self._tuned.size * stop // self.numel],
-            )
+        base, tuned = self._sides
+        yield Window(0, self.numel, in_memory(base), in_memory(tuned))
 
     def fail(self, first: int, stop: int) -> NoReturn:
         """Memory does not fail."""
         raise AssertionError(f"coordinates {first} to {stop} were not measured")
+
+
+def in_memory(held: ByteArray) -> Runs:
+    """The run of bytes that an array holds, for as long as it lives."""
+    return np.array([[0, MEMORY, held.ctypes.data]], np.int64)
+
+
+def blocks_of_span(source: Source, bits: tuple[int, int]) -> Iterator[tuple[ByteArray, ByteArray]]:
+    """Raw bytes of both sides, ``BLOCK`` coordinates at a time.
+
+    Parameters
+    ----------
+    source : Source
+    bits : (base, tuned)
+        Bits of a stored element; elements of less than 8 are packed.
+
+    Yields
+    ------
+    pair of uint8 array
+        Read-only, valid until the next is asked for; one object if both sides are the same bytes.
+    """
+    rooms = [np.empty(min(source.numel, BLOCK) * each // 8, np.uint8) for each in bits]
+    for window in source.windows():
+        runs = [window.base] if window.tuned is window.base else [window.base, window.tuned]
+        for first in range(window.first, window.stop, BLOCK):
+            stop = min(first + BLOCK, window.stop)
+            views = []
+            for side, each, room in zip(runs, bits, rooms, strict=False):
+                view = room[: (stop - first) * each // 8]
+                if not read_runs(side, first, each, view):
+                    source.fail(first, stop)
+                views.append(view.view())
+                views[-1].flags.writeable = False
+            yield views[0], views[-1]
+
+
+def read_runs(runs: Runs, first: int, bits: int, room: ByteArray) -> bool:
+    """Fill an array with the bytes of a side.
+
+    Parameters
+    ----------
+    runs : int64 array, shape (k, 3)
+    first : int
+        The coordinate that it begins with, in or after the first run.
+    bits : int
+        Bits of a stored element.
+    room : uint8 array
+        Is filled.
+
+    Returns
+    -------
+    bool
+        Whether all came.
+    """
+    ends = [(start - first) * bits // 8 for start in runs[1:, FIRST].tolist()] + [room.size]
+    done = 0
+    for (start, file, at), end in zip(runs.tolist(), ends, strict=True):
+        offset = at + (first - start) * bits // 8
+        end = min(end, room.size)
+        if file == MEMORY and done < end:
+            ctypes.memmove(room.ctypes.data + done, offset + done, end - done)
+            done = end
+        while done < end:
+            try:
+                count = os.preadv(file, [room[done:end].data], offset + done)
+            except OSError:
+                return False
+            if not count:
+                return False
+            done += count
+    return True

@@ -1,10 +1,11 @@
-"""Read the bytes of consecutive blocks of a tensor pair from its shards."""
+"""Say where the bytes of tensor pairs lie, and tell the disk that they come next."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import NoReturn
 
 import numpy as np
@@ -12,24 +13,14 @@ import numpy as np
 from ckptdiff.checkpoint import DTYPES, TensorInfo, TensorPair
 from ckptdiff.checkpoint.open_shard import failed_once
 from ckptdiff.checkpoint.open_shards import OpenShards
+from ckptdiff.codes.fetch import AT, FILE, MEMORY
 from ckptdiff.measure.partial import BLOCK
-from ckptdiff.measure.source import ByteArray, Extent, Window
+from ckptdiff.measure.source import Runs, SmallPairs, Window
 from ckptdiff.run.tasks import Span
 
-__all__ = ["Buffers", "ShardSource"]
+__all__ = ["ShardSource", "small_pairs"]
 
-
-class Buffers:
-    """What one thread reads into; grows to what it is asked for."""
-
-    def __init__(self) -> None:
-        self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
-
-    def __call__(self, side: int, size: int) -> ByteArray:
-        """Room for ``size`` bytes of a side."""
-        if self._buffers[side].size < size:
-            self._buffers[side] = np.empty(size, np.uint8)
-        return self._buffers[side]
+_NOTHING = np.empty(0, np.uint8)
 
 
 class ShardSource:
@@ -40,70 +31,67 @@ class ShardSource:
     shards : OpenShards
     pair : TensorPair
     span : Span
-    buffers : Buffers
-        Of the thread that reads.
     stop : threading.Event
-        Set when the run is given up; the next window or block then raises InterruptedError.
+        Set when the run is given up; the next window then raises InterruptedError.
     """
 
-    def __init__(
-        self, shards: OpenShards, pair: TensorPair, span: Span, buffers: Buffers, stop: threading.Event
-    ) -> None:
-        self._shards, self._pair, self._buffers, self._stop = shards, pair, buffers, stop
+    def __init__(self, shards: OpenShards, pair: TensorPair, span: Span, stop: threading.Event) -> None:
+        self._shards, self._stop = shards, stop
+        # Bytes that both names share are read once.
+        self._sides = [pair.base] if pair.same_bytes else [pair.base, pair.tuned]
         self._first = span.first * BLOCK
         self.numel = min(span.stop * BLOCK, pair.base.numel) - self._first
 
     def windows(self) -> Iterator[Window]:
         """The whole span if it is read, a block at a time if it is mapped."""
-        sides = self._sides()
-        readers = [self._shards[side.shard] for side in sides]
-        mapped = all(reader.maps(side.start) for reader, side in zip(readers, sides, strict=True))
+        readers = [self._shards[side.shard] for side in self._sides]
+        mapped = all(reader.maps(side.start) for reader, side in zip(readers, self._sides, strict=True))
         step = BLOCK if mapped else max(self.numel, 1)
         for first in range(0, self.numel, step):
+            if self._stop.is_set():
+                raise InterruptedError("the run was given up")
             stop = min(first + step, self.numel)
-            self._go_on()
             with ExitStack() as stack:
-                extents = []
-                for index, (reader, side) in enumerate(zip(readers, sides, strict=True)):
+                runs: list[Runs] = []
+                for reader, side in zip(readers, self._sides, strict=True):
                     start, end = self._bytes(side, first, stop)
                     if mapped:
-                        view = stack.enter_context(reader.window(side, start, end, self._buffers(index, 0)))
-                        extents.append(Extent(mapped=view))
+                        view = stack.enter_context(reader.window(side, start, end, _NOTHING))
+                        runs.append(np.array([[first, MEMORY, view.ctypes.data]]))
                     else:
-                        extents.append(Extent(reader.ready(start, end), start))
-                yield Window(first, stop, extents[0], extents[-1])
-
-    def blocks(self) -> Iterator[tuple[ByteArray, ByteArray]]:
-        """Raw bytes of both sides, a block at a time."""
-        for first in range(0, self.numel, BLOCK):
-            self._go_on()
-            with ExitStack() as stack:
-                views = [
-                    stack.enter_context(self._window(index, side, first, min(first + BLOCK, self.numel)))
-                    for index, side in enumerate(self._sides())
-                ]
-                yield views[0], views[-1]
+                        runs.append(np.array([[first, reader.ready(start, end), start]]))
+                yield Window(first, stop, runs[0], runs[-1])
 
     def fail(self, first: int, stop: int) -> NoReturn:
-        """Read coordinates that compiled code could not read; raises what is wrong."""
-        for index, side in enumerate(self._sides()):
-            with self._window(index, side, first, stop):
+        """Read coordinates that could not be read; raises what is wrong."""
+        for side in self._sides:
+            start, end = self._bytes(side, first, stop)
+            with self._shards[side.shard].window(side, start, end, np.empty(end - start, np.uint8)):
                 pass
-        raise failed_once(self._sides())
-
-    def _sides(self) -> list[TensorInfo]:
-        """What is to be read: bytes that both names share are read once."""
-        return [self._pair.base] if self._pair.same_bytes else [self._pair.base, self._pair.tuned]
-
-    def _window(self, index: int, side: TensorInfo, first: int, stop: int) -> AbstractContextManager[ByteArray]:
-        start, end = self._bytes(side, first, stop)
-        return self._shards[side.shard].window(side, start, end, self._buffers(index, end - start))
+        raise failed_once(self._sides)
 
     def _bytes(self, side: TensorInfo, first: int, stop: int) -> tuple[int, int]:
         bits = DTYPES[side.dtype].bits
         start = side.start + (self._first + first) * bits // 8
         return start, min(start + (stop - first) * bits // 8, side.stop)
 
-    def _go_on(self) -> None:
-        if self._stop.is_set():
-            raise InterruptedError("the run was given up")
+
+def small_pairs(shards: OpenShards, pairs: Sequence[TensorPair]) -> SmallPairs:
+    """Where whole tensor pairs lie, the files of all of them checked at once."""
+    base, tuned = (_whole(shards, side) for side in ([pair.base for pair in pairs], [pair.tuned for pair in pairs]))
+    return SmallPairs(base, tuned, np.array([pair.base.numel for pair in pairs], np.int64))
+
+
+def _whole(shards: OpenShards, tensors: Sequence[TensorInfo]) -> Runs:
+    """The run of each tensor."""
+    of_shard: dict[str, list[TensorInfo]] = defaultdict(list)
+    for tensor in tensors:
+        of_shard[tensor.shard.path].append(tensor)
+    descriptors = {
+        path: shards[some[0].shard].ready(min(tensor.start for tensor in some), max(tensor.stop for tensor in some))
+        for path, some in of_shard.items()
+    }
+    runs = np.zeros((len(tensors), 3), np.int64)
+    runs[:, FILE] = [descriptors[tensor.shard.path] for tensor in tensors]
+    runs[:, AT] = [tensor.start for tensor in tensors]
+    return runs

@@ -20,7 +20,6 @@ from typing import TypeAlias
 import numpy as np
 
 from ckptdiff.checkpoint import Kind, TensorPair
-from ckptdiff.codes.fetch import WINDOW
 from ckptdiff.events import Listener, Note, Stage, stage
 from ckptdiff.formats import FORMATS, Format, Formats, formats_of
 from ckptdiff.jit import NotCachedError, cache_folder, only_cached
@@ -32,7 +31,7 @@ from ckptdiff.measure.low_cuts import LowCut, first_low_cuts, refine_low_cut
 from ckptdiff.measure.partial import Partial, Refined, Rule, Scan, Targets
 from ckptdiff.measure.ranks import ranks_of, tables_of
 from ckptdiff.measure.records import empty_records
-from ckptdiff.measure.source import InMemory
+from ckptdiff.measure.source import InMemory, SmallPairs
 from ckptdiff.measure.thresholds import EPS, ETA
 from ckptdiff.options import Compare
 from ckptdiff.runfile.compress import compress_chunk
@@ -249,9 +248,9 @@ def _end_with_input() -> None:
 
 
 def _measure_small(worker: Batching, base: Format, tuned: Format, compare: Format) -> None:
-    # Two coordinates of what the buffers of the kernel hold by themselves.
-    places = np.array([[WINDOW, 0, WINDOW, 0, 2]])
-    worker.scan_small(_first_scan(base, tuned, compare), places, empty_records(1))
+    (window,) = (source := _two_coordinates(base, tuned)).windows()
+    pairs = SmallPairs(window.base, window.tuned, np.array([source.numel]))
+    worker.scan_small(_first_scan(base, tuned, compare), pairs, empty_records(1))
 
 
 def _scan(worker: Backend, base: Format, tuned: Format, compare: Format) -> None:
@@ -305,7 +304,7 @@ def _follow(compare: Format) -> None:
     from ckptdiff.track.kernels.trajectory import Flow, follow_spans, new_rooms
 
     code = max(compare.code_dtype, np.dtype(np.uint16))
-    nothing, files, tables = np.empty((0, 3), np.int64), np.zeros((1, 2, 4), np.int64), np.zeros((2, 0), code)
+    nothing, files, tables = np.empty((0, 3), np.int64), np.zeros((1, 2, 5), np.int64), np.zeros((2, 0), code)
     found = np.zeros((0, 1, len(Flow)), np.int64), np.zeros((0, 2))
     magnitude = code.type(compare.magnitude)
     follow_spans(nothing, files, tables, facts_of(compare).values, magnitude, new_rooms(code, 2), *found)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint import Kind, TensorInfo, TensorPair
+from ckptdiff.checkpoint import Kind
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.measure.backend import Batching
 from ckptdiff.measure.bitwise import scan_bits
@@ -18,7 +18,7 @@ from ckptdiff.measure.partial import BitScan, Count, Partial, Refined, Scan, Tar
 from ckptdiff.measure.passes import FloatMeasurement, Measurement
 from ckptdiff.measure.records import Records, empty_records, put_row
 from ckptdiff.run.planning import Plan
-from ckptdiff.run.shard_source import Buffers, ShardSource
+from ckptdiff.run.shard_source import ShardSource, small_pairs
 from ckptdiff.run.tasks import Span
 from ckptdiff.runfile.compress import compress_chunk, compress_parts
 from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes
@@ -66,7 +66,7 @@ class Result:
 
 
 class Worker:
-    """The state of one thread: its backend and its buffers.
+    """The state of one thread.
 
     Parameters
     ----------
@@ -83,7 +83,6 @@ class Worker:
         self._plan, self._shards, self._stop = plan, shards, stop
         self._backend = plan.device.worker()
         self._spare = spare
-        self._buffers = Buffers()
 
     def measure(self, tensors: range, alike: bool) -> Result:
         """Measure whole tensor pairs: in one call those of the same formats, then one by one what is not complete."""
@@ -119,18 +118,18 @@ class Worker:
         plan, pairs = self._plan, self._plan.pairs[tensors.start : tensors.stop]
         model, backend = plan.measurement(tensors.start, plan.want_masks), self._backend
         assert isinstance(model.next, Scan) and isinstance(backend, Batching)
-        places = self._places(pairs)
-        done, masks, starts = backend.scan_small(model.next, places, records)
+        small = small_pairs(self._shards, pairs)
+        done, masks, starts = backend.scan_small(model.next, small, records)
         if done < len(pairs):
             span = Span(tensors[done], 0, 1)
-            ShardSource(self._shards, pairs[done], span, self._buffers, self._stop).fail(0, pairs[done].base.numel)
-        payloads = compress_parts(masks, starts, -(-places[:, 4] // 8)) if model.next.want_mask else []
+            ShardSource(self._shards, pairs[done], span, self._stop).fail(0, pairs[done].base.numel)
+        payloads = compress_parts(masks, starts, -(-small.numel // 8)) if model.next.want_mask else []
         return [Chunk(index, 0, *payload) for index, payload in zip(tensors, payloads, strict=False)]
 
     def _pass(self, measurement: Measurement, span: Span) -> tuple[Partial | Refined, list[Chunk]]:
         todo, pair = measurement.next, self._plan.pairs[span.tensor]
         assert todo is not None
-        source = ShardSource(self._shards, pair, span, self._buffers, self._stop)
+        source = ShardSource(self._shards, pair, span, self._stop)
         if isinstance(todo, Targets):
             assert isinstance(measurement, FloatMeasurement)
             refined = Refined.empty(todo)
@@ -151,22 +150,6 @@ class Worker:
             return Partial()
         partial.clear()
         return partial
-
-    def _places(self, pairs: Sequence[TensorPair]) -> NDArray[np.int64]:
-        """Descriptor and offset of both sides of each pair, and its coordinates; tells the disk what comes next."""
-        places = np.empty((len(pairs), 5), np.int64)
-        for column, side in enumerate(([pair.base for pair in pairs], [pair.tuned for pair in pairs])):
-            shards: dict[str, list[TensorInfo]] = defaultdict(list)
-            for tensor in side:
-                shards[tensor.shard.path].append(tensor)
-            descriptors = {
-                path: self._shards[some[0].shard].ready(min(t.start for t in some), max(t.stop for t in some))
-                for path, some in shards.items()
-            }
-            places[:, 2 * column] = [descriptors[tensor.shard.path] for tensor in side]
-            places[:, 2 * column + 1] = [tensor.start for tensor in side]
-        places[:, 4] = [pair.base.numel for pair in pairs]
-        return places
 
 
 def _compressed(mask: NDArray[np.uint8], tensor: int, first: int, numel: int) -> Iterator[Chunk]:

@@ -156,11 +156,11 @@ def _execute(tensors: Sequence[Followed], shards: OpenShards, threads: int, told
 
 
 def _files(tensors: Sequence[Followed], shards: OpenShards) -> NDArray[np.int64]:
-    """Where compiled code reads each side of each tensor; shape (tensors, sides, 4)."""
+    """Where compiled code reads each side of each tensor; shape (tensors, sides, 5)."""
     return np.array(
         [
             [
-                (shards[side.shard].descriptor, side.start, DTYPES[side.dtype].bits // 8, cast)
+                (0, shards[side.shard].descriptor, side.start, DTYPES[side.dtype].bits // 8, cast)
                 for side, cast in zip(followed.sides, followed.casts()[0], strict=True)
             ]
             for followed in tensors

@@ -9,6 +9,7 @@ from code_samples import assert_partials_equal
 from host_gpu import HostGpu, Memory
 from worker_checks import check, check_refine, sides, source
 
+from ckptdiff.codes.fetch import AT
 from ckptdiff.errors import ChangedFileError, DeviceError, PlanError
 from ckptdiff.formats import FORMATS
 from ckptdiff.measure.cpu import CpuBackend
@@ -19,7 +20,7 @@ from ckptdiff.measure.cuda.slots import ALIGN, Room, fit_room
 from ckptdiff.measure.partial import BINS, Partial, Rule, Scan
 from ckptdiff.measure.records import empty_records
 from ckptdiff.measure.reference import ReferenceBackend
-from ckptdiff.measure.source import Extent, InMemory, Window
+from ckptdiff.measure.source import InMemory, SmallPairs, Window, in_memory
 from ckptdiff.measure.thresholds import EPS as EPS_OF_RUNS
 
 EPS = (0.0, 1e-8, 1e-5, 1e-4)
@@ -78,10 +79,10 @@ def test_bytes_that_both_names_share_go_up_once(libraries):
     np.testing.assert_array_equal(mask, right)
 
 
-def small_rows(worker, scan, places):
-    numel = places[:, 4]
-    records = empty_records(len(places))
-    done, bits, starts = worker.scan_small(scan, places, records)
+def small_rows(worker, scan, pairs):
+    numel = pairs.numel
+    records = empty_records(len(numel))
+    done, bits, starts = worker.scan_small(scan, pairs, records)
     assert (starts % 8 == 0).all()
     rows = zip(starts.tolist(), numel.tolist(), strict=True) if scan.want_mask else ()
     return done, [bits[start : start + -(-n // 8)].copy() for start, n in rows], records
@@ -100,10 +101,11 @@ def small_tensors(tmp_path):
         paths.append(tmp_path / f"side{side}")
         paths[-1].write_bytes(b"".join(pair[side].tobytes() for pair in pairs))
     with paths[0].open("rb") as base, paths[1].open("rb") as tuned:
-        rows = [
-            (base.fileno(), stop - 2 * n, tuned.fileno(), stop - 2 * n, n) for stop, n in zip(stops, sizes, strict=True)
+        runs = [
+            np.array([(0, side.fileno(), stop - 2 * n) for stop, n in zip(stops, sizes, strict=True)])
+            for side in (base, tuned)
         ]
-        yield np.array(rows, np.int64), paths
+        yield SmallPairs(*runs, np.array(sizes)), paths
 
 
 @pytest.mark.parametrize("want_mask", [True, False])
@@ -112,14 +114,14 @@ def test_small_tensors_share_launches(libraries, small_tensors, seed, want_mask)
     gpu = HostGpu(libraries, seed, processors=1)
     worker = CudaBackend(gpu, Room(8 << 15, 8))
     scan = Scan(BF16, BF16, BF16, EPS_OF_RUNS, 1e-3, Rule.ABOVE, 1e-5, want_mask=want_mask)
-    places, _ = small_tensors
-    done, masks, records = small_rows(worker, scan, places)
+    pairs, _ = small_tensors
+    done, masks, records = small_rows(worker, scan, pairs)
     # Five, then one in three launches, then eight, then two.
     assert gpu.launched.count("scan") == 1 + 3 + 1 + 1
     assert gpu.launched.count("harvest") == 4
-    right_done, right_masks, right = small_rows(CpuBackend(), scan, places)
-    assert done == right_done == len(places)
-    assert len(masks) == len(right_masks) == (len(places) if want_mask else 0)
+    right_done, right_masks, right = small_rows(CpuBackend(), scan, pairs)
+    assert done == right_done == len(pairs.numel)
+    assert len(masks) == len(right_masks) == (done if want_mask else 0)
     for mask, other in zip(masks, right_masks, strict=True):
         np.testing.assert_array_equal(mask, other)
     for name, value in right._asdict().items():
@@ -130,13 +132,13 @@ def test_small_tensors_share_launches(libraries, small_tensors, seed, want_mask)
 
 
 def test_a_small_tensor_that_cannot_be_read_is_named_by_its_row(libraries, small_tensors):
-    places, paths = small_tensors
+    pairs, paths = small_tensors
     with paths[1].open("r+b") as file:
-        file.truncate(int(places[7, 3]))
+        file.truncate(int(pairs.tuned[7, AT]))
     worker = CudaBackend(HostGpu(libraries), Room(8 << 15, 8))
     scan = Scan(BF16, BF16, BF16, EPS_OF_RUNS, want_mask=True)
-    assert small_rows(worker, scan, places)[0] == 7
-    assert small_rows(worker, scan, places[:7])[0] == 7
+    assert small_rows(worker, scan, pairs)[0] == 7
+    assert small_rows(worker, scan, SmallPairs(pairs.base[:7], pairs.tuned[:7], pairs.numel[:7]))[0] == 7
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -223,7 +225,7 @@ def test_a_read_that_fails_is_reported_and_leaves_nothing_under_way(libraries, t
     class Short(InMemory):
         def windows(self):
             with path.open("rb") as file:
-                yield Window(0, 500_000, Extent(file.fileno(), 0), Extent(mapped=tuned.view(np.uint8)))
+                yield Window(0, 500_000, np.array([[0, file.fileno(), 0]]), in_memory(tuned.view(np.uint8)))
 
         def fail(self, first, stop):
             raise ChangedFileError("the shard shrank while it was read", found=(first, stop))
@@ -299,7 +301,7 @@ def test_the_first_error_is_reported(failing, monkeypatch):
 
 def test_figures_that_cannot_be_taken_leave_nothing_under_way(libraries, small_tensors, monkeypatch):
     gpu = HostGpu(libraries, processors=1)
-    worker, places = CudaBackend(gpu, Room(8 << 15, 8)), small_tensors[0]
+    worker, pairs = CudaBackend(gpu, Room(8 << 15, 8)), small_tensors[0]
     scan = Scan(BF16, BF16, BF16, EPS_OF_RUNS, want_mask=True)
 
     def fail(*args):
@@ -308,7 +310,7 @@ def test_figures_that_cannot_be_taken_leave_nothing_under_way(libraries, small_t
 
     monkeypatch.setattr("ckptdiff.measure.cuda.batch.fill_row", fail)
     with pytest.raises(ZeroDivisionError):
-        small_rows(worker, scan, places)
+        small_rows(worker, scan, pairs)
     assert gpu.queued == 0
 
 
@@ -339,8 +341,7 @@ def test_the_benchmark_runs(libraries, tmp_path, monkeypatch):
 def test_bins_never_overflow_their_list(libraries):
     # Launches of tensors that use every bin: a list too short would be written beyond its end.
     room = Room(side=64 << 20, records=64)
-    places = np.zeros((40, 5), np.int64)
-    places[:, 4] = 1 << 20
-    cut = list(groups(Scan(BF16, BF16, BF16), places, room))
+    nowhere = np.zeros((40, 3), np.int64)
+    cut = list(groups(Scan(BF16, BF16, BF16), SmallPairs(nowhere, nowhere, np.full(40, 1 << 20)), room))
     assert [index for group in cut for index in group.rows] == list(range(40))
     assert all(len(group.rows) * ROWS * BINS <= room.most_entries for group in cut)

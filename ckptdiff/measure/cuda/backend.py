@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.errors import DeviceError
 from ckptdiff.formats import Formats
-from ckptdiff.measure.cuda.batch import Rows, UnreadableError, groups, read_into
+from ckptdiff.measure.cuda.batch import Rows, UnreadableError, groups
 from ckptdiff.measure.cuda.gpu import Gpu
 from ckptdiff.measure.cuda.layout import (
     REFINE_BINS,
@@ -29,7 +29,7 @@ from ckptdiff.measure.cuda.slots import GroupTotals, Room, Slot
 from ckptdiff.measure.partial import BINS, Partial, Refined, Rule, Scan, Targets
 from ckptdiff.measure.ranks import ranks_of
 from ckptdiff.measure.records import Records
-from ckptdiff.measure.source import ByteArray, Extent, Source, Window
+from ckptdiff.measure.source import ByteArray, SmallPairs, Source, Window, read_runs
 
 __all__ = ["CudaBackend", "open_pipeline"]
 
@@ -72,19 +72,19 @@ class CudaBackend:
     def scan_small(
         self,
         scan: Scan,
-        places: NDArray[np.int64],
+        pairs: SmallPairs,
         records: Records,
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
         """Measure whole tensors of at most a block, many with one launch.
 
         Parameters are those of :meth:`ckptdiff.measure.cpu.CpuBackend.scan_small`.
         """
-        numel = places[:, 4]
+        numel = pairs.numel
         words = -(-numel // 64)
         starts = 8 * (np.cumsum(words) - words)
         mask = self._room_for_mask(64 * int(words.sum()) if scan.want_mask else 0)
         rows = Rows(scan, numel, ranks_of(numel), records)
-        jobs, waiting = itertools.tee(groups(scan, places, self._pipeline.room))
+        jobs, waiting = itertools.tee(groups(scan, pairs, self._pipeline.room))
         group, sums, at = next(waiting), list[NDArray[np.float64]](), 0
         try:
             all_jobs = (job for one in jobs for job in one.jobs)
@@ -100,7 +100,7 @@ class CudaBackend:
                         group, sums = next(waiting, group), []
         except UnreadableError as error:
             return error.row, mask, starts
-        return len(places), mask, starts
+        return len(numel), mask, starts
 
     def refine(self, scan: Scan, targets: Targets, source: Source, refined: Refined) -> None:
         """Look for open cuts in a span; see :meth:`ckptdiff.measure.cpu.CpuBackend.refine`."""
@@ -195,16 +195,6 @@ def _formats(scan: Scan) -> Formats:
 def _read(scan: Scan, source: Source, window: Window, first: int, *rooms: ByteArray) -> None:
     """Read both sides of coordinates of a window from ``first`` on, as many as there is room for."""
     sides = (window.base, scan.base), (window.tuned, scan.tuned)
-    for (extent, stored), room in zip(sides, rooms, strict=False):
-        item = stored.bits // 8
-        if not _fill(room, extent, (first - window.first) * item):
-            source.fail(first, first + room.size // item)
-
-
-def _fill(room: ByteArray, extent: Extent, start: int) -> bool:
-    """Copy or read bytes of an extent; whether all came."""
-    if extent.mapped is not None:
-        room[:] = extent.mapped[start : start + room.size]
-        return True
-    assert extent.descriptor is not None
-    return read_into(room, extent.descriptor, extent.offset + start)
+    for (runs, stored), room in zip(sides, rooms, strict=False):
+        if not read_runs(runs, first, stored.bits, room):
+            source.fail(first, first + room.size * 8 // stored.bits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial as bind
@@ -10,7 +9,6 @@ from functools import partial as bind
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.codes.fetch import WINDOW
 from ckptdiff.measure.cuda.layout import add_scanned, split_bins
 from ckptdiff.measure.cuda.pipeline import Landed, Launch, Part
 from ckptdiff.measure.cuda.slots import Room
@@ -19,7 +17,7 @@ from ckptdiff.measure.kernels.tiles import totals_of
 from ckptdiff.measure.partial import Partial, Scan
 from ckptdiff.measure.ranks import tables_of
 from ckptdiff.measure.records import Records
-from ckptdiff.measure.source import ByteArray
+from ckptdiff.measure.source import ByteArray, SmallPairs, read_runs
 
 __all__ = ["Group", "Rows", "UnreadableError", "groups"]
 
@@ -61,74 +59,56 @@ class Rows:
             partial.clear()
 
 
-def groups(scan: Scan, places: NDArray[np.int64], room: Room) -> Iterator[Group]:
+def groups(scan: Scan, pairs: SmallPairs, room: Room) -> Iterator[Group]:
     """Cut tensors into groups, in order.
 
     Parameters
     ----------
     scan : Scan
-    places : int64 array, shape (k, 5)
-        Of each tensor: descriptor and offset of the base, of the tuned side, and coordinates.
+    pairs : SmallPairs
     room : Room
     """
     widest = max(scan.base.bits, scan.tuned.bits)
     first, free = 0, room.limits()
-    for row, numel in enumerate(places[:, 4].tolist()):
+    for row, numel in enumerate(pairs.numel.tolist()):
         needs = room.needs(numel, widest)
         if _fit(needs, free):
             free = tuple(left - need for left, need in zip(free, needs, strict=True))
             continue
         if first < row:
-            yield _together(scan, places, range(first, row))
+            yield _together(scan, pairs, range(first, row))
         first, free = row, room.limits()
         if _fit(needs, free):
             free = tuple(left - need for left, need in zip(free, needs, strict=True))
         else:
-            yield _alone(scan, places, row, room.coordinates(widest))
+            yield _alone(scan, pairs, row, room.coordinates(widest))
             first = row + 1
-    if first < len(places):
-        yield _together(scan, places, range(first, len(places)))
+    if first < len(pairs.numel):
+        yield _together(scan, pairs, range(first, len(pairs.numel)))
 
 
 def _fit(needs: tuple[int, ...], free: tuple[int, ...]) -> bool:
     return all(need <= left for need, left in zip(needs, free, strict=True))
 
 
-def _together(scan: Scan, places: NDArray[np.int64], rows: range) -> Group:
+def _together(scan: Scan, pairs: SmallPairs, rows: range) -> Group:
     parts = tuple(
-        Part(record, int(places[row, 4]), bind(_read, scan, places[row], row, 0)) for record, row in enumerate(rows)
+        Part(record, int(pairs.numel[row]), bind(_read, scan, pairs, row, 0)) for record, row in enumerate(rows)
     )
     return Group(rows, (Launch(parts),))
 
 
-def _alone(scan: Scan, places: NDArray[np.int64], row: int, step: int) -> Group:
-    numel = int(places[row, 4])
+def _alone(scan: Scan, pairs: SmallPairs, row: int, step: int) -> Group:
+    numel = int(pairs.numel[row])
     jobs = []
     for first in range(0, numel, step):
-        part = Part(0, min(step, numel - first), bind(_read, scan, places[row], row, first))
+        part = Part(0, min(step, numel - first), bind(_read, scan, pairs, row, first))
         jobs.append(Launch((part,), opens=first == 0, closes=first + step >= numel))
     return Group(range(row, row + 1), tuple(jobs))
 
 
-def _read(scan: Scan, place: NDArray[np.int64], row: int, first: int, *rooms: ByteArray) -> None:
+def _read(scan: Scan, pairs: SmallPairs, row: int, first: int, *rooms: ByteArray) -> None:
     """Read both sides of a tensor from coordinate ``first`` on."""
-    sides = zip(rooms, place[:4].reshape(2, 2).tolist(), (scan.base, scan.tuned), strict=True)
-    for room, (descriptor, offset), stored in sides:
-        if descriptor == WINDOW:  # a rehearsal: any bytes will do
-            room[:] = 0
-        elif not read_into(room, descriptor, offset + first * stored.bits // 8):
+    for runs, stored, room in zip((pairs.base, pairs.tuned), (scan.base, scan.tuned), rooms, strict=True):
+        if not read_runs(runs[row : row + 1], first, stored.bits, room):
             raise UnreadableError(row)
-
-
-def read_into(room: ByteArray, descriptor: int, offset: int) -> bool:
-    """Fill an array from an open file; whether all came."""
-    done = 0
-    while done < room.size:
-        try:
-            count = os.preadv(descriptor, [room[done:].data], offset + done)
-        except OSError:
-            return False
-        if not count:
-            return False
-        done += count
-    return True

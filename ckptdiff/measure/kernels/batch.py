@@ -61,7 +61,7 @@ def count_native(totals: Totals, numel: int, infinite: Any) -> None:
 def scan_small(
     sides: tuple[Side, Side],
     stored: tuple[Stored, Stored] | None,
-    places: Array,
+    sizes: Array,
     ranks: tuple[Array, Array],
     tables: tuple[Facts, Wanted],
     measure: Measure,
@@ -73,11 +73,11 @@ def scan_small(
     Parameters
     ----------
     sides : (Side, Side)
-        Room to read into; file and offset of each tensor are in ``places``.
+        Of runs that are each a whole tensor.
     stored : (Stored, Stored) or None
         As in :func:`~ckptdiff.measure.kernels.span.scan_span`.
-    places : int64 array, shape (k, 6)
-        Of each tensor: descriptor and offset of the base, of the tuned side, coordinates, and its first word of mask.
+    sizes : int64 array, shape (k, 2)
+        Of each tensor: coordinates, and its first word of mask.
     ranks : pair of int64 array, shape (k, ...)
         Sizes of the sets of largest |d| and of smallest weights.
     tables : (Facts, Wanted)
@@ -93,14 +93,13 @@ def scan_small(
         How many tensors were measured: less than all if one could not be read.
     """
     (base, tuned), (work, totals), (records, words) = sides, room, out
-    for row in range(len(places)):
-        place = places[row]
-        numel = place[4]
+    for row in range(len(sizes)):
+        numel, word = sizes[row]
         pair = (
-            Side(place[0], place[1], 0, base.bytes, base.itemsize),
-            Side(place[2], place[3], 0, tuned.bytes, tuned.itemsize),
+            Side(base.runs[row : row + 1], base.room, base.itemsize),
+            Side(tuned.runs[row : row + 1], tuned.room, tuned.itemsize),
         )
-        mask = words[place[5] : place[5] + (numel + 63) // 64]
+        mask = words[word : word + (numel + 63) // 64]
         came = scan_span(pair, stored, (0, numel), tables[0], work, measure, totals, mask)
         if came < numel:
             clear(totals)
@@ -109,4 +108,4 @@ def scan_small(
             count_native(totals, numel, tables[0].infinite)
         take_row(totals, ranks, tables, row, records)
         clear(totals)
-    return len(places)
+    return len(sizes)

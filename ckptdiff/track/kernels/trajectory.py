@@ -38,6 +38,8 @@ PIECES_BYTES = 3 << 20
 """Bytes of a piece of all checkpoints together: about the caches of a core."""
 LARGEST, SMALLEST = 1 << 18, 1 << 14
 """Coordinates of a piece. A read costs a microsecond beside its bytes, so short ones are slower than a lower cache."""
+ITEMSIZE, CAST = 3, 4
+"""Columns of files, after those of their run."""
 TRACK_TILE = 1 << 13
 """Coordinates whose squares are summed in float32 before they are added in float64: 256 in each sum."""
 _WIDEST = 8
@@ -208,17 +210,17 @@ def read_piece(first: int, stop: int, files: Array, tables: Array, rooms: Rooms)
     Parameters
     ----------
     first, stop : int
-    files : int64 array, shape (1 + steps, 4)
+    files : int64 array, shape (1 + steps, 5)
     tables : array of codes, shape (1 + steps, 0 or 65536)
     rooms : Rooms
         Its codes are written.
     """
     n = stop - first
     for side in range(files.shape[0]):
-        descriptor, offset, itemsize, cast = files[side, 0], files[side, 1], files[side, 2], files[side, 3]
+        itemsize, cast = files[side, ITEMSIZE], files[side, CAST]
         codes = rooms.codes[side]
         room = codes.view(np.uint8) if cast == NO_CAST else rooms.raw
-        raw = fetch(Side(descriptor, offset, 0, room, itemsize), first, stop)
+        raw = fetch(Side(files[side : side + 1, :ITEMSIZE], room, itemsize), first, stop)
         if raw.size < n * itemsize:
             return False
         if cast != NO_CAST:
@@ -244,8 +246,8 @@ def follow_spans(
     ----------
     spans : int64 array, shape (spans, 3)
         Number of a tensor, the first coordinate, and where to stop.
-    files : int64 array, shape (tensors, 1 + steps, 4)
-        Of the base and of each step: descriptor, offset of coordinate 0 in the file, bytes of an element, and how it
+    files : int64 array, shape (tensors, 1 + steps, 5)
+        Of the base and of each step: its run (:class:`~ckptdiff.codes.fetch.Side`), bytes of an element, and how it
         becomes a code of the compare format (:class:`~ckptdiff.measure.kernels.stored.Cast`).
     tables : array of codes, shape (1 + steps, 0 or 65536)
         For ``Cast.TABLE``.
