@@ -32,12 +32,11 @@ from ckptdiff.measure.backend import Backend
 from ckptdiff.measure.cpu import CpuBackend
 from ckptdiff.measure.cuda import choice
 from ckptdiff.measure.cuda.backend import CudaBackend
-from ckptdiff.measure.cuda.batch import read_into
 from ckptdiff.measure.cuda.gpu import Gpu
 from ckptdiff.measure.cuda.layout import DEVICE_TILE, RECORD, ROWS, TILE_RECORD, scan_settings
 from ckptdiff.measure.cuda.slots import Room
 from ckptdiff.measure.partial import BINS, Partial, Rule, Scan, Sum
-from ckptdiff.measure.source import InMemory, Window
+from ckptdiff.measure.source import InMemory, Window, read_runs
 from ckptdiff.memory import peak_resident, resident
 
 BF16, F16, F32, E4M3, E5M2 = (FORMATS[name] for name in ("bf16", "f16", "f32", "f8_e4m3", "f8_e5m2"))
@@ -173,7 +172,7 @@ def read_rates(folder: Path, base: np.ndarray, rounds: int, piece: int = 4 << 20
     def by_pread() -> None:
         with path.open("rb") as file:
             for start in starts:
-                read_into(room, file.fileno(), start)
+                read_runs(np.array([[0, file.fileno(), start]]), 0, 8, room)
 
     def by_map() -> None:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:

@@ -85,9 +85,9 @@ class Piece:
     transposed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Assembled:
-    """Pieces that together are one tensor of the base.
+    """Pieces that together are one tensor of the base. There may be thousands: each is equal to itself alone.
 
     Attributes
     ----------

@@ -16,7 +16,7 @@ from numba.np.arrayobj import make_array, populate_array
 
 from ckptdiff.jit import helper
 
-__all__ = ["AT", "FETCH", "FILE", "FIRST", "MEMORY", "Array", "Side", "fetch"]
+__all__ = ["AT", "ATTEMPTS", "FETCH", "FILE", "FIRST", "MEMORY", "Array", "Side", "fetch", "read_at"]
 
 FETCH = 1 << 17
 """Coordinates that are fetched at a time; divides ``BLOCK``."""
@@ -27,7 +27,7 @@ where that coordinate lies. A run ends where the next one begins."""
 MEMORY = -1
 """In place of a descriptor: ``AT`` is an address."""
 
-_ATTEMPTS = 64
+ATTEMPTS = 64
 _ALIGNED = 8
 """Bytes that an address must be a multiple of, or what lies there is copied first."""
 
@@ -114,7 +114,7 @@ def fetch(side: Side, first: int, stop: int) -> Array:
             copy_from(at + done, side.room, done, end - done)
             done = end
         attempts = 0
-        while done < end and attempts < _ATTEMPTS:
+        while done < end and attempts < ATTEMPTS:
             count = read_at(runs[row, FILE], side.room, done, end - done, at + done)
             if count > 0:
                 done += count

@@ -1,0 +1,245 @@
+"""Read a side of a pair in the order of the base's elements, from wherever they lie.
+
+Every tensor is looked at as a matrix: its last axis are the columns, all others together the rows; a tensor of one
+axis is one row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.checkpoint.dtypes import DTYPES
+from ckptdiff.checkpoint.header import TensorInfo
+from ckptdiff.checkpoint.kernels.boxes import read_box
+from ckptdiff.checkpoint.open_shard import failed_once
+from ckptdiff.checkpoint.open_shards import OpenShards
+from ckptdiff.checkpoint.weights import Assembled, Decoded, Piece, Range, Source, Weight
+
+__all__ = ["Run", "is_contiguous", "read_elements", "runs_of", "stored_parts"]
+
+Codes = NDArray[Any]
+
+_SHORTEST = 1 << 12
+"""Elements of a run that compiled code reads by itself; shorter ones are gathered first."""
+
+
+class Run(NamedTuple):
+    """Elements that lie one after the other, on both sides."""
+
+    first: int
+    """Of the base's tensor."""
+    tensor: TensorInfo
+    start: int
+    """Of the tensor that holds them."""
+    numel: int
+
+
+class _Corner(NamedTuple):
+    """Entry i, j of a box is in row ``row + i * down`` and column ``column + j * right`` of a matrix."""
+
+    row: int
+    down: int
+    column: int
+    right: int
+
+
+class _Box(NamedTuple):
+    """A part of a piece that is a box of one matrix on either side."""
+
+    rows: int
+    columns: int
+    """Of the base's box; the other has the same, or these swapped."""
+    base: _Corner
+    tuned: _Corner
+    source: Source
+    transposed: bool
+
+
+def stored_parts(weight: Weight) -> tuple[TensorInfo, ...]:
+    """The stored tensors that a side is read from."""
+    if isinstance(weight, TensorInfo):
+        return (weight,)
+    if isinstance(weight, Decoded):
+        return weight.parts
+    return tuple(dict.fromkeys(part for piece in weight.pieces for part in stored_parts(piece.source)))
+
+
+def is_contiguous(weight: Weight) -> bool:
+    """Whether compiled code can read a side by itself: it lies in runs that are long enough."""
+    return isinstance(weight, TensorInfo) or (isinstance(weight, Assembled) and _all_runs(weight) is not None)
+
+
+def runs_of(weight: TensorInfo | Assembled, first: int, stop: int) -> list[Run]:
+    """The runs that hold elements ``first`` to ``stop`` - 1 of a contiguous side, cut to them."""
+    if isinstance(weight, TensorInfo):
+        return [Run(first, weight, first, stop - first)]
+    runs = _all_runs(weight)
+    assert runs is not None
+    found = []
+    for run in runs:
+        skipped, end = max(first - run.first, 0), min(stop - run.first, run.numel)
+        if skipped < end:
+            found.append(Run(run.first + skipped, run.tensor, run.start + skipped, end - skipped))
+    return found
+
+
+def read_elements(shards: OpenShards, weight: Weight, first: int, stop: int, out: NDArray[np.uint8]) -> None:
+    """Read elements ``first`` to ``stop`` - 1 of a side.
+
+    Parameters
+    ----------
+    shards : OpenShards
+    weight : Weight
+    first, stop : int
+        In the order of the base's tensor.
+    out : uint8 array, shape ((stop - first) * itemsize,)
+        Receives them as codes of the side's dtype. Its address is a multiple of the itemsize.
+
+    Raises
+    ------
+    CheckpointError
+        If a file cannot be read, or changes.
+    """
+    if isinstance(weight, TensorInfo):
+        bits = DTYPES[weight.dtype].bits
+        start = weight.start + first * bits // 8
+        with shards[weight.shard].window(weight, start, start + out.size, out) as view:
+            if not np.shares_memory(view, out):
+                out[:] = view
+        return
+    codes = out.view(f"u{DTYPES[weight.dtype].bits // 8}")
+    columns = _matrix(weight.shape)[1]
+    above, below = first // columns, -(-stop // columns)
+    if first == above * columns and stop == below * columns:
+        _read_rows(shards, weight, above, below, codes.reshape(-1, columns))
+        return
+    rows = np.empty((below - above, columns), codes.dtype)
+    _read_rows(shards, weight, above, below, rows)
+    codes[:] = rows.reshape(-1)[first - above * columns : stop - above * columns]
+
+
+def _read_rows(shards: OpenShards, weight: Decoded | Assembled, first: int, stop: int, out: Codes) -> None:
+    """Fill whole rows of a side's matrix."""
+    if isinstance(weight, Decoded):
+        out[:] = _read_source(shards, weight, first, stop, 0, out.shape[1])
+        return
+    for box in _boxes(weight):
+        row, down, column, right = box.base
+        begin, end = max(0, -(-(first - row) // down)), min(box.rows, -(-(stop - row) // down))
+        if begin >= end:
+            continue
+        target = out[_steps(row - first, down, begin, end), _steps(column, right, 0, box.columns)]
+        lines, across = ((0, box.columns), (begin, end)) if box.transposed else ((begin, end), (0, box.columns))
+        row, down, column, right = box.tuned
+        vertical, horizontal = _steps(row, down, *lines), _steps(column, right, *across)
+        found = _read_source(shards, box.source, vertical.start, vertical.stop, horizontal.start, horizontal.stop)[
+            ::down, ::right
+        ]
+        target[:] = found.T if box.transposed else found
+
+
+def _steps(start: int, step: int, first: int, stop: int) -> slice:
+    """Steps ``first`` to ``stop`` - 1 from a start, and no further."""
+    return slice(start + first * step, start + (stop - 1) * step + 1, step)
+
+
+def _read_source(shards: OpenShards, source: Source, top: int, bottom: int, left: int, right: int) -> Codes:
+    """A box of a tensor's matrix, as codes of its dtype."""
+    if isinstance(source, Decoded):
+        raise NotImplementedError
+    size = DTYPES[source.dtype].bits // 8
+    columns = _matrix(source.shape)[1]
+    reader = shards[source.shard]
+    start = source.start + (top * columns + left) * size
+    box = np.empty((bottom - top, (right - left) * size), np.uint8)
+    if right - left == columns:
+        with reader.window(source, start, start + box.size, box.reshape(-1)) as view:
+            if not np.shares_memory(view, box):
+                box.reshape(-1)[:] = view
+    else:
+        end = source.start + ((bottom - 1) * columns + right) * size
+        came = read_box(reader.ready(start, end), start, columns * size, box)
+        if came < len(box):
+            at = start + came * columns * size
+            with reader.window(source, at, at + box.shape[1], np.empty(box.shape[1], np.uint8)):
+                pass
+            raise failed_once([source])
+    return box.view(f"u{size}")
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of a tensor."""
+    return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
+
+
+@lru_cache(maxsize=64)
+def _all_runs(weight: Assembled) -> tuple[Run, ...] | None:
+    """All elements in runs, in order; None if some are not contiguous, decoded, or in too short runs."""
+    runs: list[Run] = []
+    for piece in weight.pieces:
+        found = _runs(weight.shape, piece)
+        if found is None:
+            return None
+        runs += found
+    return tuple(sorted(runs))
+
+
+def _runs(shape: tuple[int, ...], piece: Piece) -> list[Run] | None:
+    if piece.transposed or not isinstance(piece.source, TensorInfo):
+        return None
+    base, tuned = (_spans(*side) for side in ((shape, piece.base_index), (piece.source.shape, piece.tuned_index)))
+    if base is None or tuned is None:
+        return None
+    count = min(base[1], tuned[1])
+    if count < min(_SHORTEST, math.prod(shape)) or base[1] % count or tuned[1] % count:
+        return None
+    starts = ([start + at for start in starts for at in range(0, length, count)] for starts, length in (base, tuned))
+    return [Run(ours, piece.source, theirs, count) for ours, theirs in zip(*starts, strict=True)]
+
+
+def _spans(shape: tuple[int, ...], index: tuple[Range, ...]) -> tuple[list[int], int] | None:
+    """Where a box lies in a tensor: the starts of spans of one length; None if it has a step."""
+    if any(step != 1 for _, _, step in index):
+        return None
+    length, whole = 1, len(shape)
+    while whole and index[whole - 1][:2] == (0, shape[whole - 1]):
+        whole -= 1
+        length *= shape[whole]
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    begin = 0
+    if whole:
+        start, stop, _ = index[whole - 1]
+        length *= stop - start
+        begin = start * strides[whole - 1]
+    ahead = itertools.product(*(range(*index[axis]) for axis in range(whole - 1))) if whole else [()]
+    starts = [begin + sum(at * stride for at, stride in zip(places, strides, strict=False)) for places in ahead]
+    return starts, length
+
+
+@lru_cache(maxsize=64)
+def _boxes(weight: Assembled) -> tuple[_Box, ...]:
+    boxes = []
+    for piece in weight.pieces:
+        ours, theirs = _corners(weight.shape, piece.base_index), _corners(piece.source.shape, piece.tuned_index)
+        rows, columns = (len(range(*axis)) for axis in ((0, 1, 1), *piece.base_index)[-2:])
+        for base, tuned in zip(ours, theirs, strict=True):
+            boxes.append(_Box(rows, columns, base, tuned, piece.source, piece.transposed))
+    return tuple(boxes)
+
+
+def _corners(shape: tuple[int, ...], index: tuple[Range, ...]) -> list[_Corner]:
+    """Where a box begins in each matrix of the last two axes that it touches."""
+    while len(shape) < 2:
+        shape, index = (1, *shape), ((0, 1, 1), *index)
+    (top, _, down), (left, _, right) = index[-2:]
+    strides = [math.prod(shape[axis + 1 : -1]) for axis in range(len(shape) - 2)]
+    return [
+        _Corner(sum(at * stride for at, stride in zip(place, strides, strict=True)) + top, down, left, right)
+        for place in itertools.product(*(range(*axis) for axis in index[:-2]))
+    ]
