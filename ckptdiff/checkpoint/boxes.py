@@ -21,7 +21,16 @@ from ckptdiff.checkpoint.open_shard import failed_once
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.checkpoint.weights import Assembled, Decoded, Piece, Range, Source, Weight
 
-__all__ = ["Run", "is_contiguous", "read_elements", "runs_of", "stored_parts"]
+__all__ = [
+    "Run",
+    "is_contiguous",
+    "matrix_of",
+    "read_elements",
+    "read_weight",
+    "room_to_read",
+    "runs_of",
+    "stored_parts",
+]
 
 Codes = NDArray[Any]
 
@@ -75,11 +84,19 @@ def is_contiguous(weight: Weight) -> bool:
     return isinstance(weight, TensorInfo) or (isinstance(weight, Assembled) and _all_runs(weight) is not None)
 
 
-def runs_of(weight: TensorInfo | Assembled, first: int, stop: int) -> list[Run]:
+def room_to_read(weight: Weight, numel: int) -> int:
+    """Bytes that it takes to read so many elements of a side that is not contiguous, beside those themselves."""
+    if is_contiguous(weight):
+        return 0
+    # Interleaved halves are read whole; of whole rows a little more than asked for.
+    return 3 * numel * DTYPES[weight.dtype].bits // 8 + (1 << 20)
+
+
+def runs_of(weight: Weight, first: int, stop: int) -> list[Run]:
     """The runs that hold elements ``first`` to ``stop`` - 1 of a contiguous side, cut to them."""
     if isinstance(weight, TensorInfo):
         return [Run(first, weight, first, stop - first)]
-    runs = _all_runs(weight)
+    runs = _all_runs(weight) if isinstance(weight, Assembled) else None
     assert runs is not None
     found = []
     for run in runs:
@@ -114,47 +131,72 @@ def read_elements(shards: OpenShards, weight: Weight, first: int, stop: int, out
                 out[:] = view
         return
     codes = out.view(f"u{DTYPES[weight.dtype].bits // 8}")
-    columns = _matrix(weight.shape)[1]
-    above, below = first // columns, -(-stop // columns)
-    if first == above * columns and stop == below * columns:
-        _read_rows(shards, weight, above, below, codes.reshape(-1, columns))
+    columns = matrix_of(weight.shape)[1]
+    top, bottom = first // columns, -(-stop // columns)
+    if first == top * columns and stop == bottom * columns:
+        read_weight(shards, weight, (top, bottom), (0, columns), codes.reshape(-1, columns))
         return
-    rows = np.empty((below - above, columns), codes.dtype)
-    _read_rows(shards, weight, above, below, rows)
-    codes[:] = rows.reshape(-1)[first - above * columns : stop - above * columns]
+    rows = np.empty((bottom - top, columns), codes.dtype)
+    read_weight(shards, weight, (top, bottom), (0, columns), rows)
+    codes[:] = rows.reshape(-1)[first - top * columns : stop - top * columns]
 
 
-def _read_rows(shards: OpenShards, weight: Decoded | Assembled, first: int, stop: int, out: Codes) -> None:
-    """Fill whole rows of a side's matrix."""
-    if isinstance(weight, Decoded):
-        out[:] = _read_source(shards, weight, first, stop, 0, out.shape[1])
+def read_weight(
+    shards: OpenShards, weight: Weight, rows: tuple[int, int], columns: tuple[int, int], out: Codes
+) -> None:
+    """Read a box of a side.
+
+    Parameters
+    ----------
+    shards : OpenShards
+    weight : Weight
+    rows, columns : (first, stop)
+        Of its matrix.
+    out : array of codes, shape (rows, columns)
+        Receives them.
+
+    Raises
+    ------
+    CheckpointError
+        If a file cannot be read, or changes.
+    """
+    if not isinstance(weight, Assembled):
+        out[:] = _read_source(shards, weight, rows, columns)
         return
     for box in _boxes(weight):
         row, down, column, right = box.base
-        begin, end = max(0, -(-(first - row) // down)), min(box.rows, -(-(stop - row) // down))
-        if begin >= end:
+        lines, across = _inside(row, down, box.rows, rows), _inside(column, right, box.columns, columns)
+        if lines is None or across is None:
             continue
-        target = out[_steps(row - first, down, begin, end), _steps(column, right, 0, box.columns)]
-        lines, across = ((0, box.columns), (begin, end)) if box.transposed else ((begin, end), (0, box.columns))
+        target = out[_steps(row - rows[0], down, lines), _steps(column - columns[0], right, across)]
         row, down, column, right = box.tuned
-        vertical, horizontal = _steps(row, down, *lines), _steps(column, right, *across)
-        found = _read_source(shards, box.source, vertical.start, vertical.stop, horizontal.start, horizontal.stop)[
+        if box.transposed:
+            lines, across = across, lines
+        vertical, horizontal = _steps(row, down, lines), _steps(column, right, across)
+        found = _read_source(shards, box.source, (vertical.start, vertical.stop), (horizontal.start, horizontal.stop))[
             ::down, ::right
         ]
         target[:] = found.T if box.transposed else found
 
 
-def _steps(start: int, step: int, first: int, stop: int) -> slice:
-    """Steps ``first`` to ``stop`` - 1 from a start, and no further."""
-    return slice(start + first * step, start + (stop - 1) * step + 1, step)
+def _inside(start: int, step: int, count: int, bounds: tuple[int, int]) -> tuple[int, int] | None:
+    """Which of so many steps from a start lie within bounds."""
+    first, stop = max(0, -(-(bounds[0] - start) // step)), min(count, -(-(bounds[1] - start) // step))
+    return (first, stop) if first < stop else None
 
 
-def _read_source(shards: OpenShards, source: Source, top: int, bottom: int, left: int, right: int) -> Codes:
+def _steps(start: int, step: int, steps: tuple[int, int]) -> slice:
+    """Some steps from a start, and no further."""
+    return slice(start + steps[0] * step, start + (steps[1] - 1) * step + 1, step)
+
+
+def _read_source(shards: OpenShards, source: Source, lines: tuple[int, int], across: tuple[int, int]) -> Codes:
     """A box of a tensor's matrix, as codes of its dtype."""
+    (top, bottom), (left, right) = lines, across
     if isinstance(source, Decoded):
         raise NotImplementedError
     size = DTYPES[source.dtype].bits // 8
-    columns = _matrix(source.shape)[1]
+    columns = matrix_of(source.shape)[1]
     reader = shards[source.shard]
     start = source.start + (top * columns + left) * size
     box = np.empty((bottom - top, (right - left) * size), np.uint8)
@@ -173,7 +215,7 @@ def _read_source(shards: OpenShards, source: Source, top: int, bottom: int, left
     return box.view(f"u{size}")
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns of a tensor."""
     return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 

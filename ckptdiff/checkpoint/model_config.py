@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ckptdiff.checkpoint.checkpoint import Checkpoint
 from ckptdiff.checkpoint.regular_file import read_whole
+from ckptdiff.checkpoint.tied_models import TIED_BY_DEFAULT
 from ckptdiff.errors import CheckpointError
 
 __all__ = ["says_tied"]
@@ -25,8 +26,8 @@ def says_tied(checkpoint: Checkpoint) -> tuple[bool, str | None]:
     Returns
     -------
     bool
-        ``tie_word_embeddings`` is true, at the top or in ``text_config``. False where there is no such file, or no
-        such key: what a model does by default only its own code knows.
+        ``tie_word_embeddings`` is true, at the top or in ``text_config``; without that key, ``model_type`` is one of
+        those that tie them by default. False where there is no such file.
     str or None
         A warning, if there is a file that cannot be used.
     """
@@ -45,5 +46,6 @@ def says_tied(checkpoint: Checkpoint) -> tuple[bool, str | None]:
         return False, f"{path} is not used: it is not valid JSON"
     if not isinstance(config, dict):
         return False, f"{path} is not used: it is not a JSON object"
-    parts = (config, config.get("text_config"))
-    return any(isinstance(part, dict) and part.get("tie_word_embeddings") is True for part in parts), None
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    return True in said if said else any(part.get("model_type") in TIED_BY_DEFAULT for part in parts), None

@@ -25,10 +25,17 @@ def _allow_open_files(count: int) -> None:
 
 
 class OpenShards:
-    """Readers of all shards of both sides, opened on first use."""
+    """Readers of all shards of both sides, opened on first use.
+
+    Attributes
+    ----------
+    mapped : bool
+        Whether they map their files.
+    """
 
     def __init__(self, io: str) -> None:
         self._io = io
+        self.mapped = io == "mmap"
         self._lock = threading.Lock()
         self._readers: dict[str, ShardReader] = {}  # by path: the hash of a shard costs more than a read
 

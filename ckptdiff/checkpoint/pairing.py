@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ckptdiff.checkpoint.checkpoint import Checkpoint
 from ckptdiff.checkpoint.dtypes import Kind
 from ckptdiff.checkpoint.globs import Globs
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.matching import match_names
+from ckptdiff.checkpoint.names import locate
 from ckptdiff.checkpoint.scales import is_scaled, scaled_modules
 from ckptdiff.checkpoint.ties import Evidence, SameValues, find_ties
+from ckptdiff.checkpoint.weights import Source, Weight
 from ckptdiff.errors import PairingError, first_few
 
-__all__ = ["Alias", "Mismatch", "Pairing", "TensorPair", "pair"]
+__all__ = ["Alias", "Mismatch", "Pairing", "Rows", "TensorPair", "pair"]
+
+
+class Rows(NamedTuple):
+    """Rows of a pair whose sides do not have as many."""
+
+    compared: int
+    only_in_base: int
+    only_in_tuned: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +36,25 @@ class TensorPair:
     ----------
     name : str
         The base's name, by which every report calls the pair.
-    base, tuned : TensorInfo
+    base, tuned : Weight
         The two sides: equal shapes; both `FLOAT`, or the same dtype.
+    rows : Rows, optional
+        Where one side has more rows than the other, as of a vocabulary that has grown: the sides are those in common.
+    untied : bool
+        Whether one side is an embedding, which the other side's head of that name has left.
     """
 
     name: str
-    base: TensorInfo
-    tuned: TensorInfo
+    base: Source
+    tuned: Weight
+    rows: Rows | None = None
+    untied: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the base's tensor, all rows, which is the shape of masks."""
+        rows = self.rows
+        return self.base.shape if rows is None else (rows.compared + rows.only_in_base, *self.base.shape[1:])
 
     @property
     def tuned_name(self) -> str | None:
@@ -42,7 +64,8 @@ class TensorPair:
     @property
     def same_bytes(self) -> bool:
         """Whether both sides are the same bytes of the same file, so that they are read once."""
-        return self.base.region == self.tuned.region
+        base, tuned = self.base, self.tuned
+        return isinstance(base, TensorInfo) and isinstance(tuned, TensorInfo) and base.region == tuned.region
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +209,11 @@ def _sort_out(
         other = tuned.tensors[matched[name]]
         reason = _mismatch(one, other)
         if reason is not None:
-            mismatched.append(Mismatch(name, one, other, reason))
+            common = _common_rows(name, one, other)
+            if common is None:
+                mismatched.append(Mismatch(name, one, other, reason))
+            else:
+                pairs.append(common)
             continue
         # Empty tensors have equal regions without being the same tensor.
         first = seen.setdefault((one.region, other.region), name) if one.nbytes else name
@@ -231,6 +258,21 @@ def _mismatch(base: TensorInfo, tuned: TensorInfo) -> str | None:
     if base.dtype != tuned.dtype and not (base.kind is tuned.kind is Kind.FLOAT):
         return f"dtypes cannot be compared: {base.dtype} in base, {tuned.dtype} in tuned"
     return None
+
+
+def _common_rows(name: str, base: TensorInfo, tuned: TensorInfo) -> TensorPair | None:
+    """The rows that two embeddings or heads have in common: the first ones, as tokens are added at the end."""
+    of_vocabulary = locate(name).module_type in ("embed_tokens", "lm_head") and len(base.shape) == len(tuned.shape) > 0
+    if not of_vocabulary or base.shape[1:] != tuned.shape[1:] or not base.kind is tuned.kind is Kind.FLOAT:
+        return None
+    common = min(base.shape[0], tuned.shape[0])
+    rows = Rows(common, base.shape[0] - common, tuned.shape[0] - common)
+    return TensorPair(name, _first_rows(base, common), _first_rows(tuned, common), rows) if common else None
+
+
+def _first_rows(tensor: TensorInfo, rows: int) -> TensorInfo:
+    size = tensor.nbytes // tensor.shape[0]
+    return replace(tensor, shape=(rows, *tensor.shape[1:]), stop=tensor.start + rows * size)
 
 
 def _nothing_to_compare(base: Checkpoint, tuned: Checkpoint, everything: Pairing, selected: Pairing) -> PairingError:

@@ -18,7 +18,7 @@ from ckptdiff.measure.partial import BitScan, Count, Partial, Refined, Scan, Tar
 from ckptdiff.measure.passes import FloatMeasurement, Measurement
 from ckptdiff.measure.records import Records, empty_records, put_row
 from ckptdiff.run.planning import Plan
-from ckptdiff.run.shard_source import ShardSource, small_pairs
+from ckptdiff.run.shard_source import Rooms, ShardSource, small_pairs
 from ckptdiff.run.tasks import Span
 from ckptdiff.runfile.compress import compress_chunk, compress_parts
 from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes
@@ -83,6 +83,7 @@ class Worker:
         self._plan, self._shards, self._stop = plan, shards, stop
         self._backend = plan.device.worker()
         self._spare = spare
+        self._rooms = Rooms()
 
     def measure(self, tensors: range, alike: bool) -> Result:
         """Measure whole tensor pairs: in one call those of the same formats, then one by one what is not complete."""
@@ -122,14 +123,14 @@ class Worker:
         done, masks, starts = backend.scan_small(model.next, small, records)
         if done < len(pairs):
             span = Span(tensors[done], 0, 1)
-            ShardSource(self._shards, pairs[done], span, self._stop).fail(0, pairs[done].base.numel)
+            ShardSource(self._shards, pairs[done], span, self._rooms, self._stop).fail(0, pairs[done].base.numel)
         payloads = compress_parts(masks, starts, -(-small.numel // 8)) if model.next.want_mask else []
         return [Chunk(index, 0, *payload) for index, payload in zip(tensors, payloads, strict=False)]
 
     def _pass(self, measurement: Measurement, span: Span) -> tuple[Partial | Refined, list[Chunk]]:
         todo, pair = measurement.next, self._plan.pairs[span.tensor]
         assert todo is not None
-        source = ShardSource(self._shards, pair, span, self._stop)
+        source = ShardSource(self._shards, pair, span, self._rooms, self._stop)
         if isinstance(todo, Targets):
             assert isinstance(measurement, FloatMeasurement)
             refined = Refined.empty(todo)

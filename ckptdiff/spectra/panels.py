@@ -9,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import TensorInfo, TensorPair
+from ckptdiff.checkpoint.boxes import matrix_of, read_elements, read_weight
 from ckptdiff.checkpoint.open_shards import OpenShards
+from ckptdiff.checkpoint.weights import Weight
 from ckptdiff.formats import Format, Formats
 from ckptdiff.linalg.products import cuts
 from ckptdiff.linalg.stages import ArrayPanels, Panel
@@ -116,29 +118,33 @@ class StoredPanels:
 
     def _stored_rows(self, side: int, first: int, stop: int, left: int, right: int) -> Floats:
         """A block of one side as it is stored: rows `first` to `stop`, columns `left` to `right`."""
-        tensor = (self._pair.base, self._pair.tuned)[side]
+        weight = (self._pair.base, self._pair.tuned)[side]
         format, compare = self._formats[side], self._formats[2]
         out = np.empty((stop - first, right - left), self.dtype)
         columns = self._view.columns
         if right - left == columns:
-            decode(self._bytes(tensor, format, first * columns, stop * columns), format, compare, out)
+            decode(self._elements(weight, format, first * columns, stop * columns), format, compare, out)
             return out
         raw = np.empty((stop - first, (right - left) * format.bits // 8), np.uint8)
-        for row in range(first, stop):
-            raw[row - first] = self._bytes(tensor, format, row * columns + left, row * columns + right)
+        if isinstance(weight, TensorInfo) or columns != matrix_of(weight.shape)[1]:
+            for row in range(first, stop):
+                raw[row - first] = self._elements(weight, format, row * columns + left, row * columns + right)
+        else:
+            above = self._view.offset // columns
+            read_weight(self._shards, weight, (above + first, above + stop), (left, right), raw.view(format.code_dtype))
         raw.flags.writeable = False
         decode(raw.reshape(-1), format, compare, out)
         return out
 
-    def _bytes(self, tensor: TensorInfo, format: Format, first: int, stop: int) -> NDArray[np.uint8]:
-        """Raw bytes of elements of the matrix; valid until the next call."""
-        size = format.bits // 8
-        start, end = (tensor.start + (self._view.offset + element) * size for element in (first, stop))
-        if self._raw.size < end - start:
-            self._raw = np.empty(end - start, np.uint8)
-        with self._shards[tensor.shard].window(tensor, start, end, self._raw) as window:
-            # A map is given back at the end of the block, a buffer is ours.
-            return window if np.shares_memory(window, self._raw) else window.copy()
+    def _elements(self, weight: Weight, format: Format, first: int, stop: int) -> NDArray[np.uint8]:
+        """Codes of elements of the matrix as raw bytes; valid until the next call."""
+        size = (stop - first) * format.bits // 8
+        if self._raw.size < size:
+            self._raw = np.empty(size, np.uint8)
+        found = self._raw[:size]
+        read_elements(self._shards, weight, self._view.offset + first, self._view.offset + stop, found)
+        found.flags.writeable = False
+        return found
 
 
 def _subtract(tuned: Floats, base: Floats, out: Floats) -> None:
