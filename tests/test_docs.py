@@ -157,7 +157,14 @@ def test_every_figure_has_its_row() -> None:
 def test_every_column_has_its_row() -> None:
     rows = rows_of("docs/run-file.md")
     families = tuple(name.removesuffix("*") for name in rows if name.endswith("_*"))
-    stored = {column.name for column in COLUMNS} | {"name", "layer", "same_bytes", *schema.TEXT_FACTS}
+    stored = {column.name for column in COLUMNS} | {
+        "name",
+        "layer",
+        "same_bytes",
+        "compared_base",
+        "compared_tuned",
+        *schema.TEXT_FACTS,
+    }
     assert {name for name in rows if not name.endswith("_*")} == {n for n in stored if not n.startswith(families)}
     assert all(any(name.startswith(family) for name in stored) for family in families)
 

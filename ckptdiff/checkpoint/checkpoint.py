@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ckptdiff.checkpoint.find import find_shards
 from ckptdiff.checkpoint.header import Shard, TensorInfo, read_header
 from ckptdiff.checkpoint.index import Index, check_index
+from ckptdiff.checkpoint.slices import holds_slices, sliced, written_by_ranks
 from ckptdiff.errors import CheckpointError
 
 __all__ = ["Checkpoint", "open_checkpoint"]
@@ -81,7 +82,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     IndexFileError
         An index that is damaged, leaves its folder, or that the shards contradict.
     CheckpointError
-        Nothing to read, no permission, a missing shard, or a tensor in two shards.
+        Nothing to read, no permission, a missing shard, a tensor in two shards, or shards of several ranks that hold
+        slices of tensors.
 
     Examples
     --------
@@ -103,10 +105,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             warnings.append(f"{shard.path} is the same file as {first.path}: read once")
             continue
         shards.append(shard)
+        if held and holds_slices(shard):
+            raise sliced(shard, held[0].name)
         for tensor in held:
             other = tensors.setdefault(tensor.name, tensor)
             if other is not tensor:
-                raise _stored_twice(other, tensor)
+                by_ranks = written_by_ranks((other.shard, tensor.shard))
+                raise sliced(tensor.shard, tensor.name) if by_ranks else _stored_twice(other, tensor)
     if source.index is not None:
         warnings += check_index(source.index, by_path, tensors)
     return Checkpoint(os.fspath(path), tuple(shards), tensors, tuple(warnings), source.index, source.unread)

@@ -20,6 +20,8 @@ __all__ = ["FoundShards", "find_shards"]
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 _NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5,})-of-(?P<total>[0-9]{5,})\.safetensors", re.DOTALL)
+_OF_A_RANK = re.compile(r"shard-[0-9]{5,}-model")
+"""How torch.distributed.checkpoint names them; a rank that holds nothing of a file writes none."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHOWN = 5
 
@@ -125,7 +127,7 @@ def _check_numbers(path: str, names: list[str]) -> None:
     families: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
     for name in names:
         match = _NUMBERED.fullmatch(name)
-        if match:
+        if match and not _OF_A_RANK.fullmatch(match["stem"]):
             families[match["stem"], match["total"]].add(int(match["number"]))
     for (stem, total), numbers in families.items():
         first = 0 if 0 in numbers else 1

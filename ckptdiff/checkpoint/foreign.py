@@ -12,6 +12,13 @@ CONVERT_PICKLE = (
     ' state = torch.load("pytorch_model.bin", map_location="cpu", weights_only=True);'
     ' save_file({k: v.contiguous().clone() for k, v in state.items()}, "model.safetensors")\''
 )
+_CONVERT_DCP = (
+    "convert it yourself, ckptdiff never unpickles: python -c 'import torch; from safetensors.torch import save_file;"
+    " from torch.distributed.checkpoint.format_utils import dcp_to_torch_save;"
+    ' dcp_to_torch_save("FOLDER", "model.pt"); state = torch.load("model.pt", map_location="cpu", weights_only=True);'
+    ' state = state.get("model", state);'
+    ' save_file({k: v.contiguous().clone() for k, v in state.items()}, "model.safetensors")\''
+)
 _GGUF = "GGUF is not supported: point ckptdiff at the safetensors files it was made from"
 _LFS = "fetch the file itself: git lfs pull"
 
@@ -27,6 +34,7 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
 
 _ENDINGS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     ((".bin", ".pt", ".pth", ".ckpt", ".pkl"), "pickles", CONVERT_PICKLE),
+    ((".distcp",), "shards of torch.distributed.checkpoint", _CONVERT_DCP),
     ((".gguf",), "GGUF files", _GGUF),
 )
 # Beside or below a model's own weights: the state of its training, and OpenVINO's copy of the model.
@@ -58,7 +66,8 @@ def foreign_files(names: Iterable[str]) -> tuple[str, list[str], str] | None:
     Returns
     -------
     tuple of (str, list of str, str) or None
-        What they are, which ones, and what the user can do. Pickles come before GGUF.
+        What they are, which ones, and what the user can do. Pickles come before shards of
+        torch.distributed.checkpoint, and those before GGUF.
     """
     listed = sorted(names)
     for endings, what, hint in _ENDINGS:

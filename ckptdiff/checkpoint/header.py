@@ -228,6 +228,15 @@ def _tensor(name: str, entry: object, shard: Shard, data_start: int) -> TensorIn
         if key not in entry:
             raise refuse(f"the header gives the tensor no {key}", f"{key!r} among the keys", _brief(list(entry)))
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype == "" and shape == []:
+        raise HeaderError(
+            "the header names the tensor without dtype, shape and values: it was written for a tied head",
+            file=shard.path,
+            tensor=name,
+            expected="a dtype",
+            found="an empty one, as torch's consolidate_safetensors_files writes for names that no file stores",
+            hint="consolidate again without this name in fqn_to_index_mapping: its values are the embedding's",
+        )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise refuse("unknown dtype", "one of " + " ".join(DTYPES), _brief(dtype))
     if not _is_sizes(shape):

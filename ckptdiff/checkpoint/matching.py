@@ -10,7 +10,7 @@ from ckptdiff.checkpoint.names import locate
 from ckptdiff.checkpoint.renames import parse_renames, rename_all
 from ckptdiff.errors import first_few, plural
 
-__all__ = ["match_names", "unwrapped"]
+__all__ = ["is_adapter_part", "match_names", "unwrapped"]
 
 # module: DataParallel; _orig_mod: torch.compile; base_model.model: PEFT; the others: a model inside a model with a
 # head or with a vision tower, which transformers has spelt in several ways.
@@ -18,7 +18,11 @@ _PREFIX = re.compile(
     r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module|base_model\.model|model|language_model|visual|vision_tower"
     r"|transformer|bert|roberta|distilbert|gpt_neox)\.)+"
 )
-_INNER = re.compile(r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# base_layer: what PEFT wraps; of a module that it saves whole, the model uses the copy in modules_to_save.
+_INNER = re.compile(
+    r"(?<=\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer|modules_to_save\.[^.]+)\."
+)
+_ADAPTER = re.compile(r"(?:^|\.)(?:lora|vera|hada|lokr|oft|ia3)_\w+(?:\.|$)")
 
 
 def match_names(
@@ -70,6 +74,11 @@ def match_names(
             f" (--map decides): {first_few(ambiguous, between='; ')}",
         )
     return matched, warnings
+
+
+def is_adapter_part(name: str) -> bool:
+    """Whether a tensor is one that PEFT adds to a model, as far as its name tells."""
+    return _ADAPTER.search(name) is not None
 
 
 def unwrapped(name: str) -> tuple[str, str]:

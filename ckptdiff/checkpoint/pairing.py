@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -10,7 +10,7 @@ from ckptdiff.checkpoint.checkpoint import Checkpoint
 from ckptdiff.checkpoint.dtypes import Kind
 from ckptdiff.checkpoint.globs import Globs
 from ckptdiff.checkpoint.header import TensorInfo
-from ckptdiff.checkpoint.matching import match_names
+from ckptdiff.checkpoint.matching import is_adapter_part, match_names
 from ckptdiff.checkpoint.names import locate
 from ckptdiff.checkpoint.scales import is_scaled, scaled_modules
 from ckptdiff.checkpoint.ties import Evidence, SameValues, find_ties
@@ -18,6 +18,8 @@ from ckptdiff.checkpoint.weights import Source, Weight
 from ckptdiff.errors import PairingError, first_few
 
 __all__ = ["Alias", "Mismatch", "Pairing", "Rows", "TensorPair", "pair"]
+
+_MERGE = "merge it into its model first (merge_and_unload of peft), and save that"
 
 
 class Rows(NamedTuple):
@@ -126,6 +128,8 @@ class Pairing:
         Counterparts that cannot be compared.
     warnings : tuple of str
         What the user should know about the pairing.
+    excluded_of_base, excluded_of_tuned : tuple of str
+        Names that `include` and `exclude` of :func:`pair` leave out.
     """
 
     pairs: tuple[TensorPair, ...]
@@ -134,6 +138,8 @@ class Pairing:
     aliased: tuple[Alias, ...]
     mismatched: tuple[Mismatch, ...]
     warnings: tuple[str, ...]
+    excluded_of_base: tuple[str, ...] = ()
+    excluded_of_tuned: tuple[str, ...] = ()
 
 
 def pair(
@@ -188,6 +194,7 @@ def pair(
         *match_warnings,
         *globs.unmatched([*base.tensors, *tuned.tensors]),
         *pairing.warnings,
+        *_adapter_warnings(base, tuned, pairing),
         *_scale_warnings(base, tuned, pairing.pairs),
     )
     return replace(pairing, warnings=warnings)
@@ -201,9 +208,10 @@ def _sort_out(
     mismatched: list[Mismatch] = []
     aliased: list[Alias] = []
     chosen: dict[str, str] = {}
+    excluded = {name: other for name, other in matched.items() if not globs.select(name, other)}
     seen: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
     for name, one in base.tensors.items():
-        if name not in matched or not globs.select(name, matched[name]):
+        if name not in matched or name in excluded:
             continue
         chosen[name] = matched[name]
         other = tuned.tensors[matched[name]]
@@ -223,10 +231,9 @@ def _sort_out(
             aliased.append(Alias(name, first, "both", "bytes"))
     # Without a pair this ends in an error, and there is no need to read anything.
     asked = same_values if pairs else None
+    others = set(matched.values())
     in_base, base_ties, base_warnings = _without_counterpart(base, "base", matched.keys(), chosen.keys(), globs, asked)
-    in_tuned, tuned_ties, tuned_warnings = _without_counterpart(
-        tuned, "tuned", set(matched.values()), chosen.values(), globs, asked
-    )
+    in_tuned, tuned_ties, tuned_warnings = _without_counterpart(tuned, "tuned", others, chosen.values(), globs, asked)
     return Pairing(
         pairs=tuple(pairs),
         only_in_base=in_base,
@@ -234,6 +241,14 @@ def _sort_out(
         aliased=(*aliased, *base_ties, *tuned_ties),
         mismatched=tuple(mismatched),
         warnings=(*base_warnings, *tuned_warnings),
+        excluded_of_base=(
+            *excluded,
+            *(name for name in base.tensors if name not in matched and not globs.select(name)),
+        ),
+        excluded_of_tuned=(
+            *excluded.values(),
+            *(name for name in tuned.tensors if name not in others and not globs.select(name)),
+        ),
     )
 
 
@@ -304,7 +319,7 @@ def _nothing_to_compare(base: Checkpoint, tuned: Checkpoint, everything: Pairing
             found=first.reason,
             hint="check that the two checkpoints are of the same model",
         )
-    adapter = next((side for side in (base, tuned) if any(".lora_A." in name for name in side.tensors)), None)
+    adapter = next((side for side in (base, tuned) if any(map(is_adapter_part, side.tensors))), None)
     return PairingError(
         "the two checkpoints have no tensor name in common",
         file=tuned.path,
@@ -312,8 +327,14 @@ def _nothing_to_compare(base: Checkpoint, tuned: Checkpoint, everything: Pairing
         found=first_few(tuned.tensors) or "none",
         hint="rename the base's tensors with --map 'OLD=NEW', for example --map '^encoder\\.=model.'"
         if adapter is None
-        else f"{adapter.path} is an adapter: merge it into its model first (merge_and_unload of peft), and save that",
+        else f"{adapter.path} is an adapter: {_MERGE}",
     )
+
+
+def _adapter_warnings(base: Checkpoint, tuned: Checkpoint, pairing: Pairing) -> Iterator[str]:
+    for side, only in ((base, pairing.only_in_base), (tuned, pairing.only_in_tuned)):
+        if any(map(is_adapter_part, only)):
+            yield f"{side.path} holds an adapter that is not merged, and what it changes is not compared: {_MERGE}"
 
 
 def _scale_warnings(base: Checkpoint, tuned: Checkpoint, pairs: Iterable[TensorPair]) -> list[str]:

@@ -28,6 +28,7 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
 # The key is greedy, because a tensor's name may hold operators too.
 _CHECK = re.compile(r"(?P<key>.+?)\s*(?P<operator><=|>=|==|!=|<|>)\s*(?P<number>[^<>=!\s]+)\s*", re.DOTALL)
 _COUNTS = ("matched", "same_bytes", "only_in_base", "only_in_tuned", "mismatched", "aliased")
+_COVERAGE = tuple(f"{side}.{key}" for side in ("base", "tuned") for key in ("values", "compared", "share"))
 _AGGREGATES = ("global", "median_2d")
 
 
@@ -102,6 +103,8 @@ class Check:
         head, label, path = self._path()
         if head == "counts":
             return diff.counts[path[0]]
+        if head == "coverage":
+            return _at({side: found.as_json() for side, found in diff.coverage.items()}, path)
         if label is None:
             return _at(diff.overall if head == "global" else diff.median_2d, path)
         by = _by(head)
@@ -121,8 +124,8 @@ class Check:
 
         head, _, rest = self.key.partition(".")
         paths = figure_paths()
-        if head == "counts" and rest in _COUNTS:
-            return head, None, (rest,)
+        if (head == "counts" and rest in _COUNTS) or (head == "coverage" and rest in _COVERAGE):
+            return head, None, tuple(rest.split("."))
         if head in _AGGREGATES and rest in paths:
             return head, None, paths[rest]
         if head in LIST_KEYS.values():

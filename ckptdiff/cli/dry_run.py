@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptdiff.cli.view import Request
 from ckptdiff.errors import OptionError, plural
+from ckptdiff.report.coverage_lines import coverage_lines
 from ckptdiff.report.json_text import dumps
 from ckptdiff.report.text import binary_size, safe, size
 
@@ -47,13 +48,15 @@ def print_plan(base: str, tuned: str, out: Path | None, options: Options, reques
         return
     with request.target.open() as stream:
         if request.format == "json":
-            found = {"counts": plan.diff.counts, "warnings": list(plan.diff.warnings)}
+            coverage = {side: found.as_json() for side, found in plan.diff.coverage.items()}
+            found = {"counts": plan.diff.counts, "coverage": coverage, "warnings": list(plan.diff.warnings)}
             stream.write(dumps({"schema": "ckptdiff.plan/1", **figures, **found}) + "\n")
             return
         counts = plan.diff.counts
         left_out = ", ".join(f"{counts[key]:,} {key.replace('_', ' ')}" for key in counts if key != "matched")
         lines = [
             f"compare   {plural(plan.tensors, 'tensor')} ({left_out})",
+            *coverage_lines(plan.diff),
             f"read      {size(plan.total_bytes)} by {plan.io}",
             f"threads   {plan.threads}, chunks of {binary_size(plan.chunk_bytes)}",
             f"memory    {binary_size(plan.projected_memory)} at most, of {binary_size(plan.max_memory)} allowed",

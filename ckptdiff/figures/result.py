@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.figures.catalogue import Figure
+from ckptdiff.figures.coverage import SideCoverage
 from ckptdiff.figures.evaluate import figures_of, median_2d, values_of
 from ckptdiff.figures.grouping import Grouping
 from ckptdiff.figures.members import LABEL_KEYS, GroupBy, members_of
@@ -50,6 +52,12 @@ class TensorFacts:
     """The user's own groups that the name matches."""
     same_bytes: bool = False
     """Both names resolve to the same bytes of the same file."""
+    compared: tuple[int, int] | None = None
+    """Values of the base and of the tuned side that the pair compares; None stands for all of `shape` on both."""
+
+    def compared_of(self, side: Side) -> int:
+        """Values of a side that are compared."""
+        return math.prod(self.shape) if self.compared is None else self.compared[SIDES.index(side)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +82,10 @@ class Diff:
     columns : mapping of str to array, shape (len(tensors),)
         Measured per tensor; :data:`~ckptdiff.figures.catalogue.COLUMNS` describes each.
     base, tuned : mapping
-        Provenance of each side: ``path``, ``tensors``, ``numel``, ``bytes``, ``dtypes``, ``shards``, and
-        ``uncompared``: weights of its folder that were not read, and tensors that only ``config.json`` calls tied.
+        Provenance of each side: ``path``, ``tensors``, ``numel``, ``bytes``, ``dtypes``, ``shards``;
+        ``uncompared``: weights of its folder that were not read, and tensors that only ``config.json`` calls tied;
+        ``tied``: values of tensors that are a compared one's under a second name; and ``left_out``: what else was not
+        compared, by :func:`~ckptdiff.figures.coverage.by_pattern`. Older run files lack the last three.
     options : mapping
         The options of the run, as plain JSON values.
     compare : str
@@ -125,6 +135,17 @@ class Diff:
             "mismatched": len(self.mismatched),
             "aliased": len(self.aliased),
         }
+
+    @cached_property
+    def coverage(self) -> dict[Side, SideCoverage]:
+        """How much of each side was compared."""
+        found: dict[Side, SideCoverage] = {}
+        for side, facts in zip(SIDES, (self.base, self.tuned), strict=True):
+            # Older run files do not tell which side stores an alias.
+            tied = facts.get("tied", None if self.aliased else 0)
+            compared = None if tied is None else tied + sum(tensor.compared_of(side) for tensor in self.tensors)
+            found[side] = SideCoverage(facts.get("numel"), compared)
+        return found
 
     @property
     def identical(self) -> bool:

@@ -22,6 +22,7 @@ def facts(diff: Diff) -> dict[str, Any]:
         "compare": diff.compare,
         "mask_rule": diff.mask_rule,
         "counts": diff.counts,
+        "coverage": {side: found.as_json() for side, found in diff.coverage.items()},
         "only_in_base": list(diff.only_in_base),
         "only_in_tuned": list(diff.only_in_tuned),
         "aliased": [{"name": name, "of": of} for name, of in diff.aliased],

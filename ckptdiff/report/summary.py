@@ -1,4 +1,4 @@
-"""The lines a newcomer sees first: what was compared, what changed, and what to run next."""
+"""The lines a newcomer sees first: how much was compared, what changed, and what to run next."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 from ckptdiff.errors import plural
 from ckptdiff.figures.catalogue import parameter_key
 from ckptdiff.figures.result import SIDES, Diff
-from ckptdiff.report.text import number, percent, quantity, safe
+from ckptdiff.report.coverage_lines import coverage_lines
+from ckptdiff.report.text import number, percent, safe
 
 __all__ = ["side_name", "summary"]
 
@@ -39,10 +40,11 @@ def summary(diff: Diff, run_file: str | None = None, *, overview: bool = True) -
         Lines without newline, safe to print.
     """
     return [
+        *coverage_lines(diff),
         *_what(diff),
+        *_tied(diff),
         *_verdict(diff),
         *_changes(diff),
-        *_left_out(diff),
         *(f"warning: {safe(text)}" for text in diff.warnings),
         *_next(diff, run_file, overview),
     ]
@@ -66,7 +68,7 @@ def side_name(path: str) -> str:
 
 def _what(diff: Diff) -> Iterator[str]:
     names = [safe(side_name(str(side.get("path", "")))) for side in (diff.base, diff.tuned)]
-    valued, values = diff.columns["valued"] > 0, _values(diff)
+    valued = diff.columns["valued"] > 0
     compared = sorted({facts.compare for facts, kept in zip(diff.tensors, valued, strict=True) if kept})
     sides = [
         tuple(dict.fromkeys(getattr(facts, key) for facts, kept in zip(diff.tensors, valued, strict=True) if kept))
@@ -74,11 +76,10 @@ def _what(diff: Diff) -> Iterator[str]:
     ]
     base, tuned = ("+".join(side) if len(side) <= _LISTED else "mixed dtypes" for side in sides)
     dtypes = base if base == tuned else f"{base} against {tuned}"
-    facts_line = f"{quantity(values)} values"
-    if values:
-        facts_line += f", stored {dtypes}, compared as {'+'.join(compared).upper()}"
+    facts_line = f"stored {dtypes}, compared as {'+'.join(compared).upper()}" if compared else ""
     title = f"{names[0]} -> {names[1]}"
-    yield from [f"{title}    {facts_line}"] if len(title) + len(facts_line) < 77 else [title, facts_line]
+    joined = f"{title}    {facts_line}"
+    yield from [joined.rstrip()] if len(joined) < 81 else [title, facts_line]
     opaque = len(diff.tensors) - int(valued.sum())
     if opaque:
         yield f"{plural(opaque, 'tensor')} of integers or opaque codes: only equal bits are counted"
@@ -166,30 +167,21 @@ def _as_stored(diff: Diff) -> str:
     return f"   ({percent(stored)} as stored: {share} changes vanish in the cast)"
 
 
-def _left_out(diff: Diff) -> Iterator[str]:
-    yield from _named(diff.only_in_base, "only in base")
-    yield from _named(diff.only_in_tuned, "only in tuned")
+def _tied(diff: Diff) -> Iterator[str]:
     # What one side alone stores is among the warnings.
     tied = [
         (name, of) for name, of in diff.aliased if not any(text.startswith(f"{name} is ") for text in diff.warnings)
     ]
     for name, of in tied[:_LISTED]:
         yield f"{safe(name)} is tied to {safe(of)}: counted once"
-    yield from _more(len(tied), "tied")
-    for tensor in diff.mismatched[:_LISTED]:
-        yield f"not compared: {safe(tensor.name)}: {safe(tensor.reason)}"
-    yield from _more(len(diff.mismatched), "not compared")
+    if len(tied) > _LISTED:
+        yield f"{len(tied) - _LISTED:,} more tied"
 
 
 def _named(names: tuple[str, ...], where: str) -> Iterator[str]:
     if names:
         rest = f", ... {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
         yield f"{plural(len(names), 'tensor')} {where}: {', '.join(map(safe, names[:_LISTED]))}{rest}"
-
-
-def _more(count: int, what: str) -> Iterator[str]:
-    if count > _LISTED:
-        yield f"{count - _LISTED:,} more {what}"
 
 
 def _next(diff: Diff, run_file: str | None, overview: bool) -> Iterator[str]:

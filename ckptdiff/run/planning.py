@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,18 +14,21 @@ import numpy as np
 
 import ckptdiff
 from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorInfo, TensorPair, locate, open_checkpoint, pair
+from ckptdiff.checkpoint.left_out import left_out
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.checkpoint.same_values import look_for_ties
 from ckptdiff.events import Listener, ignore
 from ckptdiff.figures.catalogue import COLUMNS
 from ckptdiff.figures.columns import Measured, measured
-from ckptdiff.figures.result import Diff, TensorFacts, UnmatchedTensor
+from ckptdiff.figures.coverage import by_pattern
+from ckptdiff.figures.result import Diff, Side, TensorFacts, UnmatchedTensor
 from ckptdiff.formats import Format, Formats, formats_of, is_wide
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.measure.passes import BitMeasurement, FloatMeasurement, Measurement, one_scan_suffices
 from ckptdiff.measure.records import Records
 from ckptdiff.memory import DEFAULT_MEMORY, peak_resident, resident, room_to_grow
 from ckptdiff.options import Options, default_threads
+from ckptdiff.report.text import percent
 from ckptdiff.run.devices import Device, open_device
 from ckptdiff.run.tasks import TASK_BLOCKS, Load, Memory, Span, fit_memory
 from ckptdiff.run.warm_up import Uses, uses
@@ -253,7 +256,7 @@ def _is_wide(base: Format, tuned: Format, compare: Format) -> bool:
 
 def _facts(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Options) -> Diff:
     groups = options.group_patterns()
-    return Diff(
+    diff = Diff(
         tensors=tuple(_tensor_facts(pair, options, groups) for pair in pairing.pairs),
         columns={column.name: np.zeros(0, column.dtype) for column in COLUMNS},
         base=_side_facts(base, "base", pairing),
@@ -271,6 +274,13 @@ def _facts(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Optio
         ),
         warnings=(*base.warnings, *tuned.warnings, *pairing.warnings),
     )
+    return replace(diff, warnings=(*diff.warnings, *_little_compared(diff)))
+
+
+def _little_compared(diff: Diff) -> Iterator[str]:
+    for side, found in diff.coverage.items():
+        if found.share is not None and found.share < 0.5:
+            yield f"less than half of {side} is compared: {percent(found.share)} of its values"
 
 
 def _tensor_facts(pair: TensorPair, options: Options, groups: list[tuple[str, Any]]) -> TensorFacts:
@@ -293,8 +303,9 @@ def _tensor_facts(pair: TensorPair, options: Options, groups: list[tuple[str, An
     )
 
 
-def _side_facts(side: Checkpoint, called: str, pairing: Pairing) -> dict[str, Any]:
+def _side_facts(side: Checkpoint, called: Side, pairing: Pairing) -> dict[str, Any]:
     assumed = [alias.name for alias in pairing.aliased if alias.side == called and alias.by == "config"]
+    tied, others = left_out(pairing, called, side)
     dtypes = Counter(tensor.dtype for tensor in side.tensors.values())
     return {
         "path": side.path,
@@ -312,6 +323,8 @@ def _side_facts(side: Checkpoint, called: str, pairing: Pairing) -> dict[str, An
             for shard in side.shards
         ],
         "uncompared": [*side.unread, *assumed],
+        "tied": tied,
+        "left_out": by_pattern(others),
     }
 
 

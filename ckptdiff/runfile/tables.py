@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ckptdiff.figures.catalogue import COLUMNS, flat_key
-from ckptdiff.figures.result import Diff, TensorFacts, UnmatchedTensor
+from ckptdiff.figures.result import SIDES, Diff, TensorFacts, UnmatchedTensor
 from ckptdiff.measure.thresholds import RHO
 from ckptdiff.runfile.schema import TEXT_FACTS, escape_text, unescape
 from ckptdiff.runfile.typed import Spec, WrongTypeError, json_of, numbers_of, parse_json, require, texts_of
@@ -29,6 +31,13 @@ __all__ = [
 ]
 
 _SIDE: Spec = {"path": str, "shards": [{"file": str, "size": int, "mtime_ns": int, "header_sha256": str}]}
+_ADDED: dict[str, Spec] = {
+    "numel": int,
+    "uncompared": [str],
+    "tied": int,
+    "left_out": [{"pattern": str, "why": str, "tensors": int, "values": int}],
+}
+"""What each side may hold too; run files of 0.1.0 have only the first."""
 _PROVENANCE: Spec = {
     "base": _SIDE,
     "tuned": _SIDE,
@@ -72,6 +81,9 @@ def write_tensors(group: Any, diff: Diff) -> None:
     _describe(_packed(group, "layer", np.array(layers, np.int64)), names, "1", "layer number, -1 for none")
     same = np.array([tensor.same_bytes for tensor in diff.tensors], np.uint8)
     _describe(_packed(group, "same_bytes", same), names, "1", "1 if both sides are the same bytes of the same file")
+    for side in SIDES:
+        compared = np.array([tensor.compared_of(side) for tensor in diff.tensors], np.int64)
+        _describe(_packed(group, f"compared_{side}", compared), names, "1", f"values of {side} that are compared")
     for column in COLUMNS:
         values = np.asarray(diff.columns[column.name], column.dtype)
         if values.shape != (len(diff.tensors),):
@@ -155,9 +167,16 @@ def read_facts(group: Any) -> tuple[TensorFacts, ...]:
     texts = {fact: texts_of_tensors(group, fact) for fact in ("name", *TEXT_FACTS)}
     layers = numbers_of_tensors(group, "layer", np.int64).tolist()
     same = numbers_of_tensors(group, "same_bytes", np.uint8).tolist()
-    return tuple(
+    facts = [
         _facts({fact: values[row] for fact, values in texts.items()}, layers[row], same[row] == 1)
         for row in range(len(layers))
+    ]
+    if "compared_base" not in group:  # a run file of 0.1.0, which compared tensors of equal shape alone
+        return tuple(facts)
+    sides = [numbers_of_tensors(group, f"compared_{side}", np.int64).tolist() for side in SIDES]
+    return tuple(
+        one if set(compared) == {math.prod(one.shape)} else replace(one, compared=compared)
+        for one, compared in zip(facts, zip(*sides, strict=True), strict=True)
     )
 
 
@@ -165,7 +184,9 @@ def read_provenance(file: Any) -> dict[str, Any]:
     """The JSON object of ``/provenance``."""
     known: dict[str, Any] = json_of(file["provenance"], _PROVENANCE)
     for side in ("base", "tuned"):
-        require(known[side].get("uncompared", []), [str], f"{file['provenance'].name}: {side}: uncompared")
+        for key, spec in _ADDED.items():
+            if key in known[side]:
+                require(known[side][key], spec, f"{file['provenance'].name}: {side}: {key}")
     return known
 
 
@@ -181,9 +202,12 @@ def read_unmatched(file: Any) -> dict[str, Any]:
 
 
 def _facts(texts: Mapping[str, str], layer: int, same_bytes: bool) -> TensorFacts:
-    plain = {fact: texts[fact] for fact in ("name", "dtype_base", "dtype_tuned", "compare", "tower")}
     return TensorFacts(
-        **plain,
+        name=texts["name"],
+        dtype_base=texts["dtype_base"],
+        dtype_tuned=texts["dtype_tuned"],
+        compare=texts["compare"],
+        tower=texts["tower"],
         shape=tuple(parse_json(texts["shape"], [int], "/tensors/shape")),
         layer=None if layer == _NO_LAYER else layer,
         module_type=texts["module_type"],

@@ -74,7 +74,9 @@ def test_defaults_are_the_librarys(cli: Cli, engine: FakeEngine) -> None:
 def test_the_table_is_the_default(cli: Cli, engine: FakeEngine, tmp_path: Path) -> None:
     code, out, err = cli("diff", "base", "tuned", "-o", tmp_path / "run.h5")
     assert code == 0 and err == ""
-    assert out.startswith("Llama-small -> Llama-small-OPD") and f"ckptdiff show {tmp_path}/run.h5" in out
+    assert (
+        out.splitlines()[1].startswith("Llama-small -> Llama-small-OPD") and f"ckptdiff show {tmp_path}/run.h5" in out
+    )
     assert "\x1b" not in out
 
 

@@ -14,7 +14,8 @@ from ckptdiff.report.json_text import dumps
 from ckptdiff.report.rows import View
 
 _KEYS = [
-    *("schema", "ckptdiff_version", "base", "tuned", "compare", "mask_rule", "counts", "global", "median_2d"),
+    *("schema", "ckptdiff_version", "base", "tuned", "compare", "mask_rule", "counts", "coverage"),
+    *("global", "median_2d"),
     *("modules", "layers", "blocks", "towers", "warnings", "tensors"),
     *("only_in_base", "only_in_tuned", "aliased", "mismatched"),
 ]

@@ -1,0 +1,68 @@
+"""Tell how much of each side was compared, and gather what was left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["SideCoverage", "by_pattern"]
+
+_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
+
+
+@dataclass(frozen=True, slots=True)
+class SideCoverage:
+    """How much of one side was compared.
+
+    Attributes
+    ----------
+    values : int or None
+        All its values, those of integer tensors and those that ``include`` and ``exclude`` leave out among them.
+    compared : int or None
+        Those that were compared, or are a compared tensor's under a second name. None if a run file does not tell.
+    """
+
+    values: int | None
+    compared: int | None
+
+    @property
+    def share(self) -> float | None:
+        """Compared values / all values."""
+        return self.compared / self.values if self.values and self.compared is not None else None
+
+    def as_json(self) -> dict[str, Any]:
+        """As the output contract writes it."""
+        return {"values": self.values, "compared": self.compared, "share": self.share}
+
+
+def by_pattern(tensors: Iterable[tuple[str, int | None, str]]) -> list[dict[str, Any]]:
+    """Gather tensors whose names differ in numbers alone, such as the experts of all layers.
+
+    Parameters
+    ----------
+    tensors : iterable of (str, int or None, str)
+        Name, number of values, and why it was left out.
+
+    Returns
+    -------
+    list of dict
+        ``{"pattern", "why", "tensors", "values"}``, those with most values first. In a pattern ``*`` stands for a
+        number between dots; one tensor alone keeps its name.
+
+    Examples
+    --------
+    >>> by_pattern([("h.0.w", 4, "only in base"), ("h.1.w", 4, "only in base")])
+    [{'pattern': 'h.*.w', 'why': 'only in base', 'tensors': 2, 'values': 8}]
+    """
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, values, why in tensors:
+        found = groups.setdefault(
+            (_NUMBER.sub("*", name), why), {"pattern": name, "why": why, "tensors": 0, "values": 0}
+        )
+        found["tensors"] += 1
+        found["values"] = None if values is None else found["values"] + values
+        if found["tensors"] > 1:
+            found["pattern"] = _NUMBER.sub("*", name)
+    return sorted(groups.values(), key=lambda found: -(found["values"] or 0))
