@@ -15,6 +15,7 @@ from ckptdiff.options import (
     Options,
     SpectraMode,
     SpectraOptions,
+    Values,
     as_bytes,
     as_spectra,
     as_tuple,
@@ -30,6 +31,7 @@ def diff(
     *,
     out: str | os.PathLike[str] | None = None,
     compare: Compare = "bf16",
+    values: Values = "model",
     mask: str | MaskRule = "abs:1e-05",
     renames: Sequence[str] = (),
     include: Sequence[str] = (),
@@ -54,6 +56,8 @@ def diff(
         Run file to write; without one there are figures and no masks.
     compare : {"bf16", "stored"}
         Cast floating tensors of 16 bits and more to bfloat16 first, or compare the stored bits.
+    values : {"model", "codes"}
+        Decode quantised weights to what the model multiplies with, or compare codes and scales as they are stored.
     mask : str or MaskRule
         Which coordinates belong to the mask: "bitwise", "abs:EPS", "eta:ETA", "rel:TAU", "top:PERCENT" or "none".
     renames : sequence of str
@@ -98,6 +102,7 @@ def diff(
     """
     options = Options(
         compare=compare,
+        values=values,
         mask=MaskRule.parse(mask) if isinstance(mask, str) else mask,
         renames=as_tuple("renames", renames),
         include=as_tuple("include", include),

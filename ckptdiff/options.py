@@ -17,6 +17,7 @@ __all__ = [
     "Options",
     "SpectraMode",
     "SpectraOptions",
+    "Values",
     "as_bytes",
     "as_spectra",
     "as_tuple",
@@ -29,6 +30,7 @@ _LEADING = 64
 """Singular values that the spectra list."""
 
 Compare: TypeAlias = Literal["bf16", "stored"]
+Values: TypeAlias = Literal["model", "codes"]
 SpectraMode: TypeAlias = Literal["randomized", "exact"]
 Io: TypeAlias = Literal["auto", "mmap", "pread"]
 RuleKind: TypeAlias = Literal["bitwise", "abs", "eta", "rel", "top", "none", "combined"]
@@ -243,6 +245,8 @@ class Options:
     ----------
     compare : {"bf16", "stored"}
         Cast floating tensors of 16 bits and more to bfloat16 first, or compare the stored bits.
+    values : {"model", "codes"}
+        Decode quantised weights to what the model multiplies with, or compare codes and scales as they are stored.
     mask : MaskRule
         Which coordinates belong to the mask.
     renames : tuple of str
@@ -280,6 +284,7 @@ class Options:
     """
 
     compare: Compare = "bf16"
+    values: Values = "model"
     mask: MaskRule = MaskRule("abs", 1e-5)
     renames: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
@@ -293,7 +298,7 @@ class Options:
     spectra: SpectraOptions | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("compare", Compare), ("io", Io)):
+        for name, allowed in (("compare", Compare), ("values", Values), ("io", Io)):
             if getattr(self, name) not in get_args(allowed):
                 raise OptionError(
                     f"unknown value of {name}",

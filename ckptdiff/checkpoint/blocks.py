@@ -1,4 +1,4 @@
-"""Read one tensor, block by block, for what needs a single side."""
+"""Read one side, block by block, for what needs a single side."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint import DTYPES, TensorInfo
+from ckptdiff.checkpoint import DTYPES
+from ckptdiff.checkpoint.boxes import read_elements
 from ckptdiff.checkpoint.open_shards import OpenShards
+from ckptdiff.checkpoint.weights import Weight
 from ckptdiff.formats import stored_format
 from ckptdiff.measure.partial import BLOCK
 
 __all__ = ["blocks_of", "values_of"]
 
 
-def blocks_of(shards: OpenShards, tensor: TensorInfo, block: int = BLOCK) -> Iterator[NDArray[np.uint8]]:
-    """Stored bytes, `block` coordinates at a time; each piece is read-only and valid until the next is asked for."""
-    size = block * DTYPES[tensor.dtype].bits // 8
-    buffer = np.empty(min(size, tensor.nbytes), np.uint8)
-    for start in range(tensor.start, tensor.stop, size):
-        with shards[tensor.shard].window(tensor, start, min(start + size, tensor.stop), buffer) as piece:
-            yield piece
+def blocks_of(shards: OpenShards, weight: Weight, block: int = BLOCK) -> Iterator[NDArray[np.uint8]]:
+    """Codes as bytes, `block` coordinates at a time; each piece is read-only and valid until the next is asked for."""
+    bits = DTYPES[weight.dtype].bits
+    buffer = np.empty(min(block, weight.numel) * bits // 8, np.uint8)
+    for first in range(0, weight.numel, block):
+        stop = min(first + block, weight.numel)
+        piece = buffer[: (stop - first) * bits // 8]
+        read_elements(shards, weight, first, stop, piece)
+        piece.flags.writeable = False
+        yield piece
 
 
 def values_of(dtype: str, stored: NDArray[np.uint8]) -> NDArray[np.floating]:

@@ -2,144 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
 
 from ckptdiff.checkpoint.checkpoint import Checkpoint
 from ckptdiff.checkpoint.dtypes import Kind
 from ckptdiff.checkpoint.globs import Globs
 from ckptdiff.checkpoint.header import TensorInfo
+from ckptdiff.checkpoint.layouts import Assembly, assemble
 from ckptdiff.checkpoint.matching import is_adapter_part, match_names
 from ckptdiff.checkpoint.names import locate
+from ckptdiff.checkpoint.nothing_in_common import MERGE, nothing_to_compare
+from ckptdiff.checkpoint.pairs import Alias, Mismatch, Pairing, Rows, TensorPair
 from ckptdiff.checkpoint.scales import is_scaled, scaled_modules
-from ckptdiff.checkpoint.ties import Evidence, SameValues, find_ties
-from ckptdiff.checkpoint.weights import Source, Weight
-from ckptdiff.errors import PairingError, first_few
+from ckptdiff.checkpoint.side_weights import SideWeights, weights_of
+from ckptdiff.checkpoint.ties import SameValues, find_ties, left_embedding
+from ckptdiff.checkpoint.weights import Source, Weight, sources_of
+from ckptdiff.options import Values
 
 __all__ = ["Alias", "Mismatch", "Pairing", "Rows", "TensorPair", "pair"]
-
-_MERGE = "merge it into its model first (merge_and_unload of peft), and save that"
-
-
-class Rows(NamedTuple):
-    """Rows of a pair whose sides do not have as many."""
-
-    compared: int
-    only_in_base: int
-    only_in_tuned: int
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPair:
-    """Two tensors to compare.
-
-    Attributes
-    ----------
-    name : str
-        The base's name, by which every report calls the pair.
-    base, tuned : Weight
-        The two sides: equal shapes; both `FLOAT`, or the same dtype.
-    rows : Rows, optional
-        Where one side has more rows than the other, as of a vocabulary that has grown: the sides are those in common.
-    untied : bool
-        Whether one side is an embedding, which the other side's head of that name has left.
-    """
-
-    name: str
-    base: Source
-    tuned: Weight
-    rows: Rows | None = None
-    untied: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the base's tensor, all rows, which is the shape of masks."""
-        rows = self.rows
-        return self.base.shape if rows is None else (rows.compared + rows.only_in_base, *self.base.shape[1:])
-
-    @property
-    def tuned_name(self) -> str | None:
-        """The tuned side's name, or None where it is the base's."""
-        return None if self.tuned.name == self.name else self.tuned.name
-
-    @property
-    def same_bytes(self) -> bool:
-        """Whether both sides are the same bytes of the same file, so that they are read once."""
-        base, tuned = self.base, self.tuned
-        return isinstance(base, TensorInfo) and isinstance(tuned, TensorInfo) and base.region == tuned.region
-
-
-@dataclass(frozen=True, slots=True)
-class Alias:
-    """A tensor that is another one under a second name, and so is counted once.
-
-    Attributes
-    ----------
-    name : str
-        The tensor that is not compared on its own.
-    of : str
-        The tensor that stands for it, in the same checkpoint.
-    side : {"base", "tuned", "both"}
-        Which checkpoint stores it under that name.
-    by : {"bytes", "values", "config"}
-        How that is known: the same bytes of a file, a look at all values, or ``config.json``, which may be wrong.
-    """
-
-    name: str
-    of: str
-    side: Literal["base", "tuned", "both"]
-    by: Evidence
-
-
-@dataclass(frozen=True, slots=True)
-class Mismatch:
-    """Two tensors that belong together and cannot be compared.
-
-    Attributes
-    ----------
-    name : str
-        The base's name.
-    base, tuned : TensorInfo
-        The two sides.
-    reason : str
-        Why not, in words.
-    """
-
-    name: str
-    base: TensorInfo
-    tuned: TensorInfo
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Pairing:
-    """Every tensor of two checkpoints, each in one place.
-
-    Attributes
-    ----------
-    pairs : tuple of TensorPair
-        What is compared, in the order of the base's files.
-    only_in_base, only_in_tuned : tuple of str
-        Names without a counterpart, in their own checkpoint's order.
-    aliased : tuple of Alias
-        Names that stand for another tensor.
-    mismatched : tuple of Mismatch
-        Counterparts that cannot be compared.
-    warnings : tuple of str
-        What the user should know about the pairing.
-    excluded_of_base, excluded_of_tuned : tuple of str
-        Names that `include` and `exclude` of :func:`pair` leave out.
-    """
-
-    pairs: tuple[TensorPair, ...]
-    only_in_base: tuple[str, ...]
-    only_in_tuned: tuple[str, ...]
-    aliased: tuple[Alias, ...]
-    mismatched: tuple[Mismatch, ...]
-    warnings: tuple[str, ...]
-    excluded_of_base: tuple[str, ...] = ()
-    excluded_of_tuned: tuple[str, ...] = ()
 
 
 def pair(
@@ -150,13 +32,16 @@ def pair(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     same_values: SameValues | None = None,
+    values: Values = "codes",
 ) -> Pairing:
-    """Pair the tensors of two checkpoints.
+    """Pair the weights of two checkpoints.
 
     Names are matched first as they are, after `renames`; then, for what is left, without the prefixes that wrap
     whole models (``module.``, ``_orig_mod.``, ``base_model.model.``, ``model.language_model.``, ...), where exactly
-    one name on each side remains. Nothing else is guessed. A head that one side lacks is tied to an embedding of its
-    own side if their values are equal, or if they cannot be looked at and ``config.json`` says so.
+    one name on each side remains; then what is stored in other pieces on the other side is put together of these
+    (:mod:`~ckptdiff.checkpoint.layouts`). Nothing else is guessed. A head that one side lacks is tied to an embedding
+    of its own side if their values are equal, or if they cannot be looked at and ``config.json`` says so; else, if the
+    other side's ``config.json`` says that it ties its own, it is compared with the embedding that it has left.
 
     Parameters
     ----------
@@ -169,7 +54,9 @@ def pair(
         `exclude` wins. What they leave out appears nowhere in the result, nor does anything that is tied to it.
     same_values : callable, optional
         Tells whether two tensors hold the same values (:func:`~ckptdiff.checkpoint.same_values.same_values`). Without
-        it no data is read; the pairs are the same.
+        it no data is read; a head may then be a pair of its own that is an alias where its values are looked at.
+    values : {"model", "codes"}
+        Whether quantised weights are decoded, or codes and scales are tensors like any other.
 
     Returns
     -------
@@ -186,13 +73,16 @@ def pair(
         A head or an embedding that cannot be read.
     """
     globs = Globs(include, exclude)
-    matched, match_warnings = match_names(base.tensors, tuned.tensors, renames)
-    pairing = _sort_out(base, tuned, matched, globs, same_values)
+    sides = weights_of(base, values), weights_of(tuned, values)
+    matched, match_warnings = match_names(sides[0].named, sides[1].named, renames)
+    pairing = _sort_out(sides, matched, globs, same_values)
     if not pairing.pairs:
-        raise _nothing_to_compare(base, tuned, _sort_out(base, tuned, matched, Globs(), None), pairing)
+        raise nothing_to_compare(base, tuned, _sort_out(sides, matched, Globs(), None), pairing)
     warnings = (
         *match_warnings,
         *globs.unmatched([*base.tensors, *tuned.tensors]),
+        *sides[0].warnings,
+        *sides[1].warnings,
         *pairing.warnings,
         *_adapter_warnings(base, tuned, pairing),
         *_scale_warnings(base, tuned, pairing.pairs),
@@ -201,59 +91,103 @@ def pair(
 
 
 def _sort_out(
-    base: Checkpoint, tuned: Checkpoint, matched: dict[str, str], globs: Globs, same_values: SameValues | None
+    sides: tuple[SideWeights, SideWeights],
+    matched: dict[str, str],
+    globs: Globs,
+    same_values: SameValues | None,
 ) -> Pairing:
-    """Put every tensor that the globs select in its place."""
+    """Put every weight that the globs select in its place."""
+    base, tuned = sides
     pairs: list[TensorPair] = []
     mismatched: list[Mismatch] = []
     aliased: list[Alias] = []
-    chosen: dict[str, str] = {}
-    excluded = {name: other for name, other in matched.items() if not globs.select(name, other)}
+    assembly = _assembled(base.named, tuned.named, matched)
+    matched = {name: other for name, other in matched.items() if name not in assembly.found}
+    # What names stand for the tuned side's weights in globs, and in what is said.
+    others = matched | {name: weight.name for name, weight in assembly.found.items()}
+    excluded = {name: other for name, other in others.items() if not globs.select(name, other)}
     seen: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
-    for name, one in base.tensors.items():
-        if name not in matched or name in excluded:
+    for name, one in base.named.items():
+        if name not in others or name in excluded:
             continue
-        chosen[name] = matched[name]
-        other = tuned.tensors[matched[name]]
+        if name in assembly.found:
+            pairs.append(TensorPair(name, one, assembly.found[name]))
+            continue
+        other = tuned.named[matched[name]]
         reason = _mismatch(one, other)
-        if reason is not None:
-            common = _common_rows(name, one, other)
-            if common is None:
-                mismatched.append(Mismatch(name, one, other, reason))
-            else:
-                pairs.append(common)
-            continue
-        # Empty tensors have equal regions without being the same tensor.
-        first = seen.setdefault((one.region, other.region), name) if one.nbytes else name
-        if first == name:
+        common = None if reason is None else _common_rows(name, one, other)
+        if common is not None:
+            pairs.append(common)
+        elif reason is not None:
+            mismatched.append(Mismatch(name, one, other, reason))
+        elif not (isinstance(one, TensorInfo) and isinstance(other, TensorInfo) and one.nbytes):
+            pairs.append(TensorPair(name, one, other))  # empty tensors have equal regions without being the same tensor
+        elif seen.setdefault((one.region, other.region), name) == name:
             pairs.append(TensorPair(name, one, other))
         else:
-            aliased.append(Alias(name, first, "both", "bytes"))
+            aliased.append(Alias(name, seen[one.region, other.region], "both", "bytes"))
+    used = {part.name for weight in assembly.found.values() for part in sources_of(weight)} | set(matched.values())
+    chosen = [name for name in others if name not in excluded]
     # Without a pair this ends in an error, and there is no need to read anything.
     asked = same_values if pairs else None
-    others = set(matched.values())
-    in_base, base_ties, base_warnings = _without_counterpart(base, "base", matched.keys(), chosen.keys(), globs, asked)
-    in_tuned, tuned_ties, tuned_warnings = _without_counterpart(tuned, "tuned", others, chosen.values(), globs, asked)
+    in_base, base_ties, base_warnings = _without_counterpart(base, "base", others, chosen, globs, asked)
+    in_tuned, tuned_ties, tuned_warnings = _without_counterpart(
+        tuned, "tuned", used, [matched[name] for name in chosen if name in matched], globs, asked
+    )
+    untied = [
+        *_untied(base, tuned, in_base, lambda head, embedding: (head, embedding)),
+        *_untied(tuned, base, in_tuned, lambda head, embedding: (embedding, head)),
+    ]
+    left = {pair.name for pair in untied}
     return Pairing(
-        pairs=tuple(pairs),
-        only_in_base=in_base,
-        only_in_tuned=in_tuned,
+        pairs=(*pairs, *untied),
+        only_in_base=tuple(name for name in in_base if name not in left),
+        only_in_tuned=tuple(name for name in in_tuned if name not in left),
         aliased=(*aliased, *base_ties, *tuned_ties),
         mismatched=tuple(mismatched),
-        warnings=(*base_warnings, *tuned_warnings),
+        warnings=(*assembly.warnings, *base_warnings, *tuned_warnings),
+        weights=(base.named, tuned.named),
         excluded_of_base=(
             *excluded,
-            *(name for name in base.tensors if name not in matched and not globs.select(name)),
+            *(name for name in base.named if name not in others and not globs.select(name)),
         ),
         excluded_of_tuned=(
-            *excluded.values(),
-            *(name for name in tuned.tensors if name not in others and not globs.select(name)),
+            *(name for other in excluded.values() for name in [other] if name in tuned.named),
+            *(name for name in tuned.named if name not in used and not globs.select(name)),
         ),
     )
 
 
+def _assembled(base: Mapping[str, Source], tuned: Mapping[str, Source], matched: dict[str, str]) -> Assembly:
+    """Put together what has no counterpart of its name and shape."""
+    alike = {
+        name: other
+        for name, other in matched.items()
+        if base[name].shape == tuned[other].shape or _common_rows(name, base[name], tuned[other]) is not None
+    }
+    taken = set(alike.values())
+    return assemble(
+        {name: weight for name, weight in base.items() if name not in alike},
+        {name: weight for name, weight in tuned.items() if name not in taken},
+    )
+
+
+def _untied(
+    storing: SideWeights,
+    other: SideWeights,
+    alone: Sequence[str],
+    ordered: Callable[[TensorInfo, TensorInfo], tuple[TensorInfo, TensorInfo]],
+) -> Iterator[TensorPair]:
+    """Heads that one side alone stores, each with the embedding that it is on the other side."""
+    for name in alone:
+        head = storing.named[name]
+        embedding = left_embedding(head, other.checkpoint) if isinstance(head, TensorInfo) else None
+        if embedding is not None and isinstance(head, TensorInfo):
+            yield TensorPair(name, *ordered(head, embedding), untied=True)
+
+
 def _without_counterpart(
-    storing: Checkpoint,
+    storing: SideWeights,
     side: Literal["base", "tuned"],
     known: Collection[str],
     compared: Iterable[str],
@@ -261,13 +195,20 @@ def _without_counterpart(
     same_values: SameValues | None,
 ) -> tuple[tuple[str, ...], tuple[Alias, ...], tuple[str, ...]]:
     """Names that one side lacks, those among them that are tied to another tensor, and warnings."""
-    alone = [name for name in storing.tensors if name not in known and globs.select(name)]
-    ties = find_ties(storing, compared, alone, side, same_values)
+    alone = [name for name in storing.named if name not in known and globs.select(name)]
+    stored = storing.checkpoint.tensors
+    ties = find_ties(
+        storing.checkpoint,
+        [name for name in compared if name in stored],
+        [name for name in alone if name in stored],
+        side,
+        same_values,
+    )
     only = tuple(name for name in alone if name not in ties.found)
     return only, tuple(Alias(name, tie.of, side, tie.by) for name, tie in ties.found.items()), ties.warnings
 
 
-def _mismatch(base: TensorInfo, tuned: TensorInfo) -> str | None:
+def _mismatch(base: Source, tuned: Source) -> str | None:
     if base.shape != tuned.shape:
         return f"shapes differ: {list(base.shape)} in base, {list(tuned.shape)} in tuned"
     if base.dtype != tuned.dtype and not (base.kind is tuned.kind is Kind.FLOAT):
@@ -275,8 +216,10 @@ def _mismatch(base: TensorInfo, tuned: TensorInfo) -> str | None:
     return None
 
 
-def _common_rows(name: str, base: TensorInfo, tuned: TensorInfo) -> TensorPair | None:
+def _common_rows(name: str, base: Source, tuned: Source) -> TensorPair | None:
     """The rows that two embeddings or heads have in common: the first ones, as tokens are added at the end."""
+    if not (isinstance(base, TensorInfo) and isinstance(tuned, TensorInfo)):
+        return None
     of_vocabulary = locate(name).module_type in ("embed_tokens", "lm_head") and len(base.shape) == len(tuned.shape) > 0
     if not of_vocabulary or base.shape[1:] != tuned.shape[1:] or not base.kind is tuned.kind is Kind.FLOAT:
         return None
@@ -290,58 +233,21 @@ def _first_rows(tensor: TensorInfo, rows: int) -> TensorInfo:
     return replace(tensor, shape=(rows, *tensor.shape[1:]), stop=tensor.start + rows * size)
 
 
-def _nothing_to_compare(base: Checkpoint, tuned: Checkpoint, everything: Pairing, selected: Pairing) -> PairingError:
-    if everything.pairs and not selected.mismatched:
-        alone = (*selected.only_in_base, *selected.only_in_tuned)
-        if alone:
-            return PairingError(
-                "what --include and --exclude leave is in one of the two checkpoints only",
-                file=tuned.path,
-                expected=f"tensors that are in {base.path} too",
-                found=first_few(alone),
-                hint="ckptdiff inspect lists the tensors of a checkpoint",
-            )
-        return PairingError(
-            "--include and --exclude leave no tensor to compare",
-            file=tuned.path,
-            expected=f"some of {len(everything.pairs)} pairs, such as "
-            + first_few(pair.name for pair in everything.pairs),
-            found="none",
-            hint="patterns are shell-style and match whole names: '*.mlp.*', not 'mlp'",
-        )
-    if selected.mismatched or everything.mismatched:
-        first = (selected.mismatched or everything.mismatched)[0]
-        return PairingError(
-            "no tensor of the two checkpoints can be compared",
-            file=tuned.path,
-            tensor=first.name,
-            expected="some tensors of equal shape and comparable dtype",
-            found=first.reason,
-            hint="check that the two checkpoints are of the same model",
-        )
-    adapter = next((side for side in (base, tuned) if any(map(is_adapter_part, side.tensors))), None)
-    return PairingError(
-        "the two checkpoints have no tensor name in common",
-        file=tuned.path,
-        expected=f"names as in {base.path}: {first_few(base.tensors) or 'none'}",
-        found=first_few(tuned.tensors) or "none",
-        hint="rename the base's tensors with --map 'OLD=NEW', for example --map '^encoder\\.=model.'"
-        if adapter is None
-        else f"{adapter.path} is an adapter: {_MERGE}",
-    )
-
-
 def _adapter_warnings(base: Checkpoint, tuned: Checkpoint, pairing: Pairing) -> Iterator[str]:
     for side, only in ((base, pairing.only_in_base), (tuned, pairing.only_in_tuned)):
         if any(map(is_adapter_part, only)):
-            yield f"{side.path} holds an adapter that is not merged, and what it changes is not compared: {_MERGE}"
+            yield f"{side.path} holds an adapter that is not merged, and what it changes is not compared: {MERGE}"
 
 
 def _scale_warnings(base: Checkpoint, tuned: Checkpoint, pairs: Iterable[TensorPair]) -> list[str]:
     base_scales, tuned_scales = scaled_modules(base.tensors), scaled_modules(tuned.tensors)
     if not base_scales and not tuned_scales:
         return []
-    count = sum(is_scaled(pair.base, base_scales) or is_scaled(pair.tuned, tuned_scales) for pair in pairs)
+
+    def scaled(weight: Weight, scales: frozenset[str]) -> bool:
+        return isinstance(weight, TensorInfo) and is_scaled(weight, scales)
+
+    count = sum(scaled(pair.base, base_scales) or scaled(pair.tuned, tuned_scales) for pair in pairs)
     if not count:
         return []
     return [f"{count} fp8 tensors have scales beside them: compared as raw codes, unscaled"]

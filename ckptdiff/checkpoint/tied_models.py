@@ -4,8 +4,7 @@ from __future__ import annotations
 
 __all__ = ["TIED_BY_DEFAULT"]
 
-TIED_BY_DEFAULT = frozenset(
-    """
+_TYPES = """
     albert aya_vision bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small blip
     blip_text_model bloom camembert canary cohere cohere2 cohere2_moe cohere2_vision cohere_compass_text convbert
     cpmant csm ctrl d_fine dab-detr data2vec-text deberta deberta-v2 deepseek_vl deepseek_vl_hybrid
@@ -26,6 +25,7 @@ TIED_BY_DEFAULT = frozenset(
     switch_transformers t5 t5_gemma_module t5gemma t5gemma2 t5gemma2_decoder t5gemma2_encoder t5gemma2_text tapas
     trocr udop umt5 vaultgemma vilt visual_bert voxtral_realtime whisper xglm xlm xlm-roberta xlm-roberta-xl xlnet
     xmod yoso youtu zamba zamba2 zaya
-    """.split()
-)
+"""
+
+TIED_BY_DEFAULT = frozenset(_TYPES.split())
 """Values of ``model_type``; all others are not tied unless they say so."""

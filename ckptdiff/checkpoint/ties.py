@@ -13,7 +13,7 @@ from ckptdiff.checkpoint.model_config import says_tied
 from ckptdiff.checkpoint.names import locate
 from ckptdiff.checkpoint.scales import is_scaled, scaled_modules
 
-__all__ = ["Evidence", "SameValues", "Tie", "Ties", "find_ties", "twice_named"]
+__all__ = ["Evidence", "SameValues", "Tie", "Ties", "find_ties", "left_embedding", "twice_named"]
 
 Evidence: TypeAlias = Literal["bytes", "values", "config"]
 """Why a tensor counts as another one: the same bytes of a file, equal values, or the word of ``config.json``."""
@@ -121,6 +121,19 @@ def find_ties(
         elif same_values is None:
             warnings.append(f"{name} is stored only in {side}: to tell whether it equals {first}, data has to be read")
     return Ties({name: Tie(_last(found, name), tie.by) for name, tie in found.items()}, tuple(dict.fromkeys(warnings)))
+
+
+def left_embedding(head: TensorInfo, other: Checkpoint) -> TensorInfo | None:
+    """The embedding of the other side that stands for a head which only one side stores.
+
+    Returns
+    -------
+    TensorInfo or None
+        None if it is no head, or the other side does not tie its own by its ``config.json``.
+    """
+    if not _is_tied_in_some_models(head) or not says_tied(other)[0]:
+        return None
+    return next((tensor for tensor in other.tensors.values() if _may_be_tied(head, tensor)), None)
 
 
 def twice_named(tensors: Iterable[TensorInfo]) -> dict[str, str]:

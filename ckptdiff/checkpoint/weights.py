@@ -13,7 +13,7 @@ from typing import TypeAlias
 from ckptdiff.checkpoint.dtypes import DTYPES, Kind
 from ckptdiff.checkpoint.header import TensorInfo
 
-__all__ = ["Assembled", "Decoded", "Piece", "Range", "Source", "Weight"]
+__all__ = ["Assembled", "Decoded", "Piece", "Range", "Source", "Weight", "sources_of", "stored_as"]
 
 Range: TypeAlias = tuple[int, int, int]
 """Start, stop and step along an axis."""
@@ -124,3 +124,15 @@ class Assembled:
 
 Weight: TypeAlias = TensorInfo | Decoded | Assembled
 """A side of a pair."""
+
+
+def sources_of(weight: Weight) -> tuple[Source, ...]:
+    """The weights of its own side that a side of a pair is made of."""
+    return tuple(dict.fromkeys(piece.source for piece in weight.pieces)) if isinstance(weight, Assembled) else (weight,)
+
+
+def stored_as(weight: Weight) -> str:
+    """What a side is stored as: its dtype, or the name of its encoding."""
+    return "/".join(
+        dict.fromkeys(source.encoding if isinstance(source, Decoded) else source.dtype for source in sources_of(weight))
+    )

@@ -40,6 +40,13 @@ __all__ = ["diff"]
     help="Cast floating values to bfloat16 first, or compare them as stored.",
 )
 @click.option(
+    "--values",
+    type=click.Choice(["model", "codes"]),
+    default="model",
+    help="Of quantised weights compare the values that the model uses, codes times scales, or codes and scales as they "
+    "are stored.",
+)
+@click.option(
     "--mask",
     metavar="RULE",
     default="abs:1e-05",
@@ -118,6 +125,7 @@ def _options(given: dict[str, Any]) -> Options:
 
     return Options(
         compare=given["compare"],
+        values=given["values"],
         mask=MaskRule.parse(given["mask"]),
         renames=given["renames"],
         include=given["include"],

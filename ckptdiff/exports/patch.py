@@ -86,6 +86,16 @@ def export_patch(
     masks = [run.masks[name] for name in chosen_masks(run, names)]
     checkpoint = open_side(run, "tuned", tuned)
     diff = run.load()
+    facts_of = {facts.name: facts for facts in diff.tensors}
+    for mask in masks:
+        if mask.count and not facts_of[mask.name].plain:
+            raise OptionError(
+                "a patch replaces values where they are stored, and these are stored in another way on the other side",
+                file=run.path,
+                tensor=mask.name,
+                expected="a whole tensor on either side, in one layout and not quantised",
+                hint="save both checkpoints in one layout, or name other tensors",
+            )
     tuned_names = {facts.name: facts.tuned_name or facts.name for facts in diff.tensors}
     # At its old place it has not been modified since.
     known = known_norms(diff, "tuned") if tuned else {}

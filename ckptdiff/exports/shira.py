@@ -177,6 +177,8 @@ def _chosen(tensors: Sequence[TensorFacts], names: Sequence[str], path: str) -> 
         )
     for facts in chosen:
         reason = refusal(facts.name, facts.shape, facts.compare != "bitwise")
+        if reason is None and not facts.plain:
+            reason = "its values are not stored in that layout on both sides"
         if reason is not None:
             raise OptionError(
                 "PEFT's SHiRA adapts the weights of linear layers only",
@@ -190,7 +192,7 @@ def _chosen(tensors: Sequence[TensorFacts], names: Sequence[str], path: str) -> 
 
 
 def _is_matrix_of_a_layer(facts: TensorFacts) -> bool:
-    is_matrix = len(facts.shape) == 2 and facts.compare != "bitwise" and facts.name.endswith(".weight")
+    is_matrix = facts.plain and len(facts.shape) == 2 and facts.compare != "bitwise" and facts.name.endswith(".weight")
     return is_matrix and facts.block in _LINEAR_BLOCKS
 
 

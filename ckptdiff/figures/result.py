@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptdiff.checkpoint.dtypes import DTYPES
 from ckptdiff.figures.catalogue import Figure
 from ckptdiff.figures.coverage import SideCoverage
 from ckptdiff.figures.evaluate import figures_of, median_2d, values_of
@@ -18,7 +19,7 @@ from ckptdiff.figures.grouping import Grouping
 from ckptdiff.figures.members import LABEL_KEYS, GroupBy, members_of
 from ckptdiff.figures.spectral import Spectra
 
-__all__ = ["SIDES", "Diff", "Side", "TensorFacts", "UnmatchedTensor"]
+__all__ = ["SIDES", "Diff", "PieceFacts", "RowCounts", "Side", "TensorFacts", "UnmatchedTensor"]
 
 Side: TypeAlias = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
@@ -52,12 +53,46 @@ class TensorFacts:
     """The user's own groups that the name matches."""
     same_bytes: bool = False
     """Both names resolve to the same bytes of the same file."""
+    pieces: tuple[PieceFacts, ...] = ()
+    """Of what the tuned side is put together, if it is not one tensor of the same layout."""
+    rows: RowCounts | None = None
+    """If the sides do not have as many; `shape` is that of the base."""
+    untied: bool = False
+    """One side is a head of its own, the other one's the embedding, which its head is tied to."""
     compared: tuple[int, int] | None = None
     """Values of the base and of the tuned side that the pair compares; None stands for all of `shape` on both."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a whole stored tensor on either side, the base's under this name."""
+        encoded = not {self.dtype_base, self.dtype_tuned} <= DTYPES.keys()
+        return not (self.pieces or self.rows or self.untied or encoded)
 
     def compared_of(self, side: Side) -> int:
         """Values of a side that are compared."""
         return math.prod(self.shape) if self.compared is None else self.compared[SIDES.index(side)]
+
+
+@dataclass(frozen=True, slots=True)
+class PieceFacts:
+    """A part of a compared tensor, and the part of a tensor of the tuned side that it is compared with.
+
+    Indices hold start, stop and step of each axis.
+    """
+
+    tuned_name: str
+    base_index: tuple[tuple[int, int, int], ...]
+    tuned_index: tuple[tuple[int, int, int], ...]
+    transposed: bool
+    """Whether the last two axes of the tuned part are swapped."""
+
+
+class RowCounts(NamedTuple):
+    """Rows of a tensor that one side has more of than the other, such as an embedding of more tokens."""
+
+    compared: int
+    only_in_base: int
+    only_in_tuned: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +117,7 @@ class Diff:
     columns : mapping of str to array, shape (len(tensors),)
         Measured per tensor; :data:`~ckptdiff.figures.catalogue.COLUMNS` describes each.
     base, tuned : mapping
-        Provenance of each side: ``path``, ``tensors``, ``numel``, ``bytes``, ``dtypes``, ``shards``;
+        Provenance of each side: ``path``, ``tensors``, ``numel``, ``values``, ``bytes``, ``dtypes``, ``shards``;
         ``uncompared``: weights of its folder that were not read, and tensors that only ``config.json`` calls tied;
         ``tied``: values of tensors that are a compared one's under a second name; and ``left_out``: what else was not
         compared, by :func:`~ckptdiff.figures.coverage.by_pattern`. Older run files lack the last three.
@@ -144,7 +179,7 @@ class Diff:
             # Older run files do not tell which side stores an alias.
             tied = facts.get("tied", None if self.aliased else 0)
             compared = None if tied is None else tied + sum(tensor.compared_of(side) for tensor in self.tensors)
-            found[side] = SideCoverage(facts.get("numel"), compared)
+            found[side] = SideCoverage(facts.get("values", facts.get("numel")), compared)
         return found
 
     @property
@@ -155,6 +190,7 @@ class Diff:
         ``include`` and ``exclude`` leave out does not count.
         """
         left_out = self.only_in_base or self.only_in_tuned or self.mismatched or any(map(self.uncompared, SIDES))
+        left_out = left_out or any(tensor.rows for tensor in self.tensors)
         return not (left_out or self.differing.any())
 
     @property

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ckptdiff.checkpoint import Kind, TensorInfo, TensorPair
+from ckptdiff.checkpoint import Kind, TensorPair
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.errors import OptionError, PairingError
 from ckptdiff.events import Listener, Note, ignore, stage
@@ -158,7 +158,7 @@ def extract_lora(
     load(None, Uses(tuple(panel_uses(plan.pairs, options.compare))), tell)
     strange = diff.columns["nonfinite_base"] + diff.columns["nonfinite_tuned"] > 0
     updates = [
-        _Update(pair, norm, "NaN or Inf in it" if strange[row] else _refusal(pair.base))
+        _Update(pair, norm, "NaN or Inf in it" if strange[row] else _refusal(pair))
         for row, (pair, norm) in enumerate(zip(plan.pairs, diff.columns["delta_norm"].tolist(), strict=True))
         if norm > 0
     ]
@@ -216,8 +216,12 @@ def _written(writer: AdapterWriter, update: _Update, factors: Factors) -> Extrac
     return Extracted(name, update.pair.base.shape, update.norm, factors.rank, factors.lost)
 
 
-def _refusal(tensor: TensorInfo) -> str | None:
-    return refusal(tensor.name, tensor.shape, tensor.kind is Kind.FLOAT)
+def _refusal(pair: TensorPair) -> str | None:
+    if pair.untied:
+        return "tied to the embedding on one side"
+    if pair.rows is not None:
+        return "of other rows on the other side"
+    return refusal(pair.name, pair.shape, pair.base.kind is Kind.FLOAT)
 
 
 def _outcome(tensor: Extracted) -> str:

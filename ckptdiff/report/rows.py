@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ckptdiff.errors import OptionError
@@ -161,6 +161,9 @@ def tensor_row(facts: TensorFacts, numel: int, figures: Mapping[str, Any]) -> Ro
         "module_type": facts.module_type,
         "block": facts.block,
         **({"groups": list(facts.groups)} if facts.groups else {}),
+        **({"pieces": [asdict(piece) for piece in facts.pieces]} if facts.pieces else {}),
+        **({"rows": facts.rows._asdict()} if facts.rows else {}),
+        **({"untied": True} if facts.untied else {}),
         **figures,
     }
 

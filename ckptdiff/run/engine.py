@@ -126,12 +126,11 @@ def _write_masks(writer: RunFileWriter, plan: Plan, result: Result) -> None:
     if not plan.want_masks:
         return
     for chunk in result.chunks:
-        tensor = plan.pairs[chunk.tensor].base
-        writer.add_mask_chunk(tensor.name, tensor.shape, chunk.index, chunk.payload, chunk.filter_mask)
+        pair = plan.pairs[chunk.tensor]
+        writer.add_mask_chunk(pair.name, pair.shape, chunk.index, chunk.payload, chunk.filter_mask)
     for index in result.tensors:
         if not plan.loads[index].numel:
-            empty = plan.pairs[index].base
-            writer.begin_mask(empty.name, empty.shape)
+            writer.begin_mask(plan.pairs[index].name, plan.pairs[index].shape)
 
 
 def _spectra(

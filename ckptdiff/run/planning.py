@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import ckptdiff
-from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorInfo, TensorPair, locate, open_checkpoint, pair
+from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorPair, locate, open_checkpoint, pair
+from ckptdiff.checkpoint.boxes import is_contiguous, room_to_read, runs_of
 from ckptdiff.checkpoint.left_out import left_out
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.checkpoint.same_values import look_for_ties
+from ckptdiff.checkpoint.weights import Assembled, Piece, Source, Weight, stored_as
 from ckptdiff.events import Listener, ignore
 from ckptdiff.figures.catalogue import COLUMNS
 from ckptdiff.figures.columns import Measured, measured
 from ckptdiff.figures.coverage import by_pattern
-from ckptdiff.figures.result import Diff, Side, TensorFacts, UnmatchedTensor
+from ckptdiff.figures.result import SIDES, Diff, PieceFacts, RowCounts, Side, TensorFacts, UnmatchedTensor
 from ckptdiff.formats import Format, Formats, formats_of, is_wide
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.measure.passes import BitMeasurement, FloatMeasurement, Measurement, one_scan_suffices
@@ -213,6 +215,7 @@ def _paired(base: Checkpoint, tuned: Checkpoint, options: Options, tell: Listene
             include=options.include,
             exclude=options.exclude,
             same_values=look_for_ties(shards, tell) if read_data else None,
+            values=options.values,
         )
 
 
@@ -228,7 +231,9 @@ def _uses(pairs: tuple[TensorPair, ...], loads: tuple[Load, ...], options: Optio
 
 def _loads(pairs: tuple[TensorPair, ...], options: Options, device: Device, io: str) -> tuple[Load, ...]:
     shared: dict[Hashable, Load] = {}
-    asked = [(one.base.dtype, one.tuned.dtype, one.base.numel, one.same_bytes) for one in pairs]
+    asked = [
+        (*_reading(one.base), *_reading(one.tuned), one.base.numel, one.same_bytes, one.rows is None) for one in pairs
+    ]
     for what, one in zip(asked, pairs, strict=True):
         if what not in shared:
             shared[what] = _load(one, options, device)
@@ -239,13 +244,25 @@ def _loads(pairs: tuple[TensorPair, ...], options: Options, device: Device, io: 
 
 def _load(pair: TensorPair, options: Options, device: Device) -> Load:
     same, numel = pair.same_bytes, pair.base.numel
-    sides = [pair.base] if same else [pair.base, pair.tuned]
-    bits = tuple(DTYPES[side.dtype].bits for side in sides)
+    sides: list[Weight] = [pair.base] if same else [pair.base, pair.tuned]
+    # Of codes with scales, what they take together.
+    bits = tuple(8 * side.nbytes // max(numel, 1) for side in sides)
+    reading = sum(room_to_read(side, min(numel, BLOCK)) for side in sides)
     if pair.base.kind is not Kind.FLOAT:
-        return Load(numel, bits, min(numel, BLOCK) * 4)
+        return Load(numel, bits, reading + min(numel, BLOCK) * 4)
     formats = formats_of(pair.base.dtype, pair.tuned.dtype, options.compare)
     alike = not same and 0 < numel <= BLOCK and one_scan_suffices(formats[2], options.mask)
-    return Load(numel, bits, device.scratch(numel), formats if alike else None)
+    alike = (
+        alike and pair.rows is None and all(is_contiguous(side) and len(runs_of(side, 0, numel)) == 1 for side in sides)
+    )
+    return Load(numel, bits, reading + device.scratch(numel), formats if alike else None)
+
+
+def _reading(side: Weight) -> tuple[Hashable, ...]:
+    """What tells how a side is read, beside its size."""
+    if isinstance(side, Assembled):
+        return side.dtype, is_contiguous(side) and len(runs_of(side, 0, side.numel))
+    return stored_as(side), True
 
 
 @cache
@@ -289,9 +306,9 @@ def _tensor_facts(pair: TensorPair, options: Options, groups: list[tuple[str, An
     compare = formats_of(base.dtype, tuned.dtype, options.compare)[2].name if base.kind is Kind.FLOAT else "bitwise"
     return TensorFacts(
         name=pair.name,
-        shape=base.shape,
-        dtype_base=base.dtype,
-        dtype_tuned=tuned.dtype,
+        shape=pair.shape,
+        dtype_base=stored_as(base),
+        dtype_tuned=stored_as(tuned),
         compare=compare,
         layer=place.layer,
         tower=place.tower,
@@ -300,17 +317,35 @@ def _tensor_facts(pair: TensorPair, options: Options, groups: list[tuple[str, An
         tuned_name=pair.tuned_name,
         groups=tuple(name for name, pattern in groups if pattern.search(pair.name)),
         same_bytes=pair.same_bytes,
+        pieces=tuple(_piece_facts(piece) for piece in tuned.pieces) if isinstance(tuned, Assembled) else (),
+        rows=None if pair.rows is None else RowCounts(*pair.rows),
+        untied=pair.untied,
+        compared=_compared(pair),
     )
+
+
+def _piece_facts(piece: Piece) -> PieceFacts:
+    return PieceFacts(piece.source.name, piece.base_index, piece.tuned_index, piece.transposed)
+
+
+def _compared(pair: TensorPair) -> tuple[int, int] | None:
+    """Values of each side, if they are not all of the base's tensor: those of an embedding are counted as its own."""
+    if pair.untied:
+        numel = pair.base.numel
+        return (numel, 0) if pair.base.name == pair.name else (0, numel)
+    return None if pair.rows is None else (pair.base.numel, pair.base.numel)
 
 
 def _side_facts(side: Checkpoint, called: Side, pairing: Pairing) -> dict[str, Any]:
     assumed = [alias.name for alias in pairing.aliased if alias.side == called and alias.by == "config"]
-    tied, others = left_out(pairing, called, side)
+    tied, others = left_out(pairing, called)
+    weights = pairing.weights[SIDES.index(called)]
     dtypes = Counter(tensor.dtype for tensor in side.tensors.values())
     return {
         "path": side.path,
         "tensors": len(side.tensors),
         "numel": side.numel,
+        "values": sum(weight.numel for weight in weights.values()),
         "bytes": side.nbytes,
         "dtypes": dict(sorted(dtypes.items())),
         "shards": [
@@ -328,5 +363,5 @@ def _side_facts(side: Checkpoint, called: Side, pairing: Pairing) -> dict[str, A
     }
 
 
-def _dtype_and_shape(tensor: TensorInfo) -> dict[str, Any]:
-    return {"dtype": tensor.dtype, "shape": list(tensor.shape)}
+def _dtype_and_shape(weight: Source) -> dict[str, Any]:
+    return {"dtype": stored_as(weight), "shape": list(weight.shape)}

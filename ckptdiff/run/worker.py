@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -141,7 +142,7 @@ class Worker:
             mask = scan_bits(todo, source, partial)
         else:
             mask = self._backend.scan(todo, source, partial, measurement.first_tie(span.first))
-        return partial, [] if mask is None else list(_compressed(mask, span.tensor, span.first, pair.base.numel))
+        return partial, [] if mask is None else list(_compressed(mask, span.tensor, span.first, math.prod(pair.shape)))
 
     def _blank(self) -> Partial:
         """Nothing seen yet."""

@@ -15,9 +15,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from ckptdiff.checkpoint import Checkpoint, open_checkpoint
 from ckptdiff.checkpoint.blocks import blocks_of, values_of
+from ckptdiff.checkpoint.boxes import stored_parts
 from ckptdiff.checkpoint.open_shards import OpenShards
+from ckptdiff.checkpoint.weights import Weight
 from ckptdiff.errors import CheckpointError, MaskError
 from ckptdiff.figures.result import Diff, TensorFacts
 from ckptdiff.formats import FORMATS, Format, is_wide, recode_table, round_to_bf16, stored_format
@@ -108,7 +110,7 @@ def known_norms(diff: Diff, side: Literal["base", "tuned"]) -> dict[str, KnownNo
     return {facts.name: KnownNorm(side, facts.compare, square, tolerance) for facts, square, tolerance in known}
 
 
-def checked_blocks(shards: OpenShards, tensor: TensorInfo, known: KnownNorm | None) -> Iterator[NDArray[np.uint8]]:
+def checked_blocks(shards: OpenShards, tensor: Weight, known: KnownNorm | None) -> Iterator[NDArray[np.uint8]]:
     """Stored bytes as `blocks_of` yields them, and a look at the norm, unless `known` is None.
 
     Raises
@@ -128,7 +130,7 @@ def checked_blocks(shards: OpenShards, tensor: TensorInfo, known: KnownNorm | No
     if not abs(square - known.square) <= known.tolerance:
         raise CheckpointError(
             f"not the {known.side} checkpoint that the run compared: its headers are the same, but other values",
-            file=tensor.shard.path,
+            file=stored_parts(tensor)[0].shard.path,
             tensor=tensor.name,
             expected=f"norm {math.sqrt(max(known.square, 0.0))!r}",
             found=f"norm {math.sqrt(square)!r}",

@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +25,7 @@ from ckptdiff.runfile.tables import (
     numbers_of_tensors,
     read_columns,
     read_facts,
+    read_layouts,
     read_provenance,
     read_unmatched,
     texts_of_tensors,
@@ -88,7 +90,8 @@ class RunFile:
         """The result of the run, equal to what was written."""
         with self._guard():
             tensors = self._file["tensors"]
-            facts, columns = read_facts(tensors), read_columns(tensors)
+            laid_out, columns = read_layouts(self._file), read_columns(tensors)
+            facts = tuple(replace(one, **laid_out.get(one.name, {})) for one in read_facts(tensors))
             provenance, unmatched = dict(self.provenance), read_unmatched(self._file)
             return Diff(
                 tensors=facts,

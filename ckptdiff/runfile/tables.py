@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from operator import attrgetter
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ckptdiff.figures.catalogue import COLUMNS, flat_key
-from ckptdiff.figures.result import SIDES, Diff, TensorFacts, UnmatchedTensor
+from ckptdiff.figures.result import SIDES, Diff, PieceFacts, RowCounts, TensorFacts, UnmatchedTensor
 from ckptdiff.measure.thresholds import RHO
 from ckptdiff.runfile.schema import TEXT_FACTS, escape_text, unescape
 from ckptdiff.runfile.typed import Spec, WrongTypeError, json_of, numbers_of, parse_json, require, texts_of
@@ -23,6 +23,7 @@ __all__ = [
     "numbers_of_tensors",
     "read_columns",
     "read_facts",
+    "read_layouts",
     "read_provenance",
     "read_unmatched",
     "texts_of_tensors",
@@ -33,6 +34,7 @@ __all__ = [
 _SIDE: Spec = {"path": str, "shards": [{"file": str, "size": int, "mtime_ns": int, "header_sha256": str}]}
 _ADDED: dict[str, Spec] = {
     "numel": int,
+    "values": int,
     "uncompared": [str],
     "tied": int,
     "left_out": [{"pattern": str, "why": str, "tensors": int, "values": int}],
@@ -54,6 +56,7 @@ _UNMATCHED: Spec = {
     "mismatched": [{"name": str, "base": dict, "tuned": dict, "reason": str}],
 }
 """What readers of these rely on."""
+_PIECE: Spec = {"tuned_name": str, "base_index": [[int]], "tuned_index": [[int]], "transposed": bool}
 _NO_LAYER = -1
 _TEXT = h5py.string_dtype()
 _CHUNK = 1 << 14
@@ -105,6 +108,9 @@ def write_provenance(file: Any, diff: Diff) -> None:
             "warnings": diff.warnings,
         }
     )
+    laid_out = {tensor.name: _laid_out(tensor) for tensor in diff.tensors}
+    if any(laid_out.values()):
+        file["layouts"] = _json({name: found for name, found in laid_out.items() if found})
     file["unmatched"] = _json(
         {
             "only_in_base": diff.only_in_base,
@@ -116,6 +122,46 @@ def write_provenance(file: Any, diff: Diff) -> None:
             ],
         }
     )
+
+
+def _laid_out(tensor: TensorFacts) -> dict[str, Any]:
+    """What a tensor is compared with, if not with a whole one of its own layout."""
+    found: dict[str, Any] = {}
+    if tensor.pieces:
+        found["pieces"] = [asdict(piece) for piece in tensor.pieces]
+    if tensor.rows is not None:
+        found["rows"] = tensor.rows._asdict()
+    if tensor.untied:
+        found["untied"] = True
+    return found
+
+
+def read_layouts(file: Any) -> dict[str, dict[str, Any]]:
+    """The fields of :class:`~ckptdiff.figures.result.TensorFacts` of tensors in other layouts, by their names."""
+    if "layouts" not in file:
+        return {}
+    fields = {}
+    for name, found in json_of(file["layouts"], dict).items():
+        where = f"{file['layouts'].name}: {name}"
+        require(found, dict, where)
+        pieces, rows = found.get("pieces", []), found.get("rows")
+        require(pieces, [_PIECE], f"{where}: pieces")
+        if rows is not None:
+            require(rows, dict.fromkeys(RowCounts._fields, int), f"{where}: rows")
+        fields[name] = {
+            "pieces": tuple(
+                PieceFacts(
+                    piece["tuned_name"],
+                    tuple(map(tuple, piece["base_index"])),
+                    tuple(map(tuple, piece["tuned_index"])),
+                    piece["transposed"],
+                )
+                for piece in pieces
+            ),
+            "rows": None if rows is None else RowCounts(**rows),
+            "untied": found.get("untied") is True,
+        }
+    return fields
 
 
 def numbers_of_tensors(group: Any, name: str, dtype: DTypeLike) -> Any:

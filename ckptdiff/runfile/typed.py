@@ -25,7 +25,7 @@ __all__ = [
 Spec: TypeAlias = type | list["Spec"] | Mapping[str, "Spec"]
 """What a JSON value has to be: a type, a list of such values, or an object with at least these keys."""
 
-_SPOKEN = {dict: "an object", list: "a list", str: "text", int: "a whole number"}
+_SPOKEN = {dict: "an object", list: "a list", str: "text", int: "a whole number", bool: "true or false"}
 _LONGEST = 80
 
 

@@ -10,8 +10,9 @@ from typing import Literal, cast
 
 import h5py
 
-from ckptdiff.checkpoint import Checkpoint, TensorInfo, TensorPair, pair
+from ckptdiff.checkpoint import Checkpoint, TensorPair, pair
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
+from ckptdiff.checkpoint.weights import Weight
 from ckptdiff.errors import OptionError, RunFileError
 from ckptdiff.events import Listener, Stage, ignore, stage
 from ckptdiff.figures.result import Diff
@@ -117,7 +118,7 @@ def _copy(path: Path, staged: StagedFile, tell: Listener) -> None:
 
 
 def _require_values(
-    shards: OpenShards, diff: Diff, side: Literal["base", "tuned"], tensors: Sequence[TensorInfo], tell: Listener
+    shards: OpenShards, diff: Diff, side: Literal["base", "tuned"], tensors: Sequence[Weight], tell: Listener
 ) -> None:
     """Read a side that has moved, to see that it holds what the run measured: its headers do not tell."""
     with stage(tell, f"reading {side}", sum(tensor.nbytes for tensor in tensors), "bytes") as told:
@@ -141,7 +142,17 @@ def _without_spectra(
 def _pairs(path: str, diff: Diff, base: Checkpoint, tuned: Checkpoint) -> Sequence[TensorPair]:
     """The tensor pairs of a run, from its checkpoints."""
     given = dict(diff.options)
-    pairs = pair(base, tuned, renames=given["renames"], include=given["include"], exclude=given["exclude"]).pairs
-    if [found.name for found in pairs] != [tensor.name for tensor in diff.tensors]:
+    found = pair(
+        base,
+        tuned,
+        renames=given["renames"],
+        include=given["include"],
+        exclude=given["exclude"],
+        values=given.get("values", "codes"),
+    )
+    # A head that the run saw to be its embedding is an alias there; here it may be a pair.
+    names = {tensor.name for tensor in diff.tensors}
+    pairs = [one for one in found.pairs if one.name in names or not one.untied]
+    if [one.name for one in pairs] != [tensor.name for tensor in diff.tensors]:
         raise OptionError("the checkpoints do not pair as in the run", file=path, hint="run ckptdiff diff again")
     return pairs

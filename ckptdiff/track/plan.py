@@ -120,7 +120,17 @@ def plan_track(
         if left_out:
             lacking = f"lacks {plural(len(left_out), 'tensor')} of the base, or has other shapes: {first_few(left_out)}"
             warnings[f"{step.path} {lacking}"] = None
-    counterparts = [{matched.name: matched for matched in pairing.pairs} for pairing in pairings]
+        pieces = [matched.name for matched in pairing.pairs if not matched.stored]
+        if pieces:
+            warnings[f"{step.path} has other rows, or another layout, of what is left out: {first_few(pieces)}"] = None
+    counterparts = [
+        {
+            matched.name: matched.tuned
+            for matched in pairing.pairs
+            if isinstance(matched.tuned, TensorInfo) and matched.stored
+        }
+        for pairing in pairings
+    ]
     followed: list[Followed] = []
     bitwise = 0
     for name in counterparts[0]:
@@ -130,7 +140,7 @@ def plan_track(
         if tensor.kind is not Kind.FLOAT:
             bitwise += 1
             continue
-        sides = (tensor, *(names[name].tuned for names in counterparts))
+        sides = (tensor, *(names[name] for names in counterparts))
         followed.append(Followed(sides, _common(tuple(side.dtype for side in sides), compare)))
     if bitwise:
         warnings[f"{plural(bitwise, 'tensor')} of integers or opaque codes left out"] = None

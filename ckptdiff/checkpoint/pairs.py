@@ -1,0 +1,142 @@
+"""Hold what pairing finds: each tensor of two checkpoints in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from ckptdiff.checkpoint.header import TensorInfo
+from ckptdiff.checkpoint.ties import Evidence
+from ckptdiff.checkpoint.weights import Source, Weight
+
+__all__ = ["Alias", "Mismatch", "Pairing", "Rows", "TensorPair"]
+
+
+class Rows(NamedTuple):
+    """Rows of a pair whose sides do not have as many."""
+
+    compared: int
+    only_in_base: int
+    only_in_tuned: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPair:
+    """Two tensors to compare.
+
+    Attributes
+    ----------
+    name : str
+        The base's name, by which every report calls the pair.
+    base, tuned : Weight
+        The two sides: equal shapes; both `FLOAT`, or the same dtype.
+    rows : Rows, optional
+        Where one side has more rows than the other, as of a vocabulary that has grown: the sides are those in common.
+    untied : bool
+        Whether one side is an embedding, which the other side's head of that name has left.
+    """
+
+    name: str
+    base: Source
+    tuned: Weight
+    rows: Rows | None = None
+    untied: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the base's tensor, all rows, which is the shape of masks."""
+        rows = self.rows
+        return self.base.shape if rows is None else (rows.compared + rows.only_in_base, *self.base.shape[1:])
+
+    @property
+    def stored(self) -> bool:
+        """Whether it is two whole stored tensors, the base's under the pair's name."""
+        whole = isinstance(self.base, TensorInfo) and isinstance(self.tuned, TensorInfo) and self.rows is None
+        return whole and not self.untied
+
+    @property
+    def tuned_name(self) -> str | None:
+        """The tuned side's name, or None where it is the base's."""
+        return None if self.tuned.name == self.name else self.tuned.name
+
+    @property
+    def same_bytes(self) -> bool:
+        """Whether both sides are the same bytes of the same file, so that they are read once."""
+        base, tuned = self.base, self.tuned
+        return isinstance(base, TensorInfo) and isinstance(tuned, TensorInfo) and base.region == tuned.region
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A tensor that is another one under a second name, and so is counted once.
+
+    Attributes
+    ----------
+    name : str
+        The tensor that is not compared on its own.
+    of : str
+        The tensor that stands for it, in the same checkpoint.
+    side : {"base", "tuned", "both"}
+        Which checkpoint stores it under that name.
+    by : {"bytes", "values", "config"}
+        How that is known: the same bytes of a file, a look at all values, or ``config.json``, which may be wrong.
+    """
+
+    name: str
+    of: str
+    side: Literal["base", "tuned", "both"]
+    by: Evidence
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """Two tensors that belong together and cannot be compared.
+
+    Attributes
+    ----------
+    name : str
+        The base's name.
+    base, tuned : Source
+        The two sides.
+    reason : str
+        Why not, in words.
+    """
+
+    name: str
+    base: Source
+    tuned: Source
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """Every tensor of two checkpoints, each in one place.
+
+    Attributes
+    ----------
+    pairs : tuple of TensorPair
+        What is compared, in the order of the base's files.
+    only_in_base, only_in_tuned : tuple of str
+        Names without a counterpart, in their own checkpoint's order.
+    aliased : tuple of Alias
+        Names that stand for another tensor.
+    mismatched : tuple of Mismatch
+        Counterparts that cannot be compared.
+    warnings : tuple of str
+        What the user should know about the pairing.
+    weights : pair of mapping of str to Source
+        All weights of both sides, by name.
+    excluded_of_base, excluded_of_tuned : tuple of str
+        Names that the user's globs leave out.
+    """
+
+    pairs: tuple[TensorPair, ...]
+    only_in_base: tuple[str, ...]
+    only_in_tuned: tuple[str, ...]
+    aliased: tuple[Alias, ...]
+    mismatched: tuple[Mismatch, ...]
+    warnings: tuple[str, ...]
+    weights: tuple[Mapping[str, Source], Mapping[str, Source]]
+    excluded_of_base: tuple[str, ...] = ()
+    excluded_of_tuned: tuple[str, ...] = ()
