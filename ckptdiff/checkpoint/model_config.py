@@ -48,4 +48,4 @@ def says_tied(checkpoint: Checkpoint) -> tuple[bool, str | None]:
         return False, f"{path} is not used: it is not a JSON object"
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
-    return True in said if said else any(part.get("model_type") in TIED_BY_DEFAULT for part in parts), None
+    return True in said if said else any(str(part.get("model_type")) in TIED_BY_DEFAULT for part in parts), None

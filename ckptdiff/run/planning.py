@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Hashable, Iterator
@@ -330,10 +331,10 @@ def _piece_facts(piece: Piece) -> PieceFacts:
 
 def _compared(pair: TensorPair) -> tuple[int, int] | None:
     """Values of each side, if they are not all of the base's tensor: those of an embedding are counted as its own."""
+    numel = pair.base.numel
     if pair.untied:
-        numel = pair.base.numel
         return (numel, 0) if pair.base.name == pair.name else (0, numel)
-    return None if pair.rows is None else (pair.base.numel, pair.base.numel)
+    return None if numel == math.prod(pair.shape) else (numel, numel)
 
 
 def _side_facts(side: Checkpoint, called: Side, pairing: Pairing) -> dict[str, Any]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint import Kind
+from ckptdiff.checkpoint import Kind, TensorPair
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.measure.backend import Batching
 from ckptdiff.measure.bitwise import scan_bits
-from ckptdiff.measure.partial import BitScan, Count, Partial, Refined, Scan, Targets
+from ckptdiff.measure.partial import BLOCK, BitScan, Count, Partial, Refined, Scan, Targets
 from ckptdiff.measure.passes import FloatMeasurement, Measurement
 from ckptdiff.measure.records import Records, empty_records, put_row
 from ckptdiff.run.planning import Plan
@@ -142,7 +142,7 @@ class Worker:
             mask = scan_bits(todo, source, partial)
         else:
             mask = self._backend.scan(todo, source, partial, measurement.first_tie(span.first))
-        return partial, [] if mask is None else list(_compressed(mask, span.tensor, span.first, math.prod(pair.shape)))
+        return partial, [] if mask is None else list(_compressed(mask, span, pair))
 
     def _blank(self) -> Partial:
         """Nothing seen yet."""
@@ -154,9 +154,13 @@ class Worker:
         return partial
 
 
-def _compressed(mask: NDArray[np.uint8], tensor: int, first: int, numel: int) -> Iterator[Chunk]:
-    """Compress the mask of a span, a chunk for each of its blocks."""
-    size = mask_chunk_bytes(numel)
+def _compressed(mask: NDArray[np.uint8], span: Span, pair: TensorPair) -> Iterator[Chunk]:
+    """Compress the mask of a span, a chunk for each of its blocks; behind the last there may be rows of one side."""
+    numel = math.prod(pair.shape)
+    size, chunks = mask_chunk_bytes(numel), -(-numel // BLOCK)
     for start in range(0, mask.size, MASK_CHUNK):
-        index = first + start // MASK_CHUNK
-        yield Chunk(tensor, index, *compress_chunk(mask[start : start + MASK_CHUNK], size))
+        index = span.first + start // MASK_CHUNK
+        yield Chunk(span.tensor, index, *compress_chunk(mask[start : start + MASK_CHUNK], size))
+    if span.stop * BLOCK >= pair.base.numel:
+        for index in range(span.stop, chunks):
+            yield Chunk(span.tensor, index, *compress_chunk(np.zeros(1, np.uint8), size))

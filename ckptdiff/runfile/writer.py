@@ -211,8 +211,7 @@ class RunFileWriter:
             raise ValueError(f"chunks are missing in the masks of {', '.join(self._open)}")
         wanted: Mapping[str, int] = {}
         if self._rule.kind != "none":
-            numel = diff.columns["numel"].tolist()
-            wanted = dict(zip((tensor.name for tensor in diff.tensors), numel, strict=True))
+            wanted = {tensor.name: math.prod(tensor.shape) for tensor in diff.tensors}
         if wanted != self._masked:
             names = [name for name in {*wanted, *self._masked} if wanted.get(name) != self._masked.get(name)]
             raise ValueError(f"masks that are not those of the compared tensors: {', '.join(sorted(names))}")
