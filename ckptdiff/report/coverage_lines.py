@@ -22,7 +22,12 @@ _LISTED = 3
 
 def coverage_lines(diff: Diff) -> list[str]:
     """One line of how much was compared, then one for each group of tensors that was not, the largest first."""
-    return [_compared(diff), *(line for side in SIDES for line in _left_out(diff, side)), *_mismatched(diff)]
+    return [
+        _compared(diff),
+        *(line for side in SIDES for line in _left_out(diff, side)),
+        *_mismatched(diff),
+        *_other_layouts(diff),
+    ]
 
 
 def _compared(diff: Diff) -> str:
@@ -36,6 +41,30 @@ def _compared(diff: Diff) -> str:
         if any(map(is_adapter_part, names)):
             line += f"; the adapter in {side} is not merged"
     return line
+
+
+def _other_layouts(diff: Diff) -> Iterator[str]:
+    """What is compared although the two sides do not store it alike."""
+    pieces = by_pattern(
+        (facts.name, diff_numel, facts.tuned_name or facts.name)
+        for facts, diff_numel in zip(diff.tensors, diff.columns["numel"].tolist(), strict=False)
+        if facts.pieces
+    )
+    patterns: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for group in pieces:
+        patterns[group["pattern"]].append(group)
+    for pattern, groups in list(patterns.items())[:_LISTED]:
+        yield f"in other pieces in tuned: {safe(pattern)} ({_size(groups, diff, 'base')})"
+    if len(patterns) > _LISTED:
+        rest = [group for groups in list(patterns.values())[_LISTED:] for group in groups]
+        yield f"in other pieces in tuned: {_size(rest, diff, 'base', more=True)}"
+    for facts in diff.tensors:
+        if facts.rows is not None:
+            more = [f"{count:,} only in {side}" for side, count in zip(SIDES, facts.rows[1:], strict=True) if count]
+            yield f"{safe(facts.name)}: {facts.rows.compared:,} rows compared, {', '.join(more)}"
+        if facts.untied:
+            storing, tying = SIDES if facts.compared_of("base") else SIDES[::-1]
+            yield f"{safe(facts.name)} is untied: in {storing} a head, compared with the embedding that is one in {tying}"
 
 
 def _left_out(diff: Diff, side: Side) -> Iterator[str]:

@@ -103,6 +103,7 @@ def _verdict(diff: Diff) -> Iterator[str]:
             *_counted(len(diff.only_in_base), "only in base"),
             *_counted(len(diff.only_in_tuned), "only in tuned"),
             *_counted(len(diff.mismatched), "of another shape or dtype"),
+            *_counted(sum(facts.rows is not None for facts in diff.tensors), "of more rows on one side"),
         ]
         # Which ones is among the warnings.
         passed_over = [side for side in SIDES if diff.uncompared(side)]

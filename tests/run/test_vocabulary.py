@@ -167,7 +167,7 @@ def test_model_types_that_tie_by_default_are_those_of_transformers() -> None:
     for name, kind in transformers.CONFIG_MAPPING.items():
         try:
             config = kind()
-        except Exception:  # noqa: BLE001  made of models that have to be named, in whatever way it says so
+        except Exception:  # made of models that have to be named, in whatever way it says so
             continue
         known.add(name)
         if getattr(config, "tie_word_embeddings", False):
