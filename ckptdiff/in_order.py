@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
-__all__ = ["Task", "in_order"]
-
 Result = TypeVar("Result")
 
 _AHEAD = 8
@@ -20,20 +18,13 @@ _PATIENCE = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Task(Generic[Result]):
-    """Something to do.
-
-    Attributes
-    ----------
-    work : callable
-    slots : int
-        Of the machine, that it takes.
-    size : int
-        About how long it takes; of those that may begin the longest is first.
-    """
+    """Something to do."""
 
     work: Callable[[], Result]
     slots: int
+    """Of the machine, that it takes."""
     size: int
+    """About how long it takes; of those that may begin the longest is first."""
 
 
 def in_order(

@@ -8,16 +8,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = [
-    "DEFAULT_MEMORY",
-    "SPECTRA_MEMORY",
-    "default_bound",
-    "machine_memory",
-    "peak_resident",
-    "resident",
-    "room_to_grow",
-]
-
 DEFAULT_MEMORY = 400 << 20
 """Bytes that a comparison may take, or more where its threads need more."""
 SPECTRA_MEMORY = {"randomized": 1_000_000_000, "exact": 4_000_000_000}

@@ -15,8 +15,6 @@ from ckptdiff.figures.members import LABEL_KEYS, GroupBy
 if TYPE_CHECKING:
     from ckptdiff.figures.result import Diff, TensorFacts
 
-__all__ = ["Check"]
-
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -33,23 +31,15 @@ _AGGREGATES = ("global", "median_2d")
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """``KEY OP NUMBER``: it fails the run if it holds.
-
-    Attributes
-    ----------
-    text : str
-        As the user wrote it.
-    key : str
-        Dotted key of the output contract. Members of lists go by their label: ``modules.q_proj.rel_norm``,
-        ``layers.3.rel_norm`` (``layers.vision.3.rel_norm``), ``tensors.NAME.rel_norm``.
-    operator : str
-        One of < <= > >= == !=.
-    number : float
-    """
+    """``KEY OP NUMBER``: it fails the run if it holds."""
 
     text: str
+    """As the user wrote it."""
     key: str
+    """Dotted key of the output contract. Members of lists go by their label: ``modules.q_proj.rel_norm``,
+    ``layers.3.rel_norm`` (``layers.vision.3.rel_norm``), ``tensors.NAME.rel_norm``."""
     operator: str
+    """One of < <= > >= == !=."""
     number: float
 
     @classmethod
@@ -156,7 +146,7 @@ def _at(row: Mapping[str, Any], path: tuple[str, ...]) -> float | None:
 
 
 def _labels(by: GroupBy, tensors: Iterable[TensorFacts]) -> Iterator[tuple[str, ...]]:
-    """What each tensor's member of a grouping may be called."""
+    """Names by which each tensor's member of a grouping may be called."""
     for facts in tensors:
         if by == "tensor":
             yield (facts.name,)

@@ -17,8 +17,6 @@ from ckptdiff.errors import OptionError
 if TYPE_CHECKING:
     from ckptdiff.figures.result import Diff
 
-__all__ = ["claims"]
-
 _RANKS = {"numerical_rank_frac": 1, "stable_rank": 2, "unchanged_abs": 3, "principal_energy": 4}
 """Which columns a narrow terminal leaves out, the highest first."""
 _NOTE = (

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ckptdiff.figures.result import Diff
     from ckptdiff.options import Options
 
-__all__ = ["diff"]
-
 
 @click.command(short_help="Compare two checkpoints; keep figures and masks in a run file.")
 @click.argument("base", type=click.Path())

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from ckptdiff.events import Listener
     from ckptdiff.options import Options
 
-__all__ = ["print_plan"]
-
 
 def print_plan(base: str, tuned: str, out: Path | None, options: Options, request: Request, tell: Listener) -> None:
     """Print the plan of a run as text or, with ``--format json``, as one object (schema "ckptdiff.plan/1").

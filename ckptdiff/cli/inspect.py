@@ -17,8 +17,6 @@ from ckptdiff.report.text import quantity, safe, shape_text, size
 if TYPE_CHECKING:
     from ckptdiff.checkpoint import TensorInfo
 
-__all__ = ["inspect"]
-
 _KEYS = ("name", "dtype", "shape", "numel", "bytes", "tower", "layer", "module_type", "block", "shard")
 
 

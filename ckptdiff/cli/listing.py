@@ -11,8 +11,6 @@ import click
 from ckptdiff.report.json_text import dumps
 from ckptdiff.report.text import safe
 
-__all__ = ["format_option", "write_rows"]
-
 format_option = click.option(
     "--format", type=click.Choice(["table", "json", "ndjson", "csv"]), default="table", help="Format of the list."
 )
@@ -25,9 +23,7 @@ def write_rows(
 
     Parameters
     ----------
-    stream : TextIO
     form : {"json", "ndjson", "csv"}
-    rows : sequence of mapping
     keys : iterable of str
         Columns of csv.
     whole : mapping

@@ -9,15 +9,12 @@ from ckptdiff.cli.target import ReportTarget, abandon_stdout
 from ckptdiff.events import Event
 from ckptdiff.report.as_ndjson import NdjsonStream
 
-__all__ = ["LiveReport"]
-
 
 class LiveReport:
     """A listener that writes each line as soon as it is known.
 
     Parameters
     ----------
-    target : ReportTarget
     keep_running : bool
         When the reader goes away, fall silent instead of raising BrokenPipeError: a run file is being written.
     """

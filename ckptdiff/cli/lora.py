@@ -19,8 +19,6 @@ from ckptdiff.report.text import number, percent, safe, shape_text
 if TYPE_CHECKING:
     from ckptdiff.lora import Extraction
 
-__all__ = ["lora"]
-
 _KEYS = ("name", "shape", "delta_norm", "rank", "lost", "reason")
 _MOST = 128
 _MEANINGS = {

@@ -17,8 +17,6 @@ from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError, plural
 from ckptdiff.report.text import percent, quantity, safe, shape_text
 
-__all__ = ["mask"]
-
 _KEYS = ("name", "shape", "numel", "changed", "density")
 
 

@@ -21,8 +21,6 @@ from ckptdiff.report.text import percent, quantity, safe
 if TYPE_CHECKING:
     from ckptdiff.overlap import Overlap, PairCounts
 
-__all__ = ["overlap"]
-
 _MEANINGS = {
     "o1": "o1: share of the first mask that is in the second.",
     "o2": "o2: the reverse.",

@@ -16,8 +16,6 @@ import click
 from ckptdiff.errors import OptionError
 from ckptdiff.files.hidden import Hidden
 
-__all__ = ["ReportTarget", "abandon_stdout", "files_of", "output_option"]
-
 output_option = click.option(
     "-O",
     "--output",
@@ -30,15 +28,10 @@ output_option = click.option(
 
 @dataclass(frozen=True, slots=True)
 class ReportTarget:
-    """A place for a report.
-
-    Attributes
-    ----------
-    path : Path, optional
-        None is stdout.
-    """
+    """A place for a report."""
 
     path: Path | None = None
+    """None is stdout."""
 
     @classmethod
     def choose(cls, output: str | None, *, binary: bool, kept: Iterable[Path]) -> ReportTarget:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from ckptdiff.report.screen import Column
     from ckptdiff.track import Track
 
-__all__ = ["track"]
-
 _BY = ("all", "tensor", "module", "layer", "block")
 _MEANINGS = {
     "support": "support: part that differs from the base.",

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from ckptdiff.report.exporters import Format
     from ckptdiff.report.rows import View
 
-__all__ = ["REPORT_FORMATS", "Request", "verbosity", "verdict_verbosity", "view_options"]
-
 REPORT_FORMATS = ("table", "json", "ndjson", "csv", "parquet")
 """Spelled out here, so that --help needs no import of NumPy; a test compares them with their definition."""
 
@@ -99,7 +97,7 @@ def _quiet(text: str) -> Callable[[_Command], _Command]:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to print of a diff, where, and which exit code it gives."""
+    """The view of a diff to print, where to, and which exit code it gives."""
 
     format: Format
     view: View

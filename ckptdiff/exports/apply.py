@@ -24,8 +24,6 @@ from ckptdiff.files.staged_folder import StagedFolder
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.runfile.check_target import check_new
 
-__all__ = ["Applied", "apply_patch"]
-
 
 @dataclass(frozen=True, slots=True)
 class Applied:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["refusal"]
-
 _TRANSPOSED = ("c_attn", "c_proj", "c_fc")
 _EMBEDDINGS = ("embed", "wte", "wpe")
 
@@ -15,8 +13,6 @@ def refusal(name: str, shape: Sequence[int], floating: bool) -> str | None:
 
     Parameters
     ----------
-    name : str
-    shape : sequence of int
     floating : bool
         Whether it holds floating values.
     """

@@ -30,8 +30,6 @@ from ckptdiff.runfile.identity import KnownNorm, checked_blocks, known_norms, op
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
 
-__all__ = ["ShiraExport", "export_shira"]
-
 _LINEAR_BLOCKS = ("attention", "ffn")
 _Side: TypeAlias = tuple[TensorInfo, KnownNorm | None]
 

@@ -11,8 +11,6 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["Hidden", "remove_abandoned"]
-
 _LONGEST_STEM = 200
 _TOKEN_DIGITS = 8
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -178,7 +176,7 @@ def _marked(target: Path, token: str, scope: str) -> Path:
 
 
 def _scope(folder: Path) -> str | None:
-    """What those processes have in common that see each other's locks in a folder; None if that is not known.
+    """Name what processes that see each other's locks in a folder have in common; None if that is not known.
 
     On a file system of one machine, all do, at any time. On any other those do that have run since the same boot and go
     through the same mount: of file systems that machines share, some keep locks to the machine, and some to the mount.

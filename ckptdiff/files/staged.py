@@ -10,8 +10,6 @@ from types import TracebackType
 from ckptdiff.errors import CkptdiffError, RunFileError
 from ckptdiff.files.hidden import Hidden
 
-__all__ = ["StagedFile", "sync_folder", "write_whole"]
-
 _FOLDERS_NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 
 

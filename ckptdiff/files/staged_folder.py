@@ -9,8 +9,6 @@ from ckptdiff.errors import CkptdiffError, RunFileError
 from ckptdiff.files.hidden import Hidden
 from ckptdiff.files.staged import sync_folder
 
-__all__ = ["StagedFolder"]
-
 
 class StagedFolder:
     """A new folder beside its target, to be filled and then committed: a context manager.

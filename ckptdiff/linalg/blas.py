@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 
 from ckptdiff.errors import OptionError
 
-__all__ = ["add_gram_block", "add_product_block", "eigh_all", "eigh_part", "require_scipy", "solve_lower_block"]
-
 Floats = NDArray[Any]
 Matrix = tuple[bytes, int]
 """How BLAS reads an array: "N" as its transpose or "T" as it is, and the distance of its lines."""

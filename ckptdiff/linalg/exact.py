@@ -25,8 +25,6 @@ from ckptdiff.linalg.symmetric import (
     gram_of,
 )
 
-__all__ = ["ACCURACY", "SideSpectrum", "effective_rank", "nss", "numerical_rank", "side_spectrum", "side_work"]
-
 Float64 = NDArray[np.float64]
 
 ACCURACY = 1e-11
@@ -37,18 +35,12 @@ _SMALL = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class SideSpectrum:
-    """The spectrum of one matrix.
-
-    Attributes
-    ----------
-    values : float64 array, shape (short,)
-        Singular values, largest first.
-    eigenpairs : (values, vectors) or None
-        Leading eigenpairs of the Gram matrix, as many as were asked for.
-    """
+    """The spectrum of one matrix."""
 
     values: Float64
+    """Singular values, largest first; shape (short,)."""
     eigenpairs: tuple[Array, Array] | None
+    """Leading eigenpairs of the Gram matrix, as many as were asked for."""
 
 
 def side_spectrum(side: Side, short: int, vectors: int = 0, xp: Any = np) -> Stage[SideSpectrum]:
@@ -82,7 +74,7 @@ def side_spectrum(side: Side, short: int, vectors: int = 0, xp: Any = np) -> Sta
 
 
 def side_work(long: int, short: int, vectors: int = 0) -> float:
-    """What :func:`side_spectrum` counts, unless it has small singular values to find again."""
+    """Foresee what :func:`side_spectrum` counts, unless it has small singular values to find again."""
     found = gram_work(long, short, 8) + eigenvalues_work(short, 8)
     return found + (eigenpairs_work(short, min(vectors, short), 8) if vectors else 0.0)
 
@@ -102,7 +94,6 @@ def numerical_rank(values: Float64, tau: float) -> tuple[int, int]:
     ----------
     values : float64 array
         Singular values, largest first; the matrix is not zero.
-    tau : float
     """
     error = ACCURACY * values[0]
     return int((values > tau * values[0] + error).sum()), int((values > tau * values[0] - error).sum())

@@ -28,16 +28,6 @@ from ckptdiff.linalg.stages import Array, Panel, Stage, on_host
 from ckptdiff.linalg.symmetric import eigenpairs_work, eigenvalues_work, eigh_top, gram_of
 from ckptdiff.linalg.threads import counted
 
-__all__ = [
-    "KrylovOptions",
-    "LeadingValues",
-    "direct_values",
-    "direct_work",
-    "krylov_passes",
-    "krylov_values",
-    "krylov_work",
-]
-
 Float64 = NDArray[np.float64]
 
 _PROBES = 16
@@ -54,46 +44,30 @@ _ROWS = 512
 
 @dataclass(frozen=True, slots=True)
 class KrylovOptions:
-    """How much work to do.
-
-    Attributes
-    ----------
-    block : int
-        Vectors of a block.
-    steps : int
-        Blocks, each of which takes a pass.
-    tolerance : float
-        Stop early when every wanted Ritz value has a residual of at most this share of itself.
-    seed : int
-        Of the starting block and the probes.
-    """
+    """How much work to do."""
 
     block: int = 32
+    """Vectors of a block."""
     steps: int = 10
+    """Blocks, each of which takes a pass."""
     tolerance: float = 0.01
+    """Stop early when every wanted Ritz value has a residual of at most this share of itself."""
     seed: int = 0
+    """Of the starting block and the probes."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeadingValues:
-    """What is known of the largest eigenvalues of ``d^T d``.
-
-    Attributes
-    ----------
-    lower : float64 array, shape (k,)
-        Ritz values, largest first: the estimate, and a lower bound of each.
-    upper : dict of int to float
-        Upper bound of the sum of the first k eigenvalues, by k.
-    vectors : array, shape (short, at most k)
-        Ritz vectors: approximate singular vectors on the short side; without columns if none were asked for.
-    steps : int
-        Blocks that were used; 0 without a Krylov space.
-    """
+    """The largest eigenvalues of ``d^T d``, between two bounds."""
 
     lower: Float64
+    """Ritz values, largest first: the estimate, and a lower bound of each; shape (k,)."""
     upper: Mapping[int, float]
+    """Upper bound of the sum of the first k eigenvalues, by k."""
     vectors: Array
+    """Ritz vectors, approximate singular ones of the short side; shape (short, at most k), (short, 0) if not wanted."""
     steps: int
+    """Blocks that were used; 0 without a Krylov space."""
 
 
 def krylov_values(
@@ -109,7 +83,6 @@ def krylov_values(
         Where sums are bounded, ascending; the last one is how many eigenvalues are wanted.
     dtype : dtype
         Of the panels.
-    options : KrylovOptions
     xp : module
         numpy or cupy.
     """
@@ -158,7 +131,7 @@ def krylov_passes(options: KrylovOptions) -> int:
 
 
 def krylov_work(long: int, short: int, itemsize: int, options: KrylovOptions) -> float:
-    """What :func:`krylov_values` counts, unless the space is complete early."""
+    """Foresee what :func:`krylov_values` counts, unless the space is complete early."""
     found = 0.0
     for block, passes in ((options.block, options.steps), (_PROBES, _PROBE_PASSES)):
         once = product_work(long, short, block, itemsize) + product_work(short, long, block, itemsize)
@@ -191,7 +164,7 @@ def direct_values(short: int, ranks: Sequence[int], *, with_vectors: bool = True
 
 
 def direct_work(long: int, short: int, ranks: Sequence[int], *, with_vectors: bool = True) -> float:
-    """What :func:`direct_values` counts."""
+    """Foresee what :func:`direct_values` counts."""
     eigen = eigenpairs_work(short, _within(ranks, short)[-1], 8) if with_vectors else eigenvalues_work(short, 8)
     return gram_work(long, short, 8) + eigen
 

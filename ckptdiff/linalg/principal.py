@@ -24,8 +24,6 @@ from ckptdiff.linalg.survey import Survey, exactly
 from ckptdiff.linalg.symmetric import eigenpairs_work, eigh_top, gram_of, solve_lower, whole
 from ckptdiff.linalg.threads import count_work, counted, in_parts
 
-__all__ = ["Principal", "principal", "principal_rank", "principal_work"]
-
 _SMALLEST_GAP = {4: 1e-6, 8: 1e-9}
 """By item size: a subspace is defined if its last eigenvalue stands out from the next by this share of the largest."""
 _NOISE = 64
@@ -38,39 +36,26 @@ _SCORE_WORK, _NORM_WORK = 250.0, 35.0
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The figures of one rho.
-
-    Attributes
-    ----------
-    rho : float
-    rank : int
-        Singular vectors taken: max(1, floor(rho short)).
-    gap : float
-        (lambda_k - lambda_{k+1}) / lambda_1 of W0^T W0.
-    reason : str
-        Why there are no figures; empty if there are.
-    energy, energy_long, energy_short : float
-        Share of norm(d)^2 in both subspaces, in that of the long side, in that of the short side (S1).
-    coverage, coverage_above : float
-        Share of the changed entries, and of those with |d| > 1e-5, among the ceil(rho N) largest
-        |U_k S_k V_k^T| (S1).
-    not_low : float
-        Share of the changed entries there that are not among the ceil(rho N) smallest |W0| (S3).
-    null : float
-        What `coverage` would be for a rounded Gaussian update of the same support.
-    """
+    """The figures of one rho."""
 
     rho: float
     rank: int
+    """Singular vectors taken: max(1, floor(rho short))."""
     gap: float
+    """(lambda_k - lambda_{k+1}) / lambda_1 of W0^T W0."""
     reason: str = ""
+    """Why there are no figures; empty if there are."""
     energy: float = math.nan
     energy_long: float = math.nan
     energy_short: float = math.nan
+    """Share of norm(d)^2 in both subspaces, in that of the long side, in that of the short side (S1)."""
     coverage: float = math.nan
     coverage_above: float = math.nan
+    """Share of the changed entries, of those with |d| > 1e-5, among the ceil(rho N) largest |U_k S_k V_k^T| (S1)."""
     not_low: float = math.nan
+    """Share of the changed entries there that are not among the ceil(rho N) smallest |W0| (S3)."""
     null: float = math.nan
+    """What `coverage` would be for a rounded Gaussian update of the same support."""
 
 
 def principal_rank(rho: float, short: int) -> int:
@@ -92,7 +77,6 @@ def principal(
 
     Parameters
     ----------
-    source : PanelSource
     known : Survey
         Of this pair, with counts; the update is not zero.
     rhos : sequence of float
@@ -143,11 +127,10 @@ def principal(
 def principal_work(
     long: int, short: int, itemsize: int, rhos: Sequence[float], *, error: float, decomposed: bool
 ) -> tuple[float, int]:
-    """What :func:`principal` counts, as far as sizes tell, and how many passes it makes.
+    """Foresee what :func:`principal` counts, as far as sizes tell, and how many passes it makes.
 
     Parameters
     ----------
-    long, short, itemsize : int
     rhos, error
         As for :func:`principal`.
     decomposed : bool

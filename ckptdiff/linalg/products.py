@@ -11,8 +11,6 @@ from ckptdiff.linalg.blas import add_gram_block, add_product_block
 from ckptdiff.linalg.stages import Array, array_module
 from ckptdiff.linalg.threads import in_parts
 
-__all__ = ["add_gram", "add_product", "cuts", "gram_work", "product", "product_work"]
-
 _PART = 256
 """Rows of a part, at least: what a part reads again should cost little beside its product."""
 _MOST_PARTS = 16

@@ -16,20 +16,6 @@ from numpy.typing import NDArray
 
 from ckptdiff.linalg.threads import in_background
 
-__all__ = [
-    "Array",
-    "ArrayPanels",
-    "Meanwhile",
-    "Panel",
-    "PanelSource",
-    "Side",
-    "Stage",
-    "array_module",
-    "meanwhile",
-    "on_host",
-    "run_together",
-]
-
 Array: TypeAlias = Any
 """A NumPy or CuPy array."""
 
@@ -40,16 +26,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Consecutive rows of a tall pair.
-
-    Attributes
-    ----------
-    base, delta : float array, shape (rows, short), C-contiguous
-        W0 and d = W1 - W0, of one dtype (float32 or float64); overwritten when the next panel is read.
-    """
+    """Consecutive rows of a tall pair."""
 
     base: Array
     delta: Array
+    """W0 and d = W1 - W0: C-contiguous float32 or float64 of shape (rows, short), overwritten by the next panel."""
 
     def side(self, name: Side) -> Array:
         """W0, d, or W1 = W0 + d."""
@@ -73,12 +54,7 @@ class PanelSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Meanwhile:
-    """Work of a stage between two of its passes, during which other stages may go on with theirs.
-
-    Attributes
-    ----------
-    work : callable
-    """
+    """Work of a stage between two of its passes, during which other stages may go on with theirs."""
 
     work: Callable[[], None]
 

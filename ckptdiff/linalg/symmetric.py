@@ -12,17 +12,6 @@ from ckptdiff.linalg.products import add_gram, product_work
 from ckptdiff.linalg.stages import Array, Panel, Side, Stage, array_module, on_host
 from ckptdiff.linalg.threads import counted
 
-__all__ = [
-    "eigenpairs_work",
-    "eigenvalues",
-    "eigenvalues_work",
-    "eigh_bottom",
-    "eigh_top",
-    "gram_of",
-    "solve_lower",
-    "whole",
-]
-
 
 def gram_of(side: Side, short: int, dtype: Any, xp: Any = np) -> Stage[Array]:
     """One pass: the Gram matrix ``A.T @ A`` of one side, lower triangle.

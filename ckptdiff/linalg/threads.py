@@ -19,20 +19,10 @@ from typing import Any
 
 from ckptdiff.linalg.work import MatrixWork
 
-__all__ = [
-    "count_work",
-    "counted",
-    "in_background",
-    "in_parts",
-    "one_blas_thread",
-    "product_threads",
-    "work_counted_in",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class _Threads:
-    """What the products of a matrix are shared among, and where they are counted."""
+    """The threads that share the products of a matrix, and where the products are counted."""
 
     pool: ThreadPoolExecutor | None = None
     stop: threading.Event = field(default_factory=threading.Event)
@@ -62,7 +52,6 @@ def product_threads(count: int, stop: threading.Event | None = None) -> Iterator
 
     Parameters
     ----------
-    count : int
     stop : threading.Event, optional
         The first product after it is set raises :class:`concurrent.futures.CancelledError`.
     """
@@ -97,7 +86,6 @@ def counted(amount: float, *, opaque: bool = False) -> Iterator[None]:
 
     Parameters
     ----------
-    amount : float
     opaque : bool
         Whether it may last, so that how far it is should be guessed meanwhile.
     """
@@ -136,7 +124,6 @@ def in_parts(work: Callable[[int], None], parts: int, amount: float = 0.0) -> No
     ----------
     work : callable
         It counts nothing by itself.
-    parts : int
     amount : float
         What all of them together count as.
     """

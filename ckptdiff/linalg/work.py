@@ -13,8 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["MatrixWork", "WorkMeter"]
-
 _SURE = 0.8
 """Share of a silent routine that is taken to pass at the expected speed; after that it slows down towards its end."""
 
@@ -56,7 +54,7 @@ class MatrixWork:
             self.add(amount)
 
     def estimate(self, now: float, speed: float) -> float:
-        """What is done by now, with the likely part of what tells nothing; never more than the total."""
+        """Work done by now, with the likely part of what tells nothing; never more than the total."""
         done = self.done
         for amount, begun in list(self._within.values()):
             if speed == 0.0:  # nothing of the kind has ended yet: as fast as a thread has been so far

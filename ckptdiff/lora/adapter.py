@@ -16,8 +16,6 @@ from ckptdiff.events import Stage
 from ckptdiff.files.staged import StagedFile, write_whole
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
 
-__all__ = ["AdapterWriter"]
-
 _PREFIX = "base_model.model."
 _COPY = 1 << 22
 

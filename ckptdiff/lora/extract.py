@@ -36,12 +36,10 @@ from ckptdiff.spectra.budget import Budget, cache_bytes
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.panels import StoredPanels
 
-__all__ = ["Extracted", "Extraction", "extract_lora"]
-
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
-    """What became of the update of one tensor.
+    """The update of one tensor, in an adapter or left out of it.
 
     Attributes
     ----------
@@ -198,7 +196,7 @@ class _Update:
 
     @property
     def without(self) -> Extracted:
-        """What becomes of it where the adapter leaves it out."""
+        """The same, left out of the adapter."""
         return Extracted(self.pair.name, self.pair.base.shape, self.norm, 0, 1.0, self.reason)
 
     @property
@@ -235,28 +233,17 @@ def _nothing(diff: Diff, found: list[Extracted]) -> PairingError:
 
 @dataclass(frozen=True, slots=True)
 class _Factoring:
-    """What the factors of all updates have in common.
-
-    Attributes
-    ----------
-    shards : OpenShards
-    compare : {"bf16", "stored"}
-    budget : Budget
-        Of memory and threads; its Krylov space is that of the randomized SVD.
-    rank : int
-    energy : float, optional
-    seed : int
-    stop : threading.Event
-        Set to end what is under way.
-    """
+    """Finds factors of updates: all that they have in common."""
 
     shards: OpenShards
     compare: Compare
     budget: Budget
+    """Of memory and threads; its Krylov space is that of the randomized SVD."""
     rank: int
     energy: float | None
     seed: int
     stop: threading.Event = field(default_factory=threading.Event)
+    """Set to end what is under way."""
 
     def factors(self, updates: Sequence[_Update], tell: Listener) -> Iterator[tuple[_Update, Factors | None]]:
         """Yield the factors of each update, in order; as many are under way as there are slots for."""
@@ -302,7 +289,7 @@ class _Factoring:
         return cache_bytes(view, itemsize) + needed <= self.budget.share(slots)
 
     def _work(self, update: _Update) -> float:
-        """What an update will take, as far as its sizes tell."""
+        """Foresee the work of an update, as far as its sizes tell."""
         if update.reason is not None:
             return 0.0
         view = update.view

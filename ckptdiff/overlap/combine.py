@@ -27,8 +27,6 @@ from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes, mask_chunks
 from ckptdiff.runfile.writer import RunFileWriter
 
-__all__ = ["Operation", "combine_masks"]
-
 Operation: TypeAlias = Literal["union", "intersect", "minus"]
 Bits: TypeAlias = NDArray[np.uint8]
 

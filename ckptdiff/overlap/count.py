@@ -29,8 +29,6 @@ from ckptdiff.runfile.mask import Mask, population
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.schema import BIT_ORDER, mask_chunks
 
-__all__ = ["common_tensors", "overlap"]
-
 _PIECE = 1 << 20
 """Bytes of each mask in memory: small enough for the cache, and eight stored chunks."""
 _MAGNITUDES = 1 << 15
@@ -149,15 +147,12 @@ def _readings(facts: TensorFacts, base: Checkpoint | None) -> int:
 
 
 class _Counting:
-    """What is counted of every tensor, on threads.
+    """Counts every tensor, on threads.
 
     Parameters
     ----------
-    runs : sequence of RunFile
     base : Checkpoint, optional
         For the baseline by magnitude, with the norms that the first run measured of it.
-    known : mapping of str to KnownNorm
-    shards : OpenShards
     """
 
     def __init__(

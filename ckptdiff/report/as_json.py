@@ -9,8 +9,6 @@ from ckptdiff.report.document import document
 from ckptdiff.report.json_text import dumps
 from ckptdiff.report.rows import View
 
-__all__ = ["write"]
-
 
 def write(diff: Diff, stream: TextIO, view: View) -> None:
     """Write one JSON object and a newline."""

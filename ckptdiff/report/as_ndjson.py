@@ -19,8 +19,6 @@ from ckptdiff.report.document import aggregates, facts
 from ckptdiff.report.json_text import dumps
 from ckptdiff.report.rows import View, rows
 
-__all__ = ["NdjsonStream", "lines", "streams", "write"]
-
 
 def write(diff: Diff, stream: TextIO, view: View) -> None:
     """Write every line of a finished diff."""

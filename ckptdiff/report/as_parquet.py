@@ -13,8 +13,6 @@ from ckptdiff.report.document import facts
 from ckptdiff.report.json_text import dumps
 from ckptdiff.report.rows import SPECTRAL, View, flat_columns, flatten, rows
 
-__all__ = ["require_pyarrow", "write"]
-
 _INTEGERS = {"layer", "tensors", "numel", f"{SPECTRAL}_matrices", f"{SPECTRAL}_rank"}
 _COUNTED = {flat for figure in FIGURES if figure.unit == "count" for _, flat in flat_keys(figure)}
 _FIGURES = {flat for figure in FIGURES for _, flat in flat_keys(figure)} | {

@@ -18,8 +18,6 @@ from ckptdiff.report.spectra_section import spectra_section
 from ckptdiff.report.summary import summary
 from ckptdiff.report.text import number, percent, quantity, shape_text
 
-__all__ = ["table", "write"]
-
 _EPS = parameter_key(1e-5)
 _RHO = parameter_key(0.1)
 _TAU = parameter_key(1e-3)

@@ -7,13 +7,11 @@ from typing import Any
 from ckptdiff.figures.result import Diff
 from ckptdiff.report.rows import LIST_KEYS, View, rows
 
-__all__ = ["SCHEMA", "aggregates", "document", "facts"]
-
 SCHEMA = "ckptdiff.diff/1"
 
 
 def facts(diff: Diff) -> dict[str, Any]:
-    """What is known before any data is read: both sides, the options that matter, and the tensors left out."""
+    """Facts known before any data is read: both sides, the options that matter, and the tensors left out."""
     return {
         "schema": SCHEMA,
         "ckptdiff_version": diff.ckptdiff_version,
@@ -48,7 +46,6 @@ def document(diff: Diff, view: View | None = None) -> dict[str, Any]:
 
     Parameters
     ----------
-    diff : Diff
     view : View, optional
         Sorts and cuts the one list that its `by` names ("tensors" by default); the rest stays whole.
 

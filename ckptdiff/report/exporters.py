@@ -9,8 +9,6 @@ from typing import Literal, TextIO, TypeAlias, cast, get_args
 from ckptdiff.figures.result import Diff
 from ckptdiff.report.rows import View
 
-__all__ = ["FORMATS", "Exporter", "Format", "exporter"]
-
 Format: TypeAlias = Literal["table", "json", "ndjson", "csv", "parquet"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 

@@ -7,8 +7,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["dumps"]
-
 
 def dumps(value: Any) -> str:
     """JSON text on one line, strictly valid and in ASCII: NaN and infinities become null."""

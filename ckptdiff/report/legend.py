@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 
 from ckptdiff.report.screen import Column, Screen, folded, shown_columns
 
-__all__ = ["legend_lines"]
-
 _WIDTH = 110
 """Characters of a line off-terminal, and at most."""
 
@@ -21,7 +19,6 @@ def legend_lines(meanings: Mapping[str, str], tables: Sequence[Sequence[Column]]
         A sentence for each title that needs one.
     tables : sequence of sequence of Column
         As they were given to `table_lines`.
-    screen : Screen
 
     Returns
     -------

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from ckptdiff.report.screen import Screen
 from ckptdiff.report.text import percent
 
-__all__ = ["decay_lines", "plot_lines"]
-
 _WIDTH = 64
 _HEIGHT = 10
 _STYLES = ("cyan", "yellow", "magenta")
@@ -30,7 +28,6 @@ def plot_lines(series: Mapping[str, Sequence[float]], screen: Screen) -> list[st
     ----------
     series : mapping of str to sequence of float
         At most three, of equal length; where two meet, the first is seen.
-    screen : Screen
 
     Returns
     -------
@@ -65,7 +62,6 @@ def decay_lines(values: Mapping[str, NDArray[np.float64]], screen: Screen) -> li
     ----------
     values : mapping of str to float64 array
         "delta" and "base", largest first, shape (n,), without NaN; zeros are not drawn.
-    screen : Screen
     """
     curves = {}
     for key in ("base", "delta"):

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
-__all__ = ["ProgressDisplay"]
-
 _FIRST_BAR = 0.4
 """Seconds until the bar appears: a shorter run needs none, and rich takes a tenth of a second to import."""
 _FIRST_LINE = 5.0

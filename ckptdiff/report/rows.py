@@ -14,20 +14,6 @@ from ckptdiff.figures.result import Diff, TensorFacts
 from ckptdiff.figures.spectral import SPECTRAL_FIGURES, SPECTRAL_KEYS, spectral_keys
 from ckptdiff.report.text import safe
 
-__all__ = [
-    "LABELS",
-    "LIST_KEYS",
-    "SPECTRAL",
-    "SPECTRAL_FACTS",
-    "View",
-    "figure_paths",
-    "flat_columns",
-    "flatten",
-    "labels",
-    "rows",
-    "tensor_row",
-]
-
 Row = dict[str, Any]
 
 LIST_KEYS: Mapping[GroupBy, str] = {
@@ -62,18 +48,6 @@ _DIRECTIONS = ("asc", "desc")
 class View:
     """Which rows of a diff to print, and in which order.
 
-    Attributes
-    ----------
-    by : grouping, optional
-        None stands for what the format prints by itself.
-    sort : str, optional
-        A label, a count or a figure ("rel_norm", "unchanged_abs.1e-05"), optionally with ``:asc`` or ``:desc``.
-        Figures and counts go from large to small and labels from small to large; undefined values come last.
-    top : int, optional
-        How many rows to keep.
-    run_file : str, optional
-        Where the masks are, for the table to say so.
-
     Raises
     ------
     OptionError
@@ -81,9 +55,14 @@ class View:
     """
 
     by: GroupBy | None = None
+    """None stands for what the format prints by itself."""
     sort: str | None = None
+    """A label, a count or a figure ("rel_norm", "unchanged_abs.1e-05"), optionally with ``:asc`` or ``:desc``. Figures
+    and counts go from large to small and labels from small to large; undefined values come last."""
     top: int | None = None
+    """How many rows to keep."""
     run_file: str | None = None
+    """Where the masks are, for the table to say so."""
 
     def __post_init__(self) -> None:
         if self.top is not None and self.top < 1:
@@ -230,7 +209,7 @@ def flatten(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def labels(members: Sequence[Mapping[str, Any]], by: GroupBy) -> list[str]:
-    """What the members of a grouping are called on the screen."""
+    """Names of the members of a grouping on the screen."""
     if by == "layer":
         towers = {row["tower"] for row in members}
         return [f"{row['tower']} {row['layer']}" if len(towers) > 1 else str(row["layer"]) for row in members]

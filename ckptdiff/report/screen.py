@@ -13,8 +13,6 @@ from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
 
-__all__ = ["Column", "Screen", "bar", "folded", "screen_of", "shown_columns", "table_lines"]
-
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _GAP = "  "
 _NARROWEST = 20
@@ -22,21 +20,14 @@ _NARROWEST = 20
 
 @dataclass(frozen=True, slots=True)
 class Screen:
-    """A stream's abilities.
-
-    Attributes
-    ----------
-    width : int, optional
-        Columns of the terminal; None off-terminal, where nothing is wrapped, folded or left out.
-    colors : ColorSystem, optional
-        None prints plain text without a single escape sequence.
-    blocks : bool
-        Whether the encoding has block characters.
-    """
+    """A stream's abilities."""
 
     width: int | None = None
+    """Columns of the terminal; None off-terminal, where nothing is wrapped, folded or left out."""
     colors: ColorSystem | None = None
+    """None prints plain text without a single escape sequence."""
     blocks: bool = True
+    """Whether the encoding has block characters."""
 
     def paint(self, text: str, style: str) -> str:
         """Text in a style, if the stream shows colours."""
@@ -93,26 +84,17 @@ def bar(share: float | None, width: int, screen: Screen) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of a table.
-
-    Attributes
-    ----------
-    title : str
-    cells : sequence of str
-        One per row, safe to print.
-    left : bool
-        Flush left (labels, bars) rather than right (numbers).
-    style : str
-        Style of the cells.
-    rank : int
-        On a terminal that is too narrow, columns of the highest rank are left out first; rank 0 stays.
-    """
+    """One column of a table."""
 
     title: str
     cells: Sequence[str]
+    """One per row, safe to print."""
     left: bool = False
+    """Flush left (labels, bars) rather than right (numbers)."""
     style: str = ""
+    """Style of the cells."""
     rank: int = 0
+    """On a terminal that is too narrow, columns of the highest rank are left out first; rank 0 stays."""
 
     @property
     def width(self) -> int:

@@ -14,8 +14,6 @@ from ckptdiff.report.rows import SPECTRAL, View, labels, rows
 from ckptdiff.report.screen import Column, Screen, table_lines
 from ckptdiff.report.text import number, percent, safe
 
-__all__ = ["sparkline", "spectra_section"]
-
 _RHO = parameter_key(0.1)
 _TAU = parameter_key(1e-5)
 _LEVELS = " ▁▂▃▄▅▆▇█"

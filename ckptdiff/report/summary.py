@@ -13,8 +13,6 @@ from ckptdiff.figures.catalogue import parameter_key
 from ckptdiff.figures.result import SIDES, Diff
 from ckptdiff.report.text import number, percent, quantity, safe
 
-__all__ = ["side_name", "summary"]
-
 _HEADLINE_EPS = parameter_key(1e-5)
 _HEADLINE_RHO = parameter_key(0.1)
 _LISTED = 3
@@ -27,7 +25,6 @@ def summary(diff: Diff, run_file: str | None = None, *, overview: bool = True) -
 
     Parameters
     ----------
-    diff : Diff
     run_file : str, optional
         Where the masks are; None if there is no run file.
     overview : bool

@@ -4,18 +4,6 @@ from __future__ import annotations
 
 import math
 
-__all__ = [
-    "NOT_AVAILABLE",
-    "binary_size",
-    "duration",
-    "number",
-    "percent",
-    "quantity",
-    "safe",
-    "shape_text",
-    "size",
-]
-
 NOT_AVAILABLE = "n/a"
 """What stands for a figure that is undefined."""
 

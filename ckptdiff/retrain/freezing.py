@@ -14,8 +14,6 @@ from ckptdiff.errors import MaskError
 from ckptdiff.retrain.packed import PackedMask, require_fit
 from ckptdiff.retrain.refusals import require_dense
 
-__all__ = ["Freezing", "freeze_outside", "mask_gradients"]
-
 
 class Freezing:
     """Hooks that are in place until :meth:`remove`; also a context manager.
@@ -158,7 +156,7 @@ def freeze_outside(optimizer: torch.optim.Optimizer, masks: Mapping[Any, PackedM
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Outside:
-    """What of a parameter is frozen: some coordinates, or None for all."""
+    """The frozen part of a parameter: some coordinates, or None for all."""
 
     coordinates: Tensor | None
     name: str | None

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from ckptdiff.errors import MaskError
 from ckptdiff.runfile.schema import BIT_ORDER, packed_bytes
 
-__all__ = ["PackedMask", "require_fit"]
-
 _BLOCK = 1 << 20
 
 

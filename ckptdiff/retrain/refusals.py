@@ -10,8 +10,6 @@ from torch import Tensor
 from ckptdiff.errors import MaskError, OptionError
 from ckptdiff.retrain.support import Support, TileSupport, is_compiled
 
-__all__ = ["require_dense", "require_known", "require_unmoved"]
-
 _OTHERS = ("maximize", "amsgrad", "nesterov", "differentiable")
 """Options of torch's own optimizers that would change a step, and that a group may bring along."""
 

@@ -11,8 +11,6 @@ from threading import Lock
 
 import torch
 
-__all__ = ["run_all"]
-
 _MOST_AT_ONCE = 8
 """So few that making them does not keep another thread waiting for long."""
 

@@ -13,8 +13,6 @@ from ckptdiff.errors import RunFileError
 from ckptdiff.runfile.schema import FORMAT
 from ckptdiff.runfile.typed import text_of
 
-__all__ = ["TRACK_FORMAT", "check_folder", "check_new", "check_target"]
-
 TRACK_FORMAT = "ckptdiff-track"
 _KINDS = {FORMAT: "ckptdiff run file", TRACK_FORMAT: "ckptdiff track file"}
 

@@ -12,8 +12,6 @@ import numpy as np
 from ckptdiff.measure.histograms import HistogramRows, log2_floor, ulp_floor
 from ckptdiff.runfile.schema import HISTOGRAMS
 
-__all__ = ["HistogramTable"]
-
 _ROWS = 64
 _WAITING = 8
 """Chunks of each dataset that may wait to be compressed, 4 MB in all: the thread that does it has no core to itself."""

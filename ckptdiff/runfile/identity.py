@@ -23,8 +23,6 @@ from ckptdiff.figures.result import Diff, TensorFacts
 from ckptdiff.formats import FORMATS, Format, is_wide, recode_table, round_to_bf16, stored_format
 from ckptdiff.runfile.reader import RunFile
 
-__all__ = ["KnownNorm", "checked_blocks", "known_norms", "open_side", "require_same_base"]
-
 _HEADERS = "header_sha256", "size"
 _FILES = *_HEADERS, "mtime_ns"
 """What tells that a shard has not been modified."""
@@ -39,7 +37,6 @@ def open_side(run: RunFile, side: str, path: str | os.PathLike[str] | None = Non
 
     Parameters
     ----------
-    run : RunFile
     side : {"base", "tuned"}
     path : path-like, optional
         Where it is now; by default where the run found it.
@@ -72,28 +69,19 @@ def open_side(run: RunFile, side: str, path: str | os.PathLike[str] | None = Non
 
 @dataclass(frozen=True, slots=True)
 class KnownNorm:
-    """What a run knows of a tensor of one side.
-
-    Attributes
-    ----------
-    side : str
-        "base" or "tuned".
-    compare : str
-        Format that the values were cast to before their norm was taken.
-    square : float
-        The square of that norm; NaN if the run does not know it, because of NaN or Inf on either side.
-    tolerance : float
-        By how much the square of equal values may differ from it.
-    """
+    """Norm of a tensor of one side, as a run has measured it."""
 
     side: Literal["base", "tuned"]
     compare: str
+    """Format that the values were cast to before their norm was taken."""
     square: float
+    """The square of that norm; NaN if the run does not know it, because of NaN or Inf on either side."""
     tolerance: float
+    """By how much the square of equal values may differ from it."""
 
 
 def known_norms(diff: Diff, side: Literal["base", "tuned"]) -> dict[str, KnownNorm]:
-    """What a run knows of a side, by the base's names of its tensors."""
+    """Norms of the tensors of a side, by their names in the base."""
     columns = diff.columns
     with np.errstate(over="ignore", invalid="ignore"):
         base, delta = columns["base_norm"], columns["delta_norm"]
@@ -190,7 +178,7 @@ def require_same_base(runs: Sequence[RunFile], diffs: Sequence[Diff], force: boo
 
 
 def _other_base(first: Diff, other: Diff) -> MaskError | None:
-    """What says that two runs have different bases, or that nothing says they have the same."""
+    """The error that says why two runs have different bases, or why nothing tells that they have the same."""
     norms = _base_norms(other)
     of_first, of_other = (sorted(map(itemgetter(*_FILES), diff.base["shards"])) for diff in (first, other))
     for name, ours in _base_norms(first).items():

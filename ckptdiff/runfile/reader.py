@@ -30,8 +30,6 @@ from ckptdiff.runfile.tables import (
 )
 from ckptdiff.runfile.typed import text_of
 
-__all__ = ["HistogramView", "RunFile"]
-
 _HINT = "ckptdiff diff BASE TUNED -o RUN.h5 makes one"
 
 

@@ -13,29 +13,19 @@ from ckptdiff.checkpoint import DTYPES
 from ckptdiff.errors import RunFileError
 from ckptdiff.files.staged import StagedFile
 
-__all__ = ["METADATA", "Entry", "is_safetensors_of", "write_safetensors"]
-
 METADATA = "__metadata__"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor to be written.
-
-    Attributes
-    ----------
-    name : str
-    dtype : str
-        As the header spells it.
-    shape : tuple of int
-    pieces : callable
-        Returns its bytes in order, little-endian; called once.
-    """
+    """One tensor to be written."""
 
     name: str
     dtype: str
+    """As the header spells it."""
     shape: tuple[int, ...]
     pieces: Callable[[], Iterable[bytes]]
+    """Returns its bytes in order, little-endian; called once."""
 
     @property
     def nbytes(self) -> int:

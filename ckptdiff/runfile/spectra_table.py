@@ -14,8 +14,6 @@ from ckptdiff.runfile.schema import escape_name, escape_text, unescape
 from ckptdiff.runfile.tables import numbers_of_tensors, texts_of_tensors
 from ckptdiff.runfile.typed import numbers_of, text_of
 
-__all__ = ["SPECTRUM_LISTS", "SpectraView", "add_spectrum", "read_spectra", "write_spectra"]
-
 SPECTRUM_LISTS: Final = {
     "delta": "singular values of d, largest first",
     "base": "singular values of W0, largest first",
@@ -36,7 +34,6 @@ def add_spectrum(file: Any, name: str, method: str, lists: Mapping[str, NDArray[
 
     Parameters
     ----------
-    file : h5py.File
     name : str
         Of the tensor.
     method : str

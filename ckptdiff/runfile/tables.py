@@ -17,17 +17,6 @@ from ckptdiff.measure.thresholds import RHO
 from ckptdiff.runfile.schema import TEXT_FACTS, escape_text, unescape
 from ckptdiff.runfile.typed import Spec, WrongTypeError, json_of, numbers_of, parse_json, require, texts_of
 
-__all__ = [
-    "numbers_of_tensors",
-    "read_columns",
-    "read_facts",
-    "read_provenance",
-    "read_unmatched",
-    "texts_of_tensors",
-    "write_provenance",
-    "write_tensors",
-]
-
 _SIDE: Spec = {"path": str, "shards": [{"file": str, "size": int, "mtime_ns": int, "header_sha256": str}]}
 _PROVENANCE: Spec = {
     "base": _SIDE,
@@ -151,7 +140,7 @@ def read_columns(group: Any) -> dict[str, Any]:
 
 
 def read_facts(group: Any) -> tuple[TensorFacts, ...]:
-    """What is known of each tensor, in plan order."""
+    """Facts of each tensor, in plan order."""
     texts = {fact: texts_of_tensors(group, fact) for fact in ("name", *TEXT_FACTS)}
     layers = numbers_of_tensors(group, "layer", np.int64).tolist()
     same = numbers_of_tensors(group, "same_bytes", np.uint8).tolist()

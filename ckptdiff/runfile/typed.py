@@ -10,18 +10,6 @@ import h5py
 import numpy as np
 from numpy.typing import DTypeLike
 
-__all__ = [
-    "Spec",
-    "WrongTypeError",
-    "json_of",
-    "numbers_of",
-    "parse_json",
-    "require",
-    "shape_of",
-    "text_of",
-    "texts_of",
-]
-
 Spec: TypeAlias = type | list["Spec"] | Mapping[str, "Spec"]
 """What a JSON value has to be: a type, a list of such values, or an object with at least these keys."""
 
@@ -36,7 +24,6 @@ class WrongTypeError(ValueError):
     ----------
     expected : str
         What should be there, and where.
-    found : object
     """
 
     def __init__(self, expected: str, found: object) -> None:

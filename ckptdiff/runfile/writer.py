@@ -24,8 +24,6 @@ from ckptdiff.runfile.schema import BIT_ORDER, FORMAT, FORMAT_VERSION, escape_na
 from ckptdiff.runfile.spectra_table import add_spectrum, write_spectra
 from ckptdiff.runfile.tables import write_provenance, write_tensors
 
-__all__ = ["RunFileWriter"]
-
 _PAGE = 1 << 16
 _PAGES = 64
 
@@ -224,7 +222,7 @@ def _storable(text: str) -> str:
 
 
 class _Blank(NamedTuple):
-    """What masks of one shape begin as."""
+    """An empty mask of one shape, of which all of that shape begin as copies."""
 
     numel: int
     chunk: int

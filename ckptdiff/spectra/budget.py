@@ -13,49 +13,34 @@ from ckptdiff.options import Options, SpectraMode, SpectraOptions, default_threa
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.panels import PANEL
 
-__all__ = ["Budget", "Headroom", "cache_bytes", "exact_bytes", "randomized_bytes"]
-
 _USUAL = 300_000_000
 """What a process that runs nothing but ckptdiff holds before the spectra begin, at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Headroom:
-    """Memory that the spectra may take, in bytes.
-
-    Attributes
-    ----------
-    bound : int
-        On the whole process.
-    taken : int
-        What it holds before the spectra begin.
-    """
+    """Memory that the spectra may take, in bytes."""
 
     bound: int
+    """On the whole process."""
     taken: int
+    """What it holds before the spectra begin."""
 
     @property
     def free(self) -> int:
-        """What is left."""
+        """Bytes that are left."""
         return max(self.bound - self.taken, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How matrices share memory and threads.
-
-    Attributes
-    ----------
-    spectra : SpectraOptions
-    room : Headroom
-        For all matrices that are measured at a time.
-    threads : int
-        Slots of the run: each stands for a thread and for its share of the room.
-    """
+    """How matrices share memory and threads."""
 
     spectra: SpectraOptions
     room: Headroom
+    """For all matrices that are measured at a time."""
     threads: int
+    """Slots of the run: each stands for a thread and for its share of the room."""
 
     @classmethod
     def of(cls, options: Options, taken: int, views: Iterable[MatrixView]) -> Budget:
@@ -113,12 +98,12 @@ class Budget:
         return randomized_bytes(view, itemsize, self.spectra.block * self.spectra.steps)
 
     def _best(self, view: MatrixView) -> int:
-        """What the quickest way to measure a matrix takes in memory."""
+        """Bytes that the quickest way to measure a matrix takes."""
         return self.needs(view) + cache_bytes(view, 8 if self.exact(view) else 4)
 
 
 def _least(view: MatrixView, spectra: SpectraOptions) -> int:
-    """What a matrix needs at least in the mode that is asked for, or in the other if it is too long for it."""
+    """Bytes that a matrix needs at least in the mode that is asked for, or in the other if it is too long for it."""
     if spectra.mode == "exact" and view.short <= spectra.limit:
         return exact_bytes(view, False)
     return randomized_bytes(view, 4, spectra.block * spectra.steps)

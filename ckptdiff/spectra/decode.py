@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from ckptdiff.formats import Format, recode_table
 from ckptdiff.spectra.kernels.panels import cast_to_bf16, widen_bf16
 
-__all__ = ["decode"]
-
 Floats = NDArray[Any]
 
 

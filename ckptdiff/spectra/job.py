@@ -29,33 +29,22 @@ from ckptdiff.spectra.measure import (
 )
 from ckptdiff.spectra.panels import StoredPanels
 
-__all__ = ["MatrixJob", "Measuring"]
-
 _SAFE = (1e-12, 1e12)
 """Norms whose squares and fourth powers float32 can add up."""
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixJob:
-    """A matrix to measure.
-
-    Attributes
-    ----------
-    index : int
-        Of its tensor, in plan order.
-    pair : TensorPair
-    view : MatrixView
-    on_grid : bool
-        Whether both sides lie on the bfloat16 grid, so that the rounding null applies.
-    unchanged : bool
-        Whether the update is known to be zero.
-    """
+    """A matrix to measure."""
 
     index: int
+    """Of its tensor, in plan order."""
     pair: TensorPair
     view: MatrixView
     on_grid: bool
+    """Whether both sides lie on the bfloat16 grid, so that the rounding null applies."""
     unchanged: bool
+    """Whether the update is known to be zero."""
 
     @property
     def size(self) -> int:
@@ -65,28 +54,20 @@ class MatrixJob:
 
 @dataclass(frozen=True, slots=True)
 class Measuring:
-    """What all matrices have in common.
-
-    Attributes
-    ----------
-    shards : OpenShards
-    compare : {"bf16", "stored"}
-    budget : Budget
-    stop : threading.Event
-        Set to end what is under way.
-    """
+    """Measures matrices: all that they have in common."""
 
     shards: OpenShards
     compare: Compare
     budget: Budget
     stop: threading.Event = field(default_factory=threading.Event)
+    """Set to end what is under way."""
 
     def slots(self, job: MatrixJob) -> int:
         """How many slots of the budget a matrix takes."""
         return 1 if job.unchanged else self.budget.slots(job.view)
 
     def work(self, job: MatrixJob) -> float:
-        """What a matrix will take, before anything of it is known, as :mod:`~ckptdiff.linalg.work` counts."""
+        """Foresee the work of a matrix, before anything of it is known, as :mod:`~ckptdiff.linalg.work` counts."""
         if job.unchanged:
             return 0.0
         view, share = job.view, self.budget.share(self.slots(job))

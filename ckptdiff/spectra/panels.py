@@ -17,8 +17,6 @@ from ckptdiff.linalg.threads import count_work, in_parts
 from ckptdiff.spectra.decode import decode
 from ckptdiff.spectra.matrices import MatrixView
 
-__all__ = ["PANEL", "StoredPanels"]
-
 PANEL = 1 << 21
 """Entries of a panel, about."""
 _READ, _TURNED, _LOOKED_UP = 30.0, 800.0, 150.0
@@ -32,11 +30,9 @@ class StoredPanels:
 
     Parameters
     ----------
-    shards : OpenShards
     pair : TensorPair
         Of floating tensors.
     formats : (base, tuned, compare)
-    view : MatrixView
     dtype : dtype
         Of the panels: float32 or float64.
     """

@@ -27,26 +27,18 @@ from ckptdiff.spectra.job import MatrixJob, Measuring
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.measure import MatrixSpectra
 
-__all__ = ["SpectraPlan", "SpectraTable", "TensorSpectra", "measure_spectra", "plan_spectra"]
-
 _SMALL = 1 << 20
 """Entries of the matrices that are handed to a thread together."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpectra:
-    """The spectra of one tensor.
-
-    Attributes
-    ----------
-    index : int
-        In plan order.
-    matrices : tuple of MatrixSpectra
-        One for each matrix; empty for a vector.
-    """
+    """The spectra of one tensor."""
 
     index: int
+    """In plan order."""
     matrices: tuple[MatrixSpectra, ...]
+    """One for each matrix; empty for a vector."""
 
     @property
     def method(self) -> str:
@@ -71,27 +63,18 @@ class TensorSpectra:
 
 @dataclass(frozen=True, slots=True)
 class SpectraPlan:
-    """What the spectra of a run will take, for all that its headers tell.
-
-    Attributes
-    ----------
-    mode : str
-        As asked for.
-    matrices : int
-        To measure, of all tensors.
-    too_large : int
-        Matrices among them for which memory does not suffice.
-    max_memory : int
-        Bound on the peak resident size while spectra are measured, in bytes.
-    projected_memory : int
-        Projected peak, in bytes.
-    """
+    """Matrices and memory of the spectra of a run, for all that its headers tell."""
 
     mode: str
+    """As asked for."""
     matrices: int
+    """To measure, of all tensors."""
     too_large: int
+    """Matrices among them for which memory does not suffice."""
     max_memory: int
+    """Bound on the peak resident size while spectra are measured, in bytes."""
     projected_memory: int
+    """Projected peak, in bytes."""
 
 
 def plan_spectra(pairs: Sequence[TensorPair], options: Options, taken: int) -> SpectraPlan:
@@ -99,7 +82,6 @@ def plan_spectra(pairs: Sequence[TensorPair], options: Options, taken: int) -> S
 
     Parameters
     ----------
-    pairs : sequence of TensorPair
     options : Options
         With spectra.
     taken : int
@@ -120,11 +102,9 @@ def measure_spectra(
 
     Parameters
     ----------
-    pairs : sequence of TensorPair
     diff : Diff
         What the coordinate pass found, with a row for each pair: equal pairs are not read again, and the rounding null
         applies where it applied there.
-    shards : OpenShards
     options : Options
         With spectra.
     tell : callable

@@ -26,8 +26,6 @@ from ckptdiff.track.kernels.trajectory import Flow, Rooms, follow_spans, new_roo
 from ckptdiff.track.plan import Followed, plan_track
 from ckptdiff.track.result import Track
 
-__all__ = ["track"]
-
 _JOB = 48
 """Blocks of a job, those of all checkpoints counted: so few that all threads end at about the same time, and so many
 that Python costs little beside them."""
@@ -46,7 +44,7 @@ class _Span(NamedTuple):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Found:
-    """What the spans of a job gave."""
+    """Counts and sums of the spans of a job."""
 
     tensors: NDArray[np.int64]
     """Of each span."""
@@ -135,7 +133,7 @@ def track(
 
 
 def _execute(tensors: Sequence[Followed], shards: OpenShards, threads: int, told: Stage) -> Iterator[_Found]:
-    """What each job gave, in order."""
+    """Yield the counts and sums of each job, in order."""
     local = threading.local()
     stop = threading.Event()
     files = _files(tensors, shards)

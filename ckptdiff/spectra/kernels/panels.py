@@ -6,8 +6,6 @@ from ckptdiff.codes.bfloat16 import bf16_to_f32, round_to_bf16
 from ckptdiff.jit import kernel
 from ckptdiff.measure.kernels.tiles import Array
 
-__all__ = ["cast_to_bf16", "widen_bf16"]
-
 
 @kernel
 def widen_bf16(codes: Array, out: Array) -> None:
