@@ -44,13 +44,7 @@ class Check:
 
     @classmethod
     def parse(cls, text: str) -> Check:
-        """Read a check and make sure that its figure exists.
-
-        Raises
-        ------
-        OptionError
-            If it is not KEY OP NUMBER, or if no diff has such a key. Labels of members are not known yet.
-        """
+        """Read a check and make sure that its figure exists; labels of members are not known yet."""
         match = _CHECK.fullmatch(text.strip())
         try:
             number = float(match["number"]) if match else math.nan
@@ -63,25 +57,13 @@ class Check:
         return check
 
     def require_member(self, tensors: Iterable[TensorFacts]) -> None:
-        """Make sure that the member it names exists, as soon as the pairing is known and before data is read.
-
-        Raises
-        ------
-        OptionError
-            If there is no such layer, module type, tensor, ...
-        """
+        """Make sure that the member it names exists, as soon as the pairing is known and before data is read."""
         head, label, _ = self._path()
         if label is not None and not any(label in labels for labels in _labels(_by(head), tensors)):
             raise OptionError(f"nothing of that name in {head}", expected=f"a label listed in {head}", found=self.text)
 
     def failed(self, diff: Diff) -> bool:
-        """Whether the check holds, and so fails the run.
-
-        Raises
-        ------
-        OptionError
-            If the figure is undefined: a check that cannot be answered is trouble, not success.
-        """
+        """Whether the check holds, and so fails the run; if it cannot be answered, that is trouble, an OptionError."""
         value = self.value(diff)
         if value is None:
             raise OptionError("the figure of a check is undefined", found=self.text)

@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 
 
 def print_plan(base: str, tuned: str, out: Path | None, options: Options, request: Request, tell: Listener) -> None:
-    """Print the plan of a run as text or, with ``--format json``, as one object (schema "ckptdiff.plan/1").
-
-    Raises
-    ------
-    OptionError
-        If another format is asked for.
-    """
+    """Print the plan of a run as text or, with ``--format json``, as one object (schema "ckptdiff.plan/1")."""
     from ckptdiff.run.engine import prepare
 
     if request.format not in ("table", "json"):

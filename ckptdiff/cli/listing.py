@@ -19,16 +19,7 @@ format_option = click.option(
 def write_rows(
     stream: TextIO, form: str, rows: Sequence[Mapping[str, Any]], keys: Iterable[str], whole: Mapping[str, Any]
 ) -> None:
-    """Write rows as csv, as one JSON line each (ndjson), or as the last key of one JSON object.
-
-    Parameters
-    ----------
-    form : {"json", "ndjson", "csv"}
-    keys : iterable of str
-        Columns of csv.
-    whole : mapping
-        What the JSON object holds beside ``"tensors"``.
-    """
+    """Write rows as csv under some keys, as a JSON line each (ndjson), or as the last key of a JSON object, `whole`."""
     if form == "json":
         stream.write(dumps({**whole, "tensors": list(rows)}) + "\n")
     elif form == "ndjson":

@@ -13,10 +13,8 @@ from ckptdiff.report.as_ndjson import NdjsonStream
 class LiveReport:
     """A listener that writes each line as soon as it is known.
 
-    Parameters
-    ----------
-    keep_running : bool
-        When the reader goes away, fall silent instead of raising BrokenPipeError: a run file is being written.
+    When the reader goes away it falls silent, if the run is to go on for its run file, instead of raising
+    BrokenPipeError.
     """
 
     def __init__(self, target: ReportTarget, *, keep_running: bool) -> None:

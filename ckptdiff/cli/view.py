@@ -108,13 +108,7 @@ class Request:
 
     @classmethod
     def of(cls, given: dict[str, Any], *, run_file: str | None, kept: Iterable[Path]) -> Request:
-        """Read and check the view options, before any work is done.
-
-        Raises
-        ------
-        OptionError
-            If one of them cannot be used.
-        """
+        """Read and check the view options, before any work is done."""
         from ckptdiff.report.rows import View
 
         if given["format"] == "parquet":
@@ -145,13 +139,7 @@ class Request:
                 exporter(self.format)(diff, stream, self.view)
 
     def verdict(self, diff: Diff) -> int:
-        """The exit code; every check that failed is named on stderr.
-
-        Raises
-        ------
-        OptionError
-            If the figure of a check is undefined.
-        """
+        """The exit code; every check that failed is named on stderr."""
         failed = [check for check in self.checks if check.failed(diff)]
         if not self.quiet:
             for check in failed:

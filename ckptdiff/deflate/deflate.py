@@ -60,15 +60,7 @@ class Deflated(NamedTuple):
 
 
 def deflate(data: Array, limit: int) -> Deflated:
-    """Compress bytes to a zlib stream.
-
-    Parameters
-    ----------
-    data : contiguous uint8 array, shape (n,), n > 0
-        What to compress.
-    limit : int
-        Bytes that the stream must stay below.
-    """
+    """Compress contiguous bytes, one at least, to a zlib stream that has to stay below `limit` bytes."""
     return deflate_parts(data, np.array([[0, data.size, limit]]))[0]
 
 

@@ -9,13 +9,7 @@ _EMBEDDINGS = ("embed", "wte", "wpe")
 
 
 def refusal(name: str, shape: Sequence[int], floating: bool) -> str | None:
-    """Why an adapter of linear layers cannot hold the update of a tensor; None if it can.
-
-    Parameters
-    ----------
-    floating : bool
-        Whether it holds floating values.
-    """
+    """Why an adapter of linear layers cannot hold the update of a tensor; None if it can."""
     module = name.removesuffix(".weight")
     if not floating:
         return "no floating values"

@@ -73,12 +73,8 @@ class BlockChange:
 def open_patch(path: str | os.PathLike[str]) -> Patch:
     """Read the header of a patch; no index and no value is read.
 
-    Raises
-    ------
-    CheckpointError
-        The file cannot be read, or is no safetensors file.
-    PatchError
-        It is no patch, or one whose parts do not belong together.
+    Raises CheckpointError if the file cannot be read or is no safetensors file, and PatchError if it is no patch, or
+    one whose parts do not belong together.
     """
     shard, tensors = read_header(path)
     if shard.metadata.get("format") != PATCH_FORMAT:
@@ -126,19 +122,10 @@ def _size(value: Any) -> int:
 
 
 def changes_of(shards: OpenShards, patch: TensorPatch, block: int = BLOCK) -> Iterator[BlockChange]:
-    """Yield the changes of a tensor, in the order of its blocks; several may be of one block.
+    """Yield the changes of a tensor in the order of its blocks, `block` indices at a time; several may be of one block.
 
-    Parameters
-    ----------
-    block : int
-        Coordinates in a block, and indices that are read at a time.
-
-    Raises
-    ------
-    PatchError
-        An index that lies outside the tensor, or is not above the one before.
-    CheckpointError
-        The patch cannot be read, or changes while it is read.
+    Raises PatchError for an index that lies outside the tensor or is not above the one before, and CheckpointError if
+    the patch cannot be read or changes while it is read.
     """
     code = np.dtype(f"<u{DTYPES[patch.values.dtype].bits // 8}")
     position, last = 0, -1

@@ -76,12 +76,8 @@ class StagedFile:
     def check(self) -> None:
         """Raise the failure of an earlier write, if there was one.
 
-        Raises
-        ------
-        RunFileError
-            Disk full, quota or size limit reached, or any other failure of a write.
-        BaseException
-            The interrupt that came in a write, as it was.
+        It is a RunFileError for a full disk, a quota, or whatever else ended a write, and an interrupt that came in a
+        write as it was.
         """
         if isinstance(self.failure, OSError):
             raise self._explained(self.failure) from self.failure
@@ -93,13 +89,7 @@ class StagedFile:
         self._stopped = True
 
     def commit(self) -> None:
-        """Bring the file to the disk, then give it its name.
-
-        Raises
-        ------
-        RunFileError
-            If a write failed, now or earlier; the target is as it was.
-        """
+        """Bring the file to the disk, then give it its name; raises RunFileError if a write failed, now or earlier."""
         self.check()
         try:
             os.fsync(self._hidden.descriptor)
@@ -180,26 +170,14 @@ class StagedFile:
 
 
 def write_whole(target: Path, data: bytes) -> None:
-    """Write a file that is small.
-
-    Raises
-    ------
-    RunFileError
-        It cannot be written; the target is as it was.
-    """
+    """Write a file that is small, or leave the target as it is and raise RunFileError."""
     with StagedFile(target) as staged:
         staged.write(data)
         staged.commit()
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk.
-
-    Raises
-    ------
-    OSError
-        The system cannot, though its file system could.
-    """
+    """Bring the names in a folder to the disk; raise OSError if the system cannot, though its file system could."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -16,15 +16,7 @@ class StagedFolder:
     Leaving the ``with`` block without a :meth:`commit`, for whatever reason, removes it and all that is in it. Entering
     it removes what killed processes left of the same target. Errors about a file in it name it where it was to be.
 
-    Parameters
-    ----------
-    target : Path
-        The final name, which nothing has yet.
-
-    Raises
-    ------
-    RunFileError
-        On entry, if the folder cannot be made.
+    Nothing may have the target's name yet. Entering raises RunFileError if the folder cannot be made.
     """
 
     def __init__(self, target: Path) -> None:
@@ -56,13 +48,7 @@ class StagedFolder:
                 error.file = str(self.target / file.relative_to(self.path))
 
     def commit(self) -> None:
-        """Give the folder its name.
-
-        Raises
-        ------
-        RunFileError
-            If the system does not, as when something has taken the name meanwhile.
-        """
+        """Give the folder its name, or raise RunFileError, as when something has taken the name meanwhile."""
         try:
             self._hidden.take_name()
             sync_folder(self.target.parent)

@@ -39,12 +39,7 @@ def angle_rank(short: int) -> int:
 def principal_angles(base: Array, tuned: Array, xp: Any = np) -> Stage[Angles]:
     """Compare two pairs of subspaces in two passes.
 
-    Parameters
-    ----------
-    base, tuned : float64 array, shape (short, k)
-        Leading eigenvectors of W0^T W0 and of W1^T W1.
-    xp : module
-        numpy or cupy.
+    They are given by the leading eigenvectors of W0^T W0 and W1^T W1, shape (short, k).
     """
     count = base.shape[1]
     ours, theirs, crossed = (xp.zeros((count, count)) for _ in range(3))

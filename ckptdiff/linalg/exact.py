@@ -44,17 +44,9 @@ class SideSpectrum:
 
 
 def side_spectrum(side: Side, short: int, vectors: int = 0, xp: Any = np) -> Stage[SideSpectrum]:
-    """Find all singular values of one side; two passes at most.
+    """Find all singular values of one side, and leading eigenvectors of its Gram matrix; two passes at most.
 
-    Parameters
-    ----------
-    side : {"base", "delta", "tuned"}
-    short : int
-        Columns of the matrix; its panels are float64.
-    vectors : int
-        How many leading eigenvectors of the Gram matrix to keep.
-    xp : module
-        numpy or cupy.
+    Its panels are float64.
     """
     gram = yield from gram_of(side, short, np.float64, xp)
     squares, bottom, pairs = yield from meanwhile(partial(_decomposed, gram, vectors))
@@ -90,10 +82,7 @@ def _decomposed(gram: Array, vectors: int) -> tuple[Float64, Array | None, tuple
 def numerical_rank(values: Float64, tau: float) -> tuple[int, int]:
     """How many singular values exceed ``tau`` times the largest: the fewest and the most that rounding allows.
 
-    Parameters
-    ----------
-    values : float64 array
-        Singular values, largest first; the matrix is not zero.
+    The values are float64, largest first, and not all zero.
     """
     error = ACCURACY * values[0]
     return int((values > tau * values[0] + error).sum()), int((values > tau * values[0] - error).sum())

@@ -9,7 +9,7 @@ of A^T A, which keeps the subspaces of fewer vectors nested.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -112,7 +112,13 @@ def principal(
     energies = _Energies(short, vectors)
     cuts = _cuts(source, known, defined, vectors, chances, error)
     scores = _Scores(vectors, [figure.rank for figure in defined], cuts)
-    yield _both(energies, scores)
+
+    def visit(panel: Panel) -> None:
+        projected = product(panel.base, vectors)
+        energies.add(panel, projected)
+        scores.add(panel, projected)
+
+    yield visit
     while not scores.settle():
         yield scores.add
     found = energies.shares([figure.rank for figure in defined], known.delta_norm**2)
@@ -129,12 +135,7 @@ def principal_work(
 ) -> tuple[float, int]:
     """Foresee what :func:`principal` counts, as far as sizes tell, and how many passes it makes.
 
-    Parameters
-    ----------
-    rhos, error
-        As for :func:`principal`.
-    decomposed : bool
-        Whether eigenpairs of W0^T W0 are given.
+    `decomposed` says that eigenpairs of W0^T W0 are given.
     """
     rank = principal_rank(rhos[-1], short)
     projected = 2 * product_work(long, short, rank, itemsize) + _NORM_WORK * long * rank
@@ -192,15 +193,6 @@ def _cuts(
         rank = max(1, math.ceil(exactly(figure.rho) * known.numel))
         found.append(ScoreCut(rank, guess, weights, low, error * known.support))
     return found
-
-
-def _both(energies: _Energies, scores: _Scores) -> Callable[[Panel], None]:
-    def visit(panel: Panel) -> None:
-        projected = product(panel.base, energies.vectors)
-        energies.add(panel, projected)
-        scores.add(panel, projected)
-
-    return visit
 
 
 class _Energies:

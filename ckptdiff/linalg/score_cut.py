@@ -45,10 +45,7 @@ class Covered:
 def likely_zooms(numel: int, error: float) -> bool:
     """Whether a cut among so many scores is likely to need another pass, if most entries changed.
 
-    Parameters
-    ----------
-    error : float
-        Standard error of a count, as a share of all, that needs none.
+    It needs none if the standard error of a count is at most `error`, as a share of all.
     """
     return 0.5 * math.sqrt(numel / _BINS) > error * numel
 
@@ -90,15 +87,9 @@ class ScoreCut:
         self._lanes: list[NDArray[np.float64] | None] = [None] * SCORE_LANES
 
     def add(self, scores: Array, panel: Panel, lane: int = 0) -> None:
-        """Count a panel.
+        """Count a panel by its scores, C-contiguous float32 of the same shape.
 
-        Parameters
-        ----------
-        scores : float32 array, shape (rows, short), C-contiguous
-        panel : Panel
-            The same rows.
-        lane : int
-            From 0 to ``SCORE_LANES - 1``; several may be filled at a time.
+        Lanes, from 0 to ``SCORE_LANES - 1``, may be filled at a time.
         """
         base = panel.base.astype(np.float32, copy=False).view(np.uint32)
         delta = panel.delta.astype(np.float32, copy=False)

@@ -71,13 +71,7 @@ def meanwhile(work: Callable[[], Result]) -> Stage[Result]:
 
 
 def run_together(source: PanelSource, *stages: Stage[Any]) -> list[Any]:
-    """Run computations side by side, so that each pass over the pair is read once for all of them.
-
-    Returns
-    -------
-    list
-        What each stage returned.
-    """
+    """Run computations side by side, each pass over the pair read once for all, and return what they returned."""
     results: list[Any] = [None] * len(stages)
     live: dict[int, Callable[[Panel], None]] = {}
     busy: dict[int, Future[None]] = {}
@@ -112,15 +106,7 @@ def run_together(source: PanelSource, *stages: Stage[Any]) -> list[Any]:
 
 
 class ArrayPanels:
-    """A pair that is in memory.
-
-    Parameters
-    ----------
-    base, delta : float array, shape (long, short), C-contiguous
-        ``long >= short``.
-    rows : int
-        Rows of a panel.
-    """
+    """A pair in memory: C-contiguous float arrays of shape (long, short), handed out so many rows at a time."""
 
     def __init__(self, base: Array, delta: Array, rows: int = 512) -> None:
         if base.shape != delta.shape or base.shape[0] < base.shape[1]:

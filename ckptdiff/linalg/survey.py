@@ -63,13 +63,7 @@ class Survey:
 
 
 def survey(magnitudes: bool = True) -> Stage[Survey]:
-    """One pass over a pair.
-
-    Parameters
-    ----------
-    magnitudes : bool
-        Whether to count entries, not only to add up norms.
-    """
+    """One pass over a pair, which adds up norms, and counts entries by their magnitudes if that is asked for."""
     squares = np.zeros(2)
     counts = np.zeros((2, MAGNITUDES), np.int64)
     totals = [0, 0]

@@ -50,10 +50,7 @@ def one_blas_thread() -> AbstractContextManager[Any]:
 def product_threads(count: int, stop: threading.Event | None = None) -> Iterator[None]:
     """Share the products that this thread asks for among `count` threads.
 
-    Parameters
-    ----------
-    stop : threading.Event, optional
-        The first product after it is set raises :class:`concurrent.futures.CancelledError`.
+    The first product after `stop` is set raises :class:`concurrent.futures.CancelledError`.
     """
     with ThreadPoolExecutor(count, thread_name_prefix="ckptdiff-products") if count > 1 else nullcontext() as pool:
         token = _THREADS.set(_Threads(pool, stop or threading.Event()))
@@ -82,13 +79,7 @@ def count_work(amount: float) -> None:
 
 @contextmanager
 def counted(amount: float, *, opaque: bool = False) -> Iterator[None]:
-    """Count all that is computed inside as so much.
-
-    Parameters
-    ----------
-    opaque : bool
-        Whether it may last, so that how far it is should be guessed meanwhile.
-    """
+    """Count all that is computed inside as so much; how far it is is guessed meanwhile, if it is `opaque`."""
     threads = _THREADS.get()
     if threads.work is None:
         yield
@@ -120,12 +111,7 @@ def in_background(work: Callable[[], None]) -> Future[None]:
 def in_parts(work: Callable[[int], None], parts: int, amount: float = 0.0) -> None:
     """Call `work` with 0 to ``parts - 1``, in any order, on the threads that this matrix has.
 
-    Parameters
-    ----------
-    work : callable
-        It counts nothing by itself.
-    amount : float
-        What all of them together count as.
+    It counts nothing by itself: all parts together count as `amount`.
     """
     threads = _THREADS.get()
     if threads.stop.is_set():

@@ -65,13 +65,7 @@ class MatrixWork:
 
 
 class WorkMeter:
-    """The work of all matrices of a stage.
-
-    Parameters
-    ----------
-    total : float
-        What they will take, as far as that is known.
-    """
+    """The work of all matrices of a stage; `total` is what they will take, as far as that is known."""
 
     def __init__(self, total: float) -> None:
         self._total, self._ended = total, 0.0

@@ -44,16 +44,8 @@ class Factors:
 def factorize(source: PanelSource, delta_norm: float, most: int, energy: float | None, seed: int) -> Factors:
     """Find factors with the randomized SVD of the update, in one more pass than that takes.
 
-    The singular values are split evenly between both factors, so that neither needs a range the other lacks.
-
-    Parameters
-    ----------
-    delta_norm : float
-        Frobenius norm of the update, above 0.
-    most : int
-        Largest rank.
-    energy : float, optional
-        Take the smallest rank that holds this share of the energy, if one up to `most` does.
+    The singular values are split evenly between both factors, so that neither needs a range the other lacks. Of ranks
+    up to `most` the smallest is taken that holds a share `energy` of ``delta_norm**2``, if one does.
     """
     wanted, krylov = min(most, source.short), _krylov(source.short, most, seed)
     if krylov is None:

@@ -42,12 +42,8 @@ def streams(view: View) -> bool:
 class NdjsonStream:
     """Writes the lines of a run as its events come.
 
-    Parameters
-    ----------
-    stream : TextIO
-        Flushed after each batch of lines, so that the next program in the pipe sees them at once.
-    every : float
-        Seconds between two batches, at least: the figures of many tensors cost little more than those of one.
+    The stream is flushed after each batch of lines, so that the next program in the pipe sees them at once. Between two
+    batches lie some seconds at least: the figures of many tensors cost little more than those of one.
     """
 
     def __init__(self, stream: TextIO, every: float = 0.05) -> None:

@@ -42,17 +42,9 @@ def aggregates(diff: Diff, view: View | None = None) -> dict[str, Any]:
 
 
 def document(diff: Diff, view: View | None = None) -> dict[str, Any]:
-    """A diff as one JSON object (schema "ckptdiff.diff/1").
+    """A diff as one JSON object (schema "ckptdiff.diff/1"): fractions are 0..1, and undefined figures None.
 
-    Parameters
-    ----------
-    view : View, optional
-        Sorts and cuts the one list that its `by` names ("tensors" by default); the rest stays whole.
-
-    Returns
-    -------
-    dict
-        The keys of the output contract; fractions are 0..1 and undefined figures None.
+    A view sorts and cuts the one list that its `by` names ("tensors" by default); the rest stays whole.
     """
     view = view or View()
     tensors = rows(diff, view if view.rows_by == "tensor" else View("tensor"))

@@ -11,20 +11,7 @@ _WIDTH = 110
 
 
 def legend_lines(meanings: Mapping[str, str], tables: Sequence[Sequence[Column]], screen: Screen) -> list[str]:
-    """Lay out what stands below tables.
-
-    Parameters
-    ----------
-    meanings : mapping of str to str
-        A sentence for each title that needs one.
-    tables : sequence of sequence of Column
-        As they were given to `table_lines`.
-
-    Returns
-    -------
-    list of str
-        An empty line and the legend; nothing if no title needs it.
-    """
+    """Lay out what stands below tables: an empty line and the sentences for the titles that need one, or nothing."""
     shown = {column.title for columns in tables for column in shown_columns(columns, screen)}
     filled = dict.fromkeys(column.title for columns in tables for column in columns[1:] if any(column.cells))
     # A title is not broken: no-break spaces are left alone.

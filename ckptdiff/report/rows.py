@@ -46,13 +46,7 @@ _DIRECTIONS = ("asc", "desc")
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Which rows of a diff to print, and in which order.
-
-    Raises
-    ------
-    OptionError
-        If `sort` is no key of the rows or `top` is not positive.
-    """
+    """Which rows of a diff to print, and in which order; one that cannot be is refused with an OptionError."""
 
     by: GroupBy | None = None
     """None stands for what the format prints by itself."""

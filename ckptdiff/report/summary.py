@@ -21,19 +21,9 @@ _GENERIC = {"model", "models", "model_files", "checkpoint", "weights", "base", "
 
 
 def summary(diff: Diff, run_file: str | None = None, *, overview: bool = True) -> list[str]:
-    """The first block of the table, a few lines of at most 80 characters where names allow.
+    """The first block of the table, a few lines of at most 80 characters where names allow, safe to print.
 
-    Parameters
-    ----------
-    run_file : str, optional
-        Where the masks are; None if there is no run file.
-    overview : bool
-        Whether the tables of the overview follow: then the next command shows what they do not.
-
-    Returns
-    -------
-    list of str
-        Lines without newline, safe to print.
+    Where the tables of the overview follow, the next command shows what they do not.
     """
     return [
         *_what(diff),

@@ -107,12 +107,8 @@ def export_masks(
 def chosen_masks(run: RunFile, names: Sequence[str]) -> list[str]:
     """Names of the masks that names and globs ask for; all of them if there are none.
 
-    Raises
-    ------
-    OptionError
-        A name that no mask has, or a single string for several.
-    RunFileError
-        The run holds no masks.
+    Raises OptionError for a name that no mask has or a single string for several, and RunFileError if the run holds no
+    masks.
     """
     run.require_masks()
     names = as_tuple("names", names)

@@ -19,13 +19,7 @@ _LEVEL = 1
 
 
 class HistogramTable:
-    """Datasets of one row per tensor that grow by whole chunks of 64 rows.
-
-    Parameters
-    ----------
-    group : h5py.Group
-        The empty group to fill.
-    """
+    """Datasets in an empty group, of one row per tensor, that grow by whole chunks of 64 rows."""
 
     def __init__(self, group: Any) -> None:
         self._rows = HistogramRows.empty(_ROWS)
@@ -68,13 +62,7 @@ class HistogramTable:
                 self._write()
 
     def finish(self, tensors: int) -> None:
-        """Write what is left.
-
-        Raises
-        ------
-        ValueError
-            If there are not as many rows as tensors.
-        """
+        """Write what is left; raises ValueError if there are not as many rows as tensors."""
         rows = self._written + self._held
         if rows != tensors:
             raise ValueError(f"{rows} rows of histograms for {tensors} tensors")

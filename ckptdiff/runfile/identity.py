@@ -33,19 +33,10 @@ _ROUNDED = 2.0**-22
 
 
 def open_side(run: RunFile, side: str, path: str | os.PathLike[str] | None = None) -> Checkpoint:
-    """Open the base or the tuned checkpoint of a run.
+    """Open the base or the tuned checkpoint of a run, by default where the run found it.
 
-    Parameters
-    ----------
-    side : {"base", "tuned"}
-    path : path-like, optional
-        Where it is now; by default where the run found it.
-
-    Raises
-    ------
-    CheckpointError
-        It cannot be read, or is not what the run compared: another number of shards, or one of another size or header.
-        At its old place a shard must not have been modified either.
+    Raises CheckpointError if it cannot be read, or is not what the run compared: another number of shards, or one of
+    another size or header. At its old place a shard must not have been modified either.
     """
     known: dict[str, Any] = run.provenance[side]
     try:
@@ -99,10 +90,7 @@ def known_norms(diff: Diff, side: Literal["base", "tuned"]) -> dict[str, KnownNo
 def checked_blocks(shards: OpenShards, tensor: TensorInfo, known: KnownNorm | None) -> Iterator[NDArray[np.uint8]]:
     """Stored bytes as `blocks_of` yields them, and a look at the norm, unless `known` is None.
 
-    Raises
-    ------
-    CheckpointError
-        After the last block, if the tensor has another norm than the run has measured.
+    Raises CheckpointError after the last block, if the tensor has another norm than the run has measured.
     """
     if known is None or not math.isfinite(known.square + known.tolerance):
         yield from blocks_of(shards, tensor)
@@ -145,18 +133,9 @@ def _cast(dtype: str, stored: NDArray[np.uint8], compare: Format) -> NDArray[np.
 def require_same_base(runs: Sequence[RunFile], diffs: Sequence[Diff], force: bool) -> list[str]:
     """Compare the bases of runs by the norms of their tensors, since a file's name and time say little.
 
-    Returns
-    -------
-    list of str
-        Warnings: other bases that were forced, rules or casts that differ.
-
-    Raises
-    ------
-    MaskError
-        Two runs have different bases, or compare different dtypes of it that nothing else shows to be the same, and
-        `force` is not set.
-    RunFileError
-        A run without masks.
+    The warnings it returns tell of other bases that were forced, and of rules or casts that differ. Raises MaskError if
+    two runs have different bases, or compare different dtypes of it that nothing else shows to be the same, unless that
+    is forced, and RunFileError for a run without masks.
     """
     warnings: list[str] = []
     for run in runs:

@@ -36,10 +36,7 @@ class Entry:
 def write_safetensors(staged: StagedFile, entries: Sequence[Entry], metadata: dict[str, str]) -> None:
     """Write a whole file, wide elements first, since the format wants every tensor aligned.
 
-    Raises
-    ------
-    RunFileError
-        A write failed, or an entry's pieces are not as long as its shape says.
+    Raises RunFileError if a write failed, or an entry's pieces are not as long as its shape says.
     """
     entries = sorted(entries, key=lambda entry: -DTYPES[entry.dtype].bits)
     header: dict[str, Any] = {METADATA: metadata}

@@ -30,17 +30,7 @@ _COUNTS = {"matrices": "matrices the tensor is made of", "rank": "singular value
 
 
 def add_spectrum(file: Any, name: str, method: str, lists: Mapping[str, NDArray[np.float64]]) -> None:
-    """Add the singular values of one tensor as ``/spectra/<name>/*``.
-
-    Parameters
-    ----------
-    name : str
-        Of the tensor.
-    method : str
-        "randomized" or "exact".
-    lists : mapping of str to float64 array
-        By a key of :data:`SPECTRUM_LISTS`.
-    """
+    """Add the singular values of one tensor as ``/spectra/<name>/*``, by keys of :data:`SPECTRUM_LISTS`."""
     group = file.require_group("spectra").create_group(escape_name(name))
     group.attrs["method"] = method
     for key, values in lists.items():

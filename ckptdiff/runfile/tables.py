@@ -42,10 +42,7 @@ _CHUNK = 1 << 14
 def write_tensors(group: Any, diff: Diff) -> None:
     """Fill ``/tensors``: the names, and one dataset per fact and per column.
 
-    Raises
-    ------
-    ValueError
-        If the columns are not those of the catalogue, one value per tensor.
+    Raises ValueError if the columns are not those of the catalogue, one value per tensor.
     """
     missing = {column.name for column in COLUMNS} ^ set(diff.columns)
     if missing:
@@ -96,24 +93,12 @@ def write_provenance(file: Any, diff: Diff) -> None:
 
 
 def numbers_of_tensors(group: Any, name: str, dtype: DTypeLike) -> Any:
-    """A dataset of ``/tensors`` that holds a number per tensor.
-
-    Raises
-    ------
-    WrongTypeError
-        If it holds others, or another number of them.
-    """
+    """A dataset of ``/tensors`` that holds a number per tensor; raises WrongTypeError if it does not."""
     return numbers_of(_of_tensors(group, name), dtype)
 
 
 def texts_of_tensors(group: Any, name: str) -> list[str]:
-    """A dataset of ``/tensors`` that holds a text per tensor, unescaped.
-
-    Raises
-    ------
-    WrongTypeError
-        If it holds others, or another number of them.
-    """
+    """A dataset of ``/tensors`` that holds a text per tensor, unescaped; raises WrongTypeError if it does not."""
     return list(map(unescape, texts_of(_of_tensors(group, name))))
 
 

@@ -18,63 +18,45 @@ _USUAL = 300_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Headroom:
-    """Memory that the spectra may take, in bytes."""
-
-    bound: int
-    """On the whole process."""
-    taken: int
-    """What it holds before the spectra begin."""
-
-    @property
-    def free(self) -> int:
-        """Bytes that are left."""
-        return max(self.bound - self.taken, 0)
-
-
-@dataclass(frozen=True, slots=True)
 class Budget:
     """How matrices share memory and threads."""
 
     spectra: SpectraOptions
-    room: Headroom
-    """For all matrices that are measured at a time."""
+    bound: int
+    """Bytes that the whole process may take."""
+    taken: int
+    """Bytes that it holds before the spectra begin."""
     threads: int
-    """Slots of the run: each stands for a thread and for its share of the room."""
+    """Slots of the run: each stands for a thread and for its share of the free bytes."""
+
+    @property
+    def free(self) -> int:
+        """Bytes for all matrices that are measured at a time."""
+        return max(self.bound - self.taken, 0)
 
     @classmethod
     def of(cls, options: Options, taken: int, views: Iterable[MatrixView]) -> Budget:
-        """The budget of a run.
-
-        Parameters
-        ----------
-        options : Options
-            With spectra.
-        taken : int
-            Bytes that the process holds.
-        views : iterable of MatrixView
-            All matrices.
-        """
+        """The budget of a run with spectra, of all its matrices, in a process that holds `taken` bytes."""
         spectra, threads = options.spectra, options.threads or default_threads()
         assert spectra is not None
         largest = max((_least(view, spectra) for view in {(v.long, v.short): v for v in views}.values()), default=0)
         bound = options.max_memory or _default_bound(spectra.mode, threads, taken, largest)
-        return cls(spectra, Headroom(bound, taken), threads)
+        return cls(spectra, bound, taken, threads)
 
     def slots(self, view: MatrixView) -> int:
         """How many slots a matrix takes: as many as hold it, or all if nothing does and it is read in every pass."""
-        if not self.room.free:
+        if not self.free:
             return 1
-        return max(1, min(-(-self.threads * self._best(view) // self.room.free), self.threads))
+        return max(1, min(-(-self.threads * self._best(view) // self.free), self.threads))
 
     def share(self, slots: int) -> int:
         """Bytes of so many slots."""
-        return slots * self.room.free // self.threads
+        return slots * self.free // self.threads
 
     def takes(self, view: MatrixView) -> int:
         """Bytes that a matrix takes, as far as its shape tells; 0 if there is no room for it."""
         needed = self.needs(view)
-        return 0 if needed > self.room.free else max(needed, min(self._best(view), self.share(self.slots(view))))
+        return 0 if needed > self.free else max(needed, min(self._best(view), self.share(self.slots(view))))
 
     def needs(self, view: MatrixView) -> int:
         """Bytes that a matrix needs at least, in the mode that it allows."""
@@ -89,8 +71,8 @@ class Budget:
         if view.short > self.spectra.limit:
             return f"both sides are longer than {self.spectra.limit}: randomized"
         needed = exact_bytes(view, False)
-        if needed > self.room.free:
-            return f"exact takes {needed >> 20} MiB, and --max-memory leaves {self.room.free >> 20} MiB: randomized"
+        if needed > self.free:
+            return f"exact takes {needed >> 20} MiB, and --max-memory leaves {self.free >> 20} MiB: randomized"
         return ""
 
     def randomized_bytes(self, view: MatrixView, itemsize: int) -> int:

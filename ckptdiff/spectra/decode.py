@@ -17,14 +17,8 @@ Floats = NDArray[Any]
 def decode(stored: NDArray[np.uint8], format: Format, compare: Format, out: Floats) -> None:
     """Cast stored values to the compare format and write them as floats.
 
-    Parameters
-    ----------
-    stored : uint8 array
-        Raw little-endian bytes of ``out.size`` values.
-    format, compare : Format
-        What they are stored as, and what they are compared as.
-    out : float32 or float64 array, C-contiguous
-        Receives the values; float64 is rounded to float32 where `out` is.
+    They are read from raw little-endian bytes and written to a C-contiguous float32 or float64 array of as many values;
+    float64 is rounded where that is float32.
     """
     codes = stored.view(format.code_dtype)
     flat = out.reshape(-1)
@@ -37,24 +31,15 @@ def decode(stored: NDArray[np.uint8], format: Format, compare: Format, out: Floa
     elif format.bits <= 16:
         np.take(_cast_values(format, compare), codes, out=flat, mode="clip")
     elif compare.name == "bf16":
-        cast_to_bf16(_as_float32(codes, format), flat.view(np.uint32))
+        with np.errstate(over="ignore", invalid="ignore"):
+            single = codes if format.bits == 32 else codes.view(np.float64).astype(np.float32).view(np.uint32)
+        # A view that Numba types like what was read from a file: one compiled kernel serves both.
+        single = single.view()
+        single.flags.writeable = False
+        cast_to_bf16(single, flat.view(np.uint32))
     else:
         with np.errstate(over="ignore", invalid="ignore"):
             np.copyto(flat, codes.view(f"f{format.bits // 8}"), casting="same_kind")
-
-
-def _as_float32(codes: NDArray[Any], format: Format) -> NDArray[np.uint32]:
-    if format.bits == 32:
-        return codes
-    with np.errstate(over="ignore", invalid="ignore"):
-        return _read_only(codes.view(np.float64).astype(np.float32).view(np.uint32))
-
-
-def _read_only(array: NDArray[Any]) -> NDArray[Any]:
-    """A view that Numba types like what was read from a file: one compiled kernel serves both."""
-    view = array.view()
-    view.flags.writeable = False
-    return view
 
 
 @cache

@@ -57,14 +57,8 @@ def measure_randomized(
 ) -> MatrixSpectra:
     """Measure a matrix: leading values of the update, and principal figures.
 
-    Parameters
-    ----------
-    source : PanelSource
-        Of float32 panels, or of float64 panels if float32 has too small a range.
-    known : Survey
-        Of this matrix.
-    on_grid : bool
-        Whether both sides lie on the bfloat16 grid, so that the rounding null applies.
+    Panels are float32, or float64 if float32 has too small a range. The rounding null applies if both sides lie on the
+    bfloat16 grid.
     """
     short, krylov = source.short, _krylov(source.short, options)
     if krylov is None:
@@ -98,16 +92,9 @@ def _krylov(short: int, options: SpectraOptions) -> KrylovOptions | None:
 
 
 def measure_exact(source: PanelSource, known: Survey, view: MatrixView, on_grid: bool, together: bool) -> MatrixSpectra:
-    """Measure a matrix in float64: everything, with all singular values.
+    """Measure a matrix in float64 panels: everything, with all singular values.
 
-    Parameters
-    ----------
-    source : PanelSource
-        Of float64 panels.
-    known, view, on_grid
-        As in :func:`measure_randomized`.
-    together : bool
-        Whether memory allows three Gram matrices at a time, which saves passes.
+    If memory allows three Gram matrices, all are made `together`, which saves passes.
     """
     delta, base, tuned = _sides(source, together)
     principal_stage = principal(

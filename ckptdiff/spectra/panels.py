@@ -26,16 +26,7 @@ Floats = NDArray[Any]
 
 
 class StoredPanels:
-    """A matrix pair on disk; a :class:`~ckptdiff.linalg.stages.PanelSource`.
-
-    Parameters
-    ----------
-    pair : TensorPair
-        Of floating tensors.
-    formats : (base, tuned, compare)
-    dtype : dtype
-        Of the panels: float32 or float64.
-    """
+    """A pair of floating matrices on disk; a :class:`~ckptdiff.linalg.stages.PanelSource` of float32 or float64."""
 
     def __init__(
         self,
@@ -44,11 +35,12 @@ class StoredPanels:
         formats: Formats,
         view: MatrixView,
         dtype: Any,
+        entries: int = PANEL,
     ) -> None:
         self.long, self.short = view.long, view.short
         self._shards, self._pair, self._view = shards, pair, view
         self._formats, self.dtype = formats, np.dtype(dtype)
-        self._rows = max(1, PANEL // view.short)
+        self._entries, self._rows = entries, max(1, entries // view.short)
         self._raw = np.empty(0, np.uint8)
 
     @property
@@ -62,7 +54,9 @@ class StoredPanels:
     def panels(self) -> Iterator[Panel]:
         """All rows of the tall pair, in order."""
         for first in range(0, self.long, self._rows):
-            base, tuned = self._read(first, min(first + self._rows, self.long))
+            stop = min(first + self._rows, self.long)
+            base = self._side(0, first, stop)
+            tuned = base.copy() if self._pair.same_bytes else self._side(1, first, stop)
             _subtract(tuned, base, tuned)
             count_work(self.work * len(base) / self.long)
             yield Panel(base, tuned)
@@ -77,32 +71,26 @@ class StoredPanels:
         base, delta = (np.empty((self.long, self.short), self.dtype) for _ in range(2))
         # Stored rows, a panel or so at a time.
         count = self.short if self._view.wide else self.long
-        rows = max(1, PANEL // self._view.columns)
+        columns = self._view.columns
+        rows = max(1, self._entries // columns)
         at = cuts(count)
 
         def decode_part(part: int) -> None:
             reader = StoredPanels(self._shards, self._pair, self._formats, self._view, self.dtype)
             for first in range(at[part], at[part + 1], rows):
                 stop = min(first + rows, at[part + 1])
-                sides = reader._whole_rows(first, stop)
+                ours = theirs = reader._stored_rows(0, first, stop, 0, columns)
+                if not self._pair.same_bytes:
+                    theirs = reader._stored_rows(1, first, stop, 0, columns)
                 if self._view.wide:
-                    base[:, first:stop] = sides[0].T
-                    _subtract(sides[1].T, sides[0].T, delta[:, first:stop])
+                    base[:, first:stop] = ours.T
+                    _subtract(theirs.T, ours.T, delta[:, first:stop])
                 else:
-                    base[first:stop] = sides[0]
-                    _subtract(sides[1], sides[0], delta[first:stop])
+                    base[first:stop] = ours
+                    _subtract(theirs, ours, delta[first:stop])
 
         in_parts(decode_part, len(at) - 1, self.work)
         return ArrayPanels(base, delta, self._rows)
-
-    def _whole_rows(self, first: int, stop: int) -> list[Floats]:
-        """Stored rows of both sides."""
-        sides = [self._stored_rows(0, first, stop, 0, self._view.columns)]
-        return [*sides, sides[0] if self._pair.same_bytes else self._stored_rows(1, first, stop, 0, self._view.columns)]
-
-    def _read(self, first: int, stop: int) -> tuple[Floats, Floats]:
-        base = self._side(0, first, stop)
-        return base, base.copy() if self._pair.same_bytes else self._side(1, first, stop)
 
     def _side(self, side: int, first: int, stop: int) -> Floats:
         """Rows of the tall matrix of one side."""

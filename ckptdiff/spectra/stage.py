@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import Kind, TensorPair
 from ckptdiff.checkpoint.open_shards import OpenShards
-from ckptdiff.events import Listener, Stage, stage
+from ckptdiff.events import Listener, stage
 from ckptdiff.figures.result import Diff
 from ckptdiff.figures.spectral import SPECTRAL_KEYS, Spectra
 from ckptdiff.in_order import Task, in_order
@@ -78,63 +78,39 @@ class SpectraPlan:
 
 
 def plan_spectra(pairs: Sequence[TensorPair], options: Options, taken: int) -> SpectraPlan:
-    """Say what spectra will take, without reading data.
-
-    Parameters
-    ----------
-    options : Options
-        With spectra.
-    taken : int
-        Bytes that the process will hold when they begin.
-    """
+    """Say what spectra will take in a process that will hold `taken` bytes when they begin, without reading data."""
     assert options.spectra is not None
     views = [view for _, _, view in _matrices(pairs)]
     budget = Budget.of(options, taken, views)
     sizes = [budget.takes(view) for view in views]
-    at_once = min(sum(sorted(sizes, reverse=True)[: budget.threads]), budget.room.free)
-    return SpectraPlan(options.spectra.mode, len(sizes), sizes.count(0), budget.room.bound, taken + at_once)
+    at_once = min(sum(sorted(sizes, reverse=True)[: budget.threads]), budget.free)
+    return SpectraPlan(options.spectra.mode, len(sizes), sizes.count(0), budget.bound, taken + at_once)
 
 
 def measure_spectra(
     pairs: Sequence[TensorPair], diff: Diff, shards: OpenShards, options: Options, tell: Listener
 ) -> Iterator[TensorSpectra]:
-    """Yield the spectra of every tensor pair, in order.
+    """Yield the spectra of every tensor pair, in order, and tell of the stage "spectra".
 
-    Parameters
-    ----------
-    diff : Diff
-        What the coordinate pass found, with a row for each pair: equal pairs are not read again, and the rounding null
-        applies where it applied there.
-    options : Options
-        With spectra.
-    tell : callable
-        Told of the stage "spectra".
+    The result of the coordinate pass has a row for each pair: equal pairs are not read again, and the rounding null
+    applies where it applied there.
     """
     load(None, Uses((("scores",), *panel_uses(pairs, options.compare))), tell)
-    with stage(tell, "spectra") as told:
-        yield from _measured(pairs, diff, shards, options, told)
-
-
-def _measured(
-    pairs: Sequence[TensorPair], diff: Diff, shards: OpenShards, options: Options, told: Stage
-) -> Iterator[TensorSpectra]:
     unchanged = diff.columns["numel"] == diff.columns["unchanged_bitwise"]
     # float8 has a grid of its own
     on_grid = diff.columns["on_grid"].astype(bool) & [tensor.compare == "bf16" for tensor in diff.tensors]
-    budget = Budget.of(options, resident(), (view for _, _, view in _matrices(pairs)))
-    measuring = Measuring(shards, options.compare, budget)
+    jobs = [
+        MatrixJob(row, pair, view, bool(on_grid[row]), bool(unchanged[row])) for row, pair, view in _matrices(pairs)
+    ]
+    with stage(tell, "spectra") as told, one_blas_thread():
+        budget = Budget.of(options, resident(), (job.view for job in jobs))
+        measuring = Measuring(shards, options.compare, budget)
+        meter = WorkMeter(sum(map(measuring.work, jobs)))
 
-    def jobs() -> Iterator[MatrixJob]:
-        for index, pair, view in _matrices(pairs):
-            yield MatrixJob(index, pair, view, bool(on_grid[index]), bool(unchanged[index]))
+        def tell_of_work() -> None:
+            told.at(meter.share(), meter.at_hand())
 
-    meter = WorkMeter(sum(map(measuring.work, jobs())))
-
-    def tell_of_work() -> None:
-        told.at(meter.share(), meter.at_hand())
-
-    with one_blas_thread():
-        done = in_order(_tasks(jobs(), measuring, meter), budget.threads, measuring.stop.set, tell_of_work)
+        done = in_order(_tasks(jobs, measuring, meter), budget.threads, measuring.stop.set, tell_of_work)
         for found in _by_tensor((found for batch in done for found in batch), len(pairs)):
             yield found
             tell_of_work()
@@ -148,7 +124,7 @@ def _matrices(pairs: Sequence[TensorPair]) -> Iterator[tuple[int, TensorPair, Ma
 
 
 def _tasks(
-    jobs: Iterator[MatrixJob], measuring: Measuring, meter: WorkMeter
+    jobs: Sequence[MatrixJob], measuring: Measuring, meter: WorkMeter
 ) -> Iterator[Task[list[tuple[int, MatrixSpectra]]]]:
     """Matrices as tasks: small ones many at a time, since each would take less time than to hand it over."""
     batch: list[MatrixJob] = []
