@@ -8,8 +8,7 @@ from typing import Any, TextIO
 
 import click
 
-from ckptdiff.report.json_text import dumps
-from ckptdiff.report.text import safe
+from ckptdiff.report.text import dumps, safe
 
 format_option = click.option(
     "--format", type=click.Choice(["table", "json", "ndjson", "csv"]), default="table", help="Format of the list."

@@ -92,8 +92,7 @@ def _write(stream: TextIO, made: Extraction, form: str) -> None:
         totals = {"schema": "ckptdiff.lora/1", "adapter": str(made.folder), "lost": made.lost}
         write_rows(stream, form, rows, _KEYS, {**totals, "unchanged": made.unchanged})
         return
-    from ckptdiff.report.legend import legend_lines
-    from ckptdiff.report.screen import Column, screen_of, table_lines
+    from ckptdiff.report.screen import Column, legend_lines, screen_of, table_lines
 
     total = sum(tensor.delta_norm**2 for tensor in made.tensors)
     columns = [

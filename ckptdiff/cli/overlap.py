@@ -15,8 +15,7 @@ from ckptdiff.cli.target import ReportTarget, output_option
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import plural
 from ckptdiff.figures.members import GROUPINGS, LABEL_KEYS
-from ckptdiff.report.json_text import dumps
-from ckptdiff.report.text import percent, quantity, safe
+from ckptdiff.report.text import dumps, percent, quantity, safe
 
 if TYPE_CHECKING:
     from ckptdiff.overlap import Overlap, PairCounts
@@ -103,8 +102,7 @@ def _document(found: Overlap) -> dict[str, Any]:
 
 
 def _write_table(stream: TextIO, found: Overlap, pair: PairCounts, by: str) -> None:
-    from ckptdiff.report.legend import legend_lines
-    from ckptdiff.report.screen import Column, screen_of, table_lines
+    from ckptdiff.report.screen import Column, legend_lines, screen_of, table_lines
 
     rows = found.grouped(pair, by)
     label = LABEL_KEYS[by][-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,10 @@ from ckptdiff.report.text import safe
 
 if TYPE_CHECKING:
     from ckptdiff.figures.result import Diff
-    from ckptdiff.report.exporters import Format
     from ckptdiff.report.rows import View
 
 REPORT_FORMATS = ("table", "json", "ndjson", "csv", "parquet")
-"""Spelled out here, so that --help needs no import of NumPy; a test compares them with their definition."""
+"""Each has a module ``report/as_NAME.py``, imported when it is asked for: rich, pyarrow and NumPy take their time."""
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -99,7 +99,7 @@ def _quiet(text: str) -> Callable[[_Command], _Command]:
 class Request:
     """The view of a diff to print, where to, and which exit code it gives."""
 
-    format: Format
+    format: str
     view: View
     target: ReportTarget
     checks: tuple[Check, ...]
@@ -132,11 +132,9 @@ class Request:
 
     def print(self, diff: Diff) -> None:
         """Write the report."""
-        from ckptdiff.report.exporters import exporter
-
         if not self.silent:
             with self.target.open() as stream:
-                exporter(self.format)(diff, stream, self.view)
+                importlib.import_module(f"ckptdiff.report.as_{self.format}").write(diff, stream, self.view)
 
     def verdict(self, diff: Diff) -> int:
         """The exit code; every check that failed is named on stderr."""

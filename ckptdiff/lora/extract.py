@@ -15,10 +15,9 @@ from ckptdiff.checkpoint import Kind, TensorInfo, TensorPair
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.errors import OptionError, PairingError
 from ckptdiff.events import Listener, Note, ignore, stage
-from ckptdiff.exports.linear_layers import refusal
+from ckptdiff.exports.shira import refusal
 from ckptdiff.figures.result import Diff
-from ckptdiff.files.staged import StagedFile
-from ckptdiff.files.staged_folder import StagedFolder
+from ckptdiff.files.staged import StagedFile, StagedFolder
 from ckptdiff.formats import formats_of
 from ckptdiff.in_order import Task, in_order
 from ckptdiff.linalg.blas import require_scipy

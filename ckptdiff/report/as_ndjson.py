@@ -15,9 +15,9 @@ import numpy as np
 
 from ckptdiff.events import Event, Finished, Started, TensorsDone
 from ckptdiff.figures.result import Diff
-from ckptdiff.report.document import aggregates, facts
-from ckptdiff.report.json_text import dumps
+from ckptdiff.report.as_json import aggregates, facts
 from ckptdiff.report.rows import View, rows
+from ckptdiff.report.text import dumps
 
 
 def write(diff: Diff, stream: TextIO, view: View) -> None:

@@ -9,9 +9,9 @@ from ckptdiff.errors import OptionError
 from ckptdiff.figures.catalogue import FIGURES, flat_keys
 from ckptdiff.figures.result import Diff
 from ckptdiff.figures.spectral import SPECTRAL_KEYS
-from ckptdiff.report.document import facts
-from ckptdiff.report.json_text import dumps
+from ckptdiff.report.as_json import facts
 from ckptdiff.report.rows import SPECTRAL, View, flat_columns, flatten, rows
+from ckptdiff.report.text import dumps
 
 _INTEGERS = {"layer", "tensors", "numel", f"{SPECTRAL}_matrices", f"{SPECTRAL}_rank"}
 _COUNTED = {flat for figure in FIGURES if figure.unit == "count" for _, flat in flat_keys(figure)}

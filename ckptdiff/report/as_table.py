@@ -11,9 +11,8 @@ import numpy as np
 from ckptdiff.figures.catalogue import parameter_key
 from ckptdiff.figures.members import GroupBy
 from ckptdiff.figures.result import Diff
-from ckptdiff.report.legend import legend_lines
 from ckptdiff.report.rows import View, labels, rows
-from ckptdiff.report.screen import Column, Screen, bar, screen_of, table_lines
+from ckptdiff.report.screen import Column, Screen, bar, legend_lines, screen_of, table_lines
 from ckptdiff.report.spectra_section import spectra_section
 from ckptdiff.report.summary import summary
 from ckptdiff.report.text import number, percent, quantity, shape_text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import wrap
 from typing import TextIO
@@ -16,6 +16,8 @@ from rich.style import Style
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _GAP = "  "
 _NARROWEST = 20
+_LEGEND_WIDTH = 110
+"""Characters of a line off-terminal, and at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,3 +154,18 @@ def _fold(text: str, width: int) -> list[str]:
         part += char
         used += cell_len(char)
     return [*parts, part] if part else [text]
+
+
+def legend_lines(meanings: Mapping[str, str], tables: Sequence[Sequence[Column]], screen: Screen) -> list[str]:
+    """Lay out what stands below tables: an empty line and the sentences for the titles that need one, or nothing."""
+    shown = {column.title for columns in tables for column in shown_columns(columns, screen)}
+    filled = dict.fromkeys(column.title for columns in tables for column in columns[1:] if any(column.cells))
+    # A title is not broken: no-break spaces are left alone.
+    sentences = [
+        meaning.replace(title, title.replace(" ", "\xa0")) for title, meaning in meanings.items() if title in shown
+    ]
+    hidden = [title for title in filled if title and title not in shown]
+    if hidden:
+        sentences.append(f"No room for: {', '.join(hidden)}; a pipe shows all.")
+    lines = folded("   ".join(sentences), min(screen.width or _LEGEND_WIDTH, _LEGEND_WIDTH))
+    return ["", *(screen.paint(line, "dim") for line in lines)] if lines else []

@@ -9,9 +9,8 @@ from ckptdiff.errors import plural
 from ckptdiff.figures.catalogue import parameter_key
 from ckptdiff.figures.result import Diff
 from ckptdiff.figures.spectral import ENERGY_RANKS
-from ckptdiff.report.legend import legend_lines
 from ckptdiff.report.rows import SPECTRAL, View, labels, rows
-from ckptdiff.report.screen import Column, Screen, table_lines
+from ckptdiff.report.screen import Column, Screen, legend_lines, table_lines
 from ckptdiff.report.text import number, percent, safe
 
 _RHO = parameter_key(0.1)

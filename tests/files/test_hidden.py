@@ -18,14 +18,13 @@ import pytest
 
 from ckptdiff.files import hidden
 from ckptdiff.files.hidden import remove_abandoned
-from ckptdiff.files.staged import StagedFile
-from ckptdiff.files.staged_folder import StagedFolder
+from ckptdiff.files.staged import StagedFile, StagedFolder
 
 HOLD = """
 import sys
 from pathlib import Path
 from ckptdiff.files.staged import StagedFile
-from ckptdiff.files.staged_folder import StagedFolder
+from ckptdiff.files.staged import StagedFolder
 
 target = Path(sys.argv[2])
 if sys.argv[1] == "file":
