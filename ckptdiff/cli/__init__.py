@@ -28,10 +28,18 @@ _TURN = 0.0005
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line, by default that of this process without the program's name.
+    """Run one command line.
 
-    The exit code is 0 if all is done, 1 if a check failed or something differs, 2 for trouble, 130 for Ctrl-C, 141 for
-    a closed pipe, and 143 for SIGTERM.
+    Parameters
+    ----------
+    arguments : sequence of str, optional
+        Without the program's name; ``sys.argv[1:]`` by default.
+
+    Returns
+    -------
+    int
+        The exit code: 0 done, 1 a check failed or something differs, 2 trouble, 130 Ctrl-C, 141 closed pipe,
+        143 SIGTERM.
     """
     if arguments is None:
         # This process is ours. What a plan of many tensors is made of lives to the end, and Python would look at all of

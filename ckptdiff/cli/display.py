@@ -13,6 +13,8 @@ from ckptdiff.report.text import safe
 if TYPE_CHECKING:
     from ckptdiff.events import Event, Listener
 
+__all__ = ["progress", "say", "warn"]
+
 
 @contextmanager
 def progress(

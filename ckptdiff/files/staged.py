@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from types import TracebackType
 
 from ckptdiff.errors import CkptdiffError, RunFileError
 from ckptdiff.files.hidden import Hidden
@@ -58,9 +57,7 @@ class StagedFile:
             self.discard()
             raise
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.stop()
         self.discard()
         if isinstance(error, Exception) and not isinstance(error, CkptdiffError):
@@ -197,9 +194,7 @@ class StagedFolder:
             self._hidden.remove()
             raise
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._hidden.remove()
         if isinstance(error, CkptdiffError) and error.file is not None:
             file = Path(error.file)

@@ -50,8 +50,10 @@ class MatrixWork:
             yield
         finally:
             del self._within[key]
-            self._meter._learn(amount, time.monotonic() - begun)
-            self.add(amount)
+            with self._meter._lock:
+                known, seconds = self._meter._learned
+                self._meter._learned = known + amount, seconds + time.monotonic() - begun
+                self.done += amount
 
     def estimate(self, now: float, speed: float) -> float:
         """Work done by now, with the likely part of what tells nothing; never more than the total."""
@@ -70,7 +72,7 @@ class WorkMeter:
     def __init__(self, total: float) -> None:
         self._total, self._ended = total, 0.0
         self._under_way: dict[MatrixWork, None] = {}
-        self._learned = [0.0, 0.0]
+        self._learned = 0.0, 0.0
         self._lock = threading.Lock()
         self._share = 0.0
 
@@ -99,10 +101,6 @@ class WorkMeter:
     def at_hand(self) -> str:
         """Name of the tensor that is under way for the longest time."""
         return next((work.name for work in list(self._under_way)), "")
-
-    def _learn(self, amount: float, seconds: float) -> None:
-        with self._lock:
-            self._learned = [self._learned[0] + amount, self._learned[1] + seconds]
 
 
 def _passed(share: float) -> float:

@@ -16,7 +16,6 @@ from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.errors import OptionError, PairingError
 from ckptdiff.events import Listener, Note, ignore, stage
 from ckptdiff.exports.shira import refusal
-from ckptdiff.figures.result import Diff
 from ckptdiff.files.staged import StagedFile, StagedFolder
 from ckptdiff.formats import formats_of
 from ckptdiff.in_order import Task, in_order
@@ -171,9 +170,15 @@ def extract_lora(
             factoring = _Factoring(shards, options.compare, budget, rank, energy, seed)
             for update, factors in factoring.factors(updates, tell):
                 found.append(update.without if factors is None else _written(writer, update, factors))
-                tell(Note(f"{update.pair.name}: {_outcome(found[-1])}"))
+                made_of = f"rank {found[-1].rank}, {percent(found[-1].lost)} lost"
+                tell(Note(f"{update.pair.name}: {made_of if factors else f'left out: {update.reason}'}"))
             if not any(tensor.rank for tensor in found):
-                raise _nothing(diff, found)
+                raise PairingError(
+                    "no update that an adapter of linear layers could hold",
+                    file=str(diff.tuned["path"]),
+                    expected="matrices that changed",
+                    found=f"{len(found)} other tensors that changed" if found else "no tensor that changed",
+                )
             with stage(tell, "writing", spool.tell(), "bytes") as told:
                 writer.finish(told)
         made.commit()
@@ -204,6 +209,10 @@ class _Update:
         return np.dtype(np.float32 if 1e-12 < self.norm < 1e12 else np.float64)
 
 
+def _refusal(tensor: TensorInfo) -> str | None:
+    return refusal(tensor.name, tensor.shape, tensor.kind is Kind.FLOAT)
+
+
 def _written(writer: AdapterWriter, update: _Update, factors: Factors) -> Extracted:
     up, down = factors.long_side, factors.short_side
     if update.view.wide:
@@ -211,23 +220,6 @@ def _written(writer: AdapterWriter, update: _Update, factors: Factors) -> Extrac
     name = update.pair.name
     writer.add(name.removesuffix(".weight"), down.T, up)
     return Extracted(name, update.pair.base.shape, update.norm, factors.rank, factors.lost)
-
-
-def _refusal(tensor: TensorInfo) -> str | None:
-    return refusal(tensor.name, tensor.shape, tensor.kind is Kind.FLOAT)
-
-
-def _outcome(tensor: Extracted) -> str:
-    return f"left out: {tensor.reason}" if tensor.reason else f"rank {tensor.rank}, {percent(tensor.lost)} lost"
-
-
-def _nothing(diff: Diff, found: list[Extracted]) -> PairingError:
-    return PairingError(
-        "no update that an adapter of linear layers could hold",
-        file=str(diff.tuned["path"]),
-        expected="matrices that changed",
-        found=f"{len(found)} other tensors that changed" if found else "no tensor that changed",
-    )
 
 
 @dataclass(frozen=True, slots=True)

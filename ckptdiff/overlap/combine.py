@@ -138,12 +138,8 @@ def _write_mask(writer: RunFileWriter, operation: Operation, masks: Sequence[Mas
     return count
 
 
-def _minus(a: Bits, b: Bits) -> Bits:
-    return a & ~b
-
-
 _OPERATORS: dict[str, Callable[[Bits, Bits], Bits]] = {
     "union": np.bitwise_or,
     "intersect": np.bitwise_and,
-    "minus": _minus,
+    "minus": lambda a, b: a & ~b,
 }

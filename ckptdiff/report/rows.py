@@ -141,7 +141,9 @@ def tensor_row(facts: TensorFacts, numel: int, figures: Mapping[str, Any]) -> Ro
 def rows(diff: Diff, view: View) -> list[Row]:
     """The rows of a view, sorted and cut."""
     if view.rows_by == "tensor":
-        return tensor_rows(diff, _chosen_tensors(diff, view))
+        chosen, numel = _chosen_tensors(diff, view), diff.columns["numel"].tolist()
+        figures = diff.of_tensors(chosen)
+        return [tensor_row(diff.tensors[at], numel[at], row) for at, row in zip(chosen, figures, strict=True)]
     members = diff.grouped(view.rows_by)
     if view.sort is not None:
         path, descending = view.sort_path()
@@ -149,18 +151,10 @@ def rows(diff: Diff, view: View) -> list[Row]:
     return members[: view.top]
 
 
-def tensor_rows(diff: Diff, chosen: Sequence[int] | None = None) -> list[Row]:
-    """Every tensor in plan order, or the chosen ones."""
-    chosen = range(len(diff.tensors)) if chosen is None else chosen
-    numel = diff.columns["numel"].tolist()
-    figures = diff.of_tensors(chosen)
-    return [tensor_row(diff.tensors[at], numel[at], row) for at, row in zip(chosen, figures, strict=True)]
-
-
-def _chosen_tensors(diff: Diff, view: View) -> Sequence[int] | None:
+def _chosen_tensors(diff: Diff, view: View) -> Sequence[int]:
     """Which tensors a view shows; only the key they are sorted by is computed for all."""
     if view.sort is None:
-        return None if view.top is None else range(min(view.top, len(diff.tensors)))
+        return range(len(diff.tensors))[: view.top]
     path, descending = view.sort_path()
     if path[0] == SPECTRAL:
         spectral = [math.nan] * len(diff.tensors)

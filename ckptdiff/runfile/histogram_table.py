@@ -103,10 +103,9 @@ class HistogramTable:
 
 
 def _deflated(chunks: dict[str, bytes]) -> dict[str, bytes]:
-    return {field: _deflate(rows) for field, rows in chunks.items()}
-
-
-def _deflate(rows: bytes) -> bytes:
-    # Most bins are empty: looking for runs alone is faster than for any repeat, and finds more at this level.
-    encoder = zlib.compressobj(_LEVEL, strategy=zlib.Z_RLE)
-    return encoder.compress(rows) + encoder.flush()
+    found = {}
+    for field, rows in chunks.items():
+        # Most bins are empty: looking for runs alone is faster than for any repeat, and finds more at this level.
+        encoder = zlib.compressobj(_LEVEL, strategy=zlib.Z_RLE)
+        found[field] = encoder.compress(rows) + encoder.flush()
+    return found

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is the one that a run saw, and whether runs saw the same base.
+"""Tell whether a checkpoint is the one that a run saw, and whether runs saw the same base.
 
 Headers are the same at each step of a training, and a file's name says little: so norms tell as well.
 """
@@ -158,24 +158,24 @@ def require_same_base(runs: Sequence[RunFile], diffs: Sequence[Diff], force: boo
 
 def _other_base(first: Diff, other: Diff) -> MaskError | None:
     """The error that says why two runs have different bases, or why nothing tells that they have the same."""
-    norms = _base_norms(other)
     of_first, of_other = (sorted(map(itemgetter(*_FILES), diff.base["shards"])) for diff in (first, other))
-    for name, ours in _base_norms(first).items():
-        theirs = norms.get(name, ours)
-        comparable = ours.compare == theirs.compare or (ours.as_stored and theirs.as_stored)
-        known = not math.isnan(ours.norm + theirs.norm)
-        if comparable and known and not math.isclose(ours.norm, theirs.norm, rel_tol=_SAME):
+    norms = [_if_finite(diff, diff.columns["base_norm"]) for diff in (first, other)]
+    known = {facts.name: (facts, norm) for facts, norm in zip(other.tensors, norms[1], strict=True)}
+    for ours, our_norm in zip(first.tensors, norms[0], strict=True):
+        theirs, norm = known.get(ours.name, (ours, our_norm))
+        comparable = ours.compare == theirs.compare or (_is_kept(ours) and _is_kept(theirs))
+        if comparable and not math.isnan(our_norm + norm) and not math.isclose(our_norm, norm, rel_tol=_SAME):
             return MaskError(
                 "the runs do not start from the same base",
-                tensor=name,
-                expected=f"norm {ours.norm!r}, as in the first run",
-                found=f"norm {theirs.norm!r}",
+                tensor=ours.name,
+                expected=f"norm {our_norm!r}, as in the first run",
+                found=f"norm {norm!r}",
             )
         # A cast moves a norm as much as some steps of training do.
         if not comparable and of_first != of_other:
             return MaskError(
                 "the runs compare the base in different dtypes, so that nothing tells whether it is the same",
-                tensor=name,
+                tensor=ours.name,
                 expected=f"{ours.compare}, as in the first run, or the same files with the same times",
                 found=theirs.compare,
                 hint="run ckptdiff diff again with one --compare; --force compares them all the same",
@@ -183,22 +183,8 @@ def _other_base(first: Diff, other: Diff) -> MaskError | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class _BaseNorm:
-    """Norm of a tensor of the base after the cast; NaN where NaN or Inf of either side left coordinates out of it."""
-
-    norm: float
-    compare: str
-    as_stored: bool
-    """Whether the cast changed no value."""
-
-
-def _base_norms(diff: Diff) -> dict[str, _BaseNorm]:
-    norms = zip(diff.tensors, _if_finite(diff, diff.columns["base_norm"]), strict=True)
-    return {facts.name: _BaseNorm(norm, facts.compare, _is_kept(facts)) for facts, norm in norms}
-
-
 def _is_kept(facts: TensorFacts) -> bool:
+    """Whether the cast of the base changed no value."""
     return facts.compare == "bitwise" or not is_wide(stored_format(facts.dtype_base), FORMATS[facts.compare])
 
 

@@ -53,22 +53,22 @@ def write_tensors(group: Any, diff: Diff) -> None:
     for fact, long_name in TEXT_FACTS.items():
         texts = _packed(group, fact, _fixed_length(_facts_of(diff.tensors, fact)))
         texts.attrs["_Encoding"] = "utf-8"  # so that xarray reads strings, not bytes
-        _describe(texts, names, None, long_name)
+        describe(texts, names, None, long_name)
     layers = [_NO_LAYER if tensor.layer is None else tensor.layer for tensor in diff.tensors]
-    _describe(_packed(group, "layer", np.array(layers, np.int64)), names, "1", "layer number, -1 for none")
+    describe(_packed(group, "layer", np.array(layers, np.int64)), names, "1", "layer number, -1 for none")
     same = np.array([tensor.same_bytes for tensor in diff.tensors], np.uint8)
-    _describe(_packed(group, "same_bytes", same), names, "1", "1 if both sides are the same bytes of the same file")
+    describe(_packed(group, "same_bytes", same), names, "1", "1 if both sides are the same bytes of the same file")
     for column in COLUMNS:
         values = np.asarray(diff.columns[column.name], column.dtype)
         if values.shape != (len(diff.tensors),):
             raise ValueError(f"column {column.name} has shape {values.shape} for {len(diff.tensors)} tensors")
-        _describe(_packed(group, column.name, values), names, column.units, column.long_name)
+        describe(_packed(group, column.name, values), names, column.units, column.long_name)
 
 
 def write_provenance(file: Any, diff: Diff) -> None:
     """Write ``/provenance`` and ``/unmatched``."""
     # JSON with every character beyond ASCII escaped holds what HDF5 strings cannot: NUL, and paths that are not UTF-8.
-    file["provenance"] = _json(
+    file["provenance"] = json.dumps(
         {
             "base": diff.base,
             "tuned": diff.tuned,
@@ -77,9 +77,10 @@ def write_provenance(file: Any, diff: Diff) -> None:
             "options": diff.options,
             "run": diff.run,
             "warnings": diff.warnings,
-        }
+        },
+        allow_nan=False,
     )
-    file["unmatched"] = _json(
+    file["unmatched"] = json.dumps(
         {
             "only_in_base": diff.only_in_base,
             "only_in_tuned": diff.only_in_tuned,
@@ -88,7 +89,8 @@ def write_provenance(file: Any, diff: Diff) -> None:
                 {"name": tensor.name, "base": tensor.base, "tuned": tensor.tuned, "reason": tensor.reason}
                 for tensor in diff.mismatched
             ],
-        }
+        },
+        allow_nan=False,
     )
 
 
@@ -181,14 +183,12 @@ def _fixed_length(values: Sequence[Hashable]) -> Any:
     HDF5 takes far longer over texts of variable length, and cannot compress them.
     """
     # Thousands of tensors have few shapes, dtypes and types between them.
-    texts = {value: _text(value).encode() for value in set(values)}
+    texts = {
+        value: escape_text(value if isinstance(value, str) else json.dumps(value)).encode() for value in set(values)
+    }
     if not texts:
         return np.empty(0, _TEXT)
     return np.array([texts[value] for value in values], h5py.string_dtype("utf-8", max(1, *map(len, texts.values()))))
-
-
-def _text(value: Hashable) -> str:
-    return escape_text(value if isinstance(value, str) else json.dumps(value))
 
 
 def _packed(group: Any, name: str, values: Any) -> Any:
@@ -200,12 +200,9 @@ def _packed(group: Any, name: str, values: Any) -> Any:
     )
 
 
-def _describe(dataset: Any, names: Any, units: str | None, long_name: str) -> None:
+def describe(dataset: Any, names: Any, units: str | None, long_name: str) -> None:
+    """Say of a dataset of ``/tensors`` what it holds, in which units if it is numbers, and of which names."""
     dataset.attrs["long_name"] = long_name
     if units is not None:
         dataset.attrs["units"] = units
     dataset.dims[0].attach_scale(names)
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, allow_nan=False)
