@@ -55,7 +55,7 @@ def room_to_grow(held: int = 0) -> int:
 def machine_memory(groups: Path = _GROUPS, own: Path = _OWN_GROUPS) -> int:
     """Bytes that this process could have at most: all of the machine, or what its control group is limited to.
 
-    The system shows its control groups in one folder, and in which of them this process is in one file.
+    The system shows control groups in `groups`, and the file `own` says in which of them this process is.
     """
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([whole, *_group_limits(groups, own)])

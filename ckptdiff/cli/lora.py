@@ -10,9 +10,8 @@ import click
 from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option, tensor_options
-from ckptdiff.cli.listing import format_option, write_rows
 from ckptdiff.cli.target import ReportTarget, files_of, output_option
-from ckptdiff.cli.view import verbosity
+from ckptdiff.cli.view import format_option, verbosity, write_rows
 from ckptdiff.errors import OptionError, plural
 from ckptdiff.report.text import number, percent, safe, shape_text
 

@@ -10,9 +10,8 @@ import click
 from ckptdiff.cli.display import progress, warn
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option, threads_option
-from ckptdiff.cli.listing import format_option, write_rows
 from ckptdiff.cli.target import ReportTarget, output_option
-from ckptdiff.cli.view import verbosity
+from ckptdiff.cli.view import format_option, verbosity, write_rows
 from ckptdiff.errors import plural
 from ckptdiff.figures.members import GROUPINGS, LABEL_KEYS
 from ckptdiff.report.text import dumps, percent, quantity, safe

@@ -1,12 +1,13 @@
-"""Define the options of every command that prints a diff, and print it."""
+"""Define the options of reports, and print them: diffs, and lists of what is no diff."""
 
 from __future__ import annotations
 
+import csv
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
@@ -16,7 +17,7 @@ from ckptdiff.cli.failures import DIFFERS, OK
 from ckptdiff.cli.session import Session
 from ckptdiff.cli.target import ReportTarget, output_option
 from ckptdiff.figures.members import GROUPINGS
-from ckptdiff.report.text import safe
+from ckptdiff.report.text import dumps, safe
 
 if TYPE_CHECKING:
     from ckptdiff.figures.result import Diff
@@ -71,6 +72,9 @@ def _show_traceback(context: click.Context, _: click.Parameter, verbose: bool) -
 
 _VERBOSE = click.option(
     "-v", "--verbose", is_flag=True, show_default="off", callback=_show_traceback, help="Tell more on stderr."
+)
+format_option = click.option(
+    "--format", type=click.Choice(["table", "json", "ndjson", "csv"]), default="table", help="Format of the list."
 )
 
 
@@ -143,3 +147,23 @@ class Request:
             for check in failed:
                 say(f"check failed: {safe(check.text)} (it is {check.value(diff)!r})")
         return DIFFERS if failed or (self.exit_code and not diff.identical) else OK
+
+
+def write_rows(
+    stream: TextIO, form: str, rows: Sequence[Mapping[str, Any]], keys: Iterable[str], whole: Mapping[str, Any]
+) -> None:
+    """Write rows as csv under some keys, as a JSON line each (ndjson), or as the last key of a JSON object, `whole`."""
+    if form == "json":
+        stream.write(dumps({**whole, "tensors": list(rows)}) + "\n")
+    elif form == "ndjson":
+        stream.writelines(dumps(row) + "\n" for row in rows)
+    else:
+        table = csv.writer(stream, lineterminator="\n")
+        table.writerow(columns := list(keys))
+        table.writerows([[_cell(row[key]) for key in columns] for row in rows])
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list):
+        return "x".join(map(str, value))
+    return safe(value) if isinstance(value, str) else value

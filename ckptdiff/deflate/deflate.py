@@ -305,9 +305,9 @@ def adler32(data: Array) -> Any:
         rows = min((data.size - start) // _ADLER_LANES, _ADLER_ROWS)
         sums, rising = np.zeros(_ADLER_LANES, np.uint32), np.zeros(_ADLER_LANES, np.uint32)
         for row in range(rows):
-            piece = data[start + row * _ADLER_LANES : start + (row + 1) * _ADLER_LANES]
+            lanes = data[start + row * _ADLER_LANES : start + (row + 1) * _ADLER_LANES]
             for lane in range(_ADLER_LANES):
-                sums[lane] += piece[lane]
+                sums[lane] += lanes[lane]
                 rising[lane] += sums[lane]
         high += low * rows * _ADLER_LANES
         for lane in range(_ADLER_LANES):

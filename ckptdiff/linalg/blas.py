@@ -111,9 +111,9 @@ def solve_lower_block(factor: Floats, right: Floats) -> None:
 def eigh_part(matrix: Floats, first: int, last: int, *, vectors: bool = True) -> tuple[Floats, Floats]:
     """Some eigenpairs of a symmetric matrix, by bisection and inverse iteration or relatively robust representations.
 
-    The lower triangle of the C-contiguous matrix is read, and all of it overwritten. Places are in ascending order,
-    both ends included; so are values, and vectors are rows, shape (count, n), or (0, n) if none are asked for. Raises
-    LinAlgError if LAPACK finds none.
+    The lower triangle of the C-contiguous matrix is read, and all of it overwritten. Places `first` to `last`, both
+    included, count in ascending order. Values are ascending too, and vectors are rows: shape (count, n), or (0, n) if
+    none are asked for. Raises LinAlgError if LAPACK finds none.
     """
     letter, real = _REAL[matrix.itemsize]
     n, count = len(matrix), last - first + 1

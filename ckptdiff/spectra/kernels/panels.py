@@ -9,7 +9,7 @@ from ckptdiff.measure.kernels.tiles import Array
 
 @kernel
 def widen_bf16(codes: Array, out: Array) -> None:
-    """Write bfloat16 codes, read-only uint16 of shape (n,), as float32 codes, uint32 of the same shape."""
+    """Write bfloat16 codes, read-only uint16 of shape (n,), as float32 codes, uint32 of that shape."""
     for i in range(codes.size):
         out[i] = bf16_to_f32(codes[i])
 
@@ -18,7 +18,7 @@ def widen_bf16(codes: Array, out: Array) -> None:
 def cast_to_bf16(codes: Array, out: Array) -> None:
     """Round float32 codes to bfloat16, to nearest even, and write them as float32 codes.
 
-    Both are of shape (n,), those that are read read-only.
+    Both arrays are uint32 of shape (n,), the first one read-only.
     """
     for i in range(codes.size):
         out[i] = bf16_to_f32(round_to_bf16(codes[i]))
