@@ -109,7 +109,8 @@ def _columns(members: Sequence[Mapping[str, Any]], by: GroupBy, screen: Screen) 
         ]
     else:
         columns.append(Column("tensors", cells(number, "tensors"), rank=4))
-    columns += [
+    return [
+        *columns,
         Column("values", cells(quantity, "numel"), rank=3),
         Column("unchanged", cells(percent, "unchanged_bitwise")),
         Column("as stored", _unless_empty(cells(percent, "unchanged_stored")), rank=5),
@@ -123,7 +124,6 @@ def _columns(members: Sequence[Mapping[str, Any]], by: GroupBy, screen: Screen) 
         Column("max |d|", cells(number, "max_abs"), rank=7),
         Column("in mask", _unless_empty([percent(_of(row["changed"], row["numel"])) for row in members]), rank=7),
     ]
-    return columns
 
 
 def _of(part: float | None, whole: float) -> float | None:
