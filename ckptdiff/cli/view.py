@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -158,6 +157,8 @@ def write_rows(
     elif form == "ndjson":
         stream.writelines(dumps(row) + "\n" for row in rows)
     else:
+        import csv
+
         table = csv.writer(stream, lineterminator="\n")
         table.writerow(columns := list(keys))
         table.writerows([[_cell(row[key]) for key in columns] for row in rows])

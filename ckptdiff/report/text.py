@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -104,6 +103,8 @@ def shape_text(shape: tuple[int, ...]) -> str:
 
 def dumps(value: Any) -> str:
     """JSON text on one line, strictly valid and in ASCII: NaN and infinities become null."""
+    import json  # every start of the program comes by this module, few print JSON
+
     try:
         return json.dumps(value, allow_nan=False, separators=(", ", ": "))
     except ValueError:
