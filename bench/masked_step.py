@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ckptdiff.errors import plural
-from ckptdiff.report.json_text import dumps
+from ckptdiff.report.text import dumps
 from ckptdiff.retrain import MaskedAdamW, PackedMask, freeze_outside
 
 OPTIONS = {"lr": 1e-3, "weight_decay": 0.1}

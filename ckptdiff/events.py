@@ -104,23 +104,11 @@ def ignore(event: Event) -> None:
     """Listen to nothing."""
 
 
-_OFTEN = 0.05
-"""Seconds between two events of a stage, at least: nobody looks more often, and many small tensors take less."""
-
-
 class Stage:
-    """Tells of one stage, no more often than is of use.
+    """Tells of one stage; between two events lie `often` seconds at least: many small tensors take less."""
 
-    Parameters
-    ----------
-    tell : callable
-    name : str
-    total : float
-    unit : str
-    """
-
-    def __init__(self, tell: Listener, name: str, total: float = 1, unit: Unit = "share") -> None:
-        self._tell, self._name, self._total = tell, name, total
+    def __init__(self, tell: Listener, name: str, total: float = 1, unit: Unit = "share", often: float = 0.05) -> None:
+        self._tell, self._name, self._total, self._often = tell, name, total, often
         self._last = StageProgress(name, 0)
         self._told = time.monotonic()
         tell(StageBegun(name, total, unit))
@@ -130,7 +118,7 @@ class Stage:
         now = time.monotonic()
         done = max(done, self._last.done)
         self._last = StageProgress(self._name, done, what, compared, unchanged)
-        if now - self._told >= _OFTEN and done < self._total:
+        if now - self._told >= self._often and done < self._total:
             self._told = now
             self._tell(self._last)
 

@@ -8,32 +8,18 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
-__all__ = ["Task", "in_order"]
-
 Result = TypeVar("Result")
-
-_AHEAD = 8
-"""Enough for a large task to begin in good time."""
-_PATIENCE = 0.2
-"""Seconds between two calls while nothing ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task(Generic[Result]):
-    """Something to do.
-
-    Attributes
-    ----------
-    work : callable
-    slots : int
-        Of the machine, that it takes.
-    size : int
-        About how long it takes; of those that may begin the longest is first.
-    """
+    """Something to do."""
 
     work: Callable[[], Result]
     slots: int
+    """Of the machine, that it takes."""
     size: int
+    """About how long it takes; of those that may begin the longest is first."""
 
 
 def in_order(
@@ -41,26 +27,26 @@ def in_order(
     slots: int,
     stop: Callable[[], None],
     idle: Callable[[], None],
-    ahead: int = _AHEAD,
+    ahead: int = 8,
     threads: int = 0,
+    patience: float = 0.2,
 ) -> Iterator[Result]:
-    """Yield the result of each task, in the order of the tasks.
+    """Yield the result of each task, in the order of the tasks; those that run at a time take at most `slots` slots.
 
     Parameters
     ----------
-    tasks : iterator of Task
-        Each of at most `slots` slots.
-    slots : int
-        What all tasks that run at a time may take together.
     stop : callable
         Called when the caller gives up or a task fails, so that tasks under way may end early.
     idle : callable
         Called in this thread, again and again while a result is waited for.
     ahead : int
-        Tasks a slot that may be begun before the first that is not done; their results wait in memory.
+        Tasks a slot that may be begun before the first that is not done; their results wait in memory. With eight, a
+        large task begins in good time.
     threads : int
         0 stands for one per slot. With fewer, the next tasks lie ready for a thread that has ended one, which does not
         wait for the caller then.
+    patience : float
+        Seconds between two calls of `idle` while nothing ends.
     """
     waiting: list[tuple[int, Task[Result]]] = []
     running: dict[Future[Result], tuple[int, int]] = {}
@@ -89,7 +75,7 @@ def in_order(
             if not running:
                 return
             try:
-                future = ready.get(timeout=_PATIENCE)
+                future = ready.get(timeout=patience)
             except Empty:
                 idle()
                 continue

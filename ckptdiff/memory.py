@@ -8,16 +8,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = [
-    "DEFAULT_MEMORY",
-    "SPECTRA_MEMORY",
-    "default_bound",
-    "machine_memory",
-    "peak_resident",
-    "resident",
-    "room_to_grow",
-]
-
 DEFAULT_MEMORY = 400 << 20
 """Bytes that a comparison may take, or more where its threads need more."""
 SPECTRA_MEMORY = {"randomized": 1_000_000_000, "exact": 4_000_000_000}
@@ -50,16 +40,9 @@ def peak_resident() -> int:
 
 
 def default_bound(usual: int, needed: int, most: int) -> int:
-    """The bound on the peak resident size where the user gave none: `needed`, from `usual` to `most`, all in bytes.
+    """The bound on the peak resident size where the user gave none: what all threads need, in bytes.
 
-    Parameters
-    ----------
-    usual : int
-        What it is at least, even on a machine that has less.
-    needed : int
-        What all threads need.
-    most : int
-        What it does not exceed for their sake.
+    It is `usual` at least, even on a machine that has less, and does not exceed `most` for their sake.
     """
     return max(usual, min(needed, most))
 
@@ -72,12 +55,7 @@ def room_to_grow(held: int = 0) -> int:
 def machine_memory(groups: Path = _GROUPS, own: Path = _OWN_GROUPS) -> int:
     """Bytes that this process could have at most: all of the machine, or what its control group is limited to.
 
-    Parameters
-    ----------
-    groups : Path
-        Where the system shows its control groups.
-    own : Path
-        The file that says in which of them this process is.
+    The system shows control groups in `groups`, and the file `own` says in which of them this process is.
     """
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([whole, *_group_limits(groups, own)])

@@ -101,8 +101,7 @@ def test_a_caller_that_gives_up_stops_what_runs() -> None:
     assert stop.is_set()
 
 
-def test_the_caller_is_called_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckptdiff.in_order._PATIENCE", 0.001)
+def test_the_caller_is_called_while_it_waits() -> None:
     called = threading.Event()
     threads = []
 
@@ -111,17 +110,17 @@ def test_the_caller_is_called_while_it_waits(monkeypatch: pytest.MonkeyPatch) ->
         if len(threads) == 3:
             called.set()
 
-    assert list(in_order(iter([Task(lambda: called.wait(PATIENCE), 1, 1)]), 1, nothing, idle)) == [True]
+    task = Task(lambda: called.wait(PATIENCE), 1, 1)
+    assert list(in_order(iter([task]), 1, nothing, idle, patience=0.001)) == [True]
     assert len(threads) >= 3 and set(threads) == {threading.current_thread()}
 
 
-def test_what_is_raised_while_it_waits_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckptdiff.in_order._PATIENCE", 0.001)
+def test_what_is_raised_while_it_waits_ends_it() -> None:
     stop = threading.Event()
 
     def idle() -> None:
         raise LookupError("of the test")
 
     with pytest.raises(LookupError, match="of the test"):
-        list(in_order(iter([Task(lambda: stop.wait(PATIENCE), 1, 1)]), 1, stop.set, idle))
+        list(in_order(iter([Task(lambda: stop.wait(PATIENCE), 1, 1)]), 1, stop.set, idle, patience=0.001))
     assert stop.is_set()

@@ -14,8 +14,6 @@ from ckptdiff.figures.result import Diff
 from ckptdiff.linalg.principal import principal_rank
 from ckptdiff.report.text import percent
 
-__all__ = ["Verdict", "judge_claims"]
-
 Outcome = Literal["shown", "not shown", "no more than chance", "unknown"]
 
 _RANK = 16

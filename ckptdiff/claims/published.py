@@ -8,8 +8,6 @@ from typing import Any
 from ckptdiff.errors import OptionError
 from ckptdiff.figures.result import Diff
 
-__all__ = ["COLUMNS", "PUBLISHED", "Row", "figures_of"]
-
 Row = Mapping[str, float | None]
 
 COLUMNS = {

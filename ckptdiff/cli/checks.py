@@ -15,8 +15,6 @@ from ckptdiff.figures.members import LABEL_KEYS, GroupBy
 if TYPE_CHECKING:
     from ckptdiff.figures.result import Diff, TensorFacts
 
-__all__ = ["Check"]
-
 _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
@@ -34,34 +32,20 @@ _AGGREGATES = ("global", "median_2d")
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """``KEY OP NUMBER``: it fails the run if it holds.
-
-    Attributes
-    ----------
-    text : str
-        As the user wrote it.
-    key : str
-        Dotted key of the output contract. Members of lists go by their label: ``modules.q_proj.rel_norm``,
-        ``layers.3.rel_norm`` (``layers.vision.3.rel_norm``), ``tensors.NAME.rel_norm``.
-    operator : str
-        One of < <= > >= == !=.
-    number : float
-    """
+    """``KEY OP NUMBER``: it fails the run if it holds."""
 
     text: str
+    """As the user wrote it."""
     key: str
+    """Dotted key of the output contract. Members of lists go by their label: ``modules.q_proj.rel_norm``,
+    ``layers.3.rel_norm`` (``layers.vision.3.rel_norm``), ``tensors.NAME.rel_norm``."""
     operator: str
+    """One of < <= > >= == !=."""
     number: float
 
     @classmethod
     def parse(cls, text: str) -> Check:
-        """Read a check and make sure that its figure exists.
-
-        Raises
-        ------
-        OptionError
-            If it is not KEY OP NUMBER, or if no diff has such a key. Labels of members are not known yet.
-        """
+        """Read a check and make sure that its figure exists; labels of members are not known yet."""
         match = _CHECK.fullmatch(text.strip())
         try:
             number = float(match["number"]) if match else math.nan
@@ -74,25 +58,13 @@ class Check:
         return check
 
     def require_member(self, tensors: Iterable[TensorFacts]) -> None:
-        """Make sure that the member it names exists, as soon as the pairing is known and before data is read.
-
-        Raises
-        ------
-        OptionError
-            If there is no such layer, module type, tensor, ...
-        """
+        """Make sure that the member it names exists, as soon as the pairing is known and before data is read."""
         head, label, _ = self._path()
         if label is not None and not any(label in labels for labels in _labels(_by(head), tensors)):
             raise OptionError(f"nothing of that name in {head}", expected=f"a label listed in {head}", found=self.text)
 
     def failed(self, diff: Diff) -> bool:
-        """Whether the check holds, and so fails the run.
-
-        Raises
-        ------
-        OptionError
-            If the figure is undefined: a check that cannot be answered is trouble, not success.
-        """
+        """Whether the check holds, and so fails the run; if it cannot be answered, that is trouble, an OptionError."""
         value = self.value(diff)
         if value is None:
             raise OptionError("the figure of a check is undefined", found=self.text)
@@ -159,7 +131,7 @@ def _at(row: Mapping[str, Any], path: tuple[str, ...]) -> float | None:
 
 
 def _labels(by: GroupBy, tensors: Iterable[TensorFacts]) -> Iterator[tuple[str, ...]]:
-    """What each tensor's member of a grouping may be called."""
+    """Names by which each tensor's member of a grouping may be called."""
     for facts in tensors:
         if by == "tensor":
             yield (facts.name,)

@@ -17,8 +17,6 @@ from ckptdiff.errors import OptionError
 if TYPE_CHECKING:
     from ckptdiff.figures.result import Diff
 
-__all__ = ["claims"]
-
 _RANKS = {"numerical_rank_frac": 1, "stable_rank": 2, "unchanged_abs": 3, "principal_energy": 4}
 """Which columns a narrow terminal leaves out, the highest first."""
 _NOTE = (
@@ -102,11 +100,9 @@ def _write(stream: TextIO, diff: Diff, form: str) -> None:
 
     from ckptdiff.claims import PUBLISHED, figures_of, judge_claims
     from ckptdiff.claims.published import COLUMNS
-    from ckptdiff.report.json_text import dumps
-    from ckptdiff.report.legend import legend_lines
-    from ckptdiff.report.screen import Column, folded, screen_of, table_lines
+    from ckptdiff.report.screen import Column, folded, legend_lines, screen_of, table_lines
     from ckptdiff.report.summary import side_name
-    from ckptdiff.report.text import number, percent, safe
+    from ckptdiff.report.text import dumps, number, percent, safe
 
     pair, verdicts = figures_of(diff), judge_claims(diff)
     if form == "json":

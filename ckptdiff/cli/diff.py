@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +12,15 @@ import click
 
 from ckptdiff.cli.display import progress
 from ckptdiff.cli.inputs import progress_option, resource_options, size_in_bytes, tensor_options
-from ckptdiff.cli.target import abandon_stdout, files_of
+from ckptdiff.cli.target import ReportTarget, abandon_stdout, files_of
 from ckptdiff.cli.view import Request, verdict_verbosity, view_options
+from ckptdiff.errors import OptionError, plural
+from ckptdiff.report.text import binary_size, dumps, safe, size
 
 if TYPE_CHECKING:
     from ckptdiff.events import Event, Listener
-    from ckptdiff.figures.result import Diff
     from ckptdiff.options import Options
-
-__all__ = ["diff"]
+    from ckptdiff.report.as_ndjson import NdjsonStream
 
 
 @click.command(short_help="Compare two checkpoints; keep figures and masks in a run file.")
@@ -112,10 +114,8 @@ def diff(base: str, tuned: str, **given: Any) -> int:
     request = Request.of(given, run_file=given["out"], kept=kept)
     options = _options(given)
     if given["dry_run"]:
-        from ckptdiff.cli.dry_run import print_plan
-
         with progress(shown=given["progress"], quiet=request.quiet, verbose=given["verbose"]) as tell:
-            print_plan(base, tuned, out, options, request, tell)
+            _print_plan(base, tuned, out, options, request, tell)
         return 0
     return _run(base, tuned, out, options, request, given)
 
@@ -141,16 +141,21 @@ def _options(given: dict[str, Any]) -> Options:
 
 
 def _run(base: str, tuned: str, out: Path | None, options: Options, request: Request, given: dict[str, Any]) -> int:
+    from ckptdiff.events import Started
     from ckptdiff.report.as_ndjson import streams
     from ckptdiff.run.engine import run
 
+    def members_exist(event: Event) -> None:
+        """End the run before data is read if a check names a member that does not exist."""
+        if isinstance(event, Started):
+            for check in request.checks:
+                check.require_member(event.diff.tensors)
+
     streaming = request.format == "ndjson" and streams(request.view) and not request.silent and not options.spectra
     with ExitStack() as stack:
-        listeners: list[Listener] = [_MembersExist(request)]
+        listeners: list[Listener] = [members_exist]
         if streaming:
-            from ckptdiff.cli.live import LiveReport
-
-            listeners.append(stack.enter_context(LiveReport(request.target, keep_running=out is not None)))
+            listeners.append(stack.enter_context(_LiveReport(request.target, out)))
         repeated = request.format == "table" and request.target.is_stdout
         # A terminal that is given the report line by line has no room for anything else.
         shown = given["progress"] and not (streaming and request.target.is_terminal)
@@ -158,29 +163,92 @@ def _run(base: str, tuned: str, out: Path | None, options: Options, request: Req
         tell = stack.enter_context(progress(*listeners, **how))
         result = run(base, tuned, out=out, options=options, listener=tell, title=given["title"])
     if not streaming:
-        _print(request, result, out)
+        with _reader_may_leave(out):
+            request.print(result)
     return request.verdict(result)
 
 
-def _print(request: Request, result: Diff, out: Path | None) -> None:
+@contextmanager
+def _reader_may_leave(out: Path | None) -> Iterator[None]:
+    """Go on without a reader of the report if there is a run file, which is what was asked for."""
     try:
-        request.print(result)
+        yield
     except BrokenPipeError:
-        # The run file is what was asked for, and it is complete; without one there is nobody left to serve.
         if out is None:
             raise
         abandon_stdout()
 
 
-class _MembersExist:
-    """A listener that ends the run before data is read if a check names a member that does not exist."""
+def _print_plan(base: str, tuned: str, out: Path | None, options: Options, request: Request, tell: Listener) -> None:
+    """Print the plan of a run as text or, with ``--format json``, as one object (schema "ckptdiff.plan/1")."""
+    from ckptdiff.report.coverage_lines import coverage_lines
+    from ckptdiff.run.engine import prepare
 
-    def __init__(self, request: Request) -> None:
-        self._checks = request.checks
+    if request.format not in ("table", "json"):
+        raise OptionError("--dry-run prints text or json", expected="--format table or json", found=request.format)
+    plan = prepare(base, tuned, out=out, options=options, tell=tell, read_data=False)
+    for check in request.checks:
+        check.require_member(plan.diff.tensors)
+    figures: dict[str, Any] = {
+        "tensors": plan.tensors,
+        "total_bytes": plan.total_bytes,
+        "io": plan.io,
+        "threads": plan.threads,
+        "chunk_bytes": plan.chunk_bytes,
+        "projected_memory": plan.projected_memory,
+        "max_memory": plan.max_memory,
+        "spectra": None if plan.spectra is None else asdict(plan.spectra),
+    }
+    if request.silent:
+        return
+    with request.target.open() as stream:
+        if request.format == "json":
+            coverage = {side: found.as_json() for side, found in plan.diff.coverage.items()}
+            found = {"counts": plan.diff.counts, "coverage": coverage, "warnings": list(plan.diff.warnings)}
+            stream.write(dumps({"schema": "ckptdiff.plan/1", **figures, **found}) + "\n")
+            return
+        counts = plan.diff.counts
+        left_out = ", ".join(f"{counts[key]:,} {key.replace('_', ' ')}" for key in counts if key != "matched")
+        lines = [
+            f"compare   {plural(plan.tensors, 'tensor')} ({left_out})",
+            *coverage_lines(plan.diff),
+            f"read      {size(plan.total_bytes)} by {plan.io}",
+            f"threads   {plan.threads}, chunks of {binary_size(plan.chunk_bytes)}",
+            f"memory    {binary_size(plan.projected_memory)} at most, of {binary_size(plan.max_memory)} allowed",
+        ]
+        if plan.spectra is not None:
+            too_large = (
+                f", {plan.spectra.too_large:,} of them too large for this memory" if plan.spectra.too_large else ""
+            )
+            matrices = plural(plan.spectra.matrices, "matrix", "matrices")
+            lines.append(f"spectra   {plan.spectra.mode}, of {matrices}{too_large}")
+        if plan.threads_note:
+            lines.append(f"note      {plan.threads_note}")
+        lines += [f"warning: {safe(warning)}" for warning in plan.diff.warnings]
+        stream.write("\n".join(lines) + "\n")
+
+
+class _LiveReport:
+    """A listener that writes each line of the ndjson report as soon as it is known; silent once its reader has left."""
+
+    def __init__(self, target: ReportTarget, out: Path | None) -> None:
+        self._target, self._out = target, out
+        self._open = ExitStack()
+        self._lines: NdjsonStream | None = None
+
+    def __enter__(self) -> _LiveReport:
+        from ckptdiff.report.as_ndjson import NdjsonStream
+
+        self._lines = NdjsonStream(self._open.enter_context(self._target.open()))
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        with _reader_may_leave(self._out):
+            self._open.__exit__(*raised)
 
     def __call__(self, event: Event) -> None:
-        from ckptdiff.events import Started
-
-        if isinstance(event, Started):
-            for check in self._checks:
-                check.require_member(event.diff.tensors)
+        lines, self._lines = self._lines, None
+        if lines is not None:
+            with _reader_may_leave(self._out):
+                lines(event)
+                self._lines = lines

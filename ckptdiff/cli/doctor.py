@@ -8,8 +8,6 @@ import click
 
 from ckptdiff.cli.failures import OK, TROUBLE
 
-__all__ = ["doctor"]
-
 
 @click.command(short_help="Say what this machine offers, and test every backend on it.")
 def doctor() -> int:

@@ -8,8 +8,6 @@ import click
 
 from ckptdiff import __version__
 
-__all__ = ["COMMANDS", "ckptdiff"]
-
 COMMANDS = {
     "diff": "Compare two checkpoints; keep figures and masks in a run file.",
     "show": "Print any view of a run file.",

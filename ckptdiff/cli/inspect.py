@@ -9,15 +9,13 @@ import click
 
 from ckptdiff.cli.display import warn
 from ckptdiff.cli.failures import OK
-from ckptdiff.cli.listing import format_option, write_rows
 from ckptdiff.cli.target import ReportTarget, files_of, output_option
+from ckptdiff.cli.view import format_option, write_rows
 from ckptdiff.errors import OptionError, plural
 from ckptdiff.report.text import quantity, safe, shape_text, size
 
 if TYPE_CHECKING:
     from ckptdiff.checkpoint import TensorInfo
-
-__all__ = ["inspect"]
 
 _KEYS = ("name", "dtype", "shape", "numel", "bytes", "tower", "layer", "module_type", "block", "shard")
 

@@ -10,16 +10,13 @@ import click
 from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option, tensor_options
-from ckptdiff.cli.listing import format_option, write_rows
 from ckptdiff.cli.target import ReportTarget, files_of, output_option
-from ckptdiff.cli.view import verbosity
+from ckptdiff.cli.view import format_option, verbosity, write_rows
 from ckptdiff.errors import OptionError, plural
 from ckptdiff.report.text import number, percent, safe, shape_text
 
 if TYPE_CHECKING:
     from ckptdiff.lora import Extraction
-
-__all__ = ["lora"]
 
 _KEYS = ("name", "shape", "delta_norm", "rank", "lost", "reason")
 _MOST = 128
@@ -94,8 +91,7 @@ def _write(stream: TextIO, made: Extraction, form: str) -> None:
         totals = {"schema": "ckptdiff.lora/1", "adapter": str(made.folder), "lost": made.lost}
         write_rows(stream, form, rows, _KEYS, {**totals, "unchanged": made.unchanged})
         return
-    from ckptdiff.report.legend import legend_lines
-    from ckptdiff.report.screen import Column, screen_of, table_lines
+    from ckptdiff.report.screen import Column, legend_lines, screen_of, table_lines
 
     total = sum(tensor.delta_norm**2 for tensor in made.tensors)
     columns = [

@@ -11,13 +11,10 @@ from ckptdiff.cli.display import progress as show_progress
 from ckptdiff.cli.display import say, warn
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option
-from ckptdiff.cli.listing import format_option, write_rows
 from ckptdiff.cli.target import ReportTarget, output_option
-from ckptdiff.cli.view import verbosity
+from ckptdiff.cli.view import format_option, verbosity, write_rows
 from ckptdiff.errors import OptionError, plural
 from ckptdiff.report.text import percent, quantity, safe, shape_text
-
-__all__ = ["mask"]
 
 _KEYS = ("name", "shape", "numel", "changed", "density")
 

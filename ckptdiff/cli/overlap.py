@@ -10,18 +10,14 @@ import click
 from ckptdiff.cli.display import progress, warn
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option, threads_option
-from ckptdiff.cli.listing import format_option, write_rows
 from ckptdiff.cli.target import ReportTarget, output_option
-from ckptdiff.cli.view import verbosity
+from ckptdiff.cli.view import format_option, verbosity, write_rows
 from ckptdiff.errors import plural
 from ckptdiff.figures.members import GROUPINGS, LABEL_KEYS
-from ckptdiff.report.json_text import dumps
-from ckptdiff.report.text import percent, quantity, safe
+from ckptdiff.report.text import dumps, percent, quantity, safe
 
 if TYPE_CHECKING:
     from ckptdiff.overlap import Overlap, PairCounts
-
-__all__ = ["overlap"]
 
 _MEANINGS = {
     "o1": "o1: share of the first mask that is in the second.",
@@ -105,8 +101,7 @@ def _document(found: Overlap) -> dict[str, Any]:
 
 
 def _write_table(stream: TextIO, found: Overlap, pair: PairCounts, by: str) -> None:
-    from ckptdiff.report.legend import legend_lines
-    from ckptdiff.report.screen import Column, screen_of, table_lines
+    from ckptdiff.report.screen import Column, legend_lines, screen_of, table_lines
 
     rows = found.grouped(pair, by)
     label = LABEL_KEYS[by][-1]

@@ -13,8 +13,6 @@ from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import first_few, plural
 from ckptdiff.report.text import quantity, safe
 
-__all__ = ["patch"]
-
 _SHOWN = 5
 
 

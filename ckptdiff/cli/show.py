@@ -9,8 +9,6 @@ import click
 
 from ckptdiff.cli.view import Request, verdict_verbosity, view_options
 
-__all__ = ["show"]
-
 
 @click.command(short_help="Print any view of a run file.")
 @click.argument("run", type=click.Path(), metavar="RUN.h5")

@@ -16,8 +16,6 @@ from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError
 from ckptdiff.report.text import safe
 
-__all__ = ["spectra"]
-
 
 @click.group(short_help="Add spectra to a run file, or plot them.")
 def spectra() -> None:

@@ -16,8 +16,6 @@ import click
 from ckptdiff.errors import OptionError
 from ckptdiff.files.hidden import Hidden
 
-__all__ = ["ReportTarget", "abandon_stdout", "files_of", "output_option"]
-
 output_option = click.option(
     "-O",
     "--output",
@@ -30,33 +28,17 @@ output_option = click.option(
 
 @dataclass(frozen=True, slots=True)
 class ReportTarget:
-    """A place for a report.
-
-    Attributes
-    ----------
-    path : Path, optional
-        None is stdout.
-    """
+    """A place for a report."""
 
     path: Path | None = None
+    """None is stdout."""
 
     @classmethod
     def choose(cls, output: str | None, *, binary: bool, kept: Iterable[Path]) -> ReportTarget:
-        """Check ``--output`` before any work is done.
+        """Check ``--output``, of which None or "-" is stdout, before any work is done.
 
-        Parameters
-        ----------
-        output : str, optional
-            A file name; None or "-" is stdout.
-        binary : bool
-            Whether the format is not for a terminal.
-        kept : iterable of Path
-            Files that a report must not replace: the inputs and the run file.
-
-        Raises
-        ------
-        OptionError
-            If nothing could, or should, be written there.
+        Raises OptionError for what is not for a terminal, for a place where nothing could be written, and for one of
+        the files that are to be kept: the inputs and the run file.
         """
         if output is None or output == "-":
             if sys.stdout is None:
@@ -88,13 +70,7 @@ class ReportTarget:
 
     @contextmanager
     def open(self) -> Iterator[TextIO]:
-        """Open it for writing; a file appears under its name at the end, or not at all.
-
-        Raises
-        ------
-        OSError
-            As writing does; BrokenPipeError if nobody reads.
-        """
+        """Open it for writing; a file appears under its name at the end, or not at all."""
         if self.path is None:
             yield sys.stdout
             sys.stdout.flush()

@@ -12,21 +12,17 @@ import click
 from ckptdiff.cli.display import progress, warn
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option, threads_option
-from ckptdiff.cli.listing import format_option, write_rows
 from ckptdiff.cli.target import ReportTarget, files_of, output_option
-from ckptdiff.cli.view import verbosity
+from ckptdiff.cli.view import format_option, verbosity, write_rows
 from ckptdiff.errors import OptionError
 from ckptdiff.figures.members import LABEL_KEYS
-from ckptdiff.report.json_text import dumps
-from ckptdiff.report.text import percent, quantity, safe
+from ckptdiff.report.text import dumps, percent, quantity, safe
 from ckptdiff.runfile.schema import HDF5_SIGNATURE
 
 if TYPE_CHECKING:
     from ckptdiff.options import Compare
     from ckptdiff.report.screen import Column
     from ckptdiff.track import Track
-
-__all__ = ["track"]
 
 _BY = ("all", "tensor", "module", "layer", "block")
 _MEANINGS = {
@@ -165,9 +161,8 @@ def _document(found: Track) -> dict[str, Any]:
 
 
 def _write_tables(stream: TextIO, found: Track, by: str) -> None:
-    from ckptdiff.report.legend import legend_lines
     from ckptdiff.report.plot import plot_lines
-    from ckptdiff.report.screen import screen_of, table_lines
+    from ckptdiff.report.screen import legend_lines, screen_of, table_lines
 
     screen = screen_of(stream)
     overall = found.overall()

@@ -1,11 +1,12 @@
-"""Define the options of every command that prints a diff, and print it."""
+"""Define the options of reports, and print them: diffs, and lists of what is no diff."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
@@ -15,17 +16,14 @@ from ckptdiff.cli.failures import DIFFERS, OK
 from ckptdiff.cli.session import Session
 from ckptdiff.cli.target import ReportTarget, output_option
 from ckptdiff.figures.members import GROUPINGS
-from ckptdiff.report.text import safe
+from ckptdiff.report.text import dumps, safe
 
 if TYPE_CHECKING:
     from ckptdiff.figures.result import Diff
-    from ckptdiff.report.exporters import Format
     from ckptdiff.report.rows import View
 
-__all__ = ["REPORT_FORMATS", "Request", "verbosity", "verdict_verbosity", "view_options"]
-
 REPORT_FORMATS = ("table", "json", "ndjson", "csv", "parquet")
-"""Spelled out here, so that --help needs no import of NumPy; a test compares them with their definition."""
+"""Each has a module ``report/as_NAME.py``, imported when it is asked for: rich, pyarrow and NumPy take their time."""
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -74,6 +72,9 @@ def _show_traceback(context: click.Context, _: click.Parameter, verbose: bool) -
 _VERBOSE = click.option(
     "-v", "--verbose", is_flag=True, show_default="off", callback=_show_traceback, help="Tell more on stderr."
 )
+format_option = click.option(
+    "--format", type=click.Choice(["table", "json", "ndjson", "csv"]), default="table", help="Format of the list."
+)
 
 
 def view_options(command: _Command) -> _Command:
@@ -99,9 +100,9 @@ def _quiet(text: str) -> Callable[[_Command], _Command]:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to print of a diff, where, and which exit code it gives."""
+    """The view of a diff to print, where to, and which exit code it gives."""
 
-    format: Format
+    format: str
     view: View
     target: ReportTarget
     checks: tuple[Check, ...]
@@ -110,13 +111,7 @@ class Request:
 
     @classmethod
     def of(cls, given: dict[str, Any], *, run_file: str | None, kept: Iterable[Path]) -> Request:
-        """Read and check the view options, before any work is done.
-
-        Raises
-        ------
-        OptionError
-            If one of them cannot be used.
-        """
+        """Read and check the view options, before any work is done."""
         from ckptdiff.report.rows import View
 
         if given["format"] == "parquet":
@@ -140,22 +135,36 @@ class Request:
 
     def print(self, diff: Diff) -> None:
         """Write the report."""
-        from ckptdiff.report.exporters import exporter
-
         if not self.silent:
             with self.target.open() as stream:
-                exporter(self.format)(diff, stream, self.view)
+                importlib.import_module(f"ckptdiff.report.as_{self.format}").write(diff, stream, self.view)
 
     def verdict(self, diff: Diff) -> int:
-        """The exit code; every check that failed is named on stderr.
-
-        Raises
-        ------
-        OptionError
-            If the figure of a check is undefined.
-        """
+        """The exit code; every check that failed is named on stderr."""
         failed = [check for check in self.checks if check.failed(diff)]
         if not self.quiet:
             for check in failed:
                 say(f"check failed: {safe(check.text)} (it is {check.value(diff)!r})")
         return DIFFERS if failed or (self.exit_code and not diff.identical) else OK
+
+
+def write_rows(
+    stream: TextIO, form: str, rows: Sequence[Mapping[str, Any]], keys: Iterable[str], whole: Mapping[str, Any]
+) -> None:
+    """Write rows as csv under some keys, as a JSON line each (ndjson), or as the last key of a JSON object, `whole`."""
+    if form == "json":
+        stream.write(dumps({**whole, "tensors": list(rows)}) + "\n")
+    elif form == "ndjson":
+        stream.writelines(dumps(row) + "\n" for row in rows)
+    else:
+        import csv
+
+        table = csv.writer(stream, lineterminator="\n")
+        table.writerow(columns := list(keys))
+        table.writerows([[_cell(row[key]) for key in columns] for row in rows])
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list):
+        return "x".join(map(str, value))
+    return safe(value) if isinstance(value, str) else value

@@ -12,8 +12,6 @@ from numba.extending import intrinsic
 from ckptdiff.deflate.huffman import Array
 from ckptdiff.jit import helper
 
-__all__ = ["Bits", "equal_after", "equal_before", "load_word", "put", "store_word"]
-
 Bits: TypeAlias = tuple[Any, Any, Any]
 """Bits that are not in a full byte yet (uint64), how many they are (uint64, below 8), and the byte they go to."""
 

@@ -8,17 +8,14 @@ runs.
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ckptdiff.deflate.bit_writer import Bits, equal_after, equal_before, load_word, put, store_word
-from ckptdiff.deflate.checksum import adler32
 from ckptdiff.deflate.huffman import Array, canonical, code_lengths, used
 from ckptdiff.deflate.repeats import has_echoes, has_repeats
 from ckptdiff.jit import helper, kernel
-
-__all__ = ["Deflated", "deflate", "deflate_parts"]
 
 _SYMBOLS = 286
 _END = 256
@@ -29,6 +26,9 @@ _MANY_RUNS = 512
 _FEW_BYTES = 4
 """Of few bytes each takes a bit that a longer string would share."""
 _ORDER = np.array([16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15])
+_ADLER_PRIME, _ADLER_LANES = 65521, 64
+_ADLER_ROWS = 2048
+"""Rows of lanes after which the sums of sums of 255 could pass 32 bits soon."""
 _scratch = threading.local()
 
 
@@ -51,30 +51,16 @@ _EXTRA[_RUNS[3:, 0]] = _RUNS[3:, 1] + 1
 
 
 class Deflated(NamedTuple):
-    """What :func:`deflate` made of bytes.
-
-    Attributes
-    ----------
-    stream : bytes or None
-        A zlib stream; None if it would not have stayed below the limit.
-    repeats : bool
-        Whether strings come again, so that a search for them pays.
-    """
+    """A stream, if it pays, and whether another encoder might do better."""
 
     stream: bytes | None
+    """A zlib stream; None if it would not have stayed below the limit."""
     repeats: bool
+    """Whether strings come again, so that a search for them pays."""
 
 
 def deflate(data: Array, limit: int) -> Deflated:
-    """Compress bytes to a zlib stream.
-
-    Parameters
-    ----------
-    data : contiguous uint8 array, shape (n,), n > 0
-        What to compress.
-    limit : int
-        Bytes that the stream must stay below.
-    """
+    """Compress contiguous bytes, one at least, to a zlib stream that has to stay below `limit` bytes."""
     return deflate_parts(data, np.array([[0, data.size, limit]]))[0]
 
 
@@ -272,7 +258,6 @@ def put_bytes(out: Array, state: Bits, data: Array, codes: Array, costs: Array) 
     Parameters
     ----------
     out : uint8 array
-    state : Bits
     data : uint8 array, shape (n,)
     codes, costs : uint64 array, shape (symbols,)
         Code of each byte, and its bits.
@@ -305,3 +290,31 @@ def put_run(out: Array, state: Bits, left: int, codes: Array, costs: Array) -> B
         state = put(out, state, codes[symbol] | value << costs[symbol], costs[symbol] + extra + 1)
         left -= length
     return state
+
+
+@helper
+def adler32(data: Array) -> Any:
+    """Adler-32 of a uint8 array, the checksum at the end of a zlib stream (RFC 1950, section 8.2).
+
+    The first half is 1 plus the sum of the bytes; the second is the sum of the first half after each byte. The bytes
+    are taken as rows of lanes, so that both become sums by lane, which vector units do.
+    """
+    low: Any = 1
+    high: Any = 0
+    for start in range(0, data.size - _ADLER_LANES + 1, _ADLER_LANES * _ADLER_ROWS):
+        rows = min((data.size - start) // _ADLER_LANES, _ADLER_ROWS)
+        sums, rising = np.zeros(_ADLER_LANES, np.uint32), np.zeros(_ADLER_LANES, np.uint32)
+        for row in range(rows):
+            lanes = data[start + row * _ADLER_LANES : start + (row + 1) * _ADLER_LANES]
+            for lane in range(_ADLER_LANES):
+                sums[lane] += lanes[lane]
+                rising[lane] += sums[lane]
+        high += low * rows * _ADLER_LANES
+        for lane in range(_ADLER_LANES):
+            low += np.int64(sums[lane])
+            high += np.int64(rising[lane]) * _ADLER_LANES - np.int64(sums[lane]) * lane
+        low, high = low % _ADLER_PRIME, high % _ADLER_PRIME
+    for i in range(data.size // _ADLER_LANES * _ADLER_LANES, data.size):
+        low += np.int64(data[i])
+        high += low
+    return (high % _ADLER_PRIME) << 16 | low % _ADLER_PRIME

@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 
 from ckptdiff.jit import helper
 
-__all__ = ["Array", "canonical", "code_lengths", "used"]
-
 Array: TypeAlias = NDArray[Any]
 
 
@@ -21,7 +19,6 @@ def code_lengths(counts: Array, longest: int, lengths: Array) -> None:
     Parameters
     ----------
     counts : int64 array, shape (symbols,)
-    longest : int
     lengths : int64 array, shape (symbols,)
         Receives the lengths; 0 for a symbol that does not occur.
     """

@@ -8,8 +8,6 @@ from ckptdiff.deflate.bit_writer import load_word
 from ckptdiff.deflate.huffman import Array
 from ckptdiff.jit import helper
 
-__all__ = ["has_echoes", "has_repeats"]
-
 _PROBES = 6
 _CANDIDATES = 32
 _INFORMATION = 40
@@ -82,7 +80,6 @@ def costly_string(data: Array, costs: Array, place: int) -> tuple[int, int]:
     data : uint8 array, shape (n,)
     costs : int64 array, shape (symbols,)
         Bits of each byte's code.
-    place : int
     """
     start, best = place, 0
     for candidate in range(_CANDIDATES):

@@ -19,12 +19,9 @@ from ckptdiff.checkpoint.regular_file import read_whole
 from ckptdiff.errors import CheckpointError, OptionError, PatchError, plural
 from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.exports.patch_reader import Patch, TensorPatch, changes_of, open_patch
-from ckptdiff.files.staged import StagedFile, write_whole
-from ckptdiff.files.staged_folder import StagedFolder
+from ckptdiff.files.staged import StagedFile, StagedFolder, write_whole
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.runfile.check_target import check_new
-
-__all__ = ["Applied", "apply_patch"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,6 @@ from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import Entry, is_safetensors_of, write_safetensors
 from ckptdiff.runfile.schema import BIT_ORDER, mask_chunks
 
-__all__ = ["PATCH_FORMAT", "export_patch", "missing_from_patch"]
-
 PATCH_FORMAT = "ckptdiff-patch"
 
 

@@ -21,8 +21,6 @@ from ckptdiff.errors import PatchError
 from ckptdiff.exports.patch import PATCH_FORMAT
 from ckptdiff.measure.partial import BLOCK
 
-__all__ = ["BlockChange", "Patch", "TensorPatch", "changes_of", "open_patch"]
-
 _INDICES, _VALUES = ".indices", ".values"
 _INDEX_DTYPES = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
 _DAMAGED = "the download or copy may be incomplete: fetch it again, or export it again"
@@ -30,21 +28,14 @@ _DAMAGED = "the download or copy may be incomplete: fetch it again, or export it
 
 @dataclass(frozen=True, slots=True)
 class TensorPatch:
-    """The changes of one tensor.
-
-    Attributes
-    ----------
-    name : str
-        Of the tensor in the base.
-    shape : tuple of int
-    indices, values : TensorInfo
-        Where they lie in the patch: as many of the one as of the other.
-    """
+    """The changes of one tensor."""
 
     name: str
+    """Of the tensor in the base."""
     shape: tuple[int, ...]
     indices: TensorInfo
     values: TensorInfo
+    """Where they lie in the patch: as many of the one as of the other."""
 
     @property
     def count(self) -> int:
@@ -54,55 +45,36 @@ class TensorPatch:
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """What a patch holds, from its header.
-
-    Attributes
-    ----------
-    shard : Shard
-        The file.
-    tensors : mapping of str to TensorPatch
-        By the tensor's name.
-    rule, compare : str
-        Which changes it was made of, as ``ckptdiff diff`` names them.
-    base : tuple of (str, int)
-        Header hash and size of each shard of the base that it was made for, sorted.
-    """
+    """A patch, from its header."""
 
     shard: Shard
+    """The file."""
     tensors: Mapping[str, TensorPatch]
+    """By the tensor's name."""
     rule: str
     compare: str
+    """Which changes it was made of, as ``ckptdiff diff`` names them."""
     base: tuple[tuple[str, int], ...]
+    """Header hash and size of each shard of the base that it was made for, sorted."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockChange:
-    """Changes inside one block of a tensor.
-
-    Attributes
-    ----------
-    block : int
-        Which one.
-    offsets : int array
-        Coordinates in the block, ascending.
-    values : unsigned int array
-        What is stored there from now on, bit for bit; valid until the next change is asked for.
-    """
+    """Changes inside one block of a tensor."""
 
     block: int
+    """Which one."""
     offsets: NDArray[np.signedinteger[Any]]
+    """Coordinates in the block, ascending."""
     values: NDArray[np.unsignedinteger[Any]]
+    """What is stored there from now on, bit for bit; valid until the next change is asked for."""
 
 
 def open_patch(path: str | os.PathLike[str]) -> Patch:
     """Read the header of a patch; no index and no value is read.
 
-    Raises
-    ------
-    CheckpointError
-        The file cannot be read, or is no safetensors file.
-    PatchError
-        It is no patch, or one whose parts do not belong together.
+    Raises CheckpointError if the file cannot be read or is no safetensors file, and PatchError if it is no patch, or
+    one whose parts do not belong together.
     """
     shard, tensors = read_header(path)
     if shard.metadata.get("format") != PATCH_FORMAT:
@@ -150,21 +122,10 @@ def _size(value: Any) -> int:
 
 
 def changes_of(shards: OpenShards, patch: TensorPatch, block: int = BLOCK) -> Iterator[BlockChange]:
-    """What a patch does to a tensor, in the order of its blocks; several changes may be of one block.
+    """Yield the changes of a tensor in the order of its blocks, `block` indices at a time; several may be of one block.
 
-    Parameters
-    ----------
-    shards : OpenShards
-    patch : TensorPatch
-    block : int
-        Coordinates in a block, and indices that are read at a time.
-
-    Raises
-    ------
-    PatchError
-        An index that lies outside the tensor, or is not above the one before.
-    CheckpointError
-        The patch cannot be read, or changes while it is read.
+    Raises PatchError for an index that lies outside the tensor or is not above the one before, and CheckpointError if
+    the patch cannot be read or changes while it is read.
     """
     code = np.dtype(f"<u{DTYPES[patch.values.dtype].bits // 8}")
     position, last = 0, -1

@@ -19,10 +19,8 @@ from ckptdiff.checkpoint.globs import names_of
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.errors import OptionError, first_few
 from ckptdiff.events import Listener, Stage, stage
-from ckptdiff.exports.linear_layers import refusal
 from ckptdiff.figures.result import TensorFacts
-from ckptdiff.files.staged import StagedFile, write_whole
-from ckptdiff.files.staged_folder import StagedFolder
+from ckptdiff.files.staged import StagedFile, StagedFolder, write_whole
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.options import as_tuple
 from ckptdiff.runfile.check_target import check_new
@@ -30,9 +28,9 @@ from ckptdiff.runfile.identity import KnownNorm, checked_blocks, known_norms, op
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
 
-__all__ = ["ShiraExport", "export_shira"]
-
 _LINEAR_BLOCKS = ("attention", "ffn")
+_TRANSPOSED = ("c_attn", "c_proj", "c_fc")
+_EMBEDDINGS = ("embed", "wte", "wpe")
 _Side: TypeAlias = tuple[TensorInfo, KnownNorm | None]
 
 
@@ -255,3 +253,24 @@ def _config(chosen: Sequence[TensorFacts], rank: int, base: Checkpoint) -> dict[
         "target_modules": [facts.name.removesuffix(".weight") for facts in chosen],
         "task_type": None,
     }
+
+
+def refusal(name: str, shape: Sequence[int], floating: bool) -> str | None:
+    """Why an adapter of linear layers cannot hold the update of a tensor; None if it can."""
+    module = name.removesuffix(".weight")
+    if not floating:
+        return "no floating values"
+    if len(shape) < 2:
+        return "a bias" if name.endswith("bias") else "a vector"
+    if len(shape) > 2:
+        return "not a matrix"
+    if not min(shape):
+        return "no values"
+    if module == name:
+        return "not the weight of a module"
+    last = module.rpartition(".")[2]
+    if any(part in last.lower() for part in _EMBEDDINGS):
+        return "an embedding"
+    if last in _TRANSPOSED:
+        return "stored transposed (Conv1D)"
+    return None

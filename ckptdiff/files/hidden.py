@@ -11,12 +11,9 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["Hidden", "remove_abandoned"]
-
 _LONGEST_STEM = 200
 _TOKEN_DIGITS = 8
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
-_MOUNTS = Path("/proc/self/mountinfo")
+_BOOT, _MOUNTS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/mountinfo")
 _OF_ONE_MACHINE = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "tmpfs", "xfs", "zfs"})
 """File systems that only one machine at a time has mounted, and whose locks all its processes see."""
 
@@ -51,38 +48,20 @@ class Hidden:
         self.descriptor = -1
 
     def make_file(self) -> None:
-        """Make a file, open to read and write; what was abandoned is removed first.
-
-        Raises
-        ------
-        OSError
-            As the system does.
-        """
+        """Make a file, open to read and write; what was abandoned is removed first. Raises as the system does."""
         remove_abandoned(self._target)
         self.descriptor = os.open(self._plain, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._lock()
 
     def make_folder(self) -> None:
-        """Make a folder; what was abandoned is removed first.
-
-        Raises
-        ------
-        OSError
-            As the system does.
-        """
+        """Make a folder; what was abandoned is removed first. Raises as the system does."""
         remove_abandoned(self._target)
         self._is_folder = True
         self._plain.mkdir()
         self._lock()
 
     def take_name(self) -> None:
-        """Close it and give it its final name, in place of the file that has it.
-
-        Raises
-        ------
-        OSError
-            As the system does.
-        """
+        """Close it and give it its final name, in place of the file that has it. Raises as the system does."""
         if self.path != self._plain:
             self.path.rename(self._plain)
         self._close()
@@ -116,14 +95,9 @@ class Hidden:
 
 
 def remove_abandoned(target: Path) -> None:
-    """Remove the hidden files and folders of a target whose processes are gone.
+    """Remove the hidden files and folders of a target whose processes are gone; its folder need not exist.
 
     What belongs to another user or cannot be removed stays, and is no error: nothing depends on it.
-
-    Parameters
-    ----------
-    target : Path
-        In a folder that need not exist.
     """
     scope = _scope(target.parent)
     if scope is None:
@@ -137,12 +111,9 @@ def remove_abandoned(target: Path) -> None:
 
 
 def _remove_unlocked(path: Path) -> None:
-    """Remove what no process has locked. No other gets this name, so what is removed is what was looked at.
+    """Remove what no process has locked; raise OSError if one has, or if it cannot be opened.
 
-    Raises
-    ------
-    OSError
-        It is locked, or cannot be opened.
+    No other gets this name, so what is removed is what was looked at.
     """
     status = path.lstat()
     is_folder = stat.S_ISDIR(status.st_mode)
@@ -177,26 +148,21 @@ def _marked(target: Path, token: str, scope: str) -> Path:
     return _hidden(target, token + mark)
 
 
-def _scope(folder: Path) -> str | None:
-    """What those processes have in common that see each other's locks in a folder; None if that is not known.
+def _scope(folder: Path, boot: Path = _BOOT, mounts: Path = _MOUNTS) -> str | None:
+    """Name what processes that see each other's locks in a folder have in common; None if that is not known.
 
     On a file system of one machine, all do, at any time. On any other those do that have run since the same boot and go
     through the same mount: of file systems that machines share, some keep locks to the machine, and some to the mount.
     """
     try:
         device = folder.stat().st_dev
-        if _file_system(device) in _OF_ONE_MACHINE:
-            return "one machine"
-        return f"{_BOOT.read_text().strip()} {device}"
+        number = f"{os.major(device)}:{os.minor(device)}"
+        for line in mounts.read_text(errors="surrogateescape").splitlines():
+            mount, _, source = line.partition(" - ")
+            if mount.split()[2] == number:
+                if source.split()[0] in _OF_ONE_MACHINE:
+                    return "one machine"
+                break
+        return f"{boot.read_text().strip()} {device}"
     except OSError:
         return None
-
-
-def _file_system(device: int) -> str | None:
-    """The type of a mounted file system."""
-    number = f"{os.major(device)}:{os.minor(device)}"
-    for line in _MOUNTS.read_text(errors="surrogateescape").splitlines():
-        mount, _, source = line.partition(" - ")
-        if mount.split()[2] == number:
-            return source.split()[0]
-    return None

@@ -1,16 +1,13 @@
-"""Give a file its name only when it is complete."""
+"""Give a file, or a folder, its name only when it is complete."""
 
 from __future__ import annotations
 
 import errno
 import os
 from pathlib import Path
-from types import TracebackType
 
 from ckptdiff.errors import CkptdiffError, RunFileError
 from ckptdiff.files.hidden import Hidden
-
-__all__ = ["StagedFile", "sync_folder", "write_whole"]
 
 _FOLDERS_NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 
@@ -60,9 +57,7 @@ class StagedFile:
             self.discard()
             raise
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.stop()
         self.discard()
         if isinstance(error, Exception) and not isinstance(error, CkptdiffError):
@@ -78,12 +73,8 @@ class StagedFile:
     def check(self) -> None:
         """Raise the failure of an earlier write, if there was one.
 
-        Raises
-        ------
-        RunFileError
-            Disk full, quota or size limit reached, or any other failure of a write.
-        BaseException
-            The interrupt that came in a write, as it was.
+        It is a RunFileError for a full disk, a quota, or whatever else ended a write, and an interrupt that came in a
+        write as it was.
         """
         if isinstance(self.failure, OSError):
             raise self._explained(self.failure) from self.failure
@@ -95,13 +86,7 @@ class StagedFile:
         self._stopped = True
 
     def commit(self) -> None:
-        """Bring the file to the disk, then give it its name.
-
-        Raises
-        ------
-        RunFileError
-            If a write failed, now or earlier; the target is as it was.
-        """
+        """Bring the file to the disk, then give it its name; raises RunFileError if a write failed, now or earlier."""
         self.check()
         try:
             os.fsync(self._hidden.descriptor)
@@ -181,27 +166,59 @@ class StagedFile:
         """Nothing: no write waits here."""
 
 
-def write_whole(target: Path, data: bytes) -> None:
-    """Write a file that is small.
+class StagedFolder:
+    """A new folder beside its target, to be filled and then committed: a context manager.
 
-    Raises
-    ------
-    RunFileError
-        It cannot be written; the target is as it was.
+    Leaving the ``with`` block without a :meth:`commit`, for whatever reason, removes it and all that is in it. Entering
+    it removes what killed processes left of the same target. Errors about a file in it name it where it was to be.
+
+    Nothing may have the target's name yet. Entering raises RunFileError if the folder cannot be made.
     """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self._hidden = Hidden(target)
+
+    @property
+    def path(self) -> Path:
+        """Where the files are to be written."""
+        return self._hidden.path
+
+    def __enter__(self) -> StagedFolder:
+        try:
+            self._hidden.make_folder()
+            return self
+        except OSError as error:
+            raise RunFileError(f"cannot create the output: {error.strerror}", file=self.target) from error
+        except BaseException:  # a signal came with the folder: nobody leaves what was not entered
+            self._hidden.remove()
+            raise
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._hidden.remove()
+        if isinstance(error, CkptdiffError) and error.file is not None:
+            file = Path(error.file)
+            if file.is_relative_to(self.path):
+                error.file = str(self.target / file.relative_to(self.path))
+
+    def commit(self) -> None:
+        """Give the folder its name, or raise RunFileError, as when something has taken the name meanwhile."""
+        try:
+            self._hidden.take_name()
+            sync_folder(self.target.parent)
+        except OSError as error:
+            raise RunFileError(f"cannot name the output: {error.strerror}", file=self.target) from error
+
+
+def write_whole(target: Path, data: bytes) -> None:
+    """Write a file that is small, or leave the target as it is and raise RunFileError."""
     with StagedFile(target) as staged:
         staged.write(data)
         staged.commit()
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk.
-
-    Raises
-    ------
-    OSError
-        The system cannot, though its file system could.
-    """
+    """Bring the names in a folder to the disk; raise OSError if the system cannot, though its file system could."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,8 +17,6 @@ from ckptdiff.linalg.stages import Array, Panel, Stage, on_host
 from ckptdiff.linalg.symmetric import eigenvalues, solve_lower, whole
 from ckptdiff.linalg.threads import count_work, counted
 
-__all__ = ["Angles", "angle_rank", "angles_work", "principal_angles"]
-
 Float64 = NDArray[np.float64]
 
 _MOST = 512
@@ -26,16 +24,11 @@ _MOST = 512
 
 @dataclass(frozen=True, slots=True)
 class Angles:
-    """Principal angles, in radians, smallest first.
-
-    Attributes
-    ----------
-    long, short : float64 array, shape (k,)
-        Between the subspaces of the long and of the short side.
-    """
+    """Principal angles, in radians, smallest first."""
 
     long: Float64
     short: Float64
+    """Between the subspaces of the long and of the short side; shape (k,)."""
 
 
 def angle_rank(short: int) -> int:
@@ -46,12 +39,7 @@ def angle_rank(short: int) -> int:
 def principal_angles(base: Array, tuned: Array, xp: Any = np) -> Stage[Angles]:
     """Compare two pairs of subspaces in two passes.
 
-    Parameters
-    ----------
-    base, tuned : float64 array, shape (short, k)
-        Leading eigenvectors of W0^T W0 and of W1^T W1.
-    xp : module
-        numpy or cupy.
+    They are given by the leading eigenvectors of W0^T W0 and W1^T W1, shape (short, k).
     """
     count = base.shape[1]
     ours, theirs, crossed = (xp.zeros((count, count)) for _ in range(3))
@@ -84,7 +72,7 @@ def principal_angles(base: Array, tuned: Array, xp: Any = np) -> Stage[Angles]:
 
 
 def angles_work(long: int, short: int) -> float:
-    """What :func:`principal_angles` counts for the vectors that :func:`angle_rank` takes."""
+    """Foresee what :func:`principal_angles` counts for the vectors that :func:`angle_rank` takes."""
     count = angle_rank(short)
     both = 2 * product_work(long, short, count, 8)
     meeting = both + 2 * gram_work(long, count, 8) + product_work(count, long, count, 8)

@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 
 from ckptdiff.errors import OptionError
 
-__all__ = ["add_gram_block", "add_product_block", "eigh_all", "eigh_part", "require_scipy", "solve_lower_block"]
-
 Floats = NDArray[Any]
 Matrix = tuple[bytes, int]
 """How BLAS reads an array: "N" as its transpose or "T" as it is, and the distance of its lines."""
@@ -29,13 +27,7 @@ _REAL = {4: ("s", ctypes.c_float), 8: ("d", ctypes.c_double)}
 
 
 def require_scipy() -> None:
-    """Check that SciPy is installed, before a long run rather than after it.
-
-    Raises
-    ------
-    OptionError
-        If it is not.
-    """
+    """Raise an OptionError if SciPy is missing, before a long run rather than after it."""
     try:
         import scipy.linalg  # noqa: F401
         import threadpoolctl  # noqa: F401
@@ -88,14 +80,9 @@ def _seen(matrix: Floats) -> Matrix:
 
 
 def add_product_block(out: Floats, left: Floats, right: Floats, *, keep: bool = True) -> None:
-    """Add ``left @ right`` to `out`, or write it there.
+    """Add ``left @ right`` to `out`, or write it there if nothing is to be kept.
 
-    Parameters
-    ----------
-    out : float32 or float64 array, shape (m, n), with contiguous rows
-    left, right : arrays of the same dtype, shapes (m, k) and (k, n), with contiguous rows or columns
-    keep : bool
-        Whether to add to what `out` holds.
+    All are float32 or float64; `out` has contiguous rows, the others contiguous rows or columns.
     """
     letter, real = _REAL[out.itemsize]
     (rows, columns), inner = out.shape, left.shape[1]
@@ -106,13 +93,7 @@ def add_product_block(out: Floats, left: Floats, right: Floats, *, keep: bool = 
 
 
 def add_gram_block(out: Floats, panel: Floats) -> None:
-    """Add ``panel.T @ panel`` to the lower triangle of `out`.
-
-    Parameters
-    ----------
-    out : float32 or float64 array, shape (n, n), with contiguous rows
-    panel : array of the same dtype, shape (rows, n), with contiguous rows
-    """
+    """Add ``panel.T @ panel`` to the lower triangle of `out`, both float32 or float64 with contiguous rows."""
     letter, real = _REAL[out.itemsize]
     sizes = panel.shape[1], panel.shape[0]
     factors = real(1.0), panel, _seen(panel)[1], real(1.0)
@@ -120,14 +101,7 @@ def add_gram_block(out: Floats, panel: Floats) -> None:
 
 
 def solve_lower_block(factor: Floats, right: Floats) -> None:
-    """Replace `right` by x with ``factor @ x = right``.
-
-    Parameters
-    ----------
-    factor : float32 or float64 array, shape (n, n), with contiguous rows
-        Lower triangular.
-    right : array of the same dtype, shape (n, k), with contiguous rows
-    """
+    """Replace `right` by x with ``factor @ x = right`` for a lower triangular factor, both with contiguous rows."""
     letter, real = _REAL[right.itemsize]
     sizes = right.shape[1], right.shape[0]
     factors = real(1.0), factor, _seen(factor)[1]
@@ -137,26 +111,9 @@ def solve_lower_block(factor: Floats, right: Floats) -> None:
 def eigh_part(matrix: Floats, first: int, last: int, *, vectors: bool = True) -> tuple[Floats, Floats]:
     """Some eigenpairs of a symmetric matrix, by bisection and inverse iteration or relatively robust representations.
 
-    Parameters
-    ----------
-    matrix : float32 or float64 array, shape (n, n), C-contiguous
-        Its lower triangle is read; overwritten.
-    first, last : int
-        Places in ascending order, both inclusive.
-    vectors : bool
-        Whether to find eigenvectors.
-
-    Returns
-    -------
-    values : array, shape (last - first + 1,)
-        Ascending.
-    vectors : array, shape (last - first + 1, n), or (0, n)
-        Eigenvectors as rows.
-
-    Raises
-    ------
-    numpy.linalg.LinAlgError
-        If LAPACK finds none.
+    The lower triangle of the C-contiguous matrix is read, and all of it overwritten. Places `first` to `last`, both
+    included, count in ascending order. Values are ascending too, and vectors are rows: shape (count, n), or (0, n) if
+    none are asked for. Raises LinAlgError if LAPACK finds none.
     """
     letter, real = _REAL[matrix.itemsize]
     n, count = len(matrix), last - first + 1
@@ -178,22 +135,8 @@ def eigh_part(matrix: Floats, first: int, last: int, *, vectors: bool = True) ->
 def eigh_all(matrix: Floats) -> tuple[Floats, Floats]:
     """All eigenpairs of a symmetric matrix, by divide and conquer.
 
-    Parameters
-    ----------
-    matrix : float32 or float64 array, shape (n, n), C-contiguous
-        Its lower triangle is read; overwritten.
-
-    Returns
-    -------
-    values : array, shape (n,)
-        Ascending.
-    vectors : array, shape (n, n)
-        Eigenvectors as rows; the memory of `matrix`.
-
-    Raises
-    ------
-    numpy.linalg.LinAlgError
-        If LAPACK finds none.
+    The lower triangle of the C-contiguous matrix is read; its memory holds the eigenvectors then, as rows. Values are
+    ascending. Raises LinAlgError if LAPACK finds none.
     """
     letter, n = _REAL[matrix.itemsize][0], len(matrix)
     values, info = np.empty(n, matrix.dtype), ctypes.c_int(0)

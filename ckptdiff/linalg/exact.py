@@ -25,8 +25,6 @@ from ckptdiff.linalg.symmetric import (
     gram_of,
 )
 
-__all__ = ["ACCURACY", "SideSpectrum", "effective_rank", "nss", "numerical_rank", "side_spectrum", "side_work"]
-
 Float64 = NDArray[np.float64]
 
 ACCURACY = 1e-11
@@ -37,32 +35,18 @@ _SMALL = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class SideSpectrum:
-    """The spectrum of one matrix.
-
-    Attributes
-    ----------
-    values : float64 array, shape (short,)
-        Singular values, largest first.
-    eigenpairs : (values, vectors) or None
-        Leading eigenpairs of the Gram matrix, as many as were asked for.
-    """
+    """The spectrum of one matrix."""
 
     values: Float64
+    """Singular values, largest first; shape (short,)."""
     eigenpairs: tuple[Array, Array] | None
+    """Leading eigenpairs of the Gram matrix, as many as were asked for."""
 
 
 def side_spectrum(side: Side, short: int, vectors: int = 0, xp: Any = np) -> Stage[SideSpectrum]:
-    """Find all singular values of one side; two passes at most.
+    """Find all singular values of one side, and leading eigenvectors of its Gram matrix; two passes at most.
 
-    Parameters
-    ----------
-    side : {"base", "delta", "tuned"}
-    short : int
-        Columns of the matrix; its panels are float64.
-    vectors : int
-        How many leading eigenvectors of the Gram matrix to keep.
-    xp : module
-        numpy or cupy.
+    Its panels are float64.
     """
     gram = yield from gram_of(side, short, np.float64, xp)
     squares, bottom, pairs = yield from meanwhile(partial(_decomposed, gram, vectors))
@@ -82,7 +66,7 @@ def side_spectrum(side: Side, short: int, vectors: int = 0, xp: Any = np) -> Sta
 
 
 def side_work(long: int, short: int, vectors: int = 0) -> float:
-    """What :func:`side_spectrum` counts, unless it has small singular values to find again."""
+    """Foresee what :func:`side_spectrum` counts, unless it has small singular values to find again."""
     found = gram_work(long, short, 8) + eigenvalues_work(short, 8)
     return found + (eigenpairs_work(short, min(vectors, short), 8) if vectors else 0.0)
 
@@ -98,11 +82,7 @@ def _decomposed(gram: Array, vectors: int) -> tuple[Float64, Array | None, tuple
 def numerical_rank(values: Float64, tau: float) -> tuple[int, int]:
     """How many singular values exceed ``tau`` times the largest: the fewest and the most that rounding allows.
 
-    Parameters
-    ----------
-    values : float64 array
-        Singular values, largest first; the matrix is not zero.
-    tau : float
+    The values are float64, largest first, and not all zero.
     """
     error = ACCURACY * values[0]
     return int((values > tau * values[0] + error).sum()), int((values > tau * values[0] - error).sum())

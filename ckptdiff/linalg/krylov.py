@@ -16,7 +16,7 @@ mu comes from a power method with fresh Gaussian probes. It is too small with a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,16 +27,6 @@ from ckptdiff.linalg.products import add_product, gram_work, product, product_wo
 from ckptdiff.linalg.stages import Array, Panel, Stage, on_host
 from ckptdiff.linalg.symmetric import eigenpairs_work, eigenvalues_work, eigh_top, gram_of
 from ckptdiff.linalg.threads import counted
-
-__all__ = [
-    "KrylovOptions",
-    "LeadingValues",
-    "direct_values",
-    "direct_work",
-    "krylov_passes",
-    "krylov_values",
-    "krylov_work",
-]
 
 Float64 = NDArray[np.float64]
 
@@ -54,46 +44,30 @@ _ROWS = 512
 
 @dataclass(frozen=True, slots=True)
 class KrylovOptions:
-    """How much work to do.
-
-    Attributes
-    ----------
-    block : int
-        Vectors of a block.
-    steps : int
-        Blocks, each of which takes a pass.
-    tolerance : float
-        Stop early when every wanted Ritz value has a residual of at most this share of itself.
-    seed : int
-        Of the starting block and the probes.
-    """
+    """How much work to do."""
 
     block: int = 32
+    """Vectors of a block."""
     steps: int = 10
+    """Blocks, each of which takes a pass."""
     tolerance: float = 0.01
+    """Stop early when every wanted Ritz value has a residual of at most this share of itself."""
     seed: int = 0
+    """Of the starting block and the probes."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeadingValues:
-    """What is known of the largest eigenvalues of ``d^T d``.
-
-    Attributes
-    ----------
-    lower : float64 array, shape (k,)
-        Ritz values, largest first: the estimate, and a lower bound of each.
-    upper : dict of int to float
-        Upper bound of the sum of the first k eigenvalues, by k.
-    vectors : array, shape (short, at most k)
-        Ritz vectors: approximate singular vectors on the short side; without columns if none were asked for.
-    steps : int
-        Blocks that were used; 0 without a Krylov space.
-    """
+    """The largest eigenvalues of ``d^T d``, between two bounds."""
 
     lower: Float64
+    """Ritz values, largest first: the estimate, and a lower bound of each; shape (k,)."""
     upper: Mapping[int, float]
+    """Upper bound of the sum of the first k eigenvalues, by k."""
     vectors: Array
+    """Ritz vectors, approximate singular ones of the short side; shape (short, at most k), (short, 0) if not wanted."""
     steps: int
+    """Blocks that were used; 0 without a Krylov space."""
 
 
 def krylov_values(
@@ -101,17 +75,7 @@ def krylov_values(
 ) -> Stage[LeadingValues]:
     """Find the leading eigenvalues of ``d^T d``; one pass a step, and three for the bound.
 
-    Parameters
-    ----------
-    short : int
-        Columns of d.
-    ranks : sequence of int
-        Where sums are bounded, ascending; the last one is how many eigenvalues are wanted.
-    dtype : dtype
-        Of the panels.
-    options : KrylovOptions
-    xp : module
-        numpy or cupy.
+    Sums are bounded at the `ranks`, ascending, of which the last is how many eigenvalues are wanted.
     """
     ranks = _within(ranks, short)
     wanted = ranks[-1]
@@ -158,7 +122,7 @@ def krylov_passes(options: KrylovOptions) -> int:
 
 
 def krylov_work(long: int, short: int, itemsize: int, options: KrylovOptions) -> float:
-    """What :func:`krylov_values` counts, unless the space is complete early."""
+    """Foresee what :func:`krylov_values` counts, unless the space is complete early."""
     found = 0.0
     for block, passes in ((options.block, options.steps), (_PROBES, _PROBE_PASSES)):
         once = product_work(long, short, block, itemsize) + product_work(short, long, block, itemsize)
@@ -191,7 +155,7 @@ def direct_values(short: int, ranks: Sequence[int], *, with_vectors: bool = True
 
 
 def direct_work(long: int, short: int, ranks: Sequence[int], *, with_vectors: bool = True) -> float:
-    """What :func:`direct_values` counts."""
+    """Foresee what :func:`direct_values` counts."""
     eigen = eigenpairs_work(short, _within(ranks, short)[-1], 8) if with_vectors else eigenvalues_work(short, 8)
     return gram_work(long, short, 8) + eigen
 
@@ -232,26 +196,21 @@ class _Basis:
         self._vectors = xp.empty((short, capacity), dtype)
         self._images = xp.empty((short, capacity), dtype)
         self._met = xp.empty((capacity, capacity))
-        self._size = self._newest = 0
+        self.size = self._newest = 0
         self._unit = float(np.finfo(dtype).eps)
         self._pairs: tuple[Array, Array] | None = None
 
     @property
-    def size(self) -> int:
-        """How many vectors it has."""
-        return self._size
-
-    @property
     def full(self) -> bool:
         """Whether it is the whole space."""
-        return self._size == len(self._vectors)
+        return self.size == len(self._vectors)
 
     def add(self, block: Array, image: Array) -> None:
         """Take a block and what G makes of it."""
-        first, stop = self._size, self._size + block.shape[1]
+        first, stop = self.size, self.size + block.shape[1]
         self._vectors[:, first:stop] = block
         self._images[:, first:stop] = image
-        self._size, self._newest, self._pairs = stop, first, None
+        self.size, self._newest, self._pairs = stop, first, None
         met = self._vectors[:, :stop].astype(np.float64).T @ image.astype(np.float64)
         self._met[:stop, first:stop] = met
         self._met[first:stop, :stop] = met.T
@@ -259,7 +218,7 @@ class _Basis:
 
     def deflate(self, block: Array) -> Array:
         """The part of a block that is orthogonal to the space."""
-        space = self._vectors[:, : self._size]
+        space = self._vectors[:, : self.size]
         for _ in range(2):
             block = block - product(space, product(space.T, block))
         return block
@@ -267,7 +226,7 @@ class _Basis:
     def next_block(self, rest: Array) -> Array:
         """The next block from what is outside the space of the newest image; without columns if nothing is."""
         largest = float(self._ritz()[0][0])
-        room = self._vectors.shape[1] - self._size
+        room = self._vectors.shape[1] - self.size
         block = _orthonormal(rest, 16 * self._unit * largest, self._xp)[:, :room]
         # Once more: what was small before it was scaled up is not orthogonal any more.
         return _orthonormal(self.deflate(block), 0.5, self._xp) if block.shape[1] else block
@@ -277,10 +236,10 @@ class _Basis:
 
         `rest` is what is outside the space of the newest image: of the older ones nothing is, up to rounding.
         """
-        if self._size < min(wanted, self._vectors.shape[0]):
+        if self.size < min(wanted, self._vectors.shape[0]):
             return float("inf")
         values, vectors = self._ritz()
-        wanted = min(wanted, self._size)
+        wanted = min(wanted, self.size)
         outside = rest @ vectors[self._newest :, :wanted].astype(self._dtype)
         norms = self._xp.linalg.norm(outside.astype(np.float64), axis=0)  # float32 may not hold their squares
         floor = 16 * self._unit * float(values[0])
@@ -288,14 +247,14 @@ class _Basis:
 
     def result(self, ranks: Sequence[int], beyond: float, steps: int) -> LeadingValues:
         """Ritz values and the bound, with `beyond` the largest eigenvalue on the complement."""
-        xp, count = self._xp, min(ranks[-1], self._size)
+        xp, count = self._xp, min(ranks[-1], self.size)
         values, coordinates = self._ritz()
-        met = self._met[: self._size, : self._size]
+        met = self._met[: self.size, : self.size]
         square = xp.zeros_like(met)
         vectors = xp.empty((len(self._vectors), count), self._dtype)
         for first in range(0, len(vectors), _ROWS):
             rows = slice(first, first + _ROWS)
-            space, images = (side[rows, : self._size].astype(np.float64) for side in (self._vectors, self._images))
+            space, images = (side[rows, : self.size].astype(np.float64) for side in (self._vectors, self._images))
             rest = images - space @ met
             square += rest.T @ rest
             vectors[rows] = space @ coordinates[:, :count]
@@ -304,31 +263,23 @@ class _Basis:
         # What rounding of the products may have taken from each eigenvalue, and from the first if all rows share its
         # direction.
         slack = self._unit * float(values[0])
-        bound = _Bound(xp, values, coordinates.T @ square @ coordinates, beyond)
-        upper = {k: bound.upper(min(k, count)) + (_COHERENT + 4 * k) * slack for k in ranks}
+        bounds = _bounds([min(k, count) for k in ranks], values, coordinates.T @ square @ coordinates, beyond, xp)
+        upper = {k: bound + (_COHERENT + 4 * k) * slack for k, bound in zip(ranks, bounds, strict=True)}
         return LeadingValues(lower, upper, vectors, steps)
 
     def _ritz(self) -> tuple[Array, Array]:
         """Ritz values, largest first, and the coordinates of their vectors in the basis."""
         if self._pairs is None:
-            values, vectors = self._xp.linalg.eigh(self._met[: self._size, : self._size])
+            values, vectors = self._xp.linalg.eigh(self._met[: self.size, : self.size])
             self._pairs = values[::-1], vectors[:, ::-1]
         return self._pairs
 
 
-class _Bound:
-    """Upper bounds of sums of eigenvalues, from Ritz values and ``R^T R`` in the basis of their vectors."""
-
-    def __init__(self, xp: Any, values: Array, square: Array, beyond: float) -> None:
-        self._xp, self._values, self._square, self._beyond = xp, values, square, beyond
-        self._largest = math.sqrt(max(float(xp.linalg.eigvalsh(square)[-1]), 0.0))
-
-    def upper(self, k: int) -> float:
-        """Of the sum of the first `k`."""
-        xp, values = self._xp, self._values
-        gap = float(values[k - 1]) - self._beyond
-        loose = float(xp.maximum(values[:k], self._beyond).sum()) + k * self._largest
-        if gap <= 0:
-            return loose
-        shifted = xp.diag(values) + self._square / gap
-        return min(loose, float(xp.linalg.eigvalsh(shifted)[-k:].sum()))
+def _bounds(ranks: Sequence[int], values: Array, square: Array, beyond: float, xp: Any) -> Iterator[float]:
+    """Yield bounds of the sums of so many eigenvalues, from Ritz values and ``R^T R`` in the basis of their vectors."""
+    largest = math.sqrt(max(float(xp.linalg.eigvalsh(square)[-1]), 0.0))
+    for k in ranks:
+        gap = float(values[k - 1]) - beyond
+        loose = float(xp.maximum(values[:k], beyond).sum()) + k * largest
+        tight = float(xp.linalg.eigvalsh(xp.diag(values) + square / gap)[-k:].sum()) if gap > 0 else loose
+        yield min(loose, tight)

@@ -9,7 +9,7 @@ of A^T A, which keeps the subspaces of fewer vectors nested.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,8 +24,6 @@ from ckptdiff.linalg.survey import Survey, exactly
 from ckptdiff.linalg.symmetric import eigenpairs_work, eigh_top, gram_of, solve_lower, whole
 from ckptdiff.linalg.threads import count_work, counted, in_parts
 
-__all__ = ["Principal", "principal", "principal_rank", "principal_work"]
-
 _SMALLEST_GAP = {4: 1e-6, 8: 1e-9}
 """By item size: a subspace is defined if its last eigenvalue stands out from the next by this share of the largest."""
 _NOISE = 64
@@ -38,39 +36,26 @@ _SCORE_WORK, _NORM_WORK = 250.0, 35.0
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The figures of one rho.
-
-    Attributes
-    ----------
-    rho : float
-    rank : int
-        Singular vectors taken: max(1, floor(rho short)).
-    gap : float
-        (lambda_k - lambda_{k+1}) / lambda_1 of W0^T W0.
-    reason : str
-        Why there are no figures; empty if there are.
-    energy, energy_long, energy_short : float
-        Share of norm(d)^2 in both subspaces, in that of the long side, in that of the short side (S1).
-    coverage, coverage_above : float
-        Share of the changed entries, and of those with |d| > 1e-5, among the ceil(rho N) largest
-        |U_k S_k V_k^T| (S1).
-    not_low : float
-        Share of the changed entries there that are not among the ceil(rho N) smallest |W0| (S3).
-    null : float
-        What `coverage` would be for a rounded Gaussian update of the same support.
-    """
+    """The figures of one rho."""
 
     rho: float
     rank: int
+    """Singular vectors taken: max(1, floor(rho short))."""
     gap: float
+    """(lambda_k - lambda_{k+1}) / lambda_1 of W0^T W0."""
     reason: str = ""
+    """Why there are no figures; empty if there are."""
     energy: float = math.nan
     energy_long: float = math.nan
     energy_short: float = math.nan
+    """Share of norm(d)^2 in both subspaces, in that of the long side, in that of the short side (S1)."""
     coverage: float = math.nan
     coverage_above: float = math.nan
+    """Share of the changed entries, of those with |d| > 1e-5, among the ceil(rho N) largest |U_k S_k V_k^T| (S1)."""
     not_low: float = math.nan
+    """Share of the changed entries there that are not among the ceil(rho N) smallest |W0| (S3)."""
     null: float = math.nan
+    """What `coverage` would be for a rounded Gaussian update of the same support."""
 
 
 def principal_rank(rho: float, short: int) -> int:
@@ -92,7 +77,6 @@ def principal(
 
     Parameters
     ----------
-    source : PanelSource
     known : Survey
         Of this pair, with counts; the update is not zero.
     rhos : sequence of float
@@ -128,7 +112,13 @@ def principal(
     energies = _Energies(short, vectors)
     cuts = _cuts(source, known, defined, vectors, chances, error)
     scores = _Scores(vectors, [figure.rank for figure in defined], cuts)
-    yield _both(energies, scores)
+
+    def visit(panel: Panel) -> None:
+        projected = product(panel.base, vectors)
+        energies.add(panel, projected)
+        scores.add(panel, projected)
+
+    yield visit
     while not scores.settle():
         yield scores.add
     found = energies.shares([figure.rank for figure in defined], known.delta_norm**2)
@@ -143,15 +133,9 @@ def principal(
 def principal_work(
     long: int, short: int, itemsize: int, rhos: Sequence[float], *, error: float, decomposed: bool
 ) -> tuple[float, int]:
-    """What :func:`principal` counts, as far as sizes tell, and how many passes it makes.
+    """Foresee what :func:`principal` counts, as far as sizes tell, and how many passes it makes.
 
-    Parameters
-    ----------
-    long, short, itemsize : int
-    rhos, error
-        As for :func:`principal`.
-    decomposed : bool
-        Whether eigenpairs of W0^T W0 are given.
+    `decomposed` says that eigenpairs of W0^T W0 are given.
     """
     rank = principal_rank(rhos[-1], short)
     projected = 2 * product_work(long, short, rank, itemsize) + _NORM_WORK * long * rank
@@ -209,15 +193,6 @@ def _cuts(
         rank = max(1, math.ceil(exactly(figure.rho) * known.numel))
         found.append(ScoreCut(rank, guess, weights, low, error * known.support))
     return found
-
-
-def _both(energies: _Energies, scores: _Scores) -> Callable[[Panel], None]:
-    def visit(panel: Panel) -> None:
-        projected = product(panel.base, energies.vectors)
-        energies.add(panel, projected)
-        scores.add(panel, projected)
-
-    return visit
 
 
 class _Energies:

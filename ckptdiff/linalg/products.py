@@ -11,8 +11,6 @@ from ckptdiff.linalg.blas import add_gram_block, add_product_block
 from ckptdiff.linalg.stages import Array, array_module
 from ckptdiff.linalg.threads import in_parts
 
-__all__ = ["add_gram", "add_product", "cuts", "gram_work", "product", "product_work"]
-
 _PART = 256
 """Rows of a part, at least: what a part reads again should cost little beside its product."""
 _MOST_PARTS = 16
@@ -40,12 +38,7 @@ def cuts(size: int, least: int = _PART, most: int = _MOST_PARTS) -> list[int]:
 
 
 def product(left: Array, right: Array) -> Array:
-    """``left @ right``.
-
-    Parameters
-    ----------
-    left, right : float arrays of one dtype, shapes (m, k) and (k, n), with contiguous rows or columns
-    """
+    """``left @ right``, float arrays of one dtype, shapes (m, k) and (k, n), with contiguous rows or columns."""
     if array_module(left) is not np:
         return left @ right
     out = np.empty((left.shape[0], right.shape[1]), left.dtype)
@@ -54,14 +47,7 @@ def product(left: Array, right: Array) -> Array:
 
 
 def add_product(out: Array, left: Array, right: Array) -> None:
-    """Add ``left @ right`` to `out`, in place.
-
-    Parameters
-    ----------
-    out : float array, shape (m, n), C-contiguous
-    left, right
-        As for :func:`product`.
-    """
+    """Add ``left @ right``, as in :func:`product`, to `out`, a C-contiguous array of shape (m, n)."""
     if array_module(left) is not np:
         out += left @ right
     else:
@@ -78,13 +64,7 @@ def _products(out: Array, left: Array, right: Array, *, keep: bool) -> None:
 
 
 def add_gram(total: Array, panel: Array) -> None:
-    """Add ``panel.T @ panel`` to the lower triangle of `total`, in place.
-
-    Parameters
-    ----------
-    total : float array, shape (n, n), C-contiguous
-    panel : float array, shape (rows, n), C-contiguous, of the same dtype
-    """
+    """Add ``panel.T @ panel`` to the lower triangle of `total`: C-contiguous, shapes (rows, n) and (n, n)."""
     if array_module(panel) is not np:
         total += panel.T @ panel
         return

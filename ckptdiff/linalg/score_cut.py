@@ -17,8 +17,6 @@ from ckptdiff.linalg.kernels.scores import count_scores
 from ckptdiff.linalg.stages import Array, Panel, array_module, on_host
 from ckptdiff.linalg.survey import MAGNITUDES, SMALL_CHANGE
 
-__all__ = ["SCORE_LANES", "Covered", "ScoreCut", "likely_zooms"]
-
 _CODES = 1 << 31
 _OCTAVE = 1 << 23
 _BINS = 1 << 15
@@ -31,36 +29,23 @@ SCORE_LANES = 4
 
 @dataclass(frozen=True, slots=True)
 class Covered:
-    """What the entries with the largest scores hold; ties at the cut count fractionally.
-
-    Attributes
-    ----------
-    entries : float
-    changed : float
-        Of these, d != 0.
-    above : float
-        |d| > 1e-5.
-    not_low : float
-        d != 0 and |W0| not among the smallest.
-    chance : float
-        Sum of the chances to be changed under the null.
-    """
+    """Counts over the entries with the largest scores; ties at the cut count fractionally."""
 
     entries: float
     changed: float
+    """Of these, d != 0."""
     above: float
+    """|d| > 1e-5."""
     not_low: float
+    """d != 0 and |W0| not among the smallest."""
     chance: float
+    """Sum of the chances to be changed under the null."""
 
 
 def likely_zooms(numel: int, error: float) -> bool:
     """Whether a cut among so many scores is likely to need another pass, if most entries changed.
 
-    Parameters
-    ----------
-    numel : int
-    error : float
-        Standard error of a count, as a share of all, that needs none.
+    It needs none if the standard error of a count is at most `error`, as a share of all.
     """
     return 0.5 * math.sqrt(numel / _BINS) > error * numel
 
@@ -102,15 +87,9 @@ class ScoreCut:
         self._lanes: list[NDArray[np.float64] | None] = [None] * SCORE_LANES
 
     def add(self, scores: Array, panel: Panel, lane: int = 0) -> None:
-        """Count a panel.
+        """Count a panel by its scores, C-contiguous float32 of the same shape.
 
-        Parameters
-        ----------
-        scores : float32 array, shape (rows, short), C-contiguous
-        panel : Panel
-            The same rows.
-        lane : int
-            From 0 to ``SCORE_LANES - 1``; several may be filled at a time.
+        Lanes, from 0 to ``SCORE_LANES - 1``, may be filled at a time.
         """
         base = panel.base.astype(np.float32, copy=False).view(np.uint32)
         delta = panel.delta.astype(np.float32, copy=False)
@@ -126,7 +105,7 @@ class ScoreCut:
             self._add_anywhere(scores, base, delta, counts, array_module(scores))
 
     def _add_anywhere(self, scores: Array, base: Array, delta: Array, counts: NDArray[np.float64], xp: Any) -> None:
-        """What the kernel does, in calls that NumPy and CuPy share."""
+        """Count as the kernel does, in calls that NumPy and CuPy share."""
         codes = ((scores.view(np.uint32) & (_CODES - 1)) >> self._shift).astype(np.int64).ravel()
         inside = codes >= self._start
         rows = len(counts)

@@ -16,20 +16,6 @@ from numpy.typing import NDArray
 
 from ckptdiff.linalg.threads import in_background
 
-__all__ = [
-    "Array",
-    "ArrayPanels",
-    "Meanwhile",
-    "Panel",
-    "PanelSource",
-    "Side",
-    "Stage",
-    "array_module",
-    "meanwhile",
-    "on_host",
-    "run_together",
-]
-
 Array: TypeAlias = Any
 """A NumPy or CuPy array."""
 
@@ -40,16 +26,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Consecutive rows of a tall pair.
-
-    Attributes
-    ----------
-    base, delta : float array, shape (rows, short), C-contiguous
-        W0 and d = W1 - W0, of one dtype (float32 or float64); overwritten when the next panel is read.
-    """
+    """Consecutive rows of a tall pair."""
 
     base: Array
     delta: Array
+    """W0 and d = W1 - W0: C-contiguous float32 or float64 of shape (rows, short), overwritten by the next panel."""
 
     def side(self, name: Side) -> Array:
         """W0, d, or W1 = W0 + d."""
@@ -73,12 +54,7 @@ class PanelSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Meanwhile:
-    """Work of a stage between two of its passes, during which other stages may go on with theirs.
-
-    Attributes
-    ----------
-    work : callable
-    """
+    """Work of a stage between two of its passes, during which other stages may go on with theirs."""
 
     work: Callable[[], None]
 
@@ -95,13 +71,7 @@ def meanwhile(work: Callable[[], Result]) -> Stage[Result]:
 
 
 def run_together(source: PanelSource, *stages: Stage[Any]) -> list[Any]:
-    """Run computations side by side, so that each pass over the pair is read once for all of them.
-
-    Returns
-    -------
-    list
-        What each stage returned.
-    """
+    """Run computations side by side, each pass over the pair read once for all, and return what they returned."""
     results: list[Any] = [None] * len(stages)
     live: dict[int, Callable[[Panel], None]] = {}
     busy: dict[int, Future[None]] = {}
@@ -136,15 +106,7 @@ def run_together(source: PanelSource, *stages: Stage[Any]) -> list[Any]:
 
 
 class ArrayPanels:
-    """A pair that is in memory.
-
-    Parameters
-    ----------
-    base, delta : float array, shape (long, short), C-contiguous
-        ``long >= short``.
-    rows : int
-        Rows of a panel.
-    """
+    """A pair in memory: C-contiguous float arrays of shape (long, short), handed out so many rows at a time."""
 
     def __init__(self, base: Array, delta: Array, rows: int = 512) -> None:
         if base.shape != delta.shape or base.shape[0] < base.shape[1]:

@@ -16,8 +16,6 @@ from ckptdiff.linalg.kernels.scores import count_magnitudes
 from ckptdiff.linalg.stages import Panel, Stage, array_module, on_host
 from ckptdiff.linalg.threads import counted
 
-__all__ = ["MAGNITUDES", "SMALL_CHANGE", "SURVEY_WORK", "Survey", "exactly", "survey"]
-
 MAGNITUDES = 1 << 15
 """Bins of |W0|: the leading 15 magnitude bits of its float32, which are all that bfloat16 has."""
 SMALL_CHANGE = 1e-5
@@ -34,25 +32,17 @@ def exactly(rho: float) -> Fraction:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What one pass tells of a pair.
-
-    Attributes
-    ----------
-    numel : int
-    base_norm, delta_norm : float
-        Frobenius norms, summed in float64; NaN or infinite if an entry is.
-    weights, changed : int64 array, shape (32768,)
-        Entries by magnitude of W0, and those with d != 0.
-    above : int
-        Entries with |d| > 1e-5.
-    """
+    """Norms and counts of a pair, from one pass."""
 
     numel: int
     base_norm: float
     delta_norm: float
+    """Frobenius norms, summed in float64; NaN or infinite if an entry is."""
     weights: NDArray[np.int64]
     changed: NDArray[np.int64]
+    """Entries by magnitude of W0, and those with d != 0; shape (32768,)."""
     above: int
+    """Entries with |d| > 1e-5."""
 
     @property
     def support(self) -> int:
@@ -73,13 +63,7 @@ class Survey:
 
 
 def survey(magnitudes: bool = True) -> Stage[Survey]:
-    """One pass over a pair.
-
-    Parameters
-    ----------
-    magnitudes : bool
-        Whether to count entries, not only to add up norms.
-    """
+    """One pass over a pair, which adds up norms, and counts entries by their magnitudes if that is asked for."""
     squares = np.zeros(2)
     counts = np.zeros((2, MAGNITUDES), np.int64)
     totals = [0, 0]

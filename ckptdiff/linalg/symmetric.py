@@ -12,29 +12,9 @@ from ckptdiff.linalg.products import add_gram, product_work
 from ckptdiff.linalg.stages import Array, Panel, Side, Stage, array_module, on_host
 from ckptdiff.linalg.threads import counted
 
-__all__ = [
-    "eigenpairs_work",
-    "eigenvalues",
-    "eigenvalues_work",
-    "eigh_bottom",
-    "eigh_top",
-    "gram_of",
-    "solve_lower",
-    "whole",
-]
-
 
 def gram_of(side: Side, short: int, dtype: Any, xp: Any = np) -> Stage[Array]:
-    """One pass: the Gram matrix ``A.T @ A`` of one side, lower triangle.
-
-    Parameters
-    ----------
-    side : {"base", "delta", "tuned"}
-    short : int
-        Columns of A.
-    dtype : dtype
-        Of the products; panels are cast to it.
-    """
+    """One pass: the Gram matrix ``A.T @ A`` of one side, lower triangle, shape (short, short), of the dtype given."""
     total = xp.zeros((short, short), dtype)
 
     def add(panel: Panel) -> None:
@@ -64,11 +44,7 @@ def eigenvalues(matrix: Array) -> NDArray[np.float64]:
 def eigh_top(matrix: Array, count: int, *, with_vectors: bool = True) -> tuple[Array, Array]:
     """The `count` largest eigenpairs of a symmetric matrix given by its lower triangle; overwrites it.
 
-    Returns
-    -------
-    values : array, shape (count,)
-        Largest first.
-    vectors : array, shape (n, count), or (n, 0) if none are asked for
+    Values come largest first, vectors in shape (n, count), or (n, 0) if none are asked for.
     """
     n = matrix.shape[0]
     if not with_vectors:

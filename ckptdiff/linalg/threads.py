@@ -19,20 +19,10 @@ from typing import Any
 
 from ckptdiff.linalg.work import MatrixWork
 
-__all__ = [
-    "count_work",
-    "counted",
-    "in_background",
-    "in_parts",
-    "one_blas_thread",
-    "product_threads",
-    "work_counted_in",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class _Threads:
-    """What the products of a matrix are shared among, and where they are counted."""
+    """The threads that share the products of a matrix, and where the products are counted."""
 
     pool: ThreadPoolExecutor | None = None
     stop: threading.Event = field(default_factory=threading.Event)
@@ -60,11 +50,7 @@ def one_blas_thread() -> AbstractContextManager[Any]:
 def product_threads(count: int, stop: threading.Event | None = None) -> Iterator[None]:
     """Share the products that this thread asks for among `count` threads.
 
-    Parameters
-    ----------
-    count : int
-    stop : threading.Event, optional
-        The first product after it is set raises :class:`concurrent.futures.CancelledError`.
+    The first product after `stop` is set raises :class:`concurrent.futures.CancelledError`.
     """
     with ThreadPoolExecutor(count, thread_name_prefix="ckptdiff-products") if count > 1 else nullcontext() as pool:
         token = _THREADS.set(_Threads(pool, stop or threading.Event()))
@@ -93,14 +79,7 @@ def count_work(amount: float) -> None:
 
 @contextmanager
 def counted(amount: float, *, opaque: bool = False) -> Iterator[None]:
-    """Count all that is computed inside as so much.
-
-    Parameters
-    ----------
-    amount : float
-    opaque : bool
-        Whether it may last, so that how far it is should be guessed meanwhile.
-    """
+    """Count all that is computed inside as so much; how far it is is guessed meanwhile, if it is `opaque`."""
     threads = _THREADS.get()
     if threads.work is None:
         yield
@@ -132,13 +111,7 @@ def in_background(work: Callable[[], None]) -> Future[None]:
 def in_parts(work: Callable[[int], None], parts: int, amount: float = 0.0) -> None:
     """Call `work` with 0 to ``parts - 1``, in any order, on the threads that this matrix has.
 
-    Parameters
-    ----------
-    work : callable
-        It counts nothing by itself.
-    parts : int
-    amount : float
-        What all of them together count as.
+    It counts nothing by itself: all parts together count as `amount`.
     """
     threads = _THREADS.get()
     if threads.stop.is_set():

@@ -13,8 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["MatrixWork", "WorkMeter"]
-
 _SURE = 0.8
 """Share of a silent routine that is taken to pass at the expected speed; after that it slows down towards its end."""
 
@@ -52,11 +50,13 @@ class MatrixWork:
             yield
         finally:
             del self._within[key]
-            self._meter._learn(amount, time.monotonic() - begun)
-            self.add(amount)
+            with self._meter._lock:
+                known, seconds = self._meter._learned
+                self._meter._learned = known + amount, seconds + time.monotonic() - begun
+                self.done += amount
 
     def estimate(self, now: float, speed: float) -> float:
-        """What is done by now, with the likely part of what tells nothing; never more than the total."""
+        """Work done by now, with the likely part of what tells nothing; never more than the total."""
         done = self.done
         for amount, begun in list(self._within.values()):
             if speed == 0.0:  # nothing of the kind has ended yet: as fast as a thread has been so far
@@ -67,18 +67,12 @@ class MatrixWork:
 
 
 class WorkMeter:
-    """The work of all matrices of a stage.
-
-    Parameters
-    ----------
-    total : float
-        What they will take, as far as that is known.
-    """
+    """The work of all matrices of a stage; `total` is what they will take, as far as that is known."""
 
     def __init__(self, total: float) -> None:
         self._total, self._ended = total, 0.0
         self._under_way: dict[MatrixWork, None] = {}
-        self._learned = [0.0, 0.0]
+        self._learned = 0.0, 0.0
         self._lock = threading.Lock()
         self._share = 0.0
 
@@ -107,10 +101,6 @@ class WorkMeter:
     def at_hand(self) -> str:
         """Name of the tensor that is under way for the longest time."""
         return next((work.name for work in list(self._under_way)), "")
-
-    def _learn(self, amount: float, seconds: float) -> None:
-        with self._lock:
-            self._learned = [self._learned[0] + amount, self._learned[1] + seconds]
 
 
 def _passed(share: float) -> float:

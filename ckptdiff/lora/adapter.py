@@ -16,23 +16,14 @@ from ckptdiff.events import Stage
 from ckptdiff.files.staged import StagedFile, write_whole
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
 
-__all__ = ["AdapterWriter"]
-
 _PREFIX = "base_model.model."
 _COPY = 1 << 22
 
 
 class AdapterWriter:
-    """Writes the files of an adapter.
+    """Writes the files of an adapter of a base model into a folder.
 
-    Parameters
-    ----------
-    folder : Path
-        Where to.
-    base : str
-        Path of the base model, for the adapter's configuration.
-    spool : StagedFile
-        An empty file that takes the factors as they come, since a safetensors file begins with the sizes of all.
+    The spool, an empty file, takes the factors as they come, since a safetensors file begins with the sizes of all.
     """
 
     def __init__(self, folder: Path, base: str, spool: StagedFile) -> None:
@@ -41,21 +32,9 @@ class AdapterWriter:
         self._ranks: dict[str, int] = {}
 
     def add(self, module: str, down: NDArray[np.float32], up: NDArray[np.float32]) -> None:
-        """Add one linear layer.
+        """Add one linear layer, whose weight is ``module.weight``.
 
-        Parameters
-        ----------
-        module : str
-            Its name: that of its weight without ``.weight``.
-        down : float32 array, shape (rank, in)
-            ``lora_A``.
-        up : float32 array, shape (out, rank)
-            ``lora_B``.
-
-        Raises
-        ------
-        RunFileError
-            A write failed.
+        Its ``lora_A``, `down`, is float32 of shape (rank, in), its ``lora_B``, `up`, of shape (out, rank).
         """
         self._ranks[module] = len(down)
         for part, values in (("lora_A", down), ("lora_B", up)):
@@ -65,13 +44,7 @@ class AdapterWriter:
             self._entries.append(Entry(f"{_PREFIX}{module}.{part}.weight", "F32", values.shape, pieces))
 
     def finish(self, told: Stage) -> None:
-        """Write the files, and tell of each piece.
-
-        Raises
-        ------
-        RunFileError
-            A write failed.
-        """
+        """Write the files, and tell of each piece."""
         with StagedFile(self._folder / "adapter_model.safetensors") as staged:
             entries = [replace(entry, pieces=partial(self._told, entry, told)) for entry in self._entries]
             write_safetensors(staged, entries, {"format": "pt"})

@@ -15,10 +15,8 @@ from ckptdiff.checkpoint import Kind, TensorPair
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.errors import OptionError, PairingError
 from ckptdiff.events import Listener, Note, ignore, stage
-from ckptdiff.exports.linear_layers import refusal
-from ckptdiff.figures.result import Diff
-from ckptdiff.files.staged import StagedFile
-from ckptdiff.files.staged_folder import StagedFolder
+from ckptdiff.exports.shira import refusal
+from ckptdiff.files.staged import StagedFile, StagedFolder
 from ckptdiff.formats import formats_of
 from ckptdiff.in_order import Task, in_order
 from ckptdiff.linalg.blas import require_scipy
@@ -36,12 +34,10 @@ from ckptdiff.spectra.budget import Budget, cache_bytes
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.panels import StoredPanels
 
-__all__ = ["Extracted", "Extraction", "extract_lora"]
-
 
 @dataclass(frozen=True, slots=True)
 class Extracted:
-    """What became of the update of one tensor.
+    """The update of one tensor, in an adapter or left out of it.
 
     Attributes
     ----------
@@ -174,9 +170,15 @@ def extract_lora(
             factoring = _Factoring(shards, options.compare, budget, rank, energy, seed)
             for update, factors in factoring.factors(updates, tell):
                 found.append(update.without if factors is None else _written(writer, update, factors))
-                tell(Note(f"{update.pair.name}: {_outcome(found[-1])}"))
+                made_of = f"rank {found[-1].rank}, {percent(found[-1].lost)} lost"
+                tell(Note(f"{update.pair.name}: {made_of if factors else f'left out: {update.reason}'}"))
             if not any(tensor.rank for tensor in found):
-                raise _nothing(diff, found)
+                raise PairingError(
+                    "no update that an adapter of linear layers could hold",
+                    file=str(diff.tuned["path"]),
+                    expected="matrices that changed",
+                    found=f"{len(found)} other tensors that changed" if found else "no tensor that changed",
+                )
             with stage(tell, "writing", spool.tell(), "bytes") as told:
                 writer.finish(told)
         made.commit()
@@ -198,13 +200,21 @@ class _Update:
 
     @property
     def without(self) -> Extracted:
-        """What becomes of it where the adapter leaves it out."""
+        """The same, left out of the adapter."""
         return Extracted(self.pair.name, self.pair.base.shape, self.norm, 0, 1.0, self.reason)
 
     @property
     def dtype(self) -> np.dtype[np.floating]:
         """In which its square is a number."""
         return np.dtype(np.float32 if 1e-12 < self.norm < 1e12 else np.float64)
+
+
+def _refusal(pair: TensorPair) -> str | None:
+    if pair.untied:
+        return "tied to the embedding on one side"
+    if pair.rows is not None:
+        return "of other rows on the other side"
+    return refusal(pair.name, pair.shape, pair.base.kind is Kind.FLOAT)
 
 
 def _written(writer: AdapterWriter, update: _Update, factors: Factors) -> Extracted:
@@ -216,51 +226,19 @@ def _written(writer: AdapterWriter, update: _Update, factors: Factors) -> Extrac
     return Extracted(name, update.pair.base.shape, update.norm, factors.rank, factors.lost)
 
 
-def _refusal(pair: TensorPair) -> str | None:
-    if pair.untied:
-        return "tied to the embedding on one side"
-    if pair.rows is not None:
-        return "of other rows on the other side"
-    return refusal(pair.name, pair.shape, pair.base.kind is Kind.FLOAT)
-
-
-def _outcome(tensor: Extracted) -> str:
-    return f"left out: {tensor.reason}" if tensor.reason else f"rank {tensor.rank}, {percent(tensor.lost)} lost"
-
-
-def _nothing(diff: Diff, found: list[Extracted]) -> PairingError:
-    return PairingError(
-        "no update that an adapter of linear layers could hold",
-        file=str(diff.tuned["path"]),
-        expected="matrices that changed",
-        found=f"{len(found)} other tensors that changed" if found else "no tensor that changed",
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class _Factoring:
-    """What the factors of all updates have in common.
-
-    Attributes
-    ----------
-    shards : OpenShards
-    compare : {"bf16", "stored"}
-    budget : Budget
-        Of memory and threads; its Krylov space is that of the randomized SVD.
-    rank : int
-    energy : float, optional
-    seed : int
-    stop : threading.Event
-        Set to end what is under way.
-    """
+    """Finds factors of updates: all that they have in common."""
 
     shards: OpenShards
     compare: Compare
     budget: Budget
+    """Of memory and threads; its Krylov space is that of the randomized SVD."""
     rank: int
     energy: float | None
     seed: int
     stop: threading.Event = field(default_factory=threading.Event)
+    """Set to end what is under way."""
 
     def factors(self, updates: Sequence[_Update], tell: Listener) -> Iterator[tuple[_Update, Factors | None]]:
         """Yield the factors of each update, in order; as many are under way as there are slots for."""
@@ -306,7 +284,7 @@ class _Factoring:
         return cache_bytes(view, itemsize) + needed <= self.budget.share(slots)
 
     def _work(self, update: _Update) -> float:
-        """What an update will take, as far as its sizes tell."""
+        """Foresee the work of an update, as far as its sizes tell."""
         if update.reason is not None:
             return 0.0
         view = update.view

@@ -20,26 +20,19 @@ from ckptdiff.linalg.krylov import (
 from ckptdiff.linalg.products import product, product_work
 from ckptdiff.linalg.stages import Array, Panel, PanelSource, Stage, run_together
 
-__all__ = ["Factors", "factor_work", "factorize", "krylov_block"]
-
 _BLOCK, _STEPS = 32, 10
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """``long_side @ short_side.T`` is the update cut to a rank.
-
-    Attributes
-    ----------
-    long_side : float32 array, shape (long, rank)
-    short_side : float32 array, shape (short, rank)
-    lost : float
-        Share of the update's energy, sum d^2, that the rank leaves out.
-    """
+    """``long_side @ short_side.T`` is the update cut to a rank."""
 
     long_side: NDArray[np.float32]
+    """Shape (long, rank)."""
     short_side: NDArray[np.float32]
+    """Shape (short, rank)."""
     lost: float
+    """Share of the update's energy, sum d^2, that the rank leaves out."""
 
     @property
     def rank(self) -> int:
@@ -51,18 +44,8 @@ class Factors:
 def factorize(source: PanelSource, delta_norm: float, most: int, energy: float | None, seed: int) -> Factors:
     """Find factors with the randomized SVD of the update, in one more pass than that takes.
 
-    The singular values are split evenly between both factors, so that neither needs a range the other lacks.
-
-    Parameters
-    ----------
-    source : PanelSource
-    delta_norm : float
-        Frobenius norm of the update, above 0.
-    most : int
-        Largest rank.
-    energy : float, optional
-        Take the smallest rank that holds this share of the energy, if one up to `most` does.
-    seed : int
+    The singular values are split evenly between both factors, so that neither needs a range the other lacks. Of ranks
+    up to `most` the smallest is taken that holds a share `energy` of ``delta_norm**2``, if one does.
     """
     wanted, krylov = min(most, source.short), _krylov(source.short, most, seed)
     if krylov is None:
@@ -84,7 +67,7 @@ def factorize(source: PanelSource, delta_norm: float, most: int, energy: float |
 
 
 def factor_work(long: int, short: int, itemsize: int, most: int) -> tuple[float, int]:
-    """What :func:`factorize` counts, as far as sizes tell, and how many passes it makes."""
+    """Foresee what :func:`factorize` counts, as far as sizes tell, and how many passes it makes."""
     wanted, krylov = min(most, short), _krylov(short, most, 0)
     moved = product_work(long, short, wanted, itemsize)
     if krylov is None:

@@ -27,8 +27,6 @@ from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes, mask_chunks
 from ckptdiff.runfile.writer import RunFileWriter
 
-__all__ = ["Operation", "combine_masks"]
-
 Operation: TypeAlias = Literal["union", "intersect", "minus"]
 Bits: TypeAlias = NDArray[np.uint8]
 
@@ -140,12 +138,8 @@ def _write_mask(writer: RunFileWriter, operation: Operation, masks: Sequence[Mas
     return count
 
 
-def _minus(a: Bits, b: Bits) -> Bits:
-    return a & ~b
-
-
 _OPERATORS: dict[str, Callable[[Bits, Bits], Bits]] = {
     "union": np.bitwise_or,
     "intersect": np.bitwise_and,
-    "minus": _minus,
+    "minus": lambda a, b: a & ~b,
 }

@@ -29,8 +29,6 @@ from ckptdiff.runfile.mask import Mask, population
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.schema import BIT_ORDER, mask_chunks
 
-__all__ = ["common_tensors", "overlap"]
-
 _PIECE = 1 << 20
 """Bytes of each mask in memory: small enough for the cache, and eight stored chunks."""
 _MAGNITUDES = 1 << 15
@@ -110,10 +108,7 @@ def overlap(
 def common_tensors(runs: Sequence[RunFile], diffs: Sequence[Diff]) -> tuple[list[TensorFacts], list[str]]:
     """Tensors that all runs have masked, in the order of the first, and warnings about those that some have not.
 
-    Raises
-    ------
-    MaskError
-        A tensor of different shapes, or none in common.
+    Raises MaskError for a tensor of different shapes, or if none is common.
     """
     shapes = [{facts.name: facts.shape for facts in diff.tensors} for diff in diffs]
     common = [facts for facts in diffs[0].tensors if all(facts.name in other for other in shapes)]
@@ -149,16 +144,7 @@ def _readings(facts: TensorFacts, base: Checkpoint | None) -> int:
 
 
 class _Counting:
-    """What is counted of every tensor, on threads.
-
-    Parameters
-    ----------
-    runs : sequence of RunFile
-    base : Checkpoint, optional
-        For the baseline by magnitude, with the norms that the first run measured of it.
-    known : mapping of str to KnownNorm
-    shards : OpenShards
-    """
+    """Counts every tensor, on threads; by magnitude too, if there is a base, of which the first run knows norms."""
 
     def __init__(
         self, runs: Sequence[RunFile], base: Checkpoint | None, known: Mapping[str, KnownNorm], shards: OpenShards

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from ckptdiff.figures.members import LABEL_KEYS, members_of
 from ckptdiff.figures.result import TensorFacts
 
-__all__ = ["OVERLAP_FIGURES", "Overlap", "PairCounts"]
-
 _BASELINES = ("independent", "stratified", "conditional")
 OVERLAP_FIGURES = tuple(
     f"{figure}{suffix}" for figure in ("o1", "o2", "jaccard") for suffix in ("", *(f"_{b}" for b in _BASELINES))

@@ -10,8 +10,6 @@ from ckptdiff.figures.result import Diff
 from ckptdiff.report.rows import View, flat_columns, flatten, rows
 from ckptdiff.report.text import safe
 
-__all__ = ["write"]
-
 
 def write(diff: Diff, stream: TextIO, view: View) -> None:
     r"""Write a header and the rows; an undefined figure is an empty cell, a float has all its digits.

@@ -15,11 +15,9 @@ import numpy as np
 
 from ckptdiff.events import Event, Finished, Started, TensorsDone
 from ckptdiff.figures.result import Diff
-from ckptdiff.report.document import aggregates, facts
-from ckptdiff.report.json_text import dumps
+from ckptdiff.report.as_json import aggregates, facts
 from ckptdiff.report.rows import View, rows
-
-__all__ = ["NdjsonStream", "lines", "streams", "write"]
+from ckptdiff.report.text import dumps
 
 
 def write(diff: Diff, stream: TextIO, view: View) -> None:
@@ -44,12 +42,8 @@ def streams(view: View) -> bool:
 class NdjsonStream:
     """Writes the lines of a run as its events come.
 
-    Parameters
-    ----------
-    stream : TextIO
-        Flushed after each batch of lines, so that the next program in the pipe sees them at once.
-    every : float
-        Seconds between two batches, at least: the figures of many tensors cost little more than those of one.
+    The stream is flushed after each batch of lines, so that the next program in the pipe sees them at once. Between two
+    batches lie some seconds at least: the figures of many tensors cost little more than those of one.
     """
 
     def __init__(self, stream: TextIO, every: float = 0.05) -> None:

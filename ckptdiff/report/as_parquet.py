@@ -9,11 +9,9 @@ from ckptdiff.errors import OptionError
 from ckptdiff.figures.catalogue import FIGURES, flat_keys
 from ckptdiff.figures.result import Diff
 from ckptdiff.figures.spectral import SPECTRAL_KEYS
-from ckptdiff.report.document import facts
-from ckptdiff.report.json_text import dumps
+from ckptdiff.report.as_json import facts
 from ckptdiff.report.rows import SPECTRAL, View, flat_columns, flatten, rows
-
-__all__ = ["require_pyarrow", "write"]
+from ckptdiff.report.text import dumps
 
 _INTEGERS = {"layer", "tensors", "numel", f"{SPECTRAL}_matrices", f"{SPECTRAL}_rank"}
 _COUNTED = {flat for figure in FIGURES if figure.unit == "count" for _, flat in flat_keys(figure)}
@@ -23,13 +21,7 @@ _FIGURES = {flat for figure in FIGURES for _, flat in flat_keys(figure)} | {
 
 
 def require_pyarrow() -> None:
-    """Check that pyarrow is installed, before a long run rather than after it.
-
-    Raises
-    ------
-    OptionError
-        If it is not.
-    """
+    """Raise an OptionError if pyarrow is missing, before a long run rather than after it."""
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
@@ -40,13 +32,7 @@ def require_pyarrow() -> None:
 
 
 def write(diff: Diff, stream: TextIO, view: View) -> None:
-    """Write a Parquet file to the stream's bytes; the facts of the run are JSON in the metadata key "ckptdiff".
-
-    Raises
-    ------
-    OptionError
-        If pyarrow is not installed.
-    """
+    """Write a Parquet file to the stream's bytes; the facts of the run are JSON in the metadata key "ckptdiff"."""
     require_pyarrow()
     import pyarrow as pa
     import pyarrow.parquet as pq

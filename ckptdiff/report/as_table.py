@@ -11,14 +11,11 @@ import numpy as np
 from ckptdiff.figures.catalogue import parameter_key
 from ckptdiff.figures.members import GroupBy
 from ckptdiff.figures.result import Diff
-from ckptdiff.report.legend import legend_lines
 from ckptdiff.report.rows import View, labels, rows
-from ckptdiff.report.screen import Column, Screen, bar, screen_of, table_lines
+from ckptdiff.report.screen import Column, Screen, bar, legend_lines, screen_of, table_lines
 from ckptdiff.report.spectra_section import spectra_section
 from ckptdiff.report.summary import summary
 from ckptdiff.report.text import number, percent, quantity, shape_text
-
-__all__ = ["table", "write"]
 
 _EPS = parameter_key(1e-5)
 _RHO = parameter_key(0.1)
@@ -112,7 +109,8 @@ def _columns(members: Sequence[Mapping[str, Any]], by: GroupBy, screen: Screen) 
         ]
     else:
         columns.append(Column("tensors", cells(number, "tensors"), rank=4))
-    columns += [
+    return [
+        *columns,
         Column("values", cells(quantity, "numel"), rank=3),
         Column("unchanged", cells(percent, "unchanged_bitwise")),
         Column("as stored", _unless_empty(cells(percent, "unchanged_stored")), rank=5),
@@ -126,7 +124,6 @@ def _columns(members: Sequence[Mapping[str, Any]], by: GroupBy, screen: Screen) 
         Column("max |d|", cells(number, "max_abs"), rank=7),
         Column("in mask", _unless_empty([percent(_of(row["changed"], row["numel"])) for row in members]), rank=7),
     ]
-    return columns
 
 
 def _of(part: float | None, whole: float) -> float | None:

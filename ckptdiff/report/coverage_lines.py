@@ -64,7 +64,7 @@ def _other_layouts(diff: Diff) -> Iterator[str]:
             yield f"{safe(facts.name)}: {facts.rows.compared:,} rows compared, {', '.join(more)}"
         if facts.untied:
             storing, tying = SIDES if facts.compared_of("base") else SIDES[::-1]
-            yield f"{safe(facts.name)} is untied: in {storing} a head, compared with the embedding that is one in {tying}"
+            yield f"{safe(facts.name)} is untied: a head in {storing}, compared with what {tying} ties it to"
 
 
 def _left_out(diff: Diff, side: Side) -> Iterator[str]:

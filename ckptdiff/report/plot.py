@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from ckptdiff.report.screen import Screen
 from ckptdiff.report.text import percent
 
-__all__ = ["decay_lines", "plot_lines"]
-
 _WIDTH = 64
 _HEIGHT = 10
 _STYLES = ("cyan", "yellow", "magenta")
@@ -24,18 +22,9 @@ _DECAY_LABEL = 8
 
 
 def plot_lines(series: Mapping[str, Sequence[float]], screen: Screen) -> list[str]:
-    """Draw series of shares over their index, from zero to the largest.
+    """Draw series of shares over their index, from zero to the largest; no lines if there is nothing but zeros.
 
-    Parameters
-    ----------
-    series : mapping of str to sequence of float
-        At most three, of equal length; where two meet, the first is seen.
-    screen : Screen
-
-    Returns
-    -------
-    list of str
-        No lines if there is nothing but zeros.
+    There are at most three, of equal length; where two meet, the first is seen.
     """
     top = max((value for values in series.values() for value in values), default=0.0)
     if not top > 0.0:
@@ -61,11 +50,7 @@ def plot_lines(series: Mapping[str, Sequence[float]], screen: Screen) -> list[st
 def decay_lines(values: Mapping[str, NDArray[np.float64]], screen: Screen) -> list[str]:
     """Draw s_i / s_1 of the update of a matrix and of its base over i, both axes logarithmic.
 
-    Parameters
-    ----------
-    values : mapping of str to float64 array
-        "delta" and "base", largest first, shape (n,), without NaN; zeros are not drawn.
-    screen : Screen
+    The values of "delta" and "base" come largest first, shape (n,), without NaN; zeros are not drawn.
     """
     curves = {}
     for key in ("base", "delta"):

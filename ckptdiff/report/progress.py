@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from ckptdiff.events import Event, Note, StageBegun, StageProgress
@@ -16,13 +15,8 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
-__all__ = ["ProgressDisplay"]
-
-_FIRST_BAR = 0.4
-"""Seconds until the bar appears: a shorter run needs none, and rich takes a tenth of a second to import."""
 _FIRST_LINE = 5.0
 """Seconds until the first plain line, and between two of them."""
-_PER_SECOND = 8
 _SHORTEST, _LONGEST = 6, 40
 """Characters of the bar."""
 _BASIS = 1.0
@@ -79,19 +73,13 @@ class _Row:
 class ProgressDisplay:
     """A row for each stage on a terminal, a plain line every few seconds elsewhere; and the notes of the engine.
 
-    Use it as a context manager around the run, so that the terminal is tidy whatever happens.
+    Use it as a context manager around the run, so that the terminal is tidy whatever happens. Its stream is stderr, as
+    a rule: nothing is ever written to stdout.
 
-    Parameters
-    ----------
-    stream : TextIO
-        Usually stderr. Nothing is ever written to stdout.
-    progress : bool
-        Whether to show progress at all.
-    warnings, infos : bool
-        Which notes to print.
-    repeated : bool
-        Whether the report that follows the run prints its warnings too. Then a short run prints them only there;
-        one that lasts, or fails, prints them as they come.
+    With `repeated`, the report that follows the run prints its warnings too. Then a short run prints them only there;
+    one that lasts, or fails, prints them as they come.
+
+    A bar appears after `first_bar` seconds: a shorter run needs none, and rich takes a tenth of a second to import.
     """
 
     def __init__(
@@ -102,10 +90,11 @@ class ProgressDisplay:
         warnings: bool = True,
         infos: bool = False,
         repeated: bool = False,
+        first_bar: float = 0.4,
+        per_second: float = 8,
     ) -> None:
-        self._stream = stream
-        self._progress = progress
-        self._warnings, self._infos = warnings, infos
+        self._stream, self._progress, self._warnings, self._infos = stream, progress, warnings, infos
+        self._first_bar, self._pause = first_bar, 1 / per_second
         self._terminal = stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
         self._held: list[str] | None = [] if repeated else None
         self._rows: list[_Row] = []
@@ -115,12 +104,7 @@ class ProgressDisplay:
     def __enter__(self) -> ProgressDisplay:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         live, self._live = self._live, None
         if live is not None:
             live.stop()
@@ -139,7 +123,7 @@ class ProgressDisplay:
         elif isinstance(event, StageProgress):
             now, row = time.monotonic(), self._rows[-1]
             row.take(event, now)
-            if now - row.since >= _FIRST_BAR:
+            if now - row.since >= self._first_bar:
                 self._print_held()
             self._show(now)
 
@@ -162,17 +146,19 @@ class ProgressDisplay:
                 self._shown, row.printed = now, True
                 what = [safe(row.latest.what)] if row.latest.what and row.ended is None else []
                 self._print(f"ckptdiff: {row.begun.stage}: {', '.join([*row.facts(now), *what])}")
-        elif at_once or (now - row.since >= _FIRST_BAR if self._live is None else passed >= 1 / _PER_SECOND):
+        elif at_once or (now - row.since >= self._first_bar if self._live is None else passed >= self._pause):
             self._shown = now
             self._draw(now)
 
     def _draw(self, now: float) -> None:
         if self._live is None:
+            from rich.console import Console
             from rich.live import Live
 
             # Drawn by hand at each event: a refresh thread would take the GIL from the workers. What else is written to
             # stdout is no concern of ours.
-            self._live = Live(console=_console(self._stream), auto_refresh=False, transient=True, redirect_stdout=False)
+            console = Console(file=self._stream, highlight=False, markup=False)
+            self._live = Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False)
             self._live.start()
         self._live.update(self._text(now, self._live.console), refresh=True)
 
@@ -215,9 +201,3 @@ def _fitted(facts: list[str], room: int) -> str:
     while len(facts) > 1 and len("  ".join(facts)) > room:
         facts = facts[:-1]
     return "  ".join(facts)
-
-
-def _console(stream: TextIO) -> Console:
-    from rich.console import Console
-
-    return Console(file=stream, highlight=False, markup=False)

@@ -14,20 +14,6 @@ from ckptdiff.figures.result import Diff, TensorFacts
 from ckptdiff.figures.spectral import SPECTRAL_FIGURES, SPECTRAL_KEYS, spectral_keys
 from ckptdiff.report.text import safe
 
-__all__ = [
-    "LABELS",
-    "LIST_KEYS",
-    "SPECTRAL",
-    "SPECTRAL_FACTS",
-    "View",
-    "figure_paths",
-    "flat_columns",
-    "flatten",
-    "labels",
-    "rows",
-    "tensor_row",
-]
-
 Row = dict[str, Any]
 
 LIST_KEYS: Mapping[GroupBy, str] = {
@@ -60,30 +46,17 @@ _DIRECTIONS = ("asc", "desc")
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Which rows of a diff to print, and in which order.
-
-    Attributes
-    ----------
-    by : grouping, optional
-        None stands for what the format prints by itself.
-    sort : str, optional
-        A label, a count or a figure ("rel_norm", "unchanged_abs.1e-05"), optionally with ``:asc`` or ``:desc``.
-        Figures and counts go from large to small and labels from small to large; undefined values come last.
-    top : int, optional
-        How many rows to keep.
-    run_file : str, optional
-        Where the masks are, for the table to say so.
-
-    Raises
-    ------
-    OptionError
-        If `sort` is no key of the rows or `top` is not positive.
-    """
+    """Which rows of a diff to print, and in which order; one that cannot be is refused with an OptionError."""
 
     by: GroupBy | None = None
+    """None stands for what the format prints by itself."""
     sort: str | None = None
+    """A label, a count or a figure ("rel_norm", "unchanged_abs.1e-05"), optionally with ``:asc`` or ``:desc``. Figures
+    and counts go from large to small and labels from small to large; undefined values come last."""
     top: int | None = None
+    """How many rows to keep."""
     run_file: str | None = None
+    """Where the masks are, for the table to say so."""
 
     def __post_init__(self) -> None:
         if self.top is not None and self.top < 1:
@@ -171,7 +144,9 @@ def tensor_row(facts: TensorFacts, numel: int, figures: Mapping[str, Any]) -> Ro
 def rows(diff: Diff, view: View) -> list[Row]:
     """The rows of a view, sorted and cut."""
     if view.rows_by == "tensor":
-        return tensor_rows(diff, _chosen_tensors(diff, view))
+        chosen, numel = _chosen_tensors(diff, view), diff.columns["numel"].tolist()
+        figures = diff.of_tensors(chosen)
+        return [tensor_row(diff.tensors[at], numel[at], row) for at, row in zip(chosen, figures, strict=True)]
     members = diff.grouped(view.rows_by)
     if view.sort is not None:
         path, descending = view.sort_path()
@@ -179,18 +154,10 @@ def rows(diff: Diff, view: View) -> list[Row]:
     return members[: view.top]
 
 
-def tensor_rows(diff: Diff, chosen: Sequence[int] | None = None) -> list[Row]:
-    """Every tensor in plan order, or the chosen ones."""
-    chosen = range(len(diff.tensors)) if chosen is None else chosen
-    numel = diff.columns["numel"].tolist()
-    figures = diff.of_tensors(chosen)
-    return [tensor_row(diff.tensors[at], numel[at], row) for at, row in zip(chosen, figures, strict=True)]
-
-
-def _chosen_tensors(diff: Diff, view: View) -> Sequence[int] | None:
+def _chosen_tensors(diff: Diff, view: View) -> Sequence[int]:
     """Which tensors a view shows; only the key they are sorted by is computed for all."""
     if view.sort is None:
-        return None if view.top is None else range(min(view.top, len(diff.tensors)))
+        return range(len(diff.tensors))[: view.top]
     path, descending = view.sort_path()
     if path[0] == SPECTRAL:
         spectral = [math.nan] * len(diff.tensors)
@@ -233,7 +200,7 @@ def flatten(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def labels(members: Sequence[Mapping[str, Any]], by: GroupBy) -> list[str]:
-    """What the members of a grouping are called on the screen."""
+    """Names of the members of a grouping on the screen."""
     if by == "layer":
         towers = {row["tower"] for row in members}
         return [f"{row['tower']} {row['layer']}" if len(towers) > 1 else str(row["layer"]) for row in members]

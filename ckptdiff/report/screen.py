@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import wrap
 from typing import TextIO
@@ -13,30 +13,23 @@ from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
 
-__all__ = ["Column", "Screen", "bar", "folded", "screen_of", "shown_columns", "table_lines"]
-
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _GAP = "  "
 _NARROWEST = 20
+_LEGEND_WIDTH = 110
+"""Characters of a line off-terminal, and at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Screen:
-    """A stream's abilities.
-
-    Attributes
-    ----------
-    width : int, optional
-        Columns of the terminal; None off-terminal, where nothing is wrapped, folded or left out.
-    colors : ColorSystem, optional
-        None prints plain text without a single escape sequence.
-    blocks : bool
-        Whether the encoding has block characters.
-    """
+    """A stream's abilities."""
 
     width: int | None = None
+    """Columns of the terminal; None off-terminal, where nothing is wrapped, folded or left out."""
     colors: ColorSystem | None = None
+    """None prints plain text without a single escape sequence."""
     blocks: bool = True
+    """Whether the encoding has block characters."""
 
     def paint(self, text: str, style: str) -> str:
         """Text in a style, if the stream shows colours."""
@@ -93,26 +86,17 @@ def bar(share: float | None, width: int, screen: Screen) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of a table.
-
-    Attributes
-    ----------
-    title : str
-    cells : sequence of str
-        One per row, safe to print.
-    left : bool
-        Flush left (labels, bars) rather than right (numbers).
-    style : str
-        Style of the cells.
-    rank : int
-        On a terminal that is too narrow, columns of the highest rank are left out first; rank 0 stays.
-    """
+    """One column of a table."""
 
     title: str
     cells: Sequence[str]
+    """One per row, safe to print."""
     left: bool = False
+    """Flush left (labels, bars) rather than right (numbers)."""
     style: str = ""
+    """Style of the cells."""
     rank: int = 0
+    """On a terminal that is too narrow, columns of the highest rank are left out first; rank 0 stays."""
 
     @property
     def width(self) -> int:
@@ -170,3 +154,18 @@ def _fold(text: str, width: int) -> list[str]:
         part += char
         used += cell_len(char)
     return [*parts, part] if part else [text]
+
+
+def legend_lines(meanings: Mapping[str, str], tables: Sequence[Sequence[Column]], screen: Screen) -> list[str]:
+    """Lay out what stands below tables: an empty line and the sentences for the titles that need one, or nothing."""
+    shown = {column.title for columns in tables for column in shown_columns(columns, screen)}
+    filled = dict.fromkeys(column.title for columns in tables for column in columns[1:] if any(column.cells))
+    # A title is not broken: no-break spaces are left alone.
+    sentences = [
+        meaning.replace(title, title.replace(" ", "\xa0")) for title, meaning in meanings.items() if title in shown
+    ]
+    hidden = [title for title in filled if title and title not in shown]
+    if hidden:
+        sentences.append(f"No room for: {', '.join(hidden)}; a pipe shows all.")
+    lines = folded("   ".join(sentences), min(screen.width or _LEGEND_WIDTH, _LEGEND_WIDTH))
+    return ["", *(screen.paint(line, "dim") for line in lines)] if lines else []

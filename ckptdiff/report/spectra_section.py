@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 from ckptdiff.errors import plural
 from ckptdiff.figures.catalogue import parameter_key
 from ckptdiff.figures.result import Diff
 from ckptdiff.figures.spectral import ENERGY_RANKS
-from ckptdiff.report.legend import legend_lines
 from ckptdiff.report.rows import SPECTRAL, View, labels, rows
-from ckptdiff.report.screen import Column, Screen, table_lines
-from ckptdiff.report.text import number, percent, safe
-
-__all__ = ["sparkline", "spectra_section"]
+from ckptdiff.report.screen import Column, Screen, legend_lines, table_lines
+from ckptdiff.report.summary import listed
+from ckptdiff.report.text import number, percent
 
 _RHO = parameter_key(0.1)
 _TAU = parameter_key(1e-5)
 _LEVELS = " ▁▂▃▄▅▆▇█"
-_LISTED = 3
 _MEANINGS = {
     "spectra": "spectra of d: unweighted medians over matrices.",
     "top 16": "top 16: part of its energy in 16 singular values.",
@@ -60,7 +58,7 @@ def _columns(members: list[dict[str, Any]], screen: Screen) -> list[Column]:
         return Column(title, [percent(value) if known else "" for value in values], rank=rank)
 
     exact = any(value is not None for value in cells("numerical_rank", _TAU))
-    columns = [
+    return [
         Column("matrices", [number(value) for value in cells("matrices")], rank=6),
         shares("top 16", cells("topk_energy", "16")),
         shares("more", [value if value and value > 1e-9 else None for value in cells("error_bound")], 5),
@@ -78,7 +76,6 @@ def _columns(members: list[dict[str, Any]], screen: Screen) -> list[Column]:
         shares("low 10 %", [row["low_coverage"][_RHO] for row in members], 5),
         shares("rounding", [row["low_coverage_null"][_RHO] for row in members], 5),
     ]
-    return columns
 
 
 def sparkline(energies: Mapping[str, float | None], screen: Screen) -> str:
@@ -90,9 +87,7 @@ def sparkline(energies: Mapping[str, float | None], screen: Screen) -> str:
         return ""
     shares = [energies[parameter_key(k)] for k in ENERGY_RANKS]
     squares = [shares[0]]
-    for (few, below), (more, above) in zip(
-        zip(ENERGY_RANKS, shares, strict=True), list(zip(ENERGY_RANKS, shares, strict=True))[1:], strict=False
-    ):
+    for (few, below), (more, above) in pairwise(zip(ENERGY_RANKS, shares, strict=True)):
         squares.append(None if above is None or below is None else max(above - below, 0.0) / (more - few))
     if not squares[0]:
         return ""
@@ -107,8 +102,4 @@ def _left_out(diff: Diff) -> list[str]:
     for tensor, reason in zip(diff.tensors, diff.spectra.reasons, strict=True):
         if reason:
             reasons.setdefault(reason, []).append(tensor.name)
-    lines = []
-    for reason, names in reasons.items():
-        more = f", ... {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
-        lines.append(f"{plural(len(names), 'tensor')}: {reason}: {', '.join(map(safe, names[:_LISTED]))}{more}")
-    return lines
+    return [f"{plural(len(names), 'tensor')}: {reason}: {listed(names)}" for reason, names in reasons.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 
 import numpy as np
@@ -14,8 +14,6 @@ from ckptdiff.figures.result import SIDES, Diff
 from ckptdiff.report.coverage_lines import coverage_lines
 from ckptdiff.report.text import number, percent, safe
 
-__all__ = ["side_name", "summary"]
-
 _HEADLINE_EPS = parameter_key(1e-5)
 _HEADLINE_RHO = parameter_key(0.1)
 _LISTED = 3
@@ -24,20 +22,9 @@ _GENERIC = {"model", "models", "model_files", "checkpoint", "weights", "base", "
 
 
 def summary(diff: Diff, run_file: str | None = None, *, overview: bool = True) -> list[str]:
-    """The first block of the table, a few lines of at most 80 characters where names allow.
+    """The first block of the table, a few lines of at most 80 characters where names allow, safe to print.
 
-    Parameters
-    ----------
-    diff : Diff
-    run_file : str, optional
-        Where the masks are; None if there is no run file.
-    overview : bool
-        Whether the tables of the overview follow: then the next command shows what they do not.
-
-    Returns
-    -------
-    list of str
-        Lines without newline, safe to print.
+    Where the tables of the overview follow, the next command shows what they do not.
     """
     return [
         *coverage_lines(diff),
@@ -131,10 +118,7 @@ def _changes(diff: Diff) -> Iterator[str]:
         equal, within = percent(median["unchanged_bitwise"]), percent(median["unchanged_abs"][_HEADLINE_EPS])
         update = percent(median["rel_norm"])
         yield f"median of changed matrices: unchanged {equal}, |d| <= 1e-5 {within}, update {update}"
-    low, null = figures["low_coverage"][_HEADLINE_RHO], figures["low_coverage_null"][_HEADLINE_RHO]
-    if low is not None:
-        rounding = f"rounding {percent(null)}, " if null is not None else ""
-        yield f"smallest 10 % of weights hold {percent(low)} of changes ({rounding}chance 10 %)"
+    yield from _held("smallest", figures["low_coverage"], figures["low_coverage_null"])
     yield from _spectra(diff)
     for key, side in (("nonfinite_base", "base"), ("nonfinite_tuned", "tuned")):
         if figures[key]:
@@ -148,10 +132,14 @@ def _spectra(diff: Diff) -> Iterator[str]:
     matrices, top = plural(found["matrices"], "matrix", "matrices"), percent(found["topk_energy"]["16"])
     rank = number(found["stable_rank"])
     yield f"spectra of {matrices} ({found['method']}): top 16 hold {top}, stable rank {rank}"
-    covered, null = found["principal_coverage"][_HEADLINE_RHO], found["principal_coverage_null"][_HEADLINE_RHO]
-    if covered is not None:
-        rounding = f"rounding {percent(null)}, " if null is not None else ""
-        yield f"principal 10 % of weights hold {percent(covered)} of changes ({rounding}chance 10 %)"
+    yield from _held("principal", found["principal_coverage"], found["principal_coverage_null"])
+
+
+def _held(which: str, covered: Mapping[str, float | None], null: Mapping[str, float | None]) -> Iterator[str]:
+    """Say which part of the changes is on some weights, if any is defined."""
+    if covered[_HEADLINE_RHO] is not None:
+        rounding = f"rounding {percent(null[_HEADLINE_RHO])}, " if null[_HEADLINE_RHO] is not None else ""
+        yield f"{which} 10 % of weights hold {percent(covered[_HEADLINE_RHO])} of changes ({rounding}chance 10 %)"
 
 
 def _as_stored(diff: Diff) -> str:
@@ -181,8 +169,13 @@ def _tied(diff: Diff) -> Iterator[str]:
 
 def _named(names: tuple[str, ...], where: str) -> Iterator[str]:
     if names:
-        rest = f", ... {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
-        yield f"{plural(len(names), 'tensor')} {where}: {', '.join(map(safe, names[:_LISTED]))}{rest}"
+        yield f"{plural(len(names), 'tensor')} {where}: {listed(names)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names, safe to print, and how many more there are."""
+    rest = f", ... {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
+    return ", ".join(map(safe, names[:_LISTED])) + rest
 
 
 def _next(diff: Diff, run_file: str | None, overview: bool) -> Iterator[str]:

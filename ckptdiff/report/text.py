@@ -1,20 +1,10 @@
-"""Spell names and numbers for a screen. Standard library only."""
+"""Spell names and numbers for a screen, and JSON for every parser. Standard library only."""
 
 from __future__ import annotations
 
 import math
-
-__all__ = [
-    "NOT_AVAILABLE",
-    "binary_size",
-    "duration",
-    "number",
-    "percent",
-    "quantity",
-    "safe",
-    "shape_text",
-    "size",
-]
+from collections.abc import Mapping
+from typing import Any
 
 NOT_AVAILABLE = "n/a"
 """What stands for a figure that is undefined."""
@@ -109,3 +99,23 @@ def duration(seconds: float) -> str:
 def shape_text(shape: tuple[int, ...]) -> str:
     """Spell a shape: "512x64", "7", "scalar"."""
     return "x".join(map(str, shape)) or "scalar"
+
+
+def dumps(value: Any) -> str:
+    """JSON text on one line, strictly valid and in ASCII: NaN and infinities become null."""
+    import json  # every start of the program comes by this module, few print JSON
+
+    try:
+        return json.dumps(value, allow_nan=False, separators=(", ", ": "))
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -14,8 +14,6 @@ from ckptdiff.retrain.kernels.masked_steps import adamw_step
 from ckptdiff.retrain.optimizer import MaskedOptimizer
 from ckptdiff.retrain.packed import PackedMask
 
-__all__ = ["MaskedAdamW"]
-
 
 class MaskedAdamW(MaskedOptimizer):
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101) that trains the masked coordinates and leaves all others alone.

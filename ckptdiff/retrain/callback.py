@@ -12,8 +12,6 @@ from ckptdiff.retrain.freezing import Freezing, freeze_outside
 from ckptdiff.retrain.load import load_masks
 from ckptdiff.retrain.parameters import ParameterMasks
 
-__all__ = ["MaskCallback"]
-
 
 class MaskCallback(TrainerCallback):  # type: ignore[misc]
     """Train the masked coordinates of a run file, and keep every bit of the others.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from torch import Tensor
 from ckptdiff.errors import MaskError
 from ckptdiff.retrain.packed import PackedMask, require_fit
 from ckptdiff.retrain.refusals import require_dense
-
-__all__ = ["Freezing", "freeze_outside", "mask_gradients"]
 
 
 class Freezing:
@@ -39,9 +36,7 @@ class Freezing:
     def __enter__(self) -> Freezing:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
 
@@ -158,7 +153,7 @@ def freeze_outside(optimizer: torch.optim.Optimizer, masks: Mapping[Any, PackedM
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Outside:
-    """What of a parameter is frozen: some coordinates, or None for all."""
+    """The frozen part of a parameter: some coordinates, or None for all."""
 
     coordinates: Tensor | None
     name: str | None

@@ -18,8 +18,6 @@ from ckptdiff.retrain.parameters import MatchReport, ParameterMasks
 from ckptdiff.runfile.mask import Mask
 from ckptdiff.runfile.reader import RunFile
 
-__all__ = ["load_masks"]
-
 # PEFT moves the layer it adapts one level down, and keeps a trainable copy of modules it saves.
 _PEFT = re.compile(r"\.base_layer(?=\.)|\.modules_to_save\.[^.]+(?=\.)")
 _PEFT_ORIGINAL = re.compile(r"\.original_module\.")
@@ -105,7 +103,7 @@ def load_masks(
 
 @dataclass(frozen=True, slots=True)
 class _Matches:
-    """What a model has of the masked tensors, by their names in the run file."""
+    """Parameters and buffers of a model that have a mask, by their names in the run file."""
 
     copies: dict[str, Copies]
     buffers: tuple[str, ...]

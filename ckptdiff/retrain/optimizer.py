@@ -21,8 +21,6 @@ from ckptdiff.retrain.refusals import require_dense, require_known, require_unmo
 from ckptdiff.retrain.step_threads import run_all
 from ckptdiff.retrain.support import IndexSupport, Support, TileSupport, flat_view, support_of
 
-__all__ = ["MaskedOptimizer"]
-
 _Tiles: TypeAlias = tuple[Tensor, TileSupport, dict[str, Any], bool]
 """A parameter of the compiled kernels, its group, and whether a slot of its state is new."""
 _NARROW = (torch.bfloat16, torch.float16)

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from ckptdiff.errors import MaskError
 from ckptdiff.runfile.schema import BIT_ORDER, packed_bytes
 
-__all__ = ["PackedMask", "require_fit"]
-
 _BLOCK = 1 << 20
 
 
@@ -115,21 +113,9 @@ class PackedMask:
 
 
 def require_fit(mask: object, shape: tuple[int, ...], name: str | None) -> PackedMask:
-    """The mask of a parameter, if it is one.
+    """The mask of a parameter of this shape, and of this name if it is known.
 
-    Parameters
-    ----------
-    mask : object
-        What a mapping of masks holds.
-    shape : tuple of int
-        Shape of the parameter.
-    name : str or None
-        Its name, if it is known.
-
-    Raises
-    ------
-    MaskError
-        Another type than PackedMask, or another shape.
+    Raises MaskError if it is no PackedMask, or one of another shape.
     """
     if not isinstance(mask, PackedMask):
         raise MaskError(

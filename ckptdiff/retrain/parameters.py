@@ -14,8 +14,6 @@ from ckptdiff.checkpoint.globs import names_of
 from ckptdiff.errors import MaskError, first_few, plural
 from ckptdiff.retrain.packed import PackedMask, require_fit
 
-__all__ = ["MatchReport", "ParameterMasks"]
-
 _SHOWN = 5
 
 

@@ -10,20 +10,12 @@ from torch import Tensor
 from ckptdiff.errors import MaskError, OptionError
 from ckptdiff.retrain.support import Support, TileSupport, is_compiled
 
-__all__ = ["require_dense", "require_known", "require_unmoved"]
-
 _OTHERS = ("maximize", "amsgrad", "nesterov", "differentiable")
 """Options of torch's own optimizers that would change a step, and that a group may bring along."""
 
 
 def require_dense(gradient: Tensor, name: str | None) -> None:
-    """Refuse a sparse gradient.
-
-    Raises
-    ------
-    MaskError
-        It is one.
-    """
+    """Raise a MaskError for a sparse gradient."""
     if gradient.is_sparse:
         raise MaskError(
             "masks need dense gradients",
@@ -35,13 +27,7 @@ def require_dense(gradient: Tensor, name: str | None) -> None:
 
 
 def require_known(group: Mapping[str, Any], options: Container[str]) -> None:
-    """Refuse a group of parameters with an option that would change a step and is none of `options`.
-
-    Raises
-    ------
-    OptionError
-        It has one.
-    """
+    """Raise an OptionError for a group with an option that would change a step and is none of `options`."""
     for option in _OTHERS:
         if group.get(option) and option not in options:
             raise OptionError(
@@ -53,14 +39,9 @@ def require_known(group: Mapping[str, Any], options: Container[str]) -> None:
 
 
 def require_unmoved(parameter: Tensor, support: Support, shape: tuple[int, ...], name: str | None) -> None:
-    """Refuse a parameter that is not as it was when its optimizer was made.
+    """Raise a MaskError for a parameter that is not as it was when its optimizer was made.
 
     The kernels go by the mask, and would write beyond the end of what has become smaller.
-
-    Raises
-    ------
-    MaskError
-        Another shape, or no longer contiguous and in main memory where compiled kernels go.
     """
     compiled = isinstance(support, TileSupport)
     if tuple(parameter.shape) != shape or (compiled and not is_compiled(parameter)):

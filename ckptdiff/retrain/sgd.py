@@ -13,8 +13,6 @@ from ckptdiff.retrain.kernels.masked_steps import sgd_step
 from ckptdiff.retrain.optimizer import MaskedOptimizer
 from ckptdiff.retrain.packed import PackedMask
 
-__all__ = ["MaskedSGD"]
-
 
 class MaskedSGD(MaskedOptimizer):
     """SGD, with or without momentum, that trains the masked coordinates and leaves all others alone.

@@ -11,28 +11,17 @@ from threading import Lock
 
 import torch
 
-__all__ = ["run_all"]
-
 _MOST_AT_ONCE = 8
 """So few that making them does not keep another thread waiting for long."""
 
 
 def run_all(work: Iterable[Callable[[], object]], most: int) -> None:
-    """Run every piece of work, in any order; this thread takes part.
+    """Run every piece of work, in any order; this thread takes part, and there are no more threads than pieces.
 
-    Pieces are made as they are taken, by one thread at a time, while others run theirs: several at a time, since each
-    change of threads costs about what a small piece does, and fewer towards the end, so that all threads end together.
-
-    Parameters
-    ----------
-    work : iterable of callable
-    most : int
-        How many pieces there are: no more threads are woken.
-
-    Raises
-    ------
-    BaseException
-        What a piece raised, or the making of one, when all threads are done.
+    Pieces, of which there are at most `most`, are made as they are taken, by one thread at a time, while others run
+    theirs: several at a time, since each change of threads costs about what a small piece does, and fewer towards the
+    end, so that all threads end together. What a piece raised, or the making of one, is raised when all threads are
+    done.
     """
     waiting, lock = iter(work), Lock()
     threads = max(min(torch.get_num_threads(), most), 1)

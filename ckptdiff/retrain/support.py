@@ -14,8 +14,6 @@ from torch import Tensor
 from ckptdiff.retrain.packed import PackedMask
 from ckptdiff.runfile.schema import BIT_ORDER
 
-__all__ = ["IndexSupport", "Support", "TileSupport", "flat_view", "is_compiled", "support_of"]
-
 SUPPORT_TILE = 1 << 16
 _SPAN = 32
 """Tiles in one piece of work: 2 Mi coordinates."""
@@ -24,18 +22,12 @@ _BLOCK_BYTES = 1 << 17
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TileSupport:
-    """For the compiled kernels: two bytes per masked coordinate.
-
-    Attributes
-    ----------
-    positions : uint16 array, shape (count,)
-        Positions within tiles of 2^16 coordinates, ascending.
-    starts : int64 array, shape (tiles + 1,)
-        Where each tile begins in `positions`.
-    """
+    """For the compiled kernels: two bytes per masked coordinate."""
 
     positions: NDArray[np.uint16]
+    """Positions within tiles of 2^16 coordinates, ascending; shape (count,)."""
     starts: NDArray[np.int64]
+    """Where each tile begins in `positions`; shape (tiles + 1,)."""
 
     @property
     def count(self) -> int:

@@ -292,7 +292,7 @@ def _count_scores() -> None:
 
 
 def _decode(stored: Format, compare: Format) -> None:
-    from ckptdiff.spectra.decode import decode
+    from ckptdiff.spectra.panels import decode
 
     codes = np.zeros(stored.bits // 8, np.uint8)
     codes.flags.writeable = False

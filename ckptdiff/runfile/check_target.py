@@ -13,8 +13,6 @@ from ckptdiff.errors import RunFileError
 from ckptdiff.runfile.schema import FORMAT
 from ckptdiff.runfile.typed import text_of
 
-__all__ = ["TRACK_FORMAT", "check_folder", "check_new", "check_target"]
-
 TRACK_FORMAT = "ckptdiff-track"
 _KINDS = {FORMAT: "ckptdiff run file", TRACK_FORMAT: "ckptdiff track file"}
 
@@ -67,26 +65,14 @@ def check_target(target: Path, inputs: Iterable[tuple[str | os.PathLike[str], in
 
 
 def check_folder(target: Path) -> None:
-    """Refuse a target whose folder is missing, not a folder, or not writable.
-
-    Raises
-    ------
-    RunFileError
-        As said, or if the target itself is a directory.
-    """
+    """Raise RunFileError for a target that is a folder, or whose folder is missing, not one, or not writable."""
     _check_parent(target)
     if target.is_dir():
         raise RunFileError("the output is a directory", file=target, expected="a file name", found="a directory")
 
 
 def check_new(target: Path) -> None:
-    """Refuse a target that exists, whatever it is, or whose folder is missing, not a folder, or not writable.
-
-    Raises
-    ------
-    RunFileError
-        As said.
-    """
+    """Raise RunFileError for a target that exists, or whose folder is missing, not a folder, or not writable."""
     _check_parent(target)
     try:
         target.lstat()

@@ -9,9 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.deflate.deflate import Deflated, deflate_parts
-from ckptdiff.runfile.schema import MASK_CHUNK
-
-__all__ = ["DEFLATED", "MASK_CHUNK", "RAW", "compress_chunk", "compress_parts"]
 
 DEFLATED = 0
 """Filter mask of a chunk that went through deflate."""

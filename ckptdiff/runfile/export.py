@@ -25,8 +25,6 @@ from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import METADATA, Entry, is_safetensors_of, write_safetensors
 from ckptdiff.runfile.schema import BIT_ORDER, escape_name, mask_chunks, packed_bytes
 
-__all__ = ["EXPORT_FORMAT", "Layout", "chosen_masks", "export_masks"]
-
 Layout: TypeAlias = Literal["bool", "packed", "flat", "coo"]
 
 EXPORT_FORMAT = "ckptdiff-masks"
@@ -109,17 +107,8 @@ def export_masks(
 def chosen_masks(run: RunFile, names: Sequence[str]) -> list[str]:
     """Names of the masks that names and globs ask for; all of them if there are none.
 
-    Parameters
-    ----------
-    run : RunFile
-    names : sequence of str
-
-    Raises
-    ------
-    OptionError
-        A name that no mask has, or a single string for several.
-    RunFileError
-        The run holds no masks.
+    Raises OptionError for a name that no mask has or a single string for several, and RunFileError if the run holds no
+    masks.
     """
     run.require_masks()
     names = as_tuple("names", names)
@@ -156,7 +145,7 @@ def _readings(mask: Mask, layout: Layout) -> int:
 
 
 def _pieces(mask: Mask, layout: Layout) -> Iterator[NDArray[Any]]:
-    """What is stored of each chunk of a mask, at each reading."""
+    """Yield what is stored of each chunk of a mask, at each reading."""
     if layout == "flat":
         yield from mask.iter_flat()
         return

@@ -12,8 +12,6 @@ import numpy as np
 from ckptdiff.measure.histograms import HistogramRows, log2_floor, ulp_floor
 from ckptdiff.runfile.schema import HISTOGRAMS
 
-__all__ = ["HistogramTable"]
-
 _ROWS = 64
 _WAITING = 8
 """Chunks of each dataset that may wait to be compressed, 4 MB in all: the thread that does it has no core to itself."""
@@ -21,13 +19,7 @@ _LEVEL = 1
 
 
 class HistogramTable:
-    """Datasets of one row per tensor that grow by whole chunks of 64 rows.
-
-    Parameters
-    ----------
-    group : h5py.Group
-        The empty group to fill.
-    """
+    """Datasets in an empty group, of one row per tensor, that grow by whole chunks of 64 rows."""
 
     def __init__(self, group: Any) -> None:
         self._rows = HistogramRows.empty(_ROWS)
@@ -70,13 +62,7 @@ class HistogramTable:
                 self._write()
 
     def finish(self, tensors: int) -> None:
-        """Write what is left.
-
-        Raises
-        ------
-        ValueError
-            If there are not as many rows as tensors.
-        """
+        """Write what is left; raises ValueError if there are not as many rows as tensors."""
         rows = self._written + self._held
         if rows != tensors:
             raise ValueError(f"{rows} rows of histograms for {tensors} tensors")
@@ -117,10 +103,9 @@ class HistogramTable:
 
 
 def _deflated(chunks: dict[str, bytes]) -> dict[str, bytes]:
-    return {field: _deflate(rows) for field, rows in chunks.items()}
-
-
-def _deflate(rows: bytes) -> bytes:
-    # Most bins are empty: looking for runs alone is faster than for any repeat, and finds more at this level.
-    encoder = zlib.compressobj(_LEVEL, strategy=zlib.Z_RLE)
-    return encoder.compress(rows) + encoder.flush()
+    found = {}
+    for field, rows in chunks.items():
+        # Most bins are empty: looking for runs alone is faster than for any repeat, and finds more at this level.
+        encoder = zlib.compressobj(_LEVEL, strategy=zlib.Z_RLE)
+        found[field] = encoder.compress(rows) + encoder.flush()
+    return found

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is the one that a run saw, and whether runs saw the same base.
+"""Tell whether a checkpoint is the one that a run saw, and whether runs saw the same base.
 
 Headers are the same at each step of a training, and a file's name says little: so norms tell as well.
 """
@@ -25,8 +25,6 @@ from ckptdiff.figures.result import Diff, TensorFacts
 from ckptdiff.formats import FORMATS, Format, is_wide, recode_table, round_to_bf16, stored_format
 from ckptdiff.runfile.reader import RunFile
 
-__all__ = ["KnownNorm", "checked_blocks", "known_norms", "open_side", "require_same_base"]
-
 _HEADERS = "header_sha256", "size"
 _FILES = *_HEADERS, "mtime_ns"
 """What tells that a shard has not been modified."""
@@ -37,20 +35,10 @@ _ROUNDED = 2.0**-22
 
 
 def open_side(run: RunFile, side: str, path: str | os.PathLike[str] | None = None) -> Checkpoint:
-    """Open the base or the tuned checkpoint of a run.
+    """Open the base or the tuned checkpoint of a run, by default where the run found it.
 
-    Parameters
-    ----------
-    run : RunFile
-    side : {"base", "tuned"}
-    path : path-like, optional
-        Where it is now; by default where the run found it.
-
-    Raises
-    ------
-    CheckpointError
-        It cannot be read, or is not what the run compared: another number of shards, or one of another size or header.
-        At its old place a shard must not have been modified either.
+    Raises CheckpointError if it cannot be read, or is not what the run compared: another number of shards, or one of
+    another size or header. At its old place a shard must not have been modified either.
     """
     known: dict[str, Any] = run.provenance[side]
     try:
@@ -74,28 +62,19 @@ def open_side(run: RunFile, side: str, path: str | os.PathLike[str] | None = Non
 
 @dataclass(frozen=True, slots=True)
 class KnownNorm:
-    """What a run knows of a tensor of one side.
-
-    Attributes
-    ----------
-    side : str
-        "base" or "tuned".
-    compare : str
-        Format that the values were cast to before their norm was taken.
-    square : float
-        The square of that norm; NaN if the run does not know it, because of NaN or Inf on either side.
-    tolerance : float
-        By how much the square of equal values may differ from it.
-    """
+    """Norm of a tensor of one side, as a run has measured it."""
 
     side: Literal["base", "tuned"]
     compare: str
+    """Format that the values were cast to before their norm was taken."""
     square: float
+    """The square of that norm; NaN if the run does not know it, because of NaN or Inf on either side."""
     tolerance: float
+    """By how much the square of equal values may differ from it."""
 
 
 def known_norms(diff: Diff, side: Literal["base", "tuned"]) -> dict[str, KnownNorm]:
-    """What a run knows of a side, by the base's names of its tensors."""
+    """Norms of the tensors of a side, by their names in the base."""
     columns = diff.columns
     with np.errstate(over="ignore", invalid="ignore"):
         base, delta = columns["base_norm"], columns["delta_norm"]
@@ -113,10 +92,7 @@ def known_norms(diff: Diff, side: Literal["base", "tuned"]) -> dict[str, KnownNo
 def checked_blocks(shards: OpenShards, tensor: Weight, known: KnownNorm | None) -> Iterator[NDArray[np.uint8]]:
     """Stored bytes as `blocks_of` yields them, and a look at the norm, unless `known` is None.
 
-    Raises
-    ------
-    CheckpointError
-        After the last block, if the tensor has another norm than the run has measured.
+    Raises CheckpointError after the last block, if the tensor has another norm than the run has measured.
     """
     if known is None or not math.isfinite(known.square + known.tolerance):
         yield from blocks_of(shards, tensor)
@@ -159,18 +135,9 @@ def _cast(dtype: str, stored: NDArray[np.uint8], compare: Format) -> NDArray[np.
 def require_same_base(runs: Sequence[RunFile], diffs: Sequence[Diff], force: bool) -> list[str]:
     """Compare the bases of runs by the norms of their tensors, since a file's name and time say little.
 
-    Returns
-    -------
-    list of str
-        Warnings: other bases that were forced, rules or casts that differ.
-
-    Raises
-    ------
-    MaskError
-        Two runs have different bases, or compare different dtypes of it that nothing else shows to be the same, and
-        `force` is not set.
-    RunFileError
-        A run without masks.
+    The warnings it returns tell of other bases that were forced, and of rules or casts that differ. Raises MaskError if
+    two runs have different bases, or compare different dtypes of it that nothing else shows to be the same, unless that
+    is forced, and RunFileError for a run without masks.
     """
     warnings: list[str] = []
     for run in runs:
@@ -192,25 +159,25 @@ def require_same_base(runs: Sequence[RunFile], diffs: Sequence[Diff], force: boo
 
 
 def _other_base(first: Diff, other: Diff) -> MaskError | None:
-    """What says that two runs have different bases, or that nothing says they have the same."""
-    norms = _base_norms(other)
+    """The error that says why two runs have different bases, or why nothing tells that they have the same."""
     of_first, of_other = (sorted(map(itemgetter(*_FILES), diff.base["shards"])) for diff in (first, other))
-    for name, ours in _base_norms(first).items():
-        theirs = norms.get(name, ours)
-        comparable = ours.compare == theirs.compare or (ours.as_stored and theirs.as_stored)
-        known = not math.isnan(ours.norm + theirs.norm)
-        if comparable and known and not math.isclose(ours.norm, theirs.norm, rel_tol=_SAME):
+    norms = [_if_finite(diff, diff.columns["base_norm"]) for diff in (first, other)]
+    known = {facts.name: (facts, norm) for facts, norm in zip(other.tensors, norms[1], strict=True)}
+    for ours, our_norm in zip(first.tensors, norms[0], strict=True):
+        theirs, norm = known.get(ours.name, (ours, our_norm))
+        comparable = ours.compare == theirs.compare or (_is_kept(ours) and _is_kept(theirs))
+        if comparable and not math.isnan(our_norm + norm) and not math.isclose(our_norm, norm, rel_tol=_SAME):
             return MaskError(
                 "the runs do not start from the same base",
-                tensor=name,
-                expected=f"norm {ours.norm!r}, as in the first run",
-                found=f"norm {theirs.norm!r}",
+                tensor=ours.name,
+                expected=f"norm {our_norm!r}, as in the first run",
+                found=f"norm {norm!r}",
             )
         # A cast moves a norm as much as some steps of training do.
         if not comparable and of_first != of_other:
             return MaskError(
                 "the runs compare the base in different dtypes, so that nothing tells whether it is the same",
-                tensor=name,
+                tensor=ours.name,
                 expected=f"{ours.compare}, as in the first run, or the same files with the same times",
                 found=theirs.compare,
                 hint="run ckptdiff diff again with one --compare; --force compares them all the same",
@@ -218,22 +185,8 @@ def _other_base(first: Diff, other: Diff) -> MaskError | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class _BaseNorm:
-    """Norm of a tensor of the base after the cast; NaN where NaN or Inf of either side left coordinates out of it."""
-
-    norm: float
-    compare: str
-    as_stored: bool
-    """Whether the cast changed no value."""
-
-
-def _base_norms(diff: Diff) -> dict[str, _BaseNorm]:
-    norms = zip(diff.tensors, _if_finite(diff, diff.columns["base_norm"]), strict=True)
-    return {facts.name: _BaseNorm(norm, facts.compare, _is_kept(facts)) for facts, norm in norms}
-
-
 def _is_kept(facts: TensorFacts) -> bool:
+    """Whether the cast of the base changed no value."""
     return facts.compare == "bitwise" or not is_wide(stored_format(facts.dtype_base), FORMATS[facts.compare])
 
 

@@ -19,8 +19,6 @@ from ckptdiff.options import MaskRule
 from ckptdiff.runfile.schema import BIT_ORDER, MASK_CHUNK, escape_name, packed_bytes
 from ckptdiff.runfile.typed import shape_of, text_of
 
-__all__ = ["IndexArray", "Mask", "MaskView", "population"]
-
 Guard: TypeAlias = Callable[..., AbstractContextManager[None]]
 IndexArray: TypeAlias = NDArray[np.int32] | NDArray[np.int64]
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import h5py
@@ -31,8 +30,6 @@ from ckptdiff.runfile.tables import (
     texts_of_tensors,
 )
 from ckptdiff.runfile.typed import text_of
-
-__all__ = ["HistogramView", "RunFile"]
 
 _HINT = "ckptdiff diff BASE TUNED -o RUN.h5 makes one"
 
@@ -77,9 +74,7 @@ class RunFile:
     def __enter__(self) -> RunFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

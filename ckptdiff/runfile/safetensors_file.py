@@ -13,29 +13,19 @@ from ckptdiff.checkpoint import DTYPES
 from ckptdiff.errors import RunFileError
 from ckptdiff.files.staged import StagedFile
 
-__all__ = ["METADATA", "Entry", "is_safetensors_of", "write_safetensors"]
-
 METADATA = "__metadata__"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor to be written.
-
-    Attributes
-    ----------
-    name : str
-    dtype : str
-        As the header spells it.
-    shape : tuple of int
-    pieces : callable
-        Returns its bytes in order, little-endian; called once.
-    """
+    """One tensor to be written."""
 
     name: str
     dtype: str
+    """As the header spells it."""
     shape: tuple[int, ...]
     pieces: Callable[[], Iterable[bytes]]
+    """Returns its bytes in order, little-endian; called once."""
 
     @property
     def nbytes(self) -> int:
@@ -46,10 +36,7 @@ class Entry:
 def write_safetensors(staged: StagedFile, entries: Sequence[Entry], metadata: dict[str, str]) -> None:
     """Write a whole file, wide elements first, since the format wants every tensor aligned.
 
-    Raises
-    ------
-    RunFileError
-        A write failed, or an entry's pieces are not as long as its shape says.
+    Raises RunFileError if a write failed, or an entry's pieces are not as long as its shape says.
     """
     entries = sorted(entries, key=lambda entry: -DTYPES[entry.dtype].bits)
     header: dict[str, Any] = {METADATA: metadata}

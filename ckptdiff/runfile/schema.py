@@ -21,22 +21,6 @@ from __future__ import annotations
 import re
 from typing import Final
 
-__all__ = [
-    "BIT_ORDER",
-    "FORMAT",
-    "FORMAT_VERSION",
-    "HDF5_SIGNATURE",
-    "HISTOGRAMS",
-    "MASK_CHUNK",
-    "TEXT_FACTS",
-    "escape_name",
-    "escape_text",
-    "mask_chunk_bytes",
-    "mask_chunks",
-    "packed_bytes",
-    "unescape",
-]
-
 FORMAT: Final = "ckptdiff-run"
 FORMAT_VERSION: Final = 1
 HDF5_SIGNATURE: Final = b"\x89HDF\r\n\x1a\n"

@@ -11,10 +11,8 @@ from numpy.typing import NDArray
 
 from ckptdiff.figures.spectral import SPECTRAL_FIGURES, SPECTRAL_KEYS, Spectra, spectral_keys
 from ckptdiff.runfile.schema import escape_name, escape_text, unescape
-from ckptdiff.runfile.tables import numbers_of_tensors, texts_of_tensors
+from ckptdiff.runfile.tables import describe, numbers_of_tensors, texts_of_tensors
 from ckptdiff.runfile.typed import numbers_of, text_of
-
-__all__ = ["SPECTRUM_LISTS", "SpectraView", "add_spectrum", "read_spectra", "write_spectra"]
 
 SPECTRUM_LISTS: Final = {
     "delta": "singular values of d, largest first",
@@ -32,18 +30,7 @@ _COUNTS = {"matrices": "matrices the tensor is made of", "rank": "singular value
 
 
 def add_spectrum(file: Any, name: str, method: str, lists: Mapping[str, NDArray[np.float64]]) -> None:
-    """Add the singular values of one tensor as ``/spectra/<name>/*``.
-
-    Parameters
-    ----------
-    file : h5py.File
-    name : str
-        Of the tensor.
-    method : str
-        "randomized" or "exact".
-    lists : mapping of str to float64 array
-        By a key of :data:`SPECTRUM_LISTS`.
-    """
+    """Add the singular values of one tensor as ``/spectra/<name>/*``, by keys of :data:`SPECTRUM_LISTS`."""
     group = file.require_group("spectra").create_group(escape_name(name))
     group.attrs["method"] = method
     for key, values in lists.items():
@@ -59,11 +46,7 @@ def write_spectra(file: Any, spectra: Spectra) -> None:
     file.require_group("spectra").attrs["mode"] = spectra.mode
 
     def add(key: str, values: Any, long_name: str, units: str | None = "1", **how: Any) -> None:
-        dataset = tensors.create_dataset(_PREFIX + key, data=values, **how)
-        dataset.attrs["long_name"] = long_name
-        if units is not None:
-            dataset.attrs["units"] = units
-        dataset.dims[0].attach_scale(names)
+        describe(tensors.create_dataset(_PREFIX + key, data=values, **how), names, units, long_name)
 
     for (key, long_name), texts in zip(_TEXTS.items(), (spectra.methods, spectra.reasons), strict=True):
         add(key, [escape_text(text) for text in texts], long_name, None, dtype=_TEXT)

@@ -19,18 +19,6 @@ from ckptdiff.measure.thresholds import RHO
 from ckptdiff.runfile.schema import TEXT_FACTS, escape_text, unescape
 from ckptdiff.runfile.typed import Spec, WrongTypeError, json_of, numbers_of, parse_json, require, texts_of
 
-__all__ = [
-    "numbers_of_tensors",
-    "read_columns",
-    "read_facts",
-    "read_layouts",
-    "read_provenance",
-    "read_unmatched",
-    "texts_of_tensors",
-    "write_provenance",
-    "write_tensors",
-]
-
 _SIDE: Spec = {"path": str, "shards": [{"file": str, "size": int, "mtime_ns": int, "header_sha256": str}]}
 _ADDED: dict[str, Spec] = {
     "numel": int,
@@ -65,10 +53,7 @@ _CHUNK = 1 << 14
 def write_tensors(group: Any, diff: Diff) -> None:
     """Fill ``/tensors``: the names, and one dataset per fact and per column.
 
-    Raises
-    ------
-    ValueError
-        If the columns are not those of the catalogue, one value per tensor.
+    Raises ValueError if the columns are not those of the catalogue, one value per tensor.
     """
     missing = {column.name for column in COLUMNS} ^ set(diff.columns)
     if missing:
@@ -79,25 +64,25 @@ def write_tensors(group: Any, diff: Diff) -> None:
     for fact, long_name in TEXT_FACTS.items():
         texts = _packed(group, fact, _fixed_length(_facts_of(diff.tensors, fact)))
         texts.attrs["_Encoding"] = "utf-8"  # so that xarray reads strings, not bytes
-        _describe(texts, names, None, long_name)
+        describe(texts, names, None, long_name)
     layers = [_NO_LAYER if tensor.layer is None else tensor.layer for tensor in diff.tensors]
-    _describe(_packed(group, "layer", np.array(layers, np.int64)), names, "1", "layer number, -1 for none")
+    describe(_packed(group, "layer", np.array(layers, np.int64)), names, "1", "layer number, -1 for none")
     same = np.array([tensor.same_bytes for tensor in diff.tensors], np.uint8)
-    _describe(_packed(group, "same_bytes", same), names, "1", "1 if both sides are the same bytes of the same file")
+    describe(_packed(group, "same_bytes", same), names, "1", "1 if both sides are the same bytes of the same file")
     for side in SIDES:
         compared = np.array([tensor.compared_of(side) for tensor in diff.tensors], np.int64)
-        _describe(_packed(group, f"compared_{side}", compared), names, "1", f"values of {side} that are compared")
+        describe(_packed(group, f"compared_{side}", compared), names, "1", f"values of {side} that are compared")
     for column in COLUMNS:
         values = np.asarray(diff.columns[column.name], column.dtype)
         if values.shape != (len(diff.tensors),):
             raise ValueError(f"column {column.name} has shape {values.shape} for {len(diff.tensors)} tensors")
-        _describe(_packed(group, column.name, values), names, column.units, column.long_name)
+        describe(_packed(group, column.name, values), names, column.units, column.long_name)
 
 
 def write_provenance(file: Any, diff: Diff) -> None:
     """Write ``/provenance`` and ``/unmatched``."""
     # JSON with every character beyond ASCII escaped holds what HDF5 strings cannot: NUL, and paths that are not UTF-8.
-    file["provenance"] = _json(
+    file["provenance"] = json.dumps(
         {
             "base": diff.base,
             "tuned": diff.tuned,
@@ -106,12 +91,13 @@ def write_provenance(file: Any, diff: Diff) -> None:
             "options": diff.options,
             "run": diff.run,
             "warnings": diff.warnings,
-        }
+        },
+        allow_nan=False,
     )
     laid_out = {tensor.name: _laid_out(tensor) for tensor in diff.tensors}
     if any(laid_out.values()):
-        file["layouts"] = _json({name: found for name, found in laid_out.items() if found})
-    file["unmatched"] = _json(
+        file["layouts"] = json.dumps({name: found for name, found in laid_out.items() if found})
+    file["unmatched"] = json.dumps(
         {
             "only_in_base": diff.only_in_base,
             "only_in_tuned": diff.only_in_tuned,
@@ -120,7 +106,8 @@ def write_provenance(file: Any, diff: Diff) -> None:
                 {"name": tensor.name, "base": tensor.base, "tuned": tensor.tuned, "reason": tensor.reason}
                 for tensor in diff.mismatched
             ],
-        }
+        },
+        allow_nan=False,
     )
 
 
@@ -165,24 +152,12 @@ def read_layouts(file: Any) -> dict[str, dict[str, Any]]:
 
 
 def numbers_of_tensors(group: Any, name: str, dtype: DTypeLike) -> Any:
-    """A dataset of ``/tensors`` that holds a number per tensor.
-
-    Raises
-    ------
-    WrongTypeError
-        If it holds others, or another number of them.
-    """
+    """A dataset of ``/tensors`` that holds a number per tensor; raises WrongTypeError if it does not."""
     return numbers_of(_of_tensors(group, name), dtype)
 
 
 def texts_of_tensors(group: Any, name: str) -> list[str]:
-    """A dataset of ``/tensors`` that holds a text per tensor, unescaped.
-
-    Raises
-    ------
-    WrongTypeError
-        If it holds others, or another number of them.
-    """
+    """A dataset of ``/tensors`` that holds a text per tensor, unescaped; raises WrongTypeError if it does not."""
     return list(map(unescape, texts_of(_of_tensors(group, name))))
 
 
@@ -209,7 +184,7 @@ def read_columns(group: Any) -> dict[str, Any]:
 
 
 def read_facts(group: Any) -> tuple[TensorFacts, ...]:
-    """What is known of each tensor, in plan order."""
+    """Facts of each tensor, in plan order."""
     texts = {fact: texts_of_tensors(group, fact) for fact in ("name", *TEXT_FACTS)}
     layers = numbers_of_tensors(group, "layer", np.int64).tolist()
     same = numbers_of_tensors(group, "same_bytes", np.uint8).tolist()
@@ -277,14 +252,12 @@ def _fixed_length(values: Sequence[Hashable]) -> Any:
     HDF5 takes far longer over texts of variable length, and cannot compress them.
     """
     # Thousands of tensors have few shapes, dtypes and types between them.
-    texts = {value: _text(value).encode() for value in set(values)}
+    texts = {
+        value: escape_text(value if isinstance(value, str) else json.dumps(value)).encode() for value in set(values)
+    }
     if not texts:
         return np.empty(0, _TEXT)
     return np.array([texts[value] for value in values], h5py.string_dtype("utf-8", max(1, *map(len, texts.values()))))
-
-
-def _text(value: Hashable) -> str:
-    return escape_text(value if isinstance(value, str) else json.dumps(value))
 
 
 def _packed(group: Any, name: str, values: Any) -> Any:
@@ -296,12 +269,9 @@ def _packed(group: Any, name: str, values: Any) -> Any:
     )
 
 
-def _describe(dataset: Any, names: Any, units: str | None, long_name: str) -> None:
+def describe(dataset: Any, names: Any, units: str | None, long_name: str) -> None:
+    """Say of a dataset of ``/tensors`` what it holds, in which units if it is numbers, and of which names."""
     dataset.attrs["long_name"] = long_name
     if units is not None:
         dataset.attrs["units"] = units
     dataset.dims[0].attach_scale(names)
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, allow_nan=False)

@@ -10,18 +10,6 @@ import h5py
 import numpy as np
 from numpy.typing import DTypeLike
 
-__all__ = [
-    "Spec",
-    "WrongTypeError",
-    "json_of",
-    "numbers_of",
-    "parse_json",
-    "require",
-    "shape_of",
-    "text_of",
-    "texts_of",
-]
-
 Spec: TypeAlias = type | list["Spec"] | Mapping[str, "Spec"]
 """What a JSON value has to be: a type, a list of such values, or an object with at least these keys."""
 
@@ -30,14 +18,7 @@ _LONGEST = 80
 
 
 class WrongTypeError(ValueError):
-    """Something of another type than it should be.
-
-    Parameters
-    ----------
-    expected : str
-        What should be there, and where.
-    found : object
-    """
+    """Something of another type than it should be: `expected` says what should be there, and where."""
 
     def __init__(self, expected: str, found: object) -> None:
         text = found if isinstance(found, str) else repr(found)
@@ -49,12 +30,7 @@ class WrongTypeError(ValueError):
 def text_of(owner: Any, name: str) -> str:
     """Text attribute of a file, group or dataset.
 
-    Raises
-    ------
-    KeyError
-        No such attribute.
-    WrongTypeError
-        Not text, or not UTF-8.
+    Raises KeyError if there is none, and WrongTypeError if it is not text, or not UTF-8.
     """
     value = owner.attrs[name]
     # h5py keeps bytes that are not UTF-8 as lone surrogates, and gives bytes for texts of fixed length.
@@ -66,15 +42,7 @@ def text_of(owner: Any, name: str) -> str:
 
 
 def shape_of(owner: Any) -> tuple[int, ...]:
-    """The attribute ``shape`` of a dataset: whole numbers.
-
-    Raises
-    ------
-    KeyError
-        No such attribute.
-    WrongTypeError
-        Something else.
-    """
+    """The attribute ``shape`` of a dataset, whole numbers; raises KeyError and WrongTypeError as :func:`text_of`."""
     axes = owner.attrs["shape"]
     if not isinstance(axes, np.ndarray) or axes.ndim != 1 or axes.dtype.kind not in "iu":
         raise WrongTypeError(f"a list of whole numbers in the attribute shape of {owner.name}", axes)
@@ -82,13 +50,7 @@ def shape_of(owner: Any) -> tuple[int, ...]:
 
 
 def texts_of(dataset: Any) -> list[str]:
-    """Every text of a dataset.
-
-    Raises
-    ------
-    WrongTypeError
-        Not a dataset of text, or not UTF-8.
-    """
+    """Every text of a dataset; raises WrongTypeError if it holds none, or not UTF-8."""
     expected = f"UTF-8 text in {dataset.name}"
     if h5py.check_string_dtype(_dtype(dataset, expected)) is None:
         raise WrongTypeError(expected, str(dataset.dtype))
@@ -100,13 +62,7 @@ def texts_of(dataset: Any) -> list[str]:
 
 
 def numbers_of(dataset: Any, dtype: DTypeLike) -> Any:
-    """Every number of a dataset, shape as stored.
-
-    Raises
-    ------
-    WrongTypeError
-        Not a dataset, or numbers that `dtype` cannot hold.
-    """
+    """Every number of a dataset, shape as stored; raises WrongTypeError if `dtype` cannot hold them."""
     expected = f"{np.dtype(dtype)} in {dataset.name}"
     if not np.can_cast(_dtype(dataset, expected), dtype):
         raise WrongTypeError(expected, str(dataset.dtype))
@@ -114,13 +70,7 @@ def numbers_of(dataset: Any, dtype: DTypeLike) -> Any:
 
 
 def json_of(dataset: Any, spec: Spec) -> Any:
-    """The JSON value that a dataset of one text holds.
-
-    Raises
-    ------
-    WrongTypeError
-        Not a text, not JSON, or not as `spec` says.
-    """
+    """The JSON value that a dataset of one text holds; raises WrongTypeError if it is not as `spec` says."""
     expected = f"JSON text in {dataset.name}"
     if h5py.check_string_dtype(_dtype(dataset, expected)) is None or dataset.shape != ():
         raise WrongTypeError(expected, f"{dataset.dtype} of shape {dataset.shape}")
@@ -128,13 +78,7 @@ def json_of(dataset: Any, spec: Spec) -> Any:
 
 
 def parse_json(text: str | bytes, spec: Spec, where: str) -> Any:
-    """Read JSON text.
-
-    Raises
-    ------
-    WrongTypeError
-        Not JSON, or not as `spec` says.
-    """
+    """Read JSON text; raises WrongTypeError if it is not as `spec` says."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -144,13 +88,7 @@ def parse_json(text: str | bytes, spec: Spec, where: str) -> Any:
 
 
 def require(value: Any, spec: Spec, where: str) -> None:
-    """Make sure that a JSON value is as `spec` says.
-
-    Raises
-    ------
-    WrongTypeError
-        It is not.
-    """
+    """Raise WrongTypeError if a JSON value is not as `spec` says."""
     kind = spec if isinstance(spec, type) else list if isinstance(spec, list) else dict
     found: type = type(value)
     if found is not kind:  # not isinstance: True is no whole number

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import h5py
@@ -23,8 +22,6 @@ from ckptdiff.runfile.histogram_table import HistogramTable
 from ckptdiff.runfile.schema import BIT_ORDER, FORMAT, FORMAT_VERSION, escape_name, mask_chunk_bytes, packed_bytes
 from ckptdiff.runfile.spectra_table import add_spectrum, write_spectra
 from ckptdiff.runfile.tables import write_provenance, write_tensors
-
-__all__ = ["RunFileWriter"]
 
 _PAGE = 1 << 16
 _PAGES = 64
@@ -87,12 +84,7 @@ class RunFileWriter:
     def begin_mask(self, name: str, shape: tuple[int, ...]) -> None:
         """Make the dataset of a mask: for a tensor without coordinates, this is all.
 
-        :meth:`add_mask_chunk` calls it by itself.
-
-        Raises
-        ------
-        ValueError
-            If the mask exists, or the rule is ``none``.
+        :meth:`add_mask_chunk` calls it by itself. Raises ValueError if the mask exists, or the rule is ``none``.
         """
         if name in self._masked or self._rule.kind == "none":
             raise ValueError(f"no mask expected for {name!r} under {self._rule}")
@@ -111,23 +103,8 @@ class RunFileWriter:
     def add_mask_chunk(self, name: str, shape: tuple[int, ...], index: int, payload: bytes, filter_mask: int) -> None:
         """Add one chunk of a mask, as :func:`~ckptdiff.runfile.compress.compress_chunk` returned it.
 
-        Parameters
-        ----------
-        name : str
-            Name of the tensor.
-        shape : tuple of int
-            Shape of the tensor.
-        index : int
-            Which chunk: it starts at coordinate ``index << 20``. Chunks may come in any order, each once.
-        payload : bytes
-            The chunk: deflated, or as it is if `filter_mask` is 1.
-        filter_mask : int
-            0 or 1.
-
-        Raises
-        ------
-        ValueError
-            If there is no such chunk, or it was added before.
+        It starts at coordinate ``index << 20``. Chunks may come in any order; raises ValueError if there is no such
+        chunk, or it was added before.
         """
         if name not in self._open:
             self.begin_mask(name, shape)
@@ -152,15 +129,8 @@ class RunFileWriter:
     def finish(self, diff: Diff) -> None:
         """Write everything else and put the run file in place.
 
-        Parameters
-        ----------
-        diff : Diff
-            The result. Its mappings hold plain JSON values: dict, list, str, int, float, bool, None.
-
-        Raises
-        ------
-        ValueError
-            If masks or histograms do not cover the tensors of `diff`.
+        The mappings of the result hold plain JSON values: dict, list, str, int, float, bool, None. Raises ValueError if
+        masks or histograms do not cover its tensors.
         """
         self._require_masks(diff)
         assert self._table is not None
@@ -177,9 +147,7 @@ class RunFileWriter:
         self._file.close()
         self._staged.commit()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             self._close()
         finally:
@@ -223,7 +191,7 @@ def _storable(text: str) -> str:
 
 
 class _Blank(NamedTuple):
-    """What masks of one shape begin as."""
+    """An empty mask of one shape, of which all of that shape begin as copies."""
 
     numel: int
     chunk: int

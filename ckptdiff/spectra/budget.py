@@ -13,83 +13,50 @@ from ckptdiff.options import Options, SpectraMode, SpectraOptions, default_threa
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.panels import PANEL
 
-__all__ = ["Budget", "Headroom", "cache_bytes", "exact_bytes", "randomized_bytes"]
-
 _USUAL = 300_000_000
 """What a process that runs nothing but ckptdiff holds before the spectra begin, at most."""
 
 
 @dataclass(frozen=True, slots=True)
-class Headroom:
-    """Memory that the spectra may take, in bytes.
+class Budget:
+    """How matrices share memory and threads."""
 
-    Attributes
-    ----------
-    bound : int
-        On the whole process.
-    taken : int
-        What it holds before the spectra begin.
-    """
-
+    spectra: SpectraOptions
     bound: int
+    """Bytes that the whole process may take."""
     taken: int
+    """Bytes that it holds before the spectra begin."""
+    threads: int
+    """Slots of the run: each stands for a thread and for its share of the free bytes."""
 
     @property
     def free(self) -> int:
-        """What is left."""
+        """Bytes for all matrices that are measured at a time."""
         return max(self.bound - self.taken, 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """How matrices share memory and threads.
-
-    Attributes
-    ----------
-    spectra : SpectraOptions
-    room : Headroom
-        For all matrices that are measured at a time.
-    threads : int
-        Slots of the run: each stands for a thread and for its share of the room.
-    """
-
-    spectra: SpectraOptions
-    room: Headroom
-    threads: int
 
     @classmethod
     def of(cls, options: Options, taken: int, views: Iterable[MatrixView]) -> Budget:
-        """The budget of a run.
-
-        Parameters
-        ----------
-        options : Options
-            With spectra.
-        taken : int
-            Bytes that the process holds.
-        views : iterable of MatrixView
-            All matrices.
-        """
+        """The budget of a run with spectra, of all its matrices, in a process that holds `taken` bytes."""
         spectra, threads = options.spectra, options.threads or default_threads()
         assert spectra is not None
         largest = max((_least(view, spectra) for view in {(v.long, v.short): v for v in views}.values()), default=0)
         bound = options.max_memory or _default_bound(spectra.mode, threads, taken, largest)
-        return cls(spectra, Headroom(bound, taken), threads)
+        return cls(spectra, bound, taken, threads)
 
     def slots(self, view: MatrixView) -> int:
         """How many slots a matrix takes: as many as hold it, or all if nothing does and it is read in every pass."""
-        if not self.room.free:
+        if not self.free:
             return 1
-        return max(1, min(-(-self.threads * self._best(view) // self.room.free), self.threads))
+        return max(1, min(-(-self.threads * self._best(view) // self.free), self.threads))
 
     def share(self, slots: int) -> int:
         """Bytes of so many slots."""
-        return slots * self.room.free // self.threads
+        return slots * self.free // self.threads
 
     def takes(self, view: MatrixView) -> int:
         """Bytes that a matrix takes, as far as its shape tells; 0 if there is no room for it."""
         needed = self.needs(view)
-        return 0 if needed > self.room.free else max(needed, min(self._best(view), self.share(self.slots(view))))
+        return 0 if needed > self.free else max(needed, min(self._best(view), self.share(self.slots(view))))
 
     def needs(self, view: MatrixView) -> int:
         """Bytes that a matrix needs at least, in the mode that it allows."""
@@ -104,8 +71,8 @@ class Budget:
         if view.short > self.spectra.limit:
             return f"both sides are longer than {self.spectra.limit}: randomized"
         needed = exact_bytes(view, False)
-        if needed > self.room.free:
-            return f"exact takes {needed >> 20} MiB, and --max-memory leaves {self.room.free >> 20} MiB: randomized"
+        if needed > self.free:
+            return f"exact takes {needed >> 20} MiB, and --max-memory leaves {self.free >> 20} MiB: randomized"
         return ""
 
     def randomized_bytes(self, view: MatrixView, itemsize: int) -> int:
@@ -113,12 +80,12 @@ class Budget:
         return randomized_bytes(view, itemsize, self.spectra.block * self.spectra.steps)
 
     def _best(self, view: MatrixView) -> int:
-        """What the quickest way to measure a matrix takes in memory."""
+        """Bytes that the quickest way to measure a matrix takes."""
         return self.needs(view) + cache_bytes(view, 8 if self.exact(view) else 4)
 
 
 def _least(view: MatrixView, spectra: SpectraOptions) -> int:
-    """What a matrix needs at least in the mode that is asked for, or in the other if it is too long for it."""
+    """Bytes that a matrix needs at least in the mode that is asked for, or in the other if it is too long for it."""
     if spectra.mode == "exact" and view.short <= spectra.limit:
         return exact_bytes(view, False)
     return randomized_bytes(view, 4, spectra.block * spectra.steps)

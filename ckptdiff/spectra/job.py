@@ -13,8 +13,8 @@ import numpy as np
 from ckptdiff.checkpoint import TensorPair
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.formats import formats_of
-from ckptdiff.linalg.stages import PanelSource, run_together
-from ckptdiff.linalg.survey import Survey, survey
+from ckptdiff.linalg.stages import ArrayPanels, PanelSource, run_together
+from ckptdiff.linalg.survey import survey
 from ckptdiff.linalg.threads import product_threads, work_counted_in
 from ckptdiff.linalg.work import WorkMeter
 from ckptdiff.options import Compare
@@ -29,33 +29,22 @@ from ckptdiff.spectra.measure import (
 )
 from ckptdiff.spectra.panels import StoredPanels
 
-__all__ = ["MatrixJob", "Measuring"]
-
 _SAFE = (1e-12, 1e12)
 """Norms whose squares and fourth powers float32 can add up."""
 
 
 @dataclass(frozen=True, slots=True)
 class MatrixJob:
-    """A matrix to measure.
-
-    Attributes
-    ----------
-    index : int
-        Of its tensor, in plan order.
-    pair : TensorPair
-    view : MatrixView
-    on_grid : bool
-        Whether both sides lie on the bfloat16 grid, so that the rounding null applies.
-    unchanged : bool
-        Whether the update is known to be zero.
-    """
+    """A matrix to measure."""
 
     index: int
+    """Of its tensor, in plan order."""
     pair: TensorPair
     view: MatrixView
     on_grid: bool
+    """Whether both sides lie on the bfloat16 grid, so that the rounding null applies."""
     unchanged: bool
+    """Whether the update is known to be zero."""
 
     @property
     def size(self) -> int:
@@ -65,34 +54,26 @@ class MatrixJob:
 
 @dataclass(frozen=True, slots=True)
 class Measuring:
-    """What all matrices have in common.
-
-    Attributes
-    ----------
-    shards : OpenShards
-    compare : {"bf16", "stored"}
-    budget : Budget
-    stop : threading.Event
-        Set to end what is under way.
-    """
+    """Measures matrices: all that they have in common."""
 
     shards: OpenShards
     compare: Compare
     budget: Budget
     stop: threading.Event = field(default_factory=threading.Event)
+    """Set to end what is under way."""
 
     def slots(self, job: MatrixJob) -> int:
         """How many slots of the budget a matrix takes."""
         return 1 if job.unchanged else self.budget.slots(job.view)
 
     def work(self, job: MatrixJob) -> float:
-        """What a matrix will take, before anything of it is known, as :mod:`~ckptdiff.linalg.work` counts."""
+        """Foresee the work of a matrix, before anything of it is known, as :mod:`~ckptdiff.linalg.work` counts."""
         if job.unchanged:
             return 0.0
         view, share = job.view, self.budget.share(self.slots(job))
         exact, needed = self.budget.exact(view), self.budget.needs(view)
         itemsize = 8 if exact else 4
-        if needed > self.budget.room.free:
+        if needed > self.budget.free:
             return 0.0
         cached = cache_bytes(view, itemsize) <= share - needed
         if exact:
@@ -117,15 +98,16 @@ class Measuring:
             return _failed("the update is zero")
         budget, view = self.budget, job.view
         exact, needed = budget.exact(view), budget.needs(view)
-        if needed > budget.room.free:
-            return _failed(f"it takes {needed >> 20} MiB, and --max-memory leaves {budget.room.free >> 20} MiB")
+        if needed > budget.free:
+            return _failed(f"it takes {needed >> 20} MiB, and --max-memory leaves {budget.free >> 20} MiB")
         source = self._source(job, np.dtype(np.float64 if exact else np.float32), share - needed)
         (known,) = run_together(source, survey())
-        reason = _unmeasurable(known)
-        if reason:
-            return _failed(reason)
+        if not math.isfinite(known.base_norm + known.delta_norm):
+            return _failed("NaN, Inf or values out of range in it")
+        if not known.delta_norm:
+            return _failed("the update is zero")
         if exact:
-            held = 0 if isinstance(source, StoredPanels) else cache_bytes(view, 8)
+            held = cache_bytes(view, 8) if isinstance(source, ArrayPanels) else 0
             return measure_exact(source, known, view, job.on_grid, exact_bytes(view, True) + held <= share)
         if not all(_SAFE[0] < norm < _SAFE[1] for norm in (known.base_norm, known.delta_norm) if norm):
             source = self._source(job, np.dtype(np.float64), share - budget.randomized_bytes(view, 8))
@@ -145,9 +127,3 @@ class Measuring:
 
 def _failed(reason: str) -> MatrixSpectra:
     return MatrixSpectra("", reasons=(reason,))
-
-
-def _unmeasurable(known: Survey) -> str:
-    if not math.isfinite(known.base_norm) or not math.isfinite(known.delta_norm):
-        return "NaN, Inf or values out of range in it"
-    return "" if known.delta_norm else "the update is zero"

@@ -5,21 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["MatrixView", "matrices_of"]
-
 
 @dataclass(frozen=True, slots=True)
 class MatrixView:
-    """A matrix inside a tensor, stored row by row.
-
-    Attributes
-    ----------
-    offset : int
-        Its first element.
-    rows, columns : int
-    """
+    """A matrix inside a tensor, stored row by row."""
 
     offset: int
+    """Its first element."""
     rows: int
     columns: int
 

@@ -28,14 +28,6 @@ from ckptdiff.measure.thresholds import RHO
 from ckptdiff.options import SpectraOptions
 from ckptdiff.spectra.matrices import MatrixView
 
-__all__ = [
-    "MatrixSpectra",
-    "exact_work",
-    "measure_exact",
-    "measure_randomized",
-    "randomized_work",
-]
-
 Floats = NDArray[np.float64]
 
 _HEADLINE = 16
@@ -47,25 +39,17 @@ _ANGLE_NOISE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class MatrixSpectra:
-    """The figures of one matrix.
-
-    Attributes
-    ----------
-    method : str
-        "randomized", "exact", or "" if nothing could be measured.
-    figures : dict of str to float
-        By flat key; what is missing is undefined.
-    values : dict of str to float64 array
-        Singular values, largest first: "delta" and "base", in exact mode "tuned" too, and "angles_left" and
-        "angles_right" in radians.
-    reasons : tuple of str
-        Why figures are missing.
-    """
+    """The figures of one matrix."""
 
     method: str
+    """Of "randomized" and "exact"; "" if nothing could be measured."""
     figures: dict[str, float] = field(default_factory=dict)
+    """By flat key; what is missing is undefined."""
     values: dict[str, Floats] = field(default_factory=dict)
+    """Singular values, largest first: "delta" and "base", in exact mode "tuned" too, and "angles_left" and
+    "angles_right" in radians."""
     reasons: tuple[str, ...] = ()
+    """Why figures are missing."""
 
 
 def measure_randomized(
@@ -73,16 +57,8 @@ def measure_randomized(
 ) -> MatrixSpectra:
     """Measure a matrix: leading values of the update, and principal figures.
 
-    Parameters
-    ----------
-    source : PanelSource
-        Of float32 panels, or of float64 panels if float32 has too small a range.
-    known : Survey
-        Of this matrix.
-    view : MatrixView
-    on_grid : bool
-        Whether both sides lie on the bfloat16 grid, so that the rounding null applies.
-    options : SpectraOptions
+    Panels are float32, or float64 if float32 has too small a range. The rounding null applies if both sides lie on the
+    bfloat16 grid.
     """
     short, krylov = source.short, _krylov(source.short, options)
     if krylov is None:
@@ -98,7 +74,7 @@ def measure_randomized(
 
 
 def randomized_work(view: MatrixView, options: SpectraOptions, itemsize: int) -> tuple[float, int]:
-    """What a survey and :func:`measure_randomized` count, as far as sizes tell, and how many passes they make."""
+    """Foresee what a survey and :func:`measure_randomized` count, and how many passes they make."""
     long, short, krylov = view.long, view.short, _krylov(view.short, options)
     surveyed = SURVEY_WORK * long * short
     found, passes = principal_work(long, short, itemsize, RHO, error=_RANDOMIZED_ERROR, decomposed=False)
@@ -116,16 +92,9 @@ def _krylov(short: int, options: SpectraOptions) -> KrylovOptions | None:
 
 
 def measure_exact(source: PanelSource, known: Survey, view: MatrixView, on_grid: bool, together: bool) -> MatrixSpectra:
-    """Measure a matrix in float64: everything, with all singular values.
+    """Measure a matrix in float64 panels: everything, with all singular values.
 
-    Parameters
-    ----------
-    source : PanelSource
-        Of float64 panels.
-    known, view, on_grid
-        As in :func:`measure_randomized`.
-    together : bool
-        Whether memory allows three Gram matrices at a time, which saves passes.
+    If memory allows three Gram matrices, all are made `together`, which saves passes.
     """
     delta, base, tuned = _sides(source, together)
     principal_stage = principal(
@@ -152,7 +121,7 @@ def measure_exact(source: PanelSource, known: Survey, view: MatrixView, on_grid:
 
 
 def exact_work(view: MatrixView, together: bool) -> tuple[float, int]:
-    """What a survey and :func:`measure_exact` count, as far as sizes tell, and how many passes they make."""
+    """Foresee what a survey and :func:`measure_exact` count, and how many passes they make."""
     long, short = view.long, view.short
     found, passes = principal_work(long, short, 8, RHO, error=_EXACT_ERROR, decomposed=True)
     found += SURVEY_WORK * long * short + angles_work(long, short)

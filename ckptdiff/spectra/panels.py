@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,12 @@ from ckptdiff.checkpoint import TensorInfo, TensorPair
 from ckptdiff.checkpoint.boxes import matrix_of, read_elements, read_weight
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.checkpoint.weights import Weight
-from ckptdiff.formats import Format, Formats
+from ckptdiff.formats import Format, Formats, recode_table
 from ckptdiff.linalg.products import cuts
 from ckptdiff.linalg.stages import ArrayPanels, Panel
 from ckptdiff.linalg.threads import count_work, in_parts
-from ckptdiff.spectra.decode import decode
+from ckptdiff.spectra.kernels.panels import cast_to_bf16, widen_bf16
 from ckptdiff.spectra.matrices import MatrixView
-
-__all__ = ["PANEL", "StoredPanels"]
 
 PANEL = 1 << 21
 """Entries of a panel, about."""
@@ -30,18 +29,7 @@ Floats = NDArray[Any]
 
 
 class StoredPanels:
-    """A matrix pair on disk; a :class:`~ckptdiff.linalg.stages.PanelSource`.
-
-    Parameters
-    ----------
-    shards : OpenShards
-    pair : TensorPair
-        Of floating tensors.
-    formats : (base, tuned, compare)
-    view : MatrixView
-    dtype : dtype
-        Of the panels: float32 or float64.
-    """
+    """A pair of floating matrices on disk; a :class:`~ckptdiff.linalg.stages.PanelSource` of float32 or float64."""
 
     def __init__(
         self,
@@ -50,11 +38,12 @@ class StoredPanels:
         formats: Formats,
         view: MatrixView,
         dtype: Any,
+        entries: int = PANEL,
     ) -> None:
         self.long, self.short = view.long, view.short
         self._shards, self._pair, self._view = shards, pair, view
         self._formats, self.dtype = formats, np.dtype(dtype)
-        self._rows = max(1, PANEL // view.short)
+        self._entries, self._rows = entries, max(1, entries // view.short)
         self._raw = np.empty(0, np.uint8)
 
     @property
@@ -68,7 +57,9 @@ class StoredPanels:
     def panels(self) -> Iterator[Panel]:
         """All rows of the tall pair, in order."""
         for first in range(0, self.long, self._rows):
-            base, tuned = self._read(first, min(first + self._rows, self.long))
+            stop = min(first + self._rows, self.long)
+            base = self._side(0, first, stop)
+            tuned = base.copy() if self._pair.same_bytes else self._side(1, first, stop)
             _subtract(tuned, base, tuned)
             count_work(self.work * len(base) / self.long)
             yield Panel(base, tuned)
@@ -83,32 +74,26 @@ class StoredPanels:
         base, delta = (np.empty((self.long, self.short), self.dtype) for _ in range(2))
         # Stored rows, a panel or so at a time.
         count = self.short if self._view.wide else self.long
-        rows = max(1, PANEL // self._view.columns)
+        columns = self._view.columns
+        rows = max(1, self._entries // columns)
         at = cuts(count)
 
         def decode_part(part: int) -> None:
             reader = StoredPanels(self._shards, self._pair, self._formats, self._view, self.dtype)
             for first in range(at[part], at[part + 1], rows):
                 stop = min(first + rows, at[part + 1])
-                sides = reader._whole_rows(first, stop)
+                ours = theirs = reader._stored_rows(0, first, stop, 0, columns)
+                if not self._pair.same_bytes:
+                    theirs = reader._stored_rows(1, first, stop, 0, columns)
                 if self._view.wide:
-                    base[:, first:stop] = sides[0].T
-                    _subtract(sides[1].T, sides[0].T, delta[:, first:stop])
+                    base[:, first:stop] = ours.T
+                    _subtract(theirs.T, ours.T, delta[:, first:stop])
                 else:
-                    base[first:stop] = sides[0]
-                    _subtract(sides[1], sides[0], delta[first:stop])
+                    base[first:stop] = ours
+                    _subtract(theirs, ours, delta[first:stop])
 
         in_parts(decode_part, len(at) - 1, self.work)
         return ArrayPanels(base, delta, self._rows)
-
-    def _whole_rows(self, first: int, stop: int) -> list[Floats]:
-        """Stored rows of both sides."""
-        sides = [self._stored_rows(0, first, stop, 0, self._view.columns)]
-        return [*sides, sides[0] if self._pair.same_bytes else self._stored_rows(1, first, stop, 0, self._view.columns)]
-
-    def _read(self, first: int, stop: int) -> tuple[Floats, Floats]:
-        base = self._side(0, first, stop)
-        return base, base.copy() if self._pair.same_bytes else self._side(1, first, stop)
 
     def _side(self, side: int, first: int, stop: int) -> Floats:
         """Rows of the tall matrix of one side."""
@@ -151,3 +136,39 @@ def _subtract(tuned: Floats, base: Floats, out: Floats) -> None:
     """Write an update; what is beyond the dtype, or was before, makes a pair whose figures are null."""
     with np.errstate(over="ignore", invalid="ignore"):
         np.subtract(tuned, base, out=out)
+
+
+def decode(stored: NDArray[np.uint8], format: Format, compare: Format, out: Floats) -> None:
+    """Cast stored values to the compare format and write them as floats.
+
+    They are read from raw little-endian bytes and written to a C-contiguous float32 or float64 array of as many values;
+    float64 is rounded where that is float32.
+    """
+    codes = stored.view(format.code_dtype)
+    flat = out.reshape(-1)
+    if out.dtype == np.float64 and compare.bits <= 32:
+        narrow = np.empty(flat.size, np.float32)
+        decode(stored, format, compare, narrow)
+        flat[:] = narrow
+    elif format.name == compare.name == "bf16":
+        widen_bf16(codes, flat.view(np.uint32))
+    elif format.bits <= 16:
+        np.take(_cast_values(format, compare), codes, out=flat, mode="clip")
+    elif compare.name == "bf16":
+        with np.errstate(over="ignore", invalid="ignore"):
+            single = codes if format.bits == 32 else codes.view(np.float64).astype(np.float32).view(np.uint32)
+        # A view that Numba types like what was read from a file: one compiled kernel serves both.
+        single = single.view()
+        single.flags.writeable = False
+        cast_to_bf16(single, flat.view(np.uint32))
+    else:
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.copyto(flat, codes.view(f"f{format.bits // 8}"), casting="same_kind")
+
+
+@cache
+def _cast_values(format: Format, compare: Format) -> Floats:
+    """Value after the cast of every code of a format of at most 16 bits."""
+    codes = recode_table(format, compare)
+    values: Floats = compare.values()[codes] if compare.bits <= 16 else codes.view(f"f{compare.bits // 8}")
+    return values

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import Kind, TensorPair
 from ckptdiff.checkpoint.open_shards import OpenShards
-from ckptdiff.events import Listener, Stage, stage
+from ckptdiff.events import Listener, stage
 from ckptdiff.figures.result import Diff
 from ckptdiff.figures.spectral import SPECTRAL_KEYS, Spectra
 from ckptdiff.in_order import Task, in_order
@@ -27,26 +27,18 @@ from ckptdiff.spectra.job import MatrixJob, Measuring
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.measure import MatrixSpectra
 
-__all__ = ["SpectraPlan", "SpectraTable", "TensorSpectra", "measure_spectra", "plan_spectra"]
-
 _SMALL = 1 << 20
 """Entries of the matrices that are handed to a thread together."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpectra:
-    """The spectra of one tensor.
-
-    Attributes
-    ----------
-    index : int
-        In plan order.
-    matrices : tuple of MatrixSpectra
-        One for each matrix; empty for a vector.
-    """
+    """The spectra of one tensor."""
 
     index: int
+    """In plan order."""
     matrices: tuple[MatrixSpectra, ...]
+    """One for each matrix; empty for a vector."""
 
     @property
     def method(self) -> str:
@@ -71,90 +63,54 @@ class TensorSpectra:
 
 @dataclass(frozen=True, slots=True)
 class SpectraPlan:
-    """What the spectra of a run will take, for all that its headers tell.
-
-    Attributes
-    ----------
-    mode : str
-        As asked for.
-    matrices : int
-        To measure, of all tensors.
-    too_large : int
-        Matrices among them for which memory does not suffice.
-    max_memory : int
-        Bound on the peak resident size while spectra are measured, in bytes.
-    projected_memory : int
-        Projected peak, in bytes.
-    """
+    """Matrices and memory of the spectra of a run, for all that its headers tell."""
 
     mode: str
+    """As asked for."""
     matrices: int
+    """To measure, of all tensors."""
     too_large: int
+    """Matrices among them for which memory does not suffice."""
     max_memory: int
+    """Bound on the peak resident size while spectra are measured, in bytes."""
     projected_memory: int
+    """Projected peak, in bytes."""
 
 
 def plan_spectra(pairs: Sequence[TensorPair], options: Options, taken: int) -> SpectraPlan:
-    """Say what spectra will take, without reading data.
-
-    Parameters
-    ----------
-    pairs : sequence of TensorPair
-    options : Options
-        With spectra.
-    taken : int
-        Bytes that the process will hold when they begin.
-    """
+    """Say what spectra will take in a process that will hold `taken` bytes when they begin, without reading data."""
     assert options.spectra is not None
     views = [view for _, _, view in _matrices(pairs)]
     budget = Budget.of(options, taken, views)
     sizes = [budget.takes(view) for view in views]
-    at_once = min(sum(sorted(sizes, reverse=True)[: budget.threads]), budget.room.free)
-    return SpectraPlan(options.spectra.mode, len(sizes), sizes.count(0), budget.room.bound, taken + at_once)
+    at_once = min(sum(sorted(sizes, reverse=True)[: budget.threads]), budget.free)
+    return SpectraPlan(options.spectra.mode, len(sizes), sizes.count(0), budget.bound, taken + at_once)
 
 
 def measure_spectra(
     pairs: Sequence[TensorPair], diff: Diff, shards: OpenShards, options: Options, tell: Listener
 ) -> Iterator[TensorSpectra]:
-    """Yield the spectra of every tensor pair, in order.
+    """Yield the spectra of every tensor pair, in order, and tell of the stage "spectra".
 
-    Parameters
-    ----------
-    pairs : sequence of TensorPair
-    diff : Diff
-        What the coordinate pass found, with a row for each pair: equal pairs are not read again, and the rounding null
-        applies where it applied there.
-    shards : OpenShards
-    options : Options
-        With spectra.
-    tell : callable
-        Told of the stage "spectra".
+    The result of the coordinate pass has a row for each pair: equal pairs are not read again, and the rounding null
+    applies where it applied there.
     """
     load(None, Uses((("scores",), *panel_uses(pairs, options.compare))), tell)
-    with stage(tell, "spectra") as told:
-        yield from _measured(pairs, diff, shards, options, told)
-
-
-def _measured(
-    pairs: Sequence[TensorPair], diff: Diff, shards: OpenShards, options: Options, told: Stage
-) -> Iterator[TensorSpectra]:
     unchanged = diff.columns["numel"] == diff.columns["unchanged_bitwise"]
     # float8 has a grid of its own
     on_grid = diff.columns["on_grid"].astype(bool) & [tensor.compare == "bf16" for tensor in diff.tensors]
-    budget = Budget.of(options, resident(), (view for _, _, view in _matrices(pairs)))
-    measuring = Measuring(shards, options.compare, budget)
+    jobs = [
+        MatrixJob(row, pair, view, bool(on_grid[row]), bool(unchanged[row])) for row, pair, view in _matrices(pairs)
+    ]
+    with stage(tell, "spectra") as told, one_blas_thread():
+        budget = Budget.of(options, resident(), (job.view for job in jobs))
+        measuring = Measuring(shards, options.compare, budget)
+        meter = WorkMeter(sum(map(measuring.work, jobs)))
 
-    def jobs() -> Iterator[MatrixJob]:
-        for index, pair, view in _matrices(pairs):
-            yield MatrixJob(index, pair, view, bool(on_grid[index]), bool(unchanged[index]))
+        def tell_of_work() -> None:
+            told.at(meter.share(), meter.at_hand())
 
-    meter = WorkMeter(sum(map(measuring.work, jobs())))
-
-    def tell_of_work() -> None:
-        told.at(meter.share(), meter.at_hand())
-
-    with one_blas_thread():
-        done = in_order(_tasks(jobs(), measuring, meter), budget.threads, measuring.stop.set, tell_of_work)
+        done = in_order(_tasks(jobs, measuring, meter), budget.threads, measuring.stop.set, tell_of_work)
         for found in _by_tensor((found for batch in done for found in batch), len(pairs)):
             yield found
             tell_of_work()
@@ -168,7 +124,7 @@ def _matrices(pairs: Sequence[TensorPair]) -> Iterator[tuple[int, TensorPair, Ma
 
 
 def _tasks(
-    jobs: Iterator[MatrixJob], measuring: Measuring, meter: WorkMeter
+    jobs: Sequence[MatrixJob], measuring: Measuring, meter: WorkMeter
 ) -> Iterator[Task[list[tuple[int, MatrixSpectra]]]]:
     """Matrices as tasks: small ones many at a time, since each would take less time than to hand it over."""
     batch: list[MatrixJob] = []

@@ -31,8 +31,6 @@ from ckptdiff.runfile.typed import Spec, WrongTypeError, json_of, numbers_of, pa
 from ckptdiff.track.kernels.trajectory import Flow
 from ckptdiff.track.result import COUNTS, Track
 
-__all__ = ["load_track", "save_track"]
-
 _VERSION = 1
 _HINT = "ckptdiff track BASE STEP... -o TRACK.h5 makes one"
 _PROVENANCE: Spec = {"base": str, "steps": [str], "compare": str, "warnings": [str]}

@@ -26,11 +26,6 @@ from ckptdiff.track.kernels.trajectory import Flow, Rooms, follow_spans, new_roo
 from ckptdiff.track.plan import Followed, plan_track
 from ckptdiff.track.result import Track
 
-__all__ = ["track"]
-
-_JOB = 48
-"""Blocks of a job, those of all checkpoints counted: so few that all threads end at about the same time, and so many
-that Python costs little beside them."""
 _SPANS = 256
 """The most spans of a job: small tensors have a cost of their own."""
 
@@ -46,7 +41,7 @@ class _Span(NamedTuple):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Found:
-    """What the spans of a job gave."""
+    """Counts and sums of the spans of a job."""
 
     tensors: NDArray[np.int64]
     """Of each span."""
@@ -135,7 +130,7 @@ def track(
 
 
 def _execute(tensors: Sequence[Followed], shards: OpenShards, threads: int, told: Stage) -> Iterator[_Found]:
-    """What each job gave, in order."""
+    """Yield the counts and sums of each job, in order."""
     local = threading.local()
     stop = threading.Event()
     files = _files(tensors, shards)
@@ -168,10 +163,13 @@ def _files(tensors: Sequence[Followed], shards: OpenShards) -> NDArray[np.int64]
     )
 
 
-def _jobs(tensors: Sequence[Followed]) -> Iterator[list[_Span]]:
-    """Spans in order, as many to a job as are worth a trip through Python; those of a job have the same dtypes."""
+def _jobs(tensors: Sequence[Followed], blocks: int = 48) -> Iterator[list[_Span]]:
+    """Spans in order, of so many blocks a job, those of all checkpoints counted; those of a job have the same dtypes.
+
+    Jobs are so small that all threads end at about the same time, and so large that Python costs little beside them.
+    """
     sides = len(tensors[0].sides)
-    longest = max(_JOB // sides // 2, 1) * BLOCK  # by the tensor alone: what a sum rounds to depends on no other
+    longest = max(blocks // sides // 2, 1) * BLOCK  # by the tensor alone: what a sum rounds to depends on no other
     for _, alike in groupby(enumerate(tensors), key=lambda numbered: numbered[1].dtypes):
         job: list[_Span] = []
         total = 0
@@ -180,7 +178,7 @@ def _jobs(tensors: Sequence[Followed]) -> Iterator[list[_Span]]:
             for first in range(0, numel, longest):
                 job.append(_Span(index, first, min(first + longest, numel)))
                 total += job[-1].stop - first
-                if total * sides >= _JOB * BLOCK or len(job) == _SPANS:
+                if total * sides >= blocks * BLOCK or len(job) == _SPANS:
                     yield job
                     job, total = [], 0
         if job:

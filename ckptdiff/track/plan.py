@@ -19,23 +19,15 @@ from ckptdiff.formats import FORMATS, Format, compare_format, stored_format
 from ckptdiff.measure.cpu import cast_of
 from ckptdiff.options import Compare
 
-__all__ = ["Followed", "TrackPlan", "plan_track"]
-
 
 @dataclass(frozen=True, slots=True)
 class Followed:
-    """One tensor through all checkpoints.
-
-    Attributes
-    ----------
-    sides : tuple of TensorInfo
-        The base, then every step.
-    compare : Format
-        What all of them are cast to.
-    """
+    """One tensor through all checkpoints."""
 
     sides: tuple[TensorInfo, ...]
+    """The base, then every step."""
     compare: Format
+    """What all of them are cast to."""
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -66,20 +58,12 @@ def _casts(
 
 @dataclass(frozen=True, slots=True)
 class TrackPlan:
-    """What will be followed.
-
-    Attributes
-    ----------
-    base : Checkpoint
-    steps : tuple of Checkpoint
-    tensors : tuple of Followed
-        In the order of the base's files.
-    warnings : tuple of str
-    """
+    """All tensors to be followed, and where they lie."""
 
     base: Checkpoint
     steps: tuple[Checkpoint, ...]
     tensors: tuple[Followed, ...]
+    """In the order of the base's files."""
     warnings: tuple[str, ...]
 
 

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint import locate
 from ckptdiff.figures.members import LABEL_KEYS, members_of
 
-__all__ = ["COUNTS", "TRACK_FIGURES", "Track"]
-
 COUNTS = {
     "support": "coordinates that differ from the base",
     "touched": "those of them that never did before",

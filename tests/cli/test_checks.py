@@ -10,7 +10,7 @@ from ckptdiff.cli.checks import Check
 from ckptdiff.errors import OptionError
 from ckptdiff.figures.catalogue import FIGURES
 from ckptdiff.figures.result import Diff
-from ckptdiff.report.document import document
+from ckptdiff.report.as_json import document
 from ckptdiff.report.rows import figure_paths
 
 _SINGLE = [figure.key for figure in FIGURES if not figure.parameters]

@@ -17,8 +17,8 @@ from fake_engine import FakeEngine
 from ckptdiff.errors import HeaderError
 from ckptdiff.figures.result import Diff
 from ckptdiff.options import MaskRule, Options
+from ckptdiff.report.as_json import document
 from ckptdiff.report.as_ndjson import lines
-from ckptdiff.report.document import document
 from ckptdiff.report.rows import View
 
 Cli = Callable[..., Any]

@@ -6,17 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import get_args
 
 import click
 import pytest
 
 from ckptdiff import __version__
-from ckptdiff.cli import view
 from ckptdiff.cli.group import COMMANDS, ckptdiff
 from ckptdiff.memory import DEFAULT_MEMORY
 from ckptdiff.options import Options
-from ckptdiff.report.exporters import Format
 
 _HEAVY = {"numpy", "numba", "h5py", "rich", "torch", "pyarrow", "safetensors"}
 
@@ -67,10 +64,6 @@ def test_defaults_are_those_of_the_library() -> None:
     assert defaults["mask"] == str(library.mask)
     assert options["max_memory"].show_default.startswith(f"{DEFAULT_MEMORY >> 20}M")
     assert all(defaults[name] == getattr(library, name) for name in ("compare", "device", "threads", "io"))
-
-
-def test_choices_are_those_of_the_library() -> None:
-    assert get_args(Format) == view.REPORT_FORMATS
 
 
 def test_io_help_tells_of_sigbus(cli) -> None:

@@ -11,20 +11,20 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from ckptdiff.files import hidden
 from ckptdiff.files.hidden import remove_abandoned
-from ckptdiff.files.staged import StagedFile
-from ckptdiff.files.staged_folder import StagedFolder
+from ckptdiff.files.staged import StagedFile, StagedFolder
 
 HOLD = """
 import sys
 from pathlib import Path
 from ckptdiff.files.staged import StagedFile
-from ckptdiff.files.staged_folder import StagedFolder
+from ckptdiff.files.staged import StagedFolder
 
 target = Path(sys.argv[2])
 if sys.argv[1] == "file":
@@ -140,8 +140,7 @@ def test_a_machine_leaves_alone_what_another_made_in_a_shared_folder(
 ) -> None:
     """Locks of one machine are not always known to the other. Here the boot is what tells two apart."""
     boot, mounts = tmp_path / "boot", tmp_path / "mounts"
-    monkeypatch.setattr(hidden, "_BOOT", boot)
-    monkeypatch.setattr(hidden, "_MOUNTS", mounts)
+    monkeypatch.setattr(hidden, "_scope", partial(hidden._scope, boot=boot, mounts=mounts))
     device = tmp_path.stat().st_dev
     mounts.write_text(f"36 35 {os.major(device)}:{os.minor(device)} / /mnt rw - nfs4 server:/x rw\n")
     boot.write_text("one\n")
@@ -160,19 +159,20 @@ def test_a_machine_leaves_alone_what_another_made_in_a_shared_folder(
     staged.__exit__(None, None, None)
 
 
-def test_what_file_systems_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hidden, "_MOUNTS", tmp_path / "mounts")
+def test_what_file_systems_are_shared(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
     device = tmp_path.stat().st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     lines = "22 27 0:210 / /proc rw,relatime - proc proc rw\n27 1 {} / /a\\040b rw shared:1 master:2 - {} {} rw,x=- y\n"
     for kind, local in (("ext4", True), ("xfs", True), ("nfs4", False), ("lustre", False), ("fuse.s3fs", False)):
-        (tmp_path / "mounts").write_text(lines.format(number, kind, "/dev/sda1"))
-        scope = hidden._scope(tmp_path)
+        mounts.write_text(lines.format(number, kind, "/dev/sda1"))
+        scope = hidden._scope(tmp_path, mounts=mounts)
         assert scope is not None and (scope == "one machine") == local
         assert local or scope.endswith(f" {device}")
-    (tmp_path / "mounts").write_text(lines.format("7:7", "ext4", "/dev/sda1"))
-    assert hidden._scope(tmp_path) == f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {device}"
-    assert hidden._scope(tmp_path / "gone") is None
+    mounts.write_text(lines.format("7:7", "ext4", "/dev/sda1"))
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert hidden._scope(tmp_path, mounts=mounts) == f"{boot} {device}"
+    assert hidden._scope(tmp_path / "gone", mounts=mounts) is None
 
 
 @kinds
@@ -188,7 +188,7 @@ def test_where_nothing_tells_who_lives_names_have_no_mark(
         if why == "no locks":
             patch.setattr(fcntl, "flock", refused)
         else:
-            patch.setattr(hidden, "_MOUNTS", tmp_path / "gone")
+            patch.setattr(hidden, "_scope", partial(hidden._scope, mounts=tmp_path / "gone"))
         with StagedFile(target) if kind == "file" else StagedFolder(target) as staged:
             (path,) = tmp_path.iterdir()
             remove_abandoned(target)

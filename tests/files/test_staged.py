@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckptdiff.errors import RunFileError
-from ckptdiff.files.staged import StagedFile
-from ckptdiff.files.staged_folder import StagedFolder
+from ckptdiff.files.staged import StagedFile, StagedFolder
 from ckptdiff.options import MaskRule
 from ckptdiff.runfile.writer import RunFileWriter
 

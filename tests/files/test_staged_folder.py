@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ckptdiff.errors import RunFileError
-from ckptdiff.files.staged_folder import StagedFolder
+from ckptdiff.files.staged import StagedFolder
 
 
 def test_it_takes_its_name_when_it_is_committed(tmp_path: Path) -> None:

@@ -26,16 +26,18 @@ __all__ = ["Terminal", "lines_of", "run_under_terminal"]
 _START = """
 import os, sys
 os.close(os.open(os.ttyname(2), os.O_RDWR))
-from ckptdiff import events
+from functools import partial
+from ckptdiff import events, in_order
 from ckptdiff.report import progress
-events._OFTEN = progress._FIRST_BAR = 0.0
-progress._PER_SECOND = float("inf")
 end = events.Stage.end
 def end_of_all(stage):
     counted, total = stage._last.done, stage._total
     assert stage._name == "writing" or abs(counted - total) <= 1e-6 * total, (stage._name, counted, total)
     end(stage)
 events.Stage.end = end_of_all
+events.Stage = partial(events.Stage, often=0.0)
+progress.ProgressDisplay = partial(progress.ProgressDisplay, first_bar=0.0, per_second=float("inf"))
+in_order.in_order = partial(in_order.in_order, patience=0.01)
 """
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from ckptdiff.events import Finished, StageProgress, Started, TensorsDone
 from ckptdiff.figures.result import Diff
+from ckptdiff.report.as_json import document
 from ckptdiff.report.as_ndjson import NdjsonStream, lines, streams
-from ckptdiff.report.document import document
 from ckptdiff.report.rows import View
 
 

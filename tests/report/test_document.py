@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ckptdiff.figures.result import Diff
-from ckptdiff.report.document import document
-from ckptdiff.report.json_text import dumps
+from ckptdiff.report.as_json import document
 from ckptdiff.report.rows import View
+from ckptdiff.report.text import dumps
 
 _KEYS = [
     *("schema", "ckptdiff_version", "base", "tuned", "compare", "mask_rule", "counts", "coverage"),

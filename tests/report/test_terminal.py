@@ -98,8 +98,7 @@ def test_a_diff_with_spectra(folder: Path, tmp_path: Path) -> None:
         "-O",
         tmp_path / "x",
     )
-    patient = "from ckptdiff import in_order\nin_order._PATIENCE = 0.01\n"
-    with run_under_terminal(patient + command(*words), 100, 30) as terminal:
+    with run_under_terminal(command(*words), 100, 30) as terminal:
         assert terminal.ended() == 0
     assert_each_stage_is_shown(terminal, ["comparing", "spectra", "writing"])
     assert terminal.frames[-1] == []
@@ -182,9 +181,7 @@ def test_every_other_command(folder: Path, tmp_path: Path) -> None:
 def held_until(path: Path) -> str:
     """Code after which no matrix is measured before there is a file of that name."""
     return f"""
-from ckptdiff import in_order
 from ckptdiff.spectra import job
-in_order._PATIENCE = 0.01
 measure = job.Measuring._measure
 def held(measuring, *arguments):
     while not os.path.exists({str(path)!r}) and not measuring.stop.wait(0.01):

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from fractions import Fraction
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import pytest
 from numpy.typing import NDArray
 from told_stages import told_stages
 
-from ckptdiff.events import Event
+from ckptdiff.events import Event, Stage
 from ckptdiff.options import MaskRule, Options
 from ckptdiff.run import planning
 from ckptdiff.run import tasks as stream_plan
@@ -184,7 +184,7 @@ def test_progress_counts_every_byte_once(pair: Pair, mask: str, monkeypatch: pyt
     events: list[Event] = []
     options = Options(mask=MaskRule.parse(mask))
     # Events of a stage come no more often than anyone looks; here every one is wanted.
-    monkeypatch.setattr("ckptdiff.events._OFTEN", 0.0)
+    monkeypatch.setattr("ckptdiff.events.Stage", partial(Stage, often=0.0))
     diff = run(*pair.paths, out=pair.folder / "run.h5", options=options, listener=events.append)
     told = told_stages(events)["comparing"]
     assert told[-1].done == sum(v.nbytes for side in pair.arrays for v in side.values())

@@ -45,7 +45,7 @@ def write(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any] |
 
 
 def row_of(diff: ckptdiff.Diff, name: str) -> dict[str, Any]:
-    from ckptdiff.report.document import document
+    from ckptdiff.report.as_json import document
 
     (found,) = (row for row in document(diff)["tensors"] if row["name"] == name)
     return found

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptdiff.deflate.deflate import deflate
-from ckptdiff.runfile.compress import DEFLATED, MASK_CHUNK, RAW, compress_chunk
+from ckptdiff.runfile.compress import DEFLATED, RAW, compress_chunk
+from ckptdiff.runfile.schema import MASK_CHUNK
 
 BLOCK = 1 << 20
 ROWS, WIDTH = 256, 4096

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from ckptdiff.errors import OptionError
 from ckptdiff.figures.result import Diff
 from ckptdiff.lora.extract import extract_lora
 from ckptdiff.options import SpectraOptions
-from ckptdiff.spectra.budget import Budget, Headroom, cache_bytes, randomized_bytes
+from ckptdiff.spectra.budget import Budget, cache_bytes, randomized_bytes
 from ckptdiff.spectra.existing import add_spectra
 from ckptdiff.spectra.job import Measuring
 from ckptdiff.spectra.matrices import MatrixView
+from ckptdiff.spectra.panels import StoredPanels
 
 BF16 = ml_dtypes.bfloat16
 Sides = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
@@ -112,7 +114,7 @@ def test_slices_of_experts_and_convolutions(pair: tuple[Path, Path], sides: Side
 def test_a_matrix_streamed_is_a_matrix_in_memory(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {mode: spectral(ckptdiff.diff(*pair, spectra=mode)) for mode in ("randomized", "exact")}
     monkeypatch.setattr("ckptdiff.spectra.job.cache_bytes", lambda view, itemsize: 1 << 60)
-    monkeypatch.setattr("ckptdiff.spectra.panels.PANEL", 1 << 10)
+    monkeypatch.setattr("ckptdiff.spectra.job.StoredPanels", partial(StoredPanels, entries=1 << 10))
     for io in ("pread", "mmap"):
         for mode, known in kept.items():
             streamed = spectral(ckptdiff.diff(*pair, spectra=mode, io=io))
@@ -143,11 +145,11 @@ def test_a_large_matrix_takes_the_threads_of_several(tmp_path: Path, monkeypatch
         lambda self, jobs, taken, meter: slots.append(taken) or measure_all(self, jobs, taken, meter),
     )
     free = randomized_bytes(MatrixView(0, 700, 650), 4, 320) + cache_bytes(MatrixView(0, 700, 650), 4)
-    monkeypatch.setattr(Budget, "of", lambda options, taken, views: Budget(SpectraOptions(), Headroom(free, 0), 4))
+    monkeypatch.setattr(Budget, "of", lambda options, taken, views: Budget(SpectraOptions(), free, 0, 4))
     assert spectral(ckptdiff.diff(*sides, spectra="randomized", threads=4)) == known
     assert slots == [4, 4]  # two of them in one go
     slots.clear()
-    monkeypatch.setattr(Budget, "of", lambda options, taken, views: Budget(SpectraOptions(), Headroom(2 * free, 0), 4))
+    monkeypatch.setattr(Budget, "of", lambda options, taken, views: Budget(SpectraOptions(), 2 * free, 0, 4))
     assert spectral(ckptdiff.diff(*sides, spectra="randomized", threads=4)) == known
     assert slots == [2, 2]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from safetensors.numpy import save_file
 from told_stages import told_stages
 
 import ckptdiff
-from ckptdiff.events import Event
+from ckptdiff.events import Event, Stage
+from ckptdiff.in_order import in_order
 from ckptdiff.linalg import work as work_module
 from ckptdiff.linalg.stages import ArrayPanels, meanwhile, run_together
 from ckptdiff.linalg.survey import survey
@@ -195,8 +197,8 @@ def test_where_work_is_counted(threads: int) -> None:
 def test_a_run_tells_of_its_spectra(mode: Any, bounded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of work, not of tensors: there is one that matters."""
     memory = resident() + (400 << 20) if bounded else 0
-    monkeypatch.setattr("ckptdiff.events._OFTEN", 0.0)
-    monkeypatch.setattr("ckptdiff.in_order._PATIENCE", 0.001)
+    monkeypatch.setattr("ckptdiff.events.Stage", partial(Stage, often=0.0))
+    monkeypatch.setattr("ckptdiff.spectra.stage.in_order", partial(in_order, patience=0.001))
     rng = np.random.default_rng(0)
     weights = {"lm_head.weight": rng.standard_normal((3000, 500)), "norm": rng.standard_normal(500)}
     for side, size in (("base", 0.0), ("tuned", 0.01)):

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -109,7 +110,7 @@ def test_no_digit_depends_on_the_other_tensors(trajectory: Trajectory) -> None:
 
 
 def test_tensors_of_many_jobs(trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follow_module, "_JOB", 1)
+    monkeypatch.setattr(follow_module, "_jobs", partial(follow_module._jobs, blocks=1))
     found = track(trajectory.paths[0], trajectory.paths[1:])
     for label, rows in found.grouped("tensor"):
         assert_rows(rows, trajectory.rows([label["name"]], "bf16"))

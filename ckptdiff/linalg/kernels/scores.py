@@ -9,8 +9,6 @@ import numpy as np
 from ckptdiff.jit import kernel
 from ckptdiff.measure.kernels.tiles import Array
 
-__all__ = ["count_magnitudes", "count_scores"]
-
 
 @kernel
 def count_magnitudes(base: Array, delta: Array, threshold: Any, counts: Array) -> int:

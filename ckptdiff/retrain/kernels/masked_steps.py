@@ -20,8 +20,6 @@ from ckptdiff.codes.bits import bits_float, float_bits
 from ckptdiff.jit import helper, kernel, reducer
 from ckptdiff.measure.kernels.tiles import Array
 
-__all__ = ["adamw_step", "sgd_step", "sum_masked_squares"]
-
 TILE_BITS = 16
 PART = 128
 """Masked coordinates at a time. So few that the processor gathers the next ones, and waits for memory, while it still

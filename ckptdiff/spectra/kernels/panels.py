@@ -6,18 +6,10 @@ from ckptdiff.codes.bfloat16 import bf16_to_f32, round_to_bf16
 from ckptdiff.jit import kernel
 from ckptdiff.measure.kernels.tiles import Array
 
-__all__ = ["cast_to_bf16", "widen_bf16"]
-
 
 @kernel
 def widen_bf16(codes: Array, out: Array) -> None:
-    """Write bfloat16 codes as float32 codes.
-
-    Parameters
-    ----------
-    codes : read-only uint16 array, shape (n,)
-    out : uint32 array, shape (n,)
-    """
+    """Write bfloat16 codes, read-only uint16 of shape (n,), as float32 codes, uint32 of that shape."""
     for i in range(codes.size):
         out[i] = bf16_to_f32(codes[i])
 
@@ -26,10 +18,7 @@ def widen_bf16(codes: Array, out: Array) -> None:
 def cast_to_bf16(codes: Array, out: Array) -> None:
     """Round float32 codes to bfloat16, to nearest even, and write them as float32 codes.
 
-    Parameters
-    ----------
-    codes : read-only uint32 array, shape (n,)
-    out : uint32 array, shape (n,)
+    Both arrays are uint32 of shape (n,), the first one read-only.
     """
     for i in range(codes.size):
         out[i] = bf16_to_f32(round_to_bf16(codes[i]))

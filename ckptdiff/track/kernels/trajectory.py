@@ -32,8 +32,6 @@ from ckptdiff.jit import helper, kernel
 from ckptdiff.measure.kernels.stored import Cast, decode
 from ckptdiff.measure.kernels.tiles import Array
 
-__all__ = ["Flow", "Rooms", "follow_spans", "new_rooms"]
-
 PIECES_BYTES = 3 << 20
 """Bytes of a piece of all checkpoints together: about the caches of a core."""
 LARGEST, SMALLEST = 1 << 18, 1 << 14
@@ -209,7 +207,6 @@ def read_piece(first: int, stop: int, files: Array, tables: Array, rooms: Rooms)
 
     Parameters
     ----------
-    first, stop : int
     files : int64 array, shape (1 + steps, 5)
     tables : array of codes, shape (1 + steps, 0 or 65536)
     rooms : Rooms
@@ -255,7 +252,6 @@ def follow_spans(
         Value of each code; empty for bfloat16, float32 and float64.
     magnitude : unsigned
         Mask of the magnitude bits, in the dtype of codes.
-    rooms : Rooms
     counts : int64 array, shape (spans, steps, 4)
         Added to; columns are those of :class:`Flow`.
     sums : float64 array, shape (spans, 1 + steps)
