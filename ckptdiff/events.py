@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from ckptdiff.interrupts import raise_pending
+
 if TYPE_CHECKING:
     from ckptdiff.figures.result import Diff
 
@@ -109,7 +111,7 @@ _OFTEN = 0.05
 
 
 class Stage:
-    """Tells of one stage, no more often than is of use.
+    """Tells of one stage, no more often than is of use; a signal that was noted is raised by :meth:`at`.
 
     Parameters
     ----------
@@ -127,6 +129,7 @@ class Stage:
 
     def at(self, done: float, what: str = "", compared: int = 0, unchanged: int = 0) -> None:
         """Say how far the stage is, unless that was said just now; for the end there is :meth:`end`."""
+        raise_pending()
         now = time.monotonic()
         done = max(done, self._last.done)
         self._last = StageProgress(self._name, done, what, compared, unchanged)
