@@ -24,5 +24,5 @@ def pending() -> KeyboardInterrupt | None:
 
 def raise_pending() -> None:
     """Raise :func:`pending`, if a signal was noted."""
-    if (error := pending()) is not None:
-        raise error
+    if _noted is not None:
+        raise KeyboardInterrupt(_noted)  # kept in no variable, whose frame would keep alive all that it ends
