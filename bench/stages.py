@@ -55,7 +55,7 @@ class ReadOnly:
 def drain(plan: Plan) -> None:
     """Carry out a plan and drop what it finds."""
     with open_shards(plan.io) as shards:
-        for _ in execute(plan, shards):
+        for _ in execute(plan, shards, lambda: None):
             pass
 
 

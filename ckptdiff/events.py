@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from ckptdiff.interrupts import raise_pending
+
 if TYPE_CHECKING:
     from ckptdiff.figures.result import Diff
 
@@ -105,7 +107,10 @@ def ignore(event: Event) -> None:
 
 
 class Stage:
-    """Tells of one stage; between two events lie `often` seconds at least: many small tensors take less."""
+    """Tells of one stage; between two events lie `often` seconds at least: many small tensors take less.
+
+    A signal that was noted is raised by :meth:`at`.
+    """
 
     def __init__(self, tell: Listener, name: str, total: float = 1, unit: Unit = "share", often: float = 0.05) -> None:
         self._tell, self._name, self._total, self._often = tell, name, total, often
@@ -115,6 +120,7 @@ class Stage:
 
     def at(self, done: float, what: str = "", compared: int = 0, unchanged: int = 0) -> None:
         """Say how far the stage is, unless that was said just now; for the end there is :meth:`end`."""
+        raise_pending()
         now = time.monotonic()
         done = max(done, self._last.done)
         self._last = StageProgress(self._name, done, what, compared, unchanged)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
+from ckptdiff.interrupts import raise_pending
+
 Result = TypeVar("Result")
 
 
@@ -50,14 +52,15 @@ def in_order(
     """
     waiting: list[tuple[int, Task[Result]]] = []
     running: dict[Future[Result], tuple[int, int]] = {}
-    # A queue of its own, where concurrent.futures.wait() would close the locks of all futures at every turn, and leave
-    # them closed if an interrupt came just then.
+    # concurrent.futures.wait() would close the locks of all futures at every turn, and leave them closed if an
+    # interrupt of a library user's own came just then.
     ready: SimpleQueue[Future[Result]] = SimpleQueue()
     done: dict[int, Result] = {}
     begun, ended, free = 0, 0, slots
     pool = ThreadPoolExecutor(threads or slots, thread_name_prefix="ckptdiff")
     try:
         while True:
+            raise_pending()
             while begun < ended + ahead * slots and (task := next(tasks, None)) is not None:
                 waiting.append((begun, task))
                 begun += 1

@@ -29,7 +29,8 @@ def stopping(*arguments, **options):
     return function(*arguments, **options)
 
 setattr(owner, name, stopping)
-sys.exit(main(sys.argv[3:]))
+sys.argv[1:] = sys.argv[3:]
+sys.exit(main())
 """
 
 

@@ -462,6 +462,17 @@ def test_an_interrupted_run_leaves_the_old_file(
         assert [path.name for path in tmp_path.iterdir()] == ["run.h5"]
 
 
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_report_that_nobody_reads_on(llama_run: Path, signum: int, code: int) -> None:
+    show = ["show", llama_run, "--format", "ndjson"]
+    whole = subprocess.run([sys.executable, "-m", "ckptdiff.cli", *map(str, show)], capture_output=True, check=True)
+    assert len(whole.stdout) > 8 * PAGE
+    process = start(*show, pipesize=PAGE)
+    assert process.stdout is not None and process.stdout.read(1) == b"{"
+    process.send_signal(signum)
+    assert process.wait(timeout=PATIENCE) == code
+
+
 def test_head_ends_a_run_without_a_run_file_quietly(large_pair: tuple[Path, Path]) -> None:
     process = start("diff", *large_pair, "--format", "ndjson", "--no-progress", pipesize=PAGE)
     assert process.stdout is not None

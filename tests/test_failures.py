@@ -21,10 +21,10 @@ from patience import PATIENCE
 from stopped_process import ended, go_on, stopped_at
 
 from ckptdiff.cli import main
-from ckptdiff.cli.session import Terminated
-from ckptdiff.cli.signals import raise_pending, signals_raise
+from ckptdiff.cli.signals import signals_noted
 from ckptdiff.errors import ChangedFileError
 from ckptdiff.events import Event, Finished, StageProgress, Started
+from ckptdiff.interrupts import raise_pending
 from ckptdiff.options import Options
 from ckptdiff.run.engine import run
 from ckptdiff.runfile.writer import RunFileWriter
@@ -126,7 +126,7 @@ def test_a_stopped_run_leaves_the_target_as_it_was(large: Pair, out: Path, signu
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_an_impatient_user(large: Pair, tmp_path: Path, signum: int) -> None:
-    """Signals that follow the first do not cut the cleaning up short."""
+    """Signals that follow the first end the process, and what it has not removed by then goes too."""
     process = start(WRITING, 1, *large, "-o", tmp_path / "run.h5", "--mask", "bitwise")
     process.send_signal(signum)
     go_on(process)
@@ -145,51 +145,79 @@ def test_a_signal_before_the_first_read(large: Pair, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+TIED = str(FIXTURES / "tied/base"), str(FIXTURES / "tied/tuned")
+NAMED = {
+    "diff": ["diff", *TIED, "-O", os.devnull, "-o"],
+    "report": ["show", "RUN", "-O"],
+    "spectra": ["spectra", "add", "RUN", "--spectra", "exact"],
+    "masks": ["mask", "export", "RUN", "-o"],
+    "patch": ["mask", "export", "RUN", "--layout", "patch", "-o"],
+    "patched": ["patch", "apply", TIED[0], "PATCH", "-o"],
+    "track": ["track", *TIED, "-o"],
+    "lora": ["lora", *TIED, "--rank", "2", "-o"],
+    "shira": ["mask", "export", "RUN", "--layout", "shira", "--rank", "2", "-o"],
+}
+"""Commands that make an output, whose name comes last."""
+
+
+@pytest.mark.parametrize("command", NAMED)
+def test_a_signal_just_before_the_output_gets_its_name(command: str, older: bytes, tmp_path: Path) -> None:
+    run_file, patch = tmp_path / "run.h5", tmp_path / "patch.safetensors"
+    run_file.write_bytes(older)
+    if command == "patched":
+        assert main(["mask", "export", str(run_file), "--layout", "patch", "-o", str(patch)]) == 0
+    words = [{"RUN": str(run_file), "PATCH": str(patch)}.get(word, word) for word in NAMED[command]]
+    folder = command in ("patched", "lora", "shira")
+    if command != "spectra":
+        words.append(str(tmp_path / ("out" if folder else "out.safetensors")))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    last = "staged_folder:StagedFolder.commit" if folder else "hidden:Hidden.take_name"
+    process = stopped_at(f"ckptdiff.files.{last}", 1, *words)
+    assert len(list(tmp_path.iterdir())) == len(before) + 1
+    process.terminate()
+    go_on(process)
+    code, err = ended(process)
+    assert code == 143 and err.endswith("ckptdiff: terminated\n"), err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_that_a_callback_swallows_is_raised_again(signum: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    dropped: list[Any] = []
-    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
-
-    class Callback:
-        def __del__(self) -> None:
-            signal.raise_signal(signum)
-
-    expected = KeyboardInterrupt if signum == signal.SIGINT else Terminated
-    with signals_raise():
-        raise_pending()  # there is none
-        swallowed = Callback()
-        del swallowed  # raises nothing, and Python's traceback of that is not shown
-        assert dropped == []
-        with pytest.raises(expected):
-            raise_pending()
-    raise_pending()
-    assert sys.unraisablehook == dropped.append
-
-
-def test_other_errors_in_callbacks_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_in_a_callback_is_raised_where_someone_asks(signum: int, monkeypatch: pytest.MonkeyPatch) -> None:
     dropped: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda one: dropped.append(one.exc_type))
 
     class Callback:
-        def __del__(self) -> None:
-            raise ValueError("wrong")
+        def __init__(self, act: Callable[[], None]) -> None:
+            self._act = act
 
-    with signals_raise():
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        callback = Callback()
+        def __del__(self) -> None:
+            self._act()
+
+    def wrong() -> None:
+        raise ValueError("wrong")
+
+    with signals_noted():
+        raise_pending()  # there is none
+        callback = Callback(lambda: signal.raise_signal(signum))
+        del callback  # raises nothing
+        assert dropped == []
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt) as raised:
+                raise_pending()
+            assert raised.value.args == (signum,)
+        callback = Callback(wrong)
         del callback
+    raise_pending()
     assert dropped == [ValueError]
 
 
 def test_an_error_that_takes_the_place_of_a_signal(
     small: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As HDF5's does when the signal arrives just before a write."""
+    """As that of a pipe does whose reader had the same signal."""
 
     def lost(*_: object) -> None:
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         raise RuntimeError("unable to write")
 
     monkeypatch.setattr(RunFileWriter, "add_mask_chunk", lost)

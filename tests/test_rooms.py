@@ -14,7 +14,7 @@ GROUND = {"errors", "formats", "jit", "options"}
 MAY_IMPORT = {
     "codes": {"jit"},
     "deflate": {"jit"},
-    "files": {"errors"},
+    "files": {"errors", "interrupts"},
     "measure": GROUND | {"codes"},
     "checkpoint": GROUND | {"events", "measure"},
     "figures": GROUND | {"measure"},

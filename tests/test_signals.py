@@ -1,4 +1,4 @@
-"""A signal ends the program at any step of the code around threads and processes; nothing waits for ever."""
+"""A signal ends the program at any step of the code around threads and processes, and where there are no steps."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from patience import PATIENCE
 
 from ckptdiff import cli
+from ckptdiff.cli.signals import signals_noted
+from ckptdiff.events import Event, StageProgress
+from ckptdiff.run.engine import run
+from ckptdiff.run.worker import Worker
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -96,6 +101,67 @@ def test_a_signal_at_each_step_of_a_command(command: str, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_signal_at_each_step_while_other_processes_compile() -> None:
     assert_ends(1, "compile")
+
+
+# Within one call that never returns Python runs no handler.
+STUCK = """
+import ctypes, sys
+from pathlib import Path
+
+from ckptdiff.cli.signals import ended_soon, signals_noted
+from ckptdiff.files.staged import StagedFile
+from ckptdiff.files.staged_folder import StagedFolder
+
+mutex, lock = ctypes.create_string_buffer(256), ctypes.CDLL(None).pthread_mutex_lock
+with (
+    signals_noted(),
+    ended_soon(float(sys.argv[1])),
+    StagedFile(Path("file")) as file,
+    StagedFolder(Path("folder")) as folder,
+    StagedFile(folder.path / "inside") as inside,
+):
+    print("ready", flush=True)
+    lock(mutex)
+    lock(mutex)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a mutex of zeros is an open one on Linux")
+@pytest.mark.parametrize("grace", [0.0, 0.5, PATIENCE])
+def test_a_signal_while_one_call_lasts_for_ever(grace: float, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", STUCK, str(grace)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    assert len(list(tmp_path.iterdir())) == 2
+    process.send_signal(signal.SIGINT)
+    if grace == PATIENCE:  # then it is a second signal that ends it
+        process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=PATIENCE)
+    ends = {130: b"ckptdiff: interrupted\n"}
+    if grace == PATIENCE:  # of two at the same time any may be the first
+        ends[143] = b"ckptdiff: terminated\n"
+    assert ends.get(process.returncode) == err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_task_that_lasts_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress goes on meanwhile, and a signal is raised."""
+    told = threading.Event()
+
+    def lasts(worker: Worker, *given: object) -> None:
+        assert told.wait(PATIENCE)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        assert worker._stop.wait(PATIENCE)
+
+    def listen(event: Event) -> None:
+        if isinstance(event, StageProgress) and event.stage == "comparing":
+            told.set()
+
+    for way in ("measure", "pass_over"):
+        monkeypatch.setattr(Worker, way, lasts)
+    with signals_noted(), pytest.raises(KeyboardInterrupt) as raised:
+        run(str(FIXTURES / "tied/base"), str(FIXTURES / "tied/tuned"), listener=listen)
+    assert raised.value.args == (signal.SIGTERM,)
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -12,11 +12,11 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from ckptdiff.cli.failures import OK, failure
+from ckptdiff.cli.failures import OK, Session, failure
 from ckptdiff.cli.group import ckptdiff
-from ckptdiff.cli.session import Session, Terminated
-from ckptdiff.cli.signals import pending, signals_raise
+from ckptdiff.cli.signals import ended_soon, signals_noted
 from ckptdiff.cli.target import abandon_stdout
+from ckptdiff.interrupts import pending
 
 __all__ = ["main"]
 
@@ -48,15 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A thread that comes back from compiled code waits for its turn at most this long, which is not often.
         sys.setswitchinterval(_TURN)
     session = Session(traceback=os.environ.get("CKPTDIFF_DEBUG", "") not in ("", "0"))
-    try:
-        with signals_raise(), _ready_stdout():
+    with signals_noted(), _ready_stdout():
+        with ended_soon() if arguments is None else contextlib.nullcontext():
             code, message = _outcome(sys.argv[1:] if arguments is None else list(arguments), session)
             abandon_stdout()
-            if message and sys.stderr is not None:
-                with contextlib.suppress(OSError):
-                    print(message, file=sys.stderr, flush=True)
-    except (KeyboardInterrupt, Terminated) as late:  # the command had ended by itself
-        code, _ = failure(late, session)
+        if message and sys.stderr is not None:
+            with contextlib.suppress(OSError):
+                print(message, file=sys.stderr, flush=True)
+        if (late := pending()) is not None:  # the command may have ended by itself
+            code, _ = failure(late, session)
     return code
 
 

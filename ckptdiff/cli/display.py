@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from ckptdiff.cli.signals import raise_pending
 from ckptdiff.report.text import safe
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ __all__ = ["progress", "say", "warn"]
 def progress(
     *others: Listener, shown: bool, quiet: bool, verbose: bool = False, repeated: bool = False
 ) -> Iterator[Listener]:
-    """Show progress and warnings on stderr, if there is one; a signal that came ends the run at its next event.
+    """Show progress and warnings on stderr, if there is one.
 
     The other listeners hear of each event first; `repeated` says that the report has the warnings too.
     """
@@ -35,7 +34,6 @@ def progress(
             listeners.append(stack.enter_context(display))
 
         def tell(event: Event) -> None:
-            raise_pending()
             for listener in listeners:
                 listener(event)
 

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import signal
 import traceback
+from dataclasses import dataclass
 
 import click
 
-from ckptdiff.cli.session import Session, Terminated
 from ckptdiff.errors import CkptdiffError
 from ckptdiff.report.text import safe
 
-__all__ = ["CLOSED_PIPE", "DIFFERS", "INTERRUPTED", "OK", "TROUBLE", "failure"]
+__all__ = ["CLOSED_PIPE", "DIFFERS", "OK", "TROUBLE", "Session", "failure"]
 
 OK = 0
 DIFFERS = 1
 TROUBLE = 2
-INTERRUPTED = 130
 CLOSED_PIPE = 141
+
+
+@dataclass(slots=True)
+class Session:
+    """What the commands and main() tell each other.
+
+    Attributes
+    ----------
+    traceback : bool
+        Show the traceback of an unexpected error (``-v`` or CKPTDIFF_DEBUG=1).
+    """
+
+    traceback: bool = False
 
 
 def failure(error: BaseException, session: Session) -> tuple[int, str]:
@@ -26,9 +39,8 @@ def failure(error: BaseException, session: Session) -> tuple[int, str]:
     if isinstance(error, BrokenPipeError):
         return CLOSED_PIPE, ""
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        return INTERRUPTED, "ckptdiff: interrupted"
-    if isinstance(error, Terminated):
-        return 128 + error.signum, "ckptdiff: terminated"
+        signum = error.args[0] if error.args else signal.SIGINT
+        return 128 + signum, f"ckptdiff: {'interrupted' if signum == signal.SIGINT else 'terminated'}"
     return TROUBLE, _message(error, session)
 
 

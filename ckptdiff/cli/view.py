@@ -12,8 +12,7 @@ import click
 
 from ckptdiff.cli.checks import Check
 from ckptdiff.cli.display import say
-from ckptdiff.cli.failures import DIFFERS, OK
-from ckptdiff.cli.session import Session
+from ckptdiff.cli.failures import DIFFERS, OK, Session
 from ckptdiff.cli.target import ReportTarget, output_option
 from ckptdiff.figures.members import GROUPINGS
 from ckptdiff.report.text import dumps, safe

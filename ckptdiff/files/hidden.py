@@ -8,14 +8,22 @@ import os
 import secrets
 import shutil
 import stat
+import threading
 from contextlib import suppress
 from pathlib import Path
+
+from ckptdiff.interrupts import raise_pending
 
 _LONGEST_STEM = 200
 _TOKEN_DIGITS = 8
 _BOOT, _MOUNTS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/mountinfo")
 _OF_ONE_MACHINE = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "tmpfs", "xfs", "zfs"})
 """File systems that only one machine at a time has mounted, and whose locks all its processes see."""
+
+_names = threading.Lock()
+"""Held while a hidden name is made or becomes the final one."""
+_living: set[Hidden] = set()
+"""What is under a hidden name."""
 
 
 class Hidden:
@@ -50,31 +58,42 @@ class Hidden:
     def make_file(self) -> None:
         """Make a file, open to read and write; what was abandoned is removed first. Raises as the system does."""
         remove_abandoned(self._target)
-        self.descriptor = os.open(self._plain, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._lock()
+        with _names:
+            self.descriptor = os.open(self._plain, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._lock()
 
     def make_folder(self) -> None:
         """Make a folder; what was abandoned is removed first. Raises as the system does."""
         remove_abandoned(self._target)
         self._is_folder = True
-        self._plain.mkdir()
-        self._lock()
+        with _names:
+            self._plain.mkdir()
+            self._lock()
 
     def take_name(self) -> None:
-        """Close it and give it its final name, in place of the file that has it. Raises as the system does."""
-        if self.path != self._plain:
-            self.path.rename(self._plain)
-        self._close()
-        self._plain.replace(self._target)
+        """Close it and give it its final name, in place of the file that has it. Raises as the system does.
 
-    def remove(self) -> None:
+        A signal that was noted in :mod:`ckptdiff.interrupts` is raised before it.
+        """
+        with _names:
+            raise_pending()
+            if self.path != self._plain:
+                self.path.rename(self._plain)
+            self._close()
+            self._plain.replace(self._target)
+            _living.discard(self)
+
+    def remove(self, *, close: bool = True) -> None:
         """Remove it and all that is in it; harmless before it is made, and once it has its final name."""
         for path in (self.path, self._plain):
             _remove(path, self._is_folder)
-        self._close()
+        if close:
+            _living.discard(self)
+            self._close()
 
     def _lock(self) -> None:
         """Lock it, then mark its name; what cannot be locked has none."""
+        _living.add(self)
         scope = _scope(self._target.parent)
         if scope is None:
             return
@@ -92,6 +111,14 @@ class Hidden:
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def remove_hidden() -> None:
+    """Remove all that this process has under hidden names, which is about to end: it can neither make nor name more."""
+    _names.acquire()
+    for hidden in list(_living):
+        with suppress(OSError):
+            hidden.remove(close=False)
 
 
 def remove_abandoned(target: Path) -> None:

@@ -82,7 +82,7 @@ def run_plan(
     results = _Results(plan, tell)
     with open_shards(plan.io) as shards, _run_file(plan, out, title) as writer:
         with stage(tell, "comparing", plan.total_bytes, "bytes") as told:
-            for result in execute(plan, shards):
+            for result in execute(plan, shards, told.again):
                 if writer is not None:
                     _write_masks(writer, plan, result)
                 for measured in results.take(result, told):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.measure.partial import Partial
@@ -16,13 +16,16 @@ from ckptdiff.run.worker import Result, Worker
 
 __all__ = ["execute"]
 
+_PATIENCE = 0.2  # as in_order has it
 
-def execute(plan: Plan, shards: OpenShards) -> Iterator[Result]:
+
+def execute(plan: Plan, shards: OpenShards, idle: Callable[[], None]) -> Iterator[Result]:
     """Yield what each task gave, every pass over a tensor in block order.
 
     The result that completes tensors carries their ``records``. Small tensors are measured by one thread and come
     complete, in plan order. Large ones come span by span, merged here in block order; where a tensor needs further
     passes, those follow the tasks that are already under way, and later tensors may be complete before it.
+    While a result is waited for, `idle` is called again and again.
     """
     stop = threading.Event()
     local = threading.local()
@@ -54,7 +57,10 @@ def execute(plan: Plan, shards: OpenShards) -> Iterator[Result]:
                 pending.append(pool.submit(work, task))
             if not pending:
                 return
-            result = pending.popleft().result()
+            first = pending.popleft()
+            while not wait((first,), _PATIENCE).done:
+                idle()
+            result = first.result()
             if result.span is not None and result.found is not None:
                 index, load = result.span.tensor, plan.loads[result.span.tensor]
                 last = result.span.stop == load.blocks

@@ -22,6 +22,7 @@ import numpy as np
 from ckptdiff.checkpoint import Kind, TensorPair
 from ckptdiff.events import Listener, Note, Stage, stage
 from ckptdiff.formats import FORMATS, Format, Formats, formats_of
+from ckptdiff.interrupts import raise_pending
 from ckptdiff.jit import NotCachedError, cache_folder, only_cached
 from ckptdiff.measure.backend import Backend, Batching
 from ckptdiff.measure.delta_cuts import DeltaCut, first_delta_cut, refine_delta_cut
@@ -48,7 +49,7 @@ of a chunk; "panel" with the stored format and that of the comparison; "scores";
 _AT_ONCE = 2
 """Compiling processes; each takes some 250 MB."""
 _POLL = 0.01
-"""Seconds between two looks at them: a signal is raised at once where no thread waits."""
+"""Seconds between two looks at them, and for a signal."""
 _HOME = Path(__file__).parents[2]
 _ONCE, _EACH_TIME = "once for this version on this machine", "each time: there is no folder to keep them in"
 
@@ -201,6 +202,7 @@ def compile_apart(missing: Sequence[Use], told: Stage | None = None) -> None:
                 use = waiting.pop(0)
                 running[use] = _start(use)
             time.sleep(_POLL)
+            raise_pending()  # first of all: a terminal's Ctrl-C ends those processes too
             for use, process in list(running.items()):
                 if process.poll() is not None:
                     process.communicate()

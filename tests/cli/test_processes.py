@@ -97,8 +97,8 @@ def test_signals_leave_nothing_behind(spawn: Spawn, signum: int, code: int, mess
 def test_an_ignored_hangup_stays_ignored(tmp_path: Path) -> None:
     code = (
         "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\nfrom ckptdiff.cli import signals\n"
-        "with signals.signals_raise():\n    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN\n"
-        "    assert signal.getsignal(signal.SIGTERM) is signals._receive\n"
+        "with signals.signals_noted():\n    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN\n"
+        "    assert signal.getsignal(signal.SIGTERM) is signals._note\n"
         "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     )
