@@ -1,0 +1,291 @@
+"""Cut tensors of two checkpoints that hold the same parts into boxes that hold the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeAlias
+
+from ckptdiff.checkpoint.layout_names import Reading
+from ckptdiff.checkpoint.weights import Piece, Range, Source
+from ckptdiff.errors import first_few
+
+__all__ = ["Block", "Flips", "Stored", "UnfitError"]
+
+Flips: TypeAlias = tuple[bool, bool]
+"""Whether base and tuned store [in, out] where their layouts leave that open."""
+
+_Shape: TypeAlias = tuple[int, ...]
+_STACKED = -1
+_SIDES = ("base", "tuned")
+
+
+class UnfitError(Exception):
+    """Parts that do not add up; the text says why, as the end of a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor with what its name says of it.
+
+    Attributes
+    ----------
+    source : TensorInfo or Decoded
+    reading : Reading
+    parts : tuple of str
+        In their order.
+    expert : int or None
+        Whose it is, if it has a number.
+    stacked : bool
+        Its first axis runs over experts.
+    interleaved : bool
+        Rows of its parts take turns.
+    """
+
+    source: Source
+    reading: Reading
+    parts: tuple[str, ...]
+    expert: int | None
+    stacked: bool
+    interleaved: bool
+
+    @property
+    def open(self) -> bool:
+        """Whether only shapes tell which way its last two axes go."""
+        layout = self.reading.layout
+        if self.reading.kind == "bias" or layout.ndim > 2 or layout.transposed:
+            return False
+        return self.stacked or layout.transposed is None
+
+    def flipped(self, flip: bool) -> bool:
+        """Whether the last two axes are [in, out]."""
+        return flip if self.open else bool(self.reading.layout.transposed) and self.reading.kind != "bias"
+
+    def body(self, flip: bool) -> _Shape:
+        """Shape of one expert's rows of all parts, as [out, in]."""
+        shape = self.source.shape[1:] if self.stacked else self.source.shape
+        return (*shape[:-2], shape[-1], shape[-2]) if self.flipped(flip) else shape
+
+    def index(self, rows: Range, expert: int | None, flip: bool) -> tuple[Range, ...]:
+        """Its ranges that hold some rows of one expert, or of all."""
+        ranges: list[Range] = [rows, *((0, size, 1) for size in self.body(flip)[1:])]
+        if self.flipped(flip):
+            ranges[-1], ranges[-2] = ranges[-2], ranges[-1]
+        if self.stacked:
+            ranges.insert(0, (0, self.source.shape[0], 1) if expert is None else (expert, expert + 1, 1))
+        return tuple(ranges)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tensors of both sides that hold parts of one block of a module, of one kind.
+
+    Attributes
+    ----------
+    base, tuned : list of Stored
+    """
+
+    base: list[Stored] = field(default_factory=list)
+    tuned: list[Stored] = field(default_factory=list)
+    _bodies: dict[Flips, dict[str, _Shape]] = field(default_factory=dict)
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether all tensors hold the same parts in the same order, so that nobody needs to tell them apart."""
+        return len({(stored.parts, stored.interleaved) for stored in (*self.base, *self.tuned)}) == 1
+
+    @property
+    def has_halves(self) -> bool:
+        """Whether some tensor holds a gate and what it gates."""
+        return any(set(stored.parts) == {"gate", "up"} for stored in (*self.base, *self.tuned))
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What was assumed of rows."""
+        layouts = [[stored.reading.layout for stored in side] for side in (self.base, self.tuned)]
+        notes = []
+        if {layout.permuted for layout in layouts[0]} != {layout.permuted for layout in layouts[1]}:
+            notes.append("taken with rows of q and k as they are, which Step-3.5 permutes")
+        if not self.whole and any(
+            stored.interleaved and stored.reading.layout.interleaved is None for stored in (*self.base, *self.tuned)
+        ):
+            notes.append("taken with gate and up in turns, as in GPT-OSS, because experts have biases")
+        return tuple(notes)
+
+    @cached_property
+    def flips(self) -> tuple[Flips, ...]:
+        """What the sides may do with axes whose order is open."""
+        base, tuned = (
+            (False, True) if any(stored.open for stored in side) else (False,) for side in (self.base, self.tuned)
+        )
+        return tuple((one, other) for one in base for other in tuned)
+
+    @cached_property
+    def slots(self) -> tuple[dict[str, dict[int | None, Stored]], dict[str, dict[int | None, Stored]]]:
+        """By side, part and expert's number, the tensor that holds it.
+
+        Raises
+        ------
+        UnfitError
+            Two tensors of a side hold the same.
+        """
+        return self._slots(0), self._slots(1)
+
+    def _slots(self, side: int) -> dict[str, dict[int | None, Stored]]:
+        slots: dict[str, dict[int | None, Stored]] = {}
+        for stored in (self.base, self.tuned)[side]:
+            key = _STACKED if stored.stacked else stored.expert
+            for part in self._parts(stored):
+                held = slots.setdefault(part, {})
+                other = held.setdefault(key, stored)
+                if other is not stored or (len(held) > 1 and (_STACKED in held or None in held)):
+                    other = next(one for one in held.values() if one is not stored)
+                    raise UnfitError(
+                        f"{_SIDES[side]} stores their {part} twice, such as in {other.source.name} and"
+                        f" {stored.source.name}"
+                    )
+        return slots
+
+    def _parts(self, stored: Stored) -> tuple[str, ...]:
+        return (" and ".join(stored.parts),) if self.whole else stored.parts
+
+    def fitting(self) -> tuple[list[Flips], str]:
+        """Which of `flips` make all parts fit, and why the first does not if none does."""
+        permuted = [
+            any(stored.reading.layout.permuted for stored in side) for side in (self.base, self.tuned)
+        ]  # fmt: skip
+        if permuted[0] != permuted[1]:
+            return [], "rows of q and k may be permuted on one side for rotary embeddings"
+        fitting, reasons = [], []
+        for flips in self.flips:
+            try:
+                self._bodies[flips] = self.bodies(flips)
+                fitting.append(flips)
+            except UnfitError as error:
+                reasons.append(str(error))
+        return fitting, reasons[0] if reasons else ""
+
+    def bodies(self, flips: Flips) -> dict[str, _Shape]:
+        """Shape of each part of one expert, as far as fused tensors and stacks tell.
+
+        Raises
+        ------
+        UnfitError
+            Tensors that contradict each other, or no tensor that could be a part of theirs.
+        """
+        bodies: dict[str, _Shape] = {}
+        for side, flip in enumerate(flips):
+            for stored in (self.base, self.tuned)[side]:
+                parts = self._parts(stored)
+                if len(parts) == 1 and not stored.stacked:
+                    continue
+                body = stored.body(flip)
+                shapes = (body,) * len(parts) if len(parts) == 1 else self._split(stored, body, side, flips)
+                for part, shape in zip(parts, shapes, strict=True):
+                    if bodies.setdefault(part, shape) != shape:
+                        raise UnfitError(f"the {part} of {stored.source.name} is {shape}, not {bodies[part]}")
+        for part in self.slots[0].keys() & self.slots[1].keys():
+            self._check_singles(part, bodies.get(part), flips)
+        return bodies
+
+    def _check_singles(self, part: str, body: _Shape | None, flips: Flips) -> None:
+        base, tuned = self._singles(0, part, flips[0]), self._singles(1, part, flips[1])
+        for side, found in enumerate((base, tuned)):
+            if body is not None and found and body not in found.values():
+                raise UnfitError(f"no {part} of {_SIDES[side]} has shape {body}")
+        if body is None and not any(tuned.get(expert) == shape for expert, shape in base.items()):
+            raise UnfitError(f"no {part} has the same shape on both sides")
+
+    def _singles(self, side: int, part: str, flip: bool) -> dict[int | None, _Shape]:
+        """Shapes of the tensors that hold a part alone, by their expert's number."""
+        held = self.slots[side].get(part, {})
+        return {
+            key: one.body(flip) for key, one in held.items() if not one.stacked and len(self._parts(one)) == 1
+        }  # fmt: skip
+
+    def _split(self, stored: Stored, body: _Shape, side: int, flips: Flips) -> list[_Shape]:
+        total, count = body[0], len(stored.parts)
+        found = [self._singles(1 - side, part, flips[1 - side]) for part in stored.parts]
+        known = [next(iter(one.values()))[0] if one else None for one in found]
+        if stored.reading.layout.equal or stored.interleaved or known.count(None) > 1:
+            if total % count:
+                raise UnfitError(f"{stored.source.name} has {total} rows, which are not {count} equal parts")
+            rows = [total // count] * count
+        else:
+            rest = total - sum(rows or 0 for rows in known)
+            rows = [rest if one is None else one for one in known]
+            if sum(rows) != total or min(rows) <= 0:
+                raise UnfitError(f"{stored.source.name} has {total} rows, its parts {_listed(known)}")
+        return [(one, *body[1:]) for one in rows]
+
+    def pieces(self, base: Stored, flips: Flips) -> tuple[Piece, ...]:
+        """Take a tensor of the base from those of the tuned side, once they fit.
+
+        Raises
+        ------
+        UnfitError
+            What is missing.
+        """
+        return tuple(
+            self._piece(base, held, part, (mine, theirs), flips)
+            for part in self._parts(base)
+            for held, mine, theirs in self._sources(base, part)
+        )
+
+    def _sources(self, base: Stored, part: str) -> Iterator[tuple[Stored, int | None, int | None]]:
+        """What holds a part, with the entry of the expert axis on either side, None for all or where there is none."""
+        held = self.slots[1].get(part, {})
+        stack = held.get(_STACKED)
+        if base.stacked:
+            experts = base.source.shape[0]
+            if stack is not None:
+                if stack.source.shape[0] != experts:
+                    raise UnfitError(f"tuned has {stack.source.shape[0]} experts, base {experts}")
+                yield stack, None, None
+                return
+            missing = [expert for expert in range(experts) if expert not in held]
+            if missing:
+                raise UnfitError(f"tuned has no {part} of expert {first_few(map(str, missing))}")
+            for expert in range(experts):
+                yield held[expert], expert, None
+        elif base.expert in held:
+            yield held[base.expert], None, None
+        elif stack is not None and base.expert is not None:
+            if base.expert >= stack.source.shape[0]:
+                raise UnfitError(f"tuned has {stack.source.shape[0]} experts in one tensor")
+            yield stack, None, base.expert
+        else:
+            raise UnfitError(f"tuned has no {part}" + ("" if base.expert is None else f" of expert {base.expert}"))
+
+    def _piece(
+        self,
+        base: Stored,
+        tuned: Stored,
+        part: str,
+        experts: tuple[int | None, int | None],
+        flips: Flips,
+    ) -> Piece:
+        indices, bodies = [], self._bodies[flips]
+        for stored, expert, flip in zip((base, tuned), experts, flips, strict=True):
+            parts, body = self._parts(stored), stored.body(flip)
+            expected = bodies.get(part, base.body(flips[0]))
+            if len(parts) == 1 and body != expected:
+                raise UnfitError(f"{stored.source.name} has shape {stored.source.shape}, where {expected} is right")
+            indices.append(stored.index(_rows(stored, parts, part, bodies, body[0]), expert, flip))
+        transposed = base.flipped(flips[0]) != tuned.flipped(flips[1])
+        return Piece(tuned.source, indices[0], indices[1], transposed)
+
+
+def _rows(stored: Stored, parts: Sequence[str], part: str, bodies: Mapping[str, _Shape], total: int) -> Range:
+    if len(parts) == 1:
+        return (0, total, 1)
+    place = parts.index(part)
+    if stored.interleaved:
+        return (place, total, len(parts))
+    start = sum(bodies[other][0] for other in parts[:place])
+    return (start, start + bodies[part][0], 1)
+
+
+def _listed(known: Sequence[int | None]) -> str:
+    return " and ".join("?" if rows is None else str(rows) for rows in known)
