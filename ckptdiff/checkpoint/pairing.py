@@ -8,11 +8,11 @@ from typing import Literal, NamedTuple
 
 from ckptdiff.checkpoint.checkpoint import Checkpoint
 from ckptdiff.checkpoint.dtypes import Kind
+from ckptdiff.checkpoint.encodings import is_packed, is_scaled, scaled_modules
 from ckptdiff.checkpoint.globs import Globs
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.matching import is_adapter_part, match_names
 from ckptdiff.checkpoint.names import locate
-from ckptdiff.checkpoint.scales import is_scaled, scaled_modules
 from ckptdiff.checkpoint.ties import Evidence, SameValues, find_ties
 from ckptdiff.checkpoint.weights import Source, Weight
 from ckptdiff.errors import PairingError, first_few
@@ -338,10 +338,10 @@ def _adapter_warnings(base: Checkpoint, tuned: Checkpoint, pairing: Pairing) -> 
 
 
 def _scale_warnings(base: Checkpoint, tuned: Checkpoint, pairs: Iterable[TensorPair]) -> list[str]:
-    base_scales, tuned_scales = scaled_modules(base.tensors), scaled_modules(tuned.tensors)
-    if not base_scales and not tuned_scales:
-        return []
-    count = sum(is_scaled(pair.base, base_scales) or is_scaled(pair.tuned, tuned_scales) for pair in pairs)
-    if not count:
-        return []
-    return [f"{count} fp8 tensors have scales beside them: compared as raw codes, unscaled"]
+    scales = scaled_modules(base.tensors), scaled_modules(tuned.tensors)
+    kinds = {"fp8 tensors have scales beside them": is_scaled, "tensors hold packed codes": is_packed}
+    counts = {
+        what: sum(of_kind(pair.base, scales[0]) or of_kind(pair.tuned, scales[1]) for pair in pairs)
+        for what, of_kind in kinds.items()
+    }
+    return [f"{count} {what}: compared as raw codes, unscaled" for what, count in counts.items() if count]
