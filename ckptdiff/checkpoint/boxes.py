@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptdiff.checkpoint.decoding import Room, decode_box
 from ckptdiff.checkpoint.dtypes import DTYPES
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.kernels.boxes import read_box
@@ -194,7 +195,8 @@ def _read_source(shards: OpenShards, source: Source, lines: tuple[int, int], acr
     """A box of a tensor's matrix, as codes of its dtype."""
     (top, bottom), (left, right) = lines, across
     if isinstance(source, Decoded):
-        raise NotImplementedError
+        values = np.empty((bottom - top, right - left), np.float32)
+        return decode_box(shards, source, lines, across, values, Room()).values.view(np.uint32)
     size = DTYPES[source.dtype].bits // 8
     columns = matrix_of(source.shape)[1]
     reader = shards[source.shard]

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ckptdiff.checkpoint.checkpoint import Checkpoint
 from ckptdiff.checkpoint.regular_file import read_whole
 from ckptdiff.checkpoint.tied_models import TIED_BY_DEFAULT
 from ckptdiff.errors import CheckpointError
 
-__all__ = ["says_tied"]
+__all__ = ["Config", "read_config", "says_tied"]
 
 _MAX_BYTES = 10_000_000
+
+
+class Config(NamedTuple):
+    """A file of configuration beside a checkpoint."""
+
+    path: str
+    values: dict[str, Any]
+    """Its object; empty where there is no such file, or none that can be used."""
+    warning: str | None
+    """Why it cannot be used."""
 
 
 def says_tied(checkpoint: Checkpoint) -> tuple[bool, str | None]:
@@ -31,21 +43,44 @@ def says_tied(checkpoint: Checkpoint) -> tuple[bool, str | None]:
     str or None
         A warning, if there is a file that cannot be used.
     """
+    config = read_config(checkpoint)
+    parts = [part for part in (config.values, config.values.get("text_config")) if isinstance(part, dict)]
+    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
+    return True in said if said else any(
+        str(part.get("model_type")) in TIED_BY_DEFAULT for part in parts
+    ), config.warning
+
+
+def read_config(checkpoint: Checkpoint, name: str = "config.json") -> Config:
+    """Read a file of configuration: once, as long as it stays the same.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    name : str
+        Of a file in the folder of its index, or of its first file.
+    """
     if not checkpoint.shards:
-        return False, None
+        return Config(name, {}, None)
     named = checkpoint.shards[0].path if checkpoint.index is None else checkpoint.index.path
-    path = Path(named).parent / "config.json"
+    path = str(Path(named).parent / name)
+    try:
+        status = Path(path).stat()
+    except OSError:
+        return _read(path, None)
+    return _read(path, (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size))
+
+
+@lru_cache(maxsize=8)
+def _read(path: str, status: tuple[int, ...] | None) -> Config:
     try:
         # Not the strict reader: transformers writes Infinity.
-        config = json.loads(read_whole(str(path), _MAX_BYTES))
+        values = json.loads(read_whole(path, _MAX_BYTES))
     except CheckpointError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return False, None
-        return False, f"{path} is not used: {error.problem}"
+        absent = isinstance(error.__cause__, FileNotFoundError)
+        return Config(path, {}, None if absent else f"{path} is not used: {error.problem}")
     except (ValueError, RecursionError):
-        return False, f"{path} is not used: it is not valid JSON"
-    if not isinstance(config, dict):
-        return False, f"{path} is not used: it is not a JSON object"
-    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    said = [part["tie_word_embeddings"] for part in parts if "tie_word_embeddings" in part]
-    return True in said if said else any(str(part.get("model_type")) in TIED_BY_DEFAULT for part in parts), None
+        return Config(path, {}, f"{path} is not used: it is not valid JSON")
+    if not isinstance(values, dict):
+        return Config(path, {}, f"{path} is not used: it is not a JSON object")
+    return Config(path, values, None)

@@ -8,17 +8,17 @@ from typing import Literal
 
 from ckptdiff.checkpoint.checkpoint import Checkpoint
 from ckptdiff.checkpoint.dtypes import Kind
+from ckptdiff.checkpoint.encodings import is_packed, is_scaled, scaled_modules
 from ckptdiff.checkpoint.globs import Globs
 from ckptdiff.checkpoint.header import TensorInfo
-from ckptdiff.checkpoint.layouts import Assembly, assemble
+from ckptdiff.checkpoint.layouts import Assembly, assemble, reopened
 from ckptdiff.checkpoint.matching import is_adapter_part, match_names
 from ckptdiff.checkpoint.names import locate
 from ckptdiff.checkpoint.nothing_in_common import MERGE, nothing_to_compare
 from ckptdiff.checkpoint.pairs import Alias, Mismatch, Pairing, Rows, TensorPair
-from ckptdiff.checkpoint.scales import is_scaled, scaled_modules
 from ckptdiff.checkpoint.side_weights import SideWeights, weights_of
 from ckptdiff.checkpoint.ties import SameValues, find_ties, left_embedding
-from ckptdiff.checkpoint.weights import Source, Weight, sources_of
+from ckptdiff.checkpoint.weights import Source, sources_of
 from ckptdiff.options import Values
 
 __all__ = ["Alias", "Mismatch", "Pairing", "Rows", "TensorPair", "pair"]
@@ -101,17 +101,18 @@ def _sort_out(
     pairs: list[TensorPair] = []
     mismatched: list[Mismatch] = []
     aliased: list[Alias] = []
-    assembly = _assembled(base.named, tuned.named, matched)
-    matched = {name: other for name, other in matched.items() if name not in assembly.found}
+    assembly = _assembly(base.named, tuned.named, matched)
+    found = assembly.assembled
+    matched = {name: other for name, other in matched.items() if name not in found} | assembly.renamed
     # What names stand for the tuned side's weights in globs, and in what is said.
-    others = matched | {name: weight.name for name, weight in assembly.found.items()}
+    others = matched | {name: weight.name for name, weight in found.items()}
     excluded = {name: other for name, other in others.items() if not globs.select(name, other)}
     seen: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
     for name, one in base.named.items():
         if name not in others or name in excluded:
             continue
-        if name in assembly.found:
-            pairs.append(TensorPair(name, one, assembly.found[name]))
+        if name in found:
+            pairs.append(TensorPair(name, one, found[name]))
             continue
         other = tuned.named[matched[name]]
         reason = _mismatch(one, other)
@@ -126,7 +127,7 @@ def _sort_out(
             pairs.append(TensorPair(name, one, other))
         else:
             aliased.append(Alias(name, seen[one.region, other.region], "both", "bytes"))
-    used = {part.name for weight in assembly.found.values() for part in sources_of(weight)} | set(matched.values())
+    used = {part.name for weight in found.values() for part in sources_of(weight)} | set(matched.values())
     chosen = [name for name in others if name not in excluded]
     # Without a pair this ends in an error, and there is no need to read anything.
     asked = same_values if pairs else None
@@ -158,16 +159,13 @@ def _sort_out(
     )
 
 
-def _assembled(base: Mapping[str, Source], tuned: Mapping[str, Source], matched: dict[str, str]) -> Assembly:
-    """Put together what has no counterpart of its name and shape."""
-    alike = {
-        name: other
-        for name, other in matched.items()
-        if base[name].shape == tuned[other].shape or _common_rows(name, base[name], tuned[other]) is not None
-    }
-    taken = set(alike.values())
+def _assembly(base: Mapping[str, Source], tuned: Mapping[str, Source], matched: dict[str, str]) -> Assembly:
+    """Put together what has no counterpart of its name, or one in another layout."""
+    again = reopened((base[name], tuned[other]) for name, other in matched.items())
+    kept = {name: other for name, other in matched.items() if name not in again}
+    taken = set(kept.values())
     return assemble(
-        {name: weight for name, weight in base.items() if name not in alike},
+        {name: weight for name, weight in base.items() if name not in kept},
         {name: weight for name, weight in tuned.items() if name not in taken},
     )
 
@@ -240,14 +238,10 @@ def _adapter_warnings(base: Checkpoint, tuned: Checkpoint, pairing: Pairing) -> 
 
 
 def _scale_warnings(base: Checkpoint, tuned: Checkpoint, pairs: Iterable[TensorPair]) -> list[str]:
-    base_scales, tuned_scales = scaled_modules(base.tensors), scaled_modules(tuned.tensors)
-    if not base_scales and not tuned_scales:
-        return []
-
-    def scaled(weight: Weight, scales: frozenset[str]) -> bool:
-        return isinstance(weight, TensorInfo) and is_scaled(weight, scales)
-
-    count = sum(scaled(pair.base, base_scales) or scaled(pair.tuned, tuned_scales) for pair in pairs)
-    if not count:
-        return []
-    return [f"{count} fp8 tensors have scales beside them: compared as raw codes, unscaled"]
+    scales = scaled_modules(base.tensors), scaled_modules(tuned.tensors)
+    kinds = {"fp8 tensors have scales beside them": is_scaled, "tensors hold packed codes": is_packed}
+    counts = {
+        what: sum(of_kind(pair.base, scales[0]) or of_kind(pair.tuned, scales[1]) for pair in pairs)
+        for what, of_kind in kinds.items()
+    }
+    return [f"{count} {what}: compared as raw codes, unscaled" for what, count in counts.items() if count]

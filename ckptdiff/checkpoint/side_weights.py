@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckptdiff.checkpoint.checkpoint import Checkpoint
+from ckptdiff.checkpoint.encodings import find_encoded
 from ckptdiff.checkpoint.weights import Source
 from ckptdiff.options import Values
 
@@ -30,5 +31,29 @@ class SideWeights:
 
 
 def weights_of(checkpoint: Checkpoint, values: Values) -> SideWeights:
-    """The weights of a checkpoint."""
-    return SideWeights(checkpoint, checkpoint.tensors)
+    """List the weights of a checkpoint.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    values : {"model", "codes"}
+        Whether quantised weights are decoded, or codes and scales are tensors like any other.
+
+    Raises
+    ------
+    CheckpointError
+        The shape of a packed weight, which is stored as values, cannot be read.
+    """
+    if values == "codes":
+        return SideWeights(checkpoint, checkpoint.tensors)
+    encoded = find_encoded(checkpoint)
+    if not encoded.weights:
+        return SideWeights(checkpoint, checkpoint.tensors, encoded.warnings)
+    by_codes = {weight.codes.name: weight for weight in encoded.weights.values()}
+    named: dict[str, Source] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if name in by_codes:
+            named[by_codes[name].name] = by_codes[name]
+        elif name not in encoded.parts:
+            named[name] = tensor
+    return SideWeights(checkpoint, named, encoded.warnings)

@@ -8,10 +8,10 @@ from typing import Literal, TypeAlias
 
 from ckptdiff.checkpoint.checkpoint import Checkpoint
 from ckptdiff.checkpoint.dtypes import Kind
+from ckptdiff.checkpoint.encodings import is_scaled, scaled_modules
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.model_config import says_tied
 from ckptdiff.checkpoint.names import locate
-from ckptdiff.checkpoint.scales import is_scaled, scaled_modules
 
 __all__ = ["Evidence", "SameValues", "Tie", "Ties", "find_ties", "left_embedding", "twice_named"]
 

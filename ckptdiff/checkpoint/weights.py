@@ -23,6 +23,9 @@ Range: TypeAlias = tuple[int, int, int]
 class Decoded:
     """A quantised weight: codes with their scales.
 
+    It is looked at as a matrix: the last axis of `shape` are the columns, all others together the rows. A value is
+    ``(code - zero) * scale``, times or over a global scale.
+
     Attributes
     ----------
     name : str
@@ -32,8 +35,22 @@ class Decoded:
     shape : tuple of int
         Of its values.
     codes : TensorInfo
+        Each row begins with a byte of its own.
     parts : tuple of TensorInfo
         All stored tensors that it is made of, the codes among them.
+    code : str
+        What a code is: "e4m3", "e5m2", "e2m1" (two to a byte, the low nibble first), or "int1" to "int8".
+    scales : TensorInfo
+        One for each block, row by row. U8 and F8_E8M0 are powers of two, 2^(byte - 127).
+    block : tuple of (int, int)
+        Rows and columns that share a scale. Blocks begin anew with each matrix of the last two axes, unless one block
+        is more than a matrix; at its edges they are cut.
+    zeros : TensorInfo or None
+        Of integer codes: I8, one for each scale, or I32, packed as the codes are, but along the rows.
+    global_scale : TensorInfo or None
+        F32: one, or one for each matrix.
+    divides : bool
+        Whether values are over the global scale, not times it.
     dtype : str
         What its values come as.
     """
@@ -43,6 +60,12 @@ class Decoded:
     shape: tuple[int, ...]
     codes: TensorInfo
     parts: tuple[TensorInfo, ...]
+    code: str
+    scales: TensorInfo
+    block: tuple[int, int]
+    zeros: TensorInfo | None = None
+    global_scale: TensorInfo | None = None
+    divides: bool = False
     dtype: str = "F32"
 
     @property
@@ -59,6 +82,17 @@ class Decoded:
     def kind(self) -> Kind:
         """What can be measured on its values."""
         return DTYPES[self.dtype].kind
+
+    @property
+    def rows(self) -> int:
+        """Rows of the whole."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def period(self) -> int:
+        """Rows after which blocks begin anew."""
+        height = self.shape[-2] if len(self.shape) > 1 else 1
+        return self.rows if self.block[0] > height else height
 
 
 Source: TypeAlias = TensorInfo | Decoded

@@ -1,0 +1,273 @@
+"""Decode boxes of quantised weights to float32.
+
+Of a box only its own bytes are read, and memory is proportional to it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.checkpoint.dtypes import DTYPES
+from ckptdiff.checkpoint.header import TensorInfo
+from ckptdiff.checkpoint.kernels.boxes import read_box
+from ckptdiff.checkpoint.kernels.code_values import CODES, decode_codes
+from ckptdiff.checkpoint.open_shard import failed_once
+from ckptdiff.checkpoint.open_shards import OpenShards
+from ckptdiff.checkpoint.weights import Decoded
+from ckptdiff.formats import FORMATS
+
+__all__ = ["Box", "Floats", "OddScales", "Room", "decode_box", "odd_scale_warnings"]
+
+Floats: TypeAlias = NDArray[np.float32]
+
+OddScales: TypeAlias = Counter[tuple[str, str]]
+"""How many scales are no positive numbers, by the name of the tensor that holds them, and what they are."""
+
+_WORD = 32
+_PADDING = 4
+"""Bytes of a word: rows of packed integers end with one."""
+_NO_FLOATS = np.empty(0, np.float32)
+_NO_MATRIX = np.empty((0, 0), np.float32)
+_POWERS = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.nan).astype(np.float32)
+_BYTES = {
+    "F8_E4M3": FORMATS["f8_e4m3"].values(),
+    "F8_E5M2": FORMATS["f8_e5m2"].values(),
+    "F8_E8M0": _POWERS,
+    "U8": _POWERS,
+}
+"""Value of each scale of eight bits, by its dtype."""
+
+
+class Room:
+    """Memory that one box after another is decoded in; of one thread, and one of the two sides that are compared."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, NDArray[np.uint8]] = {}
+
+    def take(self, what: str, size: int) -> NDArray[np.uint8]:
+        """Bytes for one purpose, not cleared, valid until they are next asked for."""
+        held = self._held.get(what)
+        if held is None or held.size < size:
+            held = self._held[what] = np.empty(size, np.uint8)
+        return held[:size]
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A box of a weight's matrix, decoded.
+
+    Attributes
+    ----------
+    weight : Decoded
+    values : float32 array, shape (rows, columns)
+    odd : Counter
+        Scales that are zero, negative, NaN or infinite. Each is counted in the box that has its first value, so that
+        the counts of boxes that fill a matrix add up to those of the tensor.
+    steps : float32 array, shape (rows, columns), or None
+        With `detail`: from each code to the next one of larger magnitude, as a value. In the room that it was given.
+    fields : uint8 array, shape (rows, columns), or None
+        With `detail`: the codes, one to a byte. In the room that it was given.
+    scales : float32 array, shape (k, l)
+        Of the blocks whose first value is in the box, with the global scale.
+    starts : tuple of (int64 array, int64 array)
+        Where those begin in the box: rows, shape (k,), and columns, shape (l,).
+    """
+
+    weight: Decoded
+    values: Floats
+    odd: OddScales
+    steps: Floats | None
+    fields: NDArray[np.uint8] | None
+    scales: Floats
+    starts: tuple[NDArray[np.int64], NDArray[np.int64]]
+
+
+def decode_box(
+    shards: OpenShards,
+    weight: Decoded,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    out: Floats,
+    room: Room,
+    *,
+    detail: bool = False,
+) -> Box:
+    """Decode rows and columns of a weight's matrix.
+
+    Parameters
+    ----------
+    shards : OpenShards
+        The readers of its files.
+    weight : Decoded
+    rows, columns : tuple of (int, int)
+        From the first on up to the second, which is left out; at least one of each. They need not fit blocks.
+    out : float32 array, shape (rows, columns), C-contiguous
+        Receives the values.
+    room : Room
+    detail : bool
+        Whether steps and fields are wanted too, which :func:`count_kept` needs.
+
+    Returns
+    -------
+    Box
+
+    Raises
+    ------
+    CheckpointError
+        If a file cannot be read, or changes.
+    """
+    (top, bottom), (left, right) = rows, columns
+    shape = bottom - top, right - left
+    height, width = weight.block
+    code = CODES[weight.code]
+    flat = np.arange(top, bottom)
+    upwards = -(-weight.period // height)
+    lines = flat // weight.period * upwards + flat % weight.period // height
+    grid = _Cut(int(lines[0]), int(lines[-1]) + 1, left // width, (right - 1) // width + 1)
+    scales = _scales(shards, weight.scales, -(-weight.shape[-1] // width), grid, room)
+    zeros = _NO_MATRIX if code.floats else _zeros(shards, weight, code.bits, upwards, grid, room)
+    factors = _factors(shards, weight, flat, room)
+    steps = room.take("steps", 4 * out.size).view(np.float32).reshape(shape) if detail else _NO_MATRIX
+    fields = room.take("fields", out.size if detail else shape[1]).reshape(-1, shape[1])
+    flip = 0x80 if weight.codes.dtype == "I8" and not code.floats else 0
+    cut = _Cut(top, bottom, left * code.bits // 8, -(-right * code.bits // 8))
+    with ExitStack() as stack:
+        raw, stride = _bytes(shards, weight.codes, weight.codes.nbytes // weight.rows, cut, room, stack)
+        places = scales, zeros, lines - lines[0], width, left % width
+        skip = left * code.bits % 8
+        decode_codes(raw, stride, skip, code, flip, places, factors, weight.divides, fields, out, steps)
+    down, right_of = np.flatnonzero(flat % weight.period % height == 0), np.arange(-left % width, shape[1], width)
+    own = scales[len(scales) - len(down) :, scales.shape[1] - len(right_of) :]
+    odd = _odd(weight.scales, own)
+    if weight.global_scale is not None:
+        if left == 0:
+            first = np.flatnonzero(flat % (weight.rows // weight.global_scale.numel) == 0)
+            odd += _odd(weight.global_scale, factors[first])
+        with np.errstate(all="ignore"):
+            own = own / factors[down, None] if weight.divides else own * factors[down, None]
+    return Box(weight, out, odd, steps if detail else None, fields if detail else None, own, (down, right_of))
+
+
+def odd_scale_warnings(weight: Decoded, odd: OddScales) -> list[str]:
+    """Say of each tensor with scales that are no positive numbers how many there are."""
+    warnings = []
+    for part in weight.parts:
+        said = [f"{count} {what}" for (name, what), count in sorted(odd.items()) if name == part.name]
+        if said:
+            of_all = f"of {part.numel} scales {' and '.join(said)}"
+            warnings.append(
+                f"{part.shard.path}: {part.name}: {of_all}: values of {weight.name} are what they make of it"
+            )
+    return warnings
+
+
+def _odd(part: TensorInfo, scales: Floats) -> OddScales:
+    found: OddScales = Counter()
+    if not ((scales > 0) & (scales < np.inf)).all():
+        kinds = {
+            "zero": scales == 0,
+            "negative": scales < 0,
+            "NaN": np.isnan(scales),
+            "infinite": scales == np.inf,
+        }
+        found.update({(part.name, what): int(np.count_nonzero(which)) for what, which in kinds.items() if which.any()})
+    return found
+
+
+class _Cut(NamedTuple):
+    """Rows and columns of a matrix, from the first up to what follows the last."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
+def _factors(shards: OpenShards, weight: Decoded, flat: NDArray[np.int64], room: Room) -> Floats:
+    """The global scale of each row; none, if there is none."""
+    part = weight.global_scale
+    if part is None:
+        return _NO_FLOATS
+    matrices = flat // (weight.rows // part.numel)
+    first = int(matrices[0])
+    held = _scales(shards, part, 1, _Cut(first, int(matrices[-1]) + 1, 0, 1), room)
+    factors: Floats = held[matrices - first, 0]
+    return factors
+
+
+def _scales(shards: OpenShards, part: TensorInfo, across: int, cut: _Cut, room: Room) -> Floats:
+    """Some scales as values, shape (rows, columns)."""
+    size = DTYPES[part.dtype].bits // 8
+    read = cut._replace(left=cut.left * size, right=cut.right * size)
+    with ExitStack() as stack:
+        codes = _matrix(*_bytes(shards, part, across * size, read, room, stack), read)
+        if part.dtype in _BYTES:
+            return _BYTES[part.dtype][codes]
+        stored = np.ascontiguousarray(codes).view(f"<u{size}")
+        if part.dtype == "BF16":
+            return (stored.astype(np.uint32) << 16).view(np.float32)
+        return stored.view(f"<f{size}").astype(np.float32)
+
+
+def _zeros(shards: OpenShards, weight: Decoded, bits: int, upwards: int, cut: _Cut, room: Room) -> Floats:
+    """The field that stands for zero, of each of some scales, shape (rows, columns)."""
+    part, across = weight.zeros, -(-weight.shape[-1] // weight.block[1])
+    middle = 1 << (bits - 1)
+    if part is None:
+        return np.full((cut.bottom - cut.top, cut.right - cut.left), middle, np.float32)
+    if part.dtype == "I8":
+        with ExitStack() as stack:
+            codes = _matrix(*_bytes(shards, part, across, cut, room, stack), cut)
+            return codes.view(np.int8).astype(np.float32) + np.float32(middle)
+    lines = np.arange(cut.top, cut.bottom)
+    first = lines % upwards * bits
+    words = lines // upwards * -(-upwards * bits // _WORD) + first // _WORD
+    read = _Cut(int(words[0]), part.nbytes // (4 * across), 4 * cut.left, 4 * cut.right)
+    read = read._replace(bottom=min(int(words[-1]) + 2, read.bottom))
+    with ExitStack() as stack:
+        codes = _matrix(*_bytes(shards, part, 4 * across, read, room, stack), read)
+        held = np.ascontiguousarray(codes).view("<u4").astype(np.uint64)
+    low = (first % _WORD).astype(np.uint64)[:, None]
+    words -= read.top
+    beyond = held[np.minimum(words + 1, len(held) - 1)] << (np.uint64(_WORD) - low)
+    fields: NDArray[np.uint64] = (held[words] >> low | beyond) & np.uint64((1 << bits) - 1)
+    return fields.astype(np.float32)
+
+
+def _matrix(raw: NDArray[np.uint8], stride: int, cut: _Cut) -> NDArray[np.uint8]:
+    """What was read as rows, without what lies between them."""
+    rows = raw.reshape(cut.bottom - cut.top, stride)
+    return rows[:, : cut.right - cut.left]
+
+
+def _bytes(
+    shards: OpenShards, tensor: TensorInfo, stride: int, cut: _Cut, room: Room, stack: ExitStack
+) -> tuple[NDArray[np.uint8], int]:
+    """Rows of a tensor, looked at as a matrix of bytes, from a column on; and the bytes from one to the next.
+
+    They are read-only, and valid as long as the stack is open. A row that ends in padding is read with it.
+    """
+    reader, size, count = shards[tensor.shard], cut.right - cut.left, cut.bottom - cut.top
+    start = tensor.start + cut.top * stride + cut.left
+    if count == 1:
+        stride = size
+    if cut.left == 0 and stride - size < _PADDING:
+        size = stride
+    buffer = room.take("raw", count * size)
+    if size == stride:
+        return stack.enter_context(reader.window(tensor, start, start + count * size, buffer)), stride
+    rows = buffer.reshape(count, size)
+    came = read_box(reader.ready(start, start + (count - 1) * stride + size), start, stride, rows)
+    if came < count:
+        at = start + came * stride
+        stack.enter_context(reader.window(tensor, at, at + size, np.empty(size, np.uint8)))
+        raise failed_once([tensor])
+    view = buffer.view()
+    view.flags.writeable = False
+    return view, size

@@ -1,0 +1,254 @@
+"""Kernels that turn codes and scales into values, and compare two sides that were."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ckptdiff.codes.bfloat16 import round_to_bf16
+from ckptdiff.codes.bits import bits_float, float_bits
+from ckptdiff.codes.fetch import Array
+from ckptdiff.jit import helper, kernel
+
+__all__ = ["CODES", "Code", "count_equal_codes", "count_within_steps", "decode_codes"]
+
+
+class Code(NamedTuple):
+    """What kernels know of a format of codes. The last five are of floating ones, magnitudes without their sign bit."""
+
+    bits: int
+    floats: bool
+    magnitude: int
+    """Mask of the bits that are zero in a zero."""
+    mantissa: int
+    """Bits of the mantissa."""
+    bias: int
+    """To be added to the exponent in float32."""
+    normal: int
+    """The first magnitude that is not subnormal."""
+    infinite: int
+    nan: int
+    """The first ones that are infinite, and NaN."""
+
+
+CODES = {
+    "e4m3": Code(8, True, 0x7F, 3, 120, 0x08, 0x7F, 0x7F),
+    "e5m2": Code(8, True, 0x7F, 2, 112, 0x04, 0x7C, 0x7D),
+    "e2m1": Code(4, True, 0x07, 1, 126, 0x02, 0x08, 0x08),
+    **{f"int{bits}": Code(bits, False, 0xFF, 0, 0, 0, 0, 0) for bits in range(1, 9)},
+}
+"""Every format by name: OCP FP8 and FP4, and fields of integers."""
+
+_MANTISSA, _EXPONENTS, _QUIET = 23, 0x7F80_0000, 0x0040_0000
+_TOGETHER = 16
+"""Codes in a loop of constant length, which is compiled to a few vectors: blocks of 16 are common, and too short for
+the loops that others become."""
+_ROUNDING = 1 + 2.0**-12
+"""Values of at most 2^8 steps are rounded to 24 bits, on either side."""
+
+
+@helper
+def value_of(field: Any, code: Code) -> Any:
+    """Float32 of a floating code.
+
+    Bits are moved to where float32 has them. Of a subnormal, its exponent taken one higher stands for what the lowest
+    normal value has too much; it comes without float32's own subnormals, which some processors are slow at.
+    """
+    magnitude = np.uint32(np.uint32(field) & np.uint32(code.magnitude))
+    small = magnitude < np.uint32(code.normal)
+    exponent = np.uint32((code.bias + 1) << _MANTISSA) if small else np.uint32(code.bias << _MANTISSA)
+    bits = np.uint32(np.uint32(magnitude << np.uint32(_MANTISSA - code.mantissa)) + exponent)
+    special = np.uint32(_EXPONENTS | _QUIET) if magnitude >= np.uint32(code.nan) else np.uint32(_EXPONENTS)
+    bits = special if magnitude >= np.uint32(code.infinite) else bits
+    value = bits_float(bits)
+    value = value - bits_float(exponent) if small else value
+    sign = np.uint32(np.uint32(np.uint32(field) >> np.uint32(code.bits - 1)) << np.uint32(31))
+    return bits_float(np.uint32(float_bits(value) | sign))
+
+
+@helper
+def step_of(field: Any, code: Code) -> Any:
+    """Distance of a floating code to the next one of larger magnitude; of the largest, to the one before."""
+    magnitude = np.uint32(np.uint32(field) & np.uint32(code.magnitude))
+    magnitude = max(magnitude, np.uint32(code.normal))
+    exponent = np.uint32(np.uint32(magnitude << np.uint32(_MANTISSA - code.mantissa)) & np.uint32(_EXPONENTS))
+    return bits_float(np.uint32(exponent + np.uint32((code.bias - code.mantissa) << _MANTISSA)))
+
+
+@helper
+def unpack(raw: Array, at: int, skip: int, bits: int, flip: Any, out: Array, count: int) -> None:
+    """Codes that begin ``skip`` bits behind byte ``at``, one to a byte; the lowest bits come first."""
+    if bits == 8:
+        for i in range(count):
+            out[i] = raw[at + i] ^ flip
+        return
+    if bits == 4:
+        head = skip >> 2
+        if head:
+            out[0] = raw[at] >> 4
+            at += 1
+        pairs = (count - head) >> 1
+        for i in range(pairs):
+            both = raw[at + i]
+            out[head + 2 * i] = both & 15
+            out[head + 2 * i + 1] = both >> 4
+        if head + 2 * pairs < count:
+            out[count - 1] = raw[at + pairs] & 15
+        return
+    for i in range(count):
+        first = skip + i * bits
+        byte, low = at + (first >> 3), first & 7
+        field = raw[byte] >> low
+        if low + bits > 8:
+            field |= raw[byte + 1] << (8 - low)
+        out[i] = field & ((1 << bits) - 1)
+
+
+@helper
+def scale_floats(codes: Array, code: Code, scale: Any, row: int, first: int, stop: int, out: Array) -> None:
+    """Columns ``first`` to ``stop`` - 1 of a row: codes times their scale."""
+    while first + _TOGETHER <= stop:
+        for i in range(_TOGETHER):
+            out[row, first + i] = value_of(codes[first + i], code) * scale
+        first += _TOGETHER
+    for column in range(first, stop):
+        out[row, column] = value_of(codes[column], code) * scale
+
+
+@helper
+def scale_fields(codes: Array, zero: Any, scale: Any, row: int, first: int, stop: int, out: Array) -> None:
+    """Columns ``first`` to ``stop`` - 1 of a row: integers less their zero, times their scale."""
+    while first + _TOGETHER <= stop:
+        for i in range(_TOGETHER):
+            out[row, first + i] = (np.float32(codes[first + i]) - zero) * scale
+        first += _TOGETHER
+    for column in range(first, stop):
+        out[row, column] = (np.float32(codes[column]) - zero) * scale
+
+
+@helper
+def scale_steps(codes: Array, code: Code, scale: Any, row: int, first: int, stop: int, out: Array) -> None:
+    """Columns ``first`` to ``stop`` - 1 of a row: the steps of floating codes times their scale."""
+    while first + _TOGETHER <= stop:
+        for i in range(_TOGETHER):
+            out[row, first + i] = step_of(codes[first + i], code) * scale
+        first += _TOGETHER
+    for column in range(first, stop):
+        out[row, column] = step_of(codes[column], code) * scale
+
+
+@helper
+def finish(out: Array, row: int, factor: Any, divides: bool) -> None:
+    """Bring the global scale to a row."""
+    if divides:
+        for column in range(out.shape[1]):
+            out[row, column] = out[row, column] / factor
+    else:
+        for column in range(out.shape[1]):
+            out[row, column] = out[row, column] * factor
+
+
+@kernel
+def decode_codes(
+    raw: Array,
+    stride: int,
+    skip: int,
+    code: Code,
+    flip: int,
+    grid: tuple[Array, Array, Array, int, int],
+    factors: Array,
+    divides: bool,
+    fields: Array,
+    out: Array,
+    steps: Array,
+) -> None:
+    """Decode a box of a weight: each value is rounded once, and once more by a global scale.
+
+    Parameters
+    ----------
+    raw : read-only uint8 array, shape (n,)
+        The codes of its rows.
+    stride, skip : int
+        Bytes from one row to the next, and bits at the beginning of each that are not of the box: less than 8.
+    code : Code
+    flip : int
+        Bits of each code to turn over, which makes fields of signed bytes.
+    grid : tuple
+        Scales and zeros, float32 arrays, shape (k, l), the latter (0, 0) for floating codes; the row of them that
+        each row of the box takes, int64 array, shape (rows,); columns to a scale, and those of the first one that lie
+        before the box.
+    factors : float32 array, shape (rows,) or (0,)
+        The global scale of each row, and whether it `divides`.
+    fields : uint8 array, shape (rows or 1, columns)
+        Receives the codes, one to a byte; of one row, it is room for them.
+    out : float32 array, shape (rows, columns)
+        Receives the values.
+    steps : float32 array, shape (rows, columns) or (0, 0)
+        Receives the steps: how far each code is from the next one, as a value.
+    """
+    scales, zeros, lines, width, before = grid
+    columns = out.shape[1]
+    for row in range(len(out)):
+        codes = fields[min(row, len(fields) - 1)]
+        unpack(raw, row * stride, skip, code.bits, np.uint8(flip), codes, columns)
+        line, first = lines[row], 0
+        for block in range(scales.shape[1]):
+            stop = min((block + 1) * width - before, columns)
+            scale = scales[line, block]
+            if code.floats:
+                scale_floats(codes, code, scale, row, first, stop, out)
+                if len(steps):
+                    scale_steps(codes, code, abs(scale), row, first, stop, steps)
+            else:
+                scale_fields(codes, zeros[line, block], scale, row, first, stop, out)
+                if len(steps):
+                    steps[row, first:stop] = abs(scale)
+            first = stop
+        if len(factors):
+            finish(out, row, factors[row], divides)
+            if len(steps):
+                finish(steps, row, abs(factors[row]), divides)
+
+
+@kernel
+def count_equal_codes(base: Array, tuned: Array, magnitude: int) -> int:
+    """How many codes are equal, where +0 is -0.
+
+    Parameters
+    ----------
+    base, tuned : uint8 array, shape (n,)
+    magnitude : int
+        Mask of the bits that are zero in a zero.
+    """
+    equal = 0
+    for i in range(base.size):
+        equal += (base[i] == tuned[i]) | (((base[i] | tuned[i]) & np.uint8(magnitude)) == 0)
+    return equal
+
+
+@kernel
+def count_within_steps(
+    base: Array, tuned: Array, base_steps: Array, tuned_steps: Array, as_bf16: bool
+) -> tuple[int, int]:
+    """How many values differ, and how many of those by no more than the larger step of both sides.
+
+    Parameters
+    ----------
+    base, tuned : float32 array, shape (n,)
+    base_steps, tuned_steps : float32 array, shape (n,)
+    as_bf16 : bool
+        Whether values differ only if they do once they are rounded to bfloat16.
+    """
+    changed, within = 0, 0
+    for i in range(base.size):
+        ours, theirs = float_bits(base[i]), float_bits(tuned[i])
+        if as_bf16:
+            narrow = np.uint32(round_to_bf16(ours)), np.uint32(round_to_bf16(theirs))
+            ours, theirs = np.uint32(narrow[0] << np.uint32(16)), np.uint32(narrow[1] << np.uint32(16))
+        differs = (ours != theirs) & (np.uint32(np.uint32(ours | theirs) << np.uint32(1)) != np.uint32(0))
+        step = max(base_steps[i], tuned_steps[i])
+        near = abs(base[i] - tuned[i]) <= step * np.float32(_ROUNDING)
+        changed += differs
+        within += differs & near
+    return changed, within
