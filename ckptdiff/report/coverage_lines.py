@@ -45,19 +45,14 @@ def _compared(diff: Diff) -> str:
 
 def _other_layouts(diff: Diff) -> Iterator[str]:
     """What is compared although the two sides do not store it alike."""
+    sizes = diff.columns["numel"].tolist() or [facts.compared_of("base") for facts in diff.tensors]
     pieces = by_pattern(
-        (facts.name, diff_numel, facts.tuned_name or facts.name)
-        for facts, diff_numel in zip(diff.tensors, diff.columns["numel"].tolist(), strict=False)
-        if facts.pieces
+        (facts.name, numel, "") for facts, numel in zip(diff.tensors, sizes, strict=True) if facts.pieces
     )
-    patterns: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for group in pieces:
-        patterns[group["pattern"]].append(group)
-    for pattern, groups in list(patterns.items())[:_LISTED]:
-        yield f"in other pieces in tuned: {safe(pattern)} ({_size(groups, diff, 'base')})"
-    if len(patterns) > _LISTED:
-        rest = [group for groups in list(patterns.values())[_LISTED:] for group in groups]
-        yield f"in other pieces in tuned: {_size(rest, diff, 'base', more=True)}"
+    for group in pieces[:_LISTED]:
+        yield f"in other pieces in tuned: {safe(group['pattern'])} ({_size([group], diff, 'base')})"
+    if pieces[_LISTED:]:
+        yield f"in other pieces in tuned: {_size(pieces[_LISTED:], diff, 'base', more=True)}"
     for facts in diff.tensors:
         if facts.rows is not None:
             more = [f"{count:,} only in {side}" for side, count in zip(SIDES, facts.rows[1:], strict=True) if count]
