@@ -5,7 +5,7 @@
     python bench/gpu_checks.py tests              # the tests that need a GPU
     python bench/gpu_checks.py runs PAIR...       # whole runs with both devices, their run files compared
     python bench/gpu_checks.py tight              # a GPU with too little free memory for the usual buffers
-    python bench/gpu_checks.py compile            # needs no GPU: the CPU backend's kernels, by many processes
+    python bench/gpu_checks.py compile [PAIR...]  # needs no GPU: the CPU backend's kernels, by many processes
 
 PAIR is a folder with base/ and tuned/. `--figures FILE` keeps what is found as JSON, from the first row on.
 """
@@ -321,20 +321,22 @@ def tight_rows() -> Iterator[Row]:
     }
 
 
-def compile_rows(nice: int) -> Iterator[Row]:
-    """Have the kernels of all fixtures compiled, by a process a core."""
+def compile_rows(pairs: list[Path], more: list[str], nice: int) -> Iterator[Row]:
+    """Have the kernels of these pairs, of bf16 and of `more` formats compiled, by a process a core."""
     from ckptdiff.checkpoint import Kind, open_checkpoint, pair
     from ckptdiff.formats import FORMATS, Formats, formats_of
     from ckptdiff.measure.cpu import CpuBackend
     from ckptdiff.run import warm_up
 
-    formats: set[Formats] = set()
-    for base in sorted((ROOT / "fixtures").glob("*/base")):
-        for one in pair(open_checkpoint(str(base)), open_checkpoint(str(base.with_name("tuned")))).pairs:
+    bf16 = FORMATS["bf16"]
+    formats: set[Formats] = {(bf16, bf16, bf16)}
+    for names in more:
+        base, tuned, compare = names.split("-")
+        formats.add((FORMATS[base], FORMATS[tuned], FORMATS[compare]))
+    for folder in pairs:
+        for one in pair(open_checkpoint(str(folder / "base")), open_checkpoint(str(folder / "tuned"))).pairs:
             if one.base.kind is Kind.FLOAT:
                 formats.add(formats_of(one.base.dtype, one.tuned.dtype, "bf16"))
-    bf16 = FORMATS["bf16"]
-    formats |= {(bf16, bf16, bf16), (FORMATS["f32"], bf16, bf16), (FORMATS["f32"],) * 3}
     warm_up._AT_ONCE = len(os.sched_getaffinity(0))  # nobody is waiting for their memory
     os.nice(nice)
     asked = warm_up.uses({(bf16, bf16, bf16)}, formats, 1 << 17)
@@ -352,7 +354,7 @@ def rows_of(options: argparse.Namespace) -> Iterator[Row]:
     if options.what == "runs":
         return run_rows(options)
     if options.what == "compile":
-        return compile_rows(options.nice)
+        return compile_rows(options.pairs, options.formats, options.nice)
     return machine_rows() if options.what == "machine" else tight_rows()
 
 
@@ -365,6 +367,8 @@ def main() -> int:
     for name in ("machine", "tight"):
         asked.add_parser(name, parents=[common])
     compiles = asked.add_parser("compile", parents=[common])
+    compiles.add_argument("pairs", nargs="*", type=Path, help="whose kernels are compiled")
+    compiles.add_argument("--formats", nargs="*", default=[], help="more of them, such as f32-bf16-bf16")
     compiles.add_argument("--nice", type=int, default=0, help="run at a lower priority")
     kernels = asked.add_parser("kernels", parents=[common])
     kernels.add_argument("--quick", action="store_true", help="a few small scans, for a sanitizer")

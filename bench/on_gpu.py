@@ -25,7 +25,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -55,10 +55,14 @@ class Sizes:
     rounds, tiny_rounds : int
     threads : tuple of int
         The most come last.
+    fixtures : tuple of str
+        Those that are compared, and whose kernels are compiled.
     rules : tuple of str
-        Mask rules with which the fixtures are compared.
+        Mask rules with which they are compared.
     ways : tuple of str
         Options of runs whose files are compared, beside the usual ones.
+    formats : tuple of str
+        Those that other pairs and `doctor` are compared in, as base, tuned side and comparison, beside bf16.
     tests : tuple of str
         More for pytest.
     nice : int
@@ -75,6 +79,7 @@ class Sizes:
     rounds: int = 5
     tiny_rounds: int = 2
     threads: tuple[int, ...] = (1, 4, 16)
+    fixtures: tuple[str, ...] = tuple(sorted(base.parent.name for base in (ROOT / "fixtures").glob("*/base")))
     rules: tuple[str, ...] = ("abs:1e-05", "top:10")
     ways: tuple[str, ...] = (
         "io=mmap,threads=8",
@@ -83,6 +88,7 @@ class Sizes:
         "mask=eta:0.001",
         "compare=stored,mask=top:5",
     )
+    formats: tuple[str, ...] = ("f32-bf16-bf16", "f32-bf16-f32", "f32-f32-f32", "f64-f64-f64")
     tests: tuple[str, ...] = ()
     nice: int = 10
 
@@ -98,9 +104,11 @@ SMALL = Sizes(
     rounds=1,
     tiny_rounds=1,
     threads=(1, 2),
+    fixtures=("moe", "tied"),
     rules=("top:10",),
-    ways=("io=mmap,threads=3,gpu_memory=64M,compare=stored,mask=top:5",),
-    tests=("-k", "tight and not large and not top"),
+    ways=("io=mmap,threads=3,gpu_memory=64M,mask=top:5",),
+    formats=("f32-bf16-bf16",),
+    tests=("-k", "tight and bf16-bf16-bf16 and not large"),
     nice=0,
 )
 
@@ -128,7 +136,7 @@ def preparations(sizes: Sizes, scratch: Path) -> list[Step]:
         Step(
             "CPU kernels",
             "compiled, a process a core",
-            check("compile", "--nice", sizes.nice),
+            check("compile", *paths_of(sizes.fixtures), "--formats", *sizes.formats, "--nice", sizes.nice),
             150,
             title="Preparations",
         ),
@@ -154,7 +162,6 @@ def first_steps(sizes: Sizes) -> list[Step]:
 
 def call_a(sizes: Sizes, scratch: Path) -> list[Step]:
     """Is it right, and how fast."""
-    fixtures = sorted(base.parent for base in (ROOT / "fixtures").glob("*/base"))
     runs, compiled = "Whole runs, both devices", ("CPU kernels",)
     one_rule, most = ("--scratch", scratch, "--rules", "abs:1e-05"), sizes.threads[-1]
     return [
@@ -172,7 +179,7 @@ def call_a(sizes: Sizes, scratch: Path) -> list[Step]:
         Step(
             "fixtures",
             "are run files of both devices alike",
-            check("runs", *fixtures, "--scratch", scratch, "--rules", *sizes.rules),
+            check("runs", *paths_of(sizes.fixtures), "--scratch", scratch, "--rules", *sizes.rules),
             45,
             title=runs,
             after=compiled,
@@ -267,6 +274,11 @@ def call_b(sizes: Sizes, scratch: Path) -> list[Step]:
     ]
 
 
+def paths_of(fixtures: Sequence[str]) -> list[Path]:
+    """Where they lie."""
+    return [ROOT / "fixtures" / name for name in fixtures]
+
+
 def sides(pair: Path) -> tuple[str, str]:
     """Both sides of a pair."""
     return str(pair / "base"), str(pair / "tuned")
@@ -338,8 +350,8 @@ def scratch_folder(sizes: Sizes, memory: Path = Path("/dev/shm")) -> Iterator[tu
         yield Path(name), sizes
 
 
-def make(name: str, options: argparse.Namespace) -> bool:
-    """One call; returns whether all passed."""
+def make(name: str, options: argparse.Namespace, kernels: Path) -> bool:
+    """One call, in which a rehearsal builds the GPU's kernels in a folder; returns whether all passed."""
     begun = datetime.now(UTC).isoformat(timespec="seconds")
     with scratch_folder(SMALL if options.rehearse else REAL[name]) as (scratch, sizes):
         steps = chosen_steps(name, sizes, scratch, options)
@@ -347,7 +359,7 @@ def make(name: str, options: argparse.Namespace) -> bool:
         prepared = [step for step in preparations(sizes, scratch) if step.name in needed]
         python = [sys.executable]
         if options.rehearse:
-            python += [str(BENCH / "host_device.py"), str((options.kernels or scratch / "host").absolute())]
+            python += [str(BENCH / "host_device.py"), str(kernels.absolute())]
         facts = {
             "name": name,
             "rehearsal": options.rehearse,
@@ -394,7 +406,9 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # steps over their limit are aborted
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    passed = [make(name, options) for name in ([options.call] if options.call else CALLS)]
+    with tempfile.TemporaryDirectory(prefix="ckptdiff-kernels-") as built:
+        kernels = options.kernels or Path(built)
+        passed = [make(name, options, kernels) for name in ([options.call] if options.call else CALLS)]
     print("all passed" if all(passed) else "NOT ALL PASSED", flush=True)
     return 0 if all(passed) else 1
 

@@ -42,7 +42,7 @@ def _note(signum: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def ended_soon(grace: float = _GRACE) -> Iterator[None]:
-    """End the process if this lasts longer than `grace` seconds after a signal that is noted, or until a second one."""
+    """End the process if this lasts longer than `grace` seconds after a signal that is noted, or at a second one."""
     ear, mouth = os.pipe()
     os.set_blocking(mouth, False)
     # Written to at once, also while one long call keeps this thread from running handlers.
