@@ -101,7 +101,8 @@ def test_what_looks_alike_stays(tmp_path: Path) -> None:
     target = tmp_path / "run.h5"
     name = abandon("file", target).name
     stems = "run.h5", "other.h5", "run"
-    middles = "deadbeef", "0123456789abcdef", name[8:-5] + "0", name[8:-5].upper(), "old", ""
+    other_digit = "1" if name[-5] == "0" else "0"
+    middles = "deadbeef", "0123456789abcdef", name[8:-5] + other_digit, name[8:-5].upper(), "old", ""
     alike = {f".{stem}.{middle}.tmp" for stem in stems for middle in middles} | {name[1:], f"{name}~", f".{name}"}
     for alike_name in alike:
         (tmp_path / alike_name).write_text("precious")
