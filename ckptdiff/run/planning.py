@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import ckptdiff
-from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorInfo, TensorPair, locate, open_checkpoint, pair
+from ckptdiff.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    Kind,
+    Pairing,
+    Place,
+    TensorInfo,
+    TensorPair,
+    locate_all,
+    open_checkpoint,
+    pair,
+)
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.checkpoint.same_values import look_for_ties
 from ckptdiff.events import Listener, ignore
@@ -253,8 +264,9 @@ def _is_wide(base: Format, tuned: Format, compare: Format) -> bool:
 
 def _facts(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Options) -> Diff:
     groups = options.group_patterns()
+    places = locate_all({name: tensor.shape for name, tensor in base.tensors.items()})
     return Diff(
-        tensors=tuple(_tensor_facts(pair, options, groups) for pair in pairing.pairs),
+        tensors=tuple(_tensor_facts(pair, places[pair.name], options, groups) for pair in pairing.pairs),
         columns={column.name: np.zeros(0, column.dtype) for column in COLUMNS},
         base=_side_facts(base, "base", pairing),
         tuned=_side_facts(tuned, "tuned", pairing),
@@ -273,9 +285,8 @@ def _facts(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Optio
     )
 
 
-def _tensor_facts(pair: TensorPair, options: Options, groups: list[tuple[str, Any]]) -> TensorFacts:
+def _tensor_facts(pair: TensorPair, place: Place, options: Options, groups: list[tuple[str, Any]]) -> TensorFacts:
     base, tuned = pair.base, pair.tuned
-    place = locate(pair.name, len(base.shape))
     compare = formats_of(base.dtype, tuned.dtype, options.compare)[2].name if base.kind is Kind.FLOAT else "bitwise"
     return TensorFacts(
         name=pair.name,

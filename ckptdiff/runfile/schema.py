@@ -51,9 +51,9 @@ TEXT_FACTS: Final = {
     "dtype_base": "dtype stored in the base",
     "dtype_tuned": "dtype stored in the tuned side",
     "compare": "dtype both sides were cast to",
-    "tower": "tower: language, vision, projector",
+    "tower": "tower: language, encoder, decoder, vision, audio, projector",
     "module_type": "module type",
-    "block": "block: attention, ffn, embedding, head, norm, router, other",
+    "block": "block: attention, ffn, mixer, conv, modulation, projector, embedding, head, norm, router, other",
     "groups": "the user's own groups, as JSON",
 }
 """String columns of ``/tensors`` beside ``name``."""
