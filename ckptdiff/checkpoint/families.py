@@ -64,15 +64,14 @@ PLACES: Final = {
     "mixer": r"(\w+_)?(mixer|mamba2?|ssm|lstm|rnn|gru|[sm]lstm|short_?conv)(_layer|_cell|_block)?|temporal_block"
     r"|rg_lru",
     "ffn": r"\w*(mlp|ffn|feed_?forward|densereludense)\w*|(\w+_)?(ff|ffw|moe)(_?layer\w*|_?[0-9]\w*|_\w+)?|laurel"
-    r"|altup"
-    r"|third_sub_layer",
+    r"|altup|third_sub_layer",
     "modulation": r"\w*(adaln|ada_ln|ada_norm|modulation)\w*|norm[0-9]?(_context|_out)?",
     "embedding": r"\w*embeddings?(_\w+)?|\w*embedder|embed_(?!tokens_extend)\w+|\w*(patch|pos)_embed(s|_\w+)?"
     r"|\w*quantizers?|codebooks?|subsampl\w*|time_(text_)?embed|patchifier|feature_projection",
     "head": r"\w*(head|heads|predictions?|predictors?|pooler|classifiers?)([_0-9]\w*)?|cls|\w*(bbox|class"
     r"|mask)_embed|\w*_qass|qa_outputs|joint|enc_out\w*",
     "conv": r"\w*(conv|convs|convolutions?|downsampl\w*|upsampl\w*|resnets?|resblocks?|shortcut)([_0-9]\w*)?|fpn"
-    r"|(conv|fpn|lateral|squeeze|psp|res)_\w+|lconv1d|neck|stem[0-9]*|decoder_seanet",
+    r"|(conv(?!_encoder)|fpn|lateral|squeeze|psp|res)_\w+|lconv1d|neck|stem[0-9]*|decoder_seanet",
 }
 """Parts of a name that say what is inside them. The innermost holds, and of several that fit it the first."""
 
@@ -98,7 +97,7 @@ FAMILIES: Final = (
         "mixtures of experts",
         "",
         {
-            "router": r"router(\.\w+)*|shared_expert_gate|expert_bias|\w*score_correction_bias"
+            "router": r"router(\.\w+)*|layers\.gate|shared_expert_gate|expert_bias|\w*score_correction_bias"
             rf"|({_GATED})\.({_NOT_ATTENTION}\.)*gate(\.({_NOT_ATTENTION}))*",
         },
     ),
@@ -188,9 +187,9 @@ FAMILIES: Final = (
         "attention",
         {
             "attention": r"gate_proj|\w*rel\w*proj\.proj",
-            "q_proj": r"q|query(_\w+)?|input_linear|projection_query|[ew]2[ew]_query|layout_query|q_bias",
-            "k_proj": r"k|key(_\w+)?|projection_key|layout_key",
-            "v_proj": r"v|value(_\w+)?|projection_value|layout_value|v_bias|values?_\w*proj",
+            "q_proj": r"q|query(_global|_proj|_net)?|input_linear|projection_query|[ew]2[ew]_query|layout_query|q_bias",
+            "k_proj": r"k|key(_global|_proj|_net)?|projection_key|layout_key",
+            "v_proj": r"v|value(_global|_proj|_net)?|projection_value|layout_value|v_bias|values?_\w*proj",
             "kv_proj": r"kv",
             "qkv_proj": r"in_proj|(self|attention)\.qkv",
             "o_proj": r"o|wo|out_proj|to_out|out|c_proj|proj|dense|output|output_linear|output_proj|out_\w*proj"
@@ -201,14 +200,14 @@ FAMILIES: Final = (
         "Llama, Qwen, Mistral, Gemma, DeepSeek, OPT, GPT-J, DistilBERT, T5, diffusers",
         "",
         {
-            "q_proj": r"q(_[ab])?_proj|q_attn|q_lin|wq(_[ab])?|to_q(uery)?|add_q_proj|q_head|linear_q|project_q"
+            "q_proj": r"q(_[ab])?_proj|q_attn|q_lin|wq(_\w+)?|to_q(uery)?|add_q_proj|q_head|linear_q|project_q"
             r"|queries",
-            "k_proj": r"k_proj|k_lin|wk|to_k(ey)?|add_k_proj|k_head|linear_k|project_k",
-            "v_proj": r"v_proj|v_lin|wv|to_v|add_v_proj|v_head|linear_v|project_v",
-            "kv_proj": r"kv(_[ab])?_proj|kv_a_proj_with_mqa|to_kv|keys_values",
-            "qkv_proj": r"qkv_proj|query_key_value|qkv|wqkv|w_pack|c_attn|in_proj_qkvz?|queries_keys_values"
+            "k_proj": r"k_proj|k_lin|wk(_\w+)?|to_k(ey)?|add_k_proj|k_head|linear_k|project_k",
+            "v_proj": r"v_proj|v_lin|wv(_\w+)?|to_v|add_v_proj|v_head|linear_v|project_v",
+            "kv_proj": r"kv(_[ab])?_proj|kv_a_proj_with_mqa|wkv(_\w+)?|to_kv|keys_values",
+            "qkv_proj": r"qkv_proj|query_key_value|qkv|w_?qkv|w_pack|c_attn|in_proj_qkvz?|queries_keys_values"
             r"|att_proj|to_(added_)?qkv",
-            "o_proj": r"o(_[ab])?_proj|out_lin|to_out|to_add_out|attention_out|linear_out|post_attention"
+            "o_proj": r"o(_[ab])?_proj|wo_\w+|out_lin|to_out|to_add_out|attention_out|linear_out|post_attention"
             r"|temporal_dense|single_transformer_blocks\.proj_out|stages\.layers(\.module)?\.projection",
             "gate_proj": r"gate_proj|wi_0|proj_up_gate",
             "up_proj": r"up_proj|wi_1|c_fc|fc1|fc_in|lin1|linear_fc1|dense_h_to_4h|proj_up|linear_up|ffn|pwconv1"
@@ -264,7 +263,8 @@ FAMILIES: Final = (
             "ffn": r"adapter\w*\.\w+\.dense[12]|(input|output|residual)_layer",
             "mixer": r"layers\.linear",
             "conv": r"\w*proj(ection|ect)?_conv|conv_proj\w*",
-            "embed_tokens": r"embed|\w+_emb(ed)?|\w*tokens?|query|reference_points|queries_features|position_enc",
+            "embed_tokens": r"embed|(?!\w*(class|bbox|mask)_)\w+_emb(ed)?|\w*tokens?|query|reference_points"
+            r"|queries_features|position_enc",
             "embed_proj": r"keypoint_encoder\.encoder|altup_\w+|visn_fc|box_fc|decoder_embed|patcher|input_linear"
             r"|\w*embed_proj\w*",
             "head": r"(encoder\.)?out(_mid)?|vocab_transform|decoder_pred|(\w+_)?(head|score|classifier|pooler"

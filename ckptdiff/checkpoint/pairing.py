@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ckptdiff.checkpoint.checkpoint import Checkpoint
@@ -12,6 +12,7 @@ from ckptdiff.checkpoint.globs import Globs
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.matching import match_names
 from ckptdiff.checkpoint.scales import is_scaled, scaled_modules
+from ckptdiff.checkpoint.suggested_map import Agreement, SuggestedMap, suggest_map
 from ckptdiff.checkpoint.ties import Evidence, SameValues, find_ties
 from ckptdiff.errors import PairingError, first_few
 
@@ -103,6 +104,8 @@ class Pairing:
         Counterparts that cannot be compared.
     warnings : tuple of str
         What the user should know about the pairing.
+    suggested : SuggestedMap
+        Rules for ``--map`` that would pair more.
     """
 
     pairs: tuple[TensorPair, ...]
@@ -111,6 +114,7 @@ class Pairing:
     aliased: tuple[Alias, ...]
     mismatched: tuple[Mismatch, ...]
     warnings: tuple[str, ...]
+    suggested: SuggestedMap = field(default_factory=SuggestedMap)
 
 
 def pair(
@@ -121,6 +125,7 @@ def pair(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     same_values: SameValues | None = None,
+    agreement: Agreement | None = None,
 ) -> Pairing:
     """Pair the tensors of two checkpoints.
 
@@ -141,6 +146,8 @@ def pair(
     same_values : callable, optional
         Tells whether two tensors hold the same values (:func:`~ckptdiff.checkpoint.same_values.same_values`). Without
         it no data is read; the pairs are the same.
+    agreement : callable, optional
+        Samples two tensors, where suggested rules contradict each other.
 
     Returns
     -------
@@ -159,15 +166,19 @@ def pair(
     globs = Globs(include, exclude)
     matched, match_warnings = match_names(base.tensors, tuned.tensors, renames)
     pairing = _sort_out(base, tuned, matched, globs, same_values)
+    suggested = suggest_map(
+        base, tuned, matched, pairing.only_in_base, pairing.only_in_tuned, renames=renames, agreement=agreement
+    )
     if not pairing.pairs:
-        raise _nothing_to_compare(base, tuned, _sort_out(base, tuned, matched, Globs(), None), pairing)
+        raise _nothing_to_compare(base, tuned, _sort_out(base, tuned, matched, Globs(), None), pairing, suggested)
     warnings = (
         *match_warnings,
         *globs.unmatched([*base.tensors, *tuned.tensors]),
         *pairing.warnings,
         *_scale_warnings(base, tuned, pairing.pairs),
+        *suggested.warnings,
     )
-    return replace(pairing, warnings=warnings)
+    return replace(pairing, warnings=warnings, suggested=suggested)
 
 
 def _sort_out(
@@ -233,7 +244,9 @@ def _mismatch(base: TensorInfo, tuned: TensorInfo) -> str | None:
     return None
 
 
-def _nothing_to_compare(base: Checkpoint, tuned: Checkpoint, everything: Pairing, selected: Pairing) -> PairingError:
+def _nothing_to_compare(
+    base: Checkpoint, tuned: Checkpoint, everything: Pairing, selected: Pairing, suggested: SuggestedMap
+) -> PairingError:
     if everything.pairs and not selected.mismatched:
         alone = (*selected.only_in_base, *selected.only_in_tuned)
         if alone:
@@ -268,7 +281,7 @@ def _nothing_to_compare(base: Checkpoint, tuned: Checkpoint, everything: Pairing
         file=tuned.path,
         expected=f"names as in {base.path}: {first_few(base.tensors) or 'none'}",
         found=first_few(tuned.tensors) or "none",
-        hint="rename the base's tensors with --map 'OLD=NEW', for example --map '^encoder\\.=model.'"
+        hint=(suggested.advice or "rename the base's tensors with --map 'OLD=NEW', a regular expression")
         if adapter is None
         else f"{adapter.path} is an adapter: merge it into its model first (merge_and_unload of peft), and save that",
     )

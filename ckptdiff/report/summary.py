@@ -8,6 +8,7 @@ from pathlib import PurePath
 
 import numpy as np
 
+from ckptdiff.checkpoint.suggested_map import advice
 from ckptdiff.errors import plural
 from ckptdiff.figures.catalogue import parameter_key
 from ckptdiff.figures.result import SIDES, Diff
@@ -169,6 +170,8 @@ def _as_stored(diff: Diff) -> str:
 def _left_out(diff: Diff) -> Iterator[str]:
     yield from _named(diff.only_in_base, "only in base")
     yield from _named(diff.only_in_tuned, "only in tuned")
+    if options := advice(diff.suggested_map):
+        yield f"to pair more of them: {safe(options)}"
     # What one side alone stores is among the warnings.
     tied = [
         (name, of) for name, of in diff.aliased if not any(text.startswith(f"{name} is ") for text in diff.warnings)

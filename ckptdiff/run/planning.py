@@ -26,7 +26,7 @@ from ckptdiff.checkpoint import (
     pair,
 )
 from ckptdiff.checkpoint.open_shards import open_shards
-from ckptdiff.checkpoint.same_values import look_for_ties
+from ckptdiff.checkpoint.same_values import look_for_ties, sampled_agreement
 from ckptdiff.events import Listener, ignore
 from ckptdiff.figures.catalogue import COLUMNS
 from ckptdiff.figures.columns import Measured, measured
@@ -221,6 +221,7 @@ def _paired(base: Checkpoint, tuned: Checkpoint, options: Options, tell: Listene
             include=options.include,
             exclude=options.exclude,
             same_values=look_for_ties(shards, tell) if read_data else None,
+            agreement=sampled_agreement(shards) if read_data else None,
         )
 
 
@@ -281,6 +282,7 @@ def _facts(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Optio
             UnmatchedTensor(bad.name, _dtype_and_shape(bad.base), _dtype_and_shape(bad.tuned), bad.reason)
             for bad in pairing.mismatched
         ),
+        suggested_map=pairing.suggested.rules,
         warnings=(*base.warnings, *tuned.warnings, *pairing.warnings),
     )
 

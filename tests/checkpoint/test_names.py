@@ -64,7 +64,7 @@ LANGUAGE = {
     ],
     "gpt-neox, pythia": [
         ("gpt_neox.embed_in.weight", None, "embed_tokens"),
-        ("gpt_neox.layers.1.attention.query_key_value.weight", 1, "q_proj"),
+        ("gpt_neox.layers.1.attention.query_key_value.weight", 1, "qkv_proj"),
         ("gpt_neox.layers.1.attention.dense.weight", 1, "o_proj"),
         ("gpt_neox.layers.1.attention.bias", 1, "other"),
         ("gpt_neox.layers.1.attention.rotary_emb.inv_freq", 1, "other"),
@@ -75,7 +75,7 @@ LANGUAGE = {
     "falcon, bloom": [
         ("transformer.word_embeddings.weight", None, "embed_tokens"),
         ("word_embeddings_layernorm.weight", None, "norm"),
-        ("transformer.h.1.self_attention.query_key_value.weight", 1, "q_proj"),
+        ("transformer.h.1.self_attention.query_key_value.weight", 1, "qkv_proj"),
         ("h.1.self_attention.dense.weight", 1, "o_proj"),
         ("h.1.mlp.dense_h_to_4h.weight", 1, "up_proj"),
     ],
