@@ -9,7 +9,18 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-__all__ = ["BLOCK_OF_MODULE", "FAMILIES", "IMAGES", "PLACES", "SOUND", "STACK", "TEXT", "TOWERS", "Family"]
+__all__ = [
+    "BLOCK_OF_MODULE",
+    "FAMILIES",
+    "IMAGES",
+    "PLACES",
+    "SOUND",
+    "STACK",
+    "TOWERS",
+    "VOCABULARY",
+    "WORDS",
+    "Family",
+]
 
 BLOCK_OF_MODULE: Final = {
     "q_proj": "attention",
@@ -106,7 +117,7 @@ FAMILIES: Final = (
         "",
         {
             "lm_head": r"\w*lm_heads?(\.\w+)*|predictions\.decoder|embed_out|vocab_projector|lm_loss"
-            r"|pred_layer(\.proj)?|^(model\.)?output|^head|codebooks_head|unembed",
+            r"|pred_layer(\.proj)?|^(model\.)?output|^(head|decoder)$|codebooks_head|unembed",
         },
     ),
     Family(
@@ -263,7 +274,7 @@ FAMILIES: Final = (
             "ffn": r"adapter\w*\.\w+\.dense[12]|(input|output|residual)_layer",
             "mixer": r"layers\.linear",
             "conv": r"\w*proj(ection|ect)?_conv|conv_proj\w*",
-            "embed_tokens": r"embed|(?!\w*(class|bbox|mask)_)\w+_emb(ed)?|\w*tokens?|query|reference_points"
+            "embed_tokens": r"embed|(?!\w*(class|bbox|mask)_embed)\w+_emb(ed)?|\w*tokens?|query|reference_points"
             r"|queries_features|position_enc",
             "embed_proj": r"keypoint_encoder\.encoder|altup_\w+|visn_fc|box_fc|decoder_embed|patcher|input_linear"
             r"|\w*embed_proj\w*",
@@ -294,16 +305,19 @@ TOWERS: Final = {
 """Parts of a name that say which tower they are in; the first that fits holds, and language is the rest."""
 
 STACK: Final = (
-    r"(?!conv_|fpn_|bbox_|pan_)(\w+_)?(layers?|blocks?|stages?)|h|resblocks|layer[1-9]|encoders|conformer|network"
+    r"(?!conv_|fpn_|bbox_|pan_|downsampl|upsampl|scale_)(\w+_)?(layers?|blocks?|stages?|groups?)|h|resblocks|layer[1-9]|encoders|conformer|network"
     r"|resnets|\w*attentions|motion_modules|\w*_levels"
 )
 """Parts of a name after which the number of a layer, or of a stage of layers, comes."""
 
-TEXT: Final = (
+VOCABULARY: Final = (
     r"(^|\.)((lm_)?embed_tokens|wte|word_embeddings?|tok_embeddings|shared|embed_in|tokens_embed|(backbone\.|^)embeddings"
-    r"|token_embeddings?|char_embeddings\.\w+)\.weight$|(^|\.)(language_model|text_model|text_encoder|llm)\."
+    r"|token_embeddings?|char_embeddings\.\w+)\.weight$"
 )
-"""Names that only a model of text has."""
+"""Names of the embeddings of a vocabulary."""
+
+WORDS: Final = r"(^|\.)(language_model|text_model|text_encoder|llm)\."
+"""Names of a part that is a model of text."""
 
 IMAGES: Final = r"(^|\.)(patch_(embed|projection)|x_embedder|keypoint_)"
 """Names that a model of images has, where no convolution over three channels tells it."""

@@ -46,12 +46,12 @@ _ADAPTER: Final = re.compile(
 _PARAMETER: Final = re.compile(
     r"weight|bias|gamma|beta|weight_[gv]|(?:weight|bias)_[ih]h_l[0-9]+(?:_reverse)?|weight_[a-z_]+"
     r"|(?:input_|output_|[qkv]_)?scales?(?:_inv)?|qweight|qzeros|g_idx"
-    r"|running_(?:mean|var)|num_batches_tracked|e_score_correction_bias"
+    r"|running_(?:mean|var)|num_batches_tracked"
 )
 # Fused parameters carry their role in their own name: experts.gate_up_proj_blocks, attn.in_proj_weight.
-_FUSED: Final = re.compile(r"(.+?)_(?:weight|bias|blocks|scales?(?:_inv)?)")
+_FUSED: Final = re.compile(r"(?!expert_bias|\w*correction_bias)(.+?)_(?:weight|bias|blocks|scales?(?:_inv)?)")
 # What a model computes and some checkpoints store.
-_BUFFER: Final = re.compile(r"att(?:n|ention)\.(?:masked_)?bias$|inv_freq$|relative_position_index$")
+_BUFFER: Final = re.compile(r"(?:^|\.)att(?:n|ention)\.(?:masked_)?bias$|inv_freq$|relative_position_index$")
 
 _FAMILIES: Final = tuple(
     (

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Final, TypeAlias
 
-from ckptdiff.checkpoint.families import IMAGES, PLACES, SOUND, STACK, TEXT, TOWERS
+from ckptdiff.checkpoint.families import IMAGES, PLACES, SOUND, STACK, TOWERS, VOCABULARY, WORDS
 from ckptdiff.checkpoint.names import Place, locate
 
 __all__ = ["locate_all"]
@@ -22,8 +22,9 @@ _NUMBER: Final = re.compile(r"[0-9]{1,9}")
 _INNER: Final = re.compile(
     "|".join(PLACES[place] for place in ("attention", "mixer", "ffn", "embedding", "head")), re.I
 )
-_OUTER: Final = re.compile("|".join([*TOWERS.values(), r"\w*predictor"]), re.IGNORECASE)
-_TEXT: Final = re.compile(TEXT)
+_OUTER: Final = re.compile("|".join([*TOWERS.values(), "predictor"]), re.IGNORECASE)
+_VOCABULARY: Final = re.compile(VOCABULARY)
+_WORDS: Final = re.compile(WORDS)
 _IMAGES: Final = re.compile(IMAGES)
 _SOUND: Final = re.compile(SOUND)
 _CODER: Final = re.compile(r"(?:^|\.)(encoder|decoder)(?=\.)")
@@ -125,10 +126,10 @@ def _towers(shapes: Shapes, places: Mapping[str, Place], layers: Mapping[str, tu
     """The tower of each tensor; ``language`` only where there are words."""
     towers = {name: place.tower for name, place in places.items()}
     rest = [name for name, tower in towers.items() if tower == "language"]
-    if not any(map(_TEXT.search, rest)):
+    if not any(map(_is_text, rest)):
         known = {tower for tower in towers.values() if tower in ("vision", "audio")}
         kind = _senses(shapes, rest)
-        if len(known) == 1 and (kind is not None or not any(layers[name] for name in rest)):
+        if len(known) == 1 and (kind is not None or all(_CODER.search(name) for name in rest if layers[name])):
             (kind,) = known
         if kind is not None:
             return {name: kind if tower == "language" else tower for name, tower in towers.items()}
@@ -136,8 +137,10 @@ def _towers(shapes: Shapes, places: Mapping[str, Place], layers: Mapping[str, tu
     for name in rest:
         if coder := _CODER.search(name):
             coders[name[: coder.start()]][coder[1]].append(name)
-    for sides in coders.values():
-        senses = {side: _senses(shapes, names) for side, names in sides.items()}
+    for prefix, sides in coders.items():
+        beside = [name for name in rest if name.startswith(prefix) and not _CODER.search(name)]
+        reads = any(_VOCABULARY.search(name) and not _WORDS.search(name) for name in beside)
+        senses = {side: None if reads else _senses(shapes, names) for side, names in sides.items()}
         of_text = [side for side, names in sides.items() if not senses[side] and any(layers[name] for name in names)]
         for side, names in sides.items():
             words = side if len(of_text) == 2 else "language"
@@ -145,9 +148,13 @@ def _towers(shapes: Shapes, places: Mapping[str, Place], layers: Mapping[str, tu
     return towers
 
 
+def _is_text(name: str) -> bool:
+    return _VOCABULARY.search(name) is not None or _WORDS.search(name) is not None
+
+
 def _senses(shapes: Shapes, names: Sequence[str]) -> str | None:
     """Whether tensors are those of a model of images or of sound, as the shapes of its convolutions say."""
-    if any(map(_TEXT.search, names)):
+    if any(map(_is_text, names)):
         return None
     kernels = [shapes[name] for name in names if len(shapes[name]) > 2 and name.endswith("weight")]
     if any(len(kernel) > 3 and kernel[1] == 3 for kernel in kernels):
