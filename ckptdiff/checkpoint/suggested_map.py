@@ -18,7 +18,7 @@ from ckptdiff.checkpoint.dtypes import Kind
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.matching import match_names
 from ckptdiff.checkpoint.renames import parse_renames, rename_all
-from ckptdiff.errors import first_few, plural
+from ckptdiff.errors import OptionError, first_few, plural
 
 __all__ = ["Agreement", "SuggestedMap", "advice", "suggest_map"]
 
@@ -116,6 +116,8 @@ def suggest_map(
     agreement : callable, optional
         Without it no data is read.
     """
+    if not only_in_base or not only_in_tuned:
+        return SuggestedMap()
     renamed, _ = rename_all(base.tensors, parse_renames(renames))
     ours, theirs = _Side(), _Side()
     for name in only_in_base:
@@ -124,13 +126,18 @@ def suggest_map(
         theirs.add(name, tuned.tensors[name])
     if max(len(ours.forms), len(theirs.forms)) > _MOST_FORMS:
         return SuggestedMap()
-    search = _Search(ours.forms, theirs.forms, {_form(renamed[name]) for name in matched}, agreement)
+    fixed = {_form(renamed[name]) for name in matched}
+    idle = {_form(name) for name in renamed.values()} - fixed - ours.forms.keys()
+    search = _Search(ours.forms, theirs.forms, fixed, idle, agreement)
     rules = search.run()
     undecided = tuple(tensor.name for tensors in search.undecided for tensor in tensors.values())
     if not rules:
         return SuggestedMap(undecided=undecided)
     # The proof: what the command line would make of them.
-    new, _ = match_names(base.tensors, tuned.tensors, (*renames, *rules))
+    try:
+        new, _ = match_names(base.tensors, tuned.tensors, (*renames, *rules))
+    except OptionError:  # names that are not what their forms are taken for, such as "a.#"
+        return SuggestedMap(undecided=undecided)
     gained = new.keys() - matched.keys()
     kept = all(new.get(name) == other for name, other in matched.items())
     if not kept or not all(_fits(base.tensors[name], tuned.tensors[new[name]]) for name in gained):
@@ -146,9 +153,11 @@ class _Search:
         ours: dict[_Form, dict[tuple[str, ...], TensorInfo]],
         theirs: dict[_Form, dict[tuple[str, ...], TensorInfo]],
         fixed: set[_Form],
+        idle: Iterable[_Form],
         agreement: Agreement | None,
     ) -> None:
         self.ours, self.theirs, self.fixed, self.agreement = ours, theirs, fixed, agreement
+        self.idle = list(idle)  # not to be paired: a rule may change them, but not into another name of the base
         self.undecided: list[_Tensors] = []
         self._known: dict[tuple[int, int], int] = {}
         self._held = (*ours.values(), *theirs.values())  # so that no other takes their identity
@@ -177,6 +186,7 @@ class _Search:
                     self.undecided += [self.ours[form] for form in contested]
                 for form in contested:
                     del self.ours[form]
+                    self.idle.append(form)
                 continue
             rules.append(rule)
             self._apply(rule, moves)
@@ -187,6 +197,7 @@ class _Search:
         for form, other in moves.items():
             del self.ours[form], self.theirs[other]
             self.fixed.add(other)
+        self.idle = [_renamed(form, rename.pattern, rename.replacement) for form in self.idle]
         self.ours = {_renamed(form, rename.pattern, rename.replacement): held for form, held in self.ours.items()}
 
     def _candidates(self) -> list[tuple[str, _Moves]]:
@@ -206,7 +217,8 @@ class _Search:
         for text in sorted(votes, key=lambda text: (-votes[text], len(text), text))[:_MOST_CANDIDATES]:
             (rename,) = parse_renames([text])
             new = {form: _renamed(form, rename.pattern, rename.replacement) for form in self.ours}
-            is_safe = len(set(new.values())) == len(new) and self.fixed.isdisjoint(new.values())
+            all_new = [*new.values(), *(_renamed(form, rename.pattern, rename.replacement) for form in self.idle)]
+            is_safe = len(set(all_new)) == len(all_new) and self.fixed.isdisjoint(all_new)
             if is_safe and all(_renamed(form, rename.pattern, rename.replacement) == form for form in self.fixed):
                 moves = {
                     form: other
