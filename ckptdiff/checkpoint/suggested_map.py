@@ -25,7 +25,7 @@ __all__ = ["Agreement", "SuggestedMap", "advice", "suggest_map"]
 Agreement: TypeAlias = Callable[[TensorInfo, TensorInfo], tuple[int, int]]
 """Reads a sample of two tensors of one shape: how many values are equal, and how many were looked at."""
 
-_MOST_RULES: Final = 12
+_MOST_RULES: Final = 24
 _MOST_FORMS: Final = 400
 """Forms of names on a side, beyond which nothing is proposed: the two are no models that could be paired."""
 _MOST_TRIES: Final = 40

@@ -163,7 +163,7 @@ def prepare(
     tell: Listener = ignore,
     read_data: bool = True,
 ) -> Plan:
-    """Make the plan of a run. Reads headers and indexes, and no data but that of heads which one side lacks.
+    """Make the plan of a run. Reads headers and indexes, and no data but heads and samples of what has no counterpart.
 
     Parameters
     ----------
@@ -175,8 +175,8 @@ def prepare(
     tell : callable, optional
         Told if kernels have to be compiled first.
     read_data : bool
-        Whether to read those heads, and the embeddings that they may be; else ``config.json`` alone tells which are
-        tied. The pairs are the same.
+        Whether to read those heads, the embeddings that they may be, and those samples; else ``config.json`` alone
+        tells which are tied, and fewer rules are proposed. The pairs are the same.
 
     Raises
     ------
