@@ -27,4 +27,5 @@ def test_a_folder_of_tests_is_about_a_room_of_the_package() -> None:
     package = Path(ckptdiff.__file__).parent
     rooms = {path.parent.name for path in package.rglob("__init__.py")} - {"kernels"}
     folders = {path.parent.name for path in TESTS.rglob("test_*.py")} - {TESTS.name}
-    assert len(folders) > 10 and folders - rooms == set()
+    # Those of real models go through all rooms.
+    assert len(folders) > 10 and folders - rooms == {"zoo"}

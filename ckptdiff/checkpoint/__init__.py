@@ -5,6 +5,7 @@ from ckptdiff.checkpoint.dtypes import DTYPES, DType, Kind
 from ckptdiff.checkpoint.header import Shard, TensorInfo, read_header
 from ckptdiff.checkpoint.names import Place, locate
 from ckptdiff.checkpoint.pairing import Alias, Mismatch, Pairing, TensorPair, pair
+from ckptdiff.checkpoint.places import locate_all
 
 __all__ = [
     "DTYPES",
@@ -19,6 +20,7 @@ __all__ = [
     "TensorInfo",
     "TensorPair",
     "locate",
+    "locate_all",
     "open_checkpoint",
     "pair",
     "read_header",

@@ -169,11 +169,7 @@ class _Search:
                 if stored is not None:
                     block = blocks[inside, stored.reading.block, stored.reading.kind]
                     (block.tuned if side else block.base).append(self._turned(stored) if side else stored)
-        both = {
-            key: block
-            for key, block in blocks.items()
-            if block.base and block.tuned
-        }
+        both = {key: block for key, block in blocks.items() if block.base and block.tuned}
         return both, by_name
 
     def _turned(self, stored: Stored) -> Stored:
@@ -311,5 +307,7 @@ def _starred(words: set[str]) -> str:
 def _common(words: set[str]) -> str:
     """The start that all words share: that of the first and the last in order."""
     first, last = min(words), max(words)
-    length = next((place for place, letters in enumerate(zip(first, last, strict=False)) if len(set(letters)) > 1), None)
+    length = next(
+        (place for place, letters in enumerate(zip(first, last, strict=False)) if len(set(letters)) > 1), None
+    )
     return first[:length] if length is not None else first

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ckptdiff.checkpoint.checkpoint import Checkpoint
 from ckptdiff.checkpoint.matching import is_adapter_part
 from ckptdiff.checkpoint.pairs import Pairing
+from ckptdiff.checkpoint.suggested_map import SuggestedMap
 from ckptdiff.errors import PairingError, first_few
 
 __all__ = ["MERGE", "nothing_to_compare"]
@@ -13,7 +14,9 @@ MERGE = "merge it into its model first (merge_and_unload of peft), and save that
 """What can be done about an adapter."""
 
 
-def nothing_to_compare(base: Checkpoint, tuned: Checkpoint, everything: Pairing, selected: Pairing) -> PairingError:
+def nothing_to_compare(
+    base: Checkpoint, tuned: Checkpoint, everything: Pairing, selected: Pairing, suggested: SuggestedMap
+) -> PairingError:
     """Make the error about two checkpoints without a pair.
 
     Parameters
@@ -21,6 +24,7 @@ def nothing_to_compare(base: Checkpoint, tuned: Checkpoint, everything: Pairing,
     base, tuned : Checkpoint
     everything, selected : Pairing
         Without globs, and with those of the user.
+    suggested : SuggestedMap
     """
     if everything.pairs and not selected.mismatched:
         alone = (*selected.only_in_base, *selected.only_in_tuned)
@@ -56,7 +60,7 @@ def nothing_to_compare(base: Checkpoint, tuned: Checkpoint, everything: Pairing,
         file=tuned.path,
         expected=f"names as in {base.path}: {first_few(base.tensors) or 'none'}",
         found=first_few(tuned.tensors) or "none",
-        hint="rename the base's tensors with --map 'OLD=NEW', for example --map '^encoder\\.=model.'"
+        hint=(suggested.advice or "rename the base's tensors with --map 'OLD=NEW', a regular expression")
         if adapter is None
         else f"{adapter.path} is an adapter: {MERGE}",
     )

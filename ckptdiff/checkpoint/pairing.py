@@ -22,6 +22,7 @@ from ckptdiff.checkpoint.weights import Source, sources_of
 from ckptdiff.options import Values
 
 __all__ = ["Alias", "Mismatch", "Pairing", "Rows", "TensorPair", "pair"]
+from ckptdiff.checkpoint.suggested_map import Agreement, suggest_map
 
 
 def pair(
@@ -33,6 +34,7 @@ def pair(
     exclude: Sequence[str] = (),
     same_values: SameValues | None = None,
     values: Values = "codes",
+    agreement: Agreement | None = None,
 ) -> Pairing:
     """Pair the weights of two checkpoints.
 
@@ -57,6 +59,8 @@ def pair(
         it no data is read; a head may then be a pair of its own that is an alias where its values are looked at.
     values : {"model", "codes"}
         Whether quantised weights are decoded, or codes and scales are tensors like any other.
+    agreement : callable, optional
+        Samples two tensors, where suggested rules contradict each other.
 
     Returns
     -------
@@ -76,8 +80,17 @@ def pair(
     sides = weights_of(base, values), weights_of(tuned, values)
     matched, match_warnings = match_names(sides[0].named, sides[1].named, renames)
     pairing = _sort_out(sides, matched, globs, same_values)
+    suggested = suggest_map(
+        base,
+        tuned,
+        matched,
+        [name for name in pairing.only_in_base if name in base.tensors],
+        [name for name in pairing.only_in_tuned if name in tuned.tensors],
+        renames=renames,
+        agreement=agreement,
+    )
     if not pairing.pairs:
-        raise nothing_to_compare(base, tuned, _sort_out(sides, matched, Globs(), None), pairing)
+        raise nothing_to_compare(base, tuned, _sort_out(sides, matched, Globs(), None), pairing, suggested)
     warnings = (
         *match_warnings,
         *globs.unmatched([*base.tensors, *tuned.tensors]),
@@ -86,8 +99,9 @@ def pair(
         *pairing.warnings,
         *_adapter_warnings(base, tuned, pairing),
         *_scale_warnings(base, tuned, pairing.pairs),
+        *suggested.warnings,
     )
-    return replace(pairing, warnings=warnings)
+    return replace(pairing, warnings=warnings, suggested=suggested)
 
 
 def _sort_out(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from ckptdiff.checkpoint.header import TensorInfo
+from ckptdiff.checkpoint.suggested_map import SuggestedMap
 from ckptdiff.checkpoint.ties import Evidence
 from ckptdiff.checkpoint.weights import Source, Weight
 
@@ -125,6 +126,8 @@ class Pairing:
         Counterparts that cannot be compared.
     warnings : tuple of str
         What the user should know about the pairing.
+    suggested : SuggestedMap
+        Rules for ``--map`` that would pair more.
     weights : pair of mapping of str to Source
         All weights of both sides, by name.
     excluded_of_base, excluded_of_tuned : tuple of str
@@ -138,5 +141,6 @@ class Pairing:
     mismatched: tuple[Mismatch, ...]
     warnings: tuple[str, ...]
     weights: tuple[Mapping[str, Source], Mapping[str, Source]]
+    suggested: SuggestedMap = field(default_factory=SuggestedMap)
     excluded_of_base: tuple[str, ...] = ()
     excluded_of_tuned: tuple[str, ...] = ()

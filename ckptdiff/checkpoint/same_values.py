@@ -1,4 +1,4 @@
-"""Compare the values of two tensors, all of them or up to the first that differs."""
+"""Compare the values of two tensors: all of them, up to the first that differs, or a sample."""
 
 from __future__ import annotations
 
@@ -7,14 +7,20 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint import TensorInfo
-from ckptdiff.checkpoint.blocks import blocks_of
+from ckptdiff.checkpoint import DTYPES, TensorInfo
+from ckptdiff.checkpoint.blocks import blocks_of, values_of
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.events import Listener, Note, Stage, stage
 from ckptdiff.formats import Format, common_format, recode_table, stored_format
 from ckptdiff.measure.partial import BLOCK
 
-__all__ = ["look_for_ties", "same_values"]
+__all__ = ["look_for_ties", "same_values", "sampled_agreement"]
+
+_SAMPLES = 8
+_SAMPLE = 128
+"""Coordinates of each sample."""
+_NEAR = 2.0**-8
+"""Relative distance below which values count as equal: one step of bfloat16, so that dtypes may differ."""
 
 
 def look_for_ties(shards: OpenShards, tell: Listener) -> Callable[[TensorInfo, TensorInfo], bool]:
@@ -33,6 +39,48 @@ def look_for_ties(shards: OpenShards, tell: Listener) -> Callable[[TensorInfo, T
             return same_values(shards, head, embedding, told)
 
     return look
+
+
+def sampled_agreement(shards: OpenShards) -> Callable[[TensorInfo, TensorInfo], tuple[int, int]]:
+    """Count the equal values of two floating tensors of one shape, in a few small pieces spread over them.
+
+    Parameters
+    ----------
+    shards : OpenShards
+        The readers of their files.
+
+    Returns
+    -------
+    callable
+        Two tensors to how many of the values are equal, to within a step of bfloat16, and how many were looked at.
+        Those that repeat the value before them are not: constants tell nothing.
+    """
+
+    def look(one: TensorInfo, other: TensorInfo) -> tuple[int, int]:
+        if one.region == other.region:
+            return one.numel, one.numel
+        first, second = (_sample(shards, tensor) for tensor in (one, other))
+        telling = np.flatnonzero(first[1:] != first[:-1]) + 1
+        one_side, other_side = first[telling], second[telling]
+        with np.errstate(invalid="ignore"):  # infinities
+            near = np.abs(one_side - other_side) <= _NEAR * np.maximum(np.abs(one_side), np.abs(other_side))
+        return int(np.count_nonzero(near)), telling.size
+
+    return look
+
+
+def _sample(shards: OpenShards, tensor: TensorInfo) -> NDArray[np.floating]:
+    """Values of a tensor in pieces at equal distances."""
+    size = DTYPES[tensor.dtype].bits // 8
+    count = min(_SAMPLE, tensor.numel)
+    last = tensor.numel - count
+    pieces = []
+    for start in dict.fromkeys(last * at // (_SAMPLES - 1) for at in range(_SAMPLES)):
+        begin = tensor.start + start * size
+        buffer = np.empty(count * size, np.uint8)
+        with shards[tensor.shard].window(tensor, begin, begin + buffer.size, buffer) as piece:
+            pieces.append(values_of(tensor.dtype, piece).copy())
+    return np.concatenate(pieces) if pieces else np.empty(0, np.float32)
 
 
 def same_values(shards: OpenShards, first: TensorInfo, second: TensorInfo, told: Stage, block: int = BLOCK) -> bool:

@@ -15,7 +15,7 @@ from ckptdiff.errors import OptionError, plural
 from ckptdiff.report.text import quantity, safe, shape_text, size
 
 if TYPE_CHECKING:
-    from ckptdiff.checkpoint import TensorInfo
+    from ckptdiff.checkpoint import Place, TensorInfo
 
 _KEYS = ("name", "dtype", "shape", "numel", "bytes", "tower", "layer", "module_type", "block", "shard")
 
@@ -36,7 +36,7 @@ def inspect(checkpoint: str, **given: Any) -> int:
     Only headers are read, and every one of them is validated.
     """
     target = ReportTarget.choose(given["output"], binary=False, kept=files_of(checkpoint))
-    from ckptdiff.checkpoint import open_checkpoint
+    from ckptdiff.checkpoint import locate_all, open_checkpoint
     from ckptdiff.checkpoint.globs import Globs
 
     opened = open_checkpoint(checkpoint)
@@ -45,7 +45,8 @@ def inspect(checkpoint: str, **given: Any) -> int:
     chosen = [tensor for tensor in opened.tensors.values() if globs.select(tensor.name)]
     if opened.tensors and not chosen:
         raise OptionError("no tensor is left to list", file=checkpoint, hint="check --include and --exclude")
-    rows = [_row(tensor) for tensor in chosen]
+    places = locate_all({name: tensor.shape for name, tensor in opened.tensors.items()})
+    rows = [_row(tensor, places[tensor.name]) for tensor in chosen]
     totals = {
         "path": checkpoint,
         "shards": len({row["shard"] for row in rows}),
@@ -61,10 +62,7 @@ def inspect(checkpoint: str, **given: Any) -> int:
     return OK
 
 
-def _row(tensor: TensorInfo) -> dict[str, Any]:
-    from ckptdiff.checkpoint.names import locate
-
-    place = locate(tensor.name, len(tensor.shape))
+def _row(tensor: TensorInfo, place: Place) -> dict[str, Any]:
     return {
         "name": tensor.name,
         "dtype": tensor.dtype,

@@ -153,6 +153,8 @@ class Diff:
     aliased: tuple[tuple[str, str], ...] = ()
     """(name, name of the tensor it is tied to)."""
     mismatched: tuple[UnmatchedTensor, ...] = ()
+    suggested_map: tuple[str, ...] = ()
+    """Rules for ``--map``, after those of the run, that would pair more tensors."""
     warnings: tuple[str, ...] = ()
     run: Mapping[str, Any] = field(default_factory=dict)
     """How it ran: device, threads, io, started, seconds."""

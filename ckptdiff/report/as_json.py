@@ -34,6 +34,7 @@ def facts(diff: Diff) -> dict[str, Any]:
             {"name": tensor.name, "base": dict(tensor.base), "tuned": dict(tensor.tuned), "reason": tensor.reason}
             for tensor in diff.mismatched
         ],
+        "suggested_map": list(diff.suggested_map),
     }
 
 
@@ -56,5 +57,5 @@ def document(diff: Diff, view: View | None = None) -> dict[str, Any]:
     view = view or View()
     tensors = rows(diff, view if view.rows_by == "tensor" else View("tensor"))
     head = facts(diff)
-    tail = {key: head.pop(key) for key in ("only_in_base", "only_in_tuned", "aliased", "mismatched")}
+    tail = {key: head.pop(key) for key in ("only_in_base", "only_in_tuned", "aliased", "mismatched", "suggested_map")}
     return {**head, **aggregates(diff, view), "tensors": tensors, **tail}

@@ -9,6 +9,7 @@ from typing import Any
 
 from ckptdiff.checkpoint.left_out import EXCLUDED
 from ckptdiff.checkpoint.matching import is_adapter_part
+from ckptdiff.checkpoint.suggested_map import advice
 from ckptdiff.errors import plural
 from ckptdiff.figures.coverage import by_pattern
 from ckptdiff.figures.result import SIDES, Diff, Side
@@ -22,10 +23,12 @@ _LISTED = 3
 
 def coverage_lines(diff: Diff) -> list[str]:
     """One line of how much was compared, then one for each group of tensors that was not, the largest first."""
+    options = advice(diff.suggested_map)
     return [
         _compared(diff),
         *(line for side in SIDES for line in _left_out(diff, side)),
         *_mismatched(diff),
+        *([f"to pair more of them: {safe(options)}"] if options else []),
         *_other_layouts(diff),
     ]
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import ckptdiff
-from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorPair, locate, open_checkpoint, pair
+from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, Place, TensorPair, locate_all, open_checkpoint, pair
 from ckptdiff.checkpoint.boxes import is_contiguous, room_to_read, runs_of
 from ckptdiff.checkpoint.left_out import left_out
 from ckptdiff.checkpoint.open_shards import open_shards
-from ckptdiff.checkpoint.same_values import look_for_ties
+from ckptdiff.checkpoint.same_values import look_for_ties, sampled_agreement
 from ckptdiff.checkpoint.weights import Assembled, Piece, Source, Weight, stored_as
 from ckptdiff.events import Listener, ignore
 from ckptdiff.figures.catalogue import COLUMNS
@@ -158,7 +158,7 @@ def prepare(
     tell: Listener = ignore,
     read_data: bool = True,
 ) -> Plan:
-    """Make the plan of a run. Reads headers and indexes, and no data but that of heads which one side lacks.
+    """Make the plan of a run. Reads headers and indexes, and no data but heads and samples of what has no counterpart.
 
     Parameters
     ----------
@@ -170,8 +170,8 @@ def prepare(
     tell : callable, optional
         Told if kernels have to be compiled first.
     read_data : bool
-        Whether to read those heads, and the embeddings that they may be; else ``config.json`` alone tells which are
-        tied. The pairs are the same.
+        Whether to read those heads, the embeddings that they may be, and those samples; else ``config.json`` alone
+        tells which are tied, and fewer rules are proposed. The pairs are the same.
 
     Raises
     ------
@@ -217,6 +217,7 @@ def _paired(base: Checkpoint, tuned: Checkpoint, options: Options, tell: Listene
             exclude=options.exclude,
             same_values=look_for_ties(shards, tell) if read_data else None,
             values=options.values,
+            agreement=sampled_agreement(shards) if read_data else None,
         )
 
 
@@ -274,8 +275,10 @@ def _is_wide(base: Format, tuned: Format, compare: Format) -> bool:
 
 def _facts(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Options) -> Diff:
     groups = options.group_patterns()
+    shapes = {name: weight.shape for name, weight in pairing.weights[0].items()}
+    places = locate_all(shapes | {pair.name: pair.shape for pair in pairing.pairs})
     diff = Diff(
-        tensors=tuple(_tensor_facts(pair, options, groups) for pair in pairing.pairs),
+        tensors=tuple(_tensor_facts(pair, places[pair.name], options, groups) for pair in pairing.pairs),
         columns={column.name: np.zeros(0, column.dtype) for column in COLUMNS},
         base=_side_facts(base, "base", pairing),
         tuned=_side_facts(tuned, "tuned", pairing),
@@ -290,6 +293,7 @@ def _facts(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Optio
             UnmatchedTensor(bad.name, _dtype_and_shape(bad.base), _dtype_and_shape(bad.tuned), bad.reason)
             for bad in pairing.mismatched
         ),
+        suggested_map=pairing.suggested.rules,
         warnings=(*base.warnings, *tuned.warnings, *pairing.warnings),
     )
     return replace(diff, warnings=(*diff.warnings, *_little_compared(diff)))
@@ -301,9 +305,8 @@ def _little_compared(diff: Diff) -> Iterator[str]:
             yield f"less than half of {side} is compared: {percent(found.share)} of its values"
 
 
-def _tensor_facts(pair: TensorPair, options: Options, groups: list[tuple[str, Any]]) -> TensorFacts:
+def _tensor_facts(pair: TensorPair, place: Place, options: Options, groups: list[tuple[str, Any]]) -> TensorFacts:
     base, tuned = pair.base, pair.tuned
-    place = locate(pair.name, len(base.shape))
     compare = formats_of(base.dtype, tuned.dtype, options.compare)[2].name if base.kind is Kind.FLOAT else "bitwise"
     return TensorFacts(
         name=pair.name,

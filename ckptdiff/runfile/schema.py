@@ -4,7 +4,7 @@
 
     /                attributes format, format_version, ckptdiff_version, title, complete
     /provenance      JSON text: both sides, options, compare dtype, mask rule, how it ran, warnings
-    /unmatched       JSON text: only_in_base, only_in_tuned, aliased, mismatched
+    /unmatched       JSON text: only_in_base, only_in_tuned, aliased, mismatched, suggested_map
     /tensors/name    one name per compared tensor, in plan order: the dimension scale of the columns
     /tensors/*       one 1-D dataset per fact (shape, dtype_base, layer, ...) and per column of the catalogue
     /histograms/*    delta_log2, base_log2, changed_log2 [tensors, 279] and ulp [tensors, 64], uint64, on the scales
@@ -35,9 +35,9 @@ TEXT_FACTS: Final = {
     "dtype_base": "dtype stored in the base",
     "dtype_tuned": "dtype stored in the tuned side",
     "compare": "dtype both sides were cast to",
-    "tower": "tower: language, vision, projector",
+    "tower": "tower: language, encoder, decoder, vision, audio, projector",
     "module_type": "module type",
-    "block": "block: attention, ffn, embedding, head, norm, router, other",
+    "block": "block: attention, ffn, mixer, conv, modulation, projector, embedding, head, norm, router, other",
     "groups": "the user's own groups, as JSON",
 }
 """String columns of ``/tensors`` beside ``name``."""

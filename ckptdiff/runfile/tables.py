@@ -106,6 +106,7 @@ def write_provenance(file: Any, diff: Diff) -> None:
                 {"name": tensor.name, "base": tensor.base, "tuned": tensor.tuned, "reason": tensor.reason}
                 for tensor in diff.mismatched
             ],
+            "suggested_map": diff.suggested_map,
         },
         allow_nan=False,
     )
@@ -214,11 +215,14 @@ def read_provenance(file: Any) -> dict[str, Any]:
 def read_unmatched(file: Any) -> dict[str, Any]:
     """The lists of ``/unmatched``, as fields of a :class:`~ckptdiff.figures.result.Diff`."""
     lists = json_of(file["unmatched"], _UNMATCHED)
+    suggested = lists.get("suggested_map", [])  # older run files have none
+    require(suggested, [str], f"{file['unmatched'].name}: suggested_map")
     return {
         "only_in_base": tuple(lists["only_in_base"]),
         "only_in_tuned": tuple(lists["only_in_tuned"]),
         "aliased": tuple((alias["name"], alias["of"]) for alias in lists["aliased"]),
         "mismatched": tuple(UnmatchedTensor(**tensor) for tensor in lists["mismatched"]),
+        "suggested_map": tuple(suggested),
     }
 
 

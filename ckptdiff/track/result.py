@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint import locate
+from ckptdiff.checkpoint import locate_all
 from ckptdiff.figures.members import LABEL_KEYS, members_of
 
 COUNTS = {
@@ -77,7 +77,7 @@ class Track:
         """Label and rows, one per step, of each "tensor", "module", "layer" or "block"."""
         if by == "tensor":
             return [({"name": name}, self._rows([row])) for row, name in enumerate(self.names)]
-        places = (locate(name, len(shape)) for name, shape in zip(self.names, self.shapes, strict=True))
+        places = locate_all(dict(zip(self.names, self.shapes, strict=True))).values()
         return [
             (dict(zip(LABEL_KEYS[by], label, strict=True)), self._rows(rows))
             for label, rows in members_of(by, enumerate(places)).items()

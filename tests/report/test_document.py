@@ -17,7 +17,7 @@ _KEYS = [
     *("schema", "ckptdiff_version", "base", "tuned", "compare", "mask_rule", "counts", "coverage"),
     *("global", "median_2d"),
     *("modules", "layers", "blocks", "towers", "warnings", "tensors"),
-    *("only_in_base", "only_in_tuned", "aliased", "mismatched"),
+    *("only_in_base", "only_in_tuned", "aliased", "mismatched", "suggested_map"),
 ]
 _METRICS = {
     *("unchanged_bitwise", "unchanged_stored", "unchanged_eta", "unchanged_abs", "unchanged_rel", "changed"),

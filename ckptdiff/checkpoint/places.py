@@ -1,0 +1,170 @@
+"""Place all tensors of a checkpoint at once: which tower its own names mean, and which number each layer has."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Final, TypeAlias
+
+from ckptdiff.checkpoint.families import IMAGES, PLACES, SOUND, STACK, TOWERS, VOCABULARY, WORDS
+from ckptdiff.checkpoint.names import Place, locate
+
+__all__ = ["locate_all"]
+
+Shapes: TypeAlias = Mapping[str, Sequence[int]]
+
+_STACK: Final = re.compile(STACK, re.IGNORECASE)
+_NUMBER: Final = re.compile(r"[0-9]{1,9}")
+# Lists inside of a layer are no layers: experts, a head's own linear layers.
+_INNER: Final = re.compile(
+    "|".join(PLACES[place] for place in ("attention", "mixer", "ffn", "embedding", "head")), re.I
+)
+_OUTER: Final = re.compile("|".join([*TOWERS.values(), "predictor"]), re.IGNORECASE)
+_VOCABULARY: Final = re.compile(VOCABULARY)
+_WORDS: Final = re.compile(WORDS)
+_IMAGES: Final = re.compile(IMAGES)
+_SOUND: Final = re.compile(SOUND)
+_CODER: Final = re.compile(r"(?:^|\.)(encoder|decoder)(?=\.)")
+
+
+def locate_all(shapes: Shapes) -> dict[str, Place]:
+    """Find the places of all tensors of one model.
+
+    They tell more than :func:`~ckptdiff.checkpoint.names.locate` can of one name. A model, or an encoder, that takes
+    images or sound and no text is ``vision`` or ``audio`` throughout; the two stacks of a model of text are ``encoder``
+    and ``decoder``. No two layers of a tower have one number: in a tower of one stack it is that of the name, else
+    layers are counted through stages and stacks, those of a decoder last.
+
+    Parameters
+    ----------
+    shapes : mapping of str to sequence of int
+        Shape of each tensor of the checkpoint, by its raw name.
+
+    Returns
+    -------
+    dict of str to Place
+        By the names of `shapes`.
+
+    Examples
+    --------
+    >>> shapes = {f"{side}.block.0.layer.0.SelfAttention.q.weight": (8, 8) for side in ("encoder", "decoder")}
+    >>> [(place.tower, place.layer) for place in locate_all(shapes).values()]
+    [('encoder', 0), ('decoder', 0)]
+    """
+    places = {name: locate(name, _dimensions(shapes, name)) for name in shapes}
+    layers = {name: _layer(name) for name in shapes}
+    stages = {layer[:end] for layer in layers.values() for end in range(1, len(layer))}
+    towers = _towers(shapes, places, layers)
+    numbers = _numbers({(towers[name], layer) for name, layer in layers.items() if layer and layer not in stages})
+    found = {}
+    for name, place in places.items():
+        tower = towers[name]
+        placed = replace(place, tower=tower, layer=numbers.get((tower, layers[name])))
+        if placed.module_type == "lm_head" and tower in ("vision", "audio"):
+            placed = replace(placed, module_type="head")  # timm's "head" classifies
+        found[name] = placed
+    return found
+
+
+def _dimensions(shapes: Shapes, name: str) -> int:
+    """Dimensions of the weight that a tensor belongs to."""
+    weight = shapes.get(name.removesuffix("bias") + "weight") if name.endswith(".bias") else None
+    return len(shapes[name] if weight is None else weight)
+
+
+def _layer(name: str) -> tuple[str, ...]:
+    """The parts of a name up to the number of its layer; none outside of the layers."""
+    parts = name.split(".")
+    end = 0
+    for at, part in enumerate(parts[:-1]):
+        if _NUMBER.fullmatch(part):
+            before = parts[at - 1] if at else ""
+            # T5's block.3.layer.0 is a part of a layer; Swin's layers.3.blocks.0 and SegFormer's block.3.0 are layers.
+            inner = end == at - 1 > 0 and before in ("layer", "block")
+            if inner or not (end == at > 0 or _is_stack(before)):
+                break
+            end = at + 1
+        elif _is_inner(part):
+            break
+    return tuple(parts[:end])
+
+
+@lru_cache(maxsize=4096)
+def _is_stack(part: str) -> bool:
+    return _STACK.fullmatch(part) is not None
+
+
+@lru_cache(maxsize=4096)
+def _is_inner(part: str) -> bool:
+    return _INNER.fullmatch(part) is not None and not _OUTER.fullmatch(part) and not _is_stack(part)
+
+
+def _numbers(layers: Iterable[tuple[str, tuple[str, ...]]]) -> dict[tuple[str, tuple[str, ...]], int]:
+    """The number of each layer, by its tower and the parts of its name."""
+    stacks: defaultdict[str, defaultdict[tuple[str, ...], dict[tuple[int, ...], tuple[str, ...]]]]
+    stacks = defaultdict(lambda: defaultdict(dict))
+    for tower, layer in layers:
+        stack = tuple("#" if _NUMBER.fullmatch(part) else part for part in layer)
+        stacks[tower][stack][tuple(int(part) for part in layer if _NUMBER.fullmatch(part))] = layer
+    numbers = {}
+    for tower, found in stacks.items():
+        # The largest stack comes first, so that a few layers beside it do not shift its numbers.
+        ordered = sorted(found, key=lambda stack: ("decoder" in ".".join(stack), -len(found[stack]), stack))
+        start = 0
+        for stack in ordered:
+            alone = start == 0 and stack.count("#") == 1
+            for rank, (number, layer) in enumerate(sorted(found[stack].items())):
+                numbers[tower, layer] = number[0] if alone else start + rank
+            start = max(numbers[tower, layer] for layer in found[stack].values()) + 1
+    return numbers
+
+
+def _towers(shapes: Shapes, places: Mapping[str, Place], layers: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """The tower of each tensor; ``language`` only where there are words."""
+    towers = {name: place.tower for name, place in places.items()}
+    rest = [name for name, tower in towers.items() if tower == "language"]
+    if not any(map(_is_text, rest)):
+        known = {tower for tower in towers.values() if tower in ("vision", "audio")}
+        kind = _senses(shapes, rest)
+        if len(known) == 1 and (kind is not None or all(_CODER.search(name) for name in rest if layers[name])):
+            (kind,) = known
+        if kind is not None:
+            return {name: kind if tower == "language" else tower for name, tower in towers.items()}
+    coders: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for name in rest:
+        if coder := _CODER.search(name):
+            coders[name[: coder.start()]][coder[1]].append(name)
+    for prefix, sides in coders.items():
+        beside = [name for name in rest if name.startswith(prefix) and not _CODER.search(name)]
+        reads = any(_VOCABULARY.search(name) and not _WORDS.search(name) for name in beside)
+        senses = {side: None if reads else _senses(shapes, names) for side, names in sides.items()}
+        of_text = [side for side, names in sides.items() if not senses[side] and any(layers[name] for name in names)]
+        for side, names in sides.items():
+            words = side if len(of_text) == 2 else "language"
+            towers.update(dict.fromkeys(names, senses[side] or words))
+    return towers
+
+
+def _is_text(name: str) -> bool:
+    return _VOCABULARY.search(name) is not None or _WORDS.search(name) is not None
+
+
+def _senses(shapes: Shapes, names: Sequence[str]) -> str | None:
+    """Whether tensors are those of a model of images or of sound, as the shapes of its convolutions say."""
+    if any(map(_is_text, names)):
+        return None
+    kernels = [shapes[name] for name in names if len(shapes[name]) > 2 and name.endswith("weight")]
+    if any(len(kernel) > 3 and kernel[1] == 3 for kernel in kernels):
+        return "vision"
+    patches = [shapes[name] for name in names if _IMAGES.search(name)]
+    if patches:
+        return "audio" if any(len(patch) > 3 and patch[1] == 1 for patch in patches) else "vision"
+    if any(map(_SOUND.search, names)) or any(
+        len(shapes[name]) == 3 and name.endswith("weight") and locate(name, 3).block in ("conv", "embedding")
+        for name in names
+    ):
+        return "audio"
+    return "vision" if any(len(kernel) > 3 for kernel in kernels) else None
