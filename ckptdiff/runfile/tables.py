@@ -54,6 +54,8 @@ _UNMATCHED: Spec = {
     "mismatched": [{"name": str, "base": dict, "tuned": dict, "reason": str}],
 }
 """What readers of these rely on."""
+_NEW_COLUMNS = ("off_grid", "unchanged_null", "stored_norm", "absorbed_norm")
+"""Columns that run files of 0.1.0 lack."""
 _NO_LAYER = -1
 _TEXT = h5py.string_dtype()
 _CHUNK = 1 << 14
@@ -151,15 +153,21 @@ def _of_tensors(group: Any, name: str) -> Any:
 
 
 def read_columns(group: Any) -> dict[str, Any]:
-    """Every column of the catalogue, by name; run files of 0.1.0 lack ``on_grid``, and tell it by the rounding null."""
+    """Every column of the catalogue, by name.
+
+    Run files of 0.1.0 lack some. They have a rounding null where the base lies on the grid alone, and so tell where it
+    does; elsewhere all of it counts as off it.
+    """
     columns = {
         column.name: numbers_of_tensors(group, column.name, column.dtype)
         for column in COLUMNS
-        if column.name != "on_grid" or column.name in group
+        if column.name not in _NEW_COLUMNS or column.name in group
     }
-    if "on_grid" not in columns:
-        columns["on_grid"] = (~np.isnan(columns[flat_key("low_coverage_null", RHO[0])])).astype(np.uint64)
-    return columns
+    if "off_grid" not in columns:
+        known = ~np.isnan(columns[flat_key("low_coverage_null", RHO[0])])
+        columns["off_grid"] = np.where(known, 0, columns["numel"]).astype(np.uint64)
+    unknown = np.full(len(columns["numel"]), np.nan)
+    return {**{name: unknown for name in _NEW_COLUMNS if name not in columns}, **columns}
 
 
 def read_facts(group: Any) -> tuple[TensorFacts, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -69,7 +70,7 @@ class MatrixSpectra:
 
 
 def measure_randomized(
-    source: PanelSource, known: Survey, view: MatrixView, on_grid: bool, options: SpectraOptions
+    source: PanelSource, known: Survey, view: MatrixView, off_grid: float, options: SpectraOptions
 ) -> MatrixSpectra:
     """Measure a matrix: leading values of the update, and principal figures.
 
@@ -80,8 +81,8 @@ def measure_randomized(
     known : Survey
         Of this matrix.
     view : MatrixView
-    on_grid : bool
-        Whether both sides lie on the bfloat16 grid, so that the rounding null applies.
+    off_grid : float
+        Part of the base that lies off the grid of bfloat16, which the rounding null takes; NaN makes none.
     options : SpectraOptions
     """
     short, krylov = source.short, _krylov(source.short, options)
@@ -89,7 +90,7 @@ def measure_randomized(
         leading = direct_values(short, ENERGY_RANKS, with_vectors=False)
     else:
         leading = krylov_values(short, ENERGY_RANKS, source.dtype, krylov)
-    stage = principal(source, known, RHO, _chances(known, on_grid), error=_RANDOMIZED_ERROR)
+    stage = principal(source, known, RHO, _chances(known, off_grid), error=_RANDOMIZED_ERROR)
     found, (base, subspaces) = run_together(source, leading, stage)
     figures, reasons = _principal_figures(subspaces, view.wide)
     figures |= _energies(found.lower, found.upper, known.delta_norm**2)
@@ -115,21 +116,23 @@ def _krylov(short: int, options: SpectraOptions) -> KrylovOptions | None:
     return KrylovOptions(options.block, options.steps, seed=options.seed)
 
 
-def measure_exact(source: PanelSource, known: Survey, view: MatrixView, on_grid: bool, together: bool) -> MatrixSpectra:
+def measure_exact(
+    source: PanelSource, known: Survey, view: MatrixView, off_grid: float, together: bool
+) -> MatrixSpectra:
     """Measure a matrix in float64: everything, with all singular values.
 
     Parameters
     ----------
     source : PanelSource
         Of float64 panels.
-    known, view, on_grid
+    known, view, off_grid
         As in :func:`measure_randomized`.
     together : bool
         Whether memory allows three Gram matrices at a time, which saves passes.
     """
     delta, base, tuned = _sides(source, together)
     principal_stage = principal(
-        source, known, RHO, _chances(known, on_grid), error=_EXACT_ERROR, eigenpairs=base.eigenpairs
+        source, known, RHO, _chances(known, off_grid), error=_EXACT_ERROR, eigenpairs=base.eigenpairs
     )
     (_, subspaces), angles = run_together(source, principal_stage, _angles(source.short, base, tuned))
     figures, reasons = _principal_figures(subspaces, view.wide)
@@ -160,8 +163,8 @@ def exact_work(view: MatrixView, together: bool) -> tuple[float, int]:
     return found, 1 + (1 if together else 3) + max(passes, 2)
 
 
-def _chances(known: Survey, on_grid: bool) -> Floats | None:
-    return change_chances(known.weights, known.changed) if on_grid else None
+def _chances(known: Survey, off_grid: float) -> Floats | None:
+    return None if math.isnan(off_grid) else change_chances(known.weights, known.changed, off_grid)
 
 
 def _sides(source: PanelSource, together: bool) -> list[SideSpectrum]:

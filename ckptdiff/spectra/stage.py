@@ -140,13 +140,14 @@ def _measured(
 ) -> Iterator[TensorSpectra]:
     unchanged = diff.columns["numel"] == diff.columns["unchanged_bitwise"]
     # float8 has a grid of its own
-    on_grid = diff.columns["on_grid"].astype(bool) & [tensor.compare == "bf16" for tensor in diff.tensors]
+    off_grid = diff.columns["off_grid"] / np.maximum(diff.columns["numel"], 1)
+    off_grid[[tensor.compare != "bf16" for tensor in diff.tensors]] = np.nan
     budget = Budget.of(options, resident(), (view for _, _, view in _matrices(pairs)))
     measuring = Measuring(shards, options.compare, budget)
 
     def jobs() -> Iterator[MatrixJob]:
         for index, pair, view in _matrices(pairs):
-            yield MatrixJob(index, pair, view, bool(on_grid[index]), bool(unchanged[index]))
+            yield MatrixJob(index, pair, view, float(off_grid[index]), bool(unchanged[index]))
 
     meter = WorkMeter(sum(map(measuring.work, jobs())))
 
