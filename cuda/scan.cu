@@ -7,6 +7,7 @@ typedef Wider<BASE, TUNED>::Format Common;
 
 const bool WIDE = COMPARE::BITS > 16;
 const bool ROUNDS = !same_format<Wider<BASE, COMPARE>::Format, COMPARE>; // the base may lie between values of COMPARE
+const bool ABSORBS = ROUNDS || !same_format<Wider<TUNED, COMPARE>::Format, COMPARE>; // or the tuned side may
 const u32 HOT_DELTA = COMPARE::BITS == 64 ? (1023 - 150) * 16 : (127 - 31) * 128;
 
 // What one thread found.
@@ -25,6 +26,15 @@ __device__ inline bool stored_equal(BASE::Code x, TUNED::Code y) {
 
 __device__ inline bool off_grid(BASE::Code x, COMPARE::Code a) {
     return ROUNDS && magnitude<BASE>(x) <= BASE::INFINITE && (double)value<BASE>(x) != (double)value<COMPARE>(a);
+}
+
+// Squares of d as stored, where that is finite, and of what the cast hides of them.
+__device__ inline void measure_stored(BASE::Code x, TUNED::Code y, bool changed, Own& own) {
+    if (!ABSORBS) return;
+    const double d = (double)value<TUNED>(y) - (double)value<BASE>(x);
+    if (magnitude_bits(d) >= F64::INFINITE) return;
+    own.sums[STORED_SQUARE] += d * d;
+    if (!changed) own.sums[ABSORBED_SQUARE] += d * d;
 }
 
 // Whether the mask rule takes a changed coordinate; which of those tied at the cut of TOP, ties.cu decides.
@@ -70,6 +80,7 @@ __device__ inline bool measure(BASE::Code x, TUNED::Code y, const ScanSettings& 
     if (magnitude<BASE>(x) >= BASE::INFINITE) atomicAdd(&hot.counts[NONFINITE_BASE], 1u);
     if (magnitude<TUNED>(y) >= TUNED::INFINITE) atomicAdd(&hot.counts[NONFINITE_TUNED], 1u);
     own.counts[OFF_GRID] += off_grid(x, c.a);
+    measure_stored(x, y, c.changed, own);
     const u32 bin = c.weight_bin();
     if (bin == 0) ++own.zeros;
     else count_bin(hot.weights, COMPARE::HOT, rows + WEIGHTS * BINS, bin);
@@ -137,8 +148,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             own.counts[MASKED] += __popc(bits);
             if (mask) mask[tile.mask + start / 8] = (u8)bits;
         }
-        const double tile_sums[SUMS] = {own.sums[DELTA],      own.sums[ABS_DELTA],   own.sums[DELTA_SQUARE],
-                                        own.sums[BASE_DELTA], own.sums[BASE_SQUARE], (double)own.ties};
+        const double tile_sums[SUMS] = {own.sums[DELTA],         own.sums[ABS_DELTA],       own.sums[DELTA_SQUARE],
+                                        own.sums[BASE_DELTA],    own.sums[BASE_SQUARE],     own.sums[STORED_SQUARE],
+                                        own.sums[ABSORBED_SQUARE], (double)own.ties};
         block_sums(tile_sums, scratch, sums + (u64)t * SUMS);
         if (t + 1 == stop || tiles[t + 1].record != tile.record)
             hand_over(own, hot, &records[tile.record], own_rows);

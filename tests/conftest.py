@@ -105,7 +105,7 @@ def columns_of(tensors: Sequence[tuple[TensorFacts, float]], seed: int = 7) -> d
             "finite": numel,
             "unchanged_bitwise": equal,
             "wide": bool(wide),
-            "on_grid": not wide,
+            "off_grid": numel if wide else 0,
             "unchanged_stored": equal // 50 if wide else equal,
             "unchanged_eta": equal,
             "changed": (numel - equal) * 9 // 10,
@@ -117,6 +117,9 @@ def columns_of(tensors: Sequence[tuple[TensorFacts, float]], seed: int = 7) -> d
             "delta_sum": 1e-9 * numel * rng.normal(),
             "l1": 0.8 * step * (numel - equal),
             "max_abs": 20 * step if equal < numel else 0.0,
+            "unchanged_null": min(1.0, unchanged * 0.97),
+            "stored_norm": 1.1 * step * math.sqrt(numel - equal),
+            "absorbed_norm": 0.4 * step * math.sqrt(numel - equal) if wide else 0.0,
         }
         cells |= {flat_key("unchanged_abs", eps): equal + (numel - equal) * i // 10 for i, eps in enumerate(EPS)}
         cells |= {flat_key("unchanged_rel", tau): equal + (numel - equal) * i // 4 for i, tau in enumerate(TAU)}

@@ -58,7 +58,8 @@ def without_nulls(golden: bytes) -> tuple[object, list[float]]:
     nulls = []
     for compare in ("bf16", "stored"):
         for row in (tree[compare]["global"], *tree[compare]["tensors"]):
-            nulls += [math.nan if f is None else f for f in row.pop("low_coverage_null").values()]
+            found = [*row.pop("low_coverage_null").values(), row.pop("unchanged_null")]
+            nulls += [math.nan if f is None else f for f in found]
     return tree, nulls
 
 
@@ -235,6 +236,7 @@ def test_rounding_null_predicts_a_gaussian_update(dtype):
     rhos = (0.05, 0.1, 0.2)
     for rho, null in zip(rhos, oracle.low_coverage_null(w0, w1, rhos), strict=True):
         assert null == pytest.approx(oracle.low_coverage(w0, w1, rho), rel=0.03)
+    assert oracle.unchanged_null(w0, w1, 0.0) == pytest.approx(oracle.same_bits(w0, w1).mean(), abs=6e-3)
 
 
 def test_rounding_null_needs_a_changed_and_an_unchanged_weight():

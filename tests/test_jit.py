@@ -346,7 +346,7 @@ from ckptdiff.measure.kernels.cuts import cut_from_bottom, cut_from_top
 from ckptdiff.measure.kernels.null import Gaps, fit_null
 counts, gap = np.arange(100), np.linspace(1, 2, 100)
 gaps = Gaps(gap, gap, np.arange(101))
-print(cut_from_top(counts, 0, 99, 500), cut_from_bottom(counts, 0, 99, 500), fit_null(counts, gaps, 0, 99, 2000))
+print(cut_from_top(counts, 0, 99, 500), cut_from_bottom(counts, 0, 99, 500), fit_null(counts, gaps, 0, 99, 2000, 0.0))
 """
     cache = tmp_path / "cache"
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint.decoding import Room, decode_box
+from ckptdiff.checkpoint.decoding import Box, Room, decode_box
 from ckptdiff.checkpoint.dtypes import DTYPES
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.kernels.boxes import read_box
@@ -23,7 +24,9 @@ from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.checkpoint.weights import Assembled, Decoded, Piece, Range, Source, Weight
 
 __all__ = [
+    "Decoder",
     "Run",
+    "boxes_of_elements",
     "is_contiguous",
     "matrix_of",
     "read_elements",
@@ -71,6 +74,36 @@ class _Box(NamedTuple):
     transposed: bool
 
 
+class Decoder:
+    """Decodes quantised weights, of one side in one thread.
+
+    Attributes
+    ----------
+    odd : set of (str, str, str, str)
+        Scales that are no positive numbers: file, tensor, what some of them are, and the weight that they are of.
+    """
+
+    def __init__(self) -> None:
+        self._room = Room()
+        self.odd: set[tuple[str, str, str, str]] = set()
+
+    def decode(
+        self,
+        shards: OpenShards,
+        weight: Decoded,
+        rows: tuple[int, int],
+        columns: tuple[int, int],
+        out: NDArray[np.float32],
+        *,
+        detail: bool = False,
+    ) -> Box:
+        """Decode a box; see :func:`~ckptdiff.checkpoint.decoding.decode_box`. It is valid until the next one."""
+        box = decode_box(shards, weight, rows, columns, out, self._room, detail=detail)
+        paths = {part.name: part.shard.path for part in weight.parts} if box.odd else {}
+        self.odd |= {(paths[name], name, what, weight.name) for name, what in box.odd}
+        return box
+
+
 def stored_parts(weight: Weight) -> tuple[TensorInfo, ...]:
     """The stored tensors that a side is read from."""
     if isinstance(weight, TensorInfo):
@@ -107,7 +140,9 @@ def runs_of(weight: Weight, first: int, stop: int) -> list[Run]:
     return found
 
 
-def read_elements(shards: OpenShards, weight: Weight, first: int, stop: int, out: NDArray[np.uint8]) -> None:
+def read_elements(
+    shards: OpenShards, weight: Weight, first: int, stop: int, out: NDArray[np.uint8], decoder: Decoder | None = None
+) -> None:
     """Read elements ``first`` to ``stop`` - 1 of a side.
 
     Parameters
@@ -118,6 +153,8 @@ def read_elements(shards: OpenShards, weight: Weight, first: int, stop: int, out
         In the order of the base's tensor.
     out : uint8 array, shape ((stop - first) * itemsize,)
         Receives them as codes of the side's dtype. Its address is a multiple of the itemsize.
+    decoder : Decoder, optional
+        Of this thread and side.
 
     Raises
     ------
@@ -132,18 +169,45 @@ def read_elements(shards: OpenShards, weight: Weight, first: int, stop: int, out
                 out[:] = view
         return
     codes = out.view(f"u{DTYPES[weight.dtype].bits // 8}")
-    columns = matrix_of(weight.shape)[1]
-    top, bottom = first // columns, -(-stop // columns)
-    if first == top * columns and stop == bottom * columns:
-        read_weight(shards, weight, (top, bottom), (0, columns), codes.reshape(-1, columns))
+    if isinstance(weight, Assembled):
+        # Whole rows: a part of one may be as many reads as it has elements.
+        columns = matrix_of(weight.shape)[1]
+        top, bottom = first // columns, -(-stop // columns)
+        whole = first == top * columns and stop == bottom * columns
+        rows = codes.reshape(-1, columns) if whole else np.empty((bottom - top, columns), codes.dtype)
+        read_weight(shards, weight, (top, bottom), (0, columns), rows, decoder)
+        if not whole:
+            codes[:] = rows.reshape(-1)[first - top * columns : stop - top * columns]
         return
-    rows = np.empty((bottom - top, columns), codes.dtype)
-    read_weight(shards, weight, (top, bottom), (0, columns), rows)
-    codes[:] = rows.reshape(-1)[first - top * columns : stop - top * columns]
+    for lines, across in boxes_of_elements(weight.shape, first, stop):
+        box = codes[: (lines[1] - lines[0]) * (across[1] - across[0])].reshape(lines[1] - lines[0], -1)
+        read_weight(shards, weight, lines, across, box, decoder)
+        codes = codes[box.size :]
+
+
+def boxes_of_elements(
+    shape: tuple[int, ...], first: int, stop: int
+) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+    """Rows and columns of the boxes that elements ``first`` to ``stop`` - 1 fill: the rest of a row, rows, a part."""
+    width = matrix_of(shape)[1]
+    while first < stop:
+        row, column = divmod(first, width)
+        if column or stop - first < width:
+            end = min(width, column + stop - first)
+            yield (row, row + 1), (column, end)
+            first += end - column
+        else:
+            yield (row, stop // width), (0, width)
+            first = stop // width * width
 
 
 def read_weight(
-    shards: OpenShards, weight: Weight, rows: tuple[int, int], columns: tuple[int, int], out: Codes
+    shards: OpenShards,
+    weight: Weight,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    out: Codes,
+    decoder: Decoder | None = None,
 ) -> None:
     """Read a box of a side.
 
@@ -155,14 +219,20 @@ def read_weight(
         Of its matrix.
     out : array of codes, shape (rows, columns)
         Receives them.
+    decoder : Decoder, optional
+        Of this thread and side.
 
     Raises
     ------
     CheckpointError
         If a file cannot be read, or changes.
     """
-    if not isinstance(weight, Assembled):
-        out[:] = _read_source(shards, weight, rows, columns)
+    decoder = decoder or Decoder()
+    if isinstance(weight, Decoded):
+        decoder.decode(shards, weight, rows, columns, out.view(np.float32))
+        return
+    if isinstance(weight, TensorInfo):
+        out[:] = _read_source(shards, weight, rows, columns, decoder)
         return
     for box in _boxes(weight):
         row, down, column, right = box.base
@@ -174,9 +244,8 @@ def read_weight(
         if box.transposed:
             lines, across = across, lines
         vertical, horizontal = _steps(row, down, lines), _steps(column, right, across)
-        found = _read_source(shards, box.source, (vertical.start, vertical.stop), (horizontal.start, horizontal.stop))[
-            ::down, ::right
-        ]
+        within = (vertical.start, vertical.stop), (horizontal.start, horizontal.stop)
+        found = _read_source(shards, box.source, *within, decoder)[::down, ::right]
         target[:] = found.T if box.transposed else found
 
 
@@ -191,12 +260,14 @@ def _steps(start: int, step: int, steps: tuple[int, int]) -> slice:
     return slice(start + steps[0] * step, start + (steps[1] - 1) * step + 1, step)
 
 
-def _read_source(shards: OpenShards, source: Source, lines: tuple[int, int], across: tuple[int, int]) -> Codes:
+def _read_source(
+    shards: OpenShards, source: Source, lines: tuple[int, int], across: tuple[int, int], decoder: Decoder
+) -> Codes:
     """A box of a tensor's matrix, as codes of its dtype."""
     (top, bottom), (left, right) = lines, across
     if isinstance(source, Decoded):
         values = np.empty((bottom - top, right - left), np.float32)
-        return decode_box(shards, source, lines, across, values, Room()).values.view(np.uint32)
+        return decoder.decode(shards, source, lines, across, values).values.view(np.uint32)
     size = DTYPES[source.dtype].bits // 8
     columns = matrix_of(source.shape)[1]
     reader = shards[source.shard]

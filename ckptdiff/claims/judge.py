@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -36,6 +36,10 @@ class Verdict:
         The figure, and what it is held against.
     sentence : str
         All of this in words.
+    rounding : float or None
+        What noise of the update's norm would give after rounding, where `null` is the paper's own criterion.
+    beyond : {"shown", "not shown", "no more than chance"} or None
+        Whether the figure is beyond that: the same claim, judged against rounding.
     """
 
     claim: str
@@ -44,6 +48,8 @@ class Verdict:
     value: float | None
     null: float | None
     sentence: str
+    rounding: float | None = None
+    beyond: Outcome | None = None
 
 
 def judge_claims(diff: Diff) -> list[Verdict]:
@@ -74,7 +80,7 @@ def judge_claims(diff: Diff) -> list[Verdict]:
     ('most coordinates do not change', 'shown')
     """
     row = figures_of(diff)
-    alone = [_sparse(row), _small(row), _full_rank(diff, row)]
+    alone = [_sparse(diff, row), _small(row), _full_rank(diff, row)]
     return [*alone, _concentrated(diff, row), *_off_principal(diff, row), _low(diff, row)]
 
 
@@ -84,11 +90,21 @@ def _verdict(claim: str, figure: str, value: float | None, null: float | None, o
     return Verdict(claim, outcome, figure, value, null, f"{claim}: {outcome}; {words}.")
 
 
-def _sparse(row: Row) -> Verdict:
+def _sparse(diff: Diff, row: Row) -> Verdict:
     value = row["unchanged_bitwise"]
     words = f"{percent(value)} of all coordinates kept their bits after the cast; dense training changes nearly all"
     outcome: Outcome = "shown" if value is not None and value > 0.5 else "not shown"
-    return _verdict("most coordinates do not change", "global.unchanged_bitwise", value, 0.5, outcome, words)
+    null = diff.overall["unchanged_null"]
+    found = _verdict("most coordinates do not change", "global.unchanged_bitwise", value, 0.5, outcome, words)
+    if value is None or null is None:
+        return found
+    # By what changed: a share of what did not says little near 100 %.
+    beyond = _below(1.0 - value, 1.0 - null)
+    said = {"shown": "fewer change than that", "not shown": "more change than that"}.get(
+        beyond, "no more than rounding"
+    )
+    sentence = f"{found.sentence[:-1]}; noise of this size, rounded, would leave {percent(null)}: {said}."
+    return replace(found, sentence=sentence, rounding=null, beyond=beyond)
 
 
 def _small(row: Row) -> Verdict:

@@ -5,7 +5,8 @@ A *figure* is what is printed, for one tensor or for any group of them; it is co
 function over a :class:`~ckptdiff.figures.grouping.Grouping`. JSON keys, HDF5 datasets, csv headers and the docs derive
 from these two tables, so a new figure is one row and one function here.
 
-Formulas and sources: S1 is arXiv 2606.13657, S2 arXiv 2505.11711, S3 arXiv 2511.08567, S4 arXiv 2606.07082.
+Formulas and sources: S1 is arXiv 2606.13657, S2 arXiv 2505.11711, S3 arXiv 2511.08567, S4 arXiv 2606.07082, PULSE
+arXiv 2602.03839, which counts coordinates.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ def _counts() -> Iterator[StoredColumn]:
     yield count("finite", "coordinates whose delta is finite: those in the sums")
     yield count("unchanged_bitwise", "coordinates with equal bits after the cast, +0 equal to -0")
     yield count("wide", "1 if a side is stored wider than the compare dtype")
-    yield count("on_grid", "1 if the compare dtype holds every value of the base, which the rounding null takes")
+    yield count("off_grid", "coordinates whose base the compare dtype does not hold, NaN left out")
+    yield StoredColumn("on_grid", "uint64", "1", "1 if there are none of those")
     yield count("unchanged_stored", "coordinates with equal values as stored, before the cast")
     yield count("unchanged_eta", f"coordinates with |d| <= {ETA:g} max(|W0|, |W1|)")
     for eps in EPS:
@@ -118,6 +120,9 @@ def _floats() -> Iterator[StoredColumn]:
     yield real("delta_sum", "sum of d")
     yield real("l1", "sum of |d|")
     yield real("max_abs", "largest |d|")
+    yield real("unchanged_null", "share that Gaussian noise of the norm of d, rounded to the grid, leaves unchanged")
+    yield real("stored_norm", "Frobenius norm of d before the cast")
+    yield real("absorbed_norm", "Frobenius norm of that part of it which vanishes in the cast")
     for p in P:
         yield real(flat_key("coord_energy", p), f"share of sum d^2 held by the {p:g} % largest |d|")
     for rho in RHO:
@@ -158,6 +163,11 @@ def _unchanged_rel(groups: Grouping, tau: float | None) -> FloatArray:
 
 def _unchanged_stored(groups: Grouping, _: float | None) -> FloatArray:
     return np.where(groups.total("wide") > 0, _fraction(groups, "unchanged_stored"), np.nan)
+
+
+def _absorbed(groups: Grouping, _: float | None) -> FloatArray:
+    share = groups.ratio(groups.total_square("absorbed_norm"), groups.total_square("stored_norm"))
+    return np.where(groups.total("wide") > 0, share, np.nan)
 
 
 def _changed(groups: Grouping, _: float | None) -> FloatArray:
@@ -235,7 +245,15 @@ FIGURES: tuple[Figure, ...] = (
         _flat_fraction("unchanged_bitwise"),
         bitwise=True,
     ),
+    Figure(
+        "unchanged_null",
+        "fraction",
+        "the same for Gaussian noise of the update's norm, rounded to the grid",
+        "ckptdiff",
+        lambda groups, _: groups.mean("unchanged_null", groups.column("numel")),
+    ),
     Figure("unchanged_stored", "fraction", "equal values as stored", "ckptdiff", _unchanged_stored),
+    Figure("absorbed_energy", "fraction", "share of the stored sum d^2 that vanishes in the cast", "PULSE", _absorbed),
     Figure("unchanged_eta", "fraction", f"|d| <= {ETA:g} max(|W0|, |W1|)", "S3", _flat_fraction("unchanged_eta")),
     Figure("unchanged_abs", "fraction", "|d| <= eps", "S1, S2", _flat_fraction("unchanged_abs"), EPS),
     Figure("unchanged_rel", "fraction", "|d| <= tau RMS(W0)", "S1", _unchanged_rel, TAU),

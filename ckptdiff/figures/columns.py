@@ -64,7 +64,8 @@ def measured(
         "finite": records.finite,
         "unchanged_bitwise": unchanged,
         "wide": wide.astype(np.int64),
-        "on_grid": (counts[:, Count.OFF_GRID] == 0).astype(np.int64),
+        "off_grid": counts[:, Count.OFF_GRID],
+        "on_grid": counts[:, Count.OFF_GRID] == 0,
         "unchanged_stored": counts[:, Count.STORED_EQUAL],
         "unchanged_eta": unchanged + counts[:, Count.WITHIN_ETA],
         "changed": counts[:, Count.MASKED],
@@ -78,6 +79,9 @@ def measured(
         "delta_sum": sums[:, Sum.DELTA],
         "l1": sums[:, Sum.ABS_DELTA],
         "max_abs": records.max_abs,
+        "unchanged_null": Grouping.ratio(records.still, numel),
+        "stored_norm": np.sqrt(np.where(wide, sums[:, Sum.STORED_SQUARE], total)),
+        "absorbed_norm": np.sqrt(sums[:, Sum.ABSORBED_SQUARE]),
     }
     for i, eps in enumerate(EPS):
         columns[flat_key("unchanged_abs", eps)] = unchanged + records.within[:, i]

@@ -19,7 +19,7 @@ from ckptdiff.figures.grouping import Grouping
 from ckptdiff.figures.members import LABEL_KEYS, GroupBy, members_of
 from ckptdiff.figures.spectral import Spectra
 
-__all__ = ["SIDES", "Diff", "PieceFacts", "RowCounts", "Side", "TensorFacts", "UnmatchedTensor"]
+__all__ = ["SIDES", "Diff", "KeptFacts", "PieceFacts", "RowCounts", "Side", "TensorFacts", "UnmatchedTensor"]
 
 Side: TypeAlias = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
@@ -57,6 +57,8 @@ class TensorFacts:
     """Of what the tuned side is put together, if it is not one tensor of the same layout."""
     rows: RowCounts | None = None
     """If the sides do not have as many; `shape` is that of the base."""
+    kept: KeptFacts | None = None
+    """Of quantised weights, once they are measured."""
     untied: bool = False
     """One side is a head of its own, the other one's the embedding, which its head is tied to."""
     compared: tuple[int, int] | None = None
@@ -85,6 +87,21 @@ class PieceFacts:
     tuned_index: tuple[tuple[int, int, int], ...]
     transposed: bool
     """Whether the last two axes of the tuned part are swapped."""
+
+
+class KeptFacts(NamedTuple):
+    """What both sides of a weight have in common besides values, where at least one is quantised.
+
+    Shares; None where they are undefined.
+    """
+
+    codes_unchanged: float | None
+    """Of the codes, where both sides have codes of one format."""
+    scales_unchanged: float | None
+    """Of the scales, as values, where the blocks of both sides are the same."""
+    requantised: float | None
+    """Of the values that differ, those that do by no more than the larger step of both grids there: such as rounding
+    the same weight anew leaves."""
 
 
 class RowCounts(NamedTuple):

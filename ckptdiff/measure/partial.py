@@ -56,7 +56,7 @@ class Count(IntEnum):
 
 
 class Sum(IntEnum):
-    """Column of each sum in ``Partial.sums``; all over coordinates with finite d."""
+    """Column of each sum in ``Partial.sums``; over coordinates with finite d unless they say otherwise."""
 
     DELTA = 0
     ABS_DELTA = 1
@@ -64,7 +64,11 @@ class Sum(IntEnum):
     BASE_DELTA = 3
     BASE_SQUARE = 4
     """Zero for compare formats of 16 bits and less, whose ``weights`` hold every magnitude."""
-    TIES = 5
+    STORED_SQUARE = 5
+    """Of d as stored, where that is finite; zero unless the compare format is narrower than a side as stored."""
+    ABSORBED_SQUARE = 6
+    """The same over coordinates whose d vanishes in the cast."""
+    TIES = 7
     """Coordinates with |d| equal to the cut of ``Rule.TOP``."""
 
 

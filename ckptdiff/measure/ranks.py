@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from ckptdiff.formats import FORMATS, Format
 from ckptdiff.measure.histograms import LOG2_BINS, log2_bins
 from ckptdiff.measure.kernels.cuts import Groups
-from ckptdiff.measure.kernels.null import Gaps
 from ckptdiff.measure.kernels.row import Wanted
 from ckptdiff.measure.kernels.tiles import Facts, facts_of
 from ckptdiff.measure.low_cuts import first_nan_bin
@@ -63,9 +62,9 @@ def log2_groups(name: str) -> Groups:
 @cache
 def tables_of(compare: Format) -> tuple[Facts, Wanted]:
     """What a compiled row needs to know of a compare format, and what it is to find."""
-    wide = compare.bits > 16
-    gaps = Gaps(np.zeros(0), np.zeros(0), np.zeros(0, np.int64)) if wide else half_gaps(compare.name)
     width = 64 if compare.bits == 64 else 32
     groups = log2_groups(f"f{width}"), log2_groups(compare.name)
     below = max(compare.bits - 16, 0)
-    return facts_of(compare), Wanted(np.array(TAU), first_nan_bin(compare), width, below, *groups, gaps)
+    return facts_of(compare), Wanted(
+        np.array(TAU), first_nan_bin(compare), width, below, *groups, half_gaps(compare.name)
+    )

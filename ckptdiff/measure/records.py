@@ -40,6 +40,8 @@ class Records(NamedTuple):
     """Expected number of changed coordinates among the smallest weights, shape (k, fractions)."""
     nulls: NDArray[np.float64]
     """Their share of the support under the rounding null, NaN where undefined."""
+    still: NDArray[np.float64]
+    """Coordinates that noise of the update's norm would leave unchanged after rounding, NaN where undefined."""
     delta_log2: NDArray[np.uint64]
     """Histograms by power of two, shape (k, log2 bins); ``ulp`` has ``ULP_BINS``."""
     base_log2: NDArray[np.uint64]
@@ -62,6 +64,7 @@ def empty_records(tensors: int) -> Records:
         np.zeros((tensors, len(P))),
         np.zeros((tensors, len(RHO))),
         np.full((tensors, len(RHO)), np.nan),
+        np.full(tensors, np.nan),
         np.zeros((tensors, LOG2_BINS), np.uint64),
         np.zeros((tensors, LOG2_BINS), np.uint64),
         np.zeros((tensors, LOG2_BINS), np.uint64),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.formats import FORMATS, Format, common_format, round_to_bf16
+from ckptdiff.formats import FORMATS, Format, common_format, is_wide, round_to_bf16
 from ckptdiff.measure.partial import BINS, Count, Partial, Refined, Rule, Scan, Sum, Targets
 from ckptdiff.measure.source import Source, blocks_of_span
 
@@ -33,6 +33,7 @@ class ReferenceBackend:
         base, tuned = stored
         self._count(scan, pair, base, tuned, partial)
         self._sum(pair, partial.sums[-1])
+        self._sum_stored(scan, pair, stored, partial.sums[-1])
         if pair.finite_changed.any():
             partial.max_abs[0] = max(partial.max_abs[0], np.abs(pair.delta[pair.finite_changed]).max())
         self._histograms(pair, partial)
@@ -93,6 +94,18 @@ class ReferenceBackend:
         sums[Sum.BASE_DELTA] += np.sum(base * delta)
         if pair.compare.bits > 16:
             sums[Sum.BASE_SQUARE] += np.sum(pair.base[pair.finite].astype(np.float64) ** 2)
+
+    @staticmethod
+    def _sum_stored(scan: Scan, pair: _Pair, stored: Any, sums: NDArray[np.float64]) -> None:
+        if not (is_wide(scan.base, scan.compare) or is_wide(scan.tuned, scan.compare)):
+            return
+        sides = zip((scan.base, scan.tuned), stored, strict=True)
+        with np.errstate(invalid="ignore", over="ignore"):
+            base, tuned = (_decode(format, _raw(format, side)).astype(np.float64) for format, side in sides)
+            square = (tuned - base) ** 2
+        finite = np.isfinite(tuned - base)
+        sums[Sum.STORED_SQUARE] += square[finite].sum()
+        sums[Sum.ABSORBED_SQUARE] += square[finite & ~pair.changed].sum()
 
     @staticmethod
     def _histograms(pair: _Pair, partial: Partial) -> None:

@@ -18,13 +18,17 @@ from ckptdiff.measure.kernels.null import Gaps, change_chance, fit_null
 __all__ = ["change_chances", "half_gaps"]
 
 
-def change_chances(weights: NDArray[np.int64], changed: NDArray[np.int64]) -> NDArray[np.float64] | None:
+def change_chances(
+    weights: NDArray[np.int64], changed: NDArray[np.int64], off: float = 0.0
+) -> NDArray[np.float64] | None:
     """Chance of a weight of each bfloat16 magnitude to change, under the null.
 
     Parameters
     ----------
     weights, changed : int64 array, shape (32768,)
         Finite coordinates by magnitude code, and those that changed.
+    off : float
+        Part of them whose base was stored wider and lies between values of bfloat16.
 
     Returns
     -------
@@ -38,15 +42,25 @@ def change_chances(weights: NDArray[np.int64], changed: NDArray[np.int64]) -> ND
     gaps = half_gaps("bf16")
     first, last = int(used[0]), int(used[-1])
     chances = np.zeros(weights.size)
-    change_chance(gaps, first, last, fit_null(weights, gaps, first, last, support), chances)
+    change_chance(gaps, first, last, fit_null(weights, gaps, first, last, support, off), off, chances)
     chances[weights == 0] = 0.0
     return chances
 
 
 @cache
 def half_gaps(name: str) -> Gaps:
-    """Half the gaps from each finite magnitude code of a format to its neighbours."""
+    """Half the gaps from each finite magnitude bin of a format to its neighbours.
+
+    Bins are codes, and in formats of more than 16 bits the leading bits, whose codes share a gap but for the lowest.
+    """
     format = FORMATS[name]
+    if format.bits > 16:
+        mantissa, leading = {32: (23, 7), 64: (52, 4)}[format.bits]
+        bias = (1 << (format.bits - 2 - mantissa)) - 1
+        exponents = np.arange(format.infinite >> (format.bits - 16)) >> leading
+        steps = np.ldexp(1.0, np.maximum(exponents, 1) - bias - mantissa - 1)
+        steps = np.maximum(steps, np.finfo(np.float64).smallest_subnormal)
+        return Gaps(steps, steps, np.append(np.flatnonzero(np.diff(steps, prepend=0.0)), steps.size))
     values = format.values()[: format.infinite].astype(np.float64)
     half = np.diff(values) / 2
     # Zero has the least subnormal on both sides; above the largest value its own binade goes on.

@@ -32,6 +32,7 @@ _TITLES: Mapping[GroupBy, str] = {
     "group": "group",
 }
 _MEANINGS = {
+    "noise": "noise: unchanged, if the update were noise of its norm, rounded.",
     "update": "update: norm of d / norm of W0.",
     "share": "share: part of the sum of d^2 of all tensors.",
     "low 10 %": "low 10 %: part of the changes that is on the 10 % smallest weights.",
@@ -113,6 +114,7 @@ def _columns(members: Sequence[Mapping[str, Any]], by: GroupBy, screen: Screen) 
         *columns,
         Column("values", cells(quantity, "numel"), rank=3),
         Column("unchanged", cells(percent, "unchanged_bitwise")),
+        Column("noise", _unless_empty(cells(percent, "unchanged_null")), rank=5),
         Column("as stored", _unless_empty(cells(percent, "unchanged_stored")), rank=5),
         Column("|d|<=1e-5", cells(percent, "unchanged_abs", _EPS), rank=1 if single else 0),
         Column("|d|<=1e-3 rms", cells(percent, "unchanged_rel", _TAU), rank=8),

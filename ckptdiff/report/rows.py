@@ -137,6 +137,7 @@ def tensor_row(facts: TensorFacts, numel: int, figures: Mapping[str, Any]) -> Ro
         **({"pieces": [asdict(piece) for piece in facts.pieces]} if facts.pieces else {}),
         **({"rows": facts.rows._asdict()} if facts.rows else {}),
         **({"untied": True} if facts.untied else {}),
+        **(facts.kept._asdict() if facts.kept else {}),
         **figures,
     }
 

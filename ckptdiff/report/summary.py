@@ -110,14 +110,18 @@ def _changes(diff: Diff) -> Iterator[str]:
         yield "nothing to measure: no floating values on both sides"
         return
     cast = "/".join(sorted({facts.compare.upper() for facts in diff.tensors if facts.compare != "bitwise"}))
-    yield f"unchanged   {percent(figures['unchanged_bitwise'])} in {cast}{_as_stored(diff)}"
+    null = figures["unchanged_null"]
+    noise = f" (noise of this size: {percent(null)})" if null is not None else ""
+    yield f"unchanged   {percent(figures['unchanged_bitwise'])} in {cast}{noise}"
+    yield from _as_stored(diff)
     within = f"|d| <= 1e-5 {percent(figures['unchanged_abs'][_HEADLINE_EPS])}"
     yield f"{within:<28} relative update {percent(figures['rel_norm'])}"
     median = diff.median_2d
     if median["rel_norm"] is not None:
         equal, within = percent(median["unchanged_bitwise"]), percent(median["unchanged_abs"][_HEADLINE_EPS])
-        update = percent(median["rel_norm"])
-        yield f"median of changed matrices: unchanged {equal}, |d| <= 1e-5 {within}, update {update}"
+        noise = f" (noise: {percent(median['unchanged_null'])})" if median["unchanged_null"] is not None else ""
+        yield f"median of changed matrices: unchanged {equal}{noise},"
+        yield f"                            |d| <= 1e-5 {within}, update {percent(median['rel_norm'])}"
     yield from _held("smallest", figures["low_coverage"], figures["low_coverage_null"])
     yield from _spectra(diff)
     for key, side in (("nonfinite_base", "base"), ("nonfinite_tuned", "tuned")):
@@ -142,18 +146,20 @@ def _held(which: str, covered: Mapping[str, float | None], null: Mapping[str, fl
         yield f"{which} 10 % of weights hold {percent(covered[_HEADLINE_RHO])} of changes ({rounding}chance 10 %)"
 
 
-def _as_stored(diff: Diff) -> str:
+def _as_stored(diff: Diff) -> Iterator[str]:
     figures = diff.overall
-    equal, stored = figures["unchanged_bitwise"], figures["unchanged_stored"]
+    equal, stored, absorbed = (figures[key] for key in ("unchanged_bitwise", "unchanged_stored", "absorbed_energy"))
     if stored is None or equal is None:
-        return ""
+        return
     if stored >= equal:
-        return "   (the same as stored)"
-    if percent(stored) == percent(equal):
-        return "   (about the same as stored)"
-    lost = (equal - stored) / (1.0 - stored)
-    share = "all" if lost == 1.0 else "most" if lost > 0.5 else "some"
-    return f"   ({percent(stored)} as stored: {share} changes vanish in the cast)"
+        yield "as stored   the same"
+    elif percent(stored) == percent(equal):
+        yield "as stored   about the same"
+    else:
+        lost = (equal - stored) / (1.0 - stored)
+        share = "all" if lost == 1.0 else "most" if lost > 0.5 else "some"
+        energy = f" ({percent(absorbed)} of sum d^2)" if absorbed is not None else ""
+        yield f"as stored   {percent(stored)}: {share} changes vanish in the cast{energy}"
 
 
 def _tied(diff: Diff) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptdiff.checkpoint.kept import Kept
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.events import Finished, Listener, Note, Stage, Started, TensorsDone, ignore, stage
 from ckptdiff.figures.catalogue import COLUMNS
 from ckptdiff.figures.columns import Measured
-from ckptdiff.figures.result import Diff
+from ckptdiff.figures.result import Diff, KeptFacts
 from ckptdiff.figures.spectral import Spectra
 from ckptdiff.options import Options
 from ckptdiff.run.planning import Plan, prepare
@@ -94,6 +96,8 @@ def run_plan(
         seconds = time.perf_counter() - begun
         diff = results.diff({"started": started.isoformat(timespec="seconds"), "seconds": round(seconds, 3)})
         diff = replace(diff, spectra=spectra)
+        for warning in diff.warnings[len(plan.diff.warnings) :]:
+            tell(Note(warning, warning=True))
         if writer is not None:
             with stage(tell, "writing"):
                 writer.finish(diff)
@@ -159,6 +163,9 @@ class _Results:
         self._next = 0
         self._bytes = self._compared = self._unchanged = 0
         self._large: dict[int, list[int]] = {}
+        self._facts = list(plan.diff.tensors)
+        self._kept: dict[int, Kept] = {}
+        self._odd: set[tuple[str, str, str, str]] = set()
 
     def take(self, result: Result, told: Stage) -> Iterator[Measured]:
         """Note a result; yield the tensors that are complete with all before them."""
@@ -166,10 +173,16 @@ class _Results:
         self._compared += result.compared
         self._unchanged += result.unchanged
         told.at(self._bytes, self._plan.pairs[result.tensors[0]].name, self._compared, self._unchanged)
+        self._odd |= result.odd
+        for index, kept in result.kept.items():
+            self._kept[index] = self._kept[index] + kept if index in self._kept else kept
         if result.records is not None:
             self._complete[result.tensors.start] = result.tensors, self._plan.measured(result.tensors, result.records)
         while self._next in self._complete:
             tensors, measured = self._complete.pop(self._next)
+            for index in tensors:
+                if index in self._kept:
+                    self._facts[index] = replace(self._facts[index], kept=_kept_facts(self._kept.pop(index)))
             for name, values in measured.columns.items():
                 self._columns[name][tensors.start : tensors.stop] = values
             yield measured
@@ -194,9 +207,32 @@ class _Results:
     def _part(self, tensors: range) -> Diff:
         part = slice(tensors.start, tensors.stop)
         columns = {name: values[part] for name, values in self._columns.items()}
-        return replace(self._plan.diff, tensors=self._plan.diff.tensors[part], columns=columns)
+        return replace(self._plan.diff, tensors=tuple(self._facts[part]), columns=columns)
 
     def diff(self, run: dict[str, Any]) -> Diff:
         """The result."""
         ran = {"device": self._plan.device.name, "threads": self._plan.threads, "io": self._plan.io, **run}
-        return replace(self._plan.diff, columns=self._columns, run=ran)
+        warnings = (*self._plan.diff.warnings, *_odd_scales(self._odd))
+        return replace(self._plan.diff, tensors=tuple(self._facts), columns=self._columns, run=ran, warnings=warnings)
+
+
+def _kept_facts(kept: Kept) -> KeptFacts:
+    def share(part: int | None, whole: int | None) -> float | None:
+        return part / whole if part is not None and whole else None
+
+    return KeptFacts(
+        share(kept.equal_codes, kept.values),
+        share(kept.equal_scales, kept.scales),
+        share(kept.within, kept.changed),
+    )
+
+
+def _odd_scales(odd: set[tuple[str, str, str, str]]) -> list[str]:
+    """Say of each tensor with scales that are no positive numbers what they are."""
+    kinds: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for path, tensor, what, weight in sorted(odd):
+        kinds[path, tensor, weight].append(what)
+    return [
+        f"{path}: {tensor}: some scales are {' and '.join(whats)}: values of {weight} are what they make of it"
+        for (path, tensor, weight), whats in kinds.items()
+    ]

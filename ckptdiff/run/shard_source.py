@@ -11,10 +11,21 @@ from typing import NoReturn
 import numpy as np
 
 from ckptdiff.checkpoint import DTYPES, TensorInfo, TensorPair
-from ckptdiff.checkpoint.boxes import Run, is_contiguous, read_elements, runs_of, stored_parts
+from ckptdiff.checkpoint.blocks import values_of
+from ckptdiff.checkpoint.boxes import (
+    Decoder,
+    Run,
+    boxes_of_elements,
+    is_contiguous,
+    read_elements,
+    runs_of,
+    stored_parts,
+)
+from ckptdiff.checkpoint.decoding import Box, Floats
+from ckptdiff.checkpoint.kept import Kept, count_kept
 from ckptdiff.checkpoint.open_shard import failed_once
 from ckptdiff.checkpoint.open_shards import OpenShards
-from ckptdiff.checkpoint.weights import Weight
+from ckptdiff.checkpoint.weights import Assembled, Decoded, Weight
 from ckptdiff.codes.fetch import AT, FILE, MEMORY
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.measure.source import ByteArray, Runs, SmallPairs, Window
@@ -26,10 +37,24 @@ _NOTHING = np.empty(0, np.uint8)
 
 
 class Rooms:
-    """What one thread reads into; grows to what it is asked for."""
+    """What one thread reads into; grows to what it is asked for.
+
+    Attributes
+    ----------
+    decoders : list of Decoder
+        One for each side.
+    """
 
     def __init__(self) -> None:
         self._rooms = [_NOTHING, _NOTHING]
+        self.decoders = [Decoder(), Decoder()]
+
+    def take_odd(self) -> set[tuple[str, str, str, str]]:
+        """The odd scales that were met since this was last asked; see :class:`~ckptdiff.checkpoint.boxes.Decoder`."""
+        found = self.decoders[0].odd | self.decoders[1].odd
+        for decoder in self.decoders:
+            decoder.odd = set()
+        return found
 
     def __call__(self, side: int, size: int) -> ByteArray:
         """Room for ``size`` bytes of a side."""
@@ -50,12 +75,29 @@ class ShardSource:
         Of the thread, for a side that has to be put together or decoded.
     stop : threading.Event
         Set when the run is given up; the next window then raises InterruptedError.
+    count_as : str or None
+        What the sides are compared as, if it is to be counted what they have in common besides values.
+
+    Attributes
+    ----------
+    kept : Kept or None
+        That, of the windows so far; None if neither side is quantised.
     """
 
-    def __init__(self, shards: OpenShards, pair: TensorPair, span: Span, rooms: Rooms, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        shards: OpenShards,
+        pair: TensorPair,
+        span: Span,
+        rooms: Rooms,
+        stop: threading.Event,
+        count_as: str | None = None,
+    ) -> None:
         self._shards, self._rooms, self._stop = shards, rooms, stop
         # Bytes that both names share are read once.
         self._sides: list[Weight] = [pair.base] if pair.same_bytes else [pair.base, pair.tuned]
+        self._counts = count_as if any(isinstance(side, Decoded) for side in self._sides) else None
+        self.kept: Kept | None = None
         self._first = span.first * BLOCK
         self.numel = min(span.stop * BLOCK, pair.base.numel) - self._first
 
@@ -67,6 +109,9 @@ class ShardSource:
             if self._stop.is_set():
                 raise InterruptedError("the run was given up")
             stop = min(first + step, self.numel)
+            if self._counts is not None and not any(isinstance(side, Assembled) for side in self._sides):
+                yield Window(first, stop, *self._decoded(first, stop, self._counts))
+                continue
             with ExitStack() as stack:
                 runs = [self._runs(stack, index, first, stop) for index in range(len(self._sides))]
                 yield Window(first, stop, runs[0], runs[-1])
@@ -83,11 +128,35 @@ class ShardSource:
                     pass
         raise failed_once([part for side in self._sides for part in stored_parts(side)])
 
+    def _decoded(self, first: int, stop: int, count_as: str) -> list[Runs]:
+        """Read both sides as values, and count what else they have in common."""
+        rooms = [
+            self._rooms(index, (stop - first) * DTYPES[side.dtype].bits // 8) for index, side in enumerate(self._sides)
+        ]
+        done = 0
+        for rows, columns in boxes_of_elements(self._sides[0].shape, self._first + first, self._first + stop):
+            shape = rows[1] - rows[0], columns[1] - columns[0]
+            found: list[Box | Floats] = []
+            for side, room, decoder in zip(self._sides, rooms, self._rooms.decoders, strict=True):
+                size = DTYPES[side.dtype].bits // 8
+                part = room[done * size : (done + shape[0] * shape[1]) * size]
+                if isinstance(side, Decoded):
+                    values = part.view(np.float32).reshape(shape)
+                    found.append(decoder.decode(self._shards, side, rows, columns, values, detail=True))
+                else:
+                    start = rows[0] * self._sides[0].shape[-1] + columns[0]
+                    read_elements(self._shards, side, start, start + shape[0] * shape[1], part)
+                    found.append(values_of(side.dtype, part).astype(np.float32, copy=False).reshape(shape))
+            kept = count_kept(*found, as_bf16=count_as == "bf16")
+            self.kept = kept if self.kept is None else self.kept + kept
+            done += shape[0] * shape[1]
+        return [np.array([[first, MEMORY, room.ctypes.data]]) for room in rooms]
+
     def _runs(self, stack: ExitStack, index: int, first: int, stop: int) -> Runs:
         side, at = self._sides[index], self._first + first
         if not is_contiguous(side):
             room = self._rooms(index, (stop - first) * DTYPES[side.dtype].bits // 8)
-            read_elements(self._shards, side, at, self._first + stop, room)
+            read_elements(self._shards, side, at, self._first + stop, room, self._rooms.decoders[index])
             return np.array([[first, MEMORY, room.ctypes.data]])
         runs = []
         for run in runs_of(side, at, self._first + stop):

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import Kind, TensorPair
+from ckptdiff.checkpoint.kept import Kept
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.measure.backend import Batching
 from ckptdiff.measure.bitwise import scan_bits
@@ -55,6 +56,10 @@ class Result:
         Floating coordinates that were seen for the first time, and those of them that did not change.
     records : Records or None
         Rows of all ``tensors``; set on the result that completes them.
+    kept : dict of int to Kept
+        Of quantised tensors, what both sides of this part have in common besides values.
+    odd : set
+        Scales that are no positive numbers; see :class:`~ckptdiff.checkpoint.boxes.Decoder`.
     """
 
     tensors: range
@@ -64,6 +69,8 @@ class Result:
     compared: int = 0
     unchanged: int = 0
     records: Records | None = None
+    kept: dict[int, Kept] = field(default_factory=dict)
+    odd: set[tuple[str, str, str, str]] = field(default_factory=set)
 
 
 class Worker:
@@ -85,6 +92,7 @@ class Worker:
         self._backend = plan.device.worker()
         self._spare = spare
         self._rooms = Rooms()
+        self._kept: dict[int, Kept] = {}
 
     def measure(self, tensors: range, alike: bool) -> Result:
         """Measure whole tensor pairs: in one call those of the same formats, then one by one what is not complete."""
@@ -104,7 +112,7 @@ class Worker:
             if plan.pairs[index].base.kind is Kind.FLOAT:
                 compared += plan.loads[index].numel
                 unchanged += plan.loads[index].numel - changed
-        return Result(tensors, chunks=chunks, compared=compared, unchanged=unchanged, records=records)
+        return self._with_kept(Result(tensors, None, None, chunks, compared, unchanged, records))
 
     def pass_over(self, measurement: Measurement, span: Span) -> Result:
         """Carry out the pass at hand over a part of a tensor pair."""
@@ -113,6 +121,11 @@ class Worker:
         if measurement.next is measurement.first and isinstance(measurement, FloatMeasurement):
             assert isinstance(found, Partial)
             result.compared, result.unchanged = found.numel, found.numel - int(found.counts[Count.CHANGED])
+        return self._with_kept(result)
+
+    def _with_kept(self, result: Result) -> Result:
+        """Hand over what was found of quantised tensors."""
+        result.kept, self._kept, result.odd = self._kept, {}, self._rooms.take_odd()
         return result
 
     def _scan_alike(self, tensors: range, records: Records) -> list[Chunk]:
@@ -131,7 +144,9 @@ class Worker:
     def _pass(self, measurement: Measurement, span: Span) -> tuple[Partial | Refined, list[Chunk]]:
         todo, pair = measurement.next, self._plan.pairs[span.tensor]
         assert todo is not None
-        source = ShardSource(self._shards, pair, span, self._rooms, self._stop)
+        # What both sides have in common is counted by the pass that sees all of it first.
+        count_as = todo.compare.name if isinstance(todo, Scan) and todo is measurement.first else None
+        source = ShardSource(self._shards, pair, span, self._rooms, self._stop, count_as)
         if isinstance(todo, Targets):
             assert isinstance(measurement, FloatMeasurement)
             refined = Refined.empty(todo)
@@ -142,6 +157,8 @@ class Worker:
             mask = scan_bits(todo, source, partial)
         else:
             mask = self._backend.scan(todo, source, partial, measurement.first_tie(span.first))
+        if source.kept is not None:
+            self._kept[span.tensor] = source.kept
         return partial, [] if mask is None else list(_compressed(mask, span, pair))
 
     def _blank(self) -> Partial:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from ckptdiff.figures.catalogue import COLUMNS, flat_key
-from ckptdiff.figures.result import SIDES, Diff, PieceFacts, RowCounts, TensorFacts, UnmatchedTensor
+from ckptdiff.figures.result import SIDES, Diff, KeptFacts, PieceFacts, RowCounts, TensorFacts, UnmatchedTensor
 from ckptdiff.measure.thresholds import RHO
 from ckptdiff.runfile.schema import TEXT_FACTS, escape_text, unescape
 from ckptdiff.runfile.typed import Spec, WrongTypeError, json_of, numbers_of, parse_json, require, texts_of
@@ -45,6 +45,8 @@ _UNMATCHED: Spec = {
 }
 """What readers of these rely on."""
 _PIECE: Spec = {"tuned_name": str, "base_index": [[int]], "tuned_index": [[int]], "transposed": bool}
+_NEW_COLUMNS = ("off_grid", "on_grid", "unchanged_null", "stored_norm", "absorbed_norm")
+"""Columns that run files of 0.1.0 lack."""
 _NO_LAYER = -1
 _TEXT = h5py.string_dtype()
 _CHUNK = 1 << 14
@@ -121,6 +123,8 @@ def _laid_out(tensor: TensorFacts) -> dict[str, Any]:
         found["rows"] = tensor.rows._asdict()
     if tensor.untied:
         found["untied"] = True
+    if tensor.kept is not None:
+        found["kept"] = tensor.kept._asdict()
     return found
 
 
@@ -148,8 +152,20 @@ def read_layouts(file: Any) -> dict[str, dict[str, Any]]:
             ),
             "rows": None if rows is None else RowCounts(**rows),
             "untied": found.get("untied") is True,
+            "kept": _kept(found.get("kept"), f"{where}: kept"),
         }
     return fields
+
+
+def _kept(found: Any, where: str) -> KeptFacts | None:
+    if found is None:
+        return None
+    require(found, dict, where)
+    shares = [found.get(key) for key in KeptFacts._fields]
+    for share in shares:
+        if share is not None and type(share) not in (int, float):
+            raise WrongTypeError(f"shares in {where}", share)
+    return KeptFacts(*shares)
 
 
 def numbers_of_tensors(group: Any, name: str, dtype: DTypeLike) -> Any:
@@ -173,15 +189,22 @@ def _of_tensors(group: Any, name: str) -> Any:
 
 
 def read_columns(group: Any) -> dict[str, Any]:
-    """Every column of the catalogue, by name; run files of 0.1.0 lack ``on_grid``, and tell it by the rounding null."""
+    """Every column of the catalogue, by name.
+
+    Run files of 0.1.0 lack some. They have a rounding null where the base lies on the grid alone, and so tell where it
+    does; elsewhere all of it counts as off it.
+    """
     columns = {
         column.name: numbers_of_tensors(group, column.name, column.dtype)
         for column in COLUMNS
-        if column.name != "on_grid" or column.name in group
+        if column.name not in _NEW_COLUMNS or column.name in group
     }
-    if "on_grid" not in columns:
-        columns["on_grid"] = (~np.isnan(columns[flat_key("low_coverage_null", RHO[0])])).astype(np.uint64)
-    return columns
+    if "off_grid" not in columns:
+        known = ~np.isnan(columns[flat_key("low_coverage_null", RHO[0])])
+        columns["off_grid"] = np.where(known, 0, columns["numel"]).astype(np.uint64)
+        columns["on_grid"] = known.astype(np.uint64)
+    unknown = np.full(len(columns["numel"]), np.nan)
+    return {**{name: unknown for name in _NEW_COLUMNS if name not in columns}, **columns}
 
 
 def read_facts(group: Any) -> tuple[TensorFacts, ...]:

@@ -41,8 +41,8 @@ class MatrixJob:
     """Of its tensor, in plan order."""
     pair: TensorPair
     view: MatrixView
-    on_grid: bool
-    """Whether both sides lie on the bfloat16 grid, so that the rounding null applies."""
+    off_grid: float
+    """Part of the base that lies off the grid of bfloat16, which the rounding null takes; NaN makes none."""
     unchanged: bool
     """Whether the update is known to be zero."""
 
@@ -108,10 +108,10 @@ class Measuring:
             return _failed("the update is zero")
         if exact:
             held = cache_bytes(view, 8) if isinstance(source, ArrayPanels) else 0
-            return measure_exact(source, known, view, job.on_grid, exact_bytes(view, True) + held <= share)
+            return measure_exact(source, known, view, job.off_grid, exact_bytes(view, True) + held <= share)
         if not all(_SAFE[0] < norm < _SAFE[1] for norm in (known.base_norm, known.delta_norm) if norm):
             source = self._source(job, np.dtype(np.float64), share - budget.randomized_bytes(view, 8))
-        found = measure_randomized(source, known, view, job.on_grid, budget.spectra)
+        found = measure_randomized(source, known, view, job.off_grid, budget.spectra)
         note = budget.too_large(view) if budget.spectra.mode == "exact" else ""
         return replace(found, reasons=(*([note] if note else []), *found.reasons))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -53,19 +54,19 @@ class MatrixSpectra:
 
 
 def measure_randomized(
-    source: PanelSource, known: Survey, view: MatrixView, on_grid: bool, options: SpectraOptions
+    source: PanelSource, known: Survey, view: MatrixView, off_grid: float, options: SpectraOptions
 ) -> MatrixSpectra:
     """Measure a matrix: leading values of the update, and principal figures.
 
-    Panels are float32, or float64 if float32 has too small a range. The rounding null applies if both sides lie on the
-    bfloat16 grid.
+    Panels are float32, or float64 if float32 has too small a range. A part of the base may lie off the grid of
+    bfloat16, which the rounding null takes; NaN makes none.
     """
     short, krylov = source.short, _krylov(source.short, options)
     if krylov is None:
         leading = direct_values(short, ENERGY_RANKS, with_vectors=False)
     else:
         leading = krylov_values(short, ENERGY_RANKS, source.dtype, krylov)
-    stage = principal(source, known, RHO, _chances(known, on_grid), error=_RANDOMIZED_ERROR)
+    stage = principal(source, known, RHO, _chances(known, off_grid), error=_RANDOMIZED_ERROR)
     found, (base, subspaces) = run_together(source, leading, stage)
     figures, reasons = _principal_figures(subspaces, view.wide)
     figures |= _energies(found.lower, found.upper, known.delta_norm**2)
@@ -91,14 +92,16 @@ def _krylov(short: int, options: SpectraOptions) -> KrylovOptions | None:
     return KrylovOptions(options.block, options.steps, seed=options.seed)
 
 
-def measure_exact(source: PanelSource, known: Survey, view: MatrixView, on_grid: bool, together: bool) -> MatrixSpectra:
+def measure_exact(
+    source: PanelSource, known: Survey, view: MatrixView, off_grid: float, together: bool
+) -> MatrixSpectra:
     """Measure a matrix in float64 panels: everything, with all singular values.
 
     If memory allows three Gram matrices, all are made `together`, which saves passes.
     """
     delta, base, tuned = _sides(source, together)
     principal_stage = principal(
-        source, known, RHO, _chances(known, on_grid), error=_EXACT_ERROR, eigenpairs=base.eigenpairs
+        source, known, RHO, _chances(known, off_grid), error=_EXACT_ERROR, eigenpairs=base.eigenpairs
     )
     (_, subspaces), angles = run_together(source, principal_stage, _angles(source.short, base, tuned))
     figures, reasons = _principal_figures(subspaces, view.wide)
@@ -129,8 +132,8 @@ def exact_work(view: MatrixView, together: bool) -> tuple[float, int]:
     return found, 1 + (1 if together else 3) + max(passes, 2)
 
 
-def _chances(known: Survey, on_grid: bool) -> Floats | None:
-    return change_chances(known.weights, known.changed) if on_grid else None
+def _chances(known: Survey, off_grid: float) -> Floats | None:
+    return None if math.isnan(off_grid) else change_chances(known.weights, known.changed, off_grid)
 
 
 def _sides(source: PanelSource, together: bool) -> list[SideSpectrum]:

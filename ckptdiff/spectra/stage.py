@@ -98,9 +98,10 @@ def measure_spectra(
     load(None, Uses((("scores",), *panel_uses(pairs, options.compare))), tell)
     unchanged = diff.columns["numel"] == diff.columns["unchanged_bitwise"]
     # float8 has a grid of its own
-    on_grid = diff.columns["on_grid"].astype(bool) & [tensor.compare == "bf16" for tensor in diff.tensors]
+    off_grid = diff.columns["off_grid"] / np.maximum(diff.columns["numel"], 1)
+    off_grid[[tensor.compare != "bf16" for tensor in diff.tensors]] = np.nan
     jobs = [
-        MatrixJob(row, pair, view, bool(on_grid[row]), bool(unchanged[row])) for row, pair, view in _matrices(pairs)
+        MatrixJob(row, pair, view, float(off_grid[row]), bool(unchanged[row])) for row, pair, view in _matrices(pairs)
     ]
     with stage(tell, "spectra") as told, one_blas_thread():
         budget = Budget.of(options, resident(), (job.view for job in jobs))

@@ -100,7 +100,7 @@ def test_special_codes_against_each_other(libraries, names):
     formats = [FORMATS[name] for name in names]
     base, tuned = np.meshgrid(special_codes(formats[0]), special_codes(formats[1]))
     base, tuned = base.reshape(-1), tuned.reshape(-1)
-    if names[2] == "f64":  # sums of these would overflow
+    if "f64" in names:  # sums of these would overflow
         keep = ~np.isin(base & formats[0].code_dtype.type(formats[0].magnitude), formats[0].infinite - 1)
         keep &= ~np.isin(tuned & formats[1].code_dtype.type(formats[1].magnitude), formats[1].infinite - 1)
         base, tuned = base[keep], tuned[keep]

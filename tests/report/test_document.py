@@ -20,6 +20,7 @@ _KEYS = [
     *("only_in_base", "only_in_tuned", "aliased", "mismatched", "suggested_map"),
 ]
 _METRICS = {
+    *("unchanged_null", "absorbed_energy"),
     *("unchanged_bitwise", "unchanged_stored", "unchanged_eta", "unchanged_abs", "unchanged_rel", "changed"),
     *("delta_norm", "base_norm", "tuned_norm", "rel_norm", "delta_energy_share", "cosine", "l1", "mean", "max_abs"),
     *("coord_energy", "low_coverage", "low_coverage_null", "nonfinite_base", "nonfinite_tuned"),

@@ -41,7 +41,9 @@ def wide(make_diff: MakeDiff, lost: float) -> Diff:
     tensors = tuple(replace(facts, dtype_base="F32", dtype_tuned="F32") for facts in diff.tensors)
     numel, equal = diff.columns["numel"].astype(float), diff.columns["unchanged_bitwise"].astype(float)
     stored = np.round(np.maximum(0, numel - (numel - equal) / max(1 - lost, 1e-9))).astype(np.uint64)
-    columns = {**diff.columns, "wide": np.ones_like(diff.columns["wide"]), "unchanged_stored": stored}
+    absorbed = 0.4 * diff.columns["stored_norm"]
+    wide = {"wide": np.ones_like(diff.columns["wide"]), "unchanged_stored": stored, "absorbed_norm": absorbed}
+    columns = {**diff.columns, **wide}
     return replace(diff, tensors=tensors, columns=columns)
 
 
@@ -49,20 +51,19 @@ def test_both_figures_and_why_they_differ(make_diff: MakeDiff) -> None:
     lines = summary(wide(make_diff, 0.6))
     assert "stored F32, compared as BF16" in lines[1]
     diff = wide(make_diff, 0.6)
-    cast, stored = diff.overall["unchanged_bitwise"], diff.overall["unchanged_stored"]
-    assert lines[
-        2
-    ] == f"unchanged   {cast:.1%} in BF16   ({stored:.1%} as stored: most changes vanish in the cast)".replace(
-        "%", " %"
-    )
+    cast, stored, null = (diff.overall[f"unchanged_{key}"] for key in ("bitwise", "stored", "null"))
+    assert lines[2] == f"unchanged   {cast:.1%} in BF16 (noise of this size: {null:.1%})".replace("%", " %")
+    energy = diff.overall["absorbed_energy"]
+    expected = f"as stored   {stored:.1%}: most changes vanish in the cast ({energy:.1%} of sum d^2)"
+    assert lines[3] == expected.replace("%", " %")
 
 
 @pytest.mark.parametrize(
     ("lost", "text"),
-    [(0.0, "(the same as stored)"), (1e-5, "(about the same as stored)"), (0.2, "some changes vanish")],
+    [(0.0, "as stored   the same"), (1e-5, "as stored   about the same"), (0.2, ": some changes vanish")],
 )
 def test_smaller_differences_have_other_words(make_diff: MakeDiff, lost: float, text: str) -> None:
-    assert text in summary(wide(make_diff, lost))[2]
+    assert text in summary(wide(make_diff, lost))[3]
 
 
 def test_narrow_checkpoints_have_no_stored_figure(diff: Diff) -> None:

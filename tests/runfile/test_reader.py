@@ -65,11 +65,16 @@ def test_a_run_file_of_the_first_release_tells_the_grid_by_the_rounding_null(sam
     path = Path(shutil.copy(sample.path, tmp_path / "run.h5"))
     with h5py.File(path, "a") as file:
         nulls = file["tensors/low_coverage_null_0.01"][()]
-        del file["tensors/on_grid"]
+        numel = file["tensors/numel"][()]
+        for name in ("off_grid", "unchanged_null", "stored_norm", "absorbed_norm"):
+            del file[f"tensors/{name}"]
     with RunFile(path) as run:
-        on_grid = run.load().columns["on_grid"]
-    assert on_grid.dtype == np.uint64 and on_grid.tolist() == [int(not np.isnan(null)) for null in nulls]
-    assert 0 < on_grid.sum() < len(on_grid)
+        diff = run.load()
+    off_grid = diff.columns["off_grid"]
+    assert off_grid.dtype == np.uint64
+    assert off_grid.tolist() == [n if np.isnan(null) else 0 for n, null in zip(numel, nulls, strict=True)]
+    assert 0 < np.count_nonzero(off_grid) < len(off_grid)
+    assert (diff.overall["unchanged_null"], diff.overall["absorbed_energy"]) == (None, None)
 
 
 def test_histograms_by_tensor_name(sample: Sample) -> None:

@@ -315,16 +315,18 @@ def test_a_missing_scipy_is_said_before_any_work(
 
 
 @pytest.mark.parametrize("on_grid", [True, False])
-def test_the_rounding_null_applies_where_the_run_found_the_base_on_the_grid(tmp_path: Path, on_grid: bool) -> None:
-    """One base value that bfloat16 does not hold is enough; how much changed says nothing of it."""
+def test_the_rounding_null_is_of_a_base_on_or_off_the_grid(tmp_path: Path, on_grid: bool) -> None:
+    """Of drawn noise it is what was found, and the two are far apart."""
     rng = np.random.default_rng(0)
-    base = (0.1 * rng.standard_normal((64, 48))).astype(BF16).astype(np.float32)
-    tuned = base + np.float32(0.003) * rng.standard_normal(base.shape).astype(np.float32)
-    if not on_grid:
-        base[3, 5] += np.float32(2**-20)
+    base = (0.1 * rng.standard_normal((240, 160))).astype(np.float32)
+    base = base.astype(BF16).astype(np.float32) if on_grid else base
+    tuned = base + np.float32(3e-5) * rng.standard_normal(base.shape).astype(np.float32)
     save_file({"w": base}, tmp_path / "base.safetensors")
     save_file({"w": tuned}, tmp_path / "tuned.safetensors")
     paths = [str(tmp_path / f"{side}.safetensors") for side in ("base", "tuned")]
     found = ckptdiff.diff(*paths, spectra="randomized")
-    assert found.columns["on_grid"].tolist() == [on_grid]
-    assert (found.per_tensor[0]["spectral"]["principal_coverage_null"]["0.1"] is not None) == on_grid
+    assert (found.columns["off_grid"][0] == 0) == on_grid
+    figures = found.per_tensor[0]["spectral"]
+    assert figures["principal_coverage"]["0.1"] == pytest.approx(figures["principal_coverage_null"]["0.1"], abs=0.02)
+    low = found.per_tensor[0]["low_coverage_null"]["0.1"]
+    assert low == pytest.approx(0.77 if on_grid else 0.38, abs=0.15)

@@ -1,4 +1,9 @@
-"""Compute the rounding null: what a Gaussian update of the same size, rounded to the grid, would change."""
+"""Compute the rounding null: what Gaussian noise of the update's size, rounded to the grid, would do.
+
+A weight moves up once noise takes it over half the gap to its upper neighbour, and down likewise. Where the base is
+stored as it is compared, weights lie on grid points. Where it is stored wider, the cast has moved each by an unknown
+part of a step, taken as uniform over the cell: then noise far smaller than a step moves some weights too.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +16,24 @@ from ckptdiff.jit import helper, kernel
 from ckptdiff.measure.kernels.cuts import count_run
 from ckptdiff.measure.kernels.tiles import Array
 
-__all__ = ["Gaps", "change_chance", "fit_null", "null_overlap"]
+__all__ = ["Gaps", "change_chance", "fit_null", "null_overlap", "null_unchanged"]
 
 NO_CHANCE = 39.0
 """Sigmas that a float64 chance does not reach."""
+FINE = 0.375
+"""Half a gap in sigmas below which the grid adds a fixed variance to that of noise, within float64."""
+DENSITY = 1.0 / math.sqrt(2.0 * math.pi)
 
 
 class Gaps(NamedTuple):
-    """How far each finite magnitude code of a format is from rounding to a neighbour."""
+    """How far each finite magnitude bin of a format is from rounding to a neighbour."""
 
     up: Array
-    """Half the gap to the next larger value, float64, shape (codes,)."""
+    """Half the gap to the next larger value, float64, shape (bins,)."""
     down: Array
-    """Half the gap to the next smaller value; ascending with the code, and at most ``up``."""
+    """Half the gap to the next smaller value; ascending with the bin, and at most ``up``."""
     runs: Array
-    """First codes of runs whose codes share both gaps, int64, and behind them the number of codes."""
+    """First bins of runs whose bins share both gaps, int64, and behind them the number of bins."""
 
 
 @helper
@@ -37,25 +45,69 @@ def exceeds(gap: float) -> float:
 @helper
 def density(gap: float) -> float:
     """Derivative, by the logarithm of sigma, of the chance that a Gaussian step exceeds ``gap`` sigmas."""
-    return gap * math.exp(-0.5 * gap * gap) / math.sqrt(2.0 * math.pi)
+    return gap * math.exp(-0.5 * gap * gap) * DENSITY
 
 
-@kernel
-def fit_null(weights: Array, gaps: Gaps, first: int, last: int, changed: int) -> float:
-    """Sigma of the Gaussian update that changes as many coordinates after rounding, by Newton's method.
+@helper
+def spread(cell: float) -> float:
+    """Chance that a Gaussian step leaves a cell of ``cell`` sigmas to one side, from a uniform place in it."""
+    if cell == 0.0:
+        return 0.5
+    return exceeds(cell) - DENSITY * math.expm1(-0.5 * cell * cell) / cell
 
-    Parameters
-    ----------
-    weights : int64 array, shape (bins,)
-        Coordinates by magnitude code.
-    gaps : Gaps
-    first, last : int
-        Bins in use; all of finite values.
-    changed : int
-        Above 0 and below the sum of ``weights``.
+
+@helper
+def moves(half: float, off: float) -> float:
+    """Chance to move to one side, half a gap being ``half`` sigmas, of which a part ``off`` lies off the grid."""
+    on_grid = exceeds(half) if half <= NO_CHANCE else 0.0
+    return on_grid if off == 0.0 else (1.0 - off) * on_grid + off * spread(2.0 * half)
+
+
+@helper
+def moves_slope(half: float, off: float) -> float:
+    """Derivative of ``moves`` by the logarithm of sigma."""
+    on_grid = density(half) if half <= NO_CHANCE else 0.0
+    return on_grid if off == 0.0 else (1.0 - off) * on_grid + off * (spread(2.0 * half) - exceeds(2.0 * half))
+
+
+@helper
+def energy(step: float, sigma: float, off: float) -> tuple[float, float]:
+    """Expected d^2 to one side where half a gap is ``step``, and its derivative by the logarithm of sigma.
+
+    Of a weight on the grid, sum over k of (k u)^2 P(k) with u = 2 ``step``; of one off it, the mean over its cell.
     """
-    # A few dozen gaps, each with the coordinates above and below which it lies, stand for thousands of codes.
-    steps, sizes = np.empty(2 * gaps.runs.size), np.zeros(2 * gaps.runs.size)
+    half, gap, square = step / sigma, 2.0 * step, 0.5 * sigma * sigma
+    if half < FINE:
+        return square + gap * gap * (1.0 + off) / 24.0, 2.0 * square
+    total, slope = 0.0, 0.0
+    if off < 1.0:
+        k, term = 1.0, 1.0
+        while term > 1e-17 * total and k * half <= NO_CHANCE:
+            term = k * exceeds(k * half)
+            total += term
+            slope += k * density(k * half)
+            k += 2.0
+        total *= (1.0 - off) * gap * gap
+        slope *= (1.0 - off) * gap * gap
+    if off > 0.0:
+        mean, kernel_ = DENSITY, DENSITY
+        z = 2.0 * half
+        while z < 9.0:
+            phi = DENSITY * math.exp(-0.5 * z * z)
+            mean += 2.0 * (phi - z * exceeds(z))
+            kernel_ += 2.0 * phi
+            z += 2.0 * half
+        total += off * gap * sigma * mean
+        slope += off * gap * sigma * kernel_
+    return total, slope
+
+
+@helper
+def gather(weights: Array, gaps: Gaps, first: int, last: int, steps: Array, sizes: Array) -> tuple[int, int]:
+    """Write the distinct half gaps, ascending, and the coordinates above or below which each lies.
+
+    A few dozen gaps stand for thousands of bins. Returns the place of the last one, and the number of coordinates.
+    """
     top, total = -1, 0
     for run in range(gaps.runs.size - 1):
         start, stop = max(gaps.runs[run], first), min(gaps.runs[run + 1], last + 1)
@@ -68,25 +120,44 @@ def fit_null(weights: Array, gaps: Gaps, first: int, last: int, changed: int) ->
                 steps[top] = gap
             sizes[top] += count
         total += count
-    middle, seen = 0, sizes[0]
-    while seen < total:  # half of all gaps: there are two for each coordinate
-        middle += 1
-        seen += sizes[middle]
-    low, high = math.log(steps[0]) - 60.0, math.log(steps[top]) + 60.0
-    at = math.log(steps[middle])
+    return top, total
+
+
+@helper
+def expected(steps: Array, sizes: Array, top: int, sigma: float, off: float, squares: bool) -> tuple[float, float]:
+    """Expected number of changes, or sum of d^2, over all gaps, and its derivative by the logarithm of sigma."""
+    total, slope = 0.0, 0.0
+    for gap in range(top + 1):
+        if off == 0.0 and steps[gap] > NO_CHANCE * sigma:
+            break
+        if squares:
+            one, its_slope = energy(steps[gap], sigma, off)
+        else:
+            one, its_slope = moves(steps[gap] / sigma, off), moves_slope(steps[gap] / sigma, off)
+        total += sizes[gap] * one
+        slope += sizes[gap] * its_slope
+    return total, slope
+
+
+@helper
+def solve(steps: Array, sizes: Array, top: int, target: float, off: float, start: float, squares: bool) -> float:
+    """Sigma at which as much is expected, by Newton's method from the logarithm ``start`` on."""
+    low, high = min(math.log(steps[0]) - 60.0, start - 60.0), max(math.log(steps[top]) + 60.0, start + 60.0)
+    if off > 0.0:  # changes fall off with sigma itself, not with a Gaussian tail
+        low -= 60.0
+    at = start
     for _ in range(200):
-        expected, slope = 0.0, 0.0
-        sigma = math.exp(at)
-        for gap in range(top + 1):
-            if steps[gap] > NO_CHANCE * sigma:
-                break
-            expected += sizes[gap] * exceeds(steps[gap] / sigma)
-            slope += sizes[gap] * density(steps[gap] / sigma)
-        if expected < changed:
+        found, slope = expected(steps, sizes, top, math.exp(at), off, squares)
+        if found < target:
             low = at
         else:
             high = at
-        step = (changed - expected) / slope if slope > 0 else math.inf
+        if slope <= 0.0 or found <= 0.0:
+            step = math.inf
+        elif squares:  # over many powers of ten, and straight where both are logarithms
+            step = math.log(target / found) * found / slope
+        else:
+            step = (target - found) / slope
         if abs(step) <= 1e-14 * max(1.0, abs(at)) or high - low <= 1e-13 * max(1.0, abs(low)):
             break
         # Newton's step while it stays between the bounds; far off, where the slope says nothing, halve them.
@@ -94,15 +165,60 @@ def fit_null(weights: Array, gaps: Gaps, first: int, last: int, changed: int) ->
     return math.exp(at)
 
 
+@kernel
+def fit_null(weights: Array, gaps: Gaps, first: int, last: int, changed: int, off: float) -> float:
+    """Sigma of the Gaussian update that changes as many coordinates after rounding.
+
+    Parameters
+    ----------
+    weights : int64 array, shape (bins,)
+        Coordinates by magnitude bin.
+    gaps : Gaps
+    first, last : int
+        Bins in use; all of finite values.
+    changed : int
+        Above 0 and below the sum of ``weights``.
+    off : float
+        Part of the coordinates whose base was stored wider and lies between grid points.
+    """
+    steps, sizes = np.empty(2 * gaps.runs.size), np.zeros(2 * gaps.runs.size)
+    top, total = gather(weights, gaps, first, last, steps, sizes)
+    middle, seen = 0, sizes[0]
+    while seen < total:  # half of all gaps: there are two for each coordinate
+        middle += 1
+        seen += sizes[middle]
+    return solve(steps, sizes, top, np.float64(changed), off, math.log(steps[middle]), False)
+
+
+@kernel
+def null_unchanged(weights: Array, gaps: Gaps, first: int, last: int, square: float, off: float) -> float:
+    """Expected number of coordinates that a Gaussian update of this sum of d^2, after rounding, leaves unchanged.
+
+    Parameters
+    ----------
+    weights, gaps, first, last, off
+        As in ``fit_null``.
+    square : float
+        Sum of d^2, finite.
+    """
+    steps, sizes = np.empty(2 * gaps.runs.size), np.zeros(2 * gaps.runs.size)
+    top, total = gather(weights, gaps, first, last, steps, sizes)
+    if top < 0 or square <= 0.0:
+        return np.float64(total)
+    sigma = solve(steps, sizes, top, square, off, 0.5 * math.log(square / total), True)
+    changed, _ = expected(steps, sizes, top, sigma, off, False)
+    return np.float64(total) - changed
+
+
 @helper
 def null_overlap(
-    weights: Array, gaps: Gaps, first: int, last: int, sigma: float, ranks: Array, overlap: Array
+    weights: Array, gaps: Gaps, first: int, last: int, sigma: float, off: float, ranks: Array, overlap: Array
 ) -> float:
     """Expected number of coordinates that a Gaussian update moves, and of those among the smallest weights.
 
     Parameters
     ----------
-    weights, gaps, first, last
+    weights, gaps, first, last, off
         As in ``fit_null``.
     sigma : float
     ranks : int64 array, shape (k,)
@@ -122,7 +238,7 @@ def null_overlap(
         if count == 0:
             continue
         # All of the run have one chance, so it does not matter which of them a cut leaves out.
-        chance = exceeds(gaps.up[start] / sigma) + exceeds(gaps.down[start] / sigma)
+        chance = moves(gaps.up[start] / sigma, off) + moves(gaps.down[start] / sigma, off)
         while at < ranks.size and ranks[at] <= below + count:
             overlap[at] = total + (ranks[at] - below) * chance
             at += 1
@@ -134,7 +250,7 @@ def null_overlap(
 
 
 @kernel
-def change_chance(gaps: Gaps, first: int, last: int, sigma: float, chances: Array) -> None:
-    """Write the chance of each magnitude code ``first`` to ``last`` to change; parameters as in ``null_overlap``."""
+def change_chance(gaps: Gaps, first: int, last: int, sigma: float, off: float, chances: Array) -> None:
+    """Write the chance of each magnitude bin ``first`` to ``last`` to change; parameters as in ``null_overlap``."""
     for code in range(first, last + 1):
-        chances[code] = exceeds(gaps.up[code] / sigma) + exceeds(gaps.down[code] / sigma)
+        chances[code] = moves(gaps.up[code] / sigma, off) + moves(gaps.down[code] / sigma, off)

@@ -10,14 +10,14 @@ from ckptdiff.codes.bfloat16 import bf16_to_f32
 from ckptdiff.codes.bits import bits_float
 from ckptdiff.jit import helper, kernel
 from ckptdiff.measure.kernels.cuts import Groups, find_delta_cut, find_low_cut, regroup, within_bins
-from ckptdiff.measure.kernels.null import Gaps, fit_null, null_overlap
+from ckptdiff.measure.kernels.null import Gaps, fit_null, null_overlap, null_unchanged
 from ckptdiff.measure.kernels.tiles import Array, Facts, Totals
 from ckptdiff.measure.partial import Count, Sum
 
 __all__ = ["Wanted", "fill_row", "take_row"]
 
 CHANGED, FINITE, OFF_GRID = int(Count.CHANGED), int(Count.FINITE), int(Count.OFF_GRID)
-BASE_SQUARE = int(Sum.BASE_SQUARE)
+BASE_SQUARE, DELTA_SQUARE = int(Sum.BASE_SQUARE), int(Sum.DELTA_SQUARE)
 
 
 class Wanted(NamedTuple):
@@ -35,7 +35,7 @@ class Wanted(NamedTuple):
     """Log2 bins of the bins of ``deltas`` and of ``weights``."""
     base_groups: Groups
     gaps: Gaps
-    """Of formats of at most 16 bits, else empty."""
+    """Of bins of ``weights`` whose values are finite."""
 
 
 @helper
@@ -55,18 +55,25 @@ def base_sums(weights: Array, first: int, last: int, facts: Facts) -> tuple[int,
 
 
 @helper
-def take_null(totals: Totals, ranks: Array, last: int, wanted: Wanted, nulls: Array) -> None:
-    """The rounding null for ranks of shape (k,), into ``nulls``, shape (k,); what stays NaN is undefined."""
-    first = totals.span[0]
-    all_, changed = 0, 0
+def take_null(totals: Totals, ranks: Array, wanted: Wanted, row: int, records: Any) -> None:
+    """The rounding nulls of one row, whose sums are filled, for ranks of shape (k,); what stays NaN is undefined."""
+    first, last = totals.span[0], min(totals.span[1], wanted.gaps.up.size - 1)
+    all_, changed, strange, weights, gaps = 0, 0, 0, totals.weights[0], wanted.gaps
     for code in range(first, last + 1):
         all_ += totals.weights[0, code]
         changed += totals.weights[1, code]
-    if not 0 < changed < all_:
+    for code in range(last + 1, totals.span[1] + 1):
+        strange += totals.weights[0, code]
+    square = records.sums[row, DELTA_SQUARE]
+    if all_ + strange == 0 or not square < np.inf:
         return
-    weights = totals.weights[0]
-    sigma = fit_null(weights, wanted.gaps, first, last, changed)
-    total = null_overlap(weights, wanted.gaps, first, last, sigma, ranks, nulls)
+    off = min(totals.counts[OFF_GRID] / all_, 1.0) if all_ > 0 else 0.0  # what the cast made infinite is off it too
+    records.still[row] = strange + null_unchanged(weights, gaps, first, last, square, off)
+    if wanted.below > 0 or not 0 < changed < all_:
+        return
+    sigma = fit_null(weights, gaps, first, last, changed, off)
+    nulls = records.nulls[row]
+    total = null_overlap(weights, gaps, first, last, sigma, off, ranks, nulls)
     for r in range(nulls.size):
         nulls[r] /= total
 
@@ -119,8 +126,7 @@ def take_figures(
         complete &= at == 0 or wanted.below == 0
         share = (ranks[1][r] - below) / at if at > 0 else 0.0
         records.overlaps[row, r] = changed_below + share * changed_at
-    if totals.counts[OFF_GRID] == 0 and wanted.below == 0:
-        take_null(totals, ranks[1], min(last, np.int64(facts.infinite) - 1), wanted, records.nulls[row])
+    take_null(totals, ranks[1], wanted, row, records)
     regroup(totals.deltas[0], wanted.delta_groups, totals.span[2], totals.span[3], records.delta_log2[row])
     regroup(totals.weights[0], wanted.base_groups, first, totals.span[1], records.base_log2[row])
     regroup(totals.weights[1], wanted.base_groups, first, totals.span[1], records.changed_log2[row])

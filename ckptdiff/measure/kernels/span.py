@@ -171,7 +171,7 @@ def scan_span(
             x, y = base[start * widths[0] : end * widths[0]], tuned[start * widths[1] : end * widths[1]]
             a, b = codes_of(x, stored, 0, work), codes_of(y, stored, 1, work)
             if stored is not None:
-                count_stored((x, y), stored, a, measure, work.scratch, totals.counts)
+                count_stored((x, y), stored, (a, b), measure, work.scratch, (totals.counts, sums))
             if not many:
                 note_span(a, facts, totals, False)
             at = (first + start) // 64

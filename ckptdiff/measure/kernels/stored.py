@@ -11,10 +11,10 @@ from numba.extending import overload
 
 from ckptdiff.codes.bfloat16 import bf16_to_f32, round_to_bf16
 from ckptdiff.codes.bits import bits_float, float_bits
-from ckptdiff.jit import STEP, helper
+from ckptdiff.jit import STEP, helper, reducer
 from ckptdiff.measure.kernels.changed import count_nonfinite
 from ckptdiff.measure.kernels.tiles import Array, Measure
-from ckptdiff.measure.partial import Count
+from ckptdiff.measure.partial import Count, Sum
 
 __all__ = ["Cast", "Stored", "count_off_grid", "count_stored", "decode"]
 
@@ -52,6 +52,9 @@ class Stored(NamedTuple):
 NONE, TABLE, SHIFT, REAL = (int(cast) for cast in Cast)
 NONFINITE_BASE, NONFINITE_TUNED = int(Count.NONFINITE_BASE), int(Count.NONFINITE_TUNED)
 STORED_EQUAL, OFF_GRID = int(Count.STORED_EQUAL), int(Count.OFF_GRID)
+STORED_SQUARE, ABSORBED_SQUARE = int(Sum.STORED_SQUARE), int(Sum.ABSORBED_SQUARE)
+HALF_INFINITE, HALF_SCALE = 0x7C00, np.float32(2.0**112)
+"""The first magnitude of float16 that is not finite; its exponents stand as much lower in a float32."""
 
 
 @helper
@@ -224,32 +227,91 @@ def count_off_grid(raw: Array, stored: Stored, codes: Array) -> int:
 
 
 @helper
+def take_reals(raw: Array, stored: Stored, scratch: Array) -> Array:
+    """Values of raw elements, uint8 of shape (n * itemsize,), as float64 of shape (n,) in work space."""
+    n = raw.size // stored.itemsize
+    out = scratch[:n].view(np.float64)
+    if stored.itemsize == 8:
+        doubles = raw.view(np.float64)
+        for i in range(n):
+            out[i] = doubles[i]
+    elif stored.itemsize == 4:
+        singles = raw.view(np.float32)
+        for i in range(n):
+            out[i] = singles[i]
+    elif stored.itemsize == 2:
+        halves = raw.view(np.uint16)
+        if stored.infinite == HALF_INFINITE:
+            for i in range(n):  # a product brings subnormals into the normal range
+                size = halves[i] & np.uint16(0x7FFF)
+                real = bits_float(np.uint32(np.uint32(size) << np.uint32(13))) * HALF_SCALE
+                real = real if size < HALF_INFINITE else np.float32(np.inf)
+                out[i] = -real if halves[i] > np.uint16(0x7FFF) else real
+        else:
+            for i in range(n):
+                out[i] = bits_float(bf16_to_f32(halves[i]))
+    else:  # bfloat16, which these are cast to here, holds every value of 8 bits
+        for i in range(n):
+            out[i] = bits_float(bf16_to_f32(np.uint16(stored.table[raw[i]])))
+    return out
+
+
+@helper
+def hide_strange(x: Array, y: Array) -> None:
+    """Set both sides to zero where their difference is not finite; shape (n,)."""
+    for i in range(x.size):
+        if not abs(y[i] - x[i]) < np.inf:
+            x[i] = y[i] = 0.0
+
+
+@reducer
+def add_absorbed(x: Array, y: Array, a: Array, b: Array, magnitude: Any, sums: Array) -> None:
+    """Add the squares of d = y - x, and of those d whose codes a and b are equal after the cast; all of shape (n,)."""
+    total, absorbed = 0.0, 0.0
+    for i in range(x.size):
+        d = y[i] - x[i]
+        equal = (a[i] == b[i]) | (((a[i] | b[i]) & magnitude) == 0)
+        total += d * d
+        absorbed += d * d if equal else 0.0
+    sums[STORED_SQUARE] += total
+    sums[ABSORBED_SQUARE] += absorbed
+
+
+@helper
 def count_stored(
     raw: tuple[Array, Array],
     stored: tuple[Stored, Stored],
-    codes: Array,
+    codes: tuple[Array, Array],
     measure: Measure,
     scratch: tuple[Array, Array],
-    counts: Array,
+    totals: tuple[Array, Array],
 ) -> None:
-    """Count what the cast hides, over one tile.
+    """Count and sum what the cast hides, over one tile.
 
     Parameters
     ----------
     raw : pair of read-only uint8 array, shape (n * itemsize,)
         Both sides as stored.
     stored : pair of Stored
-    codes : read-only unsigned array, shape (n,)
-        Of the base after the cast.
+    codes : pair of read-only unsigned array, shape (n,)
+        Of both sides after the cast.
     measure : Measure
     scratch : pair of uint64 array, shape (TILE,)
-    counts : int64 array, shape (len(Count),)
-        Added to.
+    totals : pair of array, shapes (len(Count),) and (len(Sum),)
+        Counts and sums that are added to.
     """
+    counts, sums = totals
     if measure.native:  # 8-bit codes, cast to 16 bits for the kernels alone
         return
-    counts[NONFINITE_BASE] += nonfinite(raw[0], stored[0])
-    counts[NONFINITE_TUNED] += nonfinite(raw[1], stored[1])
+    strange = nonfinite(raw[0], stored[0]), nonfinite(raw[1], stored[1])
+    counts[NONFINITE_BASE] += strange[0]
+    counts[NONFINITE_TUNED] += strange[1]
     counts[STORED_EQUAL] += count_same(raw, stored[0], stored[1], scratch)
     if measure.wide:
-        counts[OFF_GRID] += count_off_grid(raw[0], stored[0], codes)
+        counts[OFF_GRID] += count_off_grid(raw[0], stored[0], codes[0])
+    if measure.absorbs:
+        x, y = take_reals(raw[0], stored[0], scratch[0]), take_reals(raw[1], stored[1], scratch[1])
+        all_finite = strange[0] + strange[1] == 0 and stored[0].itemsize < 8 and stored[1].itemsize < 8
+        if not all_finite:
+            hide_strange(x, y)
+        add_absorbed(x, y, codes[0], codes[1], np.uint16(0x7FFF), sums)

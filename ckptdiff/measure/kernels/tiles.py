@@ -71,6 +71,8 @@ class Measure(NamedTuple):
     """Both sides are stored in the compare format: the kernel counts NaN and Inf."""
     wide: bool
     """The base is stored wider than the compare format."""
+    absorbs: bool
+    """Either side is."""
 
 
 class Facts(NamedTuple):
@@ -113,7 +115,9 @@ def new_measure(scan: Scan, real: np.dtype[Any], first_tie: int = 0) -> Measure:
     eta = 0.0 if scan.compare.name == "bf16" and scan.eta < 2**-8 else scan.eta
     native = scan.base == scan.tuned == scan.compare
     thresholds = _rounded_down(scan.thresholds, real)
-    return Measure(thresholds, eta, int(scan.rule), scan.cut, tie, native, is_wide(scan.base, scan.compare))
+    wide = is_wide(scan.base, scan.compare)
+    absorbs = wide or is_wide(scan.tuned, scan.compare)
+    return Measure(thresholds, eta, int(scan.rule), scan.cut, tie, native, wide, absorbs)
 
 
 @cache
