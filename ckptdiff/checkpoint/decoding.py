@@ -33,7 +33,7 @@ _WORD = 32
 _PADDING = 4
 """Bytes of a word: rows of packed integers end with one."""
 _NO_FLOATS = np.empty(0, np.float32)
-_NO_MATRIX = np.empty((0, 0), np.float32)
+_NO_MATRIX, _NO_CODES = np.empty((0, 0), np.float32), np.empty((0, 0), np.uint8)
 _POWERS = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.nan).astype(np.float32)
 _BYTES = {
     "F8_E4M3": FORMATS["f8_e4m3"].values(),
@@ -134,14 +134,14 @@ def decode_box(
     zeros = _NO_MATRIX if code.floats else _zeros(shards, weight, code.bits, upwards, grid, room)
     factors = _factors(shards, weight, flat, room)
     steps = room.take("steps", 4 * out.size).view(np.float32).reshape(shape) if detail else _NO_MATRIX
-    fields = room.take("fields", out.size if detail else shape[1]).reshape(-1, shape[1])
+    fields = room.take("fields", out.size).reshape(shape) if detail else _NO_CODES
     flip = 0x80 if weight.codes.dtype == "I8" and not code.floats else 0
     cut = _Cut(top, bottom, left * code.bits // 8, -(-right * code.bits // 8))
     with ExitStack() as stack:
         raw, stride = _bytes(shards, weight.codes, weight.codes.nbytes // weight.rows, cut, room, stack)
         places = scales, zeros, lines - lines[0], width, left % width
         skip = left * code.bits % 8
-        decode_codes(raw, stride, skip, code, flip, places, factors, weight.divides, fields, out, steps)
+        decode_codes(raw, stride, skip, code, flip, places, factors, weight.divides, out, fields, steps)
     down, right_of = np.flatnonzero(flat % weight.period % height == 0), np.arange(-left % width, shape[1], width)
     own = scales[len(scales) - len(down) :, scales.shape[1] - len(right_of) :]
     odd = _odd(weight.scales, own)
@@ -208,7 +208,7 @@ def _scales(shards: OpenShards, part: TensorInfo, across: int, cut: _Cut, room: 
     with ExitStack() as stack:
         codes = _matrix(*_bytes(shards, part, across * size, read, room, stack), read)
         if part.dtype in _BYTES:
-            return _BYTES[part.dtype][codes]
+            return np.ascontiguousarray(_BYTES[part.dtype][codes])
         stored = np.ascontiguousarray(codes).view(f"<u{size}")
         if part.dtype == "BF16":
             return (stored.astype(np.uint32) << 16).view(np.float32)
@@ -224,7 +224,7 @@ def _zeros(shards: OpenShards, weight: Decoded, bits: int, upwards: int, cut: _C
     if part.dtype == "I8":
         with ExitStack() as stack:
             codes = _matrix(*_bytes(shards, part, across, cut, room, stack), cut)
-            return codes.view(np.int8).astype(np.float32) + np.float32(middle)
+            return codes.view(np.int8).astype(np.float32, order="C") + np.float32(middle)
     lines = np.arange(cut.top, cut.bottom)
     first = lines % upwards * bits
     words = lines // upwards * -(-upwards * bits // _WORD) + first // _WORD

@@ -1,4 +1,5 @@
-"""Do bit tricks that Numba lacks: sixty-four flags to a word, lowest and highest set bit, bits of a float.
+"""Do bit tricks that Numba lacks: sixty-four flags to a word, lowest and highest set bit, bits of a float, sixteen
+floats alike.
 
 Each is portable LLVM IR, so the same source becomes one or two instructions with AVX-512, a few with AVX2 or NEON.
 """
@@ -12,7 +13,7 @@ from numba import types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-__all__ = ["bits_float", "float_bits", "floor_log2", "lowest_bit", "pack64", "population", "unpack64"]
+__all__ = ["bits_float", "float_bits", "fill16", "floor_log2", "lowest_bit", "pack64", "population", "unpack64"]
 
 _FLAGS = 64
 
@@ -45,6 +46,23 @@ def unpack64(typing: Any, word: Any, flags: Any, start: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.uint64, flags, types.intp), generate
+
+
+@intrinsic
+def fill16(typing: Any, out: Any, start: Any, value: Any) -> Any:
+    """Set ``out[start]`` to ``out[start + 15]``, of shape (start + 16,) or more, to a float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = make_array(signature.args[0])(context, builder, args[0])
+        vector, lane = ir.VectorType(ir.FloatType(), 16), ir.IntType(32)
+        first = builder.insert_element(ir.Constant(vector, ir.Undefined), args[2], lane(0))
+        everywhere = ir.Constant(ir.VectorType(lane, 16), [0] * 16)
+        filled = builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), everywhere)
+        address = builder.bitcast(builder.gep(array.data, [args[1]]), vector.as_pointer())
+        builder.store(filled, address).align = 4
+        return context.get_dummy_value()
+
+    return types.void(out, types.intp, types.float32), generate
 
 
 @intrinsic

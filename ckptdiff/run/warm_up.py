@@ -43,7 +43,8 @@ Use: TypeAlias = tuple[str, ...]
 """A call of kernels, as words that another process can be given.
 
 "alike", "alone" or "refine" with the formats of base, tuned side and comparison; "row"; "mask" with the bytes
-of a chunk; "panel" with the stored format and that of the comparison; "scores"; "track" with that of the comparison.
+of a chunk; "panel" with the stored format and that of the comparison; "scores"; "decoded"; "track" with that of the
+comparison.
 """
 
 _AT_ONCE = 2
@@ -161,7 +162,7 @@ def make_call(worker: Backend | None, use: Use) -> None:
         compress_chunk(np.arange(size).astype(np.uint8), size)
         return
     if not words:
-        {"row": _fill_row, "scores": _count_scores}[kind]()
+        {"row": _fill_row, "scores": _count_scores, "decoded": _decode_weight}[kind]()
         return
     formats = [FORMATS[name] for name in words]
     if kind == "panel":
@@ -299,6 +300,21 @@ def _decode(stored: Format, compare: Format) -> None:
     codes = np.zeros(stored.bits // 8, np.uint8)
     codes.flags.writeable = False
     decode(codes, stored, compare, np.empty(1, np.float32))
+
+
+def _decode_weight() -> None:
+    from ckptdiff.checkpoint.kernels.boxes import read_box
+    from ckptdiff.checkpoint.kernels.code_values import CODES, count_equal_codes, count_within_steps, decode_codes
+
+    codes, values, matrix = np.zeros(1, np.uint8), np.zeros(1, np.float32), np.ones((1, 1), np.float32)
+    stored = codes.view()
+    stored.flags.writeable = False
+    grid = matrix, matrix, np.zeros(1, np.int64), 1, 0
+    decode_codes(stored, 1, 0, CODES["e4m3"], 0, grid, values, False, matrix, codes.reshape(1, 1), matrix)
+    count_equal_codes(codes, codes, 1)
+    count_within_steps(values, values, values, values, True)
+    with Path(os.devnull).open("rb") as nothing:
+        read_box(nothing.fileno(), 0, 1, codes.reshape(1, 1))
 
 
 def _follow(compare: Format) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE
 from quantised import LAYOUTS, Sample, save
 
 from ckptdiff.checkpoint import open_checkpoint
@@ -180,3 +183,45 @@ def test_a_file_that_shrank_is_said(tmp_path: Path) -> None:
         decode_box(shards, weight, (0, 200), (0, 10), out, Room())
         path.write_bytes(path.read_bytes()[:-30_000])
         decode_box(shards, weight, (0, 200), (0, 10), out, Room())
+
+
+REFUSING = """
+import sys
+from pathlib import Path
+import numpy as np
+from ckptdiff import jit
+from ckptdiff.run.warm_up import make_call
+
+make_call(None, ("decoded",))
+
+def refuse(cache, *_):
+    raise RuntimeError(f"{cache.cache_path} was not loaded: {cache._py_func}")
+
+jit._Cache.load_overload = refuse
+from ckptdiff.checkpoint import open_checkpoint
+from ckptdiff.checkpoint.decoding import Room, decode_box
+from ckptdiff.checkpoint.encodings import find_encoded
+from ckptdiff.checkpoint.kept import count_kept
+from ckptdiff.checkpoint.open_shards import open_shards
+
+for folder in sys.argv[1:]:
+    (weight,) = find_encoded(open_checkpoint(folder)).weights.values()
+    for io in ("pread", "mmap"):
+        with open_shards(io) as shards:
+            for columns in ((0, weight.shape[-1]), (3, 30)):
+                out = np.empty((weight.rows - 1, columns[1] - columns[0]), np.float32)
+                decode_box(shards, weight, (1, weight.rows), columns, out, Room())
+                box = decode_box(shards, weight, (1, weight.rows), columns, out, Room(), detail=True)
+                count_kept(box, out.copy(), as_bf16=True)
+                count_kept(box, box, as_bf16=False)
+"""
+
+
+def test_no_other_kernel_is_called_than_those_compiled_beforehand(tmp_path: Path) -> None:
+    folders = []
+    for number, layout in enumerate(LAYOUTS):
+        sample = LAYOUTS[layout](np.random.default_rng(0), 40, 64)
+        folders.append(str(save(tmp_path / str(number), sample.tensors, sample.config)))
+    command = [sys.executable, "-c", REFUSING, *folders]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr

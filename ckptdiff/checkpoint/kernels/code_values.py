@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ckptdiff.codes.bfloat16 import round_to_bf16
-from ckptdiff.codes.bits import bits_float, float_bits
+from ckptdiff.codes.bits import bits_float, fill16, float_bits
 from ckptdiff.codes.fetch import Array
 from ckptdiff.jit import helper, kernel
 
@@ -41,9 +41,6 @@ CODES = {
 """Every format by name: OCP FP8 and FP4, and fields of integers."""
 
 _MANTISSA, _EXPONENTS, _QUIET = 23, 0x7F80_0000, 0x0040_0000
-_TOGETHER = 16
-"""Codes in a loop of constant length, which is compiled to a few vectors: blocks of 16 are common, and too short for
-the loops that others become."""
 _ROUNDING = 1 + 2.0**-12
 """Values of at most 2^8 steps are rounded to 24 bits, on either side."""
 
@@ -77,25 +74,22 @@ def step_of(field: Any, code: Code) -> Any:
 
 
 @helper
-def unpack(raw: Array, at: int, skip: int, bits: int, flip: Any, out: Array, count: int) -> None:
-    """Codes that begin ``skip`` bits behind byte ``at``, one to a byte; the lowest bits come first."""
+def unpack(raw: Array, at: int, skip: int, bits: int, flip: Any, out: Array, pairs: Array, count: int) -> int:
+    """Codes that begin ``skip`` bits behind byte ``at``, one to a byte of ``out``; returns where the first one is.
+
+    The lowest bits come first. ``pairs`` is ``out`` as uint16.
+    """
+    at, skip, count = max(at, 0), max(skip, 0), max(count, 0)
     if bits == 8:
         for i in range(count):
             out[i] = raw[at + i] ^ flip
-        return
+        return 0
     if bits == 4:
         head = skip >> 2
-        if head:
-            out[0] = raw[at] >> 4
-            at += 1
-        pairs = (count - head) >> 1
-        for i in range(pairs):
-            both = raw[at + i]
-            out[head + 2 * i] = both & 15
-            out[head + 2 * i + 1] = both >> 4
-        if head + 2 * pairs < count:
-            out[count - 1] = raw[at + pairs] & 15
-        return
+        for i in range((head + count + 1) >> 1):
+            both = np.uint16(raw[at + i])
+            pairs[i] = (both & np.uint16(15)) | np.uint16((both >> np.uint16(4)) << np.uint16(8))
+        return head
     for i in range(count):
         first = skip + i * bits
         byte, low = at + (first >> 3), first & 7
@@ -103,39 +97,54 @@ def unpack(raw: Array, at: int, skip: int, bits: int, flip: Any, out: Array, cou
         if low + bits > 8:
             field |= raw[byte + 1] << (8 - low)
         out[i] = field & ((1 << bits) - 1)
+    return 0
 
 
 @helper
-def scale_floats(codes: Array, code: Code, scale: Any, row: int, first: int, stop: int, out: Array) -> None:
-    """Columns ``first`` to ``stop`` - 1 of a row: codes times their scale."""
-    while first + _TOGETHER <= stop:
-        for i in range(_TOGETHER):
-            out[row, first + i] = value_of(codes[first + i], code) * scale
-        first += _TOGETHER
-    for column in range(first, stop):
-        out[row, column] = value_of(codes[column], code) * scale
+def widen(grid: Array, line: int, width: int, before: int, out: Array) -> None:
+    """Entries of a line of a grid, each as often as it has columns."""
+    column, block, stop = 0, 0, min(width - before, out.size)
+    while column < out.size:
+        entry = grid[line, block]
+        while column + 16 <= stop:
+            fill16(out, column, entry)
+            column += 16
+        while column < stop:
+            out[column] = entry
+            column += 1
+        block, stop = block + 1, min(stop + width, out.size)
 
 
 @helper
-def scale_fields(codes: Array, zero: Any, scale: Any, row: int, first: int, stop: int, out: Array) -> None:
-    """Columns ``first`` to ``stop`` - 1 of a row: integers less their zero, times their scale."""
-    while first + _TOGETHER <= stop:
-        for i in range(_TOGETHER):
-            out[row, first + i] = (np.float32(codes[first + i]) - zero) * scale
-        first += _TOGETHER
-    for column in range(first, stop):
-        out[row, column] = (np.float32(codes[column]) - zero) * scale
+def scale_floats(codes: Array, code: Code, scales: Array, row: int, out: Array) -> None:
+    """Floating codes times the scale of each column."""
+    for column in range(codes.size):
+        out[row, column] = value_of(codes[column], code) * scales[column]
 
 
 @helper
-def scale_steps(codes: Array, code: Code, scale: Any, row: int, first: int, stop: int, out: Array) -> None:
-    """Columns ``first`` to ``stop`` - 1 of a row: the steps of floating codes times their scale."""
-    while first + _TOGETHER <= stop:
-        for i in range(_TOGETHER):
-            out[row, first + i] = step_of(codes[first + i], code) * scale
-        first += _TOGETHER
-    for column in range(first, stop):
-        out[row, column] = step_of(codes[column], code) * scale
+def scale_integers(codes: Array, zeros: Array, scales: Array, row: int, out: Array) -> None:
+    """Integers less the zero of each column, times its scale."""
+    for column in range(codes.size):
+        out[row, column] = (np.float32(codes[column]) - zeros[column]) * scales[column]
+
+
+@helper
+def scale_steps(codes: Array, code: Code, scales: Array, row: int, out: Array) -> None:
+    """The steps of codes times the scale of each column."""
+    if code.floats:
+        for column in range(codes.size):
+            out[row, column] = step_of(codes[column], code) * abs(scales[column])
+    else:
+        for column in range(codes.size):
+            out[row, column] = abs(scales[column])
+
+
+@helper
+def copy(codes: Array, row: int, out: Array) -> None:
+    """Write codes to a row."""
+    for column in range(codes.size):
+        out[row, column] = codes[column]
 
 
 @helper
@@ -159,8 +168,8 @@ def decode_codes(
     grid: tuple[Array, Array, Array, int, int],
     factors: Array,
     divides: bool,
-    fields: Array,
     out: Array,
+    fields: Array,
     steps: Array,
 ) -> None:
     """Decode a box of a weight: each value is rounded once, and once more by a global scale.
@@ -180,31 +189,32 @@ def decode_codes(
         before the box.
     factors : float32 array, shape (rows,) or (0,)
         The global scale of each row, and whether it `divides`.
-    fields : uint8 array, shape (rows or 1, columns)
-        Receives the codes, one to a byte; of one row, it is room for them.
     out : float32 array, shape (rows, columns)
         Receives the values.
-    steps : float32 array, shape (rows, columns) or (0, 0)
+    fields : uint8 array, shape (rows, columns) or (0, 0)
+        Receives the codes, one to a byte.
+    steps : float32 array, of the same shape
         Receives the steps: how far each code is from the next one, as a value.
     """
     scales, zeros, lines, width, before = grid
-    columns = out.shape[1]
+    columns, known = out.shape[1], -1
+    wide, room = np.empty((2, columns), np.float32), np.empty(columns // 2 * 2 + 2, np.uint8)
+    pairs = room.view(np.uint16)
     for row in range(len(out)):
-        codes = fields[min(row, len(fields) - 1)]
-        unpack(raw, row * stride, skip, code.bits, np.uint8(flip), codes, columns)
-        line, first = lines[row], 0
-        for block in range(scales.shape[1]):
-            stop = min((block + 1) * width - before, columns)
-            scale = scales[line, block]
-            if code.floats:
-                scale_floats(codes, code, scale, row, first, stop, out)
-                if len(steps):
-                    scale_steps(codes, code, abs(scale), row, first, stop, steps)
-            else:
-                scale_fields(codes, zeros[line, block], scale, row, first, stop, out)
-                if len(steps):
-                    steps[row, first:stop] = abs(scale)
-            first = stop
+        first = unpack(raw, row * stride, skip, code.bits, np.uint8(flip), room, pairs, columns)
+        codes = room[first : first + columns]
+        if lines[row] != known:
+            known = lines[row]
+            widen(scales, known, width, before, wide[0])
+            if not code.floats:
+                widen(zeros, known, width, before, wide[1])
+        if code.floats:
+            scale_floats(codes, code, wide[0], row, out)
+        else:
+            scale_integers(codes, wide[1], wide[0], row, out)
+        if len(steps):
+            copy(codes, row, fields)
+            scale_steps(codes, code, wide[0], row, steps)
         if len(factors):
             finish(out, row, factors[row], divides)
             if len(steps):
