@@ -19,7 +19,7 @@ from ckptdiff.checkpoint.boxes import is_contiguous, room_to_read, runs_of
 from ckptdiff.checkpoint.left_out import left_out
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.checkpoint.same_values import look_for_ties, sampled_agreement
-from ckptdiff.checkpoint.weights import Assembled, Piece, Source, Weight, stored_as
+from ckptdiff.checkpoint.weights import Assembled, Decoded, Piece, Source, Weight, sources_of, stored_as
 from ckptdiff.events import Listener, ignore
 from ckptdiff.figures.catalogue import COLUMNS
 from ckptdiff.figures.columns import Measured, measured
@@ -228,7 +228,12 @@ def _uses(pairs: tuple[TensorPair, ...], loads: tuple[Load, ...], options: Optio
     for base, tuned, by_itself in kinds:
         if DTYPES[base].kind is Kind.FLOAT:
             (alone if by_itself else alike).add(formats_of(base, tuned, options.compare))
-    return uses(alike, alone, mask_chunk_bytes(max((load.numel for load in loads), default=0)) if want_masks else 0)
+    sources = [source for one in pairs for side in (one.base, one.tuned) for source in sources_of(side)]
+    reading = ["decoded"] if any(isinstance(source, Decoded) for source in sources) else []
+    if not reading and not all(is_contiguous(one.tuned) for one in pairs):
+        reading = ["boxes"]
+    mask_chunk = mask_chunk_bytes(max((load.numel for load in loads), default=0)) if want_masks else 0
+    return uses(alike, alone, mask_chunk, reading)
 
 
 def _loads(pairs: tuple[TensorPair, ...], options: Options, device: Device, io: str) -> tuple[Load, ...]:

@@ -73,7 +73,7 @@ class Uses:
     seldom: tuple[Use, ...] = ()
 
 
-def uses(alike: Set[Formats], alone: Set[Formats], mask_chunk: int) -> Uses:
+def uses(alike: Set[Formats], alone: Set[Formats], mask_chunk: int, reading: Sequence[str] = ()) -> Uses:
     """What a run will call.
 
     Parameters
@@ -82,6 +82,8 @@ def uses(alike: Set[Formats], alone: Set[Formats], mask_chunk: int) -> Uses:
         Formats of small tensors that are measured in one call, and of all others.
     mask_chunk : int
         Bytes of the largest mask chunk, 0 without masks.
+    reading : sequence of str
+        "decoded" if a side is quantised, "boxes" if one lies in parts of rows.
     """
     mask = [("mask", str(mask_chunk))] if mask_chunk else []
     row = [("row",)]
@@ -94,6 +96,7 @@ def uses(alike: Set[Formats], alone: Set[Formats], mask_chunk: int) -> Uses:
             *_named("alone", alone),
             *(row if alone else []),
             *_named("refine", wide),
+            *((kind,) for kind in reading),
             *mask,
         ),
         (
@@ -162,7 +165,7 @@ def make_call(worker: Backend | None, use: Use) -> None:
         compress_chunk(np.arange(size).astype(np.uint8), size)
         return
     if not words:
-        {"row": _fill_row, "scores": _count_scores, "decoded": _decode_weight}[kind]()
+        {"row": _fill_row, "scores": _count_scores, "decoded": _decode_weight, "boxes": _read_box}[kind]()
         return
     formats = [FORMATS[name] for name in words]
     if kind == "panel":
@@ -303,7 +306,6 @@ def _decode(stored: Format, compare: Format) -> None:
 
 
 def _decode_weight() -> None:
-    from ckptdiff.checkpoint.kernels.boxes import read_box
     from ckptdiff.checkpoint.kernels.code_values import CODES, count_equal_codes, count_within_steps, decode_codes
 
     codes, values, matrix = np.zeros(1, np.uint8), np.zeros(1, np.float32), np.ones((1, 1), np.float32)
@@ -313,8 +315,14 @@ def _decode_weight() -> None:
     decode_codes(stored, 1, 0, CODES["e4m3"], 0, grid, values, False, matrix, codes.reshape(1, 1), matrix)
     count_equal_codes(codes, codes, 1)
     count_within_steps(values, values, values, values, True)
+    _read_box()
+
+
+def _read_box() -> None:
+    from ckptdiff.checkpoint.kernels.boxes import read_box
+
     with Path(os.devnull).open("rb") as nothing:
-        read_box(nothing.fileno(), 0, 1, codes.reshape(1, 1))
+        read_box(nothing.fileno(), 0, 1, np.zeros((1, 1), np.uint8))
 
 
 def _follow(compare: Format) -> None:
