@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import islice
 from typing import TypeAlias
 
 from ckptdiff.checkpoint.layout_names import Reading
@@ -39,6 +40,8 @@ class Stored:
         Whose it is, if it has a number.
     stacked : bool
         Its first axis runs over experts.
+    open : bool
+        Only shapes tell which way its last two axes go.
     interleaved : bool
         Rows of its parts take turns.
     """
@@ -48,33 +51,33 @@ class Stored:
     parts: tuple[str, ...]
     expert: int | None
     stacked: bool
+    open: bool
     interleaved: bool
-
-    @property
-    def open(self) -> bool:
-        """Whether only shapes tell which way its last two axes go."""
-        layout = self.reading.layout
-        if self.reading.kind == "bias" or layout.ndim > 2 or layout.transposed:
-            return False
-        return self.stacked or layout.transposed is None
 
     def flipped(self, flip: bool) -> bool:
         """Whether the last two axes are [in, out]."""
-        return flip if self.open else bool(self.reading.layout.transposed) and self.reading.kind != "bias"
+        return flip if self.open else self.reading.flipped
 
     def body(self, flip: bool) -> _Shape:
         """Shape of one expert's rows of all parts, as [out, in]."""
         shape = self.source.shape[1:] if self.stacked else self.source.shape
         return (*shape[:-2], shape[-1], shape[-2]) if self.flipped(flip) else shape
 
-    def index(self, rows: Range, expert: int | None, flip: bool) -> tuple[Range, ...]:
+    def index(self, body: _Shape, rows: Range, expert: int | None, flip: bool) -> tuple[Range, ...]:
         """Its ranges that hold some rows of one expert, or of all."""
-        ranges: list[Range] = [rows, *((0, size, 1) for size in self.body(flip)[1:])]
-        if self.flipped(flip):
-            ranges[-1], ranges[-2] = ranges[-2], ranges[-1]
-        if self.stacked:
-            ranges.insert(0, (0, self.source.shape[0], 1) if expert is None else (expert, expert + 1, 1))
-        return tuple(ranges)
+        if not self.stacked:
+            return _index(body, rows, self.flipped(flip), None)
+        experts = (0, self.source.shape[0], 1) if expert is None else (expert, expert + 1, 1)
+        return _index(body, rows, self.flipped(flip), experts)
+
+
+# Layers have the same shapes: a model has few indices, and many tensors.
+@lru_cache(maxsize=4096)
+def _index(body: _Shape, rows: Range, flipped: bool, experts: Range | None) -> tuple[Range, ...]:
+    ranges: list[Range] = [rows, *((0, size, 1) for size in body[1:])]
+    if flipped:
+        ranges[-1], ranges[-2] = ranges[-2], ranges[-1]
+    return tuple(ranges) if experts is None else (experts, *ranges)
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,19 @@ class Block:
         return len({(stored.parts, stored.interleaved) for stored in (*self.base, *self.tuned)}) == 1
 
     @property
+    def of_twins(self) -> bool:
+        """Whether it is one tensor of each side under two names, so that there is nothing to cut."""
+        return self.whole and len(self.base) == len(self.tuned) == 1 and not (self.base[0].open or self.tuned[0].open)
+
+    @property
     def has_halves(self) -> bool:
         """Whether some tensor holds a gate and what it gates."""
         return any(set(stored.parts) == {"gate", "up"} for stored in (*self.base, *self.tuned))
+
+    @cached_property
+    def spellings(self) -> dict[str, str]:
+        """The row of the table by which each tensor of the tuned side was read."""
+        return {stored.source.name: stored.reading.spelling for stored in self.tuned}
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -152,10 +165,8 @@ class Block:
 
     def fitting(self) -> tuple[list[Flips], str]:
         """Which of `flips` make all parts fit, and why the first does not if none does."""
-        permuted = [
-            any(stored.reading.layout.permuted for stored in side) for side in (self.base, self.tuned)
-        ]  # fmt: skip
-        if permuted[0] != permuted[1]:
+        permuted = {any(stored.reading.layout.permuted for stored in side) for side in (self.base, self.tuned)}
+        if len(permuted) > 1:
             return [], "rows of q and k may be permuted on one side for rotary embeddings"
         fitting, reasons = [], []
         for flips in self.flips:
@@ -181,34 +192,40 @@ class Block:
                 if len(parts) == 1 and not stored.stacked:
                     continue
                 body = stored.body(flip)
-                shapes = (body,) * len(parts) if len(parts) == 1 else self._split(stored, body, side, flips)
+                shapes = [body] if len(parts) == 1 else self._split(stored, body, side, flips)
                 for part, shape in zip(parts, shapes, strict=True):
                     if bodies.setdefault(part, shape) != shape:
                         raise UnfitError(f"the {part} of {stored.source.name} is {shape}, not {bodies[part]}")
-        for part in self.slots[0].keys() & self.slots[1].keys():
-            self._check_singles(part, bodies.get(part), flips)
+        for part in self.slots[0]:
+            if part in self.slots[1]:
+                self._check_singles(part, bodies.get(part), flips)
         return bodies
 
     def _check_singles(self, part: str, body: _Shape | None, flips: Flips) -> None:
-        base, tuned = self._singles(0, part, flips[0]), self._singles(1, part, flips[1])
-        for side, found in enumerate((base, tuned)):
-            if body is not None and found and body not in found.values():
+        """Refuse where no tensor that holds a part alone has a shape that fits."""
+        base, tuned = self._singles(0, part), self._singles(1, part)
+        for side, held in enumerate((base, tuned)):
+            if body is not None and held and not any(one.body(flips[side]) == body for one in held.values()):
                 raise UnfitError(f"no {part} of {_SIDES[side]} has shape {body}")
-        if body is None and not any(tuned.get(expert) == shape for expert, shape in base.items()):
+        if body is None and not any(
+            key in tuned and tuned[key].body(flips[1]) == one.body(flips[0]) for key, one in base.items()
+        ):
             raise UnfitError(f"no {part} has the same shape on both sides")
 
-    def _singles(self, side: int, part: str, flip: bool) -> dict[int | None, _Shape]:
-        """Shapes of the tensors that hold a part alone, by their expert's number."""
+    def _singles(self, side: int, part: str) -> dict[int | None, Stored]:
+        """Tensors that hold a part of one module or expert alone, by the expert's number."""
         held = self.slots[side].get(part, {})
-        return {
-            key: one.body(flip) for key, one in held.items() if not one.stacked and len(self._parts(one)) == 1
-        }  # fmt: skip
+        first = next(iter(held.values()), None)
+        return {} if first is None or first.stacked or len(self._parts(first)) > 1 else held
 
     def _split(self, stored: Stored, body: _Shape, side: int, flips: Flips) -> list[_Shape]:
         total, count = body[0], len(stored.parts)
-        found = [self._singles(1 - side, part, flips[1 - side]) for part in stored.parts]
-        known = [next(iter(one.values()))[0] if one else None for one in found]
-        if stored.reading.layout.equal or stored.interleaved or known.count(None) > 1:
+        found = [next(iter(self._singles(1 - side, part).values()), None) for part in stored.parts]
+        known = [None if one is None else one.body(flips[1 - side])[0] for one in found]
+        equal = stored.reading.layout.equal or stored.interleaved
+        if not equal and known.count(None) == count:
+            raise UnfitError(f"nothing tells where parts of {stored.source.name} end")
+        if equal or known.count(None) > 1:
             if total % count:
                 raise UnfitError(f"{stored.source.name} has {total} rows, which are not {count} equal parts")
             rows = [total // count] * count
@@ -244,7 +261,7 @@ class Block:
                     raise UnfitError(f"tuned has {stack.source.shape[0]} experts, base {experts}")
                 yield stack, None, None
                 return
-            missing = [expert for expert in range(experts) if expert not in held]
+            missing = list(islice((expert for expert in range(experts) if expert not in held), 4))
             if missing:
                 raise UnfitError(f"tuned has no {part} of expert {first_few(map(str, missing))}")
             for expert in range(experts):
@@ -272,7 +289,7 @@ class Block:
             expected = bodies.get(part, base.body(flips[0]))
             if len(parts) == 1 and body != expected:
                 raise UnfitError(f"{stored.source.name} has shape {stored.source.shape}, where {expected} is right")
-            indices.append(stored.index(_rows(stored, parts, part, bodies, body[0]), expert, flip))
+            indices.append(stored.index(body, _rows(stored, parts, part, bodies, body[0]), expert, flip))
         transposed = base.flipped(flips[0]) != tuned.flipped(flips[1])
         return Piece(tuned.source, indices[0], indices[1], transposed)
 

@@ -13,7 +13,7 @@ __all__ = ["BLOCK_OF_PART", "Names", "Reading", "Where"]
 Where = tuple[str, str, tuple[str, ...]]
 """A module: its tower, its name without wrappers and with ``*`` for numbers, and these numbers."""
 
-_NUMBER = re.compile(r"(?:^|(?<=\.))([0-9]+)(?=\.)")
+_NUMBER = re.compile(r"(?:^|(?<=\.))([0-9]{1,9})(?=\.)")
 _KIND = re.compile(r"(?P<stem>.+?)(?:(?P<mark>[._])(?P<kind>weight(?:_scale(?:_inv)?)?|bias|scale_inv))?", re.DOTALL)
 _KIND_OF = {None: "weight", "weight": "weight", "bias": "bias"}
 _EXPERT = ("experts", "*")
@@ -67,6 +67,18 @@ class Reading:
     kind: str
     inside: str
     expert: int | None
+
+    @property
+    def flipped(self) -> bool:
+        """Whether it is stored as [in, out], whatever shapes say."""
+        return bool(self.layout.transposed) and self.kind != "bias"
+
+    def opens(self, stacked: bool) -> bool:
+        """Whether only shapes tell which way its last two axes go."""
+        layout = self.layout
+        if self.kind == "bias" or layout.ndim > 2 or layout.transposed:
+            return False
+        return stacked or layout.transposed is None
 
 
 class Names:

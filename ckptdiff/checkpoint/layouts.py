@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 
 from ckptdiff.checkpoint.layout_fit import Block, Flips, Stored, UnfitError
 from ckptdiff.checkpoint.layout_names import BLOCK_OF_PART, Names, Reading, Where
+from ckptdiff.checkpoint.matching import unwrapped
 from ckptdiff.checkpoint.names import locate
 from ckptdiff.checkpoint.weights import Assembled, Piece, Source
 from ckptdiff.errors import first_few, plural
@@ -100,13 +101,16 @@ def reopened(pairs: Iterable[tuple[Source, Source]]) -> frozenset[str]:
     Returns
     -------
     frozenset of str
-        Base names of pairs that :func:`assemble` should look at: those of a known layout whose shapes differ by more
-        than a number of rows, and what must be laid out as they are.
+        Base names of pairs that :func:`assemble` should look at: those of a known layout whose shapes have the same
+        sizes in another order, and those whose axes go the same way as theirs.
     """
+    found = list(pairs)
+    if all(base.shape == tuned.shape for base, tuned in found):
+        return frozenset()
     names = Names()
     scopes: defaultdict[_Scope, list[str]] = defaultdict(list)
     differ = set()
-    for base, tuned in pairs:
+    for base, tuned in found:
         _, inside, reading, expert = names.read(base.name)
         stored = None if reading is None else _stored(base, reading, inside, expert, frozenset())
         if stored is None or not stored.open:
@@ -125,10 +129,11 @@ def _stored(
     axes = len(source.shape) - (1 if reading.kind == "bias" else reading.layout.ndim)
     if axes not in (0, 1) or (axes and expert is not None):
         return None
-    interleaved = reading.layout.interleaved
+    layout, stacked = reading.layout, axes == 1
+    interleaved = layout.interleaved
     if interleaved is None:
-        interleaved = bool(axes or expert is not None) and inside in biased
-    return Stored(source, reading, reading.parts, expert, bool(axes), interleaved)
+        interleaved = (stacked or expert is not None) and inside in biased
+    return Stored(source, reading, reading.parts, expert, stacked, reading.opens(stacked), interleaved)
 
 
 def _scope(inside: Where, stored: Stored) -> _Scope:
@@ -187,7 +192,8 @@ class _Search:
         for key, block in blocks.items():
             flips, reason = block.fitting()
             if not flips:
-                self._refuse(reason, [stored.source.name for stored in block.base])
+                if not block.of_twins:
+                    self._refuse(reason, [stored.source.name for stored in block.base])
                 continue
             fitting[key] = flips
             opened = [stored for stored in (*block.base, *block.tuned) if stored.open]
@@ -208,13 +214,12 @@ class _Search:
         """Put a tensor of the base together, or say why not."""
         name = base.source.name
         try:
-            found = {block.pieces(base, one) for one in flips}
-            if len(found) > 1:
+            pieces = block.pieces(base, flips[0])
+            if any(block.pieces(base, other) != pieces for other in flips[1:]):
                 raise UnfitError("shapes do not tell whether axes are swapped")
-            (pieces,) = found
-            dtypes = sorted({piece.source.dtype for piece in pieces})
+            dtypes = {piece.source.dtype for piece in pieces}
             if len(dtypes) > 1:
-                raise UnfitError(f"their pieces differ in dtype, {' and '.join(dtypes)}")
+                raise UnfitError(f"their pieces differ in dtype, {' and '.join(sorted(dtypes))}")
         except UnfitError as error:
             self._refuse(str(error), [name])
             return
@@ -227,7 +232,7 @@ class _Search:
             self._renamed[name] = pieces[0].source.name
         else:
             self._assembled[name] = Assembled(_pattern(sources), pieces[0].source.dtype, base.source.shape, pieces)
-        theirs = dict.fromkeys(one.reading.spelling for one in block.tuned if one.source.name in sources)
+        theirs = dict.fromkeys(block.spellings[source] for source in sources)
         self._rules[name] = f"{base.reading.spelling} = {', '.join(theirs)}"
 
     def _refuse(self, reason: str, names: Sequence[str]) -> None:
@@ -241,11 +246,14 @@ class _Search:
             mine = [source for source in sources if source.name not in done]
             theirs = [source for source in tuned.get(whole, ()) if source.name not in self._taken]
             if len(mine) == len(theirs) == 1:
-                if _alike(mine[0], theirs[0]):
-                    self._renamed[mine[0].name] = theirs[0].name
-                    self._rules[mine[0].name] = "another name"
-                    self._taken[theirs[0].name] = theirs[0].numel
-            elif mine and theirs:
+                if not _alike(mine[0], theirs[0]):
+                    self._refuse("it has another shape under its other name", [mine[0].name])
+                    continue
+                self._renamed[mine[0].name] = theirs[0].name
+                self._rules[mine[0].name] = "another name"
+                self._taken[theirs[0].name] = theirs[0].numel
+            elif mine and theirs and len({unwrapped(source.name) for source in (*mine, *theirs)}) > 1:
+                # Where only wrappers differ, matching.py has said so.
                 names = [source.name for source in mine]
                 self._refuse(f"more than one could be {first_few(source.name for source in theirs)}", names)
 
@@ -263,7 +271,8 @@ class _Search:
                 f" lacks: {first_few(partly)}"
             )
         used = frozenset(name for name, count in rest.items() if not count)
-        return Assembly(self._renamed, self._assembled, self._rules, used, partly, tuple(warnings))
+        told = tuple(warnings) if self._halves == "usual" else ()
+        return Assembly(self._renamed, self._assembled, self._rules, used, partly, told)
 
 
 def _alike(base: Source, tuned: Source) -> bool:
@@ -283,12 +292,14 @@ def _mirrored(gated: Block, down: Block, flips: Flips) -> bool:
 
 
 def _count(piece: Piece) -> int:
-    return math.prod(len(range(*one)) for one in piece.tuned_index)
+    return math.prod([(stop - start + step - 1) // step for start, stop, step in piece.tuned_index])
 
 
 def _pattern(names: Iterable[str]) -> str:
     """What names have in common, with ``*`` for the rest; at dots first, so that numbers are replaced whole."""
     paths = [name.split(".") for name in names]
+    if len(paths) == 1:
+        return ".".join(paths[0])
     if len({len(path) for path in paths}) > 1:
         return _starred({".".join(path) for path in paths})
     return ".".join(_starred(set(words)) for words in zip(*paths, strict=True))
@@ -307,7 +318,5 @@ def _starred(words: set[str]) -> str:
 def _common(words: set[str]) -> str:
     """The start that all words share: that of the first and the last in order."""
     first, last = min(words), max(words)
-    length = next(
-        (place for place, letters in enumerate(zip(first, last, strict=False)) if len(set(letters)) > 1), None
-    )
-    return first[:length] if length is not None else first
+    differ = (place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
+    return first[: next(differ, len(first))]
