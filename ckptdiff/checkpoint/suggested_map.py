@@ -82,7 +82,7 @@ def advice(rules: Sequence[str]) -> str | None:
 
 @dataclass
 class _Side:
-    """What is still to be paired: by the form of the name as the rules so far make it, the tensors by their numbers."""
+    """The tensors of a side without a counterpart: by the form of their name, and then by the numbers in it."""
 
     forms: dict[_Form, dict[tuple[str, ...], TensorInfo]] = field(default_factory=dict)
 
