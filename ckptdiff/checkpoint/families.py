@@ -1,7 +1,7 @@
 r"""What the parts of a tensor's name mean, family by family: data alone, read by ``names.py``.
 
 A name is looked at without numbers, adapters and the parameter's own name: ``model.layers.3.mlp.fc1.weight`` is
-``model.layers.mlp.fc1``. Patterns are regular expressions of its last parts, where case does not matter, and ``\w*`` never
+``model.layers.mlp.fc1``. Patterns are regular expressions of its last parts, in any case, and ``\w*`` never
 goes beyond a part.
 """
 

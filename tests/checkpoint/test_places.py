@@ -64,7 +64,7 @@ _NAMES = st.lists(st.lists(_PART, min_size=1, max_size=6).map(".".join), unique=
 
 @given(_NAMES, st.integers(0, 1000))
 def test_the_order_of_names_does_not_matter(names: list[str], seed: int) -> None:
-    mixed = random.Random(seed).sample(names, len(names))  # noqa: S311
+    mixed = random.Random(seed).sample(names, len(names))
     assert locate_all(dict.fromkeys(names, (2, 2))) == locate_all(dict.fromkeys(mixed, (2, 2)))
 
 
