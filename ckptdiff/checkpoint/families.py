@@ -1,8 +1,8 @@
 r"""What the parts of a tensor's name mean, family by family: data alone, read by ``names.py``.
 
-A name is looked at in lower case, without numbers, wrappers and the parameter's own name:
-``model.layers.3.mlp.fc1.weight`` is ``model.layers.mlp.fc1``. Patterns are regular expressions of its parts; ``\w*``
-never goes beyond a part.
+A name is looked at without numbers, adapters and the parameter's own name: ``model.layers.3.mlp.fc1.weight`` is
+``model.layers.mlp.fc1``. Patterns are regular expressions of its last parts, in any case, and ``\w*`` never
+goes beyond a part.
 """
 
 from __future__ import annotations

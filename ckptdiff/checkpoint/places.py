@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Final, TypeAlias
 
@@ -27,6 +26,7 @@ _VOCABULARY: Final = re.compile(VOCABULARY)
 _WORDS: Final = re.compile(WORDS)
 _IMAGES: Final = re.compile(IMAGES)
 _SOUND: Final = re.compile(SOUND)
+_WEIGHT: Final = re.compile(r"weight$|\.parametrizations\.weight\.")
 _CODER: Final = re.compile(r"(?:^|\.)(encoder|decoder)(?=\.)")
 
 
@@ -61,11 +61,10 @@ def locate_all(shapes: Shapes) -> dict[str, Place]:
     numbers = _numbers({(towers[name], layer) for name, layer in layers.items() if layer and layer not in stages})
     found = {}
     for name, place in places.items():
-        tower = towers[name]
-        placed = replace(place, tower=tower, layer=numbers.get((tower, layers[name])))
-        if placed.module_type == "lm_head" and tower in ("vision", "audio"):
-            placed = replace(placed, module_type="head")  # timm's "head" classifies
-        found[name] = placed
+        tower, module_type = towers[name], place.module_type
+        if module_type == "lm_head" and tower in ("vision", "audio"):
+            module_type = "head"  # timm's "head" classifies
+        found[name] = Place(numbers.get((tower, layers[name])), tower, module_type, place.block)
     return found
 
 
@@ -156,15 +155,15 @@ def _senses(shapes: Shapes, names: Sequence[str]) -> str | None:
     """Whether tensors are those of a model of images or of sound, as the shapes of its convolutions say."""
     if any(map(_is_text, names)):
         return None
-    kernels = [shapes[name] for name in names if len(shapes[name]) > 2 and name.endswith("weight")]
-    if any(len(kernel) > 3 and kernel[1] == 3 for kernel in kernels):
+    weights = {name: shapes[name] for name in names if _WEIGHT.search(name) and len(shapes[name]) > 2}
+    if any(len(shape) > 3 and shape[1] == 3 for shape in weights.values()):
         return "vision"
     patches = [shapes[name] for name in names if _IMAGES.search(name)]
     if patches:
         return "audio" if any(len(patch) > 3 and patch[1] == 1 for patch in patches) else "vision"
+    of_one_dimension = (name for name, shape in weights.items() if len(shape) == 3)
     if any(map(_SOUND.search, names)) or any(
-        len(shapes[name]) == 3 and name.endswith("weight") and locate(name, 3).block in ("conv", "embedding")
-        for name in names
+        locate(name, 3).block in ("conv", "embedding") for name in of_one_dimension
     ):
         return "audio"
-    return "vision" if any(len(kernel) > 3 for kernel in kernels) else None
+    return "vision" if any(len(shape) > 3 for shape in weights.values()) else None

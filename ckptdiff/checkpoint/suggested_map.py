@@ -6,7 +6,7 @@ import re
 import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import lru_cache
 from itertools import product
@@ -34,6 +34,10 @@ _MOST_PAIRS: Final = 4000
 names is found among any number."""
 _MOST_CANDIDATES: Final = 150
 _MOST_RIVALS: Final = 64
+_TELLING: Final = 100
+"""Values of a sample, from which on it can speak against a pair."""
+_ALIKE: Final = 0.02
+"""Share of equal values above which a sample speaks for one: of unrelated weights a few in a thousand are."""
 _ANYWHERE: Final = {"#", "weight", "bias"}
 """Parts that names of any two models share."""
 _NUMBER: Final = re.compile(r"(?<![^.])[0-9]+(?![^.])")
@@ -80,16 +84,6 @@ def advice(rules: Sequence[str]) -> str | None:
     return " ".join(f"--map {shlex.quote(rule)}" for rule in rules) or None
 
 
-@dataclass
-class _Side:
-    """What is still to be paired: by the form of the name as the rules so far make it, the tensors by their numbers."""
-
-    forms: dict[_Form, dict[tuple[str, ...], TensorInfo]] = field(default_factory=dict)
-
-    def add(self, name: str, tensor: TensorInfo) -> None:
-        self.forms.setdefault(_form(name), {})[tuple(_NUMBER.findall(name))] = tensor
-
-
 def suggest_map(
     base: Checkpoint,
     tuned: Checkpoint,
@@ -119,16 +113,13 @@ def suggest_map(
     if not only_in_base or not only_in_tuned:
         return SuggestedMap()
     renamed, _ = rename_all(base.tensors, parse_renames(renames))
-    ours, theirs = _Side(), _Side()
-    for name in only_in_base:
-        ours.add(renamed[name], base.tensors[name])
-    for name in only_in_tuned:
-        theirs.add(name, tuned.tensors[name])
-    if max(len(ours.forms), len(theirs.forms)) > _MOST_FORMS:
+    ours = _by_form({renamed[name]: base.tensors[name] for name in only_in_base})
+    theirs = _by_form({name: tuned.tensors[name] for name in only_in_tuned})
+    if max(len(ours), len(theirs)) > _MOST_FORMS:
         return SuggestedMap()
     fixed = {_form(renamed[name]) for name in matched}
-    idle = {_form(name) for name in renamed.values()} - fixed - ours.forms.keys()
-    search = _Search(ours.forms, theirs.forms, fixed, idle, agreement)
+    idle = {_form(name) for name in renamed.values()} - fixed - ours.keys()
+    search = _Search(ours, theirs, fixed, idle, agreement)
     rules = search.run()
     undecided = tuple(tensor.name for tensors in search.undecided for tensor in tensors.values())
     if not rules:
@@ -150,8 +141,8 @@ class _Search:
 
     def __init__(
         self,
-        ours: dict[_Form, dict[tuple[str, ...], TensorInfo]],
-        theirs: dict[_Form, dict[tuple[str, ...], TensorInfo]],
+        ours: dict[_Form, _Tensors],
+        theirs: dict[_Form, _Tensors],
         fixed: set[_Form],
         idle: Iterable[_Form],
         agreement: Agreement | None,
@@ -256,11 +247,14 @@ class _Search:
         return mine / seen - theirs / there > 3.0 * sqrt((mine + 1) / seen**2 + (theirs + 1) / there**2)
 
     def _is_likely(self, moves: _Moves) -> bool:
-        """Whether more than the shape speaks for a pair: a part of the names, or some values of the sample."""
-        if any(set(form.split(".")) & set(other.split(".")) - _ANYWHERE for form, other in moves.items()):
+        """Whether more than the shape speaks for a pair: the module's own name, some values, or else parts of names."""
+        names = [(form.split("."), other.split(".")) for form, other in moves.items()]
+        if any(len(one) > 1 and one[-2:] == other[-2:] for one, other in names):
             return True
         equal, seen = self._agreed(moves.items())
-        return seen > 0 and equal / seen > 0.02
+        if seen >= _TELLING:
+            return equal > _ALIKE * seen
+        return any(set(one) & set(other) - _ANYWHERE for one, other in names)
 
     def _agreed(self, pairs: Iterable[tuple[_Form, _Form]]) -> tuple[int, int]:
         equal = seen = 0
@@ -278,6 +272,14 @@ class _Search:
 
 def _form(name: str) -> _Form:
     return _NUMBER.sub("#", name)
+
+
+def _by_form(tensors: Mapping[str, TensorInfo]) -> dict[_Form, _Tensors]:
+    """Tensors by the form of their name, and then by the numbers in it."""
+    found: defaultdict[_Form, dict[tuple[str, ...], TensorInfo]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        found[_form(name)][tuple(_NUMBER.findall(name))] = tensor
+    return dict(found)
 
 
 def _renamed(form: _Form, pattern: re.Pattern[str], replacement: str) -> _Form:

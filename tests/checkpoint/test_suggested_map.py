@@ -162,6 +162,14 @@ def test_a_head_of_another_name_has_to_have_its_values(suggest: Callable[..., Su
     assert suggest({**rest, "embed_out.weight": head}, {**rest, "lm_head.weight": values(3, 32, 16)}).rules == ()
 
 
+def test_values_speak_against_a_pair_of_like_names(suggest: Callable[..., SuggestedMap]) -> None:
+    base, other = {"model.layers.0.old.weight": values(1, 16, 16)}, values(2, 16, 16)
+    assert suggest(base, {"model.layers.0.new.weight": other}).rules == ()
+    assert suggest(base, {"model.layers.0.new.weight": other}, read=False).pairs == 1
+    # Where the module's own name is the same, they may have been trained from nothing.
+    assert suggest(base, {"model.h.0.old.weight": other}).pairs == 1
+
+
 def test_dtypes_may_differ_as_far_as_they_can_be_compared(suggest: Callable[..., SuggestedMap]) -> None:
     head = values(2, 64, 16)
     assert suggest({"a.w.weight": head}, {"b.v.weight": head.astype(np.float32)}).pairs == 1
