@@ -102,8 +102,9 @@ class ReferenceBackend:
         sides = zip((scan.base, scan.tuned), stored, strict=True)
         with np.errstate(invalid="ignore", over="ignore"):
             base, tuned = (_decode(format, _raw(format, side)).astype(np.float64) for format, side in sides)
-            square = (tuned - base) ** 2
-        finite = np.isfinite(tuned - base)
+            delta = tuned - base
+            square = delta**2
+        finite = np.isfinite(delta)
         sums[Sum.STORED_SQUARE] += square[finite].sum()
         sums[Sum.ABSORBED_SQUARE] += square[finite & ~pair.changed].sum()
 

@@ -17,6 +17,7 @@ from ckptdiff.claims import judge_claims
 from ckptdiff.claims.judge import _noise_energy
 from ckptdiff.claims.published import COLUMNS, PUBLISHED, figures_of
 from ckptdiff.cli import claims, main
+from ckptdiff.report.text import percent
 
 BF16 = ml_dtypes.bfloat16
 SHAPE = (240, 160)
@@ -54,6 +55,23 @@ def outcomes(diff: ckptdiff.Diff) -> dict[str, str]:
         assert verdict.outcome in verdict.sentence
     assert tuple(found) == CLAIMS
     return found
+
+
+@pytest.mark.parametrize(
+    ("step", "outcome"),
+    [
+        (lambda rng, w: 1e-5 * rng.standard_normal(w.shape), "no more than chance"),
+        (lambda rng, w: np.where(rng.random(w.shape) < 0.02, w, 0), "shown"),
+    ],
+    ids=["noise", "few weights"],
+)
+def test_sparsity_is_held_against_rounding_too(tmp_path: Path, step: Any, outcome: str) -> None:
+    """Both keep most of their bits; of the first that is all that rounding does."""
+    diff = diff_of(tmp_path, step)
+    sparse = judge_claims(diff)[0]
+    assert (sparse.outcome, sparse.null, sparse.beyond) == ("shown", 0.5, outcome)
+    assert sparse.rounding == diff.overall["unchanged_null"]
+    assert f"noise of this size, rounded, would leave {percent(sparse.rounding)}" in sparse.sentence
 
 
 def test_rounded_noise_shows_nothing_but_sparsity(tmp_path: Path) -> None:

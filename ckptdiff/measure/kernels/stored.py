@@ -269,7 +269,7 @@ def add_absorbed(x: Array, y: Array, a: Array, b: Array, magnitude: Any, sums: A
     """Add the squares of d = y - x, and of those d whose codes a and b are equal after the cast; all of shape (n,)."""
     total, absorbed = 0.0, 0.0
     for i in range(x.size):
-        d = y[i] - x[i]
+        d = np.float64(y[i]) - np.float64(x[i])
         equal = (a[i] == b[i]) | (((a[i] | b[i]) & magnitude) == 0)
         total += d * d
         absorbed += d * d if equal else 0.0
@@ -309,9 +309,12 @@ def count_stored(
     counts[STORED_EQUAL] += count_same(raw, stored[0], stored[1], scratch)
     if measure.wide:
         counts[OFF_GRID] += count_off_grid(raw[0], stored[0], codes[0])
-    if measure.absorbs:
-        x, y = take_reals(raw[0], stored[0], scratch[0]), take_reals(raw[1], stored[1], scratch[1])
-        all_finite = strange[0] + strange[1] == 0 and stored[0].itemsize < 8 and stored[1].itemsize < 8
-        if not all_finite:
-            hide_strange(x, y)
-        add_absorbed(x, y, codes[0], codes[1], np.uint16(0x7FFF), sums)
+    if not measure.absorbs:
+        return
+    magnitude = np.uint16(0x7FFF)  # of bfloat16: nothing else is narrower than what is stored
+    if stored[0].itemsize == 4 and stored[1].itemsize == 4 and strange[0] + strange[1] == 0:
+        add_absorbed(raw[0].view(np.float32), raw[1].view(np.float32), codes[0], codes[1], magnitude, sums)
+        return
+    x, y = take_reals(raw[0], stored[0], scratch[0]), take_reals(raw[1], stored[1], scratch[1])
+    hide_strange(x, y)
+    add_absorbed(x, y, codes[0], codes[1], magnitude, sums)
