@@ -1,5 +1,4 @@
-"""Do bit tricks that Numba lacks: sixty-four flags to a word, lowest and highest set bit, bits of a float, sixteen
-floats alike.
+"""Do bit tricks that Numba lacks: flags in words, lowest and highest set bit, bits of a float, sixteen floats alike.
 
 Each is portable LLVM IR, so the same source becomes one or two instructions with AVX-512, a few with AVX2 or NEON.
 """
@@ -13,7 +12,7 @@ from numba import types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-__all__ = ["bits_float", "float_bits", "fill16", "floor_log2", "lowest_bit", "pack64", "population", "unpack64"]
+__all__ = ["bits_float", "fill16", "float_bits", "floor_log2", "lowest_bit", "pack64", "population", "unpack64"]
 
 _FLAGS = 64
 
