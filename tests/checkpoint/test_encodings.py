@@ -362,6 +362,7 @@ def test_parts_in_several_files(tmp_path: Path) -> None:
         {"a_blocks": packed_fp4(RNG, 8, 16)},
         {"a.qweight": torch.zeros(8, 16, dtype=torch.int32), "a.scales": torch.ones(1)},
         {"a.weight": torch.zeros(8, 16, dtype=torch.int8), "a.weight_scale": torch.ones(8)},
+        {"a.up": packed_fp4(RNG, 8, 16), "a.up_weight_scale": powers(RNG, 8, 2)},
     ],
 )
 def test_packed_codes_that_are_compared_as_such_are_said(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
