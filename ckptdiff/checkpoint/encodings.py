@@ -33,6 +33,8 @@ _SHAPE = "_shape"
 _BYTES_OF_GROUP = 16
 """The last axis of blocks."""
 _MOST_AXES = 8
+_NO_CODES = ("scale", "zero", "shape", "idx")
+"""Words in the names of what lies beside codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,12 +262,10 @@ def _stored_shapes(tensors: Iterable[TensorInfo]) -> dict[str, tuple[int, ...]]:
 
 
 def _unlike_siblings(weights: Mapping[str, Decoded]) -> list[str]:
-    """Weights whose scales are of another kind than most of those whose names differ in numbers alone."""
-    kinds: dict[tuple[str, str], dict[str, tuple[object, ...]]] = defaultdict(dict)
+    """Weights whose scales are unlike most of those of the same shape whose names differ in numbers alone."""
+    kinds: dict[tuple[object, ...], dict[str, tuple[object, ...]]] = defaultdict(dict)
     for name, weight in weights.items():
-        rows, columns = weight.block
-        kind = rows if rows < weight.rows else "all", columns if columns < weight.shape[-1] else "all"
-        kinds[_pattern(name), weight.encoding][name] = (*kind, weight.scales.dtype)
+        kinds[_pattern(name), weight.encoding, weight.shape][name] = weight.block, weight.scales.dtype
     odd = []
     for of_names in kinds.values():
         (usual, count), *others = Counter(of_names.values()).most_common()
@@ -316,9 +316,10 @@ def is_packed(tensor: Weight, modules: frozenset[str]) -> bool:
     """Whether a tensor holds packed codes: by its name, or because it belongs to one of those."""
     if tensor.dtype not in ("U8", "I8", "I32"):
         return False
-    return tensor.name.endswith((*_ENDINGS, ".qweight")) or (
-        tensor.name.endswith("weight") and (tensor.dtype == "U8" or _is_of(tensor, modules))
-    )
+    own = tensor.name.rpartition(".")[2]
+    if own.endswith((*_ENDINGS, "qweight")) or (tensor.dtype == "U8" and own.endswith("weight")):
+        return True
+    return tensor.dtype != "I32" and _is_of(tensor, modules) and not any(word in own for word in _NO_CODES)
 
 
 def _is_of(tensor: Weight, modules: frozenset[str]) -> bool:

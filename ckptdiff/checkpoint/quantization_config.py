@@ -13,6 +13,8 @@ from ckptdiff.checkpoint.model_config import read_config
 __all__ = ["Quantization", "Scheme", "read_quantization"]
 
 _DEFAULT_BLOCK = (128, 128)
+_KEYS = ("quantization_config", "compression_config")
+_ODD = "what it says of quantisation is not understood"
 
 _ALGORITHMS: dict[str, tuple[int, bool, tuple[int, int] | None]] = {
     "FP8": (8, True, None),
@@ -116,10 +118,6 @@ def read_quantization(checkpoint: Checkpoint) -> Quantization:
     transforms = given.get("transform_config")
     rotated = isinstance(transforms, dict) and bool(transforms.get("config_groups"))
     return Quantization(path, method, schemes, rotated, tuple(filter(None, warnings)))
-
-
-_KEYS = ("quantization_config", "compression_config")
-_ODD = "what it says of quantisation is not understood"
 
 
 def _schemes(method: str, given: dict[str, Any]) -> Iterator[Scheme]:

@@ -101,6 +101,6 @@ def _guesses(shape: tuple[int, ...], stored: tuple[int, ...]) -> list[Block]:
     found = []
     if stored == grid_of(shape, _USUAL):
         found.append((min(_USUAL[0], height), min(_USUAL[1], width)))
-    if height % stored[-2] == 0 and width % stored[-1] == 0:
+    if height % stored[-2] == 0 and width % stored[-1] == 0 and stored[-1] < width:
         found.append((height // stored[-2], width // stored[-1]))
     return list(dict.fromkeys(found))

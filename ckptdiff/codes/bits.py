@@ -1,4 +1,4 @@
-"""Do bit tricks that Numba lacks: flags of a word, lowest and highest set bit, bits of a float, sixteen floats alike.
+"""Do bit tricks that Numba lacks: flags in words, lowest and highest set bit, bits of a float, sixteen floats alike.
 
 Each is portable LLVM IR, so the same source becomes one or two instructions with AVX-512, a few with AVX2 or NEON.
 """

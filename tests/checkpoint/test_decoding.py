@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import ml_dtypes
@@ -141,8 +142,8 @@ def test_odd_scales_are_counted_once_however_the_weight_is_cut(what: str, cuts: 
     sample.tensors["a.weight_scale_inv"][1, 1] = sample.tensors["a.weight_scale_inv"][2, 0] = BAD[what]
     weight = encoded(save(tmp_path, sample.tensors, sample.config))
     odd = Counter()
-    for top, bottom in zip(cuts, cuts[1:], strict=False):
-        for left, right in zip(cuts, cuts[1:], strict=False):
+    for top, bottom in pairwise(cuts):
+        for left, right in pairwise(cuts):
             odd += decode(weight, (top, bottom), (left, right)).odd
     assert odd == {("a.weight_scale_inv", what): 2}
     (warning,) = odd_scale_warnings(weight, odd)
