@@ -10,6 +10,7 @@ from ckptdiff.errors import PairingError, first_few
 
 __all__ = ["MERGE", "nothing_to_compare"]
 
+_RENAME = "rename the base's tensors with --map 'OLD=NEW', a regular expression"
 MERGE = "merge it into its model first (merge_and_unload of peft), and save that"
 """What can be done about an adapter."""
 
@@ -60,7 +61,7 @@ def nothing_to_compare(
         file=tuned.path,
         expected=f"names as in {base.path}: {first_few(base.tensors) or 'none'}",
         found=first_few(tuned.tensors) or "none",
-        hint=(suggested.advice or "rename the base's tensors with --map 'OLD=NEW', a regular expression")
+        hint=(suggested.advice or next(iter(everything.warnings), None) or _RENAME)
         if adapter is None
         else f"{adapter.path} is an adapter: {MERGE}",
     )
