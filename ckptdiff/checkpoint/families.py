@@ -227,8 +227,8 @@ FAMILIES: Final = (
             "gate_up_proj": r"gate_up_proj",
             "down_proj": r"down_proj|fc2|fc_out|lin2|linear_fc2|dense_4h_to_h|proj_down|linear_down|ffn_output"
             r"|pwconv2|\w*point_?wise_conv2|output_dense|\w*output\.dense|output_query|layers?\.linear2",
-            "embed_tokens": r"\w*embed_tokens(_per_layer)?|embed_positions|embed_in|wte|wpe|tok_embeddings|w"
-            r"|word_embeddings|shared|\w*(cls|mask|class|register|distillation)_tokens?|\w*pos_embed|tokens_embed"
+            "embed_tokens": r"\w*embed_tokens(_per_layer)?|embed_positions|embed_in|wte|wpe|tok_embeddings"
+            r"|^(transformer\.)?w|word_embeddings|shared|\w*(cls|mask|class|register|distillation)_tokens?|\w*pos_embed|tokens_embed"
             r"|positions_embed|\w*_embeds_layers?|\w*query_feat|\w*_embeddings_table|mask_token|latents",
             "embed_proj": r"project_(in|out|hid)|embeddings_project|embedding_hidden_mapping_in|per_layer_\w+"
             r"|feature_projection(\.projection)?|embed_proj\w*|inputs_embeds_projector|word_embed_proj",

@@ -319,8 +319,8 @@ def _rules(form: _Form, other: _Form) -> frozenset[str]:
         runs.append((runs[0][0], runs[-1][1], runs[0][2], runs[-1][3]))
     found = set()
     for start, stop, first, last in runs:
-        # Context on the left tells two places apart; where there is nothing to replace, one part is needed.
-        for left, right in ((0, 0), (1, 0), (0, 1)):
+        # Context tells two places apart; where there is nothing to replace, some is needed.
+        for left, right in ((0, 0), (1, 0), (0, 1), *([(0, 2)] if start == stop else ())):
             if left > min(start, first) or right > min(len(old) - stop, len(new) - last):
                 continue
             text = _rule(old, new, (start - left, stop + right), (first - left, last + right))

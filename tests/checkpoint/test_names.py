@@ -266,6 +266,7 @@ LANGUAGE = {
         ("", None, "other"),
         (".", None, "other"),
         ("weight", None, "other"),
+        ("encoder.layers.0.w", 0, "other"),
         ("ensemble.0.C.layers.1.weight", 1, "other"),
         ("layers.1x.mlp.up_proj.weight", None, "up_proj"),
         ("a/b\x1b[0m<b>.h.3", 3, "other"),

@@ -1,0 +1,47 @@
+"""Models saved under old and new names of their library: the rules that are proposed pair what is one weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ckptdiff.checkpoint import open_checkpoint
+from ckptdiff.checkpoint.matching import match_names
+from ckptdiff.checkpoint.open_shards import open_shards
+from ckptdiff.checkpoint.pairing import pair
+from ckptdiff.checkpoint.same_values import sampled_agreement
+
+from models import build  # isort: skip
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("family", ["detr", "dinov2", "gpt_neox", "nemotron_h", "segformer", "swin", "vit", "vit_mae"])
+def test_old_names_against_new_ones(family: str, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    model = build(family)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    model.save_pretrained(tmp_path / "old")
+    model.save_pretrained(tmp_path / "new", save_original_format=False)
+    stored = {side: load_file(tmp_path / side / "model.safetensors") for side in ("old", "new")}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 0.1 * (torch.rand_like(parameter) < 0.1))
+    model.save_pretrained(tmp_path / "tuned", save_original_format=False)
+    base, tuned = open_checkpoint(tmp_path / "old"), open_checkpoint(tmp_path / "tuned")
+    with open_shards("pread") as shards:
+        found = pair(base, tuned, agreement=sampled_agreement(shards))
+    assert found.suggested.rules and not found.suggested.undecided
+    matched, _ = match_names(base.tensors, tuned.tensors, found.suggested.rules)
+    # Experts stored one by one are no renaming of fused ones.
+    assert {name for name in base.tensors if name not in matched} == {
+        name for name in base.tensors if ".experts." in name
+    }
+    for name, other in matched.items():
+        assert np.array_equal(stored["old"][name], stored["new"][other]), (name, other)
