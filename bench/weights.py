@@ -3,8 +3,8 @@
     python bench/weights.py [--size 1GiB] [--rounds 5] [--threads N] [--json FILE]
 
 Each round compares all pairs in turns, each in a process of its own, which says how long ``ckptdiff.diff`` took and
-what it held at most. The figures of a pair are checked against those of the same weights in one layout. Prints ratios of
-medians; needs torch.
+what it held at most. The figures of a pair are checked against those of the same weights in one layout. Prints ratios
+of medians; needs torch.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def _columns(members: Sequence[Mapping[str, Any]], by: GroupBy, screen: Screen) 
         *columns,
         Column("values", cells(quantity, "numel"), rank=3),
         Column("unchanged", cells(percent, "unchanged_bitwise")),
-        Column("noise", _unless_empty(cells(percent, "unchanged_null")), rank=5),
+        Column("noise", _unless_empty(cells(percent, "unchanged_null"))),
         Column("as stored", _unless_empty(cells(percent, "unchanged_stored")), rank=5),
         Column("|d|<=1e-5", cells(percent, "unchanged_abs", _EPS), rank=1 if single else 0),
         Column("|d|<=1e-3 rms", cells(percent, "unchanged_rel", _TAU), rank=8),

@@ -89,8 +89,8 @@ def _mismatched(diff: Diff) -> Iterator[str]:
     theirs = by_pattern((tensor.name, _values(tensor.tuned), tensor.reason) for tensor in diff.mismatched)
     tuned = {(group["pattern"], group["why"]): group for group in theirs}
     for group in groups[:_LISTED]:
-        sizes = f"{_size([group], diff, 'base')}, {_share([tuned[group['pattern'], group['why']]], diff, 'tuned')}"
-        yield f"not compared: {safe(group['pattern'])} ({sizes}): {safe(group['why'])}"
+        sizes = (_size([group], diff, "base"), _share([tuned[group["pattern"], group["why"]]], diff, "tuned"))
+        yield f"not compared: {safe(group['pattern'])} ({', '.join(filter(None, sizes))}): {safe(group['why'])}"
     if groups[_LISTED:]:
         yield f"not compared: {_size(groups[_LISTED:], diff, 'base', more=True)}"
 

@@ -180,10 +180,10 @@ def test_thirty_thousand_tensors_print_in_reasonable_time(make_diff: MakeDiff) -
 def test_the_legend_tells_of_what_is_shown(diff: Diff, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rms: that of W0" in printed(diff, Pipe()) and "No room for" not in printed(diff, Pipe())
     monkeypatch.setenv("COLUMNS", "80")
-    text = ANSI.sub("", printed(diff, Terminal(), View("block")))
-    assert "update: norm of d" in text and "rms: that of W0" not in text
-    legend = " ".join(text.split("update: norm of d")[1].split())
-    assert "No room for: |d|<=1e-3 rms" in legend and "max |d|" in legend and "unchanged" not in legend
+    text = " ".join(ANSI.sub("", printed(diff, Terminal(), View("block"))).split())
+    assert "noise: unchanged, if" in text and "update: norm of d" in text and "rms: that of W0" not in text
+    legend = text.split("update: norm of d")[1]
+    assert "No room for: tensors, |d|<=1e-3 rms" in legend and "max |d|" in legend and "unchanged" not in legend
 
 
 def test_movers_are_tensors_that_moved(diff: Diff) -> None:
