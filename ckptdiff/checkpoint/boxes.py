@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint.decoding import Box, Room, decode_box
+from ckptdiff.checkpoint.decoding import Decoder
 from ckptdiff.checkpoint.dtypes import DTYPES
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.kernels.boxes import read_box
@@ -24,7 +24,6 @@ from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.checkpoint.weights import Assembled, Decoded, Piece, Range, Source, Weight
 
 __all__ = [
-    "Decoder",
     "Run",
     "boxes_of_elements",
     "is_contiguous",
@@ -72,36 +71,6 @@ class _Box(NamedTuple):
     tuned: _Corner
     source: Source
     transposed: bool
-
-
-class Decoder:
-    """Decodes quantised weights, of one side in one thread.
-
-    Attributes
-    ----------
-    odd : set of (str, str, str, str)
-        Scales that are no positive numbers: file, tensor, what some of them are, and the weight that they are of.
-    """
-
-    def __init__(self) -> None:
-        self._room = Room()
-        self.odd: set[tuple[str, str, str, str]] = set()
-
-    def decode(
-        self,
-        shards: OpenShards,
-        weight: Decoded,
-        rows: tuple[int, int],
-        columns: tuple[int, int],
-        out: NDArray[np.float32],
-        *,
-        detail: bool = False,
-    ) -> Box:
-        """Decode a box; see :func:`~ckptdiff.checkpoint.decoding.decode_box`. It is valid until the next one."""
-        box = decode_box(shards, weight, rows, columns, out, self._room, detail=detail)
-        paths = {part.name: part.shard.path for part in weight.parts} if box.odd else {}
-        self.odd |= {(paths[name], name, what, weight.name) for name, what in box.odd}
-        return box
 
 
 def stored_parts(weight: Weight) -> tuple[TensorInfo, ...]:

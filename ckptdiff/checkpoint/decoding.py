@@ -22,7 +22,7 @@ from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.checkpoint.weights import Decoded
 from ckptdiff.formats import FORMATS
 
-__all__ = ["Box", "Floats", "OddScales", "Room", "decode_box", "odd_scale_warnings"]
+__all__ = ["Box", "Decoder", "Floats", "OddScales", "Room", "decode_box"]
 
 Floats: TypeAlias = NDArray[np.float32]
 
@@ -154,17 +154,34 @@ def decode_box(
     return Box(weight, out, odd, steps if detail else None, fields if detail else None, own, (down, right_of))
 
 
-def odd_scale_warnings(weight: Decoded, odd: OddScales) -> list[str]:
-    """Say of each tensor with scales that are no positive numbers how many there are."""
-    warnings = []
-    for part in weight.parts:
-        said = [f"{count} {what}" for (name, what), count in sorted(odd.items()) if name == part.name]
-        if said:
-            of_all = f"of {part.numel} scales {' and '.join(said)}"
-            warnings.append(
-                f"{part.shard.path}: {part.name}: {of_all}: values of {weight.name} are what they make of it"
-            )
-    return warnings
+class Decoder:
+    """Decodes quantised weights, of one side in one thread.
+
+    Attributes
+    ----------
+    odd : set of (str, str, str, str)
+        Scales that are no positive numbers: file, tensor, what some of them are, and the weight that they are of.
+    """
+
+    def __init__(self) -> None:
+        self._room = Room()
+        self.odd: set[tuple[str, str, str, str]] = set()
+
+    def decode(
+        self,
+        shards: OpenShards,
+        weight: Decoded,
+        rows: tuple[int, int],
+        columns: tuple[int, int],
+        out: Floats,
+        *,
+        detail: bool = False,
+    ) -> Box:
+        """Decode a box; see :func:`decode_box`. It is valid until the next one."""
+        box = decode_box(shards, weight, rows, columns, out, self._room, detail=detail)
+        paths = {part.name: part.shard.path for part in weight.parts} if box.odd else {}
+        self.odd |= {(paths[name], name, what, weight.name) for name, what in box.odd}
+        return box
 
 
 def _odd(part: TensorInfo, scales: Floats) -> OddScales:

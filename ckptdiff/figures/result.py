@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint.dtypes import DTYPES
 from ckptdiff.figures.catalogue import Figure
 from ckptdiff.figures.coverage import SideCoverage
 from ckptdiff.figures.evaluate import figures_of, median_2d, values_of
@@ -67,8 +66,7 @@ class TensorFacts:
     @property
     def plain(self) -> bool:
         """Whether it is a whole stored tensor on either side, the base's under this name."""
-        encoded = not {self.dtype_base, self.dtype_tuned} <= DTYPES.keys()
-        return not (self.pieces or self.rows or self.untied or encoded)
+        return not (self.pieces or self.rows or self.untied or self.kept)
 
     def compared_of(self, side: Side) -> int:
         """Values of a side that are compared."""

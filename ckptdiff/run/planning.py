@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-import ckptdiff
-from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, Place, TensorPair, locate_all, open_checkpoint, pair
+from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorPair, open_checkpoint, pair
 from ckptdiff.checkpoint.boxes import is_contiguous, room_to_read, runs_of
-from ckptdiff.checkpoint.left_out import left_out
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.checkpoint.same_values import look_for_ties, sampled_agreement
-from ckptdiff.checkpoint.weights import Assembled, Decoded, Piece, Source, Weight, sources_of, stored_as
+from ckptdiff.checkpoint.weights import Assembled, Decoded, Weight, sources_of, stored_as
 from ckptdiff.events import Listener, ignore
-from ckptdiff.figures.catalogue import COLUMNS
 from ckptdiff.figures.columns import Measured, measured
-from ckptdiff.figures.coverage import by_pattern
-from ckptdiff.figures.result import SIDES, Diff, PieceFacts, RowCounts, Side, TensorFacts, UnmatchedTensor
+from ckptdiff.figures.result import Diff
 from ckptdiff.formats import Format, Formats, formats_of, is_wide
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.measure.passes import BitMeasurement, FloatMeasurement, Measurement, one_scan_suffices
 from ckptdiff.measure.records import Records
 from ckptdiff.memory import DEFAULT_MEMORY, peak_resident, resident, room_to_grow
 from ckptdiff.options import Options, default_threads
-from ckptdiff.report.text import percent
 from ckptdiff.run.devices import Device, open_device
+from ckptdiff.run.facts import facts_of_run
 from ckptdiff.run.tasks import TASK_BLOCKS, Load, Memory, Span, fit_memory
 from ckptdiff.run.warm_up import Uses, uses
 from ckptdiff.runfile.check_target import check_target
@@ -195,7 +189,7 @@ def prepare(
     loads = _loads(pairing.pairs, options, device, io)
     asked = _uses(pairing.pairs, loads, options, want_masks)
     device.warm_up(asked, tell)
-    diff = _facts(*sides, pairing, options)
+    diff = facts_of_run(*sides, pairing, options)
     threads = min(options.threads or default_threads(), device.threads or sys.maxsize)
     default, baseline = DEFAULT_MEMORY + device.overhead, resident()
     memory = fit_memory(loads, threads, options.max_memory, default, room_to_grow(baseline), baseline, want_masks)
@@ -276,101 +270,3 @@ def _reading(side: Weight) -> tuple[Hashable, ...]:
 def _is_wide(base: Format, tuned: Format, compare: Format) -> bool:
     """Whether a side is stored wider than what it is compared as."""
     return is_wide(base, compare) or is_wide(tuned, compare)
-
-
-def _facts(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Options) -> Diff:
-    groups = options.group_patterns()
-    shapes = {name: weight.shape for name, weight in pairing.weights[0].items()}
-    places = locate_all(shapes | {pair.name: pair.shape for pair in pairing.pairs})
-    diff = Diff(
-        tensors=tuple(_tensor_facts(pair, places[pair.name], options, groups) for pair in pairing.pairs),
-        columns={column.name: np.zeros(0, column.dtype) for column in COLUMNS},
-        base=_side_facts(base, "base", pairing),
-        tuned=_side_facts(tuned, "tuned", pairing),
-        compare=options.compare,
-        mask_rule=str(options.mask),
-        options=options.as_json(),
-        ckptdiff_version=ckptdiff.__version__,
-        only_in_base=pairing.only_in_base,
-        only_in_tuned=pairing.only_in_tuned,
-        aliased=tuple((alias.name, alias.of) for alias in pairing.aliased),
-        mismatched=tuple(
-            UnmatchedTensor(bad.name, _dtype_and_shape(bad.base), _dtype_and_shape(bad.tuned), bad.reason)
-            for bad in pairing.mismatched
-        ),
-        suggested_map=pairing.suggested.rules,
-        warnings=(*base.warnings, *tuned.warnings, *pairing.warnings),
-    )
-    return replace(diff, warnings=(*diff.warnings, *_little_compared(diff)))
-
-
-def _little_compared(diff: Diff) -> Iterator[str]:
-    for side, found in diff.coverage.items():
-        if found.share is not None and found.share < 0.5:
-            yield f"less than half of {side} is compared: {percent(found.share)} of its values"
-
-
-def _tensor_facts(pair: TensorPair, place: Place, options: Options, groups: list[tuple[str, Any]]) -> TensorFacts:
-    base, tuned = pair.base, pair.tuned
-    compare = formats_of(base.dtype, tuned.dtype, options.compare)[2].name if base.kind is Kind.FLOAT else "bitwise"
-    return TensorFacts(
-        name=pair.name,
-        shape=pair.shape,
-        dtype_base=stored_as(base),
-        dtype_tuned=stored_as(tuned),
-        compare=compare,
-        layer=place.layer,
-        tower=place.tower,
-        module_type=place.module_type,
-        block=place.block,
-        tuned_name=pair.tuned_name,
-        groups=tuple(name for name, pattern in groups if pattern.search(pair.name)),
-        same_bytes=pair.same_bytes,
-        pieces=tuple(_piece_facts(piece) for piece in tuned.pieces) if isinstance(tuned, Assembled) else (),
-        rows=None if pair.rows is None else RowCounts(*pair.rows),
-        untied=pair.untied,
-        compared=_compared(pair),
-    )
-
-
-def _piece_facts(piece: Piece) -> PieceFacts:
-    return PieceFacts(piece.source.name, piece.base_index, piece.tuned_index, piece.transposed)
-
-
-def _compared(pair: TensorPair) -> tuple[int, int] | None:
-    """Values of each side, if they are not all of the base's tensor: those of an embedding are counted as its own."""
-    numel = pair.base.numel
-    if pair.untied:
-        return (numel, 0) if pair.base.name == pair.name else (0, numel)
-    return None if numel == math.prod(pair.shape) else (numel, numel)
-
-
-def _side_facts(side: Checkpoint, called: Side, pairing: Pairing) -> dict[str, Any]:
-    assumed = [alias.name for alias in pairing.aliased if alias.side == called and alias.by == "config"]
-    tied, others = left_out(pairing, called)
-    weights = pairing.weights[SIDES.index(called)]
-    dtypes = Counter(tensor.dtype for tensor in side.tensors.values())
-    return {
-        "path": side.path,
-        "tensors": len(side.tensors),
-        "numel": side.numel,
-        "values": sum(weight.numel for weight in weights.values()),
-        "bytes": side.nbytes,
-        "dtypes": dict(sorted(dtypes.items())),
-        "shards": [
-            {
-                "file": shard.path,
-                "size": shard.size,
-                "mtime_ns": shard.mtime_ns,
-                "header_sha256": shard.header_sha256,
-            }
-            for shard in side.shards
-        ],
-        "uncompared": [*side.unread, *assumed],
-        "tied": tied,
-        "left_out": by_pattern(others),
-    }
-
-
-def _dtype_and_shape(weight: Source) -> dict[str, Any]:
-    return {"dtype": stored_as(weight), "shape": list(weight.shape)}

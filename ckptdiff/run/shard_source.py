@@ -13,7 +13,6 @@ import numpy as np
 from ckptdiff.checkpoint import DTYPES, TensorInfo, TensorPair
 from ckptdiff.checkpoint.blocks import values_of
 from ckptdiff.checkpoint.boxes import (
-    Decoder,
     Run,
     boxes_of_elements,
     is_contiguous,
@@ -21,7 +20,7 @@ from ckptdiff.checkpoint.boxes import (
     runs_of,
     stored_parts,
 )
-from ckptdiff.checkpoint.decoding import Box, Floats
+from ckptdiff.checkpoint.decoding import Box, Decoder, Floats
 from ckptdiff.checkpoint.kept import Kept, count_kept
 from ckptdiff.checkpoint.open_shard import failed_once
 from ckptdiff.checkpoint.open_shards import OpenShards
@@ -50,7 +49,7 @@ class Rooms:
         self.decoders = [Decoder(), Decoder()]
 
     def take_odd(self) -> set[tuple[str, str, str, str]]:
-        """The odd scales that were met since this was last asked; see :class:`~ckptdiff.checkpoint.boxes.Decoder`."""
+        """The odd scales that decoders met since this was last asked."""
         found = self.decoders[0].odd | self.decoders[1].odd
         for decoder in self.decoders:
             decoder.odd = set()

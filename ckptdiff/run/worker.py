@@ -59,7 +59,7 @@ class Result:
     kept : dict of int to Kept
         Of quantised tensors, what both sides of this part have in common besides values.
     odd : set
-        Scales that are no positive numbers; see :class:`~ckptdiff.checkpoint.boxes.Decoder`.
+        Scales that are no positive numbers; see :class:`~ckptdiff.checkpoint.decoding.Decoder`.
     """
 
     tensors: range
