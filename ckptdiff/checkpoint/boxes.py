@@ -92,7 +92,7 @@ def room_to_read(weight: Weight, numel: int) -> int:
     if is_contiguous(weight):
         return 0
     # Interleaved halves are read whole; of whole rows a little more than asked for.
-    return 3 * numel * DTYPES[weight.dtype].bits // 8 + (1 << 20)
+    return 4 * numel * DTYPES[weight.dtype].bits // 8 + (1 << 20)
 
 
 def runs_of(weight: Weight, first: int, stop: int) -> list[Run]:
