@@ -287,6 +287,7 @@ def _count_scores() -> None:
     from ckptdiff.linalg.score_cut import ScoreCut
     from ckptdiff.linalg.stages import ArrayPanels, run_together
     from ckptdiff.linalg.survey import survey
+    from ckptdiff.measure.rounding_null import change_chances
 
     values = np.array([[1.0], [2.0]], np.float32)
     source = ArrayPanels(values, values)
@@ -295,6 +296,9 @@ def _count_scores() -> None:
     cut = ScoreCut(1, 1.0, np.zeros(len(known.weights)), low, 1.0)
     for panel in source.panels():
         cut.add(values, panel)
+    two = np.zeros_like(known.weights)
+    two[0] = 2
+    change_chances(two, two // 2)
 
 
 def _decode(stored: Format, compare: Format) -> None:
