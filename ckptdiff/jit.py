@@ -40,7 +40,15 @@ __all__ = [
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_SOURCES = ("jit.py", "formats.py", "measure/partial.py", "codes/*.py", "*/kernels/*.py", "deflate/*.py")
+_SOURCES = (
+    "jit.py",
+    "formats.py",
+    "measure/partial.py",
+    "checkpoint/code_formats.py",
+    "codes/*.py",
+    "*/kernels/*.py",
+    "deflate/*.py",
+)
 """What machine code is made of, in the package: kernels, what they call, and the constants of both."""
 
 _SETTINGS = (

@@ -13,10 +13,11 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptdiff.checkpoint.code_formats import CODES
 from ckptdiff.checkpoint.dtypes import DTYPES
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.kernels.boxes import read_box
-from ckptdiff.checkpoint.kernels.code_values import CODES, decode_codes
+from ckptdiff.checkpoint.kernels.code_values import decode_codes
 from ckptdiff.checkpoint.open_shard import failed_once
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.checkpoint.weights import Decoded

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ckptdiff.checkpoint.checkpoint import Checkpoint
+from ckptdiff.checkpoint.code_formats import CODES
 from ckptdiff.checkpoint.code_layouts import BESIDE, FP8, LAYOUTS, Layout
 from ckptdiff.checkpoint.header import TensorInfo
-from ckptdiff.checkpoint.kernels.code_values import CODES
 from ckptdiff.checkpoint.quantization_config import Quantization, Scheme, read_quantization
 from ckptdiff.checkpoint.regular_file import open_regular, read_bytes
 from ckptdiff.checkpoint.scale_grids import OddScaleError, block_of, grid_of

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ckptdiff.checkpoint.code_formats import CODES
 from ckptdiff.checkpoint.decoding import Box, Floats
-from ckptdiff.checkpoint.kernels.code_values import CODES, count_equal_codes, count_within_steps
+from ckptdiff.checkpoint.kernels.code_values import count_equal_codes, count_within_steps
 
 __all__ = ["Kept", "count_kept", "same_grid"]
 

@@ -310,7 +310,8 @@ def _decode(stored: Format, compare: Format) -> None:
 
 
 def _decode_weight() -> None:
-    from ckptdiff.checkpoint.kernels.code_values import CODES, count_equal_codes, count_within_steps, decode_codes
+    from ckptdiff.checkpoint.code_formats import CODES
+    from ckptdiff.checkpoint.kernels.code_values import count_equal_codes, count_within_steps, decode_codes
 
     codes, values, matrix = np.zeros(1, np.uint8), np.zeros(1, np.float32), np.ones((1, 1), np.float32)
     stored = codes.view()

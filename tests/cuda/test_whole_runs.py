@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from host_gpu import HostGpu
 from run_files import assert_same_run, datasets
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 
 import ckptdiff
 from ckptdiff.errors import DeviceError
@@ -68,6 +70,35 @@ def test_a_tensor_of_several_spans_and_ties_at_the_cut(on_host_gpu, tmp_path, se
     for name, side in (("base", tensors), ("tuned", tuned)):
         save_file(side, tmp_path / f"{name}.safetensors")
     run_both(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path, mask="top:7", threads=2)
+
+
+def test_sides_that_are_not_stored_alike(on_host_gpu, tmp_path):
+    """Pieces in runs, swapped axes, fp8 with scales, and more rows on one side."""
+    on_host_gpu(3, Room(1 << 20, 4))
+    rng = np.random.default_rng(3)
+    experts = (rng.standard_normal((3, 256, 96)) * 0.02).astype(np.float16)
+    down = (rng.standard_normal((3, 96, 128)) * 0.02).astype(np.float16)
+    moved, moved_down = experts + rng.choice(np.array([0, 0, 1e-3], np.float16), experts.shape), down[::-1].copy()
+    prefix = "model.layers.0.mlp"
+    base = {f"{prefix}.experts.{e}.gate_proj.weight": experts[e, :128] for e in range(3)}
+    base |= {f"{prefix}.experts.{e}.up_proj.weight": experts[e, 128:] for e in range(3)}
+    base |= {f"{prefix}.experts.{e}.down_proj.weight": down[e] for e in range(3)}
+    swapped = {"gate_up_proj": moved.transpose(0, 2, 1), "down_proj": moved_down.transpose(0, 2, 1)}
+    tuned = {f"{prefix}.experts.{name}": np.ascontiguousarray(side) for name, side in swapped.items()}
+    base["model.embed_tokens.weight"] = experts[0, :20].copy()
+    tuned["model.embed_tokens.weight"] = experts[1, :30].copy()
+    codes = rng.integers(0, 0x70, (256, 300), np.uint8)
+    for number, side in enumerate((base, tuned)):
+        side = {name: torch.from_numpy(np.ascontiguousarray(values)) for name, values in side.items()}
+        side[f"{prefix}.x_proj.weight"] = torch.from_numpy(codes ^ np.uint8(number)).view(torch.float8_e4m3fn)
+        side[f"{prefix}.x_proj.weight_scale_inv"] = torch.full((2, 3), 0.5 + number)
+        save_torch(side, tmp_path / f"{number}.safetensors")
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    run_both(tmp_path / "0.safetensors", tmp_path / "1.safetensors", tmp_path, mask="bitwise", threads=2)
+    with ckptdiff.RunFile(tmp_path / "cuda.h5") as run:
+        facts = {facts.name: facts for facts in run.load().tensors}
+    assert facts[f"{prefix}.experts.2.down_proj.weight"].pieces[0].transposed
+    assert facts[f"{prefix}.x_proj.weight"].dtype_base == "FP8" and facts["model.embed_tokens.weight"].rows
 
 
 def test_a_gpu_lost_in_mid_run_leaves_no_run_file(libraries, tmp_path, monkeypatch):

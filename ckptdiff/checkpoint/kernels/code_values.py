@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from ckptdiff.checkpoint.code_formats import Code
 from ckptdiff.codes.bfloat16 import round_to_bf16
 from ckptdiff.codes.bits import bits_float, fill16, float_bits
 from ckptdiff.codes.fetch import Array
 from ckptdiff.jit import helper, kernel
 
-__all__ = ["CODES", "Code", "count_equal_codes", "count_within_steps", "decode_codes"]
+__all__ = ["count_equal_codes", "count_within_steps", "decode_codes"]
 
-
-class Code(NamedTuple):
-    """What kernels know of a format of codes. The last five are of floating ones, magnitudes without their sign bit."""
-
-    bits: int
-    floats: bool
-    magnitude: int
-    """Mask of the bits that are zero in a zero."""
-    mantissa: int
-    """Bits of the mantissa."""
-    bias: int
-    """To be added to the exponent in float32."""
-    normal: int
-    """The first magnitude that is not subnormal."""
-    infinite: int
-    nan: int
-    """The first ones that are infinite, and NaN."""
-
-
-CODES = {
-    "e4m3": Code(8, True, 0x7F, 3, 120, 0x08, 0x7F, 0x7F),
-    "e5m2": Code(8, True, 0x7F, 2, 112, 0x04, 0x7C, 0x7D),
-    "e2m1": Code(4, True, 0x07, 1, 126, 0x02, 0x08, 0x08),
-    **{f"int{bits}": Code(bits, False, 0xFF, 0, 0, 0, 0, 0) for bits in range(1, 9)},
-}
-"""Every format by name: OCP FP8 and FP4, and fields of integers."""
 
 _MANTISSA, _EXPONENTS, _QUIET = 23, 0x7F80_0000, 0x0040_0000
 _ROUNDING = 1 + 2.0**-12
