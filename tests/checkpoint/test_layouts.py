@@ -128,7 +128,7 @@ def test_names_of_an_assembled_tensor_say_what_its_pieces_share():
 def test_a_decoded_weight_is_a_source_like_any_other():
     weights = drawn(2, 3, 4), drawn(2, 3, 4), drawn(2, 4, 3)
     tuned = {
-        name: Decoded(name, "FP8", codes.shape, codes, (codes,))
+        name: Decoded(name, "FP8", codes.shape, codes, (codes,), "e4m3", codes, (1, 1))
         for name, codes in assembled_values.described(fused(*weights)).items()
     }
     assembly = assemble(assembled_values.described(split(*weights)), tuned)
