@@ -106,6 +106,8 @@ RENAMES: tuple[tuple[str, str], ...] = (
     # Stacks of layers.
     (r"(?:^|(?<=\.))encoder\.block\.\*\.\*\.", "stages.*.blocks.*."),  # SegFormer
     (r"(?:^|(?<=\.))encoder\.(patch_embeddings|layer_norm)\.\*\.", r"stages.*.\1."),
+    (r"(?<=\.)decoder_encoder\.layer\.", "decoder_layers."),  # ViT MAE
+    (r"(?:^|(?<=\.))conv_encoder\.(?=model\.)", ""),  # DETR
     (r"(?:^|(?<=\.))(?:(?:encoder|transformer|model)\.)?(?:layers?|blocks|resblocks)\.(?=\*\.)", "layers."),
     # Mixtures of experts.
     (r"(?:^|(?<=\.))(?:block_sparse_moe|moe)\.input_linear(?=\.)", "mlp.experts.gate_up_proj"),  # Granite
@@ -131,6 +133,7 @@ RENAMES: tuple[tuple[str, str], ...] = (
     (r"(?<=attn\.)layer_norm\.", "sequence_reduction.layer_norm."),
     (r"(?<=attn\.)(?:softmax_offset|attention_sink_bias|learnable_sink_param)$", "sinks"),
     (r"(?<=attn\.)norm_([qk])\.", r"\1_norm."),
+    (r"(?<=attn\.)forget_gate\.", ""),  # Kimi Linear
     # Feed-forward parts without a gate.
     (r"(?:^|(?<=\.))(?:intermediate\.dense|(?:mlp\.)?(?:dense1|dense_h_to_4h|linear1))\.", "mlp.fc1."),
     (r"(?:^|(?<=\.))(?:(?<!attn\.)output\.dense|(?:mlp\.)?(?:dense2|dense_4h_to_h|linear2))\.", "mlp.fc2."),

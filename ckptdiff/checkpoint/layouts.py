@@ -10,27 +10,24 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from ckptdiff.checkpoint.layout_fit import Block, Flips, Stored, UnfitError
+from ckptdiff.checkpoint.layout_halves import other_orders
 from ckptdiff.checkpoint.layout_names import BLOCK_OF_PART, Names, Reading, Where
 from ckptdiff.checkpoint.matching import unwrapped
 from ckptdiff.checkpoint.names import locate
+from ckptdiff.checkpoint.pairs import Orders
 from ckptdiff.checkpoint.weights import Assembled, Piece, Source
 from ckptdiff.errors import first_few, plural
 
-__all__ = ["Assembly", "Halves", "assemble", "reopened"]
-
-Halves: TypeAlias = Literal["usual", "swapped", "turns"]
-"""How gate and up share a tensor of the tuned side: as its layout says, the other first, or in turns where it says
-halves and the other way round."""
+__all__ = ["Assembly", "assemble", "orders_by_name", "reopened"]
 
 _Key: TypeAlias = tuple[Where, str, str]
 _Scope: TypeAlias = tuple[object, ...]
 _ByName: TypeAlias = defaultdict[Where, list[Source]]
 _GATED, _DOWN = BLOCK_OF_PART["gate"], BLOCK_OF_PART["down"]
-_SWAPPED = {"gate": "up", "up": "gate"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +48,8 @@ class Assembly:
         Tuned names of which only some have one, and how many have none.
     warnings : tuple of str
         What could not be put together, and what it lacks.
+    orders : dict of str to Orders
+        By base name, one for each rule: what it would be made of if gate and up lay in another order.
     """
 
     renamed: dict[str, str]
@@ -59,31 +58,28 @@ class Assembly:
     used: frozenset[str]
     partly: dict[str, int]
     warnings: tuple[str, ...]
+    orders: dict[str, Orders]
 
 
-def assemble(base: Mapping[str, Source], tuned: Mapping[str, Source], *, halves: Halves = "usual") -> Assembly:
+def assemble(base: Mapping[str, Source], tuned: Mapping[str, Source]) -> Assembly:
     """Find what the base's tensors are made of, among tensors that have no counterpart by name.
 
     Parameters
     ----------
     base, tuned : mapping of str to TensorInfo or Decoded
         By name. A tensor that belongs to one of them by its name may be among them (see :func:`reopened`).
-    halves : {"usual", "swapped", "turns"}
-        For another look at blocks with gate and up: nothing else is returned then, nor is there any warning. Headers do
-        not tell such halves apart; values do.
 
     Returns
     -------
     Assembly
         Nothing in it was guessed: names that could be read in two ways are in a warning.
     """
-    search = _Search(halves)
+    search = _Search()
     blocks, others = search.sort(base, tuned)
     for key, flips in search.orient(blocks).items():
-        for stored in blocks[key].base if halves == "usual" or blocks[key].has_halves else ():
+        for stored in blocks[key].base:
             search.take(blocks[key], stored, flips)
-    if halves == "usual":
-        search.rename(*others)
+    search.rename(*others)
     return search.result(tuned)
 
 
@@ -122,6 +118,33 @@ def reopened(pairs: Iterable[tuple[Source, Source]]) -> frozenset[str]:
     return frozenset(name for scope in differ for name in scopes[scope])
 
 
+def orders_by_name(pairs: Iterable[tuple[Source, Source]]) -> dict[str, Orders]:
+    """Find pairs by name, one for each layout, that hold a gate and what it gates on both sides.
+
+    Parameters
+    ----------
+    pairs : iterable of (TensorInfo or Decoded, TensorInfo or Decoded)
+        Base and tuned, matched by name and of one shape.
+
+    Returns
+    -------
+    dict of str to Orders
+        By base name, what it would be made of if they lay in another order.
+    """
+    names, found, looked = Names(), dict[str, Orders](), set[str]()
+    for base, tuned in pairs:
+        _, inside, reading, expert = names.read(base.name)
+        if reading is None or len(reading.parts) < 2 or reading.spelling in looked:
+            continue
+        stored = [_stored(side, reading, inside, expert, frozenset()) for side in (base, tuned)]
+        if stored[0] is not None and stored[1] is not None:
+            block = Block([stored[0]], [stored[1]])
+            if block.has_halves:
+                looked.add(reading.spelling)
+                found[base.name] = other_orders(block, stored[0], block.flips)
+    return found
+
+
 def _stored(
     source: Source, reading: Reading, inside: Where, expert: int | None, biased: frozenset[Where] | set[Where]
 ) -> Stored | None:
@@ -144,14 +167,15 @@ def _scope(inside: Where, stored: Stored) -> _Scope:
 class _Search:
     """What was found so far."""
 
-    def __init__(self, halves: Halves) -> None:
-        self._halves = halves
+    def __init__(self) -> None:
         self._renamed: dict[str, str] = {}
         self._assembled: dict[str, Assembled] = {}
         self._rules: dict[str, str] = {}
         self._taken: defaultdict[str, int] = defaultdict(int)
         self._refused: set[str] = set()
         self._warnings: defaultdict[str, list[str]] = defaultdict(list)
+        self._orders: dict[str, Orders] = {}
+        self._looked: set[str] = set()
 
     def sort(
         self, base: Mapping[str, Source], tuned: Mapping[str, Source]
@@ -173,16 +197,9 @@ class _Search:
                 stored = None if reading is None else _stored(source, reading, inside, expert, biased)
                 if stored is not None:
                     block = blocks[inside, stored.reading.block, stored.reading.kind]
-                    (block.tuned if side else block.base).append(self._turned(stored) if side else stored)
+                    (block.tuned if side else block.base).append(stored)
         both = {key: block for key, block in blocks.items() if block.base and block.tuned}
         return both, by_name
-
-    def _turned(self, stored: Stored) -> Stored:
-        if self._halves == "swapped":
-            return replace(stored, parts=tuple(_SWAPPED.get(part, part) for part in stored.parts))
-        if self._halves == "turns" and len(stored.parts) == 2:
-            return replace(stored, interleaved=not stored.interleaved)
-        return stored
 
     def orient(self, blocks: Mapping[_Key, Block]) -> dict[_Key, list[Flips]]:
         """Find which way the axes of each block go; what has them in the same order decides together."""
@@ -233,7 +250,10 @@ class _Search:
         else:
             self._assembled[name] = Assembled(_pattern(sources), pieces[0].source.dtype, base.source.shape, pieces)
         theirs = dict.fromkeys(block.spellings[source] for source in sources)
-        self._rules[name] = f"{base.reading.spelling} = {', '.join(theirs)}"
+        rule = self._rules[name] = f"{base.reading.spelling} = {', '.join(theirs)}"
+        if block.has_halves and rule not in self._looked:
+            self._looked.add(rule)
+            self._orders[name] = other_orders(block, base, flips)
 
     def _refuse(self, reason: str, names: Sequence[str]) -> None:
         self._refused.update(names)
@@ -271,8 +291,7 @@ class _Search:
                 f" lacks: {first_few(partly)}"
             )
         used = frozenset(name for name, count in rest.items() if not count)
-        told = tuple(warnings) if self._halves == "usual" else ()
-        return Assembly(self._renamed, self._assembled, self._rules, used, partly, told)
+        return Assembly(self._renamed, self._assembled, self._rules, used, partly, tuple(warnings), self._orders)
 
 
 def _alike(base: Source, tuned: Source) -> bool:

@@ -11,14 +11,14 @@ from ckptdiff.checkpoint.dtypes import Kind
 from ckptdiff.checkpoint.encodings import is_packed, is_scaled, scaled_modules
 from ckptdiff.checkpoint.globs import Globs
 from ckptdiff.checkpoint.header import TensorInfo
-from ckptdiff.checkpoint.layouts import Assembly, assemble, reopened
+from ckptdiff.checkpoint.layouts import Assembly, assemble, orders_by_name, reopened
 from ckptdiff.checkpoint.matching import is_adapter_part, match_names
 from ckptdiff.checkpoint.names import locate
 from ckptdiff.checkpoint.nothing_in_common import MERGE, nothing_to_compare
 from ckptdiff.checkpoint.pairs import Alias, Mismatch, Pairing, Rows, TensorPair
 from ckptdiff.checkpoint.side_weights import SideWeights, weights_of
 from ckptdiff.checkpoint.ties import SameValues, find_ties, left_embedding
-from ckptdiff.checkpoint.weights import Source, sources_of
+from ckptdiff.checkpoint.weights import Assembled, Source, sources_of
 from ckptdiff.options import Values
 
 __all__ = ["Alias", "Mismatch", "Pairing", "Rows", "TensorPair", "pair"]
@@ -170,6 +170,8 @@ def _sort_out(
             *(name for other in excluded.values() for name in [other] if name in tuned.named),
             *(name for name in tuned.named if name not in used and not globs.select(name)),
         ),
+        orders=assembly.orders
+        | orders_by_name((one.base, one.tuned) for one in pairs if not isinstance(one.tuned, Assembled)),
     )
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.suggested_map import SuggestedMap
 from ckptdiff.checkpoint.ties import Evidence
-from ckptdiff.checkpoint.weights import Source, Weight
+from ckptdiff.checkpoint.weights import Assembled, Source, Weight
 
-__all__ = ["Alias", "Mismatch", "Pairing", "Rows", "TensorPair"]
+__all__ = ["Alias", "Mismatch", "Orders", "Pairing", "Rows", "TensorPair"]
+
+Orders: TypeAlias = tuple[tuple[str, Assembled], ...]
+"""What may be said of gate and up against their layout, and what a tensor of the base would be made of then."""
 
 
 class Rows(NamedTuple):
@@ -132,6 +135,8 @@ class Pairing:
         All weights of both sides, by name.
     excluded_of_base, excluded_of_tuned : tuple of str
         Names that the user's globs leave out.
+    orders : mapping of str to Orders
+        By base name, one tensor for each layout with a gate and what it gates.
     """
 
     pairs: tuple[TensorPair, ...]
@@ -144,3 +149,4 @@ class Pairing:
     suggested: SuggestedMap = field(default_factory=SuggestedMap)
     excluded_of_base: tuple[str, ...] = ()
     excluded_of_tuned: tuple[str, ...] = ()
+    orders: Mapping[str, Orders] = field(default_factory=dict)

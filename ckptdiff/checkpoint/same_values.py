@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -9,12 +10,14 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import DTYPES, TensorInfo
 from ckptdiff.checkpoint.blocks import blocks_of, values_of
+from ckptdiff.checkpoint.boxes import read_elements
 from ckptdiff.checkpoint.open_shards import OpenShards
+from ckptdiff.checkpoint.weights import Weight
 from ckptdiff.events import Listener, Note, Stage, stage
 from ckptdiff.formats import Format, common_format, recode_table, stored_format
 from ckptdiff.measure.partial import BLOCK
 
-__all__ = ["look_for_ties", "same_values", "sampled_agreement"]
+__all__ = ["look_for_ties", "same_values", "sampled_agreement", "sampled_likeness"]
 
 _SAMPLES = 8
 _SAMPLE = 128
@@ -69,18 +72,40 @@ def sampled_agreement(shards: OpenShards) -> Callable[[TensorInfo, TensorInfo], 
     return look
 
 
-def _sample(shards: OpenShards, tensor: TensorInfo) -> NDArray[np.floating]:
-    """Values of a tensor in pieces at equal distances."""
-    size = DTYPES[tensor.dtype].bits // 8
-    count = min(_SAMPLE, tensor.numel)
-    last = tensor.numel - count
+def sampled_likeness(shards: OpenShards) -> Callable[[Weight, Weight], float]:
+    """Compare the directions of two floating sides of one shape, in a few small pieces spread over them.
+
+    Parameters
+    ----------
+    shards : OpenShards
+        The readers of their files.
+
+    Returns
+    -------
+    callable
+        Two sides to the cosine between the values that were looked at; 0 where it is undefined.
+    """
+
+    def look(one: Weight, other: Weight) -> float:
+        first, second = (_sample(shards, side).astype(np.float64) for side in (one, other))
+        with np.errstate(all="ignore"):
+            cosine = float(first @ second / np.sqrt((first @ first) * (second @ second)))
+        return cosine if math.isfinite(cosine) else 0.0
+
+    return look
+
+
+def _sample(shards: OpenShards, weight: Weight) -> NDArray[np.floating]:
+    """Values of a side in pieces at equal distances."""
+    size = DTYPES[weight.dtype].bits // 8
+    count = min(_SAMPLE, weight.numel)
+    last = weight.numel - count
     pieces = []
     for start in dict.fromkeys(last * at // (_SAMPLES - 1) for at in range(_SAMPLES)):
-        begin = tensor.start + start * size
-        buffer = np.empty(count * size, np.uint8)
-        with shards[tensor.shard].window(tensor, begin, begin + buffer.size, buffer) as piece:
-            pieces.append(values_of(tensor.dtype, piece).copy())
-    return np.concatenate(pieces) if pieces else np.empty(0, np.float32)
+        stored = np.empty(count * size, np.uint8)
+        read_elements(shards, weight, start, start + count, stored)
+        pieces.append(values_of(weight.dtype, stored))
+    return np.concatenate(pieces)
 
 
 def same_values(shards: OpenShards, first: TensorInfo, second: TensorInfo, told: Stage, block: int = BLOCK) -> bool:

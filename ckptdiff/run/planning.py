@@ -13,8 +13,9 @@ import numpy as np
 
 from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorPair, open_checkpoint, pair
 from ckptdiff.checkpoint.boxes import is_contiguous, room_to_read, runs_of
+from ckptdiff.checkpoint.layout_halves import unusual_halves
 from ckptdiff.checkpoint.open_shards import open_shards
-from ckptdiff.checkpoint.same_values import look_for_ties, sampled_agreement
+from ckptdiff.checkpoint.same_values import look_for_ties, sampled_agreement, sampled_likeness
 from ckptdiff.checkpoint.weights import Assembled, Decoded, Weight, sources_of, stored_as
 from ckptdiff.events import Listener, ignore
 from ckptdiff.figures.columns import Measured, measured
@@ -152,7 +153,7 @@ def prepare(
     tell: Listener = ignore,
     read_data: bool = True,
 ) -> Plan:
-    """Make the plan of a run. Reads headers and indexes, and no data but heads and samples of what has no counterpart.
+    """Make the plan of a run. Reads headers and indexes, and no data but heads that one side lacks, and samples.
 
     Parameters
     ----------
@@ -165,7 +166,8 @@ def prepare(
         Told if kernels have to be compiled first.
     read_data : bool
         Whether to read those heads, the embeddings that they may be, and those samples; else ``config.json`` alone
-        tells which are tied, and fewer rules are proposed. The pairs are the same.
+        tells which are tied, fewer rules are proposed, and nothing is said of halves that look swapped. The pairs are
+        the same.
 
     Raises
     ------
@@ -187,8 +189,13 @@ def prepare(
     # Reads into a cached buffer cost less than mapping pages and dropping them again, and report a lost page.
     io = "pread" if options.io == "auto" else options.io
     loads = _loads(pairing.pairs, options, device, io)
-    asked = _uses(pairing.pairs, loads, options, want_masks)
+    asked = _uses(pairing, loads, options, want_masks)
     device.warm_up(asked, tell)
+    if read_data and pairing.orders:
+        # Once the kernels that read pieces are there.
+        with open_shards("pread") as shards:
+            halves = unusual_halves(pairing.pairs, pairing.orders, sampled_likeness(shards))
+            pairing = replace(pairing, warnings=(*pairing.warnings, *halves))
     diff = facts_of_run(*sides, pairing, options)
     threads = min(options.threads or default_threads(), device.threads or sys.maxsize)
     default, baseline = DEFAULT_MEMORY + device.overhead, resident()
@@ -215,7 +222,8 @@ def _paired(base: Checkpoint, tuned: Checkpoint, options: Options, tell: Listene
         )
 
 
-def _uses(pairs: tuple[TensorPair, ...], loads: tuple[Load, ...], options: Options, want_masks: bool) -> Uses:
+def _uses(pairing: Pairing, loads: tuple[Load, ...], options: Options, want_masks: bool) -> Uses:
+    pairs = pairing.pairs
     alike: set[Formats] = set()
     alone: set[Formats] = set()
     kinds = {(one.base.dtype, one.tuned.dtype, load.kind is None) for one, load in zip(pairs, loads, strict=True)}
@@ -224,7 +232,7 @@ def _uses(pairs: tuple[TensorPair, ...], loads: tuple[Load, ...], options: Optio
             (alone if by_itself else alike).add(formats_of(base, tuned, options.compare))
     sources = [source for one in pairs for side in (one.base, one.tuned) for source in sources_of(side)]
     reading = ["decoded"] if any(isinstance(source, Decoded) for source in sources) else []
-    if not reading and not all(is_contiguous(one.tuned) for one in pairs):
+    if not reading and (pairing.orders or not all(is_contiguous(one.tuned) for one in pairs)):
         reading = ["boxes"]
     mask_chunk = mask_chunk_bytes(max((load.numel for load in loads), default=0)) if want_masks else 0
     return uses(alike, alone, mask_chunk, reading)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptdiff.checkpoint.header import TensorInfo
-from ckptdiff.checkpoint.layouts import assemble, reopened
+from ckptdiff.checkpoint.layouts import assemble, orders_by_name, reopened
 from ckptdiff.checkpoint.weights import Decoded
 
 INSIDE = "model.layers.3."
@@ -128,7 +128,7 @@ def test_names_of_an_assembled_tensor_say_what_its_pieces_share():
 def test_a_decoded_weight_is_a_source_like_any_other():
     weights = drawn(2, 3, 4), drawn(2, 3, 4), drawn(2, 4, 3)
     tuned = {
-        name: Decoded(name, "FP8", codes.shape, codes, (codes,))
+        name: Decoded(name, "FP8", codes.shape, codes, (codes,), "e4m3", codes, (1, 1))
         for name, codes in assembled_values.described(fused(*weights)).items()
     }
     assembly = assemble(assembled_values.described(split(*weights)), tuned)
@@ -151,22 +151,39 @@ def test_grids_of_scales_lie_as_their_weights_do():
     assembled_values.check(found(base, tuned), base, tuned)
 
 
-def test_halves_that_lie_the_other_way_can_be_looked_at():
-    gate, up, down = drawn(3, 4, 5), drawn(3, 4, 5), drawn(3, 5, 4)
-    for one, other in ((split, fused), (fused, split), (fused, llama4), (split, llama4)):
-        base, tuned = one(gate, up, down), other(up, gate, down)
-        assembly = found(base, tuned, halves="swapped")
-        assert assembly.assembled.keys() | assembly.renamed.keys() == {name for name in base if "down" not in name}
-        for name, assembled in assembly.assembled.items():
-            np.testing.assert_array_equal(assembled_values.assembled_values(assembled, tuned), base[name])
-    turns = np.stack([gate, up], 2).reshape(3, 8, 5)
-    tuned = fused(gate, up, down) | {f"{INSIDE}mlp.experts.gate_up_proj": turns}
-    assembly = found(split(gate, up, down), tuned, halves="turns")
-    for name, assembled in assembly.assembled.items():
-        np.testing.assert_array_equal(
-            assembled_values.assembled_values(assembled, tuned), split(gate, up, down)[name]
-        )  # fmt: skip
-    assert len(assembly.assembled) == 6
+@pytest.mark.parametrize(("one", "other"), [(split, fused), (fused, split), (fused, llama4), (split, llama4)])
+def test_gate_and_up_in_another_order_can_be_looked_at(one, other):
+    gate, up, down = drawn(3, 4, 5), drawn(3, 4, 5) + 9, drawn(3, 5, 4)
+    base, tuned = one(gate, up, down), other(up, gate, down)
+    check_orders(base, tuned, "swapped in tuned")
+    # One of the two that is fused, with gate and up in turns.
+    turned = fused(gate, up, down) | {
+        f"{INSIDE}mlp.experts.gate_up_proj": inkling(gate, up, down)[f"{INSIDE}mlp.experts.w13_weight"]
+    }
+    if one is split:
+        check_orders(one(gate, up, down), turned, "in turns in tuned")
+    elif other is split:
+        check_orders(turned, other(gate, up, down), "in turns in base")
+
+
+def check_orders(base, tuned, said):
+    assembly = found(base, tuned)
+    assert len(assembly.orders) == len({rule for name, rule in assembly.rules.items() if "down" not in name})
+    for name, orders in assembly.orders.items():
+        np.testing.assert_array_equal(assembled_values.assembled_values(dict(orders)[said], tuned), base[name])
+
+
+def test_pairs_by_name_can_be_looked_at_in_another_order():
+    gate, up, down = drawn(3, 4, 5), drawn(3, 4, 5) + 9, drawn(3, 5, 4)
+    for form in (fused, llama4):
+        base, tuned = form(gate, up, down), form(up, gate, down)
+        sides = [assembled_values.described(side) for side in (base, tuned)]
+        ((name, orders),) = orders_by_name((sides[0][name], sides[1][name]) for name in base).items()
+        assert name.endswith("gate_up_proj")
+        values = [
+            assembled_values.assembled_values(order, tuned) for said, order in orders if said.startswith("swapped")
+        ]
+        assert any(np.array_equal(one, base[name]) for one in values)
 
 
 def weights(experts=3):
