@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +214,70 @@ def test_the_whole_state_of_a_peft_model_pairs_with_its_base(cli: Cli, tmp_path:
         "base_model.model.lm_head.modules_to_save.default.weight": 0,
         "base_model.model.lm_head.modules_to_save.default.bias": 1,
     }
+
+
+EXPERTS = "model.layers.0.mlp.experts."
+
+
+def split_experts(numbers: Iterable[int], prefix: str = "") -> dict[str, tuple[int, ...]]:
+    parts = {"gate": (8, 4), "up": (8, 4), "down": (4, 8)}
+    return {f"{prefix}{EXPERTS}{k}.{part}_proj.weight": shape for k in numbers for part, shape in parts.items()}
+
+
+FUSED = {f"{EXPERTS}gate_up_proj": (4, 16, 4), f"{EXPERTS}down_proj": (4, 4, 8)}
+
+
+def test_what_one_side_lacks_of_a_fused_tensor_makes_two_checkpoints_differ(cli: Cli, tmp_path: Path) -> None:
+    base = write(tmp_path / "base.safetensors", split_experts((0, 1, 3)))
+    tuned = write(tmp_path / "tuned.safetensors", FUSED)
+    run = tmp_path / "run.h5"
+    assert cli("diff", base, tuned, "-o", run, "-q", "--exit-code")[0] == 1
+    for command in (("diff", base, tuned), ("show", run)):
+        text = cli(*command)[1]
+        assert text.startswith("compared 288 of 288 values of base, 288 of 384 of tuned\n")
+        assert "not identical: no compared value differs, but 2 tensors are compared in part" in text
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("globs", "compared", "turned_compared"),
+    [
+        ({"exclude": ("*down_proj*",)}, 256, 256),
+        ({"exclude": ("*.experts.3.*",)}, 288, 0),
+        ({"exclude": ("*.experts.down_proj",)}, 256, 256),
+        ({"include": ("*.experts.0.gate_proj.*", "first")}, 32, 256),
+    ],
+)
+def test_globs_on_pieces_count_each_value_once(
+    globs: dict[str, tuple[str, ...]], compared: int, turned_compared: int, turned: bool, tmp_path: Path
+) -> None:
+    sides = [{**split_experts(range(4)), "first": (7,)}, {**FUSED, "first": (7,)}]
+    paths = [str(write(tmp_path / f"{side}.safetensors", held)) for side, held in enumerate(sides)]
+    diff = prepare(*(paths[::-1] if turned else paths), options=Options(**globs)).diff
+    for side, facts in (("base", diff.base), ("tuned", diff.tuned)):
+        found = diff.coverage[side]
+        assert found.values == 391 and found.compared == 7 + (turned_compared if turned else compared)
+        assert found.compared + sum(group["values"] for group in facts["left_out"]) == found.values
+        assert {group["why"] for group in facts["left_out"]} == {"left out by --include and --exclude"}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_renamed_tensors_are_pieces_too(turned: bool, tmp_path: Path) -> None:
+    sides = [split_experts(range(4), "policy."), FUSED]
+    if turned:
+        sides = [{f"policy.{name}": shape for name, shape in FUSED.items()}, split_experts(range(4))]
+    paths = [str(write(tmp_path / f"{side}.safetensors", held)) for side, held in enumerate(sides)]
+    diff = prepare(*paths, options=Options(renames=(r"^policy\.=",))).diff
+    assert [found.share for found in diff.coverage.values()] == [1, 1]
+    assert {facts.name for facts in diff.tensors} == sides[0].keys()
+
+
+@pytest.mark.parametrize("empty", [{f"{EXPERTS}gate_up_proj": (0, 16, 4)}, {f"{EXPERTS}gate_up_proj": (4, 0, 4)}])
+@pytest.mark.parametrize("turned", [False, True])
+def test_experts_without_values_have_no_pieces(empty: dict[str, tuple[int, ...]], turned: bool, tmp_path: Path) -> None:
+    hollow = {f"{EXPERTS}{k}.{part}_proj.weight": (0, 4) for k in range(4) for part in ("gate", "up")}
+    for other in (split_experts(range(4)), hollow):
+        sides = [{**empty, "first": (7,)}, {**other, "first": (7,)}]
+        paths = [str(write(tmp_path / f"{side}.safetensors", held)) for side, held in enumerate(sides)]
+        diff = ckptdiff.diff(*(paths[::-1] if turned else paths))
+        assert [facts.name for facts in diff.tensors] == ["first"] and not diff.identical

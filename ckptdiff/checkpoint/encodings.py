@@ -137,6 +137,7 @@ def _decoded(found: _Candidate, config: Quantization, shapes: Mapping[str, tuple
         f"{found.codes.dtype} with {', '.join(name.lstrip('._') for name in _MEANINGFUL if name in found.siblings)}"
         " is no format that is known"
     )
+    lacking: OddScaleError | None = None
     for layout in LAYOUTS:
         scales = _scales(layout, found, config)
         if scales is None:
@@ -146,15 +147,18 @@ def _decoded(found: _Candidate, config: Quantization, shapes: Mapping[str, tuple
                 f"{_last(scales)} is {scales.dtype}, not {' or '.join(sorted(layout.scale_dtypes))}"
             )
             continue
+        if layout.global_scale is not None and layout.global_scale not in found.siblings:
+            lacking = lacking or OddScaleError(f"it has no {found.name.rpartition('.')[2]}{layout.global_scale}")
+            continue
         try:
             return _by_layout(layout, found, scales, config, shapes)
         except OddScaleError as error:
             problem = error
-    raise problem
+    raise lacking or problem
 
 
 def _scales(layout: Layout, found: _Candidate, config: Quantization) -> TensorInfo | None:
-    """The scales, if a row has the names and dtype of a candidate, no more and no less."""
+    """The scales, if a row has the names and dtype of a candidate, no more and, but for the global scale, no less."""
     known = {layout.global_scale, *(["_zero_point"] if layout.zeros else [])}
     beside = [name for name in _MEANINGFUL if name in found.siblings and name not in known]
     fits = (
@@ -162,7 +166,6 @@ def _scales(layout: Layout, found: _Candidate, config: Quantization) -> TensorIn
         and found.codes.dtype in layout.dtypes
         and len(beside) == 1
         and beside[0] in layout.scales
-        and (layout.global_scale is None or layout.global_scale in found.siblings)
         and layout.method in (None, config.method)
     )
     return found.siblings[beside[0]] if fits else None

@@ -30,11 +30,12 @@ class Globs:
             return False
         return not self._include or any(pattern.match(name) for _, pattern in self._include for name in names)
 
-    def unmatched(self, names: Iterable[str]) -> list[str]:
-        """Warn of every pattern that matches none of these names."""
-        known = list(names)
+    def unmatched(self, names: Iterable[str], parts: Iterable[str] = ()) -> list[str]:
+        """Warn of every pattern that matches none of these names; it may match a part, which is not selected alone."""
+        known, inner = list(names), list(parts)
         return [
             f"{option} {text} matches no tensor"
+            + " of its own: scales and codes belong to their weight" * any(map(pattern.match, inner))
             for option, patterns in (("--include", self._include), ("--exclude", self._exclude))
             for text, pattern in patterns
             if not any(pattern.match(name) for name in known)

@@ -7,7 +7,6 @@ decide what names leave open (``layout_fit.py``). What does not add up is named 
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from ckptdiff.checkpoint.layout_names import BLOCK_OF_PART, Names, Reading, Wher
 from ckptdiff.checkpoint.matching import unwrapped
 from ckptdiff.checkpoint.names import locate
 from ckptdiff.checkpoint.pairs import Orders
-from ckptdiff.checkpoint.weights import Assembled, Piece, Source
+from ckptdiff.checkpoint.weights import Assembled, Source
 from ckptdiff.errors import first_few, plural
 
 __all__ = ["Assembly", "assemble", "orders_by_name", "reopened"]
@@ -234,6 +233,8 @@ class _Search:
             pieces = block.pieces(base, flips[0])
             if any(block.pieces(base, other) != pieces for other in flips[1:]):
                 raise UnfitError("shapes do not tell whether axes are swapped")
+            if not base.source.numel:
+                raise UnfitError("it holds no values")
             dtypes = {piece.source.dtype for piece in pieces}
             if len(dtypes) > 1:
                 raise UnfitError(f"their pieces differ in dtype, {' and '.join(sorted(dtypes))}")
@@ -243,7 +244,7 @@ class _Search:
         for note in block.notes:
             self._warnings[note].append(name)
         for piece in pieces:
-            self._taken[piece.source.name] += _count(piece)
+            self._taken[piece.source.name] += piece.numel
         sources = dict.fromkeys(piece.source.name for piece in pieces)
         if len(pieces) == 1 and not pieces[0].transposed and pieces[0].source.shape == base.source.shape:
             self._renamed[name] = pieces[0].source.name
@@ -308,10 +309,6 @@ def _mirrored(gated: Block, down: Block, flips: Flips) -> bool:
     except UnfitError:
         return False
     return there is None or back is None or there == back[::-1]
-
-
-def _count(piece: Piece) -> int:
-    return math.prod([(stop - start + step - 1) // step for start, stop, step in piece.tuned_index])
 
 
 def _pattern(names: Iterable[str]) -> str:

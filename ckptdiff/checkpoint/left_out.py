@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from typing import Literal
 
 from ckptdiff.checkpoint.pairs import Pairing
 from ckptdiff.checkpoint.weights import Assembled
 
-__all__ = ["EXCLUDED", "left_out"]
+__all__ = ["EXCLUDED", "PARTLY", "left_out"]
 
 EXCLUDED = "left out by --include and --exclude"
-"""Why a tensor that the user did not ask for is not compared."""
+"""Why values that the user did not ask for are not compared."""
+PARTLY = "rows, or a part, that are only in {side}"
+"""Why values of a tensor that is compared otherwise are not."""
 
 
 def left_out(pairing: Pairing, side: Literal["base", "tuned"]) -> tuple[int, list[tuple[str, int, str]]]:
@@ -28,14 +29,15 @@ def left_out(pairing: Pairing, side: Literal["base", "tuned"]) -> tuple[int, lis
     int
         Values of tensors that are a compared one under a second name: they count as compared.
     list of (str, int, str)
-        The others: name, number of values, and why they are not compared.
+        The others: name, number of values, and why they are not compared. With the compared ones and those under a
+        second name they are all values of the side, each once.
     """
-    weights = pairing.weights[0 if side == "base" else 1]
+    number = 0 if side == "base" else 1
+    weights, excluded = pairing.weights[number], pairing.excluded[number]
     compared = _compared(pairing, side)
     sizes = {pair.name: pair.base.numel for pair in pairing.pairs}
     only = pairing.only_in_base if side == "base" else pairing.only_in_tuned
-    excluded = pairing.excluded_of_base if side == "base" else pairing.excluded_of_tuned
-    why = dict.fromkeys(only, f"only in {side}") | dict.fromkeys(excluded, EXCLUDED)
+    why = dict.fromkeys(only, f"only in {side}")
     why |= {getattr(bad, side).name: bad.reason for bad in pairing.mismatched}
     tied = 0
     for alias in pairing.aliased:
@@ -47,11 +49,12 @@ def left_out(pairing: Pairing, side: Literal["base", "tuned"]) -> tuple[int, lis
             tied += weights[alias.name].numel
         elif alias.side == side:
             why[alias.name] = f"tied to {alias.of}, which is not compared"
-    others = [(name, weights[name].numel, reason) for name, reason in why.items()]
-    for name, count in compared.items():
-        left = weights[name].numel - count
-        if left > 0:
-            others.append((name, left, f"rows, or a part, that are only in {side}"))
+    others = [(name, count, EXCLUDED) for name, count in excluded.items()]
+    others += [(name, weights[name].numel, reason) for name, reason in why.items()]
+    for name in dict.fromkeys((*compared, *excluded)):
+        left = weights[name].numel - compared[name] - excluded.get(name, 0)
+        if left > 0 and name not in why:
+            others.append((name, left, PARTLY.format(side=side)))
     return tied, others
 
 
@@ -61,8 +64,7 @@ def _compared(pairing: Pairing, side: Literal["base", "tuned"]) -> Counter[str]:
     for pair in pairing.pairs:
         weight = pair.base if side == "base" else pair.tuned
         if isinstance(weight, Assembled):
-            for piece in weight.pieces:
-                found[piece.source.name] += math.prod(len(range(*axis)) for axis in piece.tuned_index)
+            found += weight.taken
         elif not pair.untied or weight.name == pair.name:
             found[weight.name] += weight.numel
     return found

@@ -24,7 +24,7 @@ def nothing_to_compare(
     ----------
     base, tuned : Checkpoint
     everything, selected : Pairing
-        Without globs, and with those of the user.
+        Without globs, and with those of the user. A warning of the former may say why.
     suggested : SuggestedMap
     """
     if everything.pairs and not selected.mismatched:
@@ -53,7 +53,7 @@ def nothing_to_compare(
             tensor=first.name,
             expected="some tensors of equal shape and comparable dtype",
             found=first.reason,
-            hint="check that the two checkpoints are of the same model",
+            hint=next(iter(everything.warnings), "check that the two checkpoints are of the same model"),
         )
     adapter = next((side for side in (base, tuned) if any(map(is_adapter_part, side.tensors))), None)
     return PairingError(

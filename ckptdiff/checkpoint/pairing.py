@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -16,13 +17,14 @@ from ckptdiff.checkpoint.matching import is_adapter_part, match_names
 from ckptdiff.checkpoint.names import locate
 from ckptdiff.checkpoint.nothing_in_common import MERGE, nothing_to_compare
 from ckptdiff.checkpoint.pairs import Alias, Mismatch, Pairing, Rows, TensorPair
+from ckptdiff.checkpoint.renames import parse_renames, rename_all
 from ckptdiff.checkpoint.side_weights import SideWeights, weights_of
+from ckptdiff.checkpoint.suggested_map import Agreement, suggest_map
 from ckptdiff.checkpoint.ties import SameValues, find_ties, left_embedding
-from ckptdiff.checkpoint.weights import Assembled, Source, sources_of
+from ckptdiff.checkpoint.weights import Assembled, Decoded, Source
 from ckptdiff.options import Values
 
 __all__ = ["Alias", "Mismatch", "Pairing", "Rows", "TensorPair", "pair"]
-from ckptdiff.checkpoint.suggested_map import Agreement, suggest_map
 
 
 def pair(
@@ -79,7 +81,8 @@ def pair(
     globs = Globs(include, exclude)
     sides = weights_of(base, values), weights_of(tuned, values)
     matched, match_warnings = match_names(sides[0].named, sides[1].named, renames)
-    pairing = _sort_out(sides, matched, globs, same_values)
+    renamed, _ = rename_all(sides[0].named, parse_renames(renames))
+    pairing = _sort_out(sides, matched, renamed, globs, same_values)
     suggested = suggest_map(
         base,
         tuned,
@@ -90,10 +93,12 @@ def pair(
         agreement=agreement,
     )
     if not pairing.pairs:
-        raise nothing_to_compare(base, tuned, _sort_out(sides, matched, Globs(), None), pairing, suggested)
+        everything = _sort_out(sides, matched, renamed, Globs(), None)
+        everything = replace(everything, warnings=(*sides[0].warnings, *sides[1].warnings, *everything.warnings))
+        raise nothing_to_compare(base, tuned, everything, pairing, suggested)
     warnings = (
         *match_warnings,
-        *globs.unmatched([*base.tensors, *tuned.tensors]),
+        *globs.unmatched([*sides[0].named, *sides[1].named], [*base.tensors, *tuned.tensors]),
         *sides[0].warnings,
         *sides[1].warnings,
         *pairing.warnings,
@@ -107,6 +112,7 @@ def pair(
 def _sort_out(
     sides: tuple[SideWeights, SideWeights],
     matched: dict[str, str],
+    renamed: Mapping[str, str],
     globs: Globs,
     same_values: SameValues | None,
 ) -> Pairing:
@@ -115,12 +121,12 @@ def _sort_out(
     pairs: list[TensorPair] = []
     mismatched: list[Mismatch] = []
     aliased: list[Alias] = []
-    assembly = _assembly(base.named, tuned.named, matched)
+    assembly = _assembly(base.named, tuned.named, matched, renamed)
     found = assembly.assembled
     matched = {name: other for name, other in matched.items() if name not in found} | assembly.renamed
-    # What names stand for the tuned side's weights in globs, and in what is said.
-    others = matched | {name: weight.name for name, weight in found.items()}
-    excluded = {name: other for name, other in others.items() if not globs.select(name, other)}
+    others: dict[str, tuple[str, ...]] = {name: (other,) for name, other in matched.items()}
+    others |= {name: tuple(weight.taken) for name, weight in found.items()}
+    excluded = {name for name, theirs in others.items() if not globs.select(name, *theirs)}
     seen: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
     for name, one in base.named.items():
         if name not in others or name in excluded:
@@ -141,7 +147,7 @@ def _sort_out(
             pairs.append(TensorPair(name, one, other))
         else:
             aliased.append(Alias(name, seen[one.region, other.region], "both", "bytes"))
-    used = {part.name for weight in found.values() for part in sources_of(weight)} | set(matched.values())
+    used = {other for theirs in others.values() for other in theirs}
     chosen = [name for name in others if name not in excluded]
     # Without a pair this ends in an error, and there is no need to read anything.
     asked = same_values if pairs else None
@@ -154,6 +160,11 @@ def _sort_out(
         *_untied(tuned, base, in_tuned, lambda head, embedding: (embedding, head)),
     ]
     left = {pair.name for pair in untied}
+    of_base = _sizes(base, excluded | {name for name in base.named if name not in others and not globs.select(name)})
+    of_tuned = _sizes(tuned, {name for name in tuned.named if name not in used and not globs.select(name)})
+    of_tuned.update(_sizes(tuned, {matched[name] for name in excluded if name in matched}))
+    for name in excluded & found.keys():
+        of_tuned.update(found[name].taken)
     return Pairing(
         pairs=(*pairs, *untied),
         only_in_base=tuple(name for name in in_base if name not in left),
@@ -162,26 +173,25 @@ def _sort_out(
         mismatched=tuple(mismatched),
         warnings=(*assembly.warnings, *base_warnings, *tuned_warnings),
         weights=(base.named, tuned.named),
-        excluded_of_base=(
-            *excluded,
-            *(name for name in base.named if name not in others and not globs.select(name)),
-        ),
-        excluded_of_tuned=(
-            *(name for other in excluded.values() for name in [other] if name in tuned.named),
-            *(name for name in tuned.named if name not in used and not globs.select(name)),
-        ),
+        excluded=(of_base, of_tuned),
         orders=assembly.orders
         | orders_by_name((one.base, one.tuned) for one in pairs if not isinstance(one.tuned, Assembled)),
     )
 
 
-def _assembly(base: Mapping[str, Source], tuned: Mapping[str, Source], matched: dict[str, str]) -> Assembly:
+def _sizes(side: SideWeights, names: Collection[str]) -> Counter[str]:
+    return Counter({name: weight.numel for name, weight in side.named.items() if name in names})
+
+
+def _assembly(
+    base: Mapping[str, Source], tuned: Mapping[str, Source], matched: Mapping[str, str], renamed: Mapping[str, str]
+) -> Assembly:
     """Put together what has no counterpart of its name, or one in another layout."""
     again = reopened((base[name], tuned[other]) for name, other in matched.items())
     kept = {name: other for name, other in matched.items() if name not in again}
     taken = set(kept.values())
     return assemble(
-        {name: weight for name, weight in base.items() if name not in kept},
+        {renamed[name]: weight for name, weight in base.items() if name not in kept},
         {name: weight for name, weight in tuned.items() if name not in taken},
     )
 
@@ -190,14 +200,18 @@ def _untied(
     storing: SideWeights,
     other: SideWeights,
     alone: Sequence[str],
-    ordered: Callable[[TensorInfo, TensorInfo], tuple[TensorInfo, TensorInfo]],
+    ordered: Callable[[Source, Source], tuple[Source, Source]],
 ) -> Iterator[TensorPair]:
     """Heads that one side alone stores, each with the embedding that it is on the other side."""
     for name in alone:
         head = storing.named[name]
-        embedding = left_embedding(head, other.checkpoint) if isinstance(head, TensorInfo) else None
-        if embedding is not None and isinstance(head, TensorInfo):
-            yield TensorPair(name, *ordered(head, embedding), untied=True)
+        embedding = left_embedding(head, other.checkpoint, other.named.values())
+        if embedding is None:
+            continue
+        sides = ordered(head, embedding)
+        pair = TensorPair(name, *sides) if head.shape == embedding.shape else _common_rows(name, *sides)
+        if pair is not None:
+            yield replace(pair, untied=True)
 
 
 def _without_counterpart(
@@ -232,8 +246,6 @@ def _mismatch(base: Source, tuned: Source) -> str | None:
 
 def _common_rows(name: str, base: Source, tuned: Source) -> TensorPair | None:
     """The rows that two embeddings or heads have in common: the first ones, as tokens are added at the end."""
-    if not (isinstance(base, TensorInfo) and isinstance(tuned, TensorInfo)):
-        return None
     of_vocabulary = locate(name).module_type in ("embed_tokens", "lm_head") and len(base.shape) == len(tuned.shape) > 0
     if not of_vocabulary or base.shape[1:] != tuned.shape[1:] or not base.kind is tuned.kind is Kind.FLOAT:
         return None
@@ -242,7 +254,16 @@ def _common_rows(name: str, base: Source, tuned: Source) -> TensorPair | None:
     return TensorPair(name, _first_rows(base, common), _first_rows(tuned, common), rows) if common else None
 
 
-def _first_rows(tensor: TensorInfo, rows: int) -> TensorInfo:
+def _first_rows(tensor: Source, rows: int) -> Source:
+    if isinstance(tensor, Decoded):
+        # Its scales are found by the rows that they are of.
+        codes = _first_rows_stored(tensor.codes, rows)
+        parts = tuple(codes if part == tensor.codes else part for part in tensor.parts)
+        return replace(tensor, shape=(rows, *tensor.shape[1:]), codes=codes, parts=parts)
+    return _first_rows_stored(tensor, rows)
+
+
+def _first_rows_stored(tensor: TensorInfo, rows: int) -> TensorInfo:
     size = tensor.nbytes // tensor.shape[0]
     return replace(tensor, shape=(rows, *tensor.shape[1:]), stop=tensor.start + rows * size)
 

@@ -133,8 +133,8 @@ class Pairing:
         Rules for ``--map`` that would pair more.
     weights : pair of mapping of str to Source
         All weights of both sides, by name.
-    excluded_of_base, excluded_of_tuned : tuple of str
-        Names that the user's globs leave out.
+    excluded : pair of mapping of str to int
+        How many values of each weight of both sides the user's globs leave out.
     orders : mapping of str to Orders
         By base name, one tensor for each layout with a gate and what it gates.
     """
@@ -147,6 +147,5 @@ class Pairing:
     warnings: tuple[str, ...]
     weights: tuple[Mapping[str, Source], Mapping[str, Source]]
     suggested: SuggestedMap = field(default_factory=SuggestedMap)
-    excluded_of_base: tuple[str, ...] = ()
-    excluded_of_tuned: tuple[str, ...] = ()
+    excluded: tuple[Mapping[str, int], Mapping[str, int]] = field(default_factory=lambda: ({}, {}))
     orders: Mapping[str, Orders] = field(default_factory=dict)

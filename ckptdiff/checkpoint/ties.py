@@ -12,6 +12,7 @@ from ckptdiff.checkpoint.encodings import is_scaled, scaled_modules
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.model_config import says_tied
 from ckptdiff.checkpoint.names import locate
+from ckptdiff.checkpoint.weights import Source
 
 __all__ = ["Evidence", "SameValues", "Tie", "Ties", "find_ties", "left_embedding", "twice_named"]
 
@@ -100,7 +101,11 @@ def find_ties(
         tensor = tensors[name]
         if name in found or not _is_tied_in_some_models(tensor):
             continue
-        embeddings = [other for other in present if other.name not in found and _may_be_tied(tensor, other)]
+        embeddings = [
+            other
+            for other in present
+            if other.name not in found and other.shape == tensor.shape and _may_be_tied(tensor, other)
+        ]
         if not embeddings:
             continue
         readable = [other for other in embeddings if not (is_scaled(tensor, scaled) or is_scaled(other, scaled))]
@@ -123,17 +128,26 @@ def find_ties(
     return Ties({name: Tie(_last(found, name), tie.by) for name, tie in found.items()}, tuple(dict.fromkeys(warnings)))
 
 
-def left_embedding(head: TensorInfo, other: Checkpoint) -> TensorInfo | None:
+def left_embedding(head: Source, other: Checkpoint, weights: Iterable[Source]) -> Source | None:
     """The embedding of the other side that stands for a head which only one side stores.
+
+    Parameters
+    ----------
+    head : TensorInfo or Decoded
+    other : Checkpoint
+    weights : iterable of (TensorInfo or Decoded)
+        Its weights.
 
     Returns
     -------
-    TensorInfo or None
-        None if it is no head, or the other side does not tie its own by its ``config.json``.
+    TensorInfo or Decoded or None
+        It may have more rows or fewer, if none has as many. None if that is no head, or the other side does not tie
+        its own by its ``config.json``.
     """
     if not _is_tied_in_some_models(head) or not says_tied(other)[0]:
         return None
-    return next((tensor for tensor in other.tensors.values() if _may_be_tied(head, tensor)), None)
+    fitting = (weight for weight in weights if _may_be_tied(head, weight))
+    return min(fitting, key=lambda weight: weight.shape != head.shape, default=None)
 
 
 def twice_named(tensors: Iterable[TensorInfo]) -> dict[str, str]:
@@ -161,7 +175,7 @@ def _last(found: dict[str, Tie], name: str) -> str:
     return name
 
 
-def _is_tied_in_some_models(tensor: TensorInfo) -> bool:
+def _is_tied_in_some_models(tensor: Source) -> bool:
     """Whether it is an output head, or the embedding of an encoder or a decoder."""
     place = locate(tensor.name)
     if tensor.kind is not Kind.FLOAT or len(tensor.shape) != 2 or place.tower != "language":
@@ -170,9 +184,14 @@ def _is_tied_in_some_models(tensor: TensorInfo) -> bool:
     return is_head or tensor.name.endswith("coder.embed_tokens.weight")
 
 
-def _may_be_tied(tensor: TensorInfo, other: TensorInfo) -> bool:
-    """Whether the other is a token embedding that could be the tensor; it may be stored in another dtype."""
-    if other.shape != tensor.shape or other.kind is not Kind.FLOAT or other.name == tensor.name:
+def _may_be_tied(tensor: Source, other: Source) -> bool:
+    """Whether the other is a token embedding that could be the tensor, but for its dtype and rows."""
+    if (
+        len(other.shape) != 2
+        or other.shape[1] != tensor.shape[1]
+        or other.kind is not Kind.FLOAT
+        or other.name == tensor.name
+    ):
         return False
     parts = other.name.split(".")
     if len(parts) < 2 or parts[-1] != "weight" or locate(other.name).tower != "language":

@@ -7,6 +7,7 @@ all three.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -118,6 +119,11 @@ class Piece:
     tuned_index: tuple[Range, ...]
     transposed: bool = False
 
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(len(range(*axis)) for axis in self.tuned_index)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Assembled:
@@ -144,6 +150,14 @@ class Assembled:
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def taken(self) -> Counter[str]:
+        """How many values it takes of each weight of its own side, by name."""
+        found: Counter[str] = Counter()
+        for piece in self.pieces:
+            found[piece.source.name] += piece.numel
+        return found
 
     @property
     def nbytes(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptdiff.checkpoint.left_out import EXCLUDED
 from ckptdiff.figures.catalogue import Figure
 from ckptdiff.figures.coverage import SideCoverage
 from ckptdiff.figures.evaluate import figures_of, median_2d, values_of
@@ -207,7 +208,9 @@ class Diff:
         ``include`` and ``exclude`` leave out does not count.
         """
         left_out = self.only_in_base or self.only_in_tuned or self.mismatched or any(map(self.uncompared, SIDES))
-        left_out = left_out or any(tensor.rows for tensor in self.tensors)
+        # Rows and parts; older run files compared tensors of equal shape alone, and do not tell.
+        groups = [group for side in (self.base, self.tuned) for group in side.get("left_out", ())]
+        left_out = left_out or any(group["why"] != EXCLUDED for group in groups)
         return not (left_out or self.differing.any())
 
     @property

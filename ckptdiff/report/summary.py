@@ -8,6 +8,7 @@ from pathlib import PurePath
 
 import numpy as np
 
+from ckptdiff.checkpoint.left_out import PARTLY
 from ckptdiff.errors import plural
 from ckptdiff.figures.catalogue import parameter_key
 from ckptdiff.figures.result import SIDES, Diff
@@ -90,13 +91,20 @@ def _verdict(diff: Diff) -> Iterator[str]:
             *_counted(len(diff.only_in_base), "only in base"),
             *_counted(len(diff.only_in_tuned), "only in tuned"),
             *_counted(len(diff.mismatched), "of another shape or dtype"),
-            *_counted(sum(facts.rows is not None for facts in diff.tensors), "of more rows on one side"),
+            *_counted(_compared_in_part(diff), "compared in part"),
         ]
         # Which ones is among the warnings.
         passed_over = [side for side in SIDES if diff.uncompared(side)]
         if passed_over:
             reasons.append(f"weights of {' and '.join(passed_over)} were not compared")
         yield f"not identical: no compared value differs, but {', '.join(reasons)}"
+
+
+def _compared_in_part(diff: Diff) -> int:
+    sides = {PARTLY.format(side=side): facts for side, facts in zip(SIDES, (diff.base, diff.tuned), strict=True)}
+    return sum(
+        group["tensors"] for why, facts in sides.items() for group in facts.get("left_out", ()) if group["why"] == why
+    )
 
 
 def _counted(count: int, where: str) -> Iterator[str]:

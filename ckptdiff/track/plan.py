@@ -97,7 +97,9 @@ def plan_track(
     with open_shards("pread") as shards:
         # The base's head is looked at once, however many steps lack it.
         known = cache(look_for_ties(shards, tell))
-        pairings = [pair(opened, step, include=include, exclude=exclude, same_values=known) for step in later]
+        pairings = [
+            pair(opened, step, include=include, exclude=exclude, same_values=known, values="model") for step in later
+        ]
     for step, pairing in zip(later, pairings, strict=True):
         warnings |= dict.fromkeys((*step.warnings, *pairing.warnings))
         left_out = [*pairing.only_in_base, *(bad.name for bad in pairing.mismatched)]
@@ -106,7 +108,8 @@ def plan_track(
             warnings[f"{step.path} {lacking}"] = None
         pieces = [matched.name for matched in pairing.pairs if not matched.stored]
         if pieces:
-            warnings[f"{step.path} has other rows, or another layout, of what is left out: {first_few(pieces)}"] = None
+            why = "other rows, another layout, or quantised weights"
+            warnings[f"{step.path}: left out for {why} there or in the base: {first_few(pieces)}"] = None
     counterparts = [
         {
             matched.name: matched.tuned

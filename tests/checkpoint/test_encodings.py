@@ -120,7 +120,7 @@ BAD: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any] | None, str]] = {
     "no global scale": (
         {"a.weight_packed": packed_fp4(RNG, 8, 16), "a.weight_scale": fp8_scales(RNG, 8, 2)},
         None,
-        "weight_scale is F8_E4M3",
+        "it has no weight_global_scale",
     ),
     "two global scales": (
         {

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import ckptdiff
 from ckptdiff import RunFile
 from ckptdiff.cli import main
+from ckptdiff.errors import PairingError
 from ckptdiff.report.as_json import document
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -206,3 +207,87 @@ def test_every_rule_and_more_than_a_block(rule: str, tmp_path: Path) -> None:
         with RunFile(tmp_path / "0.h5") as one, RunFile(tmp_path / "1.h5") as two:
             np.testing.assert_array_equal(one.masks[f"{NAME}.weight"].dense(), two.masks[f"{NAME}.weight"].dense())
     assert row["codes_unchanged"] == pytest.approx(np.mean(other == codes.view(np.uint8)), abs=0.01)
+
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BLOCKS = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+
+
+def as_stored(name: str, values: np.ndarray, quantised: bool) -> dict[str, torch.Tensor]:
+    if not quantised:
+        return {name: tensor(values, torch.bfloat16)}
+    codes, scales = fp8_blocks(values)
+    weight = torch.from_numpy(codes.view(np.uint8)).view(torch.float8_e4m3fn)
+    return {name: weight, f"{name}_scale_inv": torch.from_numpy(scales)}
+
+
+def as_used(values: np.ndarray, quantised: bool) -> np.ndarray:
+    return bf16(decoded(*fp8_blocks(values))) if quantised else values
+
+
+@pytest.mark.parametrize("quantised", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("stores", ["base", "tuned"])
+def test_a_quantised_head_or_embedding_is_decoded_where_a_tie_was_left(
+    stores: str, quantised: tuple[bool, bool], tmp_path: Path
+) -> None:
+    embedding, head = weights(), weights(seed=5)
+    tying = {"tie_word_embeddings": True, **BLOCKS}
+    folders = {
+        side: write(
+            tmp_path / side,
+            as_stored(EMBED, embedding, of_side) | (as_stored(HEAD, head, of_side) if side == stores else {}),
+            BLOCKS if side == stores else tying,
+        )
+        for side, of_side in zip(("base", "tuned"), quantised, strict=True)
+    }
+    diff = ckptdiff.diff(folders["base"], folders["tuned"])
+    rows = {row["name"]: row for row in document(diff)["tensors"]}
+    of_head = quantised[stores == "tuned"]
+    sides = as_used(head, of_head), as_used(embedding, quantised[stores == "base"])
+    base, tuned = sides if stores == "base" else sides[::-1]
+    assert rows[HEAD]["untied"] is True
+    assert [rows[HEAD]["dtype_base"], rows[HEAD]["dtype_tuned"]] == ["FP8" if one else "BF16" for one in quantised]
+    assert rows[HEAD]["unchanged_bitwise"] == np.mean(base == tuned)
+    assert all(found.share == 1 for found in diff.coverage.values())
+    assert not any("raw codes" in warning for warning in diff.warnings)
+
+
+@pytest.mark.parametrize("quantised", [(True, False), (False, True), (True, True)])
+def test_the_common_rows_of_a_grown_quantised_embedding(quantised: tuple[bool, bool], tmp_path: Path) -> None:
+    small, large = weights(rows=200), weights(rows=264)
+    folders = [
+        write(tmp_path / side, as_stored(EMBED, values, of_side), BLOCKS)
+        for side, values, of_side in zip(("base", "tuned"), (small, large), quantised, strict=True)
+    ]
+    diff = ckptdiff.diff(*folders, mask="bitwise", out=tmp_path / "run.h5")
+    base, tuned = as_used(small, quantised[0]), as_used(large, quantised[1])[:200]
+    row = only_row(diff)
+    assert row["rows"] == {"compared": 200, "only_in_base": 0, "only_in_tuned": 64}
+    assert row["unchanged_bitwise"] == np.mean(base == tuned)
+    with RunFile(tmp_path / "run.h5") as run:
+        np.testing.assert_array_equal(run.masks[EMBED].dense(), base != tuned)
+
+
+def test_globs_that_match_parts_of_weights_alone_are_said(tmp_path: Path) -> None:
+    codes, scales = fp8_blocks(weights())
+    path = write_fp8(tmp_path / "base", codes, scales)
+    diff = ckptdiff.diff(path, path, exclude=["*_scale_inv"])
+    assert any("--exclude *_scale_inv matches no tensor of its own" in warning for warning in diff.warnings)
+
+
+def test_infinite_scales_are_no_step(tmp_path: Path) -> None:
+    codes, scales = fp8_blocks(weights())
+    other = scales.copy()
+    other[:] = np.inf
+    base, tuned = write_fp8(tmp_path / "base", codes, scales), write_fp8(tmp_path / "tuned", codes, other)
+    assert only_row(ckptdiff.diff(base, tuned))["requantised"] == 0
+
+
+def test_why_nothing_could_be_decoded_is_said_where_nothing_is_left(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", {f"{NAME}.weight": tensor(weights(), torch.bfloat16)})
+    packed = {f"{NAME}.weight_packed": torch.zeros(ROWS, COLUMNS // 2, dtype=torch.uint8)}
+    scale = {f"{NAME}.weight_scale": torch.ones(ROWS, COLUMNS // 16).to(torch.float8_e4m3fn)}
+    tuned = write(tmp_path / "tuned", packed | scale)
+    with pytest.raises(PairingError) as caught:
+        ckptdiff.diff(base, tuned)
+    assert f"{NAME}.weight_packed: it has no weight_global_scale" in str(caught.value)

@@ -174,3 +174,41 @@ def test_model_types_that_tie_by_default_are_those_of_transformers() -> None:
             tied.add(name)
     assert len(known) > 300
     assert tied == TIED_BY_DEFAULT & known
+
+
+@pytest.mark.parametrize("grown", ["base", "tuned"])
+@pytest.mark.parametrize("stores", ["base", "tuned"])
+def test_a_head_of_a_grown_vocabulary_is_compared_with_the_embedding_that_it_left(
+    stores: str, grown: str, tmp_path: Path
+) -> None:
+    small = matrix(96, 32)
+    large = np.concatenate([small, matrix(8, 32, seed=9)])
+    embeddings = {side: large if side == grown else small for side in ("base", "tuned")}
+    head = moved(embeddings[stores], 0.25)
+    folders = [
+        write(
+            tmp_path / side,
+            {EMBED: embedding, **({HEAD: head} if side == stores else {})},
+            {} if side == stores else TIED,
+        )
+        for side, embedding in embeddings.items()
+    ]
+    diff = ckptdiff.diff(*folders, out=tmp_path / "run.h5", mask="bitwise")
+    row = row_of(diff, HEAD)
+    other = embeddings["tuned" if stores == "base" else "base"]
+    differs = head[:96] != other[:96]
+    assert row["untied"] is True and row["unchanged_bitwise"] == 1 - differs.mean()
+    assert row["shape"] == list(embeddings["base"].shape)
+    assert row["rows"] == {
+        "compared": 96,
+        "only_in_base": 8 * (grown == "base"),
+        "only_in_tuned": 8 * (grown == "tuned"),
+    }
+    for side, found in diff.coverage.items():
+        heads = side == stores
+        assert found.values == embeddings[side].size * (1 + heads) and found.compared == small.size * (1 + heads)
+    with RunFile(tmp_path / "run.h5") as run:
+        assert run.load().tensors == diff.tensors
+        mask = run.masks[HEAD].dense()
+    np.testing.assert_array_equal(mask[:96], differs)
+    assert not mask[96:].any()

@@ -317,6 +317,17 @@ def test_tensors_that_one_step_lacks_are_left_out_and_said(trajectory: Trajector
     assert any("lacks 2 tensors of the base" in warning for warning in found.warnings)
 
 
+def test_quantised_weights_are_left_out_and_said(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
+    plain = {"norm.weight": values[0].copy()}
+    save_file({**plain, "up.weight": values}, tmp_path / "base.safetensors")
+    codes = {"up.weight": values.astype(ml_dtypes.float8_e4m3fn), "up.weight_scale": np.full(1, 0.5, np.float32)}
+    save_file({**plain, **codes}, tmp_path / "step.safetensors")
+    found = track(tmp_path / "base.safetensors", [tmp_path / "step.safetensors"])
+    assert found.names == ("norm.weight",)
+    assert any("quantised weights there or in the base: up.weight" in warning for warning in found.warnings)
+
+
 def test_a_checkpoint_that_shrinks_is_an_error(
     trajectory: Trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

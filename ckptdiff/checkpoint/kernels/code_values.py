@@ -233,7 +233,9 @@ def count_within_steps(
             ours, theirs = np.uint32(narrow[0] << np.uint32(16)), np.uint32(narrow[1] << np.uint32(16))
         differs = (ours != theirs) & (np.uint32(np.uint32(ours | theirs) << np.uint32(1)) != np.uint32(0))
         step = max(base_steps[i], tuned_steps[i])
-        near = abs(base[i] - tuned[i]) <= step * np.float32(_ROUNDING)
+        apart = abs(base[i] - tuned[i])
+        # A scale that is infinite makes steps and values that are.
+        near = (apart <= step * np.float32(_ROUNDING)) & (apart < np.float32(np.inf))
         changed += differs
         within += differs & near
     return changed, within
