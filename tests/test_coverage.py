@@ -83,7 +83,7 @@ def test_patterns_gather_names_that_differ_in_numbers() -> None:
 
 
 def test_the_first_lines_say_what_was_compared_and_what_was_not(cli: Cli, tmp_path: Path) -> None:
-    fused = {f"model.layers.{i}.mlp.experts.up_proj": (4, 8, 4) for i in range(2)}
+    fused = {f"model.layers.{i}.mlp.bank.up_proj": (4, 8, 4) for i in range(2)}
     other = {"model.layers.0.mlp.down_proj.weight": (10, 4), "model.norm.weight": (4,)}
     base = write(tmp_path / "base.safetensors", {**other, **experts(2)})
     tuned = write(tmp_path / "tuned.safetensors", {**other, **fused, "model.layers.0.mlp.down_proj.weight": (12, 4)})
@@ -93,7 +93,7 @@ def test_the_first_lines_say_what_was_compared_and_what_was_not(cli: Cli, tmp_pa
     assert text.splitlines()[:4] == [
         "compared 4 of 300 values of base, 4 of 308 of tuned",
         "only in base: model.layers.*.mlp.experts.*.up_proj.weight (8 tensors, 85.3 % of base)",
-        "only in tuned: model.layers.*.mlp.experts.up_proj (2 tensors, 83.1 % of tuned)",
+        "only in tuned: model.layers.*.mlp.bank.up_proj (2 tensors, 83.1 % of tuned)",
         "not compared: model.layers.0.mlp.down_proj.weight (1 tensor, 13.3 % of base, 15.6 % of tuned): "
         "shapes differ: [10, 4] in base, [12, 4] in tuned",
     ]

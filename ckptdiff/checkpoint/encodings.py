@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 import re
+import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from ckptdiff.checkpoint.checkpoint import Checkpoint
 from ckptdiff.checkpoint.code_formats import CODES
@@ -260,7 +259,7 @@ def _stored_shapes(tensors: Iterable[TensorInfo]) -> dict[str, tuple[int, ...]]:
             for tensor in some:
                 known = tensor.dtype in ("I64", "I32") and 0 < tensor.numel <= _MOST_AXES
                 raw = read_bytes(descriptor, tensor.nbytes, tensor.start, path) if known else b""
-                shapes[tensor.name] = tuple(np.frombuffer(raw, f"<i{8 if tensor.dtype == 'I64' else 4}").tolist())
+                shapes[tensor.name] = struct.unpack(f"<{tensor.numel}{'q' if tensor.dtype == 'I64' else 'i'}", raw)
     return shapes
 
 

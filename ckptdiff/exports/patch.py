@@ -92,7 +92,7 @@ def export_patch(
                 file=run.path,
                 tensor=mask.name,
                 expected="a whole tensor on either side, in one layout and not quantised",
-                hint="save both checkpoints in one layout, or name other tensors",
+                hint="compare with --values codes, or checkpoints in one layout; or name other tensors",
             )
     tuned_names = {facts.name: facts.tuned_name or facts.name for facts in diff.tensors}
     # At its old place it has not been modified since.

@@ -7,7 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SideCoverage", "by_pattern"]
+__all__ = ["EXCLUDED", "PARTLY", "SideCoverage", "by_pattern"]
+
+EXCLUDED = "left out by --include and --exclude"
+"""Why values that the user did not ask for are not compared."""
+PARTLY = "rows, or a part, that are only in {side}"
+"""Why values of a tensor that is compared otherwise are not."""
 
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 

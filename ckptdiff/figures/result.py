@@ -11,9 +11,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint.left_out import EXCLUDED
 from ckptdiff.figures.catalogue import Figure
-from ckptdiff.figures.coverage import SideCoverage
+from ckptdiff.figures.coverage import EXCLUDED, SideCoverage
 from ckptdiff.figures.evaluate import figures_of, median_2d, values_of
 from ckptdiff.figures.grouping import Grouping
 from ckptdiff.figures.members import LABEL_KEYS, GroupBy, members_of

@@ -7,11 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ckptdiff.checkpoint.left_out import EXCLUDED
 from ckptdiff.checkpoint.matching import is_adapter_part
 from ckptdiff.checkpoint.suggested_map import advice
 from ckptdiff.errors import plural
-from ckptdiff.figures.coverage import by_pattern
+from ckptdiff.figures.coverage import EXCLUDED, by_pattern
 from ckptdiff.figures.result import SIDES, Diff, Side
 from ckptdiff.report.text import percent, safe
 

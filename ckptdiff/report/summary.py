@@ -8,9 +8,9 @@ from pathlib import PurePath
 
 import numpy as np
 
-from ckptdiff.checkpoint.left_out import PARTLY
 from ckptdiff.errors import plural
 from ckptdiff.figures.catalogue import parameter_key
+from ckptdiff.figures.coverage import PARTLY
 from ckptdiff.figures.result import SIDES, Diff
 from ckptdiff.report.coverage_lines import coverage_lines
 from ckptdiff.report.text import number, percent, safe

@@ -12,7 +12,6 @@ import numpy as np
 
 import ckptdiff
 from ckptdiff.checkpoint import Checkpoint, Kind, Pairing, Place, TensorPair, locate_all
-from ckptdiff.checkpoint.left_out import left_out
 from ckptdiff.checkpoint.weights import Assembled, Piece, Source, stored_as
 from ckptdiff.figures.catalogue import COLUMNS
 from ckptdiff.figures.coverage import by_pattern
@@ -20,6 +19,7 @@ from ckptdiff.figures.result import SIDES, Diff, PieceFacts, RowCounts, Side, Te
 from ckptdiff.formats import formats_of
 from ckptdiff.options import Options
 from ckptdiff.report.text import percent
+from ckptdiff.run.left_out import left_out
 
 __all__ = ["facts_of_run"]
 

@@ -241,11 +241,11 @@ class TestAsUsersSeeIt:
 
     def test_some_names_in_common(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         head = values(5, 24, 16)
-        base, tuned = {**LLAMA, "embed_out.weight": head}, {**LLAMA, "lm_head.weight": moved(head)}
+        base, tuned = {**LLAMA, "value_head.weight": head}, {**LLAMA, "score.weight": moved(head)}
         sides = self.write(tmp_path, base, tuned)
         run = tmp_path / "run.h5"
         assert main(["diff", *sides, "-o", str(run), "--no-progress"]) == 0
-        assert r"to pair more of them: --map '^embed_out\.=lm_head.'" in capsys.readouterr().out
+        assert r"to pair more of them: --map '^value_head\.=score.'" in capsys.readouterr().out
         assert main(["show", str(run), "--format", "json"]) == 0
         (rule,) = json.loads(capsys.readouterr().out)["suggested_map"]
         found = ckptdiff.diff(*sides, renames=[rule])

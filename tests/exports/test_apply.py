@@ -27,7 +27,7 @@ SHAPES = st.sampled_from([(), (0,), (1,), (3, 0, 2), (7,), (8,), (2, 12), (5, 13
 def make_patch(case: str, folder: Path) -> tuple[Path, set[str]]:
     """The patch of everything in a fixture that a patch can hold, and which tensors that is."""
     base, tuned = FIXTURES / case / "base", FIXTURES / case / "tuned"
-    diff = ckptdiff.diff(base, tuned, out=folder / "run.h5", compare="stored", mask="bitwise")
+    diff = ckptdiff.diff(base, tuned, out=folder / "run.h5", compare="stored", values="codes", mask="bitwise")
     same = {facts.name for facts in diff.tensors if facts.dtype_base == facts.dtype_tuned}
     with ckptdiff.RunFile(folder / "run.h5") as run:
         retyped = sum(run.masks[name].count > 0 for name in set(run.masks) - same)
@@ -51,7 +51,7 @@ def test_a_patch_of_all_changes_makes_the_tuned_checkpoint(case: str, tmp_path: 
     patch, same = make_patch(case, tmp_path)
     out = tmp_path / "out"
     made = apply_patch(base, patch, out)
-    diff = ckptdiff.diff(out, tuned, compare="stored", mask="none")
+    diff = ckptdiff.diff(out, tuned, compare="stored", values="codes", mask="none")
     rows = [row for row, facts in enumerate(diff.tensors) if facts.name in same]
     assert len(rows) == len(same)
     assert (diff.columns["unchanged_bitwise"][rows] == diff.columns["numel"][rows]).all()
@@ -76,7 +76,8 @@ def test_a_patch_of_all_changes_makes_the_tuned_checkpoint(case: str, tmp_path: 
 def test_a_tensor_of_another_dtype_is_refused(
     case: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ckptdiff.diff(FIXTURES / case / "base", FIXTURES / case / "tuned", out=tmp_path / "run.h5", compare="stored")
+    sides = FIXTURES / case / "base", FIXTURES / case / "tuned"
+    ckptdiff.diff(*sides, out=tmp_path / "run.h5", compare="stored", values="codes")
     export = ["mask", "export", str(tmp_path / "run.h5"), f"*{name}*", "--layout", "patch", "-o"]
     assert main([*export, str(tmp_path / "patch.safetensors")]) == 0
     assert "1 tensor in another dtype than the base's: ckptdiff patch apply refuses" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from ckptdiff.formats import FORMATS
 from ckptdiff.measure import self_test as module
 from ckptdiff.measure.cpu import CpuBackend
 from ckptdiff.measure.self_test import SELF_TESTED, self_test, wrong_figures
+from ckptdiff.measure.source import blocks_of_span
 
 
 @pytest.mark.parametrize("names", SELF_TESTED, ids="-".join)
@@ -43,8 +44,8 @@ def test_a_wrong_mask_is_named():
 def codes(name):
     """Codes of both sides, as NumPy integers."""
     format = FORMATS[name]
-    (window,) = module._codes(format, format).windows()
-    return [extent.mapped.view(format.code_dtype) for extent in (window.base, window.tuned)]
+    (sides,) = blocks_of_span(module._codes(format, format), (format.bits, format.bits))
+    return [side.view(format.code_dtype) for side in sides]
 
 
 @pytest.mark.parametrize("name", ["bf16", "f16", "f8_e4m3", "f8_e5m2"])

@@ -123,7 +123,7 @@ def test_each_byte_is_read_once(trajectory: Trajectory, monkeypatch: pytest.Monk
     def spy(spans: np.ndarray, files: np.ndarray, *rest: object) -> int:
         for tensor, *extent in spans:
             asked.extend(
-                (os.fstat(row[0]).st_ino, *(int(row[1] + row[2] * at) for at in extent)) for row in files[tensor]
+                (os.fstat(row[1]).st_ino, *(int(row[2] + row[3] * at) for at in extent)) for row in files[tensor]
             )
         return real(spans, files, *rest)
 

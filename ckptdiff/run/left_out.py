@@ -7,13 +7,9 @@ from typing import Literal
 
 from ckptdiff.checkpoint.pairs import Pairing
 from ckptdiff.checkpoint.weights import Assembled
+from ckptdiff.figures.coverage import EXCLUDED, PARTLY
 
-__all__ = ["EXCLUDED", "PARTLY", "left_out"]
-
-EXCLUDED = "left out by --include and --exclude"
-"""Why values that the user did not ask for are not compared."""
-PARTLY = "rows, or a part, that are only in {side}"
-"""Why values of a tensor that is compared otherwise are not."""
+__all__ = ["left_out"]
 
 
 def left_out(pairing: Pairing, side: Literal["base", "tuned"]) -> tuple[int, list[tuple[str, int, str]]]:
