@@ -14,24 +14,16 @@ from ckptdiff.errors import DeviceError
 from ckptdiff.options import default_threads
 from ckptdiff.report.text import binary_size
 
-__all__ = ["Finding", "examine"]
-
 _PACKAGES = ("numpy", "numba", "llvmlite", "h5py", "rich", "click", "safetensors", "torch", "pyarrow")
 
 
 class Finding(NamedTuple):
-    """One line of the report.
-
-    Attributes
-    ----------
-    name, value : str
-    ok : bool
-        Whether it is as it should be; a GPU that is not there is no fault.
-    """
+    """One line of the report."""
 
     name: str
     value: str
     ok: bool = True
+    """Whether it is as it should be; a GPU that is not there is no fault."""
 
 
 def examine() -> Iterator[Finding]:

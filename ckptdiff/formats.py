@@ -9,40 +9,19 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "FORMATS",
-    "Format",
-    "Formats",
-    "common_format",
-    "compare_format",
-    "formats_of",
-    "is_wide",
-    "recode_table",
-    "round_to_bf16",
-    "stored_format",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A sign-magnitude floating format.
-
-    Attributes
-    ----------
-    name : str
-        Lower-case name, as printed.
-    bits : int
-        Width of a code.
-    infinite : int
-        Magnitude (sign bit removed) of the first code that is not finite.
-    nan : int
-        Magnitude of the first code that is NaN.
-    """
+    """A sign-magnitude floating format."""
 
     name: str
+    """Lower-case name, as printed."""
     bits: int
+    """Width of a code."""
     infinite: int
+    """Magnitude (sign bit removed) of the first code that is not finite."""
     nan: int
+    """Magnitude of the first code that is NaN."""
 
     @property
     def magnitude(self) -> int:

@@ -10,21 +10,6 @@ from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 from ckptdiff.errors import OptionError
 
-__all__ = [
-    "Compare",
-    "Io",
-    "MaskRule",
-    "Options",
-    "SpectraMode",
-    "SpectraOptions",
-    "Values",
-    "as_bytes",
-    "as_spectra",
-    "as_tuple",
-    "check_threads",
-    "parse_size",
-]
-
 _Text = TypeVar("_Text", bound=str | os.PathLike[str])
 _LEADING = 64
 """Singular values that the spectra list."""
@@ -153,7 +138,6 @@ def as_tuple(name: str, given: Sequence[_Text]) -> tuple[_Text, ...]:
     ----------
     name : str
         What the option is called.
-    given : sequence of str or path-like
 
     Raises
     ------

@@ -21,16 +21,6 @@ import numpy as np
 from ckptdiff.figures.grouping import FloatArray, Grouping
 from ckptdiff.measure.thresholds import EPS, ETA, RHO, TAU, P
 
-__all__ = [
-    "COLUMNS",
-    "FIGURES",
-    "Figure",
-    "StoredColumn",
-    "flat_key",
-    "flat_keys",
-    "parameter_key",
-]
-
 _ROUNDING = 1e-13
 """What sums in float64 over equal and opposite terms may leave of them."""
 _SHORTEST = 1e-5

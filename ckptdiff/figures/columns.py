@@ -17,23 +17,15 @@ from ckptdiff.measure.records import Records
 from ckptdiff.measure.thresholds import EPS, RHO, TAU, P
 from ckptdiff.options import MaskRule
 
-__all__ = ["Measured", "measured"]
-
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Everything known of k tensor pairs.
-
-    Attributes
-    ----------
-    columns : dict of array, shape (k,)
-        One for each of :data:`~ckptdiff.figures.catalogue.COLUMNS`.
-    histograms : HistogramRows
-        Of k rows.
-    """
+    """Everything known of k tensor pairs."""
 
     columns: dict[str, NDArray[Any]]
+    """One for each of :data:`~ckptdiff.figures.catalogue.COLUMNS`; shape (k,)."""
     histograms: HistogramRows
+    """Of k rows."""
 
 
 _OF_BITS = {"numel", "unchanged_bitwise", "unchanged_stored", "changed", "masked"}
@@ -54,7 +46,6 @@ def measured(
         Which hold floating values; of the others only bits are compared.
     wide : bool array, shape (k,)
         Of which a side is stored wider than the compare format.
-    rule : MaskRule
     """
     counts, sums, total = records.counts, records.sums, records.sums[:, Sum.DELTA_SQUARE]
     unchanged = numel - counts[:, Count.CHANGED]

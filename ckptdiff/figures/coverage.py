@@ -7,25 +7,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SideCoverage", "by_pattern"]
-
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
 
 @dataclass(frozen=True, slots=True)
 class SideCoverage:
-    """How much of one side was compared.
-
-    Attributes
-    ----------
-    values : int or None
-        All its values, those of integer tensors and those that ``include`` and ``exclude`` leave out among them.
-    compared : int or None
-        Those that were compared, or are a compared tensor's under a second name. None if a run file does not tell.
-    """
+    """How much of one side was compared."""
 
     values: int | None
+    """All its values, those of integer tensors and those that ``include`` and ``exclude`` leave out among them."""
     compared: int | None
+    """Those that were compared, or are a compared tensor's under a second name. None if a run file does not tell."""
 
     @property
     def share(self) -> float | None:

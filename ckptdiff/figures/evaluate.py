@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 from ckptdiff.figures.catalogue import FIGURES, Figure, flat_keys, parameter_key
 from ckptdiff.figures.grouping import FloatArray, Grouping
 
-__all__ = ["figures_of", "median_2d", "values_of"]
-
 
 def figures_of(groups: Grouping) -> list[dict[str, Any]]:
     """Every figure of every group, as the output contract writes it.

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any, Literal, TypeAlias, get_args
 
-__all__ = ["GROUPINGS", "LABEL_KEYS", "GroupBy", "members_of"]
-
 GroupBy: TypeAlias = Literal["tensor", "module", "layer", "block", "tower", "group"]
 
 GROUPINGS: tuple[GroupBy, ...] = get_args(GroupBy)

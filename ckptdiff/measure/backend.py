@@ -11,8 +11,6 @@ from ckptdiff.measure.partial import Partial, Refined, Scan, Targets
 from ckptdiff.measure.records import Records
 from ckptdiff.measure.source import SmallPairs, Source
 
-__all__ = ["Backend", "Batching"]
-
 
 class Backend(Protocol):
     """Measures spans of blocks; one object per thread. See :class:`~ckptdiff.measure.cpu.CpuBackend`."""

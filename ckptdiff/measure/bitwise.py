@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 from ckptdiff.measure.partial import BitScan, Count, Partial
 from ckptdiff.measure.source import Source, blocks_of_span
 
-__all__ = ["changed_elements", "scan_bits"]
-
 
 def scan_bits(scan: BitScan, source: Source, partial: Partial) -> NDArray[np.uint8] | None:
     """Measure a span of blocks; returns mask bits if ``scan.want_mask``."""

@@ -21,8 +21,6 @@ from ckptdiff.measure.ranks import ranks_of, tables_of
 from ckptdiff.measure.records import Records
 from ckptdiff.measure.source import Runs, SmallPairs, Source, Window
 
-__all__ = ["CpuBackend", "cast_of"]
-
 _ITEM = 8
 """Bytes of the widest element."""
 
@@ -41,8 +39,6 @@ class CpuBackend:
 
         Parameters
         ----------
-        scan : Scan
-        source : Source
         partial : Partial
             Added to; gets one row of sums per block.
         first_tie : int
@@ -108,7 +104,6 @@ class CpuBackend:
         ----------
         scan : Scan
             Of a compare format of at most 16 bits, with a mask rule that needs no figure of the whole tensor.
-        pairs : SmallPairs
         records : Records
             Of k rows; receives the figures.
 

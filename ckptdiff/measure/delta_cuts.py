@@ -15,38 +15,25 @@ from numpy.typing import NDArray
 from ckptdiff.measure.kernels.cuts import cut_from_top, find_delta_cut
 from ckptdiff.measure.partial import Partial
 
-__all__ = ["DeltaCut", "first_delta_cut", "refine_delta_cut"]
-
 
 @dataclass(frozen=True, slots=True)
 class DeltaCut:
-    """Where the ``rank``-th largest |d| lies.
-
-    Attributes
-    ----------
-    rank : int
-        From 1.
-    width : int
-        Bits of d: 32 or 64.
-    prefix : int
-        The leading bits of the value that are known.
-    unknown : int
-        How many bits are not.
-    above : int
-        How many |d| have larger leading bits.
-    at : int
-        How many have these; 0 if fewer than ``rank`` coordinates changed.
-    energy_above : float
-        Sum d^2 over those above; means nothing for a d of 64 bits.
-    """
+    """Where the ``rank``-th largest |d| lies."""
 
     rank: int
+    """From 1."""
     width: int
+    """Bits of d: 32 or 64."""
     prefix: int
+    """The leading bits of the value that are known."""
     unknown: int
+    """How many bits are not."""
     above: int
+    """How many |d| have larger leading bits."""
     at: int
+    """How many have these; 0 if fewer than ``rank`` coordinates changed."""
     energy_above: float
+    """Sum d^2 over those above; means nothing for a d of 64 bits."""
 
     @property
     def value(self) -> float:

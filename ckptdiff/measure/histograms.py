@@ -10,17 +10,6 @@ from numpy.typing import NDArray
 
 from ckptdiff.measure.partial import ULP_BINS
 
-__all__ = [
-    "LOG2_BINS",
-    "LOG2_LOWEST",
-    "ULP_BINS",
-    "CountArray",
-    "HistogramRows",
-    "log2_bins",
-    "log2_floor",
-    "ulp_floor",
-]
-
 CountArray: TypeAlias = NDArray[np.uint64]
 
 LOG2_LOWEST = -149
@@ -31,24 +20,17 @@ LOG2_BINS = 279
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HistogramRows:
-    """The histograms of k tensors; all zeros for integer and opaque ones.
-
-    Attributes
-    ----------
-    delta : uint64 array, shape (k, 279)
-        Coordinates that are finite on both sides, by floor(log2 |d|).
-    base : uint64 array, shape (k, 279)
-        Coordinates with a finite base, by floor(log2 |W0|) after the cast.
-    changed : uint64 array, shape (k, 279)
-        Those of `base` that changed bitwise: together they give the rounding null later.
-    ulp : uint64 array, shape (k, 64)
-        Changed coordinates that are finite on both sides, by distance in units of the compare dtype's last place.
-    """
+    """The histograms of k tensors; all zeros for integer and opaque ones."""
 
     delta: CountArray
+    """Coordinates that are finite on both sides, by floor(log2 |d|); shape (k, 279)."""
     base: CountArray
+    """Coordinates with a finite base, by floor(log2 |W0|) after the cast; shape (k, 279)."""
     changed: CountArray
+    """Those of `base` that changed bitwise: together they give the rounding null later; shape (k, 279)."""
     ulp: CountArray
+    """Changed coordinates that are finite on both sides, by distance in units of the compare dtype's last place; shape
+    (k, 64)."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

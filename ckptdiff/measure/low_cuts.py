@@ -12,34 +12,23 @@ from ckptdiff.formats import Format
 from ckptdiff.measure.kernels.cuts import cut_from_bottom, find_low_cut
 from ckptdiff.measure.partial import BINS, Partial
 
-__all__ = ["LowCut", "first_low_cuts", "first_nan_bin", "refine_low_cut"]
-
 
 @dataclass(frozen=True, slots=True)
 class LowCut:
-    """Where the ``rank``-th smallest |W0| lies.
-
-    Attributes
-    ----------
-    rank : int
-        From 1.
-    prefix : int
-        The leading bits of its magnitude code that are known.
-    unknown : int
-        How many bits are not.
-    below, at : int
-        How many weights have smaller leading bits, and how many these.
-    changed_below, changed_at : int
-        How many of them changed.
-    """
+    """Where the ``rank``-th smallest |W0| lies."""
 
     rank: int
+    """From 1."""
     prefix: int
+    """The leading bits of its magnitude code that are known."""
     unknown: int
+    """How many bits are not."""
     below: int
     at: int
+    """How many weights have smaller leading bits, and how many these."""
     changed_below: int
     changed_at: int
+    """How many of them changed."""
 
     @property
     def overlap(self) -> float:

@@ -27,8 +27,6 @@ from ckptdiff.measure.records import Records, empty_records
 from ckptdiff.measure.thresholds import EPS, ETA, TAU, P
 from ckptdiff.options import MaskRule
 
-__all__ = ["BitMeasurement", "FloatMeasurement", "Measurement", "Pass", "one_scan_suffices"]
-
 Pass: TypeAlias = Scan | BitScan | Targets
 """What one pass over a tensor pair does."""
 _State: TypeAlias = Literal["scan", "refine", "tails", "ties", "mask"]
@@ -133,7 +131,6 @@ class FloatMeasurement(Measurement):
     formats : (base, tuned, compare)
     numel : int
         Coordinates of the tensor.
-    rule : MaskRule
     want_mask : bool
         Whether mask bits are wanted, or only their count.
     """

@@ -19,8 +19,6 @@ from ckptdiff.measure.partial import BINS
 from ckptdiff.measure.rounding_null import half_gaps
 from ckptdiff.measure.thresholds import RHO, TAU, P
 
-__all__ = ["LARGEST", "SMALLEST", "log2_groups", "ranks_of", "set_size", "tables_of"]
-
 LARGEST = tuple(Fraction(str(p)) / 100 for p in P)
 """Fractions of coordinates whose energy ``coord_energy`` tells."""
 SMALLEST = tuple(Fraction(str(rho)) for rho in RHO)

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from ckptdiff.formats import FORMATS
 from ckptdiff.measure.kernels.null import Gaps, change_chance, fit_null
 
-__all__ = ["change_chances", "half_gaps"]
-
 
 def change_chances(
     weights: NDArray[np.int64], changed: NDArray[np.int64], off: float = 0.0

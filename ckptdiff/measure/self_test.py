@@ -14,8 +14,6 @@ from ckptdiff.measure.partial import Partial, Rule, Scan, Sum
 from ckptdiff.measure.reference import ReferenceBackend
 from ckptdiff.measure.source import InMemory
 
-__all__ = ["SELF_TESTED", "self_test", "wrong_figures"]
-
 SELF_TESTED = (
     ("bf16", "bf16", "bf16"),
     ("bf16", "f32", "bf16"),
@@ -41,7 +39,6 @@ def self_test(backend: Backend, names: tuple[str, str, str] = SELF_TESTED[0]) ->
 
     Parameters
     ----------
-    backend : Backend
     names : (base, tuned, compare)
         Formats.
     """

@@ -18,54 +18,30 @@ from numpy.typing import NDArray
 from ckptdiff.codes.fetch import FIRST, MEMORY
 from ckptdiff.measure.partial import BLOCK
 
-__all__ = [
-    "ByteArray",
-    "InMemory",
-    "Runs",
-    "SmallPairs",
-    "Source",
-    "Window",
-    "blocks_of_span",
-    "in_memory",
-    "read_runs",
-]
-
 ByteArray = NDArray[np.uint8]
 Runs = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Coordinates ``first`` to ``stop`` - 1 of a span that can be read now; ``first`` is a multiple of ``BLOCK``.
-
-    Attributes
-    ----------
-    first, stop : int
-    base, tuned : int64 array, shape (k, 3)
-        Their runs; one object if both sides are the same bytes.
-    """
+    """Coordinates ``first`` to ``stop`` - 1 of a span that can be read now; ``first`` is a multiple of ``BLOCK``."""
 
     first: int
     stop: int
     base: Runs
     tuned: Runs
+    """Their runs; one object if both sides are the same bytes. Shape (k, 3)."""
 
 
 @dataclass(frozen=True, slots=True)
 class SmallPairs:
-    """Whole tensor pairs of at most a block.
-
-    Attributes
-    ----------
-    base, tuned : int64 array, shape (k, 3)
-        The one run of each side of each.
-    numel : int64 array, shape (k,)
-        Their coordinates.
-    """
+    """Whole tensor pairs of at most a block."""
 
     base: Runs
     tuned: Runs
+    """The one run of each side of each; shape (k, 3)."""
     numel: NDArray[np.int64]
+    """Their coordinates; shape (k,)."""
 
 
 class Source(Protocol):
@@ -122,7 +98,6 @@ def blocks_of_span(source: Source, bits: tuple[int, int]) -> Iterator[tuple[Byte
 
     Parameters
     ----------
-    source : Source
     bits : (base, tuned)
         Bits of a stored element; elements of less than 8 are packed.
 

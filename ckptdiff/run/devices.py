@@ -13,8 +13,6 @@ from ckptdiff.memory import resident
 from ckptdiff.options import Options, default_threads
 from ckptdiff.run.warm_up import Uses, load, make_call
 
-__all__ = ["Device", "open_device"]
-
 
 def _no_scratch(numel: int) -> int:
     return 0
@@ -22,35 +20,23 @@ def _no_scratch(numel: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A backend that was chosen and found to work.
-
-    Attributes
-    ----------
-    name : str
-    worker : callable
-        Makes the backend of one thread.
-    batches : bool
-        Whether that backend is :class:`~ckptdiff.measure.backend.Batching`.
-    scratch : callable
-        Bytes of work space that a thread needs for a pair of a number of coordinates, beside the blocks themselves.
-    threads : int
-        Most threads it can serve; 0 for any number.
-    overhead : int
-        Bytes of host memory that its driver and libraries took.
-    compiled_apart : bool
-        Whether another process can compile its kernels for it.
-    note : str
-        Why it was chosen, if that needs saying.
-    """
+    """A backend that was chosen and found to work."""
 
     name: str
     worker: Callable[[], Backend]
+    """Makes the backend of one thread."""
     batches: bool
+    """Whether that backend is :class:`~ckptdiff.measure.backend.Batching`."""
     scratch: Callable[[int], int] = _no_scratch
+    """Bytes of work space that a thread needs for a pair of a number of coordinates, beside the blocks themselves."""
     threads: int = 0
+    """Most threads it can serve; 0 for any number."""
     overhead: int = 0
+    """Bytes of host memory that its driver and libraries took."""
     compiled_apart: bool = False
+    """Whether another process can compile its kernels for it."""
     note: str = ""
+    """Why it was chosen, if that needs saying."""
 
     def warm_up(self, asked: Uses, tell: Listener) -> None:
         """Load or compile the kernels that a run will call, so that what it measures next is time and memory of data.

@@ -27,8 +27,6 @@ from ckptdiff.run.schedule import execute
 from ckptdiff.run.worker import Result
 from ckptdiff.runfile.writer import RunFileWriter
 
-__all__ = ["prepare", "run", "run_plan"]
-
 
 def run(
     base: str,
@@ -47,7 +45,6 @@ def run(
         Paths of the checkpoints.
     out : Path, optional
         Run file to write; it appears when it is complete.
-    options : Options, optional
     listener : callable, optional
         Called with every event, in this thread.
     title : str, optional

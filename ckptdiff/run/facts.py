@@ -21,8 +21,6 @@ from ckptdiff.formats import formats_of
 from ckptdiff.options import Options
 from ckptdiff.report.text import percent
 
-__all__ = ["facts_of_run"]
-
 
 def facts_of_run(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Options) -> Diff:
     """Make a result of everything that needs no data; its columns have length zero."""

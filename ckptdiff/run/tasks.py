@@ -10,19 +10,6 @@ from ckptdiff.errors import PlanError
 from ckptdiff.measure.partial import BINS, BLOCK
 from ckptdiff.memory import default_bound
 
-__all__ = [
-    "TASK_BLOCKS",
-    "TASK_NUMEL",
-    "TASK_TENSORS",
-    "Load",
-    "Memory",
-    "Span",
-    "SpanTask",
-    "cut",
-    "fit_memory",
-    "plan_tasks",
-]
-
 TASK_BLOCKS = 8
 """Blocks of one tensor in a task: 8 Mi coordinates."""
 TASK_TENSORS = 128
@@ -50,24 +37,16 @@ _HINT_STEP = 10 << 20
 
 @dataclass(frozen=True)
 class Load:
-    """What one tensor pair asks of the plan. Pairs that ask for the same may share one.
-
-    Attributes
-    ----------
-    numel : int
-        Coordinates.
-    bits : tuple of int
-        Bits of a stored element on each side that is read: two entries, or one if both sides are the same bytes.
-    scratch : int
-        Bytes of work space a thread needs to decode it.
-    kind : hashable
-        Small tensors of the same kind can be measured in one call; None if only alone.
-    """
+    """What one tensor pair asks of the plan. Pairs that ask for the same may share one."""
 
     numel: int
+    """Coordinates."""
     bits: tuple[int, ...]
+    """Bits of a stored element on each side that is read: two entries, or one if both sides are the same bytes."""
     scratch: int = 0
+    """Bytes of work space a thread needs to decode it."""
     kind: Hashable = None
+    """Small tensors of the same kind can be measured in one call; None if only alone."""
 
     @cached_property
     def blocks(self) -> int:
@@ -173,7 +152,6 @@ def fit_memory(
 
     Parameters
     ----------
-    loads : sequence of Load
     threads : int
         Wanted.
     max_memory : int

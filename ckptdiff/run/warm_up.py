@@ -37,8 +37,6 @@ from ckptdiff.measure.thresholds import EPS, ETA
 from ckptdiff.options import Compare
 from ckptdiff.runfile.compress import compress_chunk
 
-__all__ = ["Use", "Uses", "compile_apart", "compile_for", "load", "make_call", "panel_uses", "uses"]
-
 Use: TypeAlias = tuple[str, ...]
 """A call of kernels, as words that another process can be given.
 
@@ -59,18 +57,12 @@ logger = logging.getLogger("ckptdiff.run.warm_up")
 
 @dataclass(frozen=True, slots=True)
 class Uses:
-    """The kernels of a run.
-
-    Attributes
-    ----------
-    certain : tuple of Use
-        What it will call; what takes longest to compile comes first, so that it is not the last that is waited for.
-    seldom : tuple of Use
-        What it may come to call: not worth loading, but to be compiled along with others.
-    """
+    """The kernels of a run."""
 
     certain: tuple[Use, ...]
+    """What it will call; what takes longest to compile comes first, so that it is not the last that is waited for."""
     seldom: tuple[Use, ...] = ()
+    """What it may come to call: not worth loading, but to be compiled along with others."""
 
 
 def uses(alike: Set[Formats], alone: Set[Formats], mask_chunk: int, reading: Sequence[str] = ()) -> Uses:
@@ -125,7 +117,6 @@ def load(worker: Backend | None, asked: Uses, tell: Listener) -> None:
     ----------
     worker : Backend or None
         Whose kernels are Numba's; None if there is no comparison.
-    asked : Uses
     tell : callable
         Told of the stage "compiling", if some are missing.
     """
@@ -192,7 +183,6 @@ def compile_apart(missing: Sequence[Use], told: Stage | None = None) -> None:
 
     Parameters
     ----------
-    missing : sequence of Use
     told : Stage, optional
         Told how many are compiled.
     """

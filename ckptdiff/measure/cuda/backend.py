@@ -31,8 +31,6 @@ from ckptdiff.measure.ranks import ranks_of
 from ckptdiff.measure.records import Records
 from ckptdiff.measure.source import ByteArray, SmallPairs, Source, Window, read_runs
 
-__all__ = ["CudaBackend", "open_pipeline"]
-
 logger = logging.getLogger("ckptdiff.cuda")
 
 
@@ -41,7 +39,6 @@ class CudaBackend:
 
     Parameters
     ----------
-    gpu : Gpu
     room : Room
         How large its buffers may be; smaller ones are taken where GPU memory does not suffice.
     """

@@ -11,8 +11,6 @@ from typing import Any
 from ckptdiff.errors import DeviceError
 from ckptdiff.measure.cuda.gpu import CupyGpu, failure
 
-__all__ = ["cupy_packages", "find_gpu"]
-
 _INSTALL = "pip install 'ckptdiff[cuda13]' (NVIDIA driver 580 or newer) or 'ckptdiff[cuda12]' (525 or newer)"
 
 

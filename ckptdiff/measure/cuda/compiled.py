@@ -20,8 +20,6 @@ from ckptdiff.formats import FORMATS
 from ckptdiff.jit import private_folder
 from ckptdiff.measure.cuda.sources import kernel_options, kernel_source
 
-__all__ = ["architecture_for", "compile_kernels", "compiled_folder", "compiled_kernels"]
-
 _CHECKSUM = 32
 """Bytes of the checksum that stands before the machine code in a file."""
 

@@ -19,8 +19,6 @@ from ckptdiff.measure.cuda.compiled import architecture_for, compiled_kernels
 from ckptdiff.measure.cuda.sources import KERNEL_NAMES, THREADS
 from ckptdiff.measure.source import ByteArray
 
-__all__ = ["CupyGpu", "Gpu", "failure"]
-
 Buffer = Any
 """Bytes in GPU memory. Slicing gives a part of it."""
 Stream = Any

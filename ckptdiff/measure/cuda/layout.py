@@ -13,24 +13,6 @@ from numpy.typing import NDArray
 from ckptdiff.formats import Format
 from ckptdiff.measure.partial import BINS, BLOCK, Count, Partial, Refined, Rule, Scan, Sum, Targets
 
-__all__ = [
-    "DEVICE_TILE",
-    "RECORD",
-    "REFINE_BINS",
-    "ROWS",
-    "SCAN_SETTINGS",
-    "SEARCH",
-    "TAILS",
-    "TILE_RECORD",
-    "DeviceCount",
-    "add_refined",
-    "add_scanned",
-    "block_sums",
-    "scan_settings",
-    "search_settings",
-    "split_bins",
-]
-
 DEVICE_TILE = 1 << 15
 """Coordinates of a tile, each of which has its own row of sums."""
 ROWS = 6
@@ -169,7 +151,6 @@ def add_scanned(
 
     Parameters
     ----------
-    scan : Scan
     numel : int
         Coordinates scanned.
     record : structured array of ``RECORD``, shape ()

@@ -23,30 +23,20 @@ from ckptdiff.measure.cuda.layout import DEVICE_TILE, RECORD, TILE_RECORD
 from ckptdiff.measure.cuda.slots import ALIGN, ENTRIES, SLOTS, GroupTotals, HostBlock, Room, Slot, view_of
 from ckptdiff.measure.partial import Sum
 
-__all__ = ["Bins", "Landed", "Launch", "LaunchWork", "Part", "Pipeline"]
-
 Bins = tuple[NDArray[np.uint32], NDArray[np.uint64]]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Consecutive coordinates of one tensor pair in a launch.
-
-    Attributes
-    ----------
-    record : int
-        Which of the pairs of its group it belongs to.
-    numel : int
-    read : callable
-        Reads both sides into given arrays of bytes; with one array, that of the base, which is also the tuned side's.
-    shared : bool
-        Whether both sides are the same bytes.
-    """
+    """Consecutive coordinates of one tensor pair in a launch."""
 
     record: int
+    """Which of the pairs of its group it belongs to."""
     numel: int
     read: Callable[..., None]
+    """Reads both sides into given arrays of bytes; with one array, that of the base, which is also the tuned side's."""
     shared: bool = False
+    """Whether both sides are the same bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,43 +55,28 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """What came down of a launch; valid until the next one is asked for.
-
-    Attributes
-    ----------
-    masks : list of uint8 array
-        Mask bits of each part; empty if none are wanted.
-    sums : list of float array, shape (tiles of the part, len(Sum))
-    records : structured array of ``RECORD``
-        Of each tensor pair of the group, if the job closes it; else empty.
-    bins : (places, counts)
-        The bins of the group that are not empty.
-    """
+    """What came down of a launch; valid until the next one is asked for."""
 
     job: Launch
     masks: list[NDArray[np.uint8]]
+    """Mask bits of each part; empty if none are wanted."""
     sums: list[NDArray[np.float64]]
+    """Shape (tiles of the part, len(Sum))."""
     records: NDArray[Any]
+    """Of each tensor pair of the group, if the job closes it; else empty."""
     bins: Bins
+    """The bins of the group that are not empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchWork:
-    """What to do with each launch.
-
-    Attributes
-    ----------
-    formats : (base, tuned, compare)
-    launch : callable
-        Queues the kernels of one launch, given the slot, the totals, the bins, the number of tiles, and the job.
-    bins : int
-        Bins of one tensor pair.
-    want_mask : bool
-    """
+    """What to do with each launch."""
 
     formats: Formats
     launch: Callable[[Slot, GroupTotals, Any, int, Launch], None]
+    """Queues the kernels of one launch, given the slot, the totals, the bins, the number of tiles, and the job."""
     bins: int
+    """Bins of one tensor pair."""
     want_mask: bool
 
 
@@ -135,7 +110,6 @@ class Pipeline:
 
         Parameters
         ----------
-        work : LaunchWork
         jobs : iterable of Launch
             Each is read before the next one is asked for.
         """

@@ -12,8 +12,6 @@ from ckptdiff.measure.cuda.layout import DEVICE_TILE, RECORD, REFINE_BINS, ROWS,
 from ckptdiff.measure.partial import BINS, Sum
 from ckptdiff.measure.source import ByteArray
 
-__all__ = ["ALIGN", "ENTRIES", "SLOTS", "GroupTotals", "HostBlock", "Room", "Slot", "fit_room", "view_of"]
-
 SLOTS = 2
 """Launches under way: while one is read, the one before is on its way."""
 ALIGN = 64
@@ -29,18 +27,12 @@ _MOST_ENTRIES = 12 * REFINE_BINS
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How large the buffers are.
-
-    Attributes
-    ----------
-    side : int
-        Bytes of one side in a launch; a multiple of 8 ``DEVICE_TILE``.
-    records : int
-        Tensor pairs in a launch.
-    """
+    """How large the buffers are."""
 
     side: int = 4 << 20
+    """Bytes of one side in a launch; a multiple of 8 ``DEVICE_TILE``."""
     records: int = 32
+    """Tensor pairs in a launch."""
 
     @property
     def tiles(self) -> int:

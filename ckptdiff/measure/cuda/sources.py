@@ -8,8 +8,6 @@ from pathlib import Path
 
 from ckptdiff.formats import Format
 
-__all__ = ["KERNEL_NAMES", "NAMES", "THREADS", "kernel_folder", "kernel_options", "kernel_source"]
-
 KERNELS = ("harvest", "refine", "scan", "ties")
 KERNEL_NAMES = ("scan", "refine", "harvest", "place_ties", "take_ties")
 """What can be launched."""

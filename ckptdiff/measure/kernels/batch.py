@@ -17,8 +17,6 @@ from ckptdiff.measure.kernels.stored import Stored
 from ckptdiff.measure.kernels.tiles import Array, Facts, Measure, Totals
 from ckptdiff.measure.partial import BINS, Count
 
-__all__ = ["scan_small"]
-
 CHANGED, STORED_EQUAL = int(Count.CHANGED), int(Count.STORED_EQUAL)
 NONFINITE_BASE, NONFINITE_TUNED = int(Count.NONFINITE_BASE), int(Count.NONFINITE_TUNED)
 
@@ -81,7 +79,6 @@ def scan_small(
     ranks : pair of int64 array, shape (k, ...)
         Sizes of the sets of largest |d| and of smallest weights.
     tables : (Facts, Wanted)
-    measure : Measure
     room : (Workspace, Totals)
         Work space, and totals of nothing seen, which are left so.
     out : (Records, uint64 array)

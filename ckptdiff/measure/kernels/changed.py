@@ -16,8 +16,6 @@ from ckptdiff.codes.lanes import LANES, PACKS, changed_lanes, load_codes, pack_l
 from ckptdiff.jit import helper
 from ckptdiff.measure.kernels.tiles import Array, Tile
 
-__all__ = ["count_nonfinite", "count_strange", "find_changed", "first_of", "keep_finite"]
-
 
 @helper
 def pack_codes(left: Array, right: Array, start: int, word: Any, tile: Tile, count: int) -> None:

@@ -15,8 +15,6 @@ from ckptdiff.measure.kernels.masks import mask_tile, open_mask
 from ckptdiff.measure.kernels.tiles import Array, Facts, Measure, Tile, Totals
 from ckptdiff.measure.partial import Count
 
-__all__ = ["find_bins", "measure_codes", "note_bins", "take_values"]
-
 CHANGED, NONFINITE_TUNED = int(Count.CHANGED), int(Count.NONFINITE_TUNED)
 
 

@@ -14,18 +14,6 @@ from ckptdiff.codes.bits import float_bits
 from ckptdiff.jit import helper, kernel, reducer
 from ckptdiff.measure.kernels.tiles import Array
 
-__all__ = [
-    "Groups",
-    "count_run",
-    "cut_from_bottom",
-    "cut_from_top",
-    "find_delta_cut",
-    "find_low_cut",
-    "regroup",
-    "single_value",
-    "within_bins",
-]
-
 
 @kernel
 def cut_from_bottom(counts: Array, first: int, last: int, rank: int) -> tuple[int, int]:

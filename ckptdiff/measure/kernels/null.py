@@ -16,8 +16,6 @@ from ckptdiff.jit import helper, kernel
 from ckptdiff.measure.kernels.cuts import count_run
 from ckptdiff.measure.kernels.tiles import Array
 
-__all__ = ["Gaps", "change_chance", "fit_null", "null_overlap", "null_unchanged"]
-
 NO_CHANCE = 39.0
 """Sigmas that a float64 chance does not reach."""
 FINE = 0.375
@@ -173,7 +171,6 @@ def fit_null(weights: Array, gaps: Gaps, first: int, last: int, changed: int, of
     ----------
     weights : int64 array, shape (bins,)
         Coordinates by magnitude bin.
-    gaps : Gaps
     first, last : int
         Bins in use; all of finite values.
     changed : int
@@ -220,7 +217,6 @@ def null_overlap(
     ----------
     weights, gaps, first, last, off
         As in ``fit_null``.
-    sigma : float
     ranks : int64 array, shape (k,)
         How many of the smallest weights, ascending.
     overlap : float64 array, shape (k,)

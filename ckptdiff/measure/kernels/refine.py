@@ -21,8 +21,6 @@ from ckptdiff.measure.kernels.stored import Stored
 from ckptdiff.measure.kernels.tiles import TILE, Array, Facts
 from ckptdiff.measure.partial import BLOCK
 
-__all__ = ["Found", "Search", "refine_span"]
-
 
 class Search(NamedTuple):
     """The arrays of :class:`~ckptdiff.measure.partial.Targets`."""
@@ -52,8 +50,6 @@ def count_weights(codes: Array, marks: Array, magnitude: Any, search: Search, we
     codes : unsigned array, shape (n,)
     marks : uint64 array, shape (ceil(n / 64),)
         Bit set: changed.
-    magnitude : unsigned
-    search : Search
     weights : int64 array, shape (len(search.weights), 2, 2**16)
         Added to.
     """
@@ -98,7 +94,6 @@ def refine_span(
     ----------
     sides, stored, extent, facts, work
         As in :func:`~ckptdiff.measure.kernels.span.scan_span`, and so is the returned coordinate.
-    search : Search
     found : Found
         Added to.
     """

@@ -14,8 +14,6 @@ from ckptdiff.measure.kernels.null import Gaps, fit_null, null_overlap, null_unc
 from ckptdiff.measure.kernels.tiles import Array, Facts, Totals
 from ckptdiff.measure.partial import Count, Sum
 
-__all__ = ["Wanted", "fill_row", "take_row"]
-
 CHANGED, FINITE, OFF_GRID = int(Count.CHANGED), int(Count.FINITE), int(Count.OFF_GRID)
 BASE_SQUARE, DELTA_SQUARE = int(Sum.BASE_SQUARE), int(Sum.DELTA_SQUARE)
 
@@ -86,11 +84,9 @@ def take_figures(
 
     Parameters
     ----------
-    totals : Totals
     ranks : pair of int64 array, shapes (percentages,) and (fractions,)
         How many of the largest |d|, and how many of the smallest weights, ascending.
     tables : (Facts, Wanted)
-    row : int
     records : Records
         ``complete`` tells whether all cuts could be found.
     """
@@ -165,7 +161,6 @@ def fill_row(totals: Totals, ranks: tuple[Array, Array], tables: tuple[Facts, Wa
         For each row, how many of the largest |d|, and how many of the smallest weights, ascending.
     tables : (Facts, Wanted)
         Of the compare format.
-    row : int
     records : Records
         Of k rows, in this one of which nothing is known yet. ``complete`` tells whether all is known then; if not,
         ``within_rel`` is -1 where the scan cannot tell, and ``energies`` and ``overlaps`` mean nothing.

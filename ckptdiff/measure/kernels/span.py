@@ -17,8 +17,6 @@ from ckptdiff.measure.kernels.tiles import TILE, Array, Facts, Measure, Tile, To
 from ckptdiff.measure.kernels.wide import measure_wide, take_floats
 from ckptdiff.measure.partial import BLOCK
 
-__all__ = ["Workspace", "codes_of", "new_work", "read_only", "scan_span", "values_of"]
-
 NO_CAST = int(Cast.NONE)
 MANY = 1 << 19
 """Coordinates from which on the bins in use are found in the histogram itself."""
@@ -59,9 +57,6 @@ def measure_tile(
     ----------
     a, b : read-only unsigned array, shape (n,)
         Codes of both sides, 8-bit codes widened with zeros. Addresses are multiples of 8.
-    facts : Facts
-    tile : Tile
-    measure : Measure
     totals : Totals
         Added to.
     sums : float64 array, shape (len(Sum),)
@@ -144,9 +139,6 @@ def scan_span(
         None if both sides are stored as codes of the compare format: a smaller kernel, which compiles sooner.
     extent : (int, int)
         First coordinate, a multiple of ``FETCH``, and how many there are.
-    facts : Facts
-    work : Workspace
-    measure : Measure
     totals : Totals
         Added to.
     words : uint64 array, shape (ceil(n / 64),) or (0,)

@@ -16,8 +16,6 @@ from ckptdiff.measure.kernels.changed import count_nonfinite
 from ckptdiff.measure.kernels.tiles import Array, Measure
 from ckptdiff.measure.partial import Count, Sum
 
-__all__ = ["Cast", "Stored", "count_off_grid", "count_stored", "decode"]
-
 
 class Cast(IntEnum):
     """How stored elements become codes of another format."""
@@ -72,7 +70,6 @@ def decode(raw: Array, cast: int, itemsize: int, table: Array, out: Array) -> No
     raw : uint8 array, shape (n * itemsize,)
     cast : int
         A :class:`Cast`, other than ``Cast.NONE``.
-    itemsize : int
     table : array
         For ``Cast.TABLE``.
     out : uint16, uint32 or uint64 array, shape (n,)
@@ -292,10 +289,8 @@ def count_stored(
     ----------
     raw : pair of read-only uint8 array, shape (n * itemsize,)
         Both sides as stored.
-    stored : pair of Stored
     codes : pair of read-only unsigned array, shape (n,)
         Of both sides after the cast.
-    measure : Measure
     scratch : pair of uint64 array, shape (TILE,)
     totals : pair of array, shapes (len(Count),) and (len(Sum),)
         Counts and sums that are added to.

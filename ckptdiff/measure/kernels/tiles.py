@@ -10,20 +10,6 @@ import numpy as np
 from ckptdiff.formats import Format, is_wide
 from ckptdiff.measure.partial import Partial, Scan
 
-__all__ = [
-    "TILE",
-    "Array",
-    "Facts",
-    "Measure",
-    "Tile",
-    "Totals",
-    "facts_of",
-    "new_measure",
-    "new_tile",
-    "round_down",
-    "totals_of",
-]
-
 TILE = 1 << 16
 """Coordinates in a tile; its buffers stay in the caches of one core. A multiple of 64, at most 2**16."""
 
