@@ -129,15 +129,10 @@ def common_format(base: Format, tuned: Format) -> Format:
 
 
 def compare_format(base: Format, tuned: Format, compare: str) -> Format:
-    """What a pair is cast to before it is compared.
+    """What a pair is cast to before it is compared, under "bf16" or "stored".
 
-    Parameters
-    ----------
-    base, tuned : Format
-        Stored formats.
-    compare : {"bf16", "stored"}
-        Under "bf16" everything of 16 bits and more becomes bfloat16; two tensors of the same 8-bit format stay what
-        they are.
+    Under "bf16" everything of 16 bits and more becomes bfloat16; two tensors of the same 8-bit format stay what they
+    are.
     """
     if compare == "stored" or (base == tuned and base.bits == 8):
         return common_format(base, tuned)

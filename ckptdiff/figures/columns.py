@@ -35,17 +35,10 @@ _OF_BITS = {"numel", "unchanged_bitwise", "unchanged_stored", "changed", "masked
 def measured(
     records: Records, numel: NDArray[np.int64], valued: NDArray[np.bool_], wide: NDArray[np.bool_], rule: MaskRule
 ) -> Measured:
-    """Columns and histograms of k tensors.
+    """Columns and histograms of k tensors: of each, coordinates, whether it holds floating values, and is wide.
 
-    Parameters
-    ----------
-    records : Records
-        Of k rows.
-    numel : int64 array, shape (k,)
-    valued : bool array, shape (k,)
-        Which hold floating values; of the others only bits are compared.
-    wide : bool array, shape (k,)
-        Of which a side is stored wider than the compare format.
+    `numel`, `valued` and `wide` have shape (k,). Of tensors that hold no floating values only bits are compared; a wide
+    one has a side that is stored wider than the compare format.
     """
     counts, sums, total = records.counts, records.sums, records.sums[:, Sum.DELTA_SQUARE]
     unchanged = numel - counts[:, Count.CHANGED]

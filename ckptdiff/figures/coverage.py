@@ -32,16 +32,8 @@ class SideCoverage:
 def by_pattern(tensors: Iterable[tuple[str, int | None, str]]) -> list[dict[str, Any]]:
     """Gather tensors whose names differ in numbers alone, such as the experts of all layers.
 
-    Parameters
-    ----------
-    tensors : iterable of (str, int or None, str)
-        Name, number of values, and why it was left out.
-
-    Returns
-    -------
-    list of dict
-        ``{"pattern", "why", "tensors", "values"}``, those with most values first. In a pattern ``*`` stands for a
-        number between dots; one tensor alone keeps its name.
+    Takes the name of each, its number of values, and why it was left out; gives those with most values first. In a
+    pattern ``*`` stands for a number between dots; one tensor alone keeps its name.
 
     Examples
     --------

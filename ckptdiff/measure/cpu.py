@@ -35,19 +35,10 @@ class CpuBackend:
         self._rooms = [read_only(aligned((FETCH * _ITEM,), np.uint8)) for _ in range(2)]
 
     def scan(self, scan: Scan, source: Source, partial: Partial, first_tie: int = 0) -> NDArray[np.uint8] | None:
-        """Measure a span of blocks.
+        """Measure a span of blocks, of each of which ``partial`` gets a row of sums.
 
-        Parameters
-        ----------
-        partial : Partial
-            Added to; gets one row of sums per block.
-        first_tie : int
-            For ``Rule.TOP``: how many coordinates of earlier blocks lie at the cut.
-
-        Returns
-        -------
-        uint8 array, shape (ceil(n / 8),), or None
-            Mask bits if ``scan.want_mask``; valid until the next call.
+        For ``Rule.TOP``, ``first_tie`` coordinates of earlier blocks lie at the cut. Returns the mask bits if
+        ``scan.want_mask``, shape (ceil(n / 8),), valid until the next call.
         """
         compare = scan.compare
         blocks = -(-source.numel // BLOCK)
@@ -98,23 +89,11 @@ class CpuBackend:
         pairs: SmallPairs,
         records: Records,
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
-        """Measure whole tensors of at most a block.
+        """Measure whole tensors of at most a block, of which ``records`` receives the figures, of shape (k, ...).
 
-        Parameters
-        ----------
-        scan : Scan
-            Of a compare format of at most 16 bits, with a mask rule that needs no figure of the whole tensor.
-        records : Records
-            Of k rows; receives the figures.
-
-        Returns
-        -------
-        done : int
-            How many tensors were measured: less than all if one could not be read.
-        masks : uint8 array
-            Mask bits of all if ``scan.want_mask``, else empty; valid until the next call.
-        starts : int64 array, shape (k,)
-            Where those of each tensor start.
+        The compare format has 16 bits at most, and the mask rule needs no figure of the whole tensor. Returns how many
+        tensors were measured, less than all if one could not be read; the mask bits of all if ``scan.want_mask``, valid
+        until the next call; and where those of each tensor start, shape (k,).
         """
         compare, numel = scan.compare, pairs.numel
         words = -(-numel // 64)

@@ -52,13 +52,7 @@ def first_delta_cut(partial: Partial, width: int, rank: int) -> DeltaCut:
 
 
 def refine_delta_cut(cut: DeltaCut, counts: NDArray[np.int64]) -> DeltaCut:
-    """Narrow a cut by its next 16 bits.
-
-    Parameters
-    ----------
-    counts : int64 array, shape (2**16,)
-        Changed coordinates that share the known bits, by the next 16.
-    """
+    """Narrow a cut by its next 16 bits, by which ``counts``, shape (2**16,), has the changed coordinates."""
     bin_, above = cut_from_top(counts, 0, counts.size - 1, cut.rank - cut.above)
     energy = cut.energy_above
     if cut.width == 32:

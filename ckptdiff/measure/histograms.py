@@ -59,18 +59,7 @@ def ulp_floor() -> NDArray[np.float64]:
 
 
 def log2_bins(values: NDArray[Any]) -> NDArray[np.intp]:
-    """Bin of each finite value.
-
-    Parameters
-    ----------
-    values : float array
-        Finite values; their sign does not matter.
-
-    Returns
-    -------
-    intp array of the same shape
-        0 for zero, else 150 + floor(log2 |x|), kept within 1 to 278.
-    """
+    """Bin of the size of each finite value: 0 for zero, else 150 + floor(log2 |x|), kept within 1 to 278; any shape."""
     mantissas, exponents = np.frexp(values)
     # frexp returns |mantissa| in [0.5, 1), so its exponent is floor(log2 |x|) + 1.
     bins = np.clip(exponents.astype(np.intp) - LOG2_LOWEST, 1, LOG2_BINS - 1)

@@ -57,13 +57,7 @@ def first_low_cuts(partial: Partial, compare: Format, ranks: Sequence[int]) -> l
 
 
 def refine_low_cut(cut: LowCut, counts: NDArray[np.int64]) -> LowCut:
-    """Narrow a cut by its next 16 bits.
-
-    Parameters
-    ----------
-    counts : int64 array, shape (2, 2**16)
-        Weights that share the known bits, by the next 16: all, and the changed ones.
-    """
+    """Narrow a cut by its next 16 bits, by which ``counts``, shape (2, 2**16), has all weights and the changed."""
     bin_, below = cut_from_bottom(counts[0], 0, counts.shape[1] - 1, cut.rank - cut.below)
     return replace(
         cut,

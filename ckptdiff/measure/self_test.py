@@ -35,13 +35,7 @@ def wrong_figures(backend: Backend) -> str:
 
 
 def self_test(backend: Backend, names: tuple[str, str, str] = SELF_TESTED[0]) -> str | None:
-    """Measure two small pairs, one of weights and one of codes of every kind; returns what differs, None if nothing.
-
-    Parameters
-    ----------
-    names : (base, tuned, compare)
-        Formats.
-    """
+    """Measure two small pairs, one of weights and one of codes of every kind; returns what differs, None if nothing."""
     base, tuned, compare = (FORMATS[name] for name in names)
     above = Scan(base, tuned, compare, (0.0, 1e-5), 1e-3, Rule.ABOVE, 1e-3, want_mask=True)
     beyond = Scan(base, tuned, compare, (0.0, 1e-40), 1e-3, Rule.ETA, 0.25, want_mask=True)

@@ -148,27 +148,11 @@ def cut(index: int, load: Load) -> Iterator[SpanTask]:
 def fit_memory(
     loads: Sequence[Load], threads: int, max_memory: int, default: int, growth: int, baseline: int, masks: bool
 ) -> Memory:
-    """Choose as many threads as memory allows, then as many results in waiting.
+    """Choose as many threads as memory allows, up to ``threads``, then as many results in waiting.
 
-    Parameters
-    ----------
-    threads : int
-        Wanted.
-    max_memory : int
-        Bound on the peak resident size, in bytes; 0 if the user gave none.
-    default : int
-        Bound in that case, which grows to what all threads need, and in any case to what one needs.
-    growth : int
-        Bytes above the baseline to which it may grow for more than one thread.
-    baseline : int
-        Resident size before the first read.
-    masks : bool
-        Whether mask bits are made.
-
-    Raises
-    ------
-    PlanError
-        If not even one thread fits.
+    ``max_memory`` bounds the peak resident size, in bytes, and ``baseline`` is that before the first read. With 0 the
+    bound is ``default``, which grows to what all threads need, by no more than ``growth`` above the baseline, and in
+    any case to what one needs. PlanError if not even one thread fits.
     """
     block = max((load.block_bytes for load in loads), default=0)
     scratch = max((load.scratch for load in loads), default=0)

@@ -66,16 +66,10 @@ class Uses:
 
 
 def uses(alike: Set[Formats], alone: Set[Formats], mask_chunk: int, reading: Sequence[str] = ()) -> Uses:
-    """What a run will call.
+    """What a run will call, given the formats of small tensors that are measured in one call, and of all others.
 
-    Parameters
-    ----------
-    alike, alone : set of (base, tuned, compare)
-        Formats of small tensors that are measured in one call, and of all others.
-    mask_chunk : int
-        Bytes of the largest mask chunk, 0 without masks.
-    reading : sequence of str
-        "decoded" if a side is quantised, "boxes" if one lies in parts of rows.
+    ``mask_chunk`` is in bytes, 0 without masks; ``reading`` holds "decoded" if a side is quantised, "boxes" if one lies
+    in parts of rows.
     """
     mask = [("mask", str(mask_chunk))] if mask_chunk else []
     row = [("row",)]
@@ -113,12 +107,8 @@ def panel_uses(pairs: Iterable[TensorPair], compare: Compare) -> list[Use]:
 def load(worker: Backend | None, asked: Uses, tell: Listener) -> None:
     """Make the calls, each on a few coordinates, so that later ones find their kernels in this process.
 
-    Parameters
-    ----------
-    worker : Backend or None
-        Whose kernels are Numba's; None if there is no comparison.
-    tell : callable
-        Told of the stage "compiling", if some are missing.
+    ``worker`` is that of Numba's kernels, None if there is no comparison; if some are missing, a stage "compiling" is
+    told.
     """
     kept = cache_folder() is not None
     missing = [use for use in asked.certain if not (kept and _load_cached(worker, use))]
@@ -143,13 +133,7 @@ def _load_cached(worker: Backend | None, use: Use) -> bool:
 
 
 def make_call(worker: Backend | None, use: Use) -> None:
-    """Call the kernels of one use.
-
-    Raises
-    ------
-    NotCachedError
-        Within :func:`only_cached`, if one of them would have to be compiled.
-    """
+    """Call the kernels of one use; NotCachedError within :func:`only_cached`, if one would have to be compiled."""
     kind, *words = use
     if kind == "mask":
         size = int(words[0])
@@ -180,11 +164,6 @@ def compile_apart(missing: Sequence[Use], told: Stage | None = None) -> None:
     """Have kernels compiled and kept by processes of their own; the caller compiles what they could not.
 
     Processes that still run when an exception ends this are killed.
-
-    Parameters
-    ----------
-    told : Stage, optional
-        Told how many are compiled.
     """
     if not Path(sys.executable or "").name.startswith("python"):
         return  # another program with Python inside, which would start itself once more

@@ -37,10 +37,7 @@ logger = logging.getLogger("ckptdiff.cuda")
 class CudaBackend:
     """Measures spans on a GPU; the methods are those of :class:`~ckptdiff.measure.cpu.CpuBackend`.
 
-    Parameters
-    ----------
-    room : Room
-        How large its buffers may be; smaller ones are taken where GPU memory does not suffice.
+    Its buffers are as large as ``room`` says, and smaller where memory does not suffice.
     """
 
     def __init__(self, gpu: Gpu, room: Room) -> None:
@@ -157,13 +154,7 @@ class CudaBackend:
 
 
 def open_pipeline(gpu: Gpu, room: Room) -> Pipeline:
-    """Take room on the GPU and on the host, less where there is not as much.
-
-    Raises
-    ------
-    DeviceError
-        If there is not even room for the smallest.
-    """
+    """Take room on the GPU and on the host, less where there is not as much; DeviceError if none is small enough."""
     wanted: Room | None = room
     while wanted is not None:
         on_gpu, on_host = wanted.gpu_bytes >> 20, wanted.host_bytes >> 20

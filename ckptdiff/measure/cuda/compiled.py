@@ -29,18 +29,9 @@ logger = logging.getLogger("ckptdiff.cuda")
 def architecture_for(major: int, minor: int) -> str:
     """What NVRTC compiles for, so that a GPU of this compute capability can run it.
 
-    Returns
-    -------
-    str
-        "sm_90": machine code of just this architecture. "compute_90": an intermediate language (PTX) that the driver
-        makes machine code of, for a GPU that is newer than NVRTC.
-
-    Raises
-    ------
-    ImportError, RuntimeError
-        If CuPy or NVRTC is missing.
-    DeviceError
-        If the GPU is older than what NVRTC still knows.
+    "sm_90" is machine code of just this architecture. "compute_90" is an intermediate language (PTX) that the driver
+    makes machine code of, for a GPU that is newer than NVRTC. Without CuPy or NVRTC this raises ImportError or
+    RuntimeError, and DeviceError if the GPU is older than what NVRTC still knows.
     """
     nvrtc, own = _nvrtc(), 10 * major + minor
     known = nvrtc.getSupportedArchs()
@@ -58,21 +49,10 @@ def architecture_for(major: int, minor: int) -> str:
 
 
 def compile_kernels(architecture: str, names: tuple[str, str, str] = ("bf16", "bf16", "bf16")) -> bytes:
-    """The kernels for one pair of formats, compiled now; needs CuPy and NVRTC, and no GPU.
+    """The kernels for base, tuned and compare format, compiled now; needs CuPy and NVRTC, and no GPU.
 
-    Parameters
-    ----------
-    architecture : str
-        "sm_90" for machine code (a cubin), "compute_90" for PTX.
-    names : (base, tuned, compare)
-        Formats.
-
-    Raises
-    ------
-    ImportError, RuntimeError
-        If CuPy or NVRTC is missing.
-    DeviceError
-        If the kernels do not compile.
+    A cubin for "sm_90", PTX for "compute_90". Without CuPy or NVRTC this raises ImportError or RuntimeError, and
+    DeviceError if the kernels do not compile.
     """
     nvrtc = _nvrtc()
     program = nvrtc.createProgram(kernel_source(), "kernels.cu", (), ())
@@ -91,10 +71,7 @@ def compile_kernels(architecture: str, names: tuple[str, str, str] = ("bf16", "b
 
 
 def compiled_kernels(architecture: str, names: tuple[str, str, str]) -> bytes:
-    """The same from the cache, or compiled and put there; a damaged file is compiled anew.
-
-    Parameters and errors are those of :func:`compile_kernels`.
-    """
+    """The same from the cache, or compiled and put there; a damaged file is compiled anew."""
     folder = compiled_folder()
     if folder is None:
         return compile_kernels(architecture, names)

@@ -125,18 +125,7 @@ def _says(error: BaseException, signs: tuple[str, ...]) -> bool:
 
 
 class CupyGpu:
-    """A GPU through CuPy.
-
-    Parameters
-    ----------
-    index : int
-        Which one.
-
-    Raises
-    ------
-    DeviceError
-        If CuPy does not reach it.
-    """
+    """A GPU through CuPy, by its index; DeviceError if CuPy does not reach it."""
 
     _modules: ClassVar[dict[tuple[int, Formats], dict[str, Any]]] = {}
     _compiling: ClassVar[threading.Lock] = threading.Lock()

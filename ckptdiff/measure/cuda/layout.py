@@ -122,15 +122,8 @@ def magnitude_value(bits: int, compare: Format) -> float:
 def block_sums(tiles: NDArray[np.float64], numel: int) -> NDArray[np.float64]:
     """Sums of blocks of ``BLOCK`` coordinates from those of their tiles, which are added in order.
 
-    Parameters
-    ----------
-    tiles : float array, shape (ceil(numel / DEVICE_TILE), columns)
-    numel : int
-        Coordinates, from the first of a block on.
-
-    Returns
-    -------
-    float array, shape (ceil(numel / BLOCK), columns)
+    Tiles of shape (ceil(numel / DEVICE_TILE), columns), from the first of a block on, give (ceil(numel / BLOCK),
+    columns).
     """
     blocks = -(-numel // BLOCK)
     padded = np.zeros((blocks * (BLOCK // DEVICE_TILE), tiles.shape[1]))
@@ -147,18 +140,10 @@ def add_scanned(
     found: tuple[NDArray[np.integer], NDArray[np.uint64]],
     partial: Partial,
 ) -> None:
-    """Add what a scan of consecutive blocks left on the device.
+    """Add what a scan of ``numel`` coordinates, consecutive blocks, left on the device.
 
-    Parameters
-    ----------
-    numel : int
-        Coordinates scanned.
-    record : structured array of ``RECORD``, shape ()
-    tiles : float array, shape (ceil(numel / DEVICE_TILE), len(Sum))
-    found : (places, counts)
-        The bins of ``ROWS * BINS`` that are not empty, in any order.
-    partial : Partial
-        Added to.
+    ``record`` is one of ``RECORD``, shape (); ``tiles`` has shape (ceil(numel / DEVICE_TILE), len(Sum)); ``found``
+    holds places and counts of the bins of ``ROWS * BINS`` that are not empty, in any order.
     """
     places, counts = found
     rows, bins = np.divmod(places.astype(np.int64), BINS)

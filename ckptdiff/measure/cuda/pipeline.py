@@ -103,15 +103,10 @@ class Pipeline:
         self._host_bins = block.take(ENTRIES * 4), block.take(ENTRIES * 8)
 
     def carry_out(self, work: LaunchWork, jobs: Iterable[Launch]) -> Generator[Landed, None, None]:
-        """Launch job after job; yield what comes of each, in order.
+        """Launch job after job, each read before the next is asked for; yield what comes of each, in order.
 
         However that ends, by an error, an interrupt or a generator that is closed, nothing is left under way: buffers
         may go to someone whose work waits for none of these streams.
-
-        Parameters
-        ----------
-        jobs : iterable of Launch
-            Each is read before the next one is asked for.
         """
         under_way: deque[_Flight] = deque()
         group = -1

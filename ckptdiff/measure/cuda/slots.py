@@ -108,19 +108,9 @@ class Room:
 
 
 def fit_room(budget: int, threads: int) -> tuple[Room, int]:
-    """The largest buffers with which as many threads as wanted fit on the GPU; fewer threads if none are small enough.
+    """The largest buffers with which ``threads`` pipelines fit into a budget of bytes, and how many threads do.
 
-    Parameters
-    ----------
-    budget : int
-        Bytes of GPU memory.
-    threads : int
-        Wanted; each has a pipeline of its own.
-
-    Raises
-    ------
-    PlanError
-        If not even one thread fits.
+    They are fewer only where the smallest buffers are too large; PlanError if not even one fits.
     """
     room = Room()
     while room.gpu_bytes * threads > budget and (smaller := room.halved()) is not None:

@@ -29,13 +29,7 @@ def kernel_folder() -> Path:
 
 
 def kernel_source(folder: Path | None = None) -> str:
-    """All kernels in one text, which includes nothing: NVRTC needs no folder of headers, and a hash of it sees all.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the package lacks its kernels.
-    """
+    """All kernels in one text, which includes nothing: NVRTC needs no folder of headers, and a hash of it sees all."""
     folder = folder or kernel_folder()
     seen: set[str] = set()
 

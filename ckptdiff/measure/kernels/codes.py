@@ -42,16 +42,7 @@ def find_bins(counts: Array, span: Array) -> None:
 
 @helper
 def count_weights(codes: Array, magnitude: Any, weights: Array) -> None:
-    """Histogram of the magnitudes of all base codes.
-
-    Parameters
-    ----------
-    codes : uint16 array, shape (n,)
-    magnitude : uint64
-        Mask of the magnitude bits.
-    weights : int64 array, shape (3, BINS)
-        Its first row is added to.
-    """
+    """Add the magnitudes of all base codes, uint16 of shape (n,), to the first row of ``weights``, shape (3, BINS)."""
     # Four codes to a load: the loop is bound by its loads and stores.
     whole = codes.size // 4 * 4
     fours = codes[:whole].view(np.uint64)

@@ -63,16 +63,9 @@ def look_up(codes: Array, table: Array, out: Array) -> None:
 
 
 def decode(raw: Array, cast: int, itemsize: int, table: Array, out: Array) -> None:
-    """Write the codes of raw elements.
+    """Write the codes of raw elements, uint8 of shape (n * itemsize,), to an array of 16, 32 or 64 bits, shape (n,).
 
-    Parameters
-    ----------
-    raw : uint8 array, shape (n * itemsize,)
-    cast : int
-        A :class:`Cast`, other than ``Cast.NONE``.
-    table : array
-        For ``Cast.TABLE``.
-    out : uint16, uint32 or uint64 array, shape (n,)
+    ``cast`` is a :class:`Cast` other than ``Cast.NONE``.
     """
     raise NotImplementedError("compiled code only")
 
@@ -283,17 +276,10 @@ def count_stored(
     scratch: tuple[Array, Array],
     totals: tuple[Array, Array],
 ) -> None:
-    """Count and sum what the cast hides, over one tile.
+    """Count and sum what the cast hides, over one tile: into ``totals``, shapes (len(Count),) and (len(Sum),).
 
-    Parameters
-    ----------
-    raw : pair of read-only uint8 array, shape (n * itemsize,)
-        Both sides as stored.
-    codes : pair of read-only unsigned array, shape (n,)
-        Of both sides after the cast.
-    scratch : pair of uint64 array, shape (TILE,)
-    totals : pair of array, shapes (len(Count),) and (len(Sum),)
-        Counts and sums that are added to.
+    Both sides ``raw``, uint8 of shape (n * itemsize,), and as codes after the cast, shape (n,); ``scratch`` is uint64
+    of shape (TILE,).
     """
     counts, sums = totals
     if measure.native:  # 8-bit codes, cast to 16 bits for the kernels alone
