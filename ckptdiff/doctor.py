@@ -53,9 +53,8 @@ def _processor() -> Iterator[Finding]:
 def _gpu() -> Iterator[Finding]:
     from ckptdiff.measure.cuda.backend import CudaBackend
     from ckptdiff.measure.cuda.choice import cupy_packages, find_gpu
-    from ckptdiff.measure.cuda.compiled import compiled_folder
+    from ckptdiff.measure.cuda.compiled import compiled_folder, kernel_folder
     from ckptdiff.measure.cuda.slots import Room
-    from ckptdiff.measure.cuda.sources import kernel_folder
 
     packages = cupy_packages()
     yield Finding("CuPy", ", ".join(packages) or "not installed", len(packages) < 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,11 @@ class Format:
     def code_dtype(self) -> np.dtype[np.unsignedinteger]:
         """Unsigned NumPy dtype of the stored codes."""
         return np.dtype(f"u{self.bits // 8}")
+
+    @property
+    def real(self) -> np.dtype[Any]:
+        """What d is computed in: float64 for codes of 64 bits, else float32."""
+        return np.dtype(np.float64 if self.bits == 64 else np.float32)
 
     def values(self) -> NDArray[np.float32]:
         """Value of every code of a format of at most 16 bits, shape (2**bits,); NaN payloads are not kept."""

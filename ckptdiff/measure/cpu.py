@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +42,7 @@ class CpuBackend:
         compare = scan.compare
         blocks = -(-source.numel // BLOCK)
         partial.open_blocks(blocks, len(scan.thresholds))
-        measure = new_measure(scan, _real(compare), first_tie)
+        measure = new_measure(scan, first_tie)
         totals = totals_of(partial, blocks)
         stored, facts, work = _stored(scan.base, scan.tuned, compare), facts_of(compare), self._work_for(compare)
         words = self._room_for_mask(source.numel if scan.want_mask else 0)
@@ -64,7 +63,7 @@ class CpuBackend:
 
     def refine(self, scan: Scan, targets: Targets, source: Source, refined: Refined) -> None:
         """Look for open cuts in a span; parameters as in :meth:`scan`, ``refined`` is added to."""
-        compare, real = scan.compare, _real(scan.compare)
+        compare, real = scan.compare, scan.compare.real
         blocks = -(-source.numel // BLOCK)
         refined.open_blocks(blocks)
         search = Search(
@@ -106,7 +105,7 @@ class CpuBackend:
             np.column_stack([numel, stops - words]),
             ranks_of(numel),
             tables_of(compare),
-            new_measure(scan, _real(compare)),
+            new_measure(scan),
             (self._work_for(compare), totals_of(self._small, 1)),
             (records, masks),
         )
@@ -125,7 +124,7 @@ class CpuBackend:
     def _work_for(self, compare: Format) -> Workspace:
         code = max(compare.code_dtype, np.dtype(np.uint16))
         if code.itemsize not in self._work:
-            self._work[code.itemsize] = new_work(code, _real(compare))
+            self._work[code.itemsize] = new_work(code, compare.real)
         return self._work[code.itemsize]
 
     def _room_for_mask(self, numel: int) -> NDArray[np.uint64]:
@@ -140,10 +139,6 @@ def _advanced(source: Source, window: Window, first: int, came: int) -> int:
     if came == first:
         source.fail(first, min(first + FETCH, window.stop))
     return came
-
-
-def _real(compare: Format) -> np.dtype[Any]:
-    return np.dtype(np.float64 if compare.bits == 64 else np.float32)
 
 
 @cache

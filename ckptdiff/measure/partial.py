@@ -13,7 +13,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.formats import Format
+from ckptdiff.formats import Format, Formats
 
 BLOCK = 1 << 20
 """Coordinates in a block: 128 KiB of mask."""
@@ -91,6 +91,11 @@ class Scan:
     """For ``Rule.TOP``: how many coordinates of the tensor have |d| equal to ``cut``, and how many of them to take."""
     want_mask: bool = False
     """Whether to return mask bits, or only count them."""
+
+    @property
+    def formats(self) -> Formats:
+        """Both stored formats, and what they are compared as."""
+        return self.base, self.tuned, self.compare
 
 
 @dataclass(frozen=True, slots=True)

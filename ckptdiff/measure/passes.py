@@ -17,10 +17,16 @@ from numpy.typing import NDArray
 
 from ckptdiff.errors import OptionError
 from ckptdiff.formats import Format, Formats
-from ckptdiff.measure.delta_cuts import DeltaCut, first_delta_cut, refine_delta_cut
 from ckptdiff.measure.kernels.row import fill_row
 from ckptdiff.measure.kernels.tiles import totals_of
-from ckptdiff.measure.low_cuts import LowCut, first_low_cuts, refine_low_cut
+from ckptdiff.measure.open_cuts import (
+    DeltaCut,
+    LowCut,
+    first_delta_cut,
+    first_low_cuts,
+    refine_delta_cut,
+    refine_low_cut,
+)
 from ckptdiff.measure.partial import BitScan, Count, Partial, Refined, Rule, Scan, Sum, Targets
 from ckptdiff.measure.ranks import ranks_of, set_size, tables_of
 from ckptdiff.measure.records import empty_records

@@ -25,10 +25,16 @@ from ckptdiff.formats import FORMATS, Format, Formats, formats_of
 from ckptdiff.interrupts import raise_pending
 from ckptdiff.jit import NotCachedError, cache_folder, only_cached
 from ckptdiff.measure.backend import Backend, Batching
-from ckptdiff.measure.delta_cuts import DeltaCut, first_delta_cut, refine_delta_cut
 from ckptdiff.measure.kernels.row import fill_row
 from ckptdiff.measure.kernels.tiles import totals_of
-from ckptdiff.measure.low_cuts import LowCut, first_low_cuts, refine_low_cut
+from ckptdiff.measure.open_cuts import (
+    DeltaCut,
+    LowCut,
+    first_delta_cut,
+    first_low_cuts,
+    refine_delta_cut,
+    refine_low_cut,
+)
 from ckptdiff.measure.partial import Partial, Refined, Rule, Scan, Targets
 from ckptdiff.measure.ranks import ranks_of, tables_of
 from ckptdiff.measure.records import empty_records
@@ -151,13 +157,16 @@ def make_call(worker: Backend | None, use: Use) -> None:
         return
     assert worker is not None
     base, tuned, compare = formats
+    scan, source = Scan(base, tuned, compare, EPS, ETA, Rule.BITWISE, want_mask=True), _two_coordinates(base, tuned)
     if kind == "alike":
         assert isinstance(worker, Batching)
-        _measure_small(worker, base, tuned, compare)
+        (window,) = source.windows()
+        worker.scan_small(scan, SmallPairs(window.base, window.tuned, np.array([source.numel])), empty_records(1))
     elif kind == "alone":
-        _scan(worker, base, tuned, compare)
+        worker.scan(scan, source, Partial())
     else:
-        _refine(worker, base, tuned, compare)
+        targets = Targets(16)
+        worker.refine(scan, targets, source, Refined.empty(targets))
 
 
 def compile_apart(missing: Sequence[Use], told: Stage | None = None) -> None:
@@ -220,25 +229,6 @@ def compile_for(use: Use) -> None:
 def _end_with_input() -> None:
     os.read(0, 1)
     os._exit(1)
-
-
-def _measure_small(worker: Batching, base: Format, tuned: Format, compare: Format) -> None:
-    (window,) = (source := _two_coordinates(base, tuned)).windows()
-    pairs = SmallPairs(window.base, window.tuned, np.array([source.numel]))
-    worker.scan_small(_first_scan(base, tuned, compare), pairs, empty_records(1))
-
-
-def _scan(worker: Backend, base: Format, tuned: Format, compare: Format) -> None:
-    worker.scan(_first_scan(base, tuned, compare), _two_coordinates(base, tuned), Partial())
-
-
-def _refine(worker: Backend, base: Format, tuned: Format, compare: Format) -> None:
-    targets = Targets(16)
-    worker.refine(_first_scan(base, tuned, compare), targets, _two_coordinates(base, tuned), Refined.empty(targets))
-
-
-def _first_scan(base: Format, tuned: Format, compare: Format) -> Scan:
-    return Scan(base, tuned, compare, EPS, ETA, Rule.BITWISE, want_mask=True)
 
 
 def _fill_row() -> None:

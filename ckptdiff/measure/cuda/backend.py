@@ -13,17 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.errors import DeviceError
-from ckptdiff.formats import Formats
 from ckptdiff.measure.cuda.batch import Rows, UnreadableError, groups
 from ckptdiff.measure.cuda.gpu import Gpu
-from ckptdiff.measure.cuda.layout import (
-    REFINE_BINS,
-    ROWS,
-    add_refined,
-    add_scanned,
-    scan_settings,
-    search_settings,
-)
+from ckptdiff.measure.cuda.layout import REFINE_BINS, ROWS, add_refined, add_scanned, scan_settings, search_settings
 from ckptdiff.measure.cuda.pipeline import Launch, LaunchWork, Part, Pipeline
 from ckptdiff.measure.cuda.slots import GroupTotals, Room, Slot
 from ckptdiff.measure.partial import BINS, Partial, Refined, Rule, Scan, Targets
@@ -107,7 +99,7 @@ class CudaBackend:
                     add_refined(targets, source.numel, landed.records[0], np.concatenate(sums), landed.bins, refined)
 
     def _scan_work(self, scan: Scan, first_tie: int) -> LaunchWork:
-        settings, formats, gpu, run = scan_settings(scan), _formats(scan), self._gpu, self._pipeline.run
+        settings, formats, gpu, run = scan_settings(scan), scan.formats, self._gpu, self._pipeline.run
 
         def launch(slot: Slot, totals: GroupTotals, bins: Any, tiles: int, job: Launch) -> None:
             blocks, count = min(tiles, 2 * gpu.processors), np.uint32(tiles)
@@ -125,7 +117,7 @@ class CudaBackend:
 
     def _refine_work(self, scan: Scan, targets: Targets) -> LaunchWork:
         settings = search_settings(scan.compare, targets)
-        formats, gpu, run = _formats(scan), self._gpu, self._pipeline.run
+        formats, gpu, run = scan.formats, self._gpu, self._pipeline.run
 
         def launch(slot: Slot, totals: GroupTotals, bins: Any, tiles: int, job: Launch) -> None:
             sides = slot.sides[0], slot.sides[0 if job.shared else 1]
@@ -174,10 +166,6 @@ def open_pipeline(gpu: Gpu, room: Room) -> Pipeline:
         found=found or None,
         hint="close what else uses the GPU (nvidia-smi lists it), fewer --threads, or --device cpu",
     )
-
-
-def _formats(scan: Scan) -> Formats:
-    return scan.base, scan.tuned, scan.compare
 
 
 def _read(scan: Scan, source: Source, window: Window, first: int, *rooms: ByteArray) -> None:

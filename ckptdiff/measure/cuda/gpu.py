@@ -15,8 +15,7 @@ import numpy as np
 
 from ckptdiff.errors import CkptdiffError, DeviceError
 from ckptdiff.formats import Formats
-from ckptdiff.measure.cuda.compiled import architecture_for, compiled_kernels
-from ckptdiff.measure.cuda.sources import KERNEL_NAMES, THREADS
+from ckptdiff.measure.cuda.compiled import KERNEL_NAMES, THREADS, architecture_for, compiled_kernels
 from ckptdiff.measure.source import ByteArray
 
 Buffer = Any

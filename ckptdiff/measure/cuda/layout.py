@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.formats import Format
+from ckptdiff.measure.kernels.tiles import round_down
 from ckptdiff.measure.partial import BINS, BLOCK, Count, Partial, Refined, Rule, Scan, Sum, Targets
 
 DEVICE_TILE = 1 << 15
@@ -105,18 +106,14 @@ def search_settings(compare: Format, targets: Targets) -> NDArray[Any]:
 
 def magnitude_bits(value: float, compare: Format) -> int:
     """Bits of the largest |d| that does not exceed a value; d is a float64 under a compare format of 64 bits."""
-    real = np.dtype(np.float64 if compare.bits == 64 else np.float32)
     with np.errstate(over="ignore"):
-        rounded = real.type(value)
-    if float(rounded) > value:
-        rounded = np.nextafter(rounded, real.type(-np.inf))
-    return int(np.array(rounded, real).view(f"u{real.itemsize}"))
+        rounded = round_down(value, compare.real)
+    return int(np.array(rounded, compare.real).view(f"u{compare.real.itemsize}"))
 
 
 def magnitude_value(bits: int, compare: Format) -> float:
     """Value of the bits of |d|."""
-    code, real = ("u8", "f8") if compare.bits == 64 else ("u4", "f4")
-    return float(np.array(bits, code).view(real))
+    return float(np.array(bits, f"u{compare.real.itemsize}").view(compare.real))
 
 
 def block_sums(tiles: NDArray[np.float64], numel: int) -> NDArray[np.float64]:

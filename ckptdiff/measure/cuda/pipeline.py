@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ckptdiff.formats import Formats
 from ckptdiff.measure.cuda.gpu import Gpu
 from ckptdiff.measure.cuda.layout import DEVICE_TILE, RECORD, TILE_RECORD
-from ckptdiff.measure.cuda.slots import ALIGN, ENTRIES, SLOTS, GroupTotals, HostBlock, Room, Slot, view_of
+from ckptdiff.measure.cuda.slots import ALIGN, ENTRIES, SLOTS, GroupTotals, HostBlock, Room, Slot
 from ckptdiff.measure.partial import Sum
 
 Bins = tuple[NDArray[np.uint32], NDArray[np.uint64]]
@@ -148,7 +148,7 @@ class Pipeline:
             own["numel"] = np.minimum(part.numel - starts, DEVICE_TILE)
             tiles.append(own)
             at = [place + -(-size // ALIGN) * ALIGN for place, size in zip(at, sizes, strict=True)]
-        flight.tiles = view_of(slot.host_tiles, TILE_RECORD, sum(own.size for own in tiles))
+        flight.tiles = slot.host_tiles[: sum(own.nbytes for own in tiles)].view(TILE_RECORD)
         np.concatenate(tiles, out=flight.tiles)
 
     def _queue(self, flight: _Flight, work: LaunchWork) -> None:

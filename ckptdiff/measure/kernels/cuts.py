@@ -61,7 +61,7 @@ def bin_energy(bin_: int, count: float, total: float, squares: float) -> float:
 def find_delta_cut(deltas: Array, span: Array, rank: int, width: int) -> tuple[int, int, int, int, float]:
     """Find the ``rank``-th largest |d|, of ``width`` bits, in the histogram of a scan, shape (3, BINS).
 
-    Returns prefix, unknown, above, at and energy_above of a :class:`~ckptdiff.measure.delta_cuts.DeltaCut`.
+    Returns prefix, unknown, above, at and energy_above of a :class:`~ckptdiff.measure.open_cuts.DeltaCut`.
     """
     above: Any = 0
     energy = 0.0
@@ -86,7 +86,7 @@ def find_low_cut(
     """Find the ``rank``-th smallest |W0| in bins ``first`` to ``last`` of the histogram of a scan, shape (3, bins).
 
     ``below`` weights, ``changed`` of which did, lie below ``first``: where the search for a lower rank stopped. Returns
-    bin, below, at, changed_below and changed_at of a :class:`~ckptdiff.measure.low_cuts.LowCut`; ``at`` is 0 if there
+    bin, below, at, changed_below and changed_at of a :class:`~ckptdiff.measure.open_cuts.LowCut`; ``at`` is 0 if there
     are fewer weights.
     """
     for bin_ in range(first, last + 1):
