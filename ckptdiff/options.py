@@ -70,9 +70,7 @@ class MaskRule:
             return cls(cast(RuleKind, kind))
         if kind not in _MEANING:
             raise OptionError(
-                "unknown mask rule",
-                expected="bitwise, abs:EPS, eta:ETA, rel:TAU, top:PERCENT or none",
-                found=text,
+                "unknown mask rule", expected="bitwise, abs:EPS, eta:ETA, rel:TAU, top:PERCENT or none", found=text
             )
         try:
             value = float(number)
@@ -256,9 +254,7 @@ class Options:
         for name, allowed in (("compare", Compare), ("values", Values), ("io", Io)):
             if getattr(self, name) not in get_args(allowed):
                 raise OptionError(
-                    f"unknown value of {name}",
-                    expected=", ".join(get_args(allowed)),
-                    found=getattr(self, name),
+                    f"unknown value of {name}", expected=", ".join(get_args(allowed)), found=getattr(self, name)
                 )
         if not _DEVICE.fullmatch(self.device):
             raise OptionError(

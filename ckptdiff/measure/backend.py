@@ -27,9 +27,6 @@ class Batching(Protocol):
     """A backend that can also measure many small tensors in one call."""
 
     def scan_small(
-        self,
-        scan: Scan,
-        pairs: SmallPairs,
-        records: Records,
+        self, scan: Scan, pairs: SmallPairs, records: Records
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
         """Measure whole tensors of at most a block; see :meth:`ckptdiff.measure.cpu.CpuBackend.scan_small`."""

@@ -83,10 +83,7 @@ class CpuBackend:
                 first = _advanced(source, window, first, came)
 
     def scan_small(
-        self,
-        scan: Scan,
-        pairs: SmallPairs,
-        records: Records,
+        self, scan: Scan, pairs: SmallPairs, records: Records
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
         """Measure whole tensors of at most a block, of which ``records`` receives the figures, of shape (k, ...).
 

@@ -199,9 +199,7 @@ def _kept_facts(kept: Kept) -> KeptFacts:
         return part / whole if part is not None and whole else None
 
     return KeptFacts(
-        share(kept.equal_codes, kept.values),
-        share(kept.equal_scales, kept.scales),
-        share(kept.within, kept.changed),
+        share(kept.equal_codes, kept.values), share(kept.equal_scales, kept.scales), share(kept.within, kept.changed)
     )
 
 

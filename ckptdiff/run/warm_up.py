@@ -91,11 +91,7 @@ def uses(alike: Set[Formats], alone: Set[Formats], mask_chunk: int, reading: Seq
             *((kind,) for kind in reading),
             *mask,
         ),
-        (
-            *_named("alone", alike - alone),
-            *(row if alike and not alone else []),
-            *_named("refine", narrow),
-        ),
+        (*_named("alone", alike - alone), *(row if alike and not alone else []), *_named("refine", narrow)),
     )
 
 

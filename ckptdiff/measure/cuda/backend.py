@@ -56,10 +56,7 @@ class CudaBackend:
         return mask if scan.want_mask else None
 
     def scan_small(
-        self,
-        scan: Scan,
-        pairs: SmallPairs,
-        records: Records,
+        self, scan: Scan, pairs: SmallPairs, records: Records
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
         """Measure whole tensors of at most a block, many with one launch.
 
