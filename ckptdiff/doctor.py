@@ -14,24 +14,16 @@ from ckptdiff.errors import DeviceError
 from ckptdiff.options import default_threads
 from ckptdiff.report.text import binary_size
 
-__all__ = ["Finding", "examine"]
-
 _PACKAGES = ("numpy", "numba", "llvmlite", "h5py", "rich", "click", "safetensors", "torch", "pyarrow")
 
 
 class Finding(NamedTuple):
-    """One line of the report.
-
-    Attributes
-    ----------
-    name, value : str
-    ok : bool
-        Whether it is as it should be; a GPU that is not there is no fault.
-    """
+    """One line of the report."""
 
     name: str
     value: str
     ok: bool = True
+    """Whether it is as it should be; a GPU that is not there is no fault."""
 
 
 def examine() -> Iterator[Finding]:
@@ -61,9 +53,8 @@ def _processor() -> Iterator[Finding]:
 def _gpu() -> Iterator[Finding]:
     from ckptdiff.measure.cuda.backend import CudaBackend
     from ckptdiff.measure.cuda.choice import cupy_packages, find_gpu
-    from ckptdiff.measure.cuda.compiled import compiled_folder
+    from ckptdiff.measure.cuda.compiled import compiled_folder, kernel_folder
     from ckptdiff.measure.cuda.slots import Room
-    from ckptdiff.measure.cuda.sources import kernel_folder
 
     packages = cupy_packages()
     yield Finding("CuPy", ", ".join(packages) or "not installed", len(packages) < 2)

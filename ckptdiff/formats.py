@@ -4,45 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "FORMATS",
-    "Format",
-    "Formats",
-    "common_format",
-    "compare_format",
-    "formats_of",
-    "is_wide",
-    "recode_table",
-    "round_to_bf16",
-    "stored_format",
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """A sign-magnitude floating format.
-
-    Attributes
-    ----------
-    name : str
-        Lower-case name, as printed.
-    bits : int
-        Width of a code.
-    infinite : int
-        Magnitude (sign bit removed) of the first code that is not finite.
-    nan : int
-        Magnitude of the first code that is NaN.
-    """
+    """A sign-magnitude floating format."""
 
     name: str
+    """Lower-case name, as printed."""
     bits: int
+    """Width of a code."""
     infinite: int
+    """Magnitude (sign bit removed) of the first code that is not finite."""
     nan: int
+    """Magnitude of the first code that is NaN."""
 
     @property
     def magnitude(self) -> int:
@@ -53,6 +32,11 @@ class Format:
     def code_dtype(self) -> np.dtype[np.unsignedinteger]:
         """Unsigned NumPy dtype of the stored codes."""
         return np.dtype(f"u{self.bits // 8}")
+
+    @property
+    def real(self) -> np.dtype[Any]:
+        """What d is computed in: float64 for codes of 64 bits, else float32."""
+        return np.dtype(np.float64 if self.bits == 64 else np.float32)
 
     def values(self) -> NDArray[np.float32]:
         """Value of every code of a format of at most 16 bits, shape (2**bits,); NaN payloads are not kept."""
@@ -150,15 +134,10 @@ def common_format(base: Format, tuned: Format) -> Format:
 
 
 def compare_format(base: Format, tuned: Format, compare: str) -> Format:
-    """What a pair is cast to before it is compared.
+    """What a pair is cast to before it is compared, under "bf16" or "stored".
 
-    Parameters
-    ----------
-    base, tuned : Format
-        Stored formats.
-    compare : {"bf16", "stored"}
-        Under "bf16" everything of 16 bits and more becomes bfloat16; two tensors of the same 8-bit format stay what
-        they are.
+    Under "bf16" everything of 16 bits and more becomes bfloat16; two tensors of the same 8-bit format stay what they
+    are.
     """
     if compare == "stored" or (base == tuned and base.bits == 8):
         return common_format(base, tuned)

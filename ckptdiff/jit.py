@@ -25,19 +25,6 @@ import llvmlite.binding
 import numba
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 
-__all__ = [
-    "STEP",
-    "NotCachedError",
-    "cache_folder",
-    "helper",
-    "kernel",
-    "kernel_sources",
-    "only_cached",
-    "private_folder",
-    "processor_features",
-    "reducer",
-]
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _SOURCES = (

@@ -10,21 +10,6 @@ from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 from ckptdiff.errors import OptionError
 
-__all__ = [
-    "Compare",
-    "Io",
-    "MaskRule",
-    "Options",
-    "SpectraMode",
-    "SpectraOptions",
-    "Values",
-    "as_bytes",
-    "as_spectra",
-    "as_tuple",
-    "check_threads",
-    "parse_size",
-]
-
 _Text = TypeVar("_Text", bound=str | os.PathLike[str])
 _LEADING = 64
 """Singular values that the spectra list."""
@@ -85,9 +70,7 @@ class MaskRule:
             return cls(cast(RuleKind, kind))
         if kind not in _MEANING:
             raise OptionError(
-                "unknown mask rule",
-                expected="bitwise, abs:EPS, eta:ETA, rel:TAU, top:PERCENT or none",
-                found=text,
+                "unknown mask rule", expected="bitwise, abs:EPS, eta:ETA, rel:TAU, top:PERCENT or none", found=text
             )
         try:
             value = float(number)
@@ -136,30 +119,12 @@ def parse_size(text: str) -> int:
 
 
 def as_bytes(size: str | int) -> int:
-    """A size in bytes, given as a number or as text for :func:`parse_size`.
-
-    Raises
-    ------
-    OptionError
-        If the text is not a size.
-    """
+    """A size in bytes, given as a number or as text for :func:`parse_size`; OptionError if the text is not a size."""
     return parse_size(size) if isinstance(size, str) else size
 
 
 def as_tuple(name: str, given: Sequence[_Text]) -> tuple[_Text, ...]:
-    """Several globs, names or paths as a tuple.
-
-    Parameters
-    ----------
-    name : str
-        What the option is called.
-    given : sequence of str or path-like
-
-    Raises
-    ------
-    OptionError
-        If it is a single one: of a string each character would count.
-    """
+    """Several globs, names or paths as a tuple; OptionError for a single one, of which each character would count."""
     if isinstance(given, str | os.PathLike):
         raise OptionError(f"{name} takes several", expected=f"a list: {name}=[{given!r}]", found=repr(given))
     return tuple(given)
@@ -171,13 +136,7 @@ def default_threads() -> int:
 
 
 def check_threads(threads: int) -> None:
-    """Make sure that a number of threads can be used.
-
-    Raises
-    ------
-    OptionError
-        If it is negative or over 1024.
-    """
+    """Raise OptionError for a number of threads that is negative or over 1024."""
     if not 0 <= threads <= 1024:
         raise OptionError("number of threads out of range", expected="0 to 1024", found=threads)
 
@@ -227,13 +186,7 @@ class SpectraOptions:
 
 
 def as_spectra(given: SpectraMode | SpectraOptions) -> SpectraOptions:
-    """Spectra as they were asked for, by their mode alone or by a record.
-
-    Raises
-    ------
-    OptionError
-        If there is no such mode.
-    """
+    """Spectra as they were asked for, by their mode alone or by a record; OptionError if there is no such mode."""
     return SpectraOptions(given) if isinstance(given, str) else given
 
 
@@ -301,9 +254,7 @@ class Options:
         for name, allowed in (("compare", Compare), ("values", Values), ("io", Io)):
             if getattr(self, name) not in get_args(allowed):
                 raise OptionError(
-                    f"unknown value of {name}",
-                    expected=", ".join(get_args(allowed)),
-                    found=getattr(self, name),
+                    f"unknown value of {name}", expected=", ".join(get_args(allowed)), found=getattr(self, name)
                 )
         if not _DEVICE.fullmatch(self.device):
             raise OptionError(

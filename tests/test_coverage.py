@@ -23,7 +23,7 @@ import ckptdiff
 from ckptdiff.cli import main
 from ckptdiff.figures.coverage import by_pattern
 from ckptdiff.options import Options
-from ckptdiff.run.engine import prepare
+from ckptdiff.run.planning import prepare
 
 Cli = Callable[..., tuple[int, str]]
 

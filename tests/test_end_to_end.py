@@ -120,7 +120,9 @@ def assert_figures(found: Mapping[str, Any], expected: Mapping[str, Any], case: 
 @pytest.mark.parametrize("case", CASES)
 def test_figures_are_golden(cli: Cli, case: str, compare: str, device: str) -> None:
     expected = golden(case)
-    code, out, _ = cli("diff", *sides(case), "--compare", compare, "--device", device, "--format", "json")
+    code, out, _ = cli(
+        "diff", *sides(case), "--compare", compare, "--values", "codes", "--device", device, "--format", "json"
+    )
     assert code == 0
     result = json.loads(out)
     assert result["schema"] == "ckptdiff.diff/1" and result["compare"] == compare

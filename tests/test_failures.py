@@ -171,7 +171,7 @@ def test_a_signal_just_before_the_output_gets_its_name(command: str, older: byte
     if command != "spectra":
         words.append(str(tmp_path / ("out" if folder else "out.safetensors")))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    last = "staged_folder:StagedFolder.commit" if folder else "hidden:Hidden.take_name"
+    last = "staged:StagedFolder.commit" if folder else "hidden:Hidden.take_name"
     process = stopped_at(f"ckptdiff.files.{last}", 1, *words)
     assert len(list(tmp_path.iterdir())) == len(before) + 1
     process.terminate()

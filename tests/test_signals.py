@@ -110,7 +110,7 @@ from pathlib import Path
 
 from ckptdiff.cli.signals import ended_soon, signals_noted
 from ckptdiff.files.staged import StagedFile
-from ckptdiff.files.staged_folder import StagedFolder
+from ckptdiff.files.staged import StagedFolder
 
 mutex, lock = ctypes.create_string_buffer(256), ctypes.CDLL(None).pthread_mutex_lock
 with (

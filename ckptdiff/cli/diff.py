@@ -182,7 +182,7 @@ def _reader_may_leave(out: Path | None) -> Iterator[None]:
 def _print_plan(base: str, tuned: str, out: Path | None, options: Options, request: Request, tell: Listener) -> None:
     """Print the plan of a run as text or, with ``--format json``, as one object (schema "ckptdiff.plan/1")."""
     from ckptdiff.report.coverage_lines import coverage_lines
-    from ckptdiff.run.engine import prepare
+    from ckptdiff.run.planning import prepare
 
     if request.format not in ("table", "json"):
         raise OptionError("--dry-run prints text or json", expected="--format table or json", found=request.format)

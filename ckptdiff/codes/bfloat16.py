@@ -8,8 +8,6 @@ import numpy as np
 
 from ckptdiff.jit import helper
 
-__all__ = ["bf16_to_f32", "round_to_bf16"]
-
 
 @helper
 def bf16_to_f32(code: Any) -> Any:

@@ -12,8 +12,6 @@ from numba import types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-__all__ = ["bits_float", "fill16", "float_bits", "floor_log2", "lowest_bit", "pack64", "population", "unpack64"]
-
 _FLAGS = 64
 
 

@@ -16,8 +16,6 @@ from numba.np.arrayobj import make_array, populate_array
 
 from ckptdiff.jit import helper
 
-__all__ = ["AT", "ATTEMPTS", "FETCH", "FILE", "FIRST", "MEMORY", "Array", "Side", "fetch", "read_at"]
-
 FETCH = 1 << 17
 """Coordinates that are fetched at a time; divides ``BLOCK``."""
 

@@ -22,22 +22,6 @@ from numba.np.arrayobj import make_array
 
 from ckptdiff.jit import processor_features
 
-__all__ = [
-    "LANES",
-    "PACKS",
-    "SUMS",
-    "add_squares",
-    "aligned",
-    "any_lowest",
-    "changed_lanes",
-    "differing",
-    "load_codes",
-    "lower",
-    "no_codes",
-    "pack_lanes",
-    "positive_zeros",
-]
-
 LANES = 64
 SUMS = LANES // 2
 """Sums that are kept apart: two codes each."""

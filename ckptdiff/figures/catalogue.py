@@ -21,16 +21,6 @@ import numpy as np
 from ckptdiff.figures.grouping import FloatArray, Grouping
 from ckptdiff.measure.thresholds import EPS, ETA, RHO, TAU, P
 
-__all__ = [
-    "COLUMNS",
-    "FIGURES",
-    "Figure",
-    "StoredColumn",
-    "flat_key",
-    "flat_keys",
-    "parameter_key",
-]
-
 _ROUNDING = 1e-13
 """What sums in float64 over equal and opposite terms may leave of them."""
 _SHORTEST = 1e-5
@@ -129,8 +119,7 @@ def _floats() -> Iterator[StoredColumn]:
         yield real(flat_key("low_coverage", rho), f"share of the support in the {rho:g} N smallest |W0|")
     for rho in RHO:
         yield real(
-            flat_key("low_coverage_null", rho),
-            f"low_coverage of a Gaussian update of the same size, rho {rho:g}",
+            flat_key("low_coverage_null", rho), f"low_coverage of a Gaussian update of the same size, rho {rho:g}"
         )
 
 
@@ -142,8 +131,12 @@ def _fraction(groups: Grouping, column: str) -> FloatArray:
     return groups.ratio(groups.total(column), groups.total("numel"))
 
 
-def _flat_fraction(key: str) -> Callable[[Grouping, float | None], FloatArray]:
+def _share(key: str) -> Callable[[Grouping, float | None], FloatArray]:
     return lambda groups, parameter: _fraction(groups, flat_key(key, parameter))
+
+
+def _total(column: str) -> Callable[[Grouping, float | None], FloatArray]:
+    return lambda groups, _: groups.total(column)
 
 
 def _if_finite(groups: Grouping, column: str, values: FloatArray) -> FloatArray:
@@ -242,7 +235,7 @@ FIGURES: tuple[Figure, ...] = (
         "fraction",
         "equal bits after the cast",
         "S3, S4",
-        _flat_fraction("unchanged_bitwise"),
+        _share("unchanged_bitwise"),
         bitwise=True,
     ),
     Figure(
@@ -254,8 +247,8 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure("unchanged_stored", "fraction", "equal values as stored", "ckptdiff", _unchanged_stored),
     Figure("absorbed_energy", "fraction", "share of the stored sum d^2 that vanishes in the cast", "PULSE", _absorbed),
-    Figure("unchanged_eta", "fraction", f"|d| <= {ETA:g} max(|W0|, |W1|)", "S3", _flat_fraction("unchanged_eta")),
-    Figure("unchanged_abs", "fraction", "|d| <= eps", "S1, S2", _flat_fraction("unchanged_abs"), EPS),
+    Figure("unchanged_eta", "fraction", f"|d| <= {ETA:g} max(|W0|, |W1|)", "S3", _share("unchanged_eta")),
+    Figure("unchanged_abs", "fraction", "|d| <= eps", "S1, S2", _share("unchanged_abs"), EPS),
     Figure("unchanged_rel", "fraction", "|d| <= tau RMS(W0)", "S1", _unchanged_rel, TAU),
     Figure("changed", "count", "coordinates in the mask", "ckptdiff", _changed, bitwise=True),
     Figure("delta_norm", "norm", "norm of d", "S1", _delta_norm),
@@ -284,19 +277,7 @@ FIGURES: tuple[Figure, ...] = (
         _coverage("low_coverage_null"),
         RHO,
     ),
-    Figure(
-        "nonfinite_base",
-        "count",
-        "NaN and Inf in the base",
-        "ckptdiff",
-        lambda groups, _: groups.total("nonfinite_base"),
-    ),
-    Figure(
-        "nonfinite_tuned",
-        "count",
-        "NaN and Inf in the tuned side",
-        "ckptdiff",
-        lambda groups, _: groups.total("nonfinite_tuned"),
-    ),
+    Figure("nonfinite_base", "count", "NaN and Inf in the base", "ckptdiff", _total("nonfinite_base")),
+    Figure("nonfinite_tuned", "count", "NaN and Inf in the tuned side", "ckptdiff", _total("nonfinite_tuned")),
 )
 """Every printed figure, in the order in which it is printed."""

@@ -17,23 +17,15 @@ from ckptdiff.measure.records import Records
 from ckptdiff.measure.thresholds import EPS, RHO, TAU, P
 from ckptdiff.options import MaskRule
 
-__all__ = ["Measured", "measured"]
-
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Everything known of k tensor pairs.
-
-    Attributes
-    ----------
-    columns : dict of array, shape (k,)
-        One for each of :data:`~ckptdiff.figures.catalogue.COLUMNS`.
-    histograms : HistogramRows
-        Of k rows.
-    """
+    """Everything known of k tensor pairs."""
 
     columns: dict[str, NDArray[Any]]
+    """One for each of :data:`~ckptdiff.figures.catalogue.COLUMNS`; shape (k,)."""
     histograms: HistogramRows
+    """Of k rows."""
 
 
 _OF_BITS = {"numel", "unchanged_bitwise", "unchanged_stored", "changed", "masked"}
@@ -43,18 +35,10 @@ _OF_BITS = {"numel", "unchanged_bitwise", "unchanged_stored", "changed", "masked
 def measured(
     records: Records, numel: NDArray[np.int64], valued: NDArray[np.bool_], wide: NDArray[np.bool_], rule: MaskRule
 ) -> Measured:
-    """Columns and histograms of k tensors.
+    """Columns and histograms of k tensors: of each, coordinates, whether it holds floating values, and is wide.
 
-    Parameters
-    ----------
-    records : Records
-        Of k rows.
-    numel : int64 array, shape (k,)
-    valued : bool array, shape (k,)
-        Which hold floating values; of the others only bits are compared.
-    wide : bool array, shape (k,)
-        Of which a side is stored wider than the compare format.
-    rule : MaskRule
+    `numel`, `valued` and `wide` have shape (k,). Of tensors that hold no floating values only bits are compared; a wide
+    one has a side that is stored wider than the compare format.
     """
     counts, sums, total = records.counts, records.sums, records.sums[:, Sum.DELTA_SQUARE]
     unchanged = numel - counts[:, Count.CHANGED]

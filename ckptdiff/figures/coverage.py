@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["EXCLUDED", "PARTLY", "SideCoverage", "by_pattern"]
-
 EXCLUDED = "left out by --include and --exclude"
 """Why values that the user did not ask for are not compared."""
 PARTLY = "rows, or a part, that are only in {side}"
@@ -19,18 +17,12 @@ _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
 @dataclass(frozen=True, slots=True)
 class SideCoverage:
-    """How much of one side was compared.
-
-    Attributes
-    ----------
-    values : int or None
-        All its values, those of integer tensors and those that ``include`` and ``exclude`` leave out among them.
-    compared : int or None
-        Those that were compared, or are a compared tensor's under a second name. None if a run file does not tell.
-    """
+    """How much of one side was compared."""
 
     values: int | None
+    """All its values, those of integer tensors and those that ``include`` and ``exclude`` leave out among them."""
     compared: int | None
+    """Those that were compared, or are a compared tensor's under a second name. None if a run file does not tell."""
 
     @property
     def share(self) -> float | None:
@@ -45,16 +37,8 @@ class SideCoverage:
 def by_pattern(tensors: Iterable[tuple[str, int | None, str]]) -> list[dict[str, Any]]:
     """Gather tensors whose names differ in numbers alone, such as the experts of all layers.
 
-    Parameters
-    ----------
-    tensors : iterable of (str, int or None, str)
-        Name, number of values, and why it was left out.
-
-    Returns
-    -------
-    list of dict
-        ``{"pattern", "why", "tensors", "values"}``, those with most values first. In a pattern ``*`` stands for a
-        number between dots; one tensor alone keeps its name.
+    Takes the name of each, its number of values, and why it was left out; gives those with most values first. In a
+    pattern ``*`` stands for a number between dots; one tensor alone keeps its name.
 
     Examples
     --------

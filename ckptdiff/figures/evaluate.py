@@ -10,17 +10,12 @@ from numpy.typing import NDArray
 from ckptdiff.figures.catalogue import FIGURES, Figure, flat_keys, parameter_key
 from ckptdiff.figures.grouping import FloatArray, Grouping
 
-__all__ = ["figures_of", "median_2d", "values_of"]
-
 
 def figures_of(groups: Grouping) -> list[dict[str, Any]]:
     """Every figure of every group, as the output contract writes it.
 
-    Returns
-    -------
-    list of dict
-        One per group: figure key to a float, an int for counts, None where undefined, or a dict from parameter key to
-        such a value for a figure with parameters.
+    A row has, by figure key, a float, an int for counts, None where undefined, or a dict of such values by parameter
+    key for a figure with parameters.
     """
     rows: list[dict[str, Any]] = [{} for _ in range(groups.size)]
     for figure in FIGURES:
@@ -42,12 +37,7 @@ def values_of(groups: Grouping, figure: Figure, parameter: float | None) -> Floa
 def median_2d(groups: Grouping, matrices: NDArray[np.bool_]) -> dict[str, Any]:
     """Unweighted median of every figure over native 2-D tensors with a nonzero delta (S1, Tables 8 and 9).
 
-    Parameters
-    ----------
-    groups : Grouping
-        One group per tensor.
-    matrices : bool array, shape (n,)
-        Which tensors are native matrices.
+    Each tensor is a group of its own; ``matrices``, shape (n,), tells which are native matrices.
     """
     chosen = matrices & (groups.column("delta_norm") > 0)
     row: dict[str, Any] = {}

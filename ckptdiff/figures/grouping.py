@@ -13,31 +13,21 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FloatArray", "Grouping"]
-
 FloatArray: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """Columns of ``n`` tensors and the group, 0 to ``size`` - 1, that each of them belongs to.
-
-    Attributes
-    ----------
-    columns : mapping of str to array, shape (n,)
-        Stored columns (:data:`~ckptdiff.figures.catalogue.COLUMNS`).
-    labels : int array, shape (n,)
-        Group of each tensor.
-    size : int
-        Number of groups.
-    delta_energy : float
-        Sum of d^2 over all tensors of the diff: the denominator of ``delta_energy_share``.
-    """
+    """Columns of ``n`` tensors and the group, 0 to ``size`` - 1, that each of them belongs to."""
 
     columns: Mapping[str, NDArray[Any]]
+    """Stored columns (:data:`~ckptdiff.figures.catalogue.COLUMNS`); shape (n,)."""
     labels: NDArray[np.intp]
+    """Group of each tensor; shape (n,)."""
     size: int
+    """Number of groups."""
     delta_energy: float
+    """Sum of d^2 over all tensors of the diff: the denominator of ``delta_energy_share``."""
 
     def column(self, name: str) -> FloatArray:
         """One column as float64, shape (n,)."""

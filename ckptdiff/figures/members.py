@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any, Literal, TypeAlias, get_args
 
-__all__ = ["GROUPINGS", "LABEL_KEYS", "GroupBy", "members_of"]
-
 GroupBy: TypeAlias = Literal["tensor", "module", "layer", "block", "tower", "group"]
 
 GROUPINGS: tuple[GroupBy, ...] = get_args(GroupBy)
@@ -26,20 +24,10 @@ LABEL_KEYS: Mapping[str, tuple[str, ...]] = {
 
 
 def members_of(by: str, tensors: Iterable[tuple[int, Any]]) -> dict[tuple[Any, ...], list[int]]:
-    """Gather tensors by the label of their group.
+    """Gather the rows of tensors, each a Place or TensorFacts, by the label of their group.
 
-    Parameters
-    ----------
-    by : str
-        A key of :data:`LABEL_KEYS`.
-    tensors : iterable of (int, Place or TensorFacts)
-        Row of each tensor, and where it is in the model.
-
-    Returns
-    -------
-    dict of tuple to list of int
-        Rows by label, whose parts are named by :data:`LABEL_KEYS`: in order of first appearance, layers in order of
-        their number. A tensor outside of the layers, or in none of the user's groups, is nowhere.
+    Labels have the parts that :data:`LABEL_KEYS` names, and come in order of first appearance, layers in order of their
+    number. A tensor outside of the layers, or in none of the user's groups, is nowhere.
     """
     keys = LABEL_KEYS[by]
     label_of = attrgetter(*keys)

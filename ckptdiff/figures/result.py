@@ -18,8 +18,6 @@ from ckptdiff.figures.grouping import Grouping
 from ckptdiff.figures.members import LABEL_KEYS, GroupBy, members_of
 from ckptdiff.figures.spectral import Spectra
 
-__all__ = ["SIDES", "Diff", "KeptFacts", "PieceFacts", "RowCounts", "Side", "TensorFacts", "UnmatchedTensor"]
-
 Side: TypeAlias = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
 

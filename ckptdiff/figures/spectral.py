@@ -18,16 +18,6 @@ from numpy.typing import NDArray
 from ckptdiff.figures.catalogue import flat_key, parameter_key
 from ckptdiff.measure.thresholds import RHO
 
-__all__ = [
-    "ENERGY_RANKS",
-    "RANK_TAU",
-    "SPECTRAL_FIGURES",
-    "SPECTRAL_KEYS",
-    "Spectra",
-    "SpectralFigure",
-    "spectral_keys",
-]
-
 ENERGY_RANKS = (1, 2, 4, 8, 16, 32, 64)
 """Ranks of ``topk_energy``; the headline is 16 (S1)."""
 RANK_TAU = (1e-6, 1e-5, 1e-4)
@@ -90,30 +80,21 @@ SPECTRAL_KEYS = tuple(key for figure in SPECTRAL_FIGURES for _, key in spectral_
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spectra:
-    """The spectral figures of all tensors of a diff.
-
-    Attributes
-    ----------
-    mode : str
-        As asked for: "randomized" or "exact".
-    columns : mapping of str to float64 array, shape (tensors,)
-        By flat key (:data:`SPECTRAL_KEYS`); the median over its slices for a tensor of several matrices.
-    methods : tuple of str
-        How each tensor was measured: "randomized", "exact", or "" if it was not.
-    reasons : tuple of str
-        Why figures of a tensor are missing; empty if none is.
-    matrices : int64 array, shape (tensors,)
-        How many matrices a tensor is made of.
-    ranks : int64 array, shape (tensors,)
-        How many singular values of its update are known.
-    """
+    """The spectral figures of all tensors of a diff."""
 
     mode: str
+    """As asked for: "randomized" or "exact"."""
     columns: Mapping[str, Floats]
+    """By flat key (:data:`SPECTRAL_KEYS`); the median over its slices for a tensor of several matrices. Shape
+    (tensors,)."""
     methods: tuple[str, ...]
+    """How each tensor was measured: "randomized", "exact", or "" if it was not."""
     reasons: tuple[str, ...]
+    """Why figures of a tensor are missing; empty if none is."""
     matrices: NDArray[np.int64]
+    """How many matrices a tensor is made of; shape (tensors,)."""
     ranks: NDArray[np.int64]
+    """How many singular values of its update are known; shape (tensors,)."""
 
     @classmethod
     def empty(cls, mode: str, tensors: int) -> Spectra:

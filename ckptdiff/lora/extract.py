@@ -27,7 +27,8 @@ from ckptdiff.lora.factors import Factors, factor_work, factorize, krylov_block
 from ckptdiff.memory import resident
 from ckptdiff.options import Compare, MaskRule, Options, SpectraOptions
 from ckptdiff.report.text import percent
-from ckptdiff.run.engine import prepare, run_plan
+from ckptdiff.run.engine import run_plan
+from ckptdiff.run.planning import prepare
 from ckptdiff.run.warm_up import Uses, load, panel_uses
 from ckptdiff.runfile.check_target import check_new
 from ckptdiff.spectra.budget import Budget, cache_bytes

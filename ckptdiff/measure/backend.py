@@ -11,8 +11,6 @@ from ckptdiff.measure.partial import Partial, Refined, Scan, Targets
 from ckptdiff.measure.records import Records
 from ckptdiff.measure.source import SmallPairs, Source
 
-__all__ = ["Backend", "Batching"]
-
 
 class Backend(Protocol):
     """Measures spans of blocks; one object per thread. See :class:`~ckptdiff.measure.cpu.CpuBackend`."""
@@ -29,9 +27,6 @@ class Batching(Protocol):
     """A backend that can also measure many small tensors in one call."""
 
     def scan_small(
-        self,
-        scan: Scan,
-        pairs: SmallPairs,
-        records: Records,
+        self, scan: Scan, pairs: SmallPairs, records: Records
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
         """Measure whole tensors of at most a block; see :meth:`ckptdiff.measure.cpu.CpuBackend.scan_small`."""

@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 from ckptdiff.measure.partial import BitScan, Count, Partial
 from ckptdiff.measure.source import Source, blocks_of_span
 
-__all__ = ["changed_elements", "scan_bits"]
-
 
 def scan_bits(scan: BitScan, source: Source, partial: Partial) -> NDArray[np.uint8] | None:
     """Measure a span of blocks; returns mask bits if ``scan.want_mask``."""
@@ -23,15 +21,7 @@ def scan_bits(scan: BitScan, source: Source, partial: Partial) -> NDArray[np.uin
 
 
 def changed_elements(base: NDArray[np.uint8], tuned: NDArray[np.uint8], bits: int) -> NDArray[np.bool_]:
-    """Which elements differ in any bit.
-
-    Parameters
-    ----------
-    base, tuned : uint8 array, shape (n * bits / 8,)
-        Raw bytes of n elements; elements of less than 8 bits are packed from the low bit up.
-    bits : int
-        Bits of an element.
-    """
+    """Which of n elements differ in any bit; sides of shape (n * bits / 8,), packed from the low bit on if below 8."""
     different = base ^ tuned
     groups = (
         np.unpackbits(different, bitorder="little").reshape(-1, bits) if bits % 8 else different.reshape(-1, bits // 8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +20,6 @@ from ckptdiff.measure.ranks import ranks_of, tables_of
 from ckptdiff.measure.records import Records
 from ckptdiff.measure.source import Runs, SmallPairs, Source, Window
 
-__all__ = ["CpuBackend", "cast_of"]
-
 _ITEM = 8
 """Bytes of the widest element."""
 
@@ -37,26 +34,15 @@ class CpuBackend:
         self._rooms = [read_only(aligned((FETCH * _ITEM,), np.uint8)) for _ in range(2)]
 
     def scan(self, scan: Scan, source: Source, partial: Partial, first_tie: int = 0) -> NDArray[np.uint8] | None:
-        """Measure a span of blocks.
+        """Measure a span of blocks, of each of which ``partial`` gets a row of sums.
 
-        Parameters
-        ----------
-        scan : Scan
-        source : Source
-        partial : Partial
-            Added to; gets one row of sums per block.
-        first_tie : int
-            For ``Rule.TOP``: how many coordinates of earlier blocks lie at the cut.
-
-        Returns
-        -------
-        uint8 array, shape (ceil(n / 8),), or None
-            Mask bits if ``scan.want_mask``; valid until the next call.
+        For ``Rule.TOP``, ``first_tie`` coordinates of earlier blocks lie at the cut. Returns the mask bits if
+        ``scan.want_mask``, shape (ceil(n / 8),), valid until the next call.
         """
         compare = scan.compare
         blocks = -(-source.numel // BLOCK)
         partial.open_blocks(blocks, len(scan.thresholds))
-        measure = new_measure(scan, _real(compare), first_tie)
+        measure = new_measure(scan, first_tie)
         totals = totals_of(partial, blocks)
         stored, facts, work = _stored(scan.base, scan.tuned, compare), facts_of(compare), self._work_for(compare)
         words = self._room_for_mask(source.numel if scan.want_mask else 0)
@@ -77,7 +63,7 @@ class CpuBackend:
 
     def refine(self, scan: Scan, targets: Targets, source: Source, refined: Refined) -> None:
         """Look for open cuts in a span; parameters as in :meth:`scan`, ``refined`` is added to."""
-        compare, real = scan.compare, _real(scan.compare)
+        compare, real = scan.compare, scan.compare.real
         blocks = -(-source.numel // BLOCK)
         refined.open_blocks(blocks)
         search = Search(
@@ -97,29 +83,13 @@ class CpuBackend:
                 first = _advanced(source, window, first, came)
 
     def scan_small(
-        self,
-        scan: Scan,
-        pairs: SmallPairs,
-        records: Records,
+        self, scan: Scan, pairs: SmallPairs, records: Records
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
-        """Measure whole tensors of at most a block.
+        """Measure whole tensors of at most a block, of which ``records`` receives the figures, of shape (k, ...).
 
-        Parameters
-        ----------
-        scan : Scan
-            Of a compare format of at most 16 bits, with a mask rule that needs no figure of the whole tensor.
-        pairs : SmallPairs
-        records : Records
-            Of k rows; receives the figures.
-
-        Returns
-        -------
-        done : int
-            How many tensors were measured: less than all if one could not be read.
-        masks : uint8 array
-            Mask bits of all if ``scan.want_mask``, else empty; valid until the next call.
-        starts : int64 array, shape (k,)
-            Where those of each tensor start.
+        The compare format has 16 bits at most, and the mask rule needs no figure of the whole tensor. Returns how many
+        tensors were measured, less than all if one could not be read; the mask bits of all if ``scan.want_mask``, valid
+        until the next call; and where those of each tensor start, shape (k,).
         """
         compare, numel = scan.compare, pairs.numel
         words = -(-numel // 64)
@@ -132,7 +102,7 @@ class CpuBackend:
             np.column_stack([numel, stops - words]),
             ranks_of(numel),
             tables_of(compare),
-            new_measure(scan, _real(compare)),
+            new_measure(scan),
             (self._work_for(compare), totals_of(self._small, 1)),
             (records, masks),
         )
@@ -151,7 +121,7 @@ class CpuBackend:
     def _work_for(self, compare: Format) -> Workspace:
         code = max(compare.code_dtype, np.dtype(np.uint16))
         if code.itemsize not in self._work:
-            self._work[code.itemsize] = new_work(code, _real(compare))
+            self._work[code.itemsize] = new_work(code, compare.real)
         return self._work[code.itemsize]
 
     def _room_for_mask(self, numel: int) -> NDArray[np.uint64]:
@@ -166,10 +136,6 @@ def _advanced(source: Source, window: Window, first: int, came: int) -> int:
     if came == first:
         source.fail(first, min(first + FETCH, window.stop))
     return came
-
-
-def _real(compare: Format) -> np.dtype[Any]:
-    return np.dtype(np.float64 if compare.bits == 64 else np.float32)
 
 
 @cache

@@ -10,17 +10,6 @@ from numpy.typing import NDArray
 
 from ckptdiff.measure.partial import ULP_BINS
 
-__all__ = [
-    "LOG2_BINS",
-    "LOG2_LOWEST",
-    "ULP_BINS",
-    "CountArray",
-    "HistogramRows",
-    "log2_bins",
-    "log2_floor",
-    "ulp_floor",
-]
-
 CountArray: TypeAlias = NDArray[np.uint64]
 
 LOG2_LOWEST = -149
@@ -31,24 +20,17 @@ LOG2_BINS = 279
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HistogramRows:
-    """The histograms of k tensors; all zeros for integer and opaque ones.
-
-    Attributes
-    ----------
-    delta : uint64 array, shape (k, 279)
-        Coordinates that are finite on both sides, by floor(log2 |d|).
-    base : uint64 array, shape (k, 279)
-        Coordinates with a finite base, by floor(log2 |W0|) after the cast.
-    changed : uint64 array, shape (k, 279)
-        Those of `base` that changed bitwise: together they give the rounding null later.
-    ulp : uint64 array, shape (k, 64)
-        Changed coordinates that are finite on both sides, by distance in units of the compare dtype's last place.
-    """
+    """The histograms of k tensors; all zeros for integer and opaque ones."""
 
     delta: CountArray
+    """Coordinates that are finite on both sides, by floor(log2 |d|); shape (k, 279)."""
     base: CountArray
+    """Coordinates with a finite base, by floor(log2 |W0|) after the cast; shape (k, 279)."""
     changed: CountArray
+    """Those of `base` that changed bitwise: together they give the rounding null later; shape (k, 279)."""
     ulp: CountArray
+    """Changed coordinates that are finite on both sides, by distance in units of the compare dtype's last place; shape
+    (k, 64)."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -77,18 +59,7 @@ def ulp_floor() -> NDArray[np.float64]:
 
 
 def log2_bins(values: NDArray[Any]) -> NDArray[np.intp]:
-    """Bin of each finite value.
-
-    Parameters
-    ----------
-    values : float array
-        Finite values; their sign does not matter.
-
-    Returns
-    -------
-    intp array of the same shape
-        0 for zero, else 150 + floor(log2 |x|), kept within 1 to 278.
-    """
+    """Bin of the size of each finite value: 0 for zero, else 150 + floor(log2 |x|), kept within 1 to 278; any shape."""
     mantissas, exponents = np.frexp(values)
     # frexp returns |mantissa| in [0.5, 1), so its exponent is floor(log2 |x|) + 1.
     bins = np.clip(exponents.astype(np.intp) - LOG2_LOWEST, 1, LOG2_BINS - 1)

@@ -13,21 +13,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.formats import Format
-
-__all__ = [
-    "BINS",
-    "BLOCK",
-    "ULP_BINS",
-    "BitScan",
-    "Count",
-    "Partial",
-    "Refined",
-    "Rule",
-    "Scan",
-    "Sum",
-    "Targets",
-]
+from ckptdiff.formats import Format, Formats
 
 BLOCK = 1 << 20
 """Coordinates in a block: 128 KiB of mask."""
@@ -87,52 +73,39 @@ class Rule(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What to measure in a pair of tensors.
-
-    Attributes
-    ----------
-    base, tuned : Format
-        Stored formats.
-    compare : Format
-        What both are cast to.
-    thresholds : tuple of float
-        Count changed coordinates with |d| <= each.
-    eta : float
-    rule : Rule
-    cut : float
-        The threshold of ``rule``.
-    ties, take : int
-        For ``Rule.TOP``: how many coordinates of the tensor have |d| equal to ``cut``, and how many of them to take.
-    want_mask : bool
-        Whether to return mask bits, or only count them.
-    """
+    """What to measure in a pair of tensors."""
 
     base: Format
     tuned: Format
+    """Stored formats."""
     compare: Format
+    """What both are cast to."""
     thresholds: tuple[float, ...] = ()
+    """Count changed coordinates with |d| <= each."""
     eta: float = 0.0
     rule: Rule = Rule.NONE
     cut: float = 0.0
+    """The threshold of ``rule``."""
     ties: int = 0
     take: int = 0
+    """For ``Rule.TOP``: how many coordinates of the tensor have |d| equal to ``cut``, and how many of them to take."""
     want_mask: bool = False
+    """Whether to return mask bits, or only count them."""
+
+    @property
+    def formats(self) -> Formats:
+        """Both stored formats, and what they are compared as."""
+        return self.base, self.tuned, self.compare
 
 
 @dataclass(frozen=True, slots=True)
 class BitScan:
-    """What to measure in a pair of integer or opaque tensors: bit equality alone.
-
-    Attributes
-    ----------
-    bits : int
-        Bits of an element.
-    want_mask : bool
-        Whether to return mask bits.
-    """
+    """What to measure in a pair of integer or opaque tensors: bit equality alone."""
 
     bits: int
+    """Bits of an element."""
     want_mask: bool = False
+    """Whether to return mask bits."""
 
 
 def _zeros(*shape: int) -> NDArray[np.int64]:
@@ -141,40 +114,30 @@ def _zeros(*shape: int) -> NDArray[np.int64]:
 
 @dataclass(slots=True)
 class Partial:
-    """What was counted and summed over consecutive blocks of a tensor pair.
-
-    Attributes
-    ----------
-    numel : int
-        Coordinates seen.
-    counts : int array, shape (len(Count),)
-    within : int array, shape (len(thresholds),)
-        Changed coordinates with |d| <= each threshold.
-    sums : float array, shape (blocks, len(Sum))
-    max_abs : float array, shape (1,)
-        Largest finite |d|.
-    weights : int array, shape (3, BINS)
-        By leading 15 magnitude bits of the base: all coordinates, the changed ones, and those whose d is not finite.
-        Narrower formats fill the first 2**(bits-1) bins; in formats of more than 16 bits NaN goes to the last bin.
-    deltas : uint64 array, shape (3, BINS)
-        Changed coordinates of finite d by the leading 15 bits of |d|: how many, and for a d of 32 bits the sums of
-        the 16 bits below and of their squares. Together these give sum d^2 of a bin exactly, and tell whether all its
-        |d| are equal (count * squares == sum**2).
-    span : int array, shape (4,)
-        First and last bin in use of ``weights``, then of ``deltas``; last < first where none is.
-    ulp : int array, shape (ULP_BINS,)
-        Changed coordinates of finite d by floor(log2(distance in units of the last place)).
-    """
+    """What was counted and summed over consecutive blocks of a tensor pair."""
 
     numel: int = 0
+    """Coordinates seen."""
     counts: NDArray[np.int64] = field(default_factory=lambda: _zeros(len(Count)))
+    """Shape (len(Count),)."""
     within: NDArray[np.int64] = field(default_factory=lambda: _zeros(0))
+    """Changed coordinates with |d| <= each threshold; shape (len(thresholds),)."""
     sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, len(Sum))))
+    """Shape (blocks, len(Sum))."""
     max_abs: NDArray[np.float64] = field(default_factory=lambda: np.zeros(1))
+    """Largest finite |d|; shape (1,)."""
     weights: NDArray[np.int64] = field(default_factory=lambda: _zeros(3, BINS))
+    """By leading 15 magnitude bits of the base: all coordinates, the changed ones, and those whose d is not finite.
+    Narrower formats fill the first 2**(bits-1) bins; in formats of more than 16 bits NaN goes to the last bin. Shape
+    (3, BINS)."""
     deltas: NDArray[np.uint64] = field(default_factory=lambda: np.zeros((3, BINS), np.uint64))
+    """Changed coordinates of finite d by the leading 15 bits of |d|: how many, and for a d of 32 bits the sums of the
+    16 bits below and of their squares. Together these give sum d^2 of a bin exactly, and tell whether all its |d| are
+    equal (count * squares == sum**2). Shape (3, BINS)."""
     span: NDArray[np.int64] = field(default_factory=lambda: np.array([BINS, -1, BINS, -1]))
+    """First and last bin in use of ``weights``, then of ``deltas``; last < first where none is. Shape (4,)."""
     ulp: NDArray[np.int64] = field(default_factory=lambda: _zeros(ULP_BINS))
+    """Changed coordinates of finite d by floor(log2(distance in units of the last place)); shape (ULP_BINS,)."""
 
     def open_blocks(self, blocks: int, thresholds: int) -> None:
         """Add rows of sums, and counters of thresholds if there are none yet."""
@@ -217,45 +180,31 @@ class Partial:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What a further pass over a pair looks for.
-
-    Attributes
-    ----------
-    shift : int
-        Bits of |d| and of |W0| that are not known yet; the pass counts the 16 highest of them.
-    deltas, weights : tuple of int
-        The known leading bits of each open cut of |d| and of |W0|.
-    thresholds : tuple of float
-        Count changed coordinates with |d| <= each.
-    tails : tuple of float
-        Sum d^2 over |d| > each.
-    """
+    """What a further pass over a pair looks for."""
 
     shift: int = 0
+    """Bits of |d| and of |W0| that are not known yet; the pass counts the 16 highest of them."""
     deltas: tuple[int, ...] = ()
     weights: tuple[int, ...] = ()
+    """The known leading bits of each open cut of |d| and of |W0|."""
     thresholds: tuple[float, ...] = ()
+    """Count changed coordinates with |d| <= each."""
     tails: tuple[float, ...] = ()
+    """Sum d^2 over |d| > each."""
 
 
 @dataclass(slots=True)
 class Refined:
-    """What a further pass found.
-
-    Attributes
-    ----------
-    deltas : int array, shape (len(targets.deltas), 2**16)
-        Changed coordinates of finite d with those leading bits, by the next 16.
-    weights : int array, shape (len(targets.weights), 2, 2**16)
-        The same for the base: all coordinates, and the changed ones.
-    within : int array, shape (len(targets.thresholds),)
-    tails : float array, shape (blocks, len(targets.tails))
-    """
+    """What a further pass found."""
 
     deltas: NDArray[np.int64]
+    """Changed coordinates of finite d with those leading bits, by the next 16; shape (len(targets.deltas), 2**16)."""
     weights: NDArray[np.int64]
+    """The same for the base: all coordinates, and the changed ones; shape (len(targets.weights), 2, 2**16)."""
     within: NDArray[np.int64]
+    """Shape (len(targets.thresholds),)."""
     tails: NDArray[np.float64]
+    """Shape (blocks, len(targets.tails))."""
 
     @classmethod
     def empty(cls, targets: Targets) -> Refined:

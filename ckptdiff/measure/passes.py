@@ -10,24 +10,28 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fractions import Fraction
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.errors import OptionError
 from ckptdiff.formats import Format, Formats
-from ckptdiff.measure.delta_cuts import DeltaCut, first_delta_cut, refine_delta_cut
 from ckptdiff.measure.kernels.row import fill_row
 from ckptdiff.measure.kernels.tiles import totals_of
-from ckptdiff.measure.low_cuts import LowCut, first_low_cuts, refine_low_cut
+from ckptdiff.measure.open_cuts import (
+    DeltaCut,
+    LowCut,
+    first_delta_cut,
+    first_low_cuts,
+    refine_delta_cut,
+    refine_low_cut,
+)
 from ckptdiff.measure.partial import BitScan, Count, Partial, Refined, Rule, Scan, Sum, Targets
 from ckptdiff.measure.ranks import ranks_of, set_size, tables_of
-from ckptdiff.measure.records import Records, empty_records
+from ckptdiff.measure.records import empty_records
 from ckptdiff.measure.thresholds import EPS, ETA, TAU, P
 from ckptdiff.options import MaskRule
-
-__all__ = ["BitMeasurement", "FloatMeasurement", "Measurement", "Pass", "one_scan_suffices"]
 
 Pass: TypeAlias = Scan | BitScan | Targets
 """What one pass over a tensor pair does."""
@@ -41,52 +45,26 @@ def one_scan_suffices(compare: Format, rule: MaskRule) -> bool:
 
 
 class Measurement:
-    """A tensor pair under measurement.
-
-    Attributes
-    ----------
-    first : Pass
-        The scan that begins it.
-    next : Pass or None
-        The pass at hand; None once all is known.
-    row : Records
-        Of one row, complete once no pass is left.
-    """
+    """A tensor pair under measurement."""
 
     def __init__(self, first: Pass) -> None:
         self.first = first
         self.next: Pass | None = first
-        self.row: Records = empty_records(1)
-        self._merged: Partial | Refined | None = None
+        """The pass at hand; None once all is known."""
+        self.row = empty_records(1)
+        """Complete once no pass is left."""
+        self._merged: Any = None
 
     def take(self, found: Partial | Refined, last: bool = True) -> list[Partial]:
-        """Take what the pass at hand found in a span; after the last one decide on the next pass.
+        """Take what the pass at hand found in the blocks that follow; after the ``last`` ones decide on the next pass.
 
-        Parameters
-        ----------
-        found : Partial or Refined
-            Of the blocks that follow those taken before.
-        last : bool
-            Whether they are the tensor's last.
-
-        Returns
-        -------
-        list of Partial
-            Those that nobody reads any more.
-
-        Raises
-        ------
-        OptionError
-            The mask rule is ``rel``, and RMS(W0) is beyond float64.
+        Returns partials that nobody reads any more. OptionError if the mask rule is ``rel``, and RMS(W0) is beyond
+        float64.
         """
         read = [found]
         if self._merged is None:
             self._merged = read.pop()
-        elif isinstance(self._merged, Partial):
-            assert isinstance(found, Partial)
-            self._merged.add(found)
         else:
-            assert isinstance(found, Refined)
             self._merged.add(found)
         if last:
             read.append(self._merged)
@@ -126,17 +104,7 @@ class BitMeasurement(Measurement):
 
 
 class FloatMeasurement(Measurement):
-    """A pair of floating tensors.
-
-    Parameters
-    ----------
-    formats : (base, tuned, compare)
-    numel : int
-        Coordinates of the tensor.
-    rule : MaskRule
-    want_mask : bool
-        Whether mask bits are wanted, or only their count.
-    """
+    """A pair of floating tensors, of whose mask the bits are wanted or only their count."""
 
     def __init__(self, formats: Formats, numel: int, rule: MaskRule, want_mask: bool) -> None:
         self.scan = Scan(*formats, EPS, ETA, *_first_rule(rule))

@@ -14,12 +14,10 @@ from ckptdiff.measure.histograms import LOG2_BINS, log2_bins
 from ckptdiff.measure.kernels.cuts import Groups
 from ckptdiff.measure.kernels.row import Wanted
 from ckptdiff.measure.kernels.tiles import Facts, facts_of
-from ckptdiff.measure.low_cuts import first_nan_bin
+from ckptdiff.measure.open_cuts import first_nan_bin
 from ckptdiff.measure.partial import BINS
 from ckptdiff.measure.rounding_null import half_gaps
 from ckptdiff.measure.thresholds import RHO, TAU, P
-
-__all__ = ["LARGEST", "SMALLEST", "log2_groups", "ranks_of", "set_size", "tables_of"]
 
 LARGEST = tuple(Fraction(str(p)) / 100 for p in P)
 """Fractions of coordinates whose energy ``coord_energy`` tells."""

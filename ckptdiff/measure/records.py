@@ -11,8 +11,6 @@ from ckptdiff.measure.histograms import LOG2_BINS
 from ckptdiff.measure.partial import ULP_BINS, Count, Sum
 from ckptdiff.measure.thresholds import EPS, RHO, TAU, P
 
-__all__ = ["Records", "empty_records", "put_row"]
-
 
 class Records(NamedTuple):
     """Figures of k tensors."""

@@ -11,8 +11,6 @@ from ckptdiff.formats import FORMATS, Format, common_format, is_wide, round_to_b
 from ckptdiff.measure.partial import BINS, Count, Partial, Refined, Rule, Scan, Sum, Targets
 from ckptdiff.measure.source import Source, blocks_of_span
 
-__all__ = ["ReferenceBackend"]
-
 
 class ReferenceBackend:
     """Measures blocks with NumPy; the methods are those of :class:`~ckptdiff.measure.cpu.CpuBackend`."""

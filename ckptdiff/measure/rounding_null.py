@@ -15,25 +15,15 @@ from numpy.typing import NDArray
 from ckptdiff.formats import FORMATS
 from ckptdiff.measure.kernels.null import Gaps, change_chance, fit_null
 
-__all__ = ["change_chances", "half_gaps"]
-
 
 def change_chances(
     weights: NDArray[np.int64], changed: NDArray[np.int64], off: float = 0.0
 ) -> NDArray[np.float64] | None:
-    """Chance of a weight of each bfloat16 magnitude to change, under the null.
+    """Chance of a weight of each bfloat16 magnitude to change, under the null; None if nothing changed or everything.
 
-    Parameters
-    ----------
-    weights, changed : int64 array, shape (32768,)
-        Finite coordinates by magnitude code, and those that changed.
-    off : float
-        Part of them whose base was stored wider and lies between values of bfloat16.
-
-    Returns
-    -------
-    float64 array, shape (32768,), or None
-        None if nothing changed or everything did; zero for codes that no weight has.
+    ``weights`` and ``changed``, int64 of shape (32768,), count finite coordinates by magnitude code, and those that
+    changed. Of a part ``off`` of them the base was stored wider and lies between values of bfloat16. The chance is zero
+    for codes that no weight has.
     """
     used = np.flatnonzero(weights)
     support = int(changed.sum())

@@ -14,8 +14,6 @@ from ckptdiff.measure.partial import Partial, Rule, Scan, Sum
 from ckptdiff.measure.reference import ReferenceBackend
 from ckptdiff.measure.source import InMemory
 
-__all__ = ["SELF_TESTED", "self_test", "wrong_figures"]
-
 SELF_TESTED = (
     ("bf16", "bf16", "bf16"),
     ("bf16", "f32", "bf16"),
@@ -37,14 +35,7 @@ def wrong_figures(backend: Backend) -> str:
 
 
 def self_test(backend: Backend, names: tuple[str, str, str] = SELF_TESTED[0]) -> str | None:
-    """Measure two small pairs, one of weights and one of codes of every kind; returns what differs, None if nothing.
-
-    Parameters
-    ----------
-    backend : Backend
-    names : (base, tuned, compare)
-        Formats.
-    """
+    """Measure two small pairs, one of weights and one of codes of every kind; returns what differs, None if nothing."""
     base, tuned, compare = (FORMATS[name] for name in names)
     above = Scan(base, tuned, compare, (0.0, 1e-5), 1e-3, Rule.ABOVE, 1e-3, want_mask=True)
     beyond = Scan(base, tuned, compare, (0.0, 1e-40), 1e-3, Rule.ETA, 0.25, want_mask=True)

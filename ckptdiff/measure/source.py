@@ -18,54 +18,30 @@ from numpy.typing import NDArray
 from ckptdiff.codes.fetch import FIRST, MEMORY
 from ckptdiff.measure.partial import BLOCK
 
-__all__ = [
-    "ByteArray",
-    "InMemory",
-    "Runs",
-    "SmallPairs",
-    "Source",
-    "Window",
-    "blocks_of_span",
-    "in_memory",
-    "read_runs",
-]
-
 ByteArray = NDArray[np.uint8]
 Runs = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Coordinates ``first`` to ``stop`` - 1 of a span that can be read now; ``first`` is a multiple of ``BLOCK``.
-
-    Attributes
-    ----------
-    first, stop : int
-    base, tuned : int64 array, shape (k, 3)
-        Their runs; one object if both sides are the same bytes.
-    """
+    """Coordinates ``first`` to ``stop`` - 1 of a span that can be read now; ``first`` is a multiple of ``BLOCK``."""
 
     first: int
     stop: int
     base: Runs
     tuned: Runs
+    """Their runs; one object if both sides are the same bytes. Shape (k, 3)."""
 
 
 @dataclass(frozen=True, slots=True)
 class SmallPairs:
-    """Whole tensor pairs of at most a block.
-
-    Attributes
-    ----------
-    base, tuned : int64 array, shape (k, 3)
-        The one run of each side of each.
-    numel : int64 array, shape (k,)
-        Their coordinates.
-    """
+    """Whole tensor pairs of at most a block."""
 
     base: Runs
     tuned: Runs
+    """The one run of each side of each; shape (k, 3)."""
     numel: NDArray[np.int64]
+    """Their coordinates; shape (k,)."""
 
 
 class Source(Protocol):
@@ -79,24 +55,11 @@ class Source(Protocol):
         """All coordinates in order; each window is valid until the next one is asked for."""
 
     def fail(self, first: int, stop: int) -> NoReturn:
-        """Read coordinates that could not be read, to learn why.
-
-        Raises
-        ------
-        CkptdiffError
-            Whatever is wrong, also where a second look finds nothing.
-        """
+        """Raise what is wrong with coordinates that could not be read, also where a second look finds nothing."""
 
 
 class InMemory:
-    """A source whose bytes are in memory already.
-
-    Parameters
-    ----------
-    base, tuned : uint8 array, shape (bytes,), contiguous
-    numel : int
-        How many coordinates they hold.
-    """
+    """A source whose bytes, contiguous uint8 of shape (bytes,), are in memory already."""
 
     def __init__(self, base: ByteArray, tuned: ByteArray, numel: int) -> None:
         self.numel = numel
@@ -118,18 +81,9 @@ def in_memory(held: ByteArray) -> Runs:
 
 
 def blocks_of_span(source: Source, bits: tuple[int, int]) -> Iterator[tuple[ByteArray, ByteArray]]:
-    """Raw bytes of both sides, ``BLOCK`` coordinates at a time.
+    """Raw bytes of both sides, ``BLOCK`` coordinates at a time, of elements that may be packed below 8 bits.
 
-    Parameters
-    ----------
-    source : Source
-    bits : (base, tuned)
-        Bits of a stored element; elements of less than 8 are packed.
-
-    Yields
-    ------
-    pair of uint8 array
-        Read-only, valid until the next is asked for; one object if both sides are the same bytes.
+    Arrays are read-only and valid until the next are asked for; one object if both sides are the same bytes.
     """
     rooms = [np.empty(min(source.numel, BLOCK) * each // 8, np.uint8) for each in bits]
     for window in source.windows():
@@ -147,23 +101,7 @@ def blocks_of_span(source: Source, bits: tuple[int, int]) -> Iterator[tuple[Byte
 
 
 def read_runs(runs: Runs, first: int, bits: int, room: ByteArray) -> bool:
-    """Fill an array with the bytes of a side.
-
-    Parameters
-    ----------
-    runs : int64 array, shape (k, 3)
-    first : int
-        The coordinate that it begins with, in or after the first run.
-    bits : int
-        Bits of a stored element.
-    room : uint8 array
-        Is filled.
-
-    Returns
-    -------
-    bool
-        Whether all came.
-    """
+    """Fill ``room`` with bytes of a side, from a coordinate in or after the first run on; returns whether all came."""
     ends = [(start - first) * bits // 8 for start in runs[1:, FIRST].tolist()] + [room.size]
     done = 0
     for (start, file, at), end in zip(runs.tolist(), ends, strict=True):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["EPS", "ETA", "RHO", "TAU", "P"]
-
 EPS = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 """Absolute thresholds of ``unchanged_abs``; the headline is 1e-5 (S1, S2)."""
 TAU = (1e-4, 1e-3, 1e-2)

@@ -13,55 +13,29 @@ from ckptdiff.memory import resident
 from ckptdiff.options import Options, default_threads
 from ckptdiff.run.warm_up import Uses, load, make_call
 
-__all__ = ["Device", "open_device"]
-
-
-def _no_scratch(numel: int) -> int:
-    return 0
-
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A backend that was chosen and found to work.
-
-    Attributes
-    ----------
-    name : str
-    worker : callable
-        Makes the backend of one thread.
-    batches : bool
-        Whether that backend is :class:`~ckptdiff.measure.backend.Batching`.
-    scratch : callable
-        Bytes of work space that a thread needs for a pair of a number of coordinates, beside the blocks themselves.
-    threads : int
-        Most threads it can serve; 0 for any number.
-    overhead : int
-        Bytes of host memory that its driver and libraries took.
-    compiled_apart : bool
-        Whether another process can compile its kernels for it.
-    note : str
-        Why it was chosen, if that needs saying.
-    """
+    """A backend that was chosen and found to work."""
 
     name: str
     worker: Callable[[], Backend]
+    """Makes the backend of one thread."""
     batches: bool
-    scratch: Callable[[int], int] = _no_scratch
+    """Whether that backend is :class:`~ckptdiff.measure.backend.Batching`."""
+    scratch: Callable[[int], int] = lambda numel: 0
+    """Bytes of work space that a thread needs for a pair of a number of coordinates, beside the blocks themselves."""
     threads: int = 0
+    """Most threads it can serve; 0 for any number."""
     overhead: int = 0
+    """Bytes of host memory that its driver and libraries took."""
     compiled_apart: bool = False
+    """Whether another process can compile its kernels for it."""
     note: str = ""
+    """Why it was chosen, if that needs saying."""
 
     def warm_up(self, asked: Uses, tell: Listener) -> None:
-        """Load or compile the kernels that a run will call, so that what it measures next is time and memory of data.
-
-        Parameters
-        ----------
-        asked : Uses
-            What it will call.
-        tell : callable
-            Told if kernels for the processor have to be compiled first.
-        """
+        """Load or compile the kernels that a run will call, so that time and memory measured next are those of data."""
         worker = self.worker()
         if self.compiled_apart:
             load(worker, asked, tell)
@@ -71,19 +45,7 @@ class Device:
 
 
 def open_device(options: Options) -> Device:
-    """Choose a backend.
-
-    Parameters
-    ----------
-    options : Options
-        ``device`` is "cpu" for the Numba kernels, "cuda" or "cuda:N" for a GPU, "auto" for a GPU if one works and else
-        the processor, "reference" for NumPy.
-
-    Raises
-    ------
-    DeviceError, PlanError
-        If a GPU is asked for and cannot be used, or has too little memory.
-    """
+    """Choose a backend; DeviceError or PlanError if a GPU is asked for and cannot be used, or lacks memory."""
     if options.device == "reference":
         from ckptdiff.measure.reference import ReferenceBackend
 

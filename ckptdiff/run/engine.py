@@ -27,8 +27,6 @@ from ckptdiff.run.schedule import execute
 from ckptdiff.run.worker import Result
 from ckptdiff.runfile.writer import RunFileWriter
 
-__all__ = ["prepare", "run", "run_plan"]
-
 
 def run(
     base: str,
@@ -39,24 +37,10 @@ def run(
     listener: Listener | None = None,
     title: str | None = None,
 ) -> Diff:
-    """Compare two checkpoints.
+    """Compare two checkpoints; ``listener`` is called with every event, in this thread.
 
-    Parameters
-    ----------
-    base, tuned : str
-        Paths of the checkpoints.
-    out : Path, optional
-        Run file to write; it appears when it is complete.
-    options : Options, optional
-    listener : callable, optional
-        Called with every event, in this thread.
-    title : str, optional
-        A title for the run file.
-
-    Raises
-    ------
-    CkptdiffError
-        If the inputs are damaged or change, the output cannot be written, or memory does not suffice.
+    The run file ``out`` appears when it is complete. CkptdiffError if the inputs are damaged or change, the output
+    cannot be written, or memory does not suffice.
     """
     begun, tell = time.perf_counter(), listener or ignore
     plan = prepare(base, tuned, out=out, options=options, tell=tell)
@@ -71,13 +55,7 @@ def run_plan(
     title: str | None = None,
     begun: float | None = None,
 ) -> Diff:
-    """Carry out a plan that `prepare` made for the same `out`; all else as for :func:`run`.
-
-    Parameters
-    ----------
-    begun : float, optional
-        When the run began, by ``time.perf_counter``; now by default.
-    """
+    """Carry out a plan that `prepare` made for the same `out`; it began at ``begun``, by ``time.perf_counter``."""
     begun, tell = time.perf_counter() if begun is None else begun, listener or ignore
     started = datetime.now(UTC) - timedelta(seconds=time.perf_counter() - begun)
     _introduce(plan, tell)
@@ -221,9 +199,7 @@ def _kept_facts(kept: Kept) -> KeptFacts:
         return part / whole if part is not None and whole else None
 
     return KeptFacts(
-        share(kept.equal_codes, kept.values),
-        share(kept.equal_scales, kept.scales),
-        share(kept.within, kept.changed),
+        share(kept.equal_codes, kept.values), share(kept.equal_scales, kept.scales), share(kept.within, kept.changed)
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +19,6 @@ from ckptdiff.formats import formats_of
 from ckptdiff.options import Options
 from ckptdiff.report.text import percent
 from ckptdiff.run.left_out import left_out
-
-__all__ = ["facts_of_run"]
 
 
 def facts_of_run(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Options) -> Diff:
@@ -48,13 +45,12 @@ def facts_of_run(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options:
         suggested_map=pairing.suggested.rules,
         warnings=(*base.warnings, *tuned.warnings, *pairing.warnings),
     )
-    return replace(diff, warnings=(*diff.warnings, *_little_compared(diff)))
-
-
-def _little_compared(diff: Diff) -> Iterator[str]:
-    for side, found in diff.coverage.items():
-        if found.share is not None and found.share < 0.5:
-            yield f"less than half of {side} is compared: {percent(found.share)} of its values"
+    little = (
+        f"less than half of {side} is compared: {percent(found.share)} of its values"
+        for side, found in diff.coverage.items()
+        if found.share is not None and found.share < 0.5
+    )
+    return replace(diff, warnings=(*diff.warnings, *little))
 
 
 def _tensor_facts(pair: TensorPair, place: Place, options: Options, groups: list[tuple[str, Any]]) -> TensorFacts:
@@ -73,7 +69,7 @@ def _tensor_facts(pair: TensorPair, place: Place, options: Options, groups: list
         tuned_name=pair.tuned_name,
         groups=tuple(name for name, pattern in groups if pattern.search(pair.name)),
         same_bytes=pair.same_bytes,
-        pieces=tuple(_piece_facts(piece) for piece in tuned.pieces) if isinstance(tuned, Assembled) else (),
+        pieces=tuple(map(_piece_facts, tuned.pieces)) if isinstance(tuned, Assembled) else (),
         rows=None if pair.rows is None else RowCounts(*pair.rows),
         untied=pair.untied,
         compared=_compared(pair),
@@ -105,12 +101,7 @@ def _side_facts(side: Checkpoint, called: Side, pairing: Pairing) -> dict[str, A
         "bytes": side.nbytes,
         "dtypes": dict(sorted(dtypes.items())),
         "shards": [
-            {
-                "file": shard.path,
-                "size": shard.size,
-                "mtime_ns": shard.mtime_ns,
-                "header_sha256": shard.header_sha256,
-            }
+            {"file": shard.path, "size": shard.size, "mtime_ns": shard.mtime_ns, "header_sha256": shard.header_sha256}
             for shard in side.shards
         ],
         "uncompared": [*side.unread, *assumed],

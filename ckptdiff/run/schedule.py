@@ -14,8 +14,6 @@ from ckptdiff.run.planning import Plan
 from ckptdiff.run.tasks import SpanTask, cut, plan_tasks
 from ckptdiff.run.worker import Result, Worker
 
-__all__ = ["execute"]
-
 _PATIENCE = 0.2  # as in_order has it
 
 

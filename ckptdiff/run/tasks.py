@@ -10,19 +10,6 @@ from ckptdiff.errors import PlanError
 from ckptdiff.measure.partial import BINS, BLOCK
 from ckptdiff.memory import default_bound
 
-__all__ = [
-    "TASK_BLOCKS",
-    "TASK_NUMEL",
-    "TASK_TENSORS",
-    "Load",
-    "Memory",
-    "Span",
-    "SpanTask",
-    "cut",
-    "fit_memory",
-    "plan_tasks",
-]
-
 TASK_BLOCKS = 8
 """Blocks of one tensor in a task: 8 Mi coordinates."""
 TASK_TENSORS = 128
@@ -50,24 +37,16 @@ _HINT_STEP = 10 << 20
 
 @dataclass(frozen=True)
 class Load:
-    """What one tensor pair asks of the plan. Pairs that ask for the same may share one.
-
-    Attributes
-    ----------
-    numel : int
-        Coordinates.
-    bits : tuple of int
-        Bits of a stored element on each side that is read: two entries, or one if both sides are the same bytes.
-    scratch : int
-        Bytes of work space a thread needs to decode it.
-    kind : hashable
-        Small tensors of the same kind can be measured in one call; None if only alone.
-    """
+    """What one tensor pair asks of the plan. Pairs that ask for the same may share one."""
 
     numel: int
+    """Coordinates."""
     bits: tuple[int, ...]
+    """Bits of a stored element on each side that is read: two entries, or one if both sides are the same bytes."""
     scratch: int = 0
+    """Bytes of work space a thread needs to decode it."""
     kind: Hashable = None
+    """Small tensors of the same kind can be measured in one call; None if only alone."""
 
     @cached_property
     def blocks(self) -> int:
@@ -169,28 +148,11 @@ def cut(index: int, load: Load) -> Iterator[SpanTask]:
 def fit_memory(
     loads: Sequence[Load], threads: int, max_memory: int, default: int, growth: int, baseline: int, masks: bool
 ) -> Memory:
-    """Choose as many threads as memory allows, then as many results in waiting.
+    """Choose as many threads as memory allows, up to ``threads``, then as many results in waiting.
 
-    Parameters
-    ----------
-    loads : sequence of Load
-    threads : int
-        Wanted.
-    max_memory : int
-        Bound on the peak resident size, in bytes; 0 if the user gave none.
-    default : int
-        Bound in that case, which grows to what all threads need, and in any case to what one needs.
-    growth : int
-        Bytes above the baseline to which it may grow for more than one thread.
-    baseline : int
-        Resident size before the first read.
-    masks : bool
-        Whether mask bits are made.
-
-    Raises
-    ------
-    PlanError
-        If not even one thread fits.
+    ``max_memory`` bounds the peak resident size, in bytes, and ``baseline`` is that before the first read. With 0 the
+    bound is ``default``, which grows to what all threads need, by no more than ``growth`` above the baseline, and in
+    any case to what one needs. PlanError if not even one thread fits.
     """
     block = max((load.block_bytes for load in loads), default=0)
     scratch = max((load.scratch for load in loads), default=0)

@@ -25,10 +25,16 @@ from ckptdiff.formats import FORMATS, Format, Formats, formats_of
 from ckptdiff.interrupts import raise_pending
 from ckptdiff.jit import NotCachedError, cache_folder, only_cached
 from ckptdiff.measure.backend import Backend, Batching
-from ckptdiff.measure.delta_cuts import DeltaCut, first_delta_cut, refine_delta_cut
 from ckptdiff.measure.kernels.row import fill_row
 from ckptdiff.measure.kernels.tiles import totals_of
-from ckptdiff.measure.low_cuts import LowCut, first_low_cuts, refine_low_cut
+from ckptdiff.measure.open_cuts import (
+    DeltaCut,
+    LowCut,
+    first_delta_cut,
+    first_low_cuts,
+    refine_delta_cut,
+    refine_low_cut,
+)
 from ckptdiff.measure.partial import Partial, Refined, Rule, Scan, Targets
 from ckptdiff.measure.ranks import ranks_of, tables_of
 from ckptdiff.measure.records import empty_records
@@ -36,8 +42,6 @@ from ckptdiff.measure.source import InMemory, SmallPairs
 from ckptdiff.measure.thresholds import EPS, ETA
 from ckptdiff.options import Compare
 from ckptdiff.runfile.compress import compress_chunk
-
-__all__ = ["Use", "Uses", "compile_apart", "compile_for", "load", "make_call", "panel_uses", "uses"]
 
 Use: TypeAlias = tuple[str, ...]
 """A call of kernels, as words that another process can be given.
@@ -59,31 +63,19 @@ logger = logging.getLogger("ckptdiff.run.warm_up")
 
 @dataclass(frozen=True, slots=True)
 class Uses:
-    """The kernels of a run.
-
-    Attributes
-    ----------
-    certain : tuple of Use
-        What it will call; what takes longest to compile comes first, so that it is not the last that is waited for.
-    seldom : tuple of Use
-        What it may come to call: not worth loading, but to be compiled along with others.
-    """
+    """The kernels of a run."""
 
     certain: tuple[Use, ...]
+    """What it will call; what takes longest to compile comes first, so that it is not the last that is waited for."""
     seldom: tuple[Use, ...] = ()
+    """What it may come to call: not worth loading, but to be compiled along with others."""
 
 
 def uses(alike: Set[Formats], alone: Set[Formats], mask_chunk: int, reading: Sequence[str] = ()) -> Uses:
-    """What a run will call.
+    """What a run will call, given the formats of small tensors that are measured in one call, and of all others.
 
-    Parameters
-    ----------
-    alike, alone : set of (base, tuned, compare)
-        Formats of small tensors that are measured in one call, and of all others.
-    mask_chunk : int
-        Bytes of the largest mask chunk, 0 without masks.
-    reading : sequence of str
-        "decoded" if a side is quantised, "boxes" if one lies in parts of rows.
+    ``mask_chunk`` is in bytes, 0 without masks; ``reading`` holds "decoded" if a side is quantised, "boxes" if one lies
+    in parts of rows.
     """
     mask = [("mask", str(mask_chunk))] if mask_chunk else []
     row = [("row",)]
@@ -99,11 +91,7 @@ def uses(alike: Set[Formats], alone: Set[Formats], mask_chunk: int, reading: Seq
             *((kind,) for kind in reading),
             *mask,
         ),
-        (
-            *_named("alone", alike - alone),
-            *(row if alike and not alone else []),
-            *_named("refine", narrow),
-        ),
+        (*_named("alone", alike - alone), *(row if alike and not alone else []), *_named("refine", narrow)),
     )
 
 
@@ -121,13 +109,8 @@ def panel_uses(pairs: Iterable[TensorPair], compare: Compare) -> list[Use]:
 def load(worker: Backend | None, asked: Uses, tell: Listener) -> None:
     """Make the calls, each on a few coordinates, so that later ones find their kernels in this process.
 
-    Parameters
-    ----------
-    worker : Backend or None
-        Whose kernels are Numba's; None if there is no comparison.
-    asked : Uses
-    tell : callable
-        Told of the stage "compiling", if some are missing.
+    ``worker`` is that of Numba's kernels, None if there is no comparison; if some are missing, a stage "compiling" is
+    told.
     """
     kept = cache_folder() is not None
     missing = [use for use in asked.certain if not (kept and _load_cached(worker, use))]
@@ -152,13 +135,7 @@ def _load_cached(worker: Backend | None, use: Use) -> bool:
 
 
 def make_call(worker: Backend | None, use: Use) -> None:
-    """Call the kernels of one use.
-
-    Raises
-    ------
-    NotCachedError
-        Within :func:`only_cached`, if one of them would have to be compiled.
-    """
+    """Call the kernels of one use; NotCachedError within :func:`only_cached`, if one would have to be compiled."""
     kind, *words = use
     if kind == "mask":
         size = int(words[0])
@@ -176,25 +153,22 @@ def make_call(worker: Backend | None, use: Use) -> None:
         return
     assert worker is not None
     base, tuned, compare = formats
+    scan, source = Scan(base, tuned, compare, EPS, ETA, Rule.BITWISE, want_mask=True), _two_coordinates(base, tuned)
     if kind == "alike":
         assert isinstance(worker, Batching)
-        _measure_small(worker, base, tuned, compare)
+        (window,) = source.windows()
+        worker.scan_small(scan, SmallPairs(window.base, window.tuned, np.array([source.numel])), empty_records(1))
     elif kind == "alone":
-        _scan(worker, base, tuned, compare)
+        worker.scan(scan, source, Partial())
     else:
-        _refine(worker, base, tuned, compare)
+        targets = Targets(16)
+        worker.refine(scan, targets, source, Refined.empty(targets))
 
 
 def compile_apart(missing: Sequence[Use], told: Stage | None = None) -> None:
     """Have kernels compiled and kept by processes of their own; the caller compiles what they could not.
 
     Processes that still run when an exception ends this are killed.
-
-    Parameters
-    ----------
-    missing : sequence of Use
-    told : Stage, optional
-        Told how many are compiled.
     """
     if not Path(sys.executable or "").name.startswith("python"):
         return  # another program with Python inside, which would start itself once more
@@ -251,25 +225,6 @@ def compile_for(use: Use) -> None:
 def _end_with_input() -> None:
     os.read(0, 1)
     os._exit(1)
-
-
-def _measure_small(worker: Batching, base: Format, tuned: Format, compare: Format) -> None:
-    (window,) = (source := _two_coordinates(base, tuned)).windows()
-    pairs = SmallPairs(window.base, window.tuned, np.array([source.numel]))
-    worker.scan_small(_first_scan(base, tuned, compare), pairs, empty_records(1))
-
-
-def _scan(worker: Backend, base: Format, tuned: Format, compare: Format) -> None:
-    worker.scan(_first_scan(base, tuned, compare), _two_coordinates(base, tuned), Partial())
-
-
-def _refine(worker: Backend, base: Format, tuned: Format, compare: Format) -> None:
-    targets = Targets(16)
-    worker.refine(_first_scan(base, tuned, compare), targets, _two_coordinates(base, tuned), Refined.empty(targets))
-
-
-def _first_scan(base: Format, tuned: Format, compare: Format) -> Scan:
-    return Scan(base, tuned, compare, EPS, ETA, Rule.BITWISE, want_mask=True)
 
 
 def _fill_row() -> None:

@@ -5,6 +5,8 @@
     /                attributes format, format_version, ckptdiff_version, title, complete
     /provenance      JSON text: both sides, options, compare dtype, mask rule, how it ran, warnings
     /unmatched       JSON text: only_in_base, only_in_tuned, aliased, mismatched, suggested_map
+    /layouts         JSON text, if some tensors are not stored alike: by name pieces, rows, untied, and kept of
+                     quantised ones
     /tensors/name    one name per compared tensor, in plan order: the dimension scale of the columns
     /tensors/*       one 1-D dataset per fact (shape, dtype_base, layer, ...) and per column of the catalogue
     /histograms/*    delta_log2, base_log2, changed_log2 [tensors, 279] and ulp [tensors, 64], uint64, on the scales

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptdiff.measure.cuda.sources import NAMES
+from ckptdiff.measure.cuda.compiled import NAMES
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "cuda"

@@ -12,8 +12,15 @@ from host_kernels import HERE, KERNELS
 
 from ckptdiff.formats import FORMATS, compare_format
 from ckptdiff.measure.cuda import compiled
-from ckptdiff.measure.cuda.compiled import architecture_for, compile_kernels
-from ckptdiff.measure.cuda.sources import KERNEL_NAMES, NAMES, kernel_folder, kernel_options, kernel_source
+from ckptdiff.measure.cuda.compiled import (
+    KERNEL_NAMES,
+    NAMES,
+    architecture_for,
+    compile_kernels,
+    kernel_folder,
+    kernel_options,
+    kernel_source,
+)
 
 ARCHITECTURES = (75, 80, 90, 100)
 MOST_REGISTERS = 64

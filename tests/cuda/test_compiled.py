@@ -15,7 +15,6 @@ import pytest
 
 from ckptdiff.errors import DeviceError
 from ckptdiff.measure.cuda import compiled
-from ckptdiff.measure.cuda import sources as source
 
 BF16, F16 = ("bf16",) * 3, ("f16",) * 3
 
@@ -127,9 +126,9 @@ def test_a_file_is_named_by_all_that_its_code_depends_on(nvrtc, folder, monkeypa
     again("sm_90", BF16)
     monkeypatch.setattr(compiled, "kernel_source", lambda: "edited")
     again("sm_90", BF16)
-    monkeypatch.setattr(source, "THREADS", 256)
+    monkeypatch.setattr(compiled, "THREADS", 256)
     again("sm_90", BF16)
-    monkeypatch.setattr(source, "_EXACT", ("-ftz=true",))
+    monkeypatch.setattr(compiled, "_EXACT", ("-ftz=true",))
     again("sm_90", BF16)
 
 

@@ -10,8 +10,8 @@ import pytest
 from ckptdiff.errors import DeviceError
 from ckptdiff.formats import FORMATS
 from ckptdiff.measure.cuda import gpu as gpu_module
+from ckptdiff.measure.cuda.compiled import THREADS
 from ckptdiff.measure.cuda.gpu import CupyGpu
-from ckptdiff.measure.cuda.sources import THREADS
 
 BF16 = (FORMATS["bf16"],) * 3
 F16 = (FORMATS["f16"],) * 3

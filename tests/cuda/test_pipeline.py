@@ -16,7 +16,7 @@ from ckptdiff.measure.cpu import CpuBackend
 from ckptdiff.measure.cuda.backend import CudaBackend
 from ckptdiff.measure.cuda.batch import groups
 from ckptdiff.measure.cuda.layout import ROWS
-from ckptdiff.measure.cuda.slots import ALIGN, Room, fit_room
+from ckptdiff.measure.cuda.slots import ALIGN, MOST_ENTRIES, Room, fit_room
 from ckptdiff.measure.partial import BINS, Partial, Rule, Scan
 from ckptdiff.measure.records import empty_records
 from ckptdiff.measure.reference import ReferenceBackend
@@ -344,4 +344,4 @@ def test_bins_never_overflow_their_list(libraries):
     nowhere = np.zeros((40, 3), np.int64)
     cut = list(groups(Scan(BF16, BF16, BF16), SmallPairs(nowhere, nowhere, np.full(40, 1 << 20)), room))
     assert [index for group in cut for index in group.rows] == list(range(40))
-    assert all(len(group.rows) * ROWS * BINS <= room.most_entries for group in cut)
+    assert all(len(group.rows) * ROWS * BINS <= MOST_ENTRIES for group in cut)

@@ -40,7 +40,9 @@ def assert_close(got, expected, where, key):
 def test_engine_gives_golden_figures(case, compare, device):
     golden = json.loads((FIXTURES / "golden" / f"{case}.json").read_text())[compare]
     diff = run(
-        str(FIXTURES / case / "base"), str(FIXTURES / case / "tuned"), options=Options(compare=compare, values="codes", device=device)
+        str(FIXTURES / case / "base"),
+        str(FIXTURES / case / "tuned"),
+        options=Options(compare=compare, values="codes", device=device),
     )
     rows = {row["name"]: row for row in golden["tensors"]}
     assert [tensor.name for tensor in diff.tensors] == [t.name for t in diff.tensors if t.name in rows]

@@ -26,7 +26,8 @@ from ckptdiff.events import Event, Stage
 from ckptdiff.options import MaskRule, Options
 from ckptdiff.run import planning
 from ckptdiff.run import tasks as stream_plan
-from ckptdiff.run.engine import prepare, run
+from ckptdiff.run.engine import run
+from ckptdiff.run.planning import prepare
 
 BLOCK = 2**20
 BASELINE = 100 << 20

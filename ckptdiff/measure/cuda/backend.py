@@ -13,17 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.errors import DeviceError
-from ckptdiff.formats import Formats
 from ckptdiff.measure.cuda.batch import Rows, UnreadableError, groups
 from ckptdiff.measure.cuda.gpu import Gpu
-from ckptdiff.measure.cuda.layout import (
-    REFINE_BINS,
-    ROWS,
-    add_refined,
-    add_scanned,
-    scan_settings,
-    search_settings,
-)
+from ckptdiff.measure.cuda.layout import REFINE_BINS, ROWS, add_refined, add_scanned, scan_settings, search_settings
 from ckptdiff.measure.cuda.pipeline import Launch, LaunchWork, Part, Pipeline
 from ckptdiff.measure.cuda.slots import GroupTotals, Room, Slot
 from ckptdiff.measure.partial import BINS, Partial, Refined, Rule, Scan, Targets
@@ -31,19 +23,13 @@ from ckptdiff.measure.ranks import ranks_of
 from ckptdiff.measure.records import Records
 from ckptdiff.measure.source import ByteArray, SmallPairs, Source, Window, read_runs
 
-__all__ = ["CudaBackend", "open_pipeline"]
-
 logger = logging.getLogger("ckptdiff.cuda")
 
 
 class CudaBackend:
     """Measures spans on a GPU; the methods are those of :class:`~ckptdiff.measure.cpu.CpuBackend`.
 
-    Parameters
-    ----------
-    gpu : Gpu
-    room : Room
-        How large its buffers may be; smaller ones are taken where GPU memory does not suffice.
+    Its buffers are as large as ``room`` says, and smaller where memory does not suffice.
     """
 
     def __init__(self, gpu: Gpu, room: Room) -> None:
@@ -70,10 +56,7 @@ class CudaBackend:
         return mask if scan.want_mask else None
 
     def scan_small(
-        self,
-        scan: Scan,
-        pairs: SmallPairs,
-        records: Records,
+        self, scan: Scan, pairs: SmallPairs, records: Records
     ) -> tuple[int, NDArray[np.uint8], NDArray[np.int64]]:
         """Measure whole tensors of at most a block, many with one launch.
 
@@ -113,7 +96,7 @@ class CudaBackend:
                     add_refined(targets, source.numel, landed.records[0], np.concatenate(sums), landed.bins, refined)
 
     def _scan_work(self, scan: Scan, first_tie: int) -> LaunchWork:
-        settings, formats, gpu, run = scan_settings(scan), _formats(scan), self._gpu, self._pipeline.run
+        settings, formats, gpu, run = scan_settings(scan), scan.formats, self._gpu, self._pipeline.run
 
         def launch(slot: Slot, totals: GroupTotals, bins: Any, tiles: int, job: Launch) -> None:
             blocks, count = min(tiles, 2 * gpu.processors), np.uint32(tiles)
@@ -131,7 +114,7 @@ class CudaBackend:
 
     def _refine_work(self, scan: Scan, targets: Targets) -> LaunchWork:
         settings = search_settings(scan.compare, targets)
-        formats, gpu, run = _formats(scan), self._gpu, self._pipeline.run
+        formats, gpu, run = scan.formats, self._gpu, self._pipeline.run
 
         def launch(slot: Slot, totals: GroupTotals, bins: Any, tiles: int, job: Launch) -> None:
             sides = slot.sides[0], slot.sides[0 if job.shared else 1]
@@ -160,13 +143,7 @@ class CudaBackend:
 
 
 def open_pipeline(gpu: Gpu, room: Room) -> Pipeline:
-    """Take room on the GPU and on the host, less where there is not as much.
-
-    Raises
-    ------
-    DeviceError
-        If there is not even room for the smallest.
-    """
+    """Take room on the GPU and on the host, less where there is not as much; DeviceError if none is small enough."""
     wanted: Room | None = room
     while wanted is not None:
         on_gpu, on_host = wanted.gpu_bytes >> 20, wanted.host_bytes >> 20
@@ -186,10 +163,6 @@ def open_pipeline(gpu: Gpu, room: Room) -> Pipeline:
         found=found or None,
         hint="close what else uses the GPU (nvidia-smi lists it), fewer --threads, or --device cpu",
     )
-
-
-def _formats(scan: Scan) -> Formats:
-    return scan.base, scan.tuned, scan.compare
 
 
 def _read(scan: Scan, source: Source, window: Window, first: int, *rooms: ByteArray) -> None:

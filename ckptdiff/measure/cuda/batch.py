@@ -19,8 +19,6 @@ from ckptdiff.measure.ranks import tables_of
 from ckptdiff.measure.records import Records
 from ckptdiff.measure.source import ByteArray, SmallPairs, read_runs
 
-__all__ = ["Group", "Rows", "UnreadableError", "groups"]
-
 
 class UnreadableError(Exception):
     """The files of a row could not be read."""
@@ -60,14 +58,7 @@ class Rows:
 
 
 def groups(scan: Scan, pairs: SmallPairs, room: Room) -> Iterator[Group]:
-    """Cut tensors into groups, in order.
-
-    Parameters
-    ----------
-    scan : Scan
-    pairs : SmallPairs
-    room : Room
-    """
+    """Cut tensors into groups, in order."""
     widest = max(scan.base.bits, scan.tuned.bits)
     first, free = 0, room.limits()
     for row, numel in enumerate(pairs.numel.tolist()):

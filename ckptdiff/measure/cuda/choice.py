@@ -11,8 +11,6 @@ from typing import Any
 from ckptdiff.errors import DeviceError
 from ckptdiff.measure.cuda.gpu import CupyGpu, failure
 
-__all__ = ["cupy_packages", "find_gpu"]
-
 _INSTALL = "pip install 'ckptdiff[cuda13]' (NVIDIA driver 580 or newer) or 'ckptdiff[cuda12]' (525 or newer)"
 
 
@@ -23,13 +21,7 @@ def cupy_packages() -> list[str]:
 
 
 def find_gpu(index: int) -> CupyGpu:
-    """Reach a GPU.
-
-    Raises
-    ------
-    DeviceError
-        If there is no driver, no CuPy or too many, one that does not load, or no such GPU.
-    """
+    """Reach a GPU; DeviceError if there is no driver, no CuPy or too many, one that does not load, or no such GPU."""
     if importlib.util.find_spec("cupy") is None:
         raise DeviceError("CuPy is not installed, which the CUDA backend needs", hint=_INSTALL)
     packages = cupy_packages()

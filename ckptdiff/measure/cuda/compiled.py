@@ -1,4 +1,4 @@
-"""Compile the kernels for a GPU by NVRTC, and keep them.
+"""Join the kernels' source into one text, compile it for a GPU by NVRTC, and keep what comes of it.
 
 CuPy would compile them too, but it lets every kernel flush subnormal numbers to zero, whatever options it is given, and
 looks for CUDA's headers first, which nothing here includes. So NVRTC is called directly, and CuPy loads the result.
@@ -10,39 +10,69 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import threading
 from contextlib import suppress
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ckptdiff.errors import DeviceError
-from ckptdiff.formats import FORMATS
+from ckptdiff.formats import FORMATS, Format
 from ckptdiff.jit import private_folder
-from ckptdiff.measure.cuda.sources import kernel_options, kernel_source
 
-__all__ = ["architecture_for", "compile_kernels", "compiled_folder", "compiled_kernels"]
+KERNELS = ("harvest", "refine", "scan", "ties")
+KERNEL_NAMES = ("scan", "refine", "harvest", "place_ties", "take_ties")
+"""What can be launched."""
+NAMES = {"bf16": "Bf16", "f16": "F16", "f32": "F32", "f64": "F64", "f8_e4m3": "E4m3", "f8_e5m2": "E5m2"}
+"""What the source calls each format."""
+THREADS = 512
+"""Threads of a block, as the kernels are compiled."""
+_EXACT = ("-ftz=false", "-prec-div=true", "-prec-sqrt=true")
+"""Subnormal numbers stay what they are: most codes of float8 become subnormal float32 on the way to their values."""
 
+_INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 _CHECKSUM = 32
 """Bytes of the checksum that stands before the machine code in a file."""
 
 logger = logging.getLogger("ckptdiff.cuda")
 
 
+def kernel_folder() -> Path:
+    """Where the source is: in the installed package, or in the clone that is installed as editable."""
+    package = Path(str(files("ckptdiff")))
+    installed = package / "_cuda"
+    return installed if installed.is_dir() else package.parent / "cuda"
+
+
+def kernel_source(folder: Path | None = None) -> str:
+    """All kernels in one text, which includes nothing: NVRTC needs no folder of headers, and a hash of it sees all."""
+    folder = folder or kernel_folder()
+    seen: set[str] = set()
+
+    def text_of(name: str) -> str:
+        if name in seen:
+            return ""
+        seen.add(name)
+        text = (folder / name).read_text().replace("#pragma once\n", "")
+        return _INCLUDE.sub(lambda include: text_of(include[1]), text)
+
+    return "\n".join(text_of(f"{kernel}.cu") for kernel in KERNELS)
+
+
+def kernel_options(base: Format, tuned: Format, compare: Format) -> tuple[str, ...]:
+    """Options of NVRTC, and of nvcc, but for the architecture."""
+    chosen = (("BASE", base), ("TUNED", tuned), ("COMPARE", compare))
+    formats = (f"-D{side}={NAMES[format.name]}" for side, format in chosen)
+    return ("-std=c++17", *_EXACT, f"-DTHREADS={THREADS}", *formats)
+
+
 def architecture_for(major: int, minor: int) -> str:
     """What NVRTC compiles for, so that a GPU of this compute capability can run it.
 
-    Returns
-    -------
-    str
-        "sm_90": machine code of just this architecture. "compute_90": an intermediate language (PTX) that the driver
-        makes machine code of, for a GPU that is newer than NVRTC.
-
-    Raises
-    ------
-    ImportError, RuntimeError
-        If CuPy or NVRTC is missing.
-    DeviceError
-        If the GPU is older than what NVRTC still knows.
+    "sm_90" is machine code of just this architecture. "compute_90" is an intermediate language (PTX) that the driver
+    makes machine code of, for a GPU that is newer than NVRTC. Without CuPy or NVRTC this raises ImportError or
+    RuntimeError, and DeviceError if the GPU is older than what NVRTC still knows.
     """
     nvrtc, own = _nvrtc(), 10 * major + minor
     known = nvrtc.getSupportedArchs()
@@ -60,21 +90,10 @@ def architecture_for(major: int, minor: int) -> str:
 
 
 def compile_kernels(architecture: str, names: tuple[str, str, str] = ("bf16", "bf16", "bf16")) -> bytes:
-    """The kernels for one pair of formats, compiled now; needs CuPy and NVRTC, and no GPU.
+    """The kernels for base, tuned and compare format, compiled now; needs CuPy and NVRTC, and no GPU.
 
-    Parameters
-    ----------
-    architecture : str
-        "sm_90" for machine code (a cubin), "compute_90" for PTX.
-    names : (base, tuned, compare)
-        Formats.
-
-    Raises
-    ------
-    ImportError, RuntimeError
-        If CuPy or NVRTC is missing.
-    DeviceError
-        If the kernels do not compile.
+    A cubin for "sm_90", PTX for "compute_90". Without CuPy or NVRTC this raises ImportError or RuntimeError, and
+    DeviceError if the kernels do not compile.
     """
     nvrtc = _nvrtc()
     program = nvrtc.createProgram(kernel_source(), "kernels.cu", (), ())
@@ -93,10 +112,7 @@ def compile_kernels(architecture: str, names: tuple[str, str, str] = ("bf16", "b
 
 
 def compiled_kernels(architecture: str, names: tuple[str, str, str]) -> bytes:
-    """The same from the cache, or compiled and put there; a damaged file is compiled anew.
-
-    Parameters and errors are those of :func:`compile_kernels`.
-    """
+    """The same from the cache, or compiled and put there; a damaged file is compiled anew."""
     folder = compiled_folder()
     if folder is None:
         return compile_kernels(architecture, names)

@@ -15,11 +15,8 @@ import numpy as np
 
 from ckptdiff.errors import CkptdiffError, DeviceError
 from ckptdiff.formats import Formats
-from ckptdiff.measure.cuda.compiled import architecture_for, compiled_kernels
-from ckptdiff.measure.cuda.sources import KERNEL_NAMES, THREADS
+from ckptdiff.measure.cuda.compiled import KERNEL_NAMES, THREADS, architecture_for, compiled_kernels
 from ckptdiff.measure.source import ByteArray
-
-__all__ = ["CupyGpu", "Gpu", "failure"]
 
 Buffer = Any
 """Bytes in GPU memory. Slicing gives a part of it."""
@@ -127,18 +124,7 @@ def _says(error: BaseException, signs: tuple[str, ...]) -> bool:
 
 
 class CupyGpu:
-    """A GPU through CuPy.
-
-    Parameters
-    ----------
-    index : int
-        Which one.
-
-    Raises
-    ------
-    DeviceError
-        If CuPy does not reach it.
-    """
+    """A GPU through CuPy, by its index; DeviceError if CuPy does not reach it."""
 
     _modules: ClassVar[dict[tuple[int, Formats], dict[str, Any]]] = {}
     _compiling: ClassVar[threading.Lock] = threading.Lock()

@@ -11,25 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.formats import Format
+from ckptdiff.measure.kernels.tiles import round_down
 from ckptdiff.measure.partial import BINS, BLOCK, Count, Partial, Refined, Rule, Scan, Sum, Targets
-
-__all__ = [
-    "DEVICE_TILE",
-    "RECORD",
-    "REFINE_BINS",
-    "ROWS",
-    "SCAN_SETTINGS",
-    "SEARCH",
-    "TAILS",
-    "TILE_RECORD",
-    "DeviceCount",
-    "add_refined",
-    "add_scanned",
-    "block_sums",
-    "scan_settings",
-    "search_settings",
-    "split_bins",
-]
 
 DEVICE_TILE = 1 << 15
 """Coordinates of a tile, each of which has its own row of sums."""
@@ -123,32 +106,21 @@ def search_settings(compare: Format, targets: Targets) -> NDArray[Any]:
 
 def magnitude_bits(value: float, compare: Format) -> int:
     """Bits of the largest |d| that does not exceed a value; d is a float64 under a compare format of 64 bits."""
-    real = np.dtype(np.float64 if compare.bits == 64 else np.float32)
     with np.errstate(over="ignore"):
-        rounded = real.type(value)
-    if float(rounded) > value:
-        rounded = np.nextafter(rounded, real.type(-np.inf))
-    return int(np.array(rounded, real).view(f"u{real.itemsize}"))
+        rounded = round_down(value, compare.real)
+    return int(np.array(rounded, compare.real).view(f"u{compare.real.itemsize}"))
 
 
 def magnitude_value(bits: int, compare: Format) -> float:
     """Value of the bits of |d|."""
-    code, real = ("u8", "f8") if compare.bits == 64 else ("u4", "f4")
-    return float(np.array(bits, code).view(real))
+    return float(np.array(bits, f"u{compare.real.itemsize}").view(compare.real))
 
 
 def block_sums(tiles: NDArray[np.float64], numel: int) -> NDArray[np.float64]:
     """Sums of blocks of ``BLOCK`` coordinates from those of their tiles, which are added in order.
 
-    Parameters
-    ----------
-    tiles : float array, shape (ceil(numel / DEVICE_TILE), columns)
-    numel : int
-        Coordinates, from the first of a block on.
-
-    Returns
-    -------
-    float array, shape (ceil(numel / BLOCK), columns)
+    Tiles of shape (ceil(numel / DEVICE_TILE), columns), from the first of a block on, give (ceil(numel / BLOCK),
+    columns).
     """
     blocks = -(-numel // BLOCK)
     padded = np.zeros((blocks * (BLOCK // DEVICE_TILE), tiles.shape[1]))
@@ -165,19 +137,10 @@ def add_scanned(
     found: tuple[NDArray[np.integer], NDArray[np.uint64]],
     partial: Partial,
 ) -> None:
-    """Add what a scan of consecutive blocks left on the device.
+    """Add what a scan of ``numel`` coordinates, consecutive blocks, left on the device.
 
-    Parameters
-    ----------
-    scan : Scan
-    numel : int
-        Coordinates scanned.
-    record : structured array of ``RECORD``, shape ()
-    tiles : float array, shape (ceil(numel / DEVICE_TILE), len(Sum))
-    found : (places, counts)
-        The bins of ``ROWS * BINS`` that are not empty, in any order.
-    partial : Partial
-        Added to.
+    ``record`` is one of ``RECORD``, shape (); ``tiles`` has shape (ceil(numel / DEVICE_TILE), len(Sum)); ``found``
+    holds places and counts of the bins of ``ROWS * BINS`` that are not empty, in any order.
     """
     places, counts = found
     rows, bins = np.divmod(places.astype(np.int64), BINS)

@@ -20,33 +20,23 @@ from numpy.typing import NDArray
 from ckptdiff.formats import Formats
 from ckptdiff.measure.cuda.gpu import Gpu
 from ckptdiff.measure.cuda.layout import DEVICE_TILE, RECORD, TILE_RECORD
-from ckptdiff.measure.cuda.slots import ALIGN, ENTRIES, SLOTS, GroupTotals, HostBlock, Room, Slot, view_of
+from ckptdiff.measure.cuda.slots import ALIGN, ENTRIES, SLOTS, GroupTotals, HostBlock, Room, Slot
 from ckptdiff.measure.partial import Sum
-
-__all__ = ["Bins", "Landed", "Launch", "LaunchWork", "Part", "Pipeline"]
 
 Bins = tuple[NDArray[np.uint32], NDArray[np.uint64]]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Consecutive coordinates of one tensor pair in a launch.
-
-    Attributes
-    ----------
-    record : int
-        Which of the pairs of its group it belongs to.
-    numel : int
-    read : callable
-        Reads both sides into given arrays of bytes; with one array, that of the base, which is also the tuned side's.
-    shared : bool
-        Whether both sides are the same bytes.
-    """
+    """Consecutive coordinates of one tensor pair in a launch."""
 
     record: int
+    """Which of the pairs of its group it belongs to."""
     numel: int
     read: Callable[..., None]
+    """Reads both sides into given arrays of bytes; with one array, that of the base, which is also the tuned side's."""
     shared: bool = False
+    """Whether both sides are the same bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,43 +55,28 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """What came down of a launch; valid until the next one is asked for.
-
-    Attributes
-    ----------
-    masks : list of uint8 array
-        Mask bits of each part; empty if none are wanted.
-    sums : list of float array, shape (tiles of the part, len(Sum))
-    records : structured array of ``RECORD``
-        Of each tensor pair of the group, if the job closes it; else empty.
-    bins : (places, counts)
-        The bins of the group that are not empty.
-    """
+    """What came down of a launch; valid until the next one is asked for."""
 
     job: Launch
     masks: list[NDArray[np.uint8]]
+    """Mask bits of each part; empty if none are wanted."""
     sums: list[NDArray[np.float64]]
+    """Shape (tiles of the part, len(Sum))."""
     records: NDArray[Any]
+    """Of each tensor pair of the group, if the job closes it; else empty."""
     bins: Bins
+    """The bins of the group that are not empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class LaunchWork:
-    """What to do with each launch.
-
-    Attributes
-    ----------
-    formats : (base, tuned, compare)
-    launch : callable
-        Queues the kernels of one launch, given the slot, the totals, the bins, the number of tiles, and the job.
-    bins : int
-        Bins of one tensor pair.
-    want_mask : bool
-    """
+    """What to do with each launch."""
 
     formats: Formats
     launch: Callable[[Slot, GroupTotals, Any, int, Launch], None]
+    """Queues the kernels of one launch, given the slot, the totals, the bins, the number of tiles, and the job."""
     bins: int
+    """Bins of one tensor pair."""
     want_mask: bool
 
 
@@ -128,16 +103,10 @@ class Pipeline:
         self._host_bins = block.take(ENTRIES * 4), block.take(ENTRIES * 8)
 
     def carry_out(self, work: LaunchWork, jobs: Iterable[Launch]) -> Generator[Landed, None, None]:
-        """Launch job after job; yield what comes of each, in order.
+        """Launch job after job, each read before the next is asked for; yield what comes of each, in order.
 
         However that ends, by an error, an interrupt or a generator that is closed, nothing is left under way: buffers
         may go to someone whose work waits for none of these streams.
-
-        Parameters
-        ----------
-        work : LaunchWork
-        jobs : iterable of Launch
-            Each is read before the next one is asked for.
         """
         under_way: deque[_Flight] = deque()
         group = -1
@@ -179,7 +148,7 @@ class Pipeline:
             own["numel"] = np.minimum(part.numel - starts, DEVICE_TILE)
             tiles.append(own)
             at = [place + -(-size // ALIGN) * ALIGN for place, size in zip(at, sizes, strict=True)]
-        flight.tiles = view_of(slot.host_tiles, TILE_RECORD, sum(own.size for own in tiles))
+        flight.tiles = slot.host_tiles[: sum(own.nbytes for own in tiles)].view(TILE_RECORD)
         np.concatenate(tiles, out=flight.tiles)
 
     def _queue(self, flight: _Flight, work: LaunchWork) -> None:

@@ -12,35 +12,26 @@ from ckptdiff.measure.cuda.layout import DEVICE_TILE, RECORD, REFINE_BINS, ROWS,
 from ckptdiff.measure.partial import BINS, Sum
 from ckptdiff.measure.source import ByteArray
 
-__all__ = ["ALIGN", "ENTRIES", "SLOTS", "GroupTotals", "HostBlock", "Room", "Slot", "fit_room", "view_of"]
-
 SLOTS = 2
 """Launches under way: while one is read, the one before is on its way."""
 ALIGN = 64
 """Each part of a buffer starts at a multiple of this: no load of the kernels is wider."""
-_COLUMNS = len(Sum)
 _ENTRY = 12
 """Bytes of a bin that is brought home: where it is, and its count."""
 ENTRIES = 1 << 16
 """Bins that are brought home at a time."""
-_MOST_ENTRIES = 12 * REFINE_BINS
+MOST_ENTRIES = 12 * REFINE_BINS
 """Bins that a launch may leave: of four whole scans, or of every cut of a further pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How large the buffers are.
-
-    Attributes
-    ----------
-    side : int
-        Bytes of one side in a launch; a multiple of 8 ``DEVICE_TILE``.
-    records : int
-        Tensor pairs in a launch.
-    """
+    """How large the buffers are."""
 
     side: int = 4 << 20
+    """Bytes of one side in a launch; a multiple of 8 ``DEVICE_TILE``."""
     records: int = 32
+    """Tensor pairs in a launch."""
 
     @property
     def tiles(self) -> int:
@@ -57,23 +48,18 @@ class Room:
     def gpu_bytes(self) -> int:
         """GPU memory."""
         of_slot = sum(self.of_slot) + self.tiles * 8
-        return SLOTS * (of_slot + self.summary_bytes + _MOST_ENTRIES * _ENTRY) + self.bins * 8
+        return SLOTS * (of_slot + self.summary_bytes + MOST_ENTRIES * _ENTRY) + self.bins * 8
 
     @property
     def of_slot(self) -> tuple[int, int, int, int, int]:
         """Bytes of base, tuned side, tiles, mask and sums of a launch, on the host and on the GPU."""
         sides = self.side_bytes, self.side_bytes
-        return *sides, self.tiles * TILE_RECORD.itemsize, self.mask_bytes, self.tiles * 8 * _COLUMNS
+        return *sides, self.tiles * TILE_RECORD.itemsize, self.mask_bytes, self.tiles * 8 * len(Sum)
 
     @property
     def bins(self) -> int:
         """Bins of all tables."""
-        return max(self.records * ROWS * BINS, _MOST_ENTRIES)
-
-    @property
-    def most_entries(self) -> int:
-        """Bins that a launch may leave unequal to zero."""
-        return _MOST_ENTRIES
+        return max(self.records * ROWS * BINS, MOST_ENTRIES)
 
     def coordinates(self, bits: int) -> int:
         """Coordinates in a launch whose wider side has so many bits each."""
@@ -81,7 +67,7 @@ class Room:
 
     def limits(self) -> tuple[int, ...]:
         """How many pairs, bytes of a side, and bins in use a launch of several tensor pairs may have."""
-        return self.records, self.side, self.most_entries
+        return self.records, self.side, MOST_ENTRIES
 
     def needs(self, numel: int, bits: int) -> tuple[int, ...]:
         """What a tensor pair takes of :meth:`limits`, its wider side stored in so many bits each."""
@@ -116,19 +102,9 @@ class Room:
 
 
 def fit_room(budget: int, threads: int) -> tuple[Room, int]:
-    """The largest buffers with which as many threads as wanted fit on the GPU; fewer threads if none are small enough.
+    """The largest buffers with which ``threads`` pipelines fit into a budget of bytes, and how many threads do.
 
-    Parameters
-    ----------
-    budget : int
-        Bytes of GPU memory.
-    threads : int
-        Wanted; each has a pipeline of its own.
-
-    Raises
-    ------
-    PlanError
-        If not even one thread fits.
+    They are fewer only where the smallest buffers are too large; PlanError if not even one fits.
     """
     room = Room()
     while room.gpu_bytes * threads > budget and (smaller := room.halved()) is not None:
@@ -177,8 +153,8 @@ class GroupTotals:
 
     def __init__(self, gpu: Gpu, room: Room, block: HostBlock) -> None:
         self.host_summary, self.summary = block.take(room.summary_bytes), gpu.empty(room.summary_bytes)
-        self.places = gpu.empty(room.most_entries * 4)
-        self.counts = gpu.empty(room.most_entries * 8)
+        self.places = gpu.empty(MOST_ENTRIES * 4)
+        self.counts = gpu.empty(MOST_ENTRIES * 8)
 
     @property
     def found(self) -> object:
@@ -198,8 +174,3 @@ class GroupTotals:
 
 def _aligned(size: int) -> int:
     return -(-size // ALIGN) * ALIGN
-
-
-def view_of(buffer: ByteArray, dtype: np.dtype, count: int) -> np.ndarray:
-    """The first entries of a buffer."""
-    return buffer[: count * dtype.itemsize].view(dtype)

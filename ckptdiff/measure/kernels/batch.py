@@ -17,8 +17,6 @@ from ckptdiff.measure.kernels.stored import Stored
 from ckptdiff.measure.kernels.tiles import Array, Facts, Measure, Totals
 from ckptdiff.measure.partial import BINS, Count
 
-__all__ = ["scan_small"]
-
 CHANGED, STORED_EQUAL = int(Count.CHANGED), int(Count.STORED_EQUAL)
 NONFINITE_BASE, NONFINITE_TUNED = int(Count.NONFINITE_BASE), int(Count.NONFINITE_TUNED)
 
@@ -68,29 +66,12 @@ def scan_small(
     room: tuple[Workspace, Totals],
     out: tuple[Any, Array],
 ) -> int:
-    """Measure whole tensors of at most a block, of a compare format of at most 16 bits.
+    """Measure whole tensors of at most a block, of a compare format of at most 16 bits; returns how many.
 
-    Parameters
-    ----------
-    sides : (Side, Side)
-        Of runs that are each a whole tensor.
-    stored : (Stored, Stored) or None
-        As in :func:`~ckptdiff.measure.kernels.span.scan_span`.
-    sizes : int64 array, shape (k, 2)
-        Of each tensor: coordinates, and its first word of mask.
-    ranks : pair of int64 array, shape (k, ...)
-        Sizes of the sets of largest |d| and of smallest weights.
-    tables : (Facts, Wanted)
-    measure : Measure
-    room : (Workspace, Totals)
-        Work space, and totals of nothing seen, which are left so.
-    out : (Records, uint64 array)
-        k rows that receive the figures, and words that receive the masks.
-
-    Returns
-    -------
-    int
-        How many tensors were measured: less than all if one could not be read.
+    Less than all if one could not be read. Each run of ``sides`` is a whole tensor; ``sizes``, int64 of shape (k, 2),
+    has its coordinates and its first word of mask, and ``ranks``, int64 of shape (k, ...), the sizes of its sets of
+    largest |d| and of smallest weights. ``room`` has totals of nothing seen, which are left so. k rows of records and
+    words, uint64, receive figures and masks.
     """
     (base, tuned), (work, totals), (records, words) = sides, room, out
     for row in range(len(sizes)):

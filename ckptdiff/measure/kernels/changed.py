@@ -16,8 +16,6 @@ from ckptdiff.codes.lanes import LANES, PACKS, changed_lanes, load_codes, pack_l
 from ckptdiff.jit import helper
 from ckptdiff.measure.kernels.tiles import Array, Tile
 
-__all__ = ["count_nonfinite", "count_strange", "find_changed", "first_of", "keep_finite"]
-
 
 @helper
 def pack_codes(left: Array, right: Array, start: int, word: Any, tile: Tile, count: int) -> None:
@@ -49,16 +47,10 @@ append_codes = pack_codes if PACKS else pick_codes
 
 @helper
 def find_changed(a: Array, b: Array, magnitude: Any, tile: Tile) -> int:
-    """Mark codes that differ and are not +0 and -0, and gather them; returns how many there are.
+    """Mark codes, of shape (n,), n <= ``TILE``, that differ and are not +0 and -0, and gather them; returns how many.
 
-    Parameters
-    ----------
-    a, b : unsigned array, shape (n,)
-        Codes of both sides, n <= ``TILE``.
-    magnitude : unsigned
-        Mask of the magnitude bits, in the dtype of codes.
-    tile : Tile
-        Its marks, and the first entries of ``left`` and ``right``, are written.
+    ``magnitude`` masks the magnitude bits, in the dtype of codes. Marks, and the first entries of ``left`` and
+    ``right``, are written.
     """
     whole = a.size // LANES * LANES
     left, right = a[:whole].reshape(1, whole), b[:whole].reshape(1, whole)

@@ -15,8 +15,6 @@ from ckptdiff.measure.kernels.masks import mask_tile, open_mask
 from ckptdiff.measure.kernels.tiles import Array, Facts, Measure, Tile, Totals
 from ckptdiff.measure.partial import Count
 
-__all__ = ["find_bins", "measure_codes", "note_bins", "take_values"]
-
 CHANGED, NONFINITE_TUNED = int(Count.CHANGED), int(Count.NONFINITE_TUNED)
 
 
@@ -44,16 +42,7 @@ def find_bins(counts: Array, span: Array) -> None:
 
 @helper
 def count_weights(codes: Array, magnitude: Any, weights: Array) -> None:
-    """Histogram of the magnitudes of all base codes.
-
-    Parameters
-    ----------
-    codes : uint16 array, shape (n,)
-    magnitude : uint64
-        Mask of the magnitude bits.
-    weights : int64 array, shape (3, BINS)
-        Its first row is added to.
-    """
+    """Add the magnitudes of all base codes, uint16 of shape (n,), to the first row of ``weights``, shape (3, BINS)."""
     # Four codes to a load: the loop is bound by its loads and stores.
     whole = codes.size // 4 * 4
     fours = codes[:whole].view(np.uint64)

@@ -14,30 +14,10 @@ from ckptdiff.codes.bits import float_bits
 from ckptdiff.jit import helper, kernel, reducer
 from ckptdiff.measure.kernels.tiles import Array
 
-__all__ = [
-    "Groups",
-    "count_run",
-    "cut_from_bottom",
-    "cut_from_top",
-    "find_delta_cut",
-    "find_low_cut",
-    "regroup",
-    "single_value",
-    "within_bins",
-]
-
 
 @kernel
 def cut_from_bottom(counts: Array, first: int, last: int, rank: int) -> tuple[int, int]:
-    """Bin of the ``rank``-th smallest entry, and how many lie in the bins below it.
-
-    Parameters
-    ----------
-    counts : int64 array
-        Histogram; only bins ``first`` to ``last`` are looked at.
-    rank : int
-        From 1. Past the end: (last + 1, total).
-    """
+    """Bin of the ``rank``-th smallest entry, and how many lie in the bins below it; past the end: (last + 1, total)."""
     below = 0
     for bin_ in range(first, last + 1):
         if below + counts[bin_] >= rank:
@@ -79,21 +59,9 @@ def bin_energy(bin_: int, count: float, total: float, squares: float) -> float:
 
 @kernel
 def find_delta_cut(deltas: Array, span: Array, rank: int, width: int) -> tuple[int, int, int, int, float]:
-    """Find the ``rank``-th largest |d| in the histogram of a scan.
+    """Find the ``rank``-th largest |d|, of ``width`` bits, in the histogram of a scan, shape (3, BINS).
 
-    Parameters
-    ----------
-    deltas : uint64 array, shape (3, BINS)
-    span : int64 array, shape (4,)
-    rank : int
-        From 1.
-    width : int
-        Bits of d.
-
-    Returns
-    -------
-    prefix, unknown, above, at, energy_above
-        As in :class:`~ckptdiff.measure.delta_cuts.DeltaCut`.
+    Returns prefix, unknown, above, at and energy_above of a :class:`~ckptdiff.measure.open_cuts.DeltaCut`.
     """
     above: Any = 0
     energy = 0.0
@@ -115,22 +83,11 @@ def find_delta_cut(deltas: Array, span: Array, rank: int, width: int) -> tuple[i
 def find_low_cut(
     weights: Array, first: int, last: int, rank: int, below: int, changed: int
 ) -> tuple[int, int, int, int, int]:
-    """Find the ``rank``-th smallest |W0| in the histogram of a scan.
+    """Find the ``rank``-th smallest |W0| in bins ``first`` to ``last`` of the histogram of a scan, shape (3, bins).
 
-    Parameters
-    ----------
-    weights : int64 array, shape (3, bins)
-    first, last : int
-        Bins to look at.
-    rank : int
-        From 1.
-    below, changed : int
-        Weights below ``first``, and those of them that changed: where the search for a lower rank stopped.
-
-    Returns
-    -------
-    bin, below, at, changed_below, changed_at
-        As in :class:`~ckptdiff.measure.low_cuts.LowCut`; ``at`` is 0 if there are fewer weights.
+    ``below`` weights, ``changed`` of which did, lie below ``first``: where the search for a lower rank stopped. Returns
+    bin, below, at, changed_below and changed_at of a :class:`~ckptdiff.measure.open_cuts.LowCut`; ``at`` is 0 if there
+    are fewer weights.
     """
     for bin_ in range(first, last + 1):
         count = weights[0, bin_]

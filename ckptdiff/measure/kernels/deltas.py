@@ -11,8 +11,6 @@ from ckptdiff.jit import helper, reducer
 from ckptdiff.measure.kernels.tiles import Array, Measure, Tile, Totals
 from ckptdiff.measure.partial import Count, Sum
 
-__all__ = ["add_ulp", "count_deltas", "count_distances", "count_within", "summarise", "widen_span"]
-
 WITHIN_ETA = int(Count.WITHIN_ETA)
 DELTA, ABS_DELTA, DELTA_SQUARE = int(Sum.DELTA), int(Sum.ABS_DELTA), int(Sum.DELTA_SQUARE)
 BASE_DELTA = int(Sum.BASE_DELTA)

@@ -9,8 +9,6 @@ from ckptdiff.jit import helper
 from ckptdiff.measure.kernels.tiles import Array, Measure, Tile, Totals
 from ckptdiff.measure.partial import Count, Rule, Sum
 
-__all__ = ["mask_tile", "open_mask"]
-
 MASKED, TIES = int(Count.MASKED), int(Sum.TIES)
 NO_RULE, BITWISE, ABOVE, ETA, TOP = (int(rule) for rule in Rule)
 

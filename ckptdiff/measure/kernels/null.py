@@ -16,8 +16,6 @@ from ckptdiff.jit import helper, kernel
 from ckptdiff.measure.kernels.cuts import count_run
 from ckptdiff.measure.kernels.tiles import Array
 
-__all__ = ["Gaps", "change_chance", "fit_null", "null_overlap", "null_unchanged"]
-
 NO_CHANCE = 39.0
 """Sigmas that a float64 chance does not reach."""
 FINE = 0.375
@@ -167,19 +165,10 @@ def solve(steps: Array, sizes: Array, top: int, target: float, off: float, start
 
 @kernel
 def fit_null(weights: Array, gaps: Gaps, first: int, last: int, changed: int, off: float) -> float:
-    """Sigma of the Gaussian update that changes as many coordinates after rounding.
+    """Sigma of the Gaussian update that changes as many coordinates after rounding: above 0, and not all of them.
 
-    Parameters
-    ----------
-    weights : int64 array, shape (bins,)
-        Coordinates by magnitude bin.
-    gaps : Gaps
-    first, last : int
-        Bins in use; all of finite values.
-    changed : int
-        Above 0 and below the sum of ``weights``.
-    off : float
-        Part of the coordinates whose base was stored wider and lies between grid points.
+    ``weights``, int64 of shape (bins,), counts coordinates by magnitude; all of bins ``first`` to ``last`` are finite.
+    Of a part ``off`` of them the base was stored wider and lies between grid points.
     """
     steps, sizes = np.empty(2 * gaps.runs.size), np.zeros(2 * gaps.runs.size)
     top, total = gather(weights, gaps, first, last, steps, sizes)
@@ -194,12 +183,7 @@ def fit_null(weights: Array, gaps: Gaps, first: int, last: int, changed: int, of
 def null_unchanged(weights: Array, gaps: Gaps, first: int, last: int, square: float, off: float) -> float:
     """Expected number of coordinates that a Gaussian update of this sum of d^2, after rounding, leaves unchanged.
 
-    Parameters
-    ----------
-    weights, gaps, first, last, off
-        As in ``fit_null``.
-    square : float
-        Sum of d^2, finite.
+    ``square`` is finite; all else as in ``fit_null``.
     """
     steps, sizes = np.empty(2 * gaps.runs.size), np.zeros(2 * gaps.runs.size)
     top, total = gather(weights, gaps, first, last, steps, sizes)
@@ -214,22 +198,10 @@ def null_unchanged(weights: Array, gaps: Gaps, first: int, last: int, square: fl
 def null_overlap(
     weights: Array, gaps: Gaps, first: int, last: int, sigma: float, off: float, ranks: Array, overlap: Array
 ) -> float:
-    """Expected number of coordinates that a Gaussian update moves, and of those among the smallest weights.
+    """Expected number of coordinates that a Gaussian update moves; in ``overlap``, of those among the smallest weights.
 
-    Parameters
-    ----------
-    weights, gaps, first, last, off
-        As in ``fit_null``.
-    sigma : float
-    ranks : int64 array, shape (k,)
-        How many of the smallest weights, ascending.
-    overlap : float64 array, shape (k,)
-        Receives one expectation per rank; ties at a cut count fractionally.
-
-    Returns
-    -------
-    float
-        Expected number over all coordinates.
+    ``ranks``, int64 of shape (k,), tells how many of the smallest, ascending; ``overlap``, float64 of shape (k,),
+    receives an expectation for each, ties at a cut counted fractionally. All else as in ``fit_null``.
     """
     total, below, at = 0.0, 0, 0
     for run in range(gaps.runs.size - 1):

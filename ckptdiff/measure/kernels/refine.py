@@ -21,8 +21,6 @@ from ckptdiff.measure.kernels.stored import Stored
 from ckptdiff.measure.kernels.tiles import TILE, Array, Facts
 from ckptdiff.measure.partial import BLOCK
 
-__all__ = ["Found", "Search", "refine_span"]
-
 
 class Search(NamedTuple):
     """The arrays of :class:`~ckptdiff.measure.partial.Targets`."""
@@ -45,17 +43,10 @@ class Found(NamedTuple):
 
 @helper
 def count_weights(codes: Array, marks: Array, magnitude: Any, search: Search, weights: Array) -> None:
-    """Count the next bits of base codes that share the known bits of a cut.
+    """Count the next bits of base codes, shape (n,), that share the known bits of a cut.
 
-    Parameters
-    ----------
-    codes : unsigned array, shape (n,)
-    marks : uint64 array, shape (ceil(n / 64),)
-        Bit set: changed.
-    magnitude : unsigned
-    search : Search
-    weights : int64 array, shape (len(search.weights), 2, 2**16)
-        Added to.
+    Changed ones have a bit of ``marks``, uint64 of shape (ceil(n / 64),). ``weights``, int64 of shape
+    (len(search.weights), 2, 2**16), is added to.
     """
     for r in range(search.weights.size):
         for i in range(codes.size):
@@ -92,16 +83,7 @@ def refine_span(
     search: Search,
     found: Found,
 ) -> int:
-    """Pass over a span of blocks.
-
-    Parameters
-    ----------
-    sides, stored, extent, facts, work
-        As in :func:`~ckptdiff.measure.kernels.span.scan_span`, and so is the returned coordinate.
-    search : Search
-    found : Found
-        Added to.
-    """
+    """Pass over a span of blocks as :func:`~ckptdiff.measure.kernels.span.scan_span` does; ``found`` is added to."""
     first, numel = extent
     widths = sides[0].itemsize, sides[1].itemsize
     magnitude = work.codes[0].dtype.type(facts.magnitude)

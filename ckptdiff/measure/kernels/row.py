@@ -14,8 +14,6 @@ from ckptdiff.measure.kernels.null import Gaps, fit_null, null_overlap, null_unc
 from ckptdiff.measure.kernels.tiles import Array, Facts, Totals
 from ckptdiff.measure.partial import Count, Sum
 
-__all__ = ["Wanted", "fill_row", "take_row"]
-
 CHANGED, FINITE, OFF_GRID = int(Count.CHANGED), int(Count.FINITE), int(Count.OFF_GRID)
 BASE_SQUARE, DELTA_SQUARE = int(Sum.BASE_SQUARE), int(Sum.DELTA_SQUARE)
 
@@ -82,17 +80,10 @@ def take_null(totals: Totals, ranks: Array, wanted: Wanted, row: int, records: A
 def take_figures(
     totals: Totals, ranks: tuple[Array, Array], tables: tuple[Facts, Wanted], row: int, records: Any
 ) -> None:
-    """Fill the figures of one row, whose counts and sums are filled.
+    """Fill the figures of one row, whose counts and sums are filled; ``complete`` tells whether all cuts were found.
 
-    Parameters
-    ----------
-    totals : Totals
-    ranks : pair of int64 array, shapes (percentages,) and (fractions,)
-        How many of the largest |d|, and how many of the smallest weights, ascending.
-    tables : (Facts, Wanted)
-    row : int
-    records : Records
-        ``complete`` tells whether all cuts could be found.
+    ``ranks``, int64 of shapes (percentages,) and (fractions,), tell how many of the largest |d| and of the smallest
+    weights, ascending.
     """
     facts, wanted = tables
     first, last = totals.span[0], min(totals.span[1], wanted.nan - 1)
@@ -155,19 +146,10 @@ def take_row(totals: Totals, ranks: tuple[Array, Array], tables: tuple[Facts, Wa
 
 @kernel
 def fill_row(totals: Totals, ranks: tuple[Array, Array], tables: tuple[Facts, Wanted], row: int, records: Any) -> None:
-    """Fill one row from the totals of a whole tensor.
+    """Fill one row from the totals of a whole tensor, the sums of whose blocks are added in order.
 
-    Parameters
-    ----------
-    totals : Totals
-        With the sums of all blocks, which are added in order.
-    ranks : pair of int64 array, shape (k, ...)
-        For each row, how many of the largest |d|, and how many of the smallest weights, ascending.
-    tables : (Facts, Wanted)
-        Of the compare format.
-    row : int
-    records : Records
-        Of k rows, in this one of which nothing is known yet. ``complete`` tells whether all is known then; if not,
-        ``within_rel`` is -1 where the scan cannot tell, and ``energies`` and ``overlaps`` mean nothing.
+    ``ranks``, int64 of shape (k, ...), tell for each row how many of the largest |d| and of the smallest weights,
+    ascending. Of k records, nothing is known yet in this one. ``complete`` tells whether all is known then; if not,
+    ``within_rel`` is -1 where the scan cannot tell, and ``energies`` and ``overlaps`` mean nothing.
     """
     take_row(totals, ranks, tables, row, records)

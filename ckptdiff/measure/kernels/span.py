@@ -17,8 +17,6 @@ from ckptdiff.measure.kernels.tiles import TILE, Array, Facts, Measure, Tile, To
 from ckptdiff.measure.kernels.wide import measure_wide, take_floats
 from ckptdiff.measure.partial import BLOCK
 
-__all__ = ["Workspace", "codes_of", "new_work", "read_only", "scan_span", "values_of"]
-
 NO_CAST = int(Cast.NONE)
 MANY = 1 << 19
 """Coordinates from which on the bins in use are found in the histogram itself."""
@@ -53,21 +51,10 @@ def read_only(array: Array) -> Array:
 def measure_tile(
     a: Array, b: Array, facts: Facts, tile: Tile, measure: Measure, totals: Totals, sums: Array, words: Array
 ) -> None:
-    """Measure one tile of codes.
+    """Measure one tile of codes, shape (n,), 8-bit ones widened with zeros, whose addresses are multiples of 8.
 
-    Parameters
-    ----------
-    a, b : read-only unsigned array, shape (n,)
-        Codes of both sides, 8-bit codes widened with zeros. Addresses are multiples of 8.
-    facts : Facts
-    tile : Tile
-    measure : Measure
-    totals : Totals
-        Added to.
-    sums : float64 array, shape (len(Sum),)
-        Added to.
-    words : uint64 array, shape (ceil(n / 64),) or (0,)
-        Receives the mask.
+    ``totals`` and ``sums``, float64 of shape (len(Sum),), are added to; ``words``, uint64 of shape (ceil(n / 64),) or
+    (0,), receives the mask.
     """
     raise NotImplementedError("compiled code only")
 
@@ -134,28 +121,11 @@ def scan_span(
     totals: Totals,
     words: Array,
 ) -> int:
-    """Measure a span of blocks.
+    """Measure a span of blocks from coordinate ``extent[0]``, a multiple of ``FETCH``, to ``extent[1]`` - 1.
 
-    Parameters
-    ----------
-    sides : (Side, Side)
-        Base and tuned.
-    stored : (Stored, Stored) or None
-        None if both sides are stored as codes of the compare format: a smaller kernel, which compiles sooner.
-    extent : (int, int)
-        First coordinate, a multiple of ``FETCH``, and how many there are.
-    facts : Facts
-    work : Workspace
-    measure : Measure
-    totals : Totals
-        Added to.
-    words : uint64 array, shape (ceil(n / 64),) or (0,)
-        Receives the mask.
-
-    Returns
-    -------
-    int
-        How far it came: less than all if a piece could not be read.
+    ``stored`` is None if both sides are stored as codes of the compare format: a smaller kernel, which compiles sooner.
+    ``totals`` is added to; ``words``, uint64 of shape (ceil(n / 64),) or (0,), receives the mask. Returns how far it
+    came: less than all if a piece could not be read.
     """
     first, numel = extent
     many = numel - first > MANY

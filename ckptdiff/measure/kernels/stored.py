@@ -16,8 +16,6 @@ from ckptdiff.measure.kernels.changed import count_nonfinite
 from ckptdiff.measure.kernels.tiles import Array, Measure
 from ckptdiff.measure.partial import Count, Sum
 
-__all__ = ["Cast", "Stored", "count_off_grid", "count_stored", "decode"]
-
 
 class Cast(IntEnum):
     """How stored elements become codes of another format."""
@@ -65,17 +63,9 @@ def look_up(codes: Array, table: Array, out: Array) -> None:
 
 
 def decode(raw: Array, cast: int, itemsize: int, table: Array, out: Array) -> None:
-    """Write the codes of raw elements.
+    """Write the codes of raw elements, uint8 of shape (n * itemsize,), to an array of 16, 32 or 64 bits, shape (n,).
 
-    Parameters
-    ----------
-    raw : uint8 array, shape (n * itemsize,)
-    cast : int
-        A :class:`Cast`, other than ``Cast.NONE``.
-    itemsize : int
-    table : array
-        For ``Cast.TABLE``.
-    out : uint16, uint32 or uint64 array, shape (n,)
+    ``cast`` is a :class:`Cast` other than ``Cast.NONE``.
     """
     raise NotImplementedError("compiled code only")
 
@@ -286,19 +276,10 @@ def count_stored(
     scratch: tuple[Array, Array],
     totals: tuple[Array, Array],
 ) -> None:
-    """Count and sum what the cast hides, over one tile.
+    """Count and sum what the cast hides, over one tile: into ``totals``, shapes (len(Count),) and (len(Sum),).
 
-    Parameters
-    ----------
-    raw : pair of read-only uint8 array, shape (n * itemsize,)
-        Both sides as stored.
-    stored : pair of Stored
-    codes : pair of read-only unsigned array, shape (n,)
-        Of both sides after the cast.
-    measure : Measure
-    scratch : pair of uint64 array, shape (TILE,)
-    totals : pair of array, shapes (len(Count),) and (len(Sum),)
-        Counts and sums that are added to.
+    Both sides ``raw``, uint8 of shape (n * itemsize,), and as codes after the cast, shape (n,); ``scratch`` is uint64
+    of shape (TILE,).
     """
     counts, sums = totals
     if measure.native:  # 8-bit codes, cast to 16 bits for the kernels alone

@@ -10,20 +10,6 @@ import numpy as np
 from ckptdiff.formats import Format, is_wide
 from ckptdiff.measure.partial import Partial, Scan
 
-__all__ = [
-    "TILE",
-    "Array",
-    "Facts",
-    "Measure",
-    "Tile",
-    "Totals",
-    "facts_of",
-    "new_measure",
-    "new_tile",
-    "round_down",
-    "totals_of",
-]
-
 TILE = 1 << 16
 """Coordinates in a tile; its buffers stay in the caches of one core. A multiple of 64, at most 2**16."""
 
@@ -108,13 +94,13 @@ def new_tile(code: np.dtype[Any], real: np.dtype[Any]) -> Tile:
     return Tile(marks, flags, found, left, right, base, tuned, delta, distance, np.zeros((4, 64), np.int64))
 
 
-def new_measure(scan: Scan, real: np.dtype[Any], first_tie: int = 0) -> Measure:
+def new_measure(scan: Scan, first_tie: int = 0) -> Measure:
     """Kernel parameters of a scan."""
     tie = np.array([first_tie, scan.ties, scan.take], np.int64)
     # Two bfloat16 values that differ do so by 2**-8 of the larger one at least.
     eta = 0.0 if scan.compare.name == "bf16" and scan.eta < 2**-8 else scan.eta
     native = scan.base == scan.tuned == scan.compare
-    thresholds = _rounded_down(scan.thresholds, real)
+    thresholds = _rounded_down(scan.thresholds, scan.compare.real)
     wide = is_wide(scan.base, scan.compare)
     absorbs = wide or is_wide(scan.tuned, scan.compare)
     return Measure(thresholds, eta, int(scan.rule), scan.cut, tie, native, wide, absorbs)

@@ -13,8 +13,6 @@ from ckptdiff.measure.kernels.masks import mask_tile, open_mask
 from ckptdiff.measure.kernels.tiles import Array, Facts, Measure, Tile, Totals
 from ckptdiff.measure.partial import BINS, Count, Sum
 
-__all__ = ["measure_wide", "take_floats"]
-
 CHANGED, FINITE, BASE_SQUARE = int(Count.CHANGED), int(Count.FINITE), int(Sum.BASE_SQUARE)
 NONFINITE_BASE, NONFINITE_TUNED = int(Count.NONFINITE_BASE), int(Count.NONFINITE_TUNED)
 NAN_BIN = BINS - 1
