@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeAlias
 
 from ckptdiff.checkpoint.header import TensorInfo
@@ -11,7 +11,7 @@ from ckptdiff.checkpoint.suggested_map import SuggestedMap
 from ckptdiff.checkpoint.ties import Evidence
 from ckptdiff.checkpoint.weights import Assembled, Source, Weight
 
-__all__ = ["Alias", "Mismatch", "Orders", "Pairing", "Rows", "TensorPair"]
+__all__ = ["Alias", "Mismatch", "Orders", "Pairing", "Rows", "TensorPair", "first_rows"]
 
 Orders: TypeAlias = tuple[tuple[str, Assembled], ...]
 """What may be said of gate and up against their layout, and what a tensor of the base would be made of then."""
@@ -150,3 +150,9 @@ class Pairing:
     excluded_of_base: tuple[str, ...] = ()
     excluded_of_tuned: tuple[str, ...] = ()
     orders: Mapping[str, Orders] = field(default_factory=dict)
+
+
+def first_rows(tensor: TensorInfo, rows: int) -> TensorInfo:
+    """The first rows of a tensor, as a tensor of their own."""
+    size = tensor.nbytes // tensor.shape[0]
+    return replace(tensor, shape=(rows, *tensor.shape[1:]), stop=tensor.start + rows * size)

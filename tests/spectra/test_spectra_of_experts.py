@@ -16,6 +16,7 @@ import ckptdiff
 from ckptdiff import RunFile
 from ckptdiff.errors import RunFileError
 from ckptdiff.lora import extract_lora
+from ckptdiff.spectra import add_spectra
 
 BF16 = ml_dtypes.bfloat16
 EXPERTS, INNER, HIDDEN = 3, 24, 40
@@ -116,6 +117,16 @@ def test_each_expert_is_a_matrix_fused_or_not(folder: Path, mode: str, tmp_path:
                 np.testing.assert_allclose(lists[key][expert], values, rtol=1e-9)
     both = [rows[f"{INSIDE}.{expert}.down_proj.weight"]["stable_rank"] for expert in (0, 2)]
     assert spectral(diffs["fused"])[f"{INSIDE}.down_proj"]["stable_rank"] == pytest.approx(np.median(both), rel=1e-12)
+
+
+def test_spectra_are_added_to_a_run_of_pieces(folder: Path, tmp_path: Path) -> None:
+    for base, tuned in (("fused", "split"), ("split", "transposed")):
+        path = tmp_path / f"{base}.h5"
+        compared(folder, base, tuned, out=path)
+        added, expected = add_spectra(path, "exact"), compared(folder, base, tuned, spectra="exact")
+        assert added.per_tensor == expected.per_tensor and added.grouped("module") == expected.grouped("module")
+        with RunFile(path) as run:
+            assert run.load().grouped("module") == expected.grouped("module")
 
 
 def test_figures_of_each_expert_in_a_run_file(folder: Path, tmp_path: Path) -> None:
