@@ -107,9 +107,8 @@ def plan_track(
             warnings[f"{step.path} {lacking}"] = None
         unlike = [matched.name for matched in pairing.pairs if not matched.stored]
         if unlike:
-            which = f"{plural(len(unlike), 'tensor')} left out, as only whole stored tensors are followed"
-            why = f"here it is in pieces, quantised, or has other rows: {first_few(unlike)}"
-            warnings[f"{step.path}: {which}, and {why}"] = None
+            why = "as only whole stored tensors are followed, and not pieces, quantised weights or common rows"
+            warnings[f"{step.path}: {plural(len(unlike), 'tensor')} left out, {why}: {first_few(unlike)}"] = None
     counterparts = [
         {
             matched.name: matched.tuned
