@@ -103,7 +103,7 @@ class Block:
         """Whether it is one tensor of each side under two names, so that there is nothing to cut."""
         return self.whole and len(self.base) == len(self.tuned) == 1 and not (self.base[0].open or self.tuned[0].open)
 
-    @property
+    @cached_property
     def has_halves(self) -> bool:
         """Whether some tensor holds a gate and what it gates."""
         return any(set(stored.parts) == {"gate", "up"} for stored in (*self.base, *self.tuned))

@@ -33,6 +33,11 @@ def other_orders(block: Block, base: Stored, flips: Sequence[Flips]) -> Orders:
         One of its tensors of the base.
     flips : sequence of Flips
         Which way axes may go.
+
+    Returns
+    -------
+    Orders
+        Empty where nothing fits.
     """
     found = []
     for said, mine, theirs in _turned(block):

@@ -252,9 +252,10 @@ class _Search:
             self._assembled[name] = Assembled(_pattern(sources), pieces[0].source.dtype, base.source.shape, pieces)
         theirs = dict.fromkeys(block.spellings[source] for source in sources)
         rule = self._rules[name] = f"{base.reading.spelling} = {', '.join(theirs)}"
-        if block.has_halves and rule not in self._looked:
+        if rule not in self._looked:
             self._looked.add(rule)
-            self._orders[name] = other_orders(block, base, flips)
+            if block.has_halves:
+                self._orders[name] = other_orders(block, base, flips)
 
     def _refuse(self, reason: str, names: Sequence[str]) -> None:
         self._refused.update(names)

@@ -16,12 +16,12 @@ from ckptdiff.checkpoint.layouts import Assembly, assemble, orders_by_name, reop
 from ckptdiff.checkpoint.matching import is_adapter_part, match_names
 from ckptdiff.checkpoint.names import locate
 from ckptdiff.checkpoint.nothing_in_common import MERGE, nothing_to_compare
-from ckptdiff.checkpoint.pairs import Alias, Mismatch, Pairing, Rows, TensorPair
+from ckptdiff.checkpoint.pairs import Alias, Mismatch, Pairing, Rows, TensorPair, first_rows
 from ckptdiff.checkpoint.renames import parse_renames, rename_all
 from ckptdiff.checkpoint.side_weights import SideWeights, weights_of
 from ckptdiff.checkpoint.suggested_map import Agreement, suggest_map
 from ckptdiff.checkpoint.ties import SameValues, find_ties, left_embedding
-from ckptdiff.checkpoint.weights import Assembled, Decoded, Source
+from ckptdiff.checkpoint.weights import Assembled, Source
 from ckptdiff.options import Values
 
 __all__ = ["Alias", "Mismatch", "Pairing", "Rows", "TensorPair", "pair"]
@@ -251,21 +251,7 @@ def _common_rows(name: str, base: Source, tuned: Source) -> TensorPair | None:
         return None
     common = min(base.shape[0], tuned.shape[0])
     rows = Rows(common, base.shape[0] - common, tuned.shape[0] - common)
-    return TensorPair(name, _first_rows(base, common), _first_rows(tuned, common), rows) if common else None
-
-
-def _first_rows(tensor: Source, rows: int) -> Source:
-    if isinstance(tensor, Decoded):
-        # Its scales are found by the rows that they are of.
-        codes = _first_rows_stored(tensor.codes, rows)
-        parts = tuple(codes if part == tensor.codes else part for part in tensor.parts)
-        return replace(tensor, shape=(rows, *tensor.shape[1:]), codes=codes, parts=parts)
-    return _first_rows_stored(tensor, rows)
-
-
-def _first_rows_stored(tensor: TensorInfo, rows: int) -> TensorInfo:
-    size = tensor.nbytes // tensor.shape[0]
-    return replace(tensor, shape=(rows, *tensor.shape[1:]), stop=tensor.start + rows * size)
+    return TensorPair(name, first_rows(base, common), first_rows(tuned, common), rows) if common else None
 
 
 def _adapter_warnings(base: Checkpoint, tuned: Checkpoint, pairing: Pairing) -> Iterator[str]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeAlias
 
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.suggested_map import SuggestedMap
 from ckptdiff.checkpoint.ties import Evidence
-from ckptdiff.checkpoint.weights import Assembled, Source, Weight
+from ckptdiff.checkpoint.weights import Assembled, Decoded, Source, Weight
 
-__all__ = ["Alias", "Mismatch", "Orders", "Pairing", "Rows", "TensorPair"]
+__all__ = ["Alias", "Mismatch", "Orders", "Pairing", "Rows", "TensorPair", "first_rows"]
 
 Orders: TypeAlias = tuple[tuple[str, Assembled], ...]
 """What may be said of gate and up against their layout, and what a tensor of the base would be made of then."""
@@ -149,3 +149,18 @@ class Pairing:
     suggested: SuggestedMap = field(default_factory=SuggestedMap)
     excluded: tuple[Mapping[str, int], Mapping[str, int]] = field(default_factory=lambda: ({}, {}))
     orders: Mapping[str, Orders] = field(default_factory=dict)
+
+
+def first_rows(weight: Source, rows: int) -> Source:
+    """The first rows of a weight, as one of their own."""
+    if isinstance(weight, Decoded):
+        # Its scales are found by the rows that they are of.
+        codes = _first_rows(weight.codes, rows)
+        parts = tuple(codes if part == weight.codes else part for part in weight.parts)
+        return replace(weight, shape=(rows, *weight.shape[1:]), codes=codes, parts=parts)
+    return _first_rows(weight, rows)
+
+
+def _first_rows(tensor: TensorInfo, rows: int) -> TensorInfo:
+    size = tensor.nbytes // tensor.shape[0]
+    return replace(tensor, shape=(rows, *tensor.shape[1:]), stop=tensor.start + rows * size)

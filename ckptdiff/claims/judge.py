@@ -206,9 +206,8 @@ def _chance_energy(rows: int, columns: int) -> float:
 def _median(diff: Diff, of: Callable[[int, int], float]) -> float | None:
     """Median of what noise gives over the matrices that were measured."""
     assert diff.spectra is not None
-    found = [
-        of(tensor.shape[0], tensor.shape[1])
-        for tensor, method in zip(diff.tensors, diff.spectra.methods, strict=True)
-        if method and len(tensor.shape) == 2
-    ]
+    found: list[float] = []
+    for row, tensor in enumerate(diff.tensors):
+        if diff.spectra.methods[row] and (len(tensor.shape) == 2 or row in diff.spectra.experts):
+            found += [of(tensor.shape[-2], tensor.shape[-1])] * diff.spectra.measured(row)
     return float(np.median(found)) if found else None

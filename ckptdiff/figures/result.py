@@ -296,8 +296,9 @@ class Diff:
         """Medians over the native matrices with a nonzero delta among some tensors, if there are spectra."""
         if self.spectra is None:
             return {}
-        moved = self.columns["delta_norm"] > 0
-        return {"spectral": self.spectra.median([r for r in rows if len(self.tensors[r].shape) == 2 and moved[r]])}
+        moved, experts = self.columns["delta_norm"] > 0, self.spectra.experts
+        native = [row for row in rows if moved[row] and (len(self.tensors[row].shape) == 2 or row in experts)]
+        return {"spectral": self.spectra.median(native)}
 
     def _grouping(self, labels: NDArray[np.intp], size: int, keep: NDArray[np.bool_] | None) -> Grouping:
         columns = self.columns

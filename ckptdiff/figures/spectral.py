@@ -1,15 +1,16 @@
 """Declare the spectral figures, one row each, and hold those of a run as one table.
 
 Unlike the figures of coordinates they cannot be added up over a group: groups have the unweighted median over their
-native matrices with a nonzero delta, as the papers' tables do. Sources as in :mod:`ckptdiff.figures.catalogue`; RV is
-Roy and Vetterli 2007, and the bound is that of :mod:`ckptdiff.linalg.krylov`.
+native matrices with a nonzero delta, as the papers' tables do; each expert of a tensor that holds several is one.
+Sources as in :mod:`ckptdiff.figures.catalogue`; RV is Roy and Vetterli 2007, and the bound is that of
+:mod:`ckptdiff.linalg.krylov`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -95,6 +96,9 @@ class Spectra:
     """How many matrices a tensor is made of; shape (tensors,)."""
     ranks: NDArray[np.int64]
     """How many singular values of its update are known; shape (tensors,)."""
+    experts: Mapping[int, Floats] = field(default_factory=dict)
+    """By row, for each tensor of several matrices, the figures of each in the order of :data:`SPECTRAL_KEYS`, shape
+    (matrices, figures); all NaN where it was not measured. Run files of 0.1.0 lack them."""
 
     @classmethod
     def empty(cls, mode: str, tensors: int) -> Spectra:
@@ -121,13 +125,24 @@ class Spectra:
         whole = self.matrices[row] == 1
         return head | _cells({key: float(values[row]) for key, values in self.columns.items()}, whole=bool(whole))
 
+    def measured(self, row: int) -> int:
+        """How many matrices of a tensor have figures."""
+        if row not in self.experts:
+            return int(bool(self.methods[row]))
+        return int(np.count_nonzero(~np.isnan(self.experts[row]).all(1)))
+
     def median(self, rows: Sequence[int] | NDArray[np.intp]) -> dict[str, Any]:
-        """Unweighted medians over the given tensors, and how many of them were measured."""
-        chosen = np.asarray(rows, np.intp)
-        measured = [row for row in chosen.tolist() if self.methods[row]]
-        methods = {self.methods[row] for row in measured}
-        head = {"method": "+".join(sorted(methods)) or None, "matrices": len(measured)}
-        return head | _cells({key: _median(values[chosen]) for key, values in self.columns.items()}, whole=False)
+        """Unweighted medians over the matrices of the given tensors, and how many of them were measured."""
+        chosen = np.asarray(rows, np.intp).tolist()
+        stacks = [self.experts[row] for row in chosen if row in self.experts]
+        alone = [row for row in chosen if row not in self.experts]
+        methods = {self.methods[row] for row in chosen} - {""}
+        head = {"method": "+".join(sorted(methods)) or None, "matrices": sum(map(self.measured, chosen))}
+        found = {
+            key: np.concatenate([values[alone], *(stack[:, at] for stack in stacks)])
+            for at, (key, values) in enumerate(self.columns.items())
+        }
+        return head | _cells({key: _median(values) for key, values in found.items()}, whole=False)
 
 
 def _cells(values: Mapping[str, float], *, whole: bool) -> dict[str, Any]:

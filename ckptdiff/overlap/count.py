@@ -14,8 +14,11 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint import Checkpoint, TensorInfo
+from ckptdiff.checkpoint.boxes import stored_parts
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
+from ckptdiff.checkpoint.pairs import first_rows
+from ckptdiff.checkpoint.side_weights import weights_of
+from ckptdiff.checkpoint.weights import Source
 from ckptdiff.errors import MaskError, OptionError, first_few, plural
 from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.figures.result import Diff, TensorFacts
@@ -91,10 +94,16 @@ def overlap(
         diffs = [run.load() for run in runs]
         warnings = require_same_base(runs, diffs, force)
         tensors, left_out = common_tensors(runs, diffs)
-        checkpoint = None if base is None else open_side(runs[0], "base", base)
+        weights = None
+        if base is not None:
+            values = diffs[0].options.get("values", "codes")
+            weights = weights_of(open_side(runs[0], "base", base), values).named
+            lacking = [facts.name for facts in tensors if facts.name not in weights]
+            if lacking:
+                left_out.append(f"no chance by size where the base stores an embedding alone: {first_few(lacking)}")
         shards = stack.enter_context(open_shards("pread"))
-        counting = _Counting(runs, checkpoint, known_norms(diffs[0], "base"), shards)
-        with stage(listener, "overlap", sum(_readings(facts, checkpoint) for facts in tensors)) as told:
+        counting = _Counting(runs, weights, known_norms(diffs[0], "base"), shards)
+        with stage(listener, "overlap", sum(_readings(facts, weights) for facts in tensors)) as told:
             pairs = counting.count(tensors, threads or default_threads(), told)
         return Overlap(
             runs=tuple(os.fspath(path) for path in paths),
@@ -138,16 +147,22 @@ def common_tensors(runs: Sequence[RunFile], diffs: Sequence[Diff]) -> tuple[list
     return common, [f"{some} not in all runs, left out: {first_few(sorted(left_out))}"]
 
 
-def _readings(facts: TensorFacts, base: Checkpoint | None) -> int:
+def _readings(facts: TensorFacts, base: Mapping[str, Source] | None) -> int:
     """Chunks of each mask of a tensor to be read: once for all pairs, and once more beside the base."""
-    return mask_chunks(math.prod(facts.shape)) * (2 if base is not None and facts.compare != "bitwise" else 1)
+    beside = base is not None and facts.compare != "bitwise" and facts.name in base
+    chunks = mask_chunks(math.prod(facts.shape))
+    return chunks + (mask_chunks(facts.compared_of("base")) if beside else 0)
 
 
 class _Counting:
     """Counts every tensor, on threads; by magnitude too, if there is a base, of which the first run knows norms."""
 
     def __init__(
-        self, runs: Sequence[RunFile], base: Checkpoint | None, known: Mapping[str, KnownNorm], shards: OpenShards
+        self,
+        runs: Sequence[RunFile],
+        base: Mapping[str, Source] | None,
+        known: Mapping[str, KnownNorm],
+        shards: OpenShards,
     ) -> None:
         self._runs, self._base, self._known, self._shards = runs, base, known, shards
         self._pairs = list(combinations(range(len(runs)), 2))
@@ -180,7 +195,8 @@ class _Counting:
         both = self._common(masks)
         bins = None
         if facts.compare != "bitwise" and self._base is not None:
-            bins = self._by_magnitude(self._base.tensors[facts.name], masks, self._known[facts.name])
+            if facts.name in self._base:
+                bins = self._by_magnitude(facts, self._base[facts.name], masks)
         elif facts.compare != "bitwise" and self._bitwise:
             bins = _by_octave(self._runs, facts.name)
         if bins is None:
@@ -205,23 +221,26 @@ class _Counting:
             self._note(mask_chunks(8 * pieces[0].size), masks[0].name)
         return total
 
-    def _by_magnitude(self, tensor: TensorInfo, masks: Sequence[Mask], known: KnownNorm) -> NDArray[np.int64]:
-        """Coordinates by the leading 15 bits of |W0| as stored, shape (1 + masks, 2^15)."""
+    def _by_magnitude(self, facts: TensorFacts, tensor: Source, masks: Sequence[Mask]) -> NDArray[np.int64]:
+        """Compared coordinates by the leading 15 bits of |W0| as stored or decoded, shape (1 + masks, 2^15)."""
         if tensor.shape != masks[0].shape:
             raise MaskError(
                 "a mask does not fit the base",
-                file=tensor.shard.path,
+                file=stored_parts(tensor)[0].shard.path,
                 tensor=tensor.name,
                 expected=masks[0].shape,
                 found=tensor.shape,
             )
+        if facts.rows is not None:
+            tensor = first_rows(tensor, facts.rows.compared)
         format = stored_format(tensor.dtype)
         shift = max(format.bits - 16, 0)
         bins = np.zeros((1 + len(masks), _MAGNITUDES), np.int64)
         pieces: Iterator[tuple[NDArray[np.uint8], ...]] = zip(
             *(mask.iter_packed(BLOCK // 8) for mask in masks), strict=True
         )
-        for stored, packed in zip(checked_blocks(self._shards, tensor, known), pieces, strict=True):
+        # Rows that are not compared come last, and are in no mask.
+        for stored, packed in zip(checked_blocks(self._shards, tensor, self._known[facts.name]), pieces, strict=False):
             codes = stored.view(format.code_dtype)
             magnitudes = ((codes & format.code_dtype.type(format.magnitude)) >> shift).astype(np.uint16)
             bins[0] += np.bincount(magnitudes, minlength=_MAGNITUDES)

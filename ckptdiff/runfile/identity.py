@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint import Checkpoint, open_checkpoint
 from ckptdiff.checkpoint.blocks import blocks_of, values_of
 from ckptdiff.checkpoint.boxes import stored_parts
+from ckptdiff.checkpoint.dtypes import DTYPES
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.checkpoint.weights import Weight
 from ckptdiff.errors import CheckpointError, MaskError
@@ -187,7 +188,8 @@ def _other_base(first: Diff, other: Diff) -> MaskError | None:
 
 def _is_kept(facts: TensorFacts) -> bool:
     """Whether the cast of the base changed no value."""
-    return facts.compare == "bitwise" or not is_wide(stored_format(facts.dtype_base), FORMATS[facts.compare])
+    values = facts.dtype_base if facts.dtype_base in DTYPES else "F32"  # what codes with scales are decoded to
+    return facts.compare == "bitwise" or not is_wide(stored_format(values), FORMATS[facts.compare])
 
 
 def _if_finite(diff: Diff, values: NDArray[np.float64]) -> list[float]:

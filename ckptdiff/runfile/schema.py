@@ -13,7 +13,7 @@
                      name, log2_floor and ulp_floor
     /tensors/spectral_*, /spectra/<name>/*
                      only if spectra were measured: their figures, and the singular values that are known of each tensor
-                     (delta, base, tuned, angles_left, angles_right)
+                     (delta, base, tuned, angles_left, angles_right); of several matrices the figures of each too
     /masks           attributes rule, compare, bit_order
     /masks/<name>    bit-packed mask of one tensor, uint8, with the attribute shape
 """

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ckptdiff.figures.spectral import SPECTRAL_FIGURES, SPECTRAL_KEYS, Spectra, spectral_keys
 from ckptdiff.runfile.schema import escape_name, escape_text, unescape
 from ckptdiff.runfile.tables import describe, numbers_of_tensors, texts_of_tensors
-from ckptdiff.runfile.typed import numbers_of, text_of
+from ckptdiff.runfile.typed import WrongTypeError, numbers_of, text_of
 
 SPECTRUM_LISTS: Final = {
     "delta": "singular values of d, largest first",
@@ -23,7 +23,7 @@ SPECTRUM_LISTS: Final = {
 }
 """What a group under ``/spectra`` may hold, shape (n,), or (matrices, n) for a tensor of several matrices."""
 
-_PREFIX = "spectral_"
+_PREFIX, _FIGURES = "spectral_", "figures"
 _TEXT = h5py.string_dtype()
 _TEXTS = {"method": "how the spectrum was found: randomized, exact, or empty", "reason": "why figures are missing"}
 _COUNTS = {"matrices": "matrices the tensor is made of", "rank": "singular values of d that are known"}
@@ -58,6 +58,12 @@ def write_spectra(file: Any, spectra: Spectra) -> None:
             long_name = figure.long_name if parameter is None else f"{figure.long_name}, at {parameter:g}"
             add(key, spectra.columns[key], long_name, units)
 
+    names = [unescape(name) for name in texts_of_tensors(tensors, "name")] if spectra.experts else []
+    for row, figures in spectra.experts.items():
+        if spectra.methods[row]:
+            found = file["spectra"][escape_name(names[row])].create_dataset(_FIGURES, data=figures)
+            found.attrs.update(long_name="figures of each matrix", keys=" ".join(SPECTRAL_KEYS))
+
 
 def read_spectra(file: Any) -> Spectra | None:
     """The figures of all tensors, None if the run measured no spectra."""
@@ -67,7 +73,24 @@ def read_spectra(file: Any) -> Spectra | None:
     methods, reasons = (tuple(texts_of_tensors(tensors, _PREFIX + key)) for key in _TEXTS)
     matrices, ranks = (numbers_of_tensors(tensors, _PREFIX + key, np.uint64).astype(np.int64) for key in _COUNTS)
     columns = {key: numbers_of_tensors(tensors, _PREFIX + key, np.float64) for key in SPECTRAL_KEYS}
-    return Spectra(text_of(file["spectra"], "mode"), columns, methods, reasons, matrices, ranks)
+    several = [row for row in np.flatnonzero(matrices > 1).tolist() if methods[row]]
+    names = [unescape(name) for name in texts_of_tensors(tensors, "name")] if several else []
+    groups = {row: file["spectra"][escape_name(names[row])] for row in several}
+    experts = {row: _figures(group, int(matrices[row])) for row, group in groups.items() if _FIGURES in group}
+    return Spectra(text_of(file["spectra"], "mode"), columns, methods, reasons, matrices, ranks, experts)
+
+
+def _figures(group: Any, matrices: int) -> NDArray[np.float64]:
+    """The figures of each matrix of a tensor of several."""
+    stored: NDArray[np.float64] = numbers_of(group[_FIGURES], np.float64)
+    keys = text_of(group[_FIGURES], "keys").split()
+    if stored.shape != (matrices, len(keys)):
+        raise WrongTypeError(f"shape {(matrices, len(keys))} in {group.name}/{_FIGURES}", str(stored.shape))
+    found = np.full((matrices, len(SPECTRAL_KEYS)), np.nan)
+    for at, key in enumerate(SPECTRAL_KEYS):
+        if key in keys:
+            found[:, at] = stored[:, keys.index(key)]
+    return found
 
 
 class SpectraView(Mapping[str, dict[str, NDArray[np.float64]]]):

@@ -160,6 +160,7 @@ class SpectraTable:
     def __init__(self, mode: str, tensors: int) -> None:
         self._spectra = Spectra.empty(mode, tensors)
         self._methods, self._reasons = [""] * tensors, [""] * tensors
+        self._experts: dict[int, NDArray[np.float64]] = {}
 
     def take(self, tensor: TensorSpectra) -> None:
         """Note one tensor: its figures, or the medians over its matrices."""
@@ -170,10 +171,14 @@ class SpectraTable:
         self._spectra.ranks[row] = max((len(matrix.values["delta"]) for matrix in measured), default=0)
         for key in SPECTRAL_KEYS:
             self._spectra.columns[key][row] = _median([matrix.figures.get(key, math.nan) for matrix in measured])
+        if len(tensor.matrices) > 1:
+            figures = [[matrix.figures.get(key, math.nan) for key in SPECTRAL_KEYS] for matrix in tensor.matrices]
+            self._experts[row] = np.array(figures, np.float64)
 
     def finish(self) -> Spectra:
         """The table."""
-        return replace(self._spectra, methods=tuple(self._methods), reasons=tuple(self._reasons))
+        methods, reasons = tuple(self._methods), tuple(self._reasons)
+        return replace(self._spectra, methods=methods, reasons=reasons, experts=self._experts)
 
 
 def _median(values: Sequence[float]) -> float:

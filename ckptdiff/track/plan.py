@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,19 +97,18 @@ def plan_track(
     with open_shards("pread") as shards:
         # The base's head is looked at once, however many steps lack it.
         known = cache(look_for_ties(shards, tell))
-        pairings = [
-            pair(opened, step, include=include, exclude=exclude, same_values=known, values="model") for step in later
-        ]
+        how = partial(pair, include=include, exclude=exclude, same_values=known, values="model")
+        pairings = [how(opened, step) for step in later]
     for step, pairing in zip(later, pairings, strict=True):
         warnings |= dict.fromkeys((*step.warnings, *pairing.warnings))
         left_out = [*pairing.only_in_base, *(bad.name for bad in pairing.mismatched)]
         if left_out:
             lacking = f"lacks {plural(len(left_out), 'tensor')} of the base, or has other shapes: {first_few(left_out)}"
             warnings[f"{step.path} {lacking}"] = None
-        pieces = [matched.name for matched in pairing.pairs if not matched.stored]
-        if pieces:
-            why = "other rows, another layout, or quantised weights"
-            warnings[f"{step.path}: left out for {why} there or in the base: {first_few(pieces)}"] = None
+        unlike = [matched.name for matched in pairing.pairs if not matched.stored]
+        if unlike:
+            why = "as only whole stored tensors are followed, and not pieces, quantised weights or common rows"
+            warnings[f"{step.path}: {plural(len(unlike), 'tensor')} left out, {why}: {first_few(unlike)}"] = None
     counterparts = [
         {
             matched.name: matched.tuned

@@ -47,7 +47,9 @@ def nvcc(names: tuple[str, ...]) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is missing: spills and registers are not checked")
-@pytest.mark.parametrize("names", [("bf16", "bf16", "bf16"), ("f64", "f32", "bf16")], ids="-".join)
+@pytest.mark.parametrize(
+    "names", [("bf16", "bf16", "bf16"), ("f32", "f32", "bf16"), ("f64", "f32", "bf16")], ids="-".join
+)
 def test_kernels_fit_their_registers(names):
     uses = nvcc(names)
     assert len(uses) == 5 * len(ARCHITECTURES)

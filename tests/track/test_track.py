@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -317,15 +318,26 @@ def test_tensors_that_one_step_lacks_are_left_out_and_said(trajectory: Trajector
     assert any("lacks 2 tensors of the base" in warning for warning in found.warnings)
 
 
-def test_quantised_weights_are_left_out_and_said(tmp_path: Path) -> None:
-    values = np.random.default_rng(0).standard_normal((8, 8)).astype(np.float32)
-    plain = {"norm.weight": values[0].copy()}
-    save_file({**plain, "up.weight": values}, tmp_path / "base.safetensors")
-    codes = {"up.weight": values.astype(ml_dtypes.float8_e4m3fn), "up.weight_scale": np.full(1, 0.5, np.float32)}
-    save_file({**plain, **codes}, tmp_path / "step.safetensors")
-    found = track(tmp_path / "base.safetensors", [tmp_path / "step.safetensors"])
-    assert found.names == ("norm.weight",)
-    assert any("quantised weights there or in the base: up.weight" in warning for warning in found.warnings)
+def test_what_is_not_stored_alike_is_left_out_and_said_in_one_sentence(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    kept, gate, up = (rng.standard_normal((6, 8)).astype(ml_dtypes.bfloat16) for _ in range(3))
+    split = {"n.weight": kept, "a.mlp.gate_proj.weight": gate, "a.mlp.up_proj.weight": up}
+    fused = {"n.weight": kept + 1, "a.mlp.gate_up_proj.weight": np.concatenate([gate, up])}
+    codes = {"a.mlp.gate_proj.weight": gate.astype(ml_dtypes.float8_e4m3fn)}
+    scales = {"a.mlp.gate_proj.weight_scale": np.array([0.5], np.float32)}
+    for name, tensors in {"base": split, "fused": fused, "quantised": split | codes | scales}.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    steps = {
+        "fused": "2 tensors left out, as only whole stored tensors are followed, .*: a.mlp.gate_proj.weight, a.mlp.up",
+        "quantised": "1 tensor left out, as only whole stored tensors are followed, .*: a.mlp.gate_proj.weight$",
+    }
+    for step, sentence in steps.items():
+        found = track(tmp_path / "base.safetensors", [tmp_path / f"{step}.safetensors"])
+        assert [bool(re.search(sentence, warning)) for warning in found.warnings] == [True]
+        assert found.names == (("n.weight",) if step == "fused" else ("a.mlp.up_proj.weight", "n.weight"))
+    save_file(codes | scales, tmp_path / "codes.safetensors")
+    with pytest.raises(PairingError, match="left out, as only whole stored tensors are followed"):
+        track(tmp_path / "codes.safetensors", [tmp_path / "codes.safetensors"])
 
 
 def test_a_checkpoint_that_shrinks_is_an_error(
