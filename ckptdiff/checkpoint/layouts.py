@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from ckptdiff.checkpoint.dtypes import DTYPES, Kind
 from ckptdiff.checkpoint.layout_fit import Block, Flips, Stored, UnfitError
 from ckptdiff.checkpoint.layout_halves import other_orders
 from ckptdiff.checkpoint.layout_names import BLOCK_OF_PART, Names, Reading, Where
@@ -238,6 +239,11 @@ class _Search:
             dtypes = {piece.source.dtype for piece in pieces}
             if len(dtypes) > 1:
                 raise UnfitError(f"their pieces differ in dtype, {' and '.join(sorted(dtypes))}")
+            first = pieces[0].source
+            if DTYPES[first.dtype].bits < 8:
+                raise UnfitError(f"values of {first.dtype} share bytes")
+            if base.source.dtype != first.dtype and not base.source.kind is first.kind is Kind.FLOAT:
+                raise UnfitError(f"dtypes cannot be compared: {base.source.dtype} in base, {first.dtype} in tuned")
         except UnfitError as error:
             self._refuse(str(error), [name])
             return
@@ -246,10 +252,10 @@ class _Search:
         for piece in pieces:
             self._taken[piece.source.name] += piece.numel
         sources = dict.fromkeys(piece.source.name for piece in pieces)
-        if len(pieces) == 1 and not pieces[0].transposed and pieces[0].source.shape == base.source.shape:
-            self._renamed[name] = pieces[0].source.name
+        if len(pieces) == 1 and not pieces[0].transposed and first.shape == base.source.shape:
+            self._renamed[name] = first.name
         else:
-            self._assembled[name] = Assembled(_pattern(sources), pieces[0].source.dtype, base.source.shape, pieces)
+            self._assembled[name] = Assembled(_pattern(sources), first.dtype, base.source.shape, pieces)
         theirs = dict.fromkeys(block.spellings[source] for source in sources)
         rule = self._rules[name] = f"{base.reading.spelling} = {', '.join(theirs)}"
         if rule not in self._looked:

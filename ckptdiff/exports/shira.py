@@ -175,8 +175,10 @@ def _chosen(tensors: Sequence[TensorFacts], names: Sequence[str], path: str) -> 
         )
     for facts in chosen:
         reason = refusal(facts.name, facts.shape, facts.compare != "bitwise")
+        hint = "--layout patch holds the changes of any tensor"
         if reason is None and not facts.plain:
             reason = "its values are not stored in that layout on both sides"
+            hint = "save both checkpoints in one layout, and not quantised"
         if reason is not None:
             raise OptionError(
                 "PEFT's SHiRA adapts the weights of linear layers only",
@@ -184,7 +186,7 @@ def _chosen(tensors: Sequence[TensorFacts], names: Sequence[str], path: str) -> 
                 tensor=facts.name,
                 expected="a floating matrix named *.weight, of a torch.nn.Linear",
                 found=f"{facts.dtype_base} of shape {facts.shape}: {reason}",
-                hint="--layout patch holds the changes of any tensor",
+                hint=hint,
             )
     return chosen
 

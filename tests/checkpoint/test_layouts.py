@@ -273,6 +273,31 @@ def test_what_does_not_add_up_is_named(base, tuned, reason):
     assert not assembly.assembled.keys() & base.keys()
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "reason"),
+    [
+        (("BF16", "I8"), "dtypes cannot be compared: BF16 in base, I8 in tuned"),
+        (("I16", "I8"), "dtypes cannot be compared: I16 in base, I8 in tuned"),
+        (("F4", "F4"), "values of F4 share bytes"),
+        (("BF16", "F32"), None),
+        (("I8", "I8"), None),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_pieces_have_comparable_dtypes(dtypes, reason, turned):
+    one, other = (
+        {name: TensorInfo(name, dtype, array.shape, assembled_values.SHARD, 0, 0) for name, array in side.items()}
+        for side, dtype in zip((split(*weights()), fused(*weights())), dtypes, strict=True)
+    )
+    assembly = assemble(other, one) if turned else assemble(one, other)
+    if reason is None:
+        assert assembly.assembled.keys() == (other if turned else one).keys() and not assembly.warnings
+        return
+    if turned and "in base" in reason:
+        reason = f"dtypes cannot be compared: {dtypes[1]} in base, {dtypes[0]} in tuned"
+    assert not assembly.assembled and any(f"left out, as {reason}" in warning for warning in assembly.warnings)
+
+
 def test_one_expert_of_another_shape_leaves_the_others():
     base = split(*weights()) | {f"{INSIDE}mlp.experts.1.gate_proj.weight": drawn(2, 4)}
     assembly = found(base, fused(*weights()))

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import h5py
 import ml_dtypes
 import numpy as np
 import pytest
@@ -330,3 +331,31 @@ def test_the_rounding_null_is_of_a_base_on_or_off_the_grid(tmp_path: Path, on_gr
     assert figures["principal_coverage"]["0.1"] == pytest.approx(figures["principal_coverage_null"]["0.1"], abs=0.02)
     low = found.per_tensor[0]["low_coverage_null"]["0.1"]
     assert low == pytest.approx(0.77 if on_grid else 0.38, abs=0.15)
+
+
+def test_runs_that_knew_no_pieces_get_spectra_of_what_they_compared(tmp_path: Path) -> None:
+    """As those of 0.1.0: what is put together of pieces today was in one side only."""
+    rng = np.random.default_rng(0)
+    drawn = [rng.standard_normal((24, 16)).astype(np.float32) for _ in range(3)]
+    inside = "model.layers.0.mlp."
+    split = {f"{inside}gate_proj.weight": drawn[0], f"{inside}up_proj.weight": drawn[1]}
+    whole = {f"{inside}down_proj.weight": drawn[2]}
+    save_file({**whole, **split}, tmp_path / "base.safetensors")
+    fused = np.concatenate([drawn[0], drawn[1]])
+    tuned = {f"{inside}down_proj.weight": drawn[2] * 1.5, f"{inside}gate_up_proj.weight": fused}
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    paths = [tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"]
+    run, old = tmp_path / "run.h5", tmp_path / "old.h5"
+    whole_run = ckptdiff.diff(*paths, out=run)
+    diff = ckptdiff.diff(*paths, out=old, include=[f"{inside}down_proj.weight"], mask="none")
+    assert (len(whole_run.tensors), len(diff.tensors)) == (3, 1)
+    with h5py.File(old, "a") as file:
+        provenance = json.loads(file["provenance"][()])
+        provenance["options"]["include"] = []
+        del file["provenance"]
+        file["provenance"] = json.dumps(provenance)
+    found = add_spectra(str(old), SpectraOptions())
+    assert [facts.name for facts in found.tensors] == list(whole)
+    added = add_spectra(str(run), SpectraOptions())
+    row = [facts.name for facts in added.tensors].index(*whole)
+    assert found.per_tensor[0]["spectral"] == added.per_tensor[row]["spectral"]
