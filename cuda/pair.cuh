@@ -4,8 +4,7 @@
 #include "formats.cuh"
 
 const u32 WIDEST = BASE::BITS > TUNED::BITS ? BASE::BITS : TUNED::BITS;
-// Neighbours loaded at once: at most 128 bits of a side, and of wide formats half of that, for which registers suffice.
-const u32 N = WIDEST <= 16 ? 8 : 64 / WIDEST;
+const u32 N = WIDEST <= 16 ? 8 : 128 / WIDEST; // neighbours loaded at once: at most 128 bits of a side
 
 // The bit pattern of |x|, which orders as |x| does.
 __device__ inline u32 magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffff; }
