@@ -259,7 +259,8 @@ def _stored_shapes(tensors: Iterable[TensorInfo]) -> dict[str, tuple[int, ...]]:
             for tensor in some:
                 known = tensor.dtype in ("I64", "I32") and 0 < tensor.numel <= _MOST_AXES
                 raw = read_bytes(descriptor, tensor.nbytes, tensor.start, path) if known else b""
-                shapes[tensor.name] = struct.unpack(f"<{tensor.numel}{'q' if tensor.dtype == 'I64' else 'i'}", raw)
+                numbers = struct.iter_unpack("<q" if tensor.dtype == "I64" else "<i", raw)
+                shapes[tensor.name] = tuple(number for (number,) in numbers)
     return shapes
 
 
