@@ -106,6 +106,7 @@ RENAMES: tuple[tuple[str, str], ...] = (
     # Stacks of layers.
     (r"(?:^|(?<=\.))encoder\.block\.\*\.\*\.", "stages.*.blocks.*."),  # SegFormer
     (r"(?:^|(?<=\.))encoder\.(patch_embeddings|layer_norm)\.\*\.", r"stages.*.\1."),
+    (r"(?:^|(?<=\.))decoder_(?:encoder\.layer|layers)\.(?=\*\.)", "layers."),  # ViT-MAE
     (r"(?:^|(?<=\.))(?:(?:encoder|transformer|model)\.)?(?:layers?|blocks|resblocks)\.(?=\*\.)", "layers."),
     # Mixtures of experts.
     (r"(?:^|(?<=\.))(?:block_sparse_moe|moe)\.input_linear(?=\.)", "mlp.experts.gate_up_proj"),  # Granite
