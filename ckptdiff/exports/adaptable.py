@@ -37,6 +37,8 @@ model a module has one of these names, PEFT takes it for an expert's."""
 
 _IN_OUT = ("gpt_oss", "openai_privacy_filter", "aria")
 """Values of ``model_type`` whose stacked experts are [experts, in, out] to PEFT."""
+_PAST_DT_PROJ = ("falcon_mamba", "jamba", "mamba")
+"""Values of ``model_type`` whose mixers multiply with the weight of ``dt_proj`` themselves: no adapter is asked."""
 _MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
 
@@ -103,6 +105,8 @@ class Adapted:
             return None, "of a name that PEFT takes for an expert's"
         if method == "lora" and self.model_type in _MAMBA and last in ("out_proj", "conv1d"):
             return None, f"refused by PEFT in models of type {self.model_type}"
+        if self.model_type in _PAST_DT_PROJ and last == "dt_proj":
+            return None, "a weight that the model uses past its layer"
         if place.module_type == "router" and last != "shared_expert_gate":
             if method == "shira":
                 return None, "a router, which need not be a linear layer"

@@ -211,8 +211,9 @@ def _chosen(
     reasons = {facts.name: _reason(facts, model) for facts in tensors}
     if not names:
         small = {facts.name for facts in tensors if reasons[facts.name] is None and not _holds(facts, rank)}
-        if any(reason is None and name not in small for name, reason in reasons.items()):
-            reasons |= dict.fromkeys(small, f"smaller than rank {rank} asks for")
+        # Where no matrix is large enough, the error names the first.
+        if sum(reason is None for reason in reasons.values()) > len(small):
+            reasons |= dict.fromkeys(small, f"too small for rank {rank}")
         wanted = {name for name, reason in reasons.items() if reason is None}
     chosen = [facts for facts in tensors if facts.name in wanted]
     if unknown or not chosen:

@@ -29,7 +29,7 @@ def moved(model: Any, names: set[str] | None = None) -> Any:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            change = 0.05 * torch.randn(parameter.shape, generator=generator)
+            change = 0.2 * torch.randn(parameter.shape, generator=generator)
             if names is None or name in names:
                 parameter += change
     return model
