@@ -42,7 +42,7 @@ _MEANINGS = {
     type=float,
     metavar="SHARE",
     show_default="all that the rank holds",
-    help="Take the smallest rank of each matrix that holds this share of its sum d^2; experts of a model have one rank.",
+    help="Take the smallest rank of each matrix that holds this share of its sum d^2; experts have one rank.",
 )
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of the randomized SVD.")
 @tensor_options

@@ -68,6 +68,12 @@ class LeftOut:
     share : float
         Of the sum d^2 of all tensors.
     reason : str
+
+    Examples
+    --------
+    >>> from ckptdiff.exports import LeftOut
+    >>> LeftOut("model.norm.weight", 0.01, "a vector").reason
+    'a vector'
     """
 
     name: str

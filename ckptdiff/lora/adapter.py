@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.events import Stage
-from ckptdiff.exports.adaptable import Adapted, Way
+from ckptdiff.exports.adaptable import Way
 from ckptdiff.files.staged import StagedFile, write_whole
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
 
@@ -40,8 +40,8 @@ class AdapterWriter:
     The spool, an empty file, takes the factors as they come, since a safetensors file begins with the sizes of all.
     """
 
-    def __init__(self, folder: Path, base: str, model: Adapted, spool: StagedFile) -> None:
-        self._folder, self._base, self._model, self._spool = folder, base, model, spool
+    def __init__(self, folder: Path, base: str, spool: StagedFile) -> None:
+        self._folder, self._base, self._spool = folder, base, spool
         self._held: dict[str, _Factors] = {}
 
     def add(self, module: str, way: Way, rank: int, down: _Floats, up: _Floats) -> None:
@@ -74,7 +74,8 @@ class AdapterWriter:
                 pieces = partial(self._padded, start, shape, rows) if more else partial(self._spooled, start, shape)
                 padded = shape[0] + rows[0], shape[1] + rows[1]
                 entries.append(Entry(f"{stem}.{part}.weight", "F32", padded, pieces))
-        for module, (outputs, inputs) in self._lacking(experts).items():
+        lacking = self._lacking(experts)
+        for module, (outputs, inputs) in lacking.items():
             for part, down, across in (("lora_A", common, inputs), ("lora_B", outputs, common)):
                 zeros = partial(_zeros, 4 * down * across)
                 entries.append(Entry(f"{_PREFIX}{module}.{part}.weight", "F32", (down, across), zeros))
@@ -82,7 +83,7 @@ class AdapterWriter:
             followed = [replace(entry, pieces=partial(_followed, entry, told)) for entry in entries]
             write_safetensors(staged, followed, {"format": "pt"})
             staged.commit()
-        text = json.dumps(self._config(), indent=2) + "\n"
+        text = json.dumps(self._config(lacking), indent=2) + "\n"
         write_whole(self._folder / "adapter_config.json", text.encode())
 
     @property
@@ -99,8 +100,8 @@ class AdapterWriter:
         return f"{module}.base_layer" if wrapped_again else module
 
     def _lacking(self, experts: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        layers = {layer_of(module) for module, factors in self._held.items() if factors.way == "expert"}
-        return {m: shape for m, shape in experts.items() if m not in self._held and layer_of(m) in layers}
+        layers = {_layer_of(module) for module, factors in self._held.items() if factors.way == "expert"}
+        return {m: shape for m, shape in experts.items() if m not in self._held and _layer_of(m) in layers}
 
     def _spooled(self, start: int, shape: tuple[int, int]) -> Iterator[bytes]:
         size = 4 * shape[0] * shape[1]
@@ -112,7 +113,7 @@ class AdapterWriter:
         values = np.frombuffer(b"".join(self._spooled(start, shape)), "<f4").reshape(shape)
         yield np.pad(values, ((0, more[0]), (0, more[1]))).tobytes()
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self, lacking: Iterable[str]) -> dict[str, Any]:
         """With alpha equal to the rank everywhere, so that the factors are not scaled."""
         common = self._common
         ranks = {m: common if f.way == "expert" else f.rank for m, f in self._held.items()}
@@ -130,7 +131,7 @@ class AdapterWriter:
             "lora_alpha": most,
             "rank_pattern": other,
             "alpha_pattern": other,
-            "target_modules": [m for m in ways if m not in parameters],
+            "target_modules": [*(m for m in ways if m not in parameters), *lacking],
             "bias": "none",
             "fan_in_fan_out": bool(ways) and all(way == "conv1d" for way in ways.values()),
             "lora_dropout": 0.0,
@@ -145,7 +146,7 @@ class AdapterWriter:
         return rf"{re.escape(layer)}\.[^.]+\.gate\.weight"
 
 
-def layer_of(module: str) -> str:
+def _layer_of(module: str) -> str:
     """What is before the experts in the name of one."""
     return module.partition(".experts.")[0]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ckptdiff.checkpoint import Kind, TensorPair
+from ckptdiff.checkpoint import Kind, TensorPair, open_checkpoint
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.errors import OptionError, PairingError
 from ckptdiff.events import Listener, Note, ignore, stage
@@ -161,11 +161,13 @@ def extract_lora(
         for row, (pair, norm) in enumerate(zip(plan.pairs, diff.columns["delta_norm"].tolist(), strict=True))
         if norm > 0
     ]
+    if model.merged:  # PEFT asks for all experts of a layer, those too that are not compared
+        shapes = {name: tensor.shape for name, tensor in open_checkpoint(base).tensors.items()} | shapes
     experts = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if model.is_merged(name)}
     found: list[Extracted] = []
     with StagedFolder(folder) as made:
         with open_shards(plan.io) as shards, StagedFile(made.path / "factors") as spool:
-            writer = AdapterWriter(made.path, base, model, spool)
+            writer = AdapterWriter(made.path, base, spool)
             budget = Budget.of(
                 replace(options, spectra=SpectraOptions(block=min(krylov_block(rank), 1024))),
                 resident(),
