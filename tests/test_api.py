@@ -54,6 +54,7 @@ PUBLIC = {
     "exports": [
         "Applied",
         "Layout",
+        "LeftOut",
         "ShiraExport",
         "apply_patch",
         "export_masks",

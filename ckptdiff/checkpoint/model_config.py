@@ -12,7 +12,7 @@ from ckptdiff.checkpoint.regular_file import read_whole
 from ckptdiff.checkpoint.tied_models import TIED_BY_DEFAULT
 from ckptdiff.errors import CheckpointError
 
-__all__ = ["Config", "read_config", "says_tied"]
+__all__ = ["Config", "config_beside", "read_config", "says_tied"]
 
 _MAX_BYTES = 10_000_000
 
@@ -62,8 +62,12 @@ def read_config(checkpoint: Checkpoint, name: str = "config.json") -> Config:
     """
     if not checkpoint.shards:
         return Config(name, {}, None)
-    named = checkpoint.shards[0].path if checkpoint.index is None else checkpoint.index.path
-    path = str(Path(named).parent / name)
+    return config_beside(checkpoint.shards[0].path if checkpoint.index is None else checkpoint.index.path, name)
+
+
+def config_beside(file: str, name: str = "config.json") -> Config:
+    """Read a file of configuration in the folder of another file: once, as long as it stays the same."""
+    path = str(Path(file).parent / name)
     try:
         status = Path(path).stat()
     except OSError:

@@ -42,7 +42,7 @@ _MEANINGS = {
     type=float,
     metavar="SHARE",
     show_default="all that the rank holds",
-    help="Take the smallest rank of each matrix that holds this share of its sum d^2.",
+    help="Take the smallest rank of each matrix that holds this share of its sum d^2; experts have one rank.",
 )
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of the randomized SVD.")
 @tensor_options
@@ -53,8 +53,8 @@ _MEANINGS = {
 def lora(base: str, tuned: str, **given: Any) -> int:
     """Write the update from BASE to TUNED as an adapter that peft loads, and say what it loses.
 
-    Linear layers are factored by a randomized SVD. What an adapter cannot express (vectors, embeddings, convolutions,
-    fused experts) is listed with its part of the update.
+    Linear layers and experts are factored by a randomized SVD. What an adapter cannot express (vectors, embeddings,
+    convolutions), and what PEFT refuses or would drop, is listed with its part of the update.
 
     \b
       ckptdiff lora base/ tuned/ -o adapter --rank 32

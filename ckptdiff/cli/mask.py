@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 import click
 
@@ -13,8 +14,11 @@ from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option
 from ckptdiff.cli.target import ReportTarget, output_option
 from ckptdiff.cli.view import format_option, verbosity, write_rows
-from ckptdiff.errors import OptionError, plural
+from ckptdiff.errors import OptionError, first_few, plural
 from ckptdiff.report.text import percent, quantity, safe, shape_text
+
+if TYPE_CHECKING:
+    from ckptdiff.exports import LeftOut
 
 _KEYS = ("name", "shape", "numel", "changed", "density")
 
@@ -98,8 +102,7 @@ def list_masks(run: str, **given: Any) -> int:
 def export(run: str, names: tuple[str, ...], out: str, layout: str, **given: Any) -> int:
     """Write masks, and for some layouts the changes there, to a file that needs no ckptdiff to be read.
 
-    NAME is a tensor or a glob. By default all masks are written; for shira, those of all matrices in attention and
-    feed-forward blocks.
+    NAME is a tensor or a glob. By default all masks are written; for shira, those of all matrices that PEFT adapts.
     """
     from ckptdiff.runfile.reader import RunFile
 
@@ -113,7 +116,8 @@ def export(run: str, names: tuple[str, ...], out: str, layout: str, **given: Any
             sides = {name: given[name] for name in ("rank", "base", "tuned")}
             adapter = export_shira(file, out, names=names, **sides, listener=tell)
             what = f"{quantity(adapter.coordinates)} coordinates of {plural(adapter.layers, 'layer')}"
-            what += f", {percent(adapter.energy)} of their sum d^2,"
+            what += f", {percent(adapter.energy)} of their sum d^2 and {percent(adapter.whole)} of the whole update's,"
+            missing = _left_out(adapter.left_out)
         elif layout == "patch":
             from ckptdiff.exports import export_patch, missing_from_patch
 
@@ -180,6 +184,19 @@ def _missing(changed: int, tensors: int, retyped: int) -> list[str]:
         what = "in another dtype than the base's: ckptdiff patch apply refuses the patch"
         found.append(f"{plural(retyped, 'tensor')} {what}")
     return found
+
+
+def _left_out(tensors: Sequence[LeftOut]) -> list[str]:
+    """Warnings of what an adapter lacks, for each reason one, largest shares first."""
+    by_reason: dict[str, list[LeftOut]] = {}
+    for tensor in tensors:
+        by_reason.setdefault(tensor.reason, []).append(tensor)
+    shares = {reason: sum(tensor.share for tensor in found) for reason, found in by_reason.items()}
+    return [
+        f"left out, {percent(shares[reason])} of the update: {plural(len(by_reason[reason]), 'tensor')} "
+        f"({reason}): {safe(first_few(tensor.name for tensor in by_reason[reason]))}"
+        for reason in sorted(shares, key=lambda reason: -shares[reason])
+    ]
 
 
 def _require_options(layout: str, given: dict[str, Any]) -> None:

@@ -2,12 +2,13 @@
 
 from ckptdiff.exports.apply import Applied, apply_patch
 from ckptdiff.exports.patch import export_patch, missing_from_patch
-from ckptdiff.exports.shira import ShiraExport, export_shira
+from ckptdiff.exports.shira import LeftOut, ShiraExport, export_shira
 from ckptdiff.runfile.export import Layout, export_masks
 
 __all__ = [
     "Applied",
     "Layout",
+    "LeftOut",
     "ShiraExport",
     "apply_patch",
     "export_masks",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from ckptdiff.checkpoint.globs import names_of
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.errors import OptionError, first_few
 from ckptdiff.events import Listener, Stage, stage
-from ckptdiff.figures.result import TensorFacts
+from ckptdiff.exports.adaptable import Adapted
+from ckptdiff.figures.result import Diff, TensorFacts
 from ckptdiff.files.staged import StagedFile, StagedFolder, write_whole
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.options import as_tuple
@@ -28,9 +30,6 @@ from ckptdiff.runfile.identity import KnownNorm, checked_blocks, known_norms, op
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
 
-_LINEAR_BLOCKS = ("attention", "ffn")
-_TRANSPOSED = ("c_attn", "c_proj", "c_fc")
-_EMBEDDINGS = ("embed", "wte", "wpe")
 _Side: TypeAlias = tuple[TensorInfo, KnownNorm | None]
 
 
@@ -46,11 +45,40 @@ class ShiraExport:
         How many of their coordinates.
     energy : float
         Share of those matrices' sum d^2 that it keeps.
+    whole : float
+        Share of the sum d^2 of all tensors that the run compared that it keeps.
+    left_out : tuple of LeftOut
+        Tensors that changed and are not in it, those with the largest shares first.
     """
 
     layers: int
     coordinates: int
     energy: float
+    whole: float
+    left_out: tuple[LeftOut, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A tensor that an adapter leaves out.
+
+    Attributes
+    ----------
+    name : str
+    share : float
+        Of the sum d^2 of all tensors.
+    reason : str
+
+    Examples
+    --------
+    >>> from ckptdiff.exports import LeftOut
+    >>> LeftOut("model.norm.weight", 0.01, "a vector").reason
+    'a vector'
+    """
+
+    name: str
+    share: float
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +112,8 @@ def export_shira(
         A folder to be made.
     rank : int
     names : sequence of str
-        Tensor names or globs of weights of linear layers; none stands for all matrices of attention and ffn blocks.
+        Tensor names or globs of weights of linear layers; none stands for all that PEFT can adapt: no embeddings, no
+        routers, and no experts, which SHiRA has no layer for where a model has fused them.
     base, tuned : path-like, optional
         Where the checkpoints are now; the norms of what is read must be those of the run.
     listener : callable, optional
@@ -116,11 +145,13 @@ def export_shira(
     target = Path(target)
     diff = run.load()
     names = as_tuple("names", names)
-    chosen = _chosen(diff.tensors, names, run.path)
+    sides = open_side(run, "base", base), open_side(run, "tuned", tuned)
+    weights = ((one.name, one.shape) for one in diff.tensors)
+    model = Adapted.of(sides[0].shards[0].path, weights)
+    chosen, reasons = _chosen(diff.tensors, names, rank, model, run.path)
     for facts in chosen:
         _require_rank(facts, rank, run.path)
     check_new(target)
-    sides = open_side(run, "base", base), open_side(run, "tuned", tuned)
     # At their old places they have not been modified since.
     known = known_norms(diff, "base") if base else {}, known_norms(diff, "tuned") if tuned else {}
     entries: list[Entry] = []
@@ -154,30 +185,54 @@ def export_shira(
             staged.commit()
         write_whole(made.path / "adapter_config.json", text.encode())
         made.commit()
+    kept = sum(largest.kept for largest in found)
+    others = {facts.name: norm**2 for facts, norm in zip(diff.tensors, _norms(diff), strict=True) if norm > 0}
+    for facts in chosen:
+        others.pop(facts.name, None)
+    whole = total + sum(others.values())
+    left = (LeftOut(name, energy / whole, reasons[name]) for name, energy in others.items())
     return ShiraExport(
         layers=len(found),
         coordinates=sum(largest.indices.size for largest in found),
-        energy=sum(largest.kept for largest in found) / total,
+        energy=kept / total,
+        whole=kept / whole,
+        left_out=tuple(sorted(left, key=lambda one: -one.share)),
     )
 
 
-def _chosen(tensors: Sequence[TensorFacts], names: Sequence[str], path: str) -> list[TensorFacts]:
+def _norms(diff: Diff) -> list[float]:
+    """Norms of updates as they are stored, or in older runs as they were compared."""
+    columns = diff.columns
+    found: list[float] = columns["stored_norm" if "stored_norm" in columns else "delta_norm"].tolist()
+    return found
+
+
+def _chosen(
+    tensors: Sequence[TensorFacts], names: Sequence[str], rank: int, model: Adapted, path: str
+) -> tuple[list[TensorFacts], dict[str, str]]:
+    """The tensors to adapt, and why the others are not."""
     found = names_of(names, [facts.name for facts in tensors])
     unknown = [name for name, matches in found.items() if not matches]
     wanted = set(chain.from_iterable(found.values()))
-    chosen = [facts for facts in tensors if (facts.name in wanted if names else _is_matrix_of_a_layer(facts))]
+    reasons = {facts.name: _reason(facts, model) for facts in tensors}
+    if not names:
+        small = {facts.name for facts in tensors if reasons[facts.name] is None and not _holds(facts, rank)}
+        # Where no matrix is large enough, the error names the first.
+        if sum(reason is None for reason in reasons.values()) > len(small):
+            reasons |= dict.fromkeys(small, f"too small for rank {rank}")
+        wanted = {name for name, reason in reasons.items() if reason is None}
+    chosen = [facts for facts in tensors if facts.name in wanted]
     if unknown or not chosen:
         raise OptionError(
-            "no matrix of that name" if names else "the run compared no matrix of an attention or ffn block",
+            "no matrix of that name" if names else "the run compared no matrix that PEFT's SHiRA can adapt",
             file=path,
-            found=", ".join(unknown) or None,
+            found=", ".join(unknown) or first_few(f"{name}: {reason}" for name, reason in reasons.items()),
             hint="ckptdiff show --by tensor lists the names",
         )
     for facts in chosen:
-        reason = refusal(facts.name, facts.shape, facts.compare != "bitwise")
+        reason = reasons[facts.name]
         hint = "--layout patch holds the changes of any tensor"
-        if reason is None and not facts.plain:
-            reason = "its values are not stored in that layout on both sides"
+        if not facts.plain:
             hint = "save both checkpoints in one layout, and not quantised"
         if reason is not None:
             raise OptionError(
@@ -188,17 +243,25 @@ def _chosen(tensors: Sequence[TensorFacts], names: Sequence[str], path: str) -> 
                 found=f"{facts.dtype_base} of shape {facts.shape}: {reason}",
                 hint=hint,
             )
-    return chosen
+    return chosen, {name: reason or "not named" for name, reason in reasons.items()}
 
 
-def _is_matrix_of_a_layer(facts: TensorFacts) -> bool:
-    is_matrix = facts.plain and len(facts.shape) == 2 and facts.compare != "bitwise" and facts.name.endswith(".weight")
-    return is_matrix and facts.block in _LINEAR_BLOCKS
+def _reason(facts: TensorFacts, model: Adapted) -> str | None:
+    """Why a tensor cannot be adapted; None if it can."""
+    way, reason = model.way(facts.name, facts.shape, facts.compare != "bitwise", "shira")
+    if way is None:
+        return reason
+    return None if facts.plain else "its values are not stored in that layout on both sides"
+
+
+def _holds(facts: TensorFacts, rank: int) -> bool:
+    """Whether a matrix has as many coordinates as an adapter of a rank takes."""
+    return 0 < rank * sum(facts.shape) <= math.prod(facts.shape)
 
 
 def _require_rank(facts: TensorFacts, rank: int, path: str) -> None:
     m, n = facts.shape
-    if not 0 < rank * (m + n) <= m * n:
+    if not _holds(facts, rank):
         raise OptionError(
             "this rank cannot be met",
             file=path,
@@ -255,24 +318,3 @@ def _config(chosen: Sequence[TensorFacts], rank: int, base: Checkpoint) -> dict[
         "target_modules": [facts.name.removesuffix(".weight") for facts in chosen],
         "task_type": None,
     }
-
-
-def refusal(name: str, shape: Sequence[int], floating: bool) -> str | None:
-    """Why an adapter of linear layers cannot hold the update of a tensor; None if it can."""
-    module = name.removesuffix(".weight")
-    if not floating:
-        return "no floating values"
-    if len(shape) < 2:
-        return "a bias" if name.endswith("bias") else "a vector"
-    if len(shape) > 2:
-        return "not a matrix"
-    if not min(shape):
-        return "no values"
-    if module == name:
-        return "not the weight of a module"
-    last = module.rpartition(".")[2]
-    if any(part in last.lower() for part in _EMBEDDINGS):
-        return "an embedding"
-    if last in _TRANSPOSED:
-        return "stored transposed (Conv1D)"
-    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,18 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from ckptdiff.checkpoint import Kind, TensorPair
+from ckptdiff.checkpoint import Kind, TensorPair, open_checkpoint
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.errors import OptionError, PairingError
 from ckptdiff.events import Listener, Note, ignore, stage
-from ckptdiff.exports.shira import refusal
+from ckptdiff.exports.adaptable import Adapted, Way
 from ckptdiff.files.staged import StagedFile, StagedFolder
 from ckptdiff.formats import formats_of
 from ckptdiff.in_order import Task, in_order
 from ckptdiff.linalg.blas import require_scipy
 from ckptdiff.linalg.threads import one_blas_thread, product_threads, work_counted_in
 from ckptdiff.linalg.work import WorkMeter
-from ckptdiff.lora.adapter import AdapterWriter
+from ckptdiff.lora.adapter import AdapterWriter, stacked
 from ckptdiff.lora.factors import Factors, factor_work, factorize, krylov_block
 from ckptdiff.memory import resident
 from ckptdiff.options import Compare, MaskRule, Options, SpectraOptions
@@ -154,11 +155,16 @@ def extract_lora(
     diff = run_plan(plan, listener=tell)
     load(None, Uses(tuple(panel_uses(plan.pairs, options.compare))), tell)
     strange = diff.columns["nonfinite_base"] + diff.columns["nonfinite_tuned"] > 0
+    shapes = {pair.name: pair.shape for pair in plan.pairs}
+    model = Adapted.of(str(diff.base["shards"][0]["file"]), shapes.items())
     updates = [
-        _Update(pair, norm, "NaN or Inf in it" if strange[row] else _refusal(pair))
+        _update(pair, norm, model, bool(strange[row]))
         for row, (pair, norm) in enumerate(zip(plan.pairs, diff.columns["delta_norm"].tolist(), strict=True))
         if norm > 0
     ]
+    if model.merged:  # PEFT asks for all experts of a layer, those too that are not compared
+        shapes = {name: tensor.shape for name, tensor in open_checkpoint(base).tensors.items()} | shapes
+    experts = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if model.is_merged(name)}
     found: list[Extracted] = []
     with StagedFolder(folder) as made:
         with open_shards(plan.io) as shards, StagedFile(made.path / "factors") as spool:
@@ -166,11 +172,11 @@ def extract_lora(
             budget = Budget.of(
                 replace(options, spectra=SpectraOptions(block=min(krylov_block(rank), 1024))),
                 resident(),
-                (update.view for update in updates if update.reason is None),
+                (update.views[0] for update in updates if update.reason is None),
             )
             factoring = _Factoring(shards, options.compare, budget, rank, energy, seed)
             for update, factors in factoring.factors(updates, tell):
-                found.append(update.without if factors is None else _written(writer, update, factors))
+                found.append(_written(writer, update, factors, model) if factors else update.without)
                 made_of = f"rank {found[-1].rank}, {percent(found[-1].lost)} lost"
                 tell(Note(f"{update.pair.name}: {made_of if factors else f'left out: {update.reason}'}"))
             if not any(tensor.rank for tensor in found):
@@ -181,23 +187,24 @@ def extract_lora(
                     found=f"{len(found)} other tensors that changed" if found else "no tensor that changed",
                 )
             with stage(tell, "writing", spool.tell(), "bytes") as told:
-                writer.finish(told)
+                writer.finish(experts, told)
         made.commit()
     return Extraction(folder, tuple(found), len(plan.pairs) - len(found))
 
 
 @dataclass(frozen=True, slots=True)
 class _Update:
-    """The update of one tensor, and why an adapter cannot hold it, if it cannot."""
+    """The update of one tensor, and how an adapter holds it, or why it cannot."""
 
     pair: TensorPair
     norm: float
+    way: Way | None
     reason: str | None
 
     @property
-    def view(self) -> MatrixView:
-        (view,) = matrices_of(self.pair.name, self.pair.base.shape)
-        return view
+    def views(self) -> list[MatrixView]:
+        """Its matrices: one, or that of each expert."""
+        return matrices_of(self.pair.name, self.pair.base.shape)
 
     @property
     def without(self) -> Extracted:
@@ -210,21 +217,32 @@ class _Update:
         return np.dtype(np.float32 if 1e-12 < self.norm < 1e12 else np.float64)
 
 
-def _refusal(pair: TensorPair) -> str | None:
+def _update(pair: TensorPair, norm: float, model: Adapted, strange: bool) -> _Update:
+    way, reason = model.way(pair.name, pair.shape, pair.base.kind is Kind.FLOAT, "lora")
     if pair.untied:
-        return "tied to the embedding on one side"
-    if pair.rows is not None:
-        return "of other rows on the other side"
-    return refusal(pair.name, pair.shape, pair.base.kind is Kind.FLOAT)
+        reason = "tied to the embedding on one side"
+    elif pair.rows is not None:
+        reason = "of other rows on the other side"
+    elif strange:
+        reason = "NaN or Inf in it"
+    return _Update(pair, norm, None if reason else way, reason or None)
 
 
-def _written(writer: AdapterWriter, update: _Update, factors: Factors) -> Extracted:
-    up, down = factors.long_side, factors.short_side
-    if update.view.wide:
-        up, down = down, up
-    name = update.pair.name
-    writer.add(name.removesuffix(".weight"), down.T, up)
-    return Extracted(name, update.pair.base.shape, update.norm, factors.rank, factors.lost)
+def _written(writer: AdapterWriter, update: _Update, found: list[Factors | None], model: Adapted) -> Extracted:
+    name, way = update.pair.name, update.way
+    assert way is not None
+    parts = [None if factors is None else factors.of(view) for factors, view in zip(found, update.views, strict=True)]
+    if way == "stack":
+        view = update.views[0]
+        rank, down, up = stacked(parts, view.rows, view.columns, model.stacks_in_out)
+    else:
+        (part,) = parts
+        assert part is not None
+        down, up = part if way != "conv1d" else (part[1].T, part[0].T)
+        rank = len(down)
+    writer.add(name if way in ("parameter", "stack") else name.removesuffix(".weight"), way, rank, down, up)
+    lost = sum(factors.lost * factors.norm**2 for factors in found if factors is not None) / update.norm**2
+    return Extracted(name, update.pair.base.shape, update.norm, rank, lost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +259,7 @@ class _Factoring:
     stop: threading.Event = field(default_factory=threading.Event)
     """Set to end what is under way."""
 
-    def factors(self, updates: Sequence[_Update], tell: Listener) -> Iterator[tuple[_Update, Factors | None]]:
+    def factors(self, updates: Sequence[_Update], tell: Listener) -> Iterator[tuple[_Update, list[Factors | None]]]:
         """Yield the factors of each update, in order; as many are under way as there are slots for."""
         with stage(tell, "factors") as told, one_blas_thread():
             meter = WorkMeter(sum(map(self._work, updates)))
@@ -256,31 +274,39 @@ class _Factoring:
                 yield update, factors
                 tell_of_work()
 
-    def _task(self, update: _Update, meter: WorkMeter) -> Task[Factors | None]:
+    def _task(self, update: _Update, meter: WorkMeter) -> Task[list[Factors | None]]:
         if update.reason is not None:
-            return Task(lambda: None, 1, 0)
-        slots = self.budget.slots(update.view)
-        return Task(partial(self._factors, update, slots, meter), slots, update.view.long * update.view.short)
+            return Task(list, 1, 0)
+        view = update.views[0]
+        slots = self.budget.slots(view)
+        return Task(partial(self._factors, update, slots, meter), slots, update.pair.base.numel)
 
-    def _factors(self, update: _Update, slots: int, meter: WorkMeter) -> Factors:
-        panels = self._panels(update)
+    def _factors(self, update: _Update, slots: int, meter: WorkMeter) -> list[Factors | None]:
         with (
             product_threads(slots, self.stop),
             meter.matrix(update.pair.name, self._work(update), slots) as work,
             work_counted_in(work),
         ):
-            source = panels.cached() if self._fits(update, slots) else panels
-            return factorize(source, update.norm, self.rank, self.energy, self.seed)
+            return [self._factored(update, view, slots) for view in update.views]
 
-    def _panels(self, update: _Update) -> StoredPanels:
+    def _factored(self, update: _Update, view: MatrixView, slots: int) -> Factors | None:
+        """The factors of one of its matrices; None if that one of several did not change."""
+        panels = self._panels(update, view)
+        source = panels.cached() if self._fits(update, slots) else panels
+        norm = update.norm
+        if len(update.views) > 1:
+            norm = math.sqrt(sum(float(np.square(p.delta, dtype=np.float64).sum()) for p in source.panels()))
+        return factorize(source, norm, min(self.rank, view.short), self.energy, self.seed) if norm else None
+
+    def _panels(self, update: _Update, view: MatrixView) -> StoredPanels:
         pair = update.pair
         formats = formats_of(pair.base.dtype, pair.tuned.dtype, self.compare)
-        return StoredPanels(self.shards, pair, formats, update.view, update.dtype)
+        return StoredPanels(self.shards, pair, formats, view, update.dtype)
 
     def _fits(self, update: _Update, slots: int) -> bool:
         """Whether there is room for a decoded pair, beside its factors and what computes them."""
-        view, itemsize = update.view, update.dtype.itemsize
-        factors = 2 * itemsize * (view.long + view.short) * min(self.rank, view.short)
+        view, itemsize = update.views[0], update.dtype.itemsize
+        factors = 2 * itemsize * len(update.views) * (view.long + view.short) * min(self.rank, view.short)
         needed = self.budget.randomized_bytes(view, itemsize) + factors
         return cache_bytes(view, itemsize) + needed <= self.budget.share(slots)
 
@@ -288,6 +314,7 @@ class _Factoring:
         """Foresee the work of an update, as far as its sizes tell."""
         if update.reason is not None:
             return 0.0
-        view = update.view
+        view, count = update.views[0], len(update.views)
         found, passes = factor_work(view.long, view.short, update.dtype.itemsize, self.rank)
-        return found + self._panels(update).work * (1 if self._fits(update, self.budget.slots(view)) else passes)
+        reads = 1 if self._fits(update, self.budget.slots(view)) else passes + (count > 1)
+        return count * (found + self._panels(update, view).work * reads)

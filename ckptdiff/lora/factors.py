@@ -19,6 +19,7 @@ from ckptdiff.linalg.krylov import (
 )
 from ckptdiff.linalg.products import product, product_work
 from ckptdiff.linalg.stages import Array, Panel, PanelSource, Stage, run_together
+from ckptdiff.spectra.matrices import MatrixView
 
 _BLOCK, _STEPS = 32, 10
 
@@ -33,6 +34,13 @@ class Factors:
     """Shape (short, rank)."""
     lost: float
     """Share of the update's energy, sum d^2, that the rank leaves out."""
+    norm: float
+    """Of the update."""
+
+    def of(self, view: MatrixView) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """``(down, up)`` of a matrix, of shapes (rank, columns) and (rows, rank): it is ``up @ down``."""
+        up, down = (self.short_side, self.long_side) if view.wide else (self.long_side, self.short_side)
+        return down.T, up
 
     @property
     def rank(self) -> int:
@@ -63,7 +71,7 @@ def factorize(source: PanelSource, delta_norm: float, most: int, energy: float |
     sizes = np.linalg.norm(moved.astype(np.float64), axis=0)
     roots = np.sqrt(np.where(sizes > 0, sizes, 1.0))
     lost = 1.0 - float(np.sum(sizes**2)) / delta_norm**2
-    return Factors((moved / roots).astype(np.float32), (vectors * roots).astype(np.float32), max(lost, 0.0))
+    return Factors((moved / roots).astype(np.float32), (vectors * roots).astype(np.float32), max(lost, 0.0), delta_norm)
 
 
 def factor_work(long: int, short: int, itemsize: int, most: int) -> tuple[float, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any, Literal
@@ -9,15 +10,19 @@ from typing import Any, Literal
 from transformers import TrainerCallback
 
 from ckptdiff.retrain.freezing import Freezing, freeze_outside
-from ckptdiff.retrain.load import load_masks
+from ckptdiff.retrain.load import find_masks
 from ckptdiff.retrain.parameters import ParameterMasks
+from ckptdiff.runfile.reader import RunFile
+
+logger = logging.getLogger("ckptdiff.retrain")
 
 
 class MaskCallback(TrainerCallback):  # type: ignore[misc]
     """Train the masked coordinates of a run file, and keep every bit of the others.
 
     Gradients are masked before the trainer clips them. What keeps the rest as it is ends with the training; after one
-    that an exception ended, :meth:`remove` ends it.
+    that an exception ended, :meth:`remove` ends it. How masks and parameters matched is logged at the start, by
+    ``ckptdiff.retrain``: as a warning where something is left out.
 
     Parameters
     ----------
@@ -51,7 +56,10 @@ class MaskCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Load the masks and put the hooks in place, before the first batch."""
         self.remove()  # of a training that was interrupted
-        masks = load_masks(self._run_file, kwargs["model"], strict=self._strict, names=self._names)
+        with RunFile(self._run_file) as run:
+            masks = find_masks(run, kwargs["model"], self._strict, self._names)
+        if getattr(state, "is_world_process_zero", True):
+            logger.log(logging.INFO if masks.report.whole else logging.WARNING, "%s: %s", self._run_file, masks.report)
         if self._change is not None:
             masks = self._change(masks)
         # Accelerate wraps the optimizer; its hooks belong to the one inside.

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 from ckptdiff.checkpoint.globs import names_of
 from ckptdiff.errors import MaskError, first_few, plural
+from ckptdiff.report.text import percent
 from ckptdiff.retrain.packed import PackedMask, require_fit
 
 _SHOWN = 5
@@ -24,17 +25,23 @@ class MatchReport:
     Attributes
     ----------
     matched : mapping of str to str
-        Name in the run file to name in the model; of several copies that PEFT keeps, one that is trained.
+        Name in the run file to name in the model; of several copies that PEFT keeps, one that is trained. A mask whose
+        tensor the model has in several parameters has all their names, with commas.
     unused_masks : tuple of str
-        Masks for which the model has no parameter.
+        Masks with coordinates for which the model has no parameter.
     unmasked_parameters : tuple of str
-        Trainable parameters without a mask; masked optimizers leave them as they are.
+        Trainable parameters without a mask for some or all of their coordinates; masked optimizers leave these as they
+        are.
     frozen : tuple of str
         Masks of parameters that do not require a gradient: nothing of them is trained.
     buffers : tuple of str
         Masks of what is a buffer in the model, which no optimizer moves.
     warnings : tuple of str
-        Names that fit more than one parameter.
+        Names that fit more than one parameter, and what could not be put together.
+    coordinates : int
+        In all masks.
+    left_out : int
+        Of these, in masks without a parameter that is trained.
     """
 
     matched: Mapping[str, str]
@@ -43,11 +50,18 @@ class MatchReport:
     frozen: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    coordinates: int = 0
+    left_out: int = 0
 
     @property
     def complete(self) -> bool:
         """Whether every mask has its parameter and every trainable parameter its mask."""
         return not (self.unused_masks or self.unmasked_parameters)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is complete, and every coordinate in a mask is trained."""
+        return self.complete and not self.left_out
 
     def __str__(self) -> str:
         lines = [f"{plural(len(self.matched), 'mask')} matched"]
@@ -59,6 +73,8 @@ class MatchReport:
         ):
             if names:
                 lines.append(f"{plural(len(names), noun)} {where}: {first_few(names, _SHOWN)}")
+        if self.left_out:
+            lines.append(f"{percent(self.left_out / self.coordinates)} of the masks' coordinates are left out")
         return "; ".join([*lines, *self.warnings])
 
 
@@ -69,7 +85,8 @@ class ParameterMasks(Mapping[Parameter, PackedMask]):
     ----------
     masks : mapping of Parameter to PackedMask
     names : mapping of Parameter to str
-        What they are called, however the model is wrapped: their names in the run file.
+        What they are called, however the model is wrapped: their names in the run file, or, where the run has them in
+        other pieces, in the model.
     report : MatchReport, optional
         How the masks were found.
 
@@ -128,7 +145,7 @@ class ParameterMasks(Mapping[Parameter, PackedMask]):
         return self._each(lambda mask, name: mask.shuffled(np.random.default_rng([seed, zlib.crc32(name.encode())])))
 
     def only(self, *patterns: str) -> ParameterMasks:
-        """The masks of parameters that names in the run file, or globs of them, stand for; the others are frozen.
+        """The masks of parameters that some of `names`, or globs of them, stand for; the others are frozen.
 
         Raises
         ------

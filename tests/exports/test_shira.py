@@ -86,10 +86,13 @@ def test_what_is_no_linear_layer_to_peft_is_refused(tmp_path: Path) -> None:
     save_file({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "tuned.safetensors")
     ckptdiff.diff(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", out=tmp_path / "run.h5")
     with ckptdiff.RunFile(tmp_path / "run.h5") as run:
-        for names, found in ([], "Conv1D"), (["*.wte.*"], "an embedding"):
+        for names, found in (["*.c_attn.*"], "Conv1D"), (["*.wte.*"], "an embedding"):
             with pytest.raises(OptionError, match="linear layers only") as caught:
                 export_shira(run, tmp_path / "adapter", rank=1, names=names)
             assert found in str(caught.value.found)
+        with pytest.raises(OptionError, match="no matrix that PEFT's SHiRA can adapt") as caught:
+            export_shira(run, tmp_path / "adapter", rank=1)
+        assert "an embedding" in str(caught.value.found) and "Conv1D" in str(caught.value.found)
     assert not (tmp_path / "adapter").exists()
 
 
@@ -114,10 +117,12 @@ def test_another_step_of_the_same_run_is_refused(
 
 def test_what_no_adapter_can_hold_is_refused(make_run: Callable, tmp_path: Path) -> None:
     with ckptdiff.RunFile(make_run()) as run:
-        for rank in (0, -1, 13):
+        for rank, names in (0, []), (-1, []), (99, []), (13, ["*.q_proj.*", "*.mlp.*"]):
             with pytest.raises(OptionError, match="rank cannot be met") as caught:
-                export_shira(run, tmp_path / "a", rank=rank)
+                export_shira(run, tmp_path / "a", rank=rank, names=names)
         assert "1 to 12" in caught.value.expected and caught.value.file == run.path
+        made = export_shira(run, tmp_path / "some", rank=13)
+        assert made.layers == 2 and {one.name: one.reason for one in made.left_out}[NAMES["q_proj"]].startswith("too")
         with pytest.raises(OptionError, match="no matrix of that name"):
             export_shira(run, tmp_path / "a", rank=1, names=["mlp"])
         for name in ("model.norm.weight", "position_ids"):

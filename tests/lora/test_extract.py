@@ -23,7 +23,8 @@ NAMES = {
     "model.layers.0.self_attn.q_proj.bias": (48,),
     "model.embed_tokens.weight": (60, 40),
     "transformer.h.0.attn.c_attn.weight": (30, 90),
-    "model.experts.down_proj": (2, 8, 9),
+    "model.mlp.experts.down_proj": (2, 8, 9),
+    "model.kernel.weight": (2, 3, 4),
     "model.norm.weight": (40,),
     "steps": (3, 3),
 }
@@ -45,10 +46,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(folder / "base.safetensors"), str(folder / "tuned.safetensors")
 
 
-def product(folder: Path, module: str) -> np.ndarray:
+def product(folder: Path, name: str) -> np.ndarray:
+    """What PEFT adds to a tensor: to that of Conv1D turned, to that of experts for each of them."""
     tensors = load_file(folder / "adapter_model.safetensors")
+    module = name.removesuffix(".weight").removesuffix(".down_proj") if ".experts." in name else name[:-7]
     up, down = (tensors[f"base_model.model.{module}.{part}.weight"].astype(np.float64) for part in ("lora_B", "lora_A"))
-    return up @ down
+    if ".experts." in name:
+        return np.einsum("ore,eri->eoi", up.reshape(len(up), -1, 2), down.reshape(2, -1, down.shape[1]))
+    return (up @ down).T if "c_attn" in name else up @ down
 
 
 def delta_of(pair: tuple[str, str], name: str) -> np.ndarray:
@@ -78,10 +83,10 @@ def test_factors_are_the_best_ones(pair: tuple[str, str], tmp_path: Path) -> Non
         if not tensor.rank:
             continue
         left, values, right = np.linalg.svd(delta_of(pair, tensor.name), full_matrices=False)
-        best = (left[:, :7] * values[:7]) @ right[:7]
-        assert np.allclose(product(tmp_path / "adapter", tensor.name.removesuffix(".weight")), best, atol=1e-8)
+        best = (left[..., :7] * values[..., None, :7]) @ right[..., :7, :]
+        assert np.allclose(product(tmp_path / "adapter", tensor.name), best, atol=1e-8)
         assert tensor.rank == 7
-        assert tensor.lost == pytest.approx(np.sum(values[7:] ** 2) / np.sum(values**2), rel=1e-5)
+        assert tensor.lost == pytest.approx(np.sum(values[..., 7:] ** 2) / np.sum(values**2), rel=1e-5, abs=1e-7)
     total = sum(np.sum(delta_of(pair, tensor.name) ** 2) for tensor in made.tensors)
     lost = sum(tensor.lost * np.sum(delta_of(pair, tensor.name) ** 2) for tensor in made.tensors)
     assert made.lost == pytest.approx(lost / total, rel=1e-5)
@@ -95,14 +100,16 @@ def test_what_an_adapter_cannot_hold_is_listed(pair: tuple[str, str], tmp_path: 
         "model.layers.0.self_attn.q_proj.weight": (4, None),
         "model.layers.0.self_attn.q_proj.bias": (0, "a bias"),
         "model.embed_tokens.weight": (0, "an embedding"),
-        "transformer.h.0.attn.c_attn.weight": (0, "stored transposed (Conv1D)"),
-        "model.experts.down_proj": (0, "not a matrix"),
+        "transformer.h.0.attn.c_attn.weight": (4, None),
+        "model.mlp.experts.down_proj": (4, None),
+        "model.kernel.weight": (0, "not a matrix"),
     }
     assert made.unchanged == 2
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert config["r"] == config["lora_alpha"] == 4
-    assert sorted(config["target_modules"]) == sorted(
+    assert config["target_parameters"] == ["model.mlp.experts.down_proj"]
+    assert sorted([*config["target_modules"], "model.mlp.experts.down_proj"]) == sorted(
         name.removesuffix(".weight") for name, (rank, _) in rows_of(made).items() if rank
     )
 
@@ -112,8 +119,8 @@ def test_energy_chooses_the_smallest_rank(pair: tuple[str, str], tmp_path: Path)
     for tensor in made.tensors:
         if tensor.rank:
             values = np.linalg.svd(delta_of(pair, tensor.name), compute_uv=False)
-            shares = np.cumsum(values**2) / np.sum(values**2)
-            assert tensor.rank == np.sum(shares < 0.6) + 1
+            shares = np.cumsum(values**2, -1) / np.sum(values**2, -1, keepdims=True)
+            assert tensor.rank == np.max(np.sum(shares < 0.6, -1)) + 1  # of experts, the largest
             assert tensor.lost <= 0.4
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     for name, rank in config["rank_pattern"].items():
@@ -160,7 +167,7 @@ def test_command_line(pair: tuple[str, str], tmp_path: Path, capsys: pytest.Capt
     assert main(["lora", *pair, "-o", str(tmp_path / "two"), "--energy", "0.5", "--format", "json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert {row["name"] for row in document["tensors"] if row["rank"]} == {
-        name for name in NAMES if "proj.weight" in name
+        name for name in NAMES if name.endswith(("proj.weight", "c_attn.weight", "down_proj"))
     }
     for bad in (["--rank", "0"], ["--energy", "1.5"], []):
         assert main(["lora", *pair, "-o", str(tmp_path / "three"), *bad]) == 2
@@ -187,9 +194,7 @@ def test_peft_loads_it_and_computes_the_same(tmp_path: Path) -> None:
     truncated = model()
     state = base.state_dict()
     for name in ("1.weight", "3.weight"):
-        state[name] = (
-            state[name] + torch.from_numpy(product(tmp_path / "adapter", name.removesuffix(".weight"))).float()
-        )
+        state[name] = state[name] + torch.from_numpy(product(tmp_path / "adapter", name)).float()
     truncated.load_state_dict(state)
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     with torch.no_grad():
