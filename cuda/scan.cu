@@ -12,20 +12,20 @@ const u32 HOT_DELTA = COMPARE::BITS == 64 ? (1023 - 150) * 16 : (127 - 31) * 128
 
 // What one thread found.
 struct Own {
-    u32 counts = 0; // of a tile: eight bits for each Count up to OFF_GRID, since registers are short
+    u64 counts = 0; // of a tile: sixteen bits for each Count up to OFF_GRID, since registers are short
     u32 zeros = 0; // too many coordinates may be zero to count them with atomics
     u32 ties = 0;
     Bits largest = 0; // |d|
     double sums[TIES] = {};
 };
 
-static_assert(TILE / THREADS < 256 && OFF_GRID < 4, "a count of a tile does not fit into eight bits");
+static_assert(TILE / THREADS < 1 << 16 && OFF_GRID < 4, "a count of a tile does not fit into sixteen bits");
 
 // Add the counts of a tile to those of the block.
 __device__ inline void add_counts(Own& own, Hot& hot) {
 #pragma unroll
     for (u32 i = 0; i <= OFF_GRID; ++i) {
-        const u32 sum = warp_sum(own.counts >> 8 * i & 255);
+        const u32 sum = warp_sum((u32)(own.counts >> 16 * i) & 0xffff);
         if (threadIdx.x % WARP == 0 && sum) atomicAdd(&hot.counts[i], sum);
     }
     own.counts = 0;
@@ -69,7 +69,7 @@ __device__ inline void measure_delta(const Coordinate& c, const ScanSettings& se
     own.sums[BASE_DELTA] += (double)c.v * d;
     own.ties += c.size == (Bits)settings.tie;
     own.largest = c.size > own.largest ? c.size : own.largest;
-    if (settings.eta > 0) own.counts += (u32)c.within(settings.eta) << 8 * WITHIN_ETA;
+    if (settings.eta > 0) own.counts += (u64)c.within(settings.eta) << 16 * WITHIN_ETA;
     u32 above = 0;
 #pragma unroll
     for (u32 i = 0; i < LIMITS; ++i) above += c.size > (Bits)settings.thresholds[i];
@@ -88,10 +88,10 @@ __device__ inline void measure_delta(const Coordinate& c, const ScanSettings& se
 __device__ inline bool measure(BASE::Code x, TUNED::Code y, const ScanSettings& settings, Own& own, Hot& hot,
                                u64* rows) {
     const Coordinate c(x, y);
-    own.counts += (u32)stored_equal(x, y) << 8 * STORED_EQUAL;
+    own.counts += (u64)stored_equal(x, y) << 16 * STORED_EQUAL;
     if (magnitude<BASE>(x) >= BASE::INFINITE) atomicAdd(&hot.counts[NONFINITE_BASE], 1u);
     if (magnitude<TUNED>(y) >= TUNED::INFINITE) atomicAdd(&hot.counts[NONFINITE_TUNED], 1u);
-    own.counts += (u32)off_grid(x, c.a) << 8 * OFF_GRID;
+    own.counts += (u64)off_grid(x, c.a) << 16 * OFF_GRID;
     measure_stored(x, y, c.changed, own);
     const u32 bin = c.weight_bin();
     if (bin == 0) ++own.zeros;
@@ -151,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                     bits |= (u32)measure(x[k], y[k], settings, own, hot, own_rows) << (part + k);
                 }
             }
-            own.counts += (u32)__popc(bits) << 8 * MASKED;
+            own.counts += (u64)__popc(bits) << 16 * MASKED;
             if (mask) mask[tile.mask + start / 8] = (u8)bits;
         }
         add_counts(own, hot);
