@@ -41,7 +41,8 @@ def engine(diff: Diff, monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     """The engine of this test; its `diff` may be replaced. Its runs take no time, however busy the machine is."""
     fake = FakeEngine(diff)
     monkeypatch.setattr(time, "monotonic", lambda: 0.0)
-    monkeypatch.setitem(sys.modules, "ckptdiff.run.engine", fake.module())
+    for name, module in fake.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delenv("CKPTDIFF_DEBUG", raising=False)
     return fake
 

@@ -94,12 +94,13 @@ class FakeEngine:
                 tell(TensorsDone(row, replace(self._cut(one), tensors=self.diff.tensors[one])))
                 told.at(1000 * (row + 1) // len(self.diff.tensors), facts.name, 10 * (row + 1), 7 * (row + 1))
 
-    def module(self) -> ModuleType:
-        module = ModuleType("ckptdiff.run.engine")
-        module.run, module.prepare = self.run, self.prepare
-        return module
+    def modules(self) -> dict[str, ModuleType]:
+        """What stands in the place of the engine, and of the planning that a dry run asks."""
+        engine, planning = (ModuleType(f"ckptdiff.run.{name}") for name in ("engine", "planning"))
+        engine.run, planning.prepare = self.run, self.prepare
+        return {module.__name__: module for module in (engine, planning)}
 
 
 def install(engine: FakeEngine) -> None:
     """For subprocesses."""
-    sys.modules["ckptdiff.run.engine"] = engine.module()
+    sys.modules.update(engine.modules())
