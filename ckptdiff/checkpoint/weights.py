@@ -181,6 +181,8 @@ def sources_of(weight: Weight) -> tuple[Source, ...]:
 
 def stored_as(weight: Weight) -> str:
     """What a side is stored as: its dtype, or the name of its encoding."""
+    if isinstance(weight, TensorInfo):
+        return weight.dtype
     return "/".join(
         dict.fromkeys(source.encoding if isinstance(source, Decoded) else source.dtype for source in sources_of(weight))
     )

@@ -72,7 +72,7 @@ def _tensor_facts(pair: TensorPair, place: Place, options: Options, groups: list
         pieces=tuple(map(_piece_facts, tuned.pieces)) if isinstance(tuned, Assembled) else (),
         rows=None if pair.rows is None else RowCounts(*pair.rows),
         untied=pair.untied,
-        compared=_compared(pair),
+        compared=_compared(pair) if pair.rows or pair.untied else None,
     )
 
 
