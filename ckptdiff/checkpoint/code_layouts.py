@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["BESIDE", "FP8", "LAYOUTS", "Layout"]
+__all__ = ["BESIDE", "FP8", "LAYOUTS", "CodeLayout"]
 
 FP8 = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
 _REALS = frozenset({"F32", "BF16", "F16"})
@@ -14,7 +14,7 @@ BESIDE = ("_scale", "_scale_inv", ".scale")
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class CodeLayout:
     """One row: how an encoding is stored. Names are what follows the name of the weight."""
 
     encoding: str
@@ -35,17 +35,17 @@ class Layout:
 
 
 LAYOUTS = (
-    Layout(
+    CodeLayout(
         "NVFP4", "_packed", frozenset({"U8"}), "e2m1", ("_scale",), frozenset({"F8_E4M3"}), 16, "_global_scale", True
     ),
-    Layout("NVFP4", "", frozenset({"U8"}), "e2m1", ("_scale",), frozenset({"F8_E4M3"}), 16, "_scale_2"),
-    Layout("MXFP4", "_packed", frozenset({"U8"}), "e2m1", ("_scale",), _POWERS, 32),
-    Layout("MXFP4", "_blocks", frozenset({"U8"}), "e2m1", ("_scales",), _POWERS, 32),
-    Layout("MXFP4", "", frozenset({"U8", "I8"}), "e2m1", BESIDE, _POWERS, 32),
-    Layout("FP4", "", frozenset({"I8"}), "e2m1", ("_scale_inv", ".scale"), _REALS, 32),
-    Layout("MXFP8", "", frozenset(FP8), None, BESIDE, _POWERS, 32),
-    Layout("FP8", "", frozenset(FP8), None, BESIDE, _REALS | {"F8_E8M0"}),
-    Layout("INT", "_packed", frozenset({"I32"}), None, ("_scale",), _REALS, zeros=True),
-    Layout("INT", "", frozenset({"I8"}), "int8", ("_scale",), _REALS, zeros=True, method="compressed-tensors"),
+    CodeLayout("NVFP4", "", frozenset({"U8"}), "e2m1", ("_scale",), frozenset({"F8_E4M3"}), 16, "_scale_2"),
+    CodeLayout("MXFP4", "_packed", frozenset({"U8"}), "e2m1", ("_scale",), _POWERS, 32),
+    CodeLayout("MXFP4", "_blocks", frozenset({"U8"}), "e2m1", ("_scales",), _POWERS, 32),
+    CodeLayout("MXFP4", "", frozenset({"U8", "I8"}), "e2m1", BESIDE, _POWERS, 32),
+    CodeLayout("FP4", "", frozenset({"I8"}), "e2m1", ("_scale_inv", ".scale"), _REALS, 32),
+    CodeLayout("MXFP8", "", frozenset(FP8), None, BESIDE, _POWERS, 32),
+    CodeLayout("FP8", "", frozenset(FP8), None, BESIDE, _REALS | {"F8_E8M0"}),
+    CodeLayout("INT", "_packed", frozenset({"I32"}), None, ("_scale",), _REALS, zeros=True),
+    CodeLayout("INT", "", frozenset({"I8"}), "int8", ("_scale",), _REALS, zeros=True, method="compressed-tensors"),
 )
 """Tried from above: the first row whose names, dtypes and shapes fit is that of a tensor."""

@@ -23,7 +23,7 @@ from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.checkpoint.weights import Decoded
 from ckptdiff.formats import FORMATS
 
-__all__ = ["Box", "Decoder", "Floats", "OddScales", "Room", "decode_box"]
+__all__ = ["Box", "Decoder", "DecodingRoom", "Floats", "OddScales", "decode_box"]
 
 Floats: TypeAlias = NDArray[np.float32]
 
@@ -45,7 +45,7 @@ _BYTES = {
 """Value of each scale of eight bits, by its dtype."""
 
 
-class Room:
+class DecodingRoom:
     """Memory that one box after another is decoded in; of one thread, and one of the two sides that are compared."""
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ def decode_box(
     rows: tuple[int, int],
     columns: tuple[int, int],
     out: Floats,
-    room: Room,
+    room: DecodingRoom,
     *,
     detail: bool = False,
 ) -> Box:
@@ -110,7 +110,7 @@ def decode_box(
         From the first on up to the second, which is left out; at least one of each. They need not fit blocks.
     out : float32 array, shape (rows, columns), C-contiguous
         Receives the values.
-    room : Room
+    room : DecodingRoom
     detail : bool
         Whether steps and fields are wanted too, which :func:`count_kept` needs.
 
@@ -165,7 +165,7 @@ class Decoder:
     """
 
     def __init__(self) -> None:
-        self._room = Room()
+        self._room = DecodingRoom()
         self.odd: set[tuple[str, str, str, str]] = set()
 
     def decode(
@@ -207,7 +207,7 @@ class _Cut(NamedTuple):
     right: int
 
 
-def _factors(shards: OpenShards, weight: Decoded, flat: NDArray[np.int64], room: Room) -> Floats:
+def _factors(shards: OpenShards, weight: Decoded, flat: NDArray[np.int64], room: DecodingRoom) -> Floats:
     """The global scale of each row; none, if there is none."""
     part = weight.global_scale
     if part is None:
@@ -219,7 +219,7 @@ def _factors(shards: OpenShards, weight: Decoded, flat: NDArray[np.int64], room:
     return factors
 
 
-def _scales(shards: OpenShards, part: TensorInfo, across: int, cut: _Cut, room: Room) -> Floats:
+def _scales(shards: OpenShards, part: TensorInfo, across: int, cut: _Cut, room: DecodingRoom) -> Floats:
     """Some scales as values, shape (rows, columns)."""
     size = DTYPES[part.dtype].bits // 8
     read = cut._replace(left=cut.left * size, right=cut.right * size)
@@ -233,7 +233,7 @@ def _scales(shards: OpenShards, part: TensorInfo, across: int, cut: _Cut, room: 
         return stored.view(f"<f{size}").astype(np.float32)
 
 
-def _zeros(shards: OpenShards, weight: Decoded, bits: int, upwards: int, cut: _Cut, room: Room) -> Floats:
+def _zeros(shards: OpenShards, weight: Decoded, bits: int, upwards: int, cut: _Cut, room: DecodingRoom) -> Floats:
     """The field that stands for zero, of each of some scales, shape (rows, columns)."""
     part, across = weight.zeros, -(-weight.shape[-1] // weight.block[1])
     middle = 1 << (bits - 1)
@@ -265,7 +265,7 @@ def _matrix(raw: NDArray[np.uint8], stride: int, cut: _Cut) -> NDArray[np.uint8]
 
 
 def _bytes(
-    shards: OpenShards, tensor: TensorInfo, stride: int, cut: _Cut, room: Room, stack: ExitStack
+    shards: OpenShards, tensor: TensorInfo, stride: int, cut: _Cut, room: DecodingRoom, stack: ExitStack
 ) -> tuple[NDArray[np.uint8], int]:
     """Rows of a tensor, looked at as a matrix of bytes, from a column on; and the bytes from one to the next.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ckptdiff.checkpoint.checkpoint import Checkpoint
 from ckptdiff.checkpoint.code_formats import CODES
-from ckptdiff.checkpoint.code_layouts import BESIDE, FP8, LAYOUTS, Layout
+from ckptdiff.checkpoint.code_layouts import BESIDE, FP8, LAYOUTS, CodeLayout
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.quantization_config import Quantization, Scheme, read_quantization
 from ckptdiff.checkpoint.regular_file import open_regular, read_bytes
@@ -156,7 +156,7 @@ def _decoded(found: _Candidate, config: Quantization, shapes: Mapping[str, tuple
     raise lacking or problem
 
 
-def _scales(layout: Layout, found: _Candidate, config: Quantization) -> TensorInfo | None:
+def _scales(layout: CodeLayout, found: _Candidate, config: Quantization) -> TensorInfo | None:
     """The scales, if a row has the names and dtype of a candidate, no more and, but for the global scale, no less."""
     known = {layout.global_scale, *(["_zero_point"] if layout.zeros else [])}
     beside = [name for name in _MEANINGFUL if name in found.siblings and name not in known]
@@ -171,7 +171,7 @@ def _scales(layout: Layout, found: _Candidate, config: Quantization) -> TensorIn
 
 
 def _by_layout(
-    layout: Layout,
+    layout: CodeLayout,
     found: _Candidate,
     scales: TensorInfo,
     config: Quantization,
@@ -209,7 +209,7 @@ def _by_layout(
     )
 
 
-def _shape(layout: Layout, codes: TensorInfo) -> tuple[int, ...]:
+def _shape(layout: CodeLayout, codes: TensorInfo) -> tuple[int, ...]:
     """Of the values of codes of 4 or 8 bits."""
     if layout.codes == "_blocks":
         if len(codes.shape) < 2 or codes.shape[-1] != _BYTES_OF_GROUP:

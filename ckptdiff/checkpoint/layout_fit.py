@@ -12,7 +12,7 @@ from ckptdiff.checkpoint.layout_names import Reading
 from ckptdiff.checkpoint.weights import Piece, Range, Source
 from ckptdiff.errors import first_few
 
-__all__ = ["Block", "Flips", "Stored", "UnfitError"]
+__all__ = ["Block", "Flips", "StoredPart", "UnfitError"]
 
 Flips: TypeAlias = tuple[bool, bool]
 """Whether base and tuned store [in, out] where their layouts leave that open."""
@@ -27,7 +27,7 @@ class UnfitError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredPart:
     """A tensor with what its name says of it.
 
     Attributes
@@ -86,11 +86,11 @@ class Block:
 
     Attributes
     ----------
-    base, tuned : list of Stored
+    base, tuned : list of StoredPart
     """
 
-    base: list[Stored] = field(default_factory=list)
-    tuned: list[Stored] = field(default_factory=list)
+    base: list[StoredPart] = field(default_factory=list)
+    tuned: list[StoredPart] = field(default_factory=list)
     _bodies: dict[Flips, dict[str, _Shape]] = field(default_factory=dict)
 
     @cached_property
@@ -135,7 +135,7 @@ class Block:
         return tuple((one, other) for one in base for other in tuned)
 
     @cached_property
-    def slots(self) -> tuple[dict[str, dict[int | None, Stored]], dict[str, dict[int | None, Stored]]]:
+    def slots(self) -> tuple[dict[str, dict[int | None, StoredPart]], dict[str, dict[int | None, StoredPart]]]:
         """By side, part and expert's number, the tensor that holds it.
 
         Raises
@@ -145,8 +145,8 @@ class Block:
         """
         return self._slots(0), self._slots(1)
 
-    def _slots(self, side: int) -> dict[str, dict[int | None, Stored]]:
-        slots: dict[str, dict[int | None, Stored]] = {}
+    def _slots(self, side: int) -> dict[str, dict[int | None, StoredPart]]:
+        slots: dict[str, dict[int | None, StoredPart]] = {}
         for stored in (self.base, self.tuned)[side]:
             key = _STACKED if stored.stacked else stored.expert
             for part in self._parts(stored):
@@ -160,7 +160,7 @@ class Block:
                     )
         return slots
 
-    def _parts(self, stored: Stored) -> tuple[str, ...]:
+    def _parts(self, stored: StoredPart) -> tuple[str, ...]:
         return (" and ".join(stored.parts),) if self.whole else stored.parts
 
     def fitting(self) -> tuple[list[Flips], str]:
@@ -212,13 +212,13 @@ class Block:
         ):
             raise UnfitError(f"no {part} has the same shape on both sides")
 
-    def _singles(self, side: int, part: str) -> dict[int | None, Stored]:
+    def _singles(self, side: int, part: str) -> dict[int | None, StoredPart]:
         """Tensors that hold a part of one module or expert alone, by the expert's number."""
         held = self.slots[side].get(part, {})
         first = next(iter(held.values()), None)
         return {} if first is None or first.stacked or len(self._parts(first)) > 1 else held
 
-    def _split(self, stored: Stored, body: _Shape, side: int, flips: Flips) -> list[_Shape]:
+    def _split(self, stored: StoredPart, body: _Shape, side: int, flips: Flips) -> list[_Shape]:
         total, count = body[0], len(stored.parts)
         found = [next(iter(self._singles(1 - side, part).values()), None) for part in stored.parts]
         known = [None if one is None else one.body(flips[1 - side])[0] for one in found]
@@ -236,7 +236,7 @@ class Block:
                 raise UnfitError(f"{stored.source.name} has {total} rows, its parts {_listed(known)}")
         return [(one, *body[1:]) for one in rows]
 
-    def pieces(self, base: Stored, flips: Flips) -> tuple[Piece, ...]:
+    def pieces(self, base: StoredPart, flips: Flips) -> tuple[Piece, ...]:
         """Take a tensor of the base from those of the tuned side, once they fit.
 
         Raises
@@ -250,7 +250,7 @@ class Block:
             for held, mine, theirs in self._sources(base, part)
         )
 
-    def _sources(self, base: Stored, part: str) -> Iterator[tuple[Stored, int | None, int | None]]:
+    def _sources(self, base: StoredPart, part: str) -> Iterator[tuple[StoredPart, int | None, int | None]]:
         """What holds a part, with the entry of the expert axis on either side, None for all or where there is none."""
         held = self.slots[1].get(part, {})
         stack = held.get(_STACKED)
@@ -277,8 +277,8 @@ class Block:
 
     def _piece(
         self,
-        base: Stored,
-        tuned: Stored,
+        base: StoredPart,
+        tuned: StoredPart,
         part: str,
         experts: tuple[int | None, int | None],
         flips: Flips,
@@ -294,7 +294,7 @@ class Block:
         return Piece(tuned.source, indices[0], indices[1], transposed)
 
 
-def _rows(stored: Stored, parts: Sequence[str], part: str, bodies: Mapping[str, _Shape], total: int) -> Range:
+def _rows(stored: StoredPart, parts: Sequence[str], part: str, bodies: Mapping[str, _Shape], total: int) -> Range:
     if len(parts) == 1:
         return (0, total, 1)
     place = parts.index(part)

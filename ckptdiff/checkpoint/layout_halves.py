@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Final, TypeAlias
 
 from ckptdiff.checkpoint.dtypes import Kind
-from ckptdiff.checkpoint.layout_fit import Block, Flips, Stored, UnfitError
+from ckptdiff.checkpoint.layout_fit import Block, Flips, StoredPart, UnfitError
 from ckptdiff.checkpoint.pairs import Orders, TensorPair
 from ckptdiff.checkpoint.weights import Assembled, Weight
 
@@ -22,14 +22,14 @@ _ALIKE: Final = 0.5
 quantised model with its base near 1."""
 
 
-def other_orders(block: Block, base: Stored, flips: Sequence[Flips]) -> Orders:
+def other_orders(block: Block, base: StoredPart, flips: Sequence[Flips]) -> Orders:
     """Put a tensor of the base together as if gate and up lay in another order on one side.
 
     Parameters
     ----------
     block : Block
         With halves.
-    base : Stored
+    base : StoredPart
         One of its tensors of the base.
     flips : sequence of Flips
         Which way axes may go.
@@ -51,7 +51,7 @@ def other_orders(block: Block, base: Stored, flips: Sequence[Flips]) -> Orders:
     return tuple(found)
 
 
-def _turned(block: Block) -> Iterator[tuple[str, list[Stored], list[Stored]]]:
+def _turned(block: Block) -> Iterator[tuple[str, list[StoredPart], list[StoredPart]]]:
     base, tuned = block.base, block.tuned
     swapped = [replace(one, parts=tuple(_SWAPPED[part] for part in one.parts)) for one in tuned]
     yield "swapped in tuned", base, swapped

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from ckptdiff.checkpoint.dtypes import DTYPES, Kind
-from ckptdiff.checkpoint.layout_fit import Block, Flips, Stored, UnfitError
+from ckptdiff.checkpoint.layout_fit import Block, Flips, StoredPart, UnfitError
 from ckptdiff.checkpoint.layout_halves import other_orders
 from ckptdiff.checkpoint.layout_names import BLOCK_OF_PART, Names, Reading, Where
 from ckptdiff.checkpoint.matching import unwrapped
@@ -147,7 +147,7 @@ def orders_by_name(pairs: Iterable[tuple[Source, Source]]) -> dict[str, Orders]:
 
 def _stored(
     source: Source, reading: Reading, inside: Where, expert: int | None, biased: frozenset[Where] | set[Where]
-) -> Stored | None:
+) -> StoredPart | None:
     """Put a tensor in its place, if it has as many axes as its layout asks for."""
     axes = len(source.shape) - (1 if reading.kind == "bias" else reading.layout.ndim)
     if axes not in (0, 1) or (axes and expert is not None):
@@ -156,10 +156,10 @@ def _stored(
     interleaved = layout.interleaved
     if interleaved is None:
         interleaved = (stacked or expert is not None) and inside in biased
-    return Stored(source, reading, reading.parts, expert, stacked, reading.opens(stacked), interleaved)
+    return StoredPart(source, reading, reading.parts, expert, stacked, reading.opens(stacked), interleaved)
 
 
-def _scope(inside: Where, stored: Stored) -> _Scope:
+def _scope(inside: Where, stored: StoredPart) -> _Scope:
     """What has its axes in the same order: the experts of a layer, or all Conv1D of a model."""
     return inside if stored.stacked else (inside[0],)
 
@@ -227,7 +227,7 @@ class _Search:
             chosen[key] = left
         return chosen
 
-    def take(self, block: Block, base: Stored, flips: Sequence[Flips]) -> None:
+    def take(self, block: Block, base: StoredPart, flips: Sequence[Flips]) -> None:
         """Put a tensor of the base together, or say why not."""
         name = base.source.name
         try:

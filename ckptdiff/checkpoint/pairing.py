@@ -16,7 +16,7 @@ from ckptdiff.checkpoint.layouts import Assembly, assemble, orders_by_name, reop
 from ckptdiff.checkpoint.matching import is_adapter_part, match_names
 from ckptdiff.checkpoint.names import locate
 from ckptdiff.checkpoint.nothing_in_common import MERGE, nothing_to_compare
-from ckptdiff.checkpoint.pairs import Alias, Mismatch, Pairing, Rows, TensorPair, first_rows
+from ckptdiff.checkpoint.pairs import Alias, CommonRows, Mismatch, Pairing, TensorPair, first_rows
 from ckptdiff.checkpoint.renames import parse_renames, rename_all
 from ckptdiff.checkpoint.side_weights import SideWeights, weights_of
 from ckptdiff.checkpoint.suggested_map import Agreement, suggest_map
@@ -24,7 +24,7 @@ from ckptdiff.checkpoint.ties import SameValues, find_ties, left_embedding
 from ckptdiff.checkpoint.weights import Assembled, Source
 from ckptdiff.options import Values
 
-__all__ = ["Alias", "Mismatch", "Pairing", "Rows", "TensorPair", "pair"]
+__all__ = ["Alias", "CommonRows", "Mismatch", "Pairing", "TensorPair", "pair"]
 
 
 def pair(
@@ -250,7 +250,7 @@ def _common_rows(name: str, base: Source, tuned: Source) -> TensorPair | None:
     if not of_vocabulary or base.shape[1:] != tuned.shape[1:] or not base.kind is tuned.kind is Kind.FLOAT:
         return None
     common = min(base.shape[0], tuned.shape[0])
-    rows = Rows(common, base.shape[0] - common, tuned.shape[0] - common)
+    rows = CommonRows(common, base.shape[0] - common, tuned.shape[0] - common)
     return TensorPair(name, first_rows(base, common), first_rows(tuned, common), rows) if common else None
 
 

@@ -11,13 +11,13 @@ from ckptdiff.checkpoint.suggested_map import SuggestedMap
 from ckptdiff.checkpoint.ties import Evidence
 from ckptdiff.checkpoint.weights import Assembled, Decoded, Source, Weight
 
-__all__ = ["Alias", "Mismatch", "Orders", "Pairing", "Rows", "TensorPair", "first_rows"]
+__all__ = ["Alias", "CommonRows", "Mismatch", "Orders", "Pairing", "TensorPair", "first_rows"]
 
 Orders: TypeAlias = tuple[tuple[str, Assembled], ...]
 """What may be said of gate and up against their layout, and what a tensor of the base would be made of then."""
 
 
-class Rows(NamedTuple):
+class CommonRows(NamedTuple):
     """Rows of a pair whose sides do not have as many."""
 
     compared: int
@@ -35,7 +35,7 @@ class TensorPair:
         The base's name, by which every report calls the pair.
     base, tuned : Weight
         The two sides: equal shapes; both `FLOAT`, or the same dtype.
-    rows : Rows, optional
+    rows : CommonRows, optional
         Where one side has more rows than the other, as of a vocabulary that has grown: the sides are those in common.
     untied : bool
         Whether one side is an embedding, which the other side's head of that name has left.
@@ -44,7 +44,7 @@ class TensorPair:
     name: str
     base: Source
     tuned: Weight
-    rows: Rows | None = None
+    rows: CommonRows | None = None
     untied: bool = False
 
     @property

@@ -30,12 +30,12 @@ from ckptdiff.measure.partial import BLOCK
 from ckptdiff.measure.source import ByteArray, Runs, SmallPairs, Window
 from ckptdiff.run.tasks import Span
 
-__all__ = ["Rooms", "ShardSource", "small_pairs"]
+__all__ = ["ShardSource", "SideRooms", "small_pairs"]
 
 _NOTHING = np.empty(0, np.uint8)
 
 
-class Rooms:
+class SideRooms:
     """What one thread reads into; grows to what it is asked for.
 
     Attributes
@@ -70,7 +70,7 @@ class ShardSource:
     shards : OpenShards
     pair : TensorPair
     span : Span
-    rooms : Rooms
+    rooms : SideRooms
         Of the thread, for a side that has to be put together or decoded.
     stop : threading.Event
         Set when the run is given up; the next window then raises InterruptedError.
@@ -88,7 +88,7 @@ class ShardSource:
         shards: OpenShards,
         pair: TensorPair,
         span: Span,
-        rooms: Rooms,
+        rooms: SideRooms,
         stop: threading.Event,
         count_as: str | None = None,
     ) -> None:

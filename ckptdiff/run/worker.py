@@ -20,7 +20,7 @@ from ckptdiff.measure.partial import BLOCK, BitScan, Count, Partial, Refined, Sc
 from ckptdiff.measure.passes import FloatMeasurement, Measurement
 from ckptdiff.measure.records import Records, empty_records, put_row
 from ckptdiff.run.planning import Plan
-from ckptdiff.run.shard_source import Rooms, ShardSource, small_pairs
+from ckptdiff.run.shard_source import ShardSource, SideRooms, small_pairs
 from ckptdiff.run.tasks import Span
 from ckptdiff.runfile.compress import compress_chunk, compress_parts
 from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes
@@ -91,7 +91,7 @@ class Worker:
         self._plan, self._shards, self._stop = plan, shards, stop
         self._backend = plan.device.worker()
         self._spare = spare
-        self._rooms = Rooms()
+        self._rooms = SideRooms()
         self._kept: dict[int, Kept] = {}
 
     def measure(self, tensors: range, alike: bool) -> Result:

@@ -18,7 +18,7 @@ from patience import PATIENCE
 from quantised import LAYOUTS, Sample, save
 
 from ckptdiff.checkpoint import open_checkpoint
-from ckptdiff.checkpoint.decoding import Box, Room, decode_box
+from ckptdiff.checkpoint.decoding import Box, DecodingRoom, decode_box
 from ckptdiff.checkpoint.encodings import find_encoded
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.checkpoint.weights import Decoded
@@ -35,7 +35,7 @@ def encoded(folder: Path) -> Decoded:
 def decode(weight: Decoded, rows: tuple[int, int], columns: tuple[int, int], io: str = "pread", **more: bool) -> Box:
     out = np.full((rows[1] - rows[0], columns[1] - columns[0]), np.nan, np.float32)
     with open_shards(io) as shards:
-        return decode_box(shards, weight, rows, columns, out, Room(), **more)
+        return decode_box(shards, weight, rows, columns, out, DecodingRoom(), **more)
 
 
 def assert_equal(got: np.ndarray, sample: Sample, expected: np.ndarray) -> None:
@@ -179,9 +179,9 @@ def test_a_file_that_shrank_is_said(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     out = np.empty((200, 10), np.float32)
     with pytest.raises(CheckpointError, match=r"model\.safetensors"), open_shards("pread") as shards:
-        decode_box(shards, weight, (0, 200), (0, 10), out, Room())
+        decode_box(shards, weight, (0, 200), (0, 10), out, DecodingRoom())
         path.write_bytes(path.read_bytes()[:-30_000])
-        decode_box(shards, weight, (0, 200), (0, 10), out, Room())
+        decode_box(shards, weight, (0, 200), (0, 10), out, DecodingRoom())
 
 
 REFUSING = """
@@ -198,7 +198,7 @@ def refuse(cache, *_):
 
 jit._Cache.load_overload = refuse
 from ckptdiff.checkpoint import open_checkpoint
-from ckptdiff.checkpoint.decoding import Room, decode_box
+from ckptdiff.checkpoint.decoding import DecodingRoom, decode_box
 from ckptdiff.checkpoint.encodings import find_encoded
 from ckptdiff.checkpoint.kept import count_kept
 from ckptdiff.checkpoint.open_shards import open_shards
@@ -209,8 +209,8 @@ for folder in sys.argv[1:]:
         with open_shards(io) as shards:
             for columns in ((0, weight.shape[-1]), (3, 30)):
                 out = np.empty((weight.rows - 1, columns[1] - columns[0]), np.float32)
-                decode_box(shards, weight, (1, weight.rows), columns, out, Room())
-                box = decode_box(shards, weight, (1, weight.rows), columns, out, Room(), detail=True)
+                decode_box(shards, weight, (1, weight.rows), columns, out, DecodingRoom())
+                box = decode_box(shards, weight, (1, weight.rows), columns, out, DecodingRoom(), detail=True)
                 count_kept(box, out.copy(), as_bf16=True)
                 count_kept(box, box, as_bf16=False)
 """

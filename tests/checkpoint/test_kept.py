@@ -11,7 +11,7 @@ import torch
 from quantised import E4M3, LAYOUTS, Sample, packed_fp4, save
 
 from ckptdiff.checkpoint import open_checkpoint
-from ckptdiff.checkpoint.decoding import Box, Room, decode_box
+from ckptdiff.checkpoint.decoding import Box, DecodingRoom, decode_box
 from ckptdiff.checkpoint.encodings import find_encoded
 from ckptdiff.checkpoint.kept import Kept, count_kept
 from ckptdiff.checkpoint.open_shards import open_shards
@@ -26,7 +26,7 @@ def boxes(folder: Path, sample: Sample, cuts: list[tuple[int, int, int, int]]) -
     with open_shards("pread") as shards:
         for top, bottom, left, right in cuts:
             out = np.empty((bottom - top, right - left), np.float32)
-            found.append(decode_box(shards, weight, (top, bottom), (left, right), out, Room(), detail=True))
+            found.append(decode_box(shards, weight, (top, bottom), (left, right), out, DecodingRoom(), detail=True))
     return found
 
 

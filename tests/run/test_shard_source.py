@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from ckptdiff.checkpoint import open_checkpoint, pair
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.errors import ChangedFileError, CheckpointError
-from ckptdiff.run.shard_source import Rooms, ShardSource
+from ckptdiff.run.shard_source import ShardSource, SideRooms
 from ckptdiff.run.tasks import Span
 
 NUMEL = 1000
@@ -26,7 +26,7 @@ def test_a_read_that_failed_once_names_the_tensor_and_the_files(io: str, same: b
         save_file({"w": np.full(NUMEL, number, np.float32)}, path)
     (matched,) = pair(open_checkpoint(paths[0]), open_checkpoint(paths[0 if same else 1])).pairs
     with open_shards(io) as shards:
-        source = ShardSource(shards, matched, Span(0, 0, 1), Rooms(), threading.Event())
+        source = ShardSource(shards, matched, Span(0, 0, 1), SideRooms(), threading.Event())
         with pytest.raises(CheckpointError, match="could not be read, and then it could") as caught:
             source.fail(0, NUMEL)
     assert caught.value.file == (str(paths[0]) if same else f"{paths[0]} or {paths[1]}")
@@ -41,5 +41,5 @@ def test_a_failure_that_lasts_is_named_as_what_it_is(tmp_path: Path) -> None:
     with paths[1].open("r+b") as file:
         file.truncate(200)
     with pytest.raises(ChangedFileError) as caught, open_shards("pread") as shards:
-        ShardSource(shards, matched, Span(0, 0, 1), Rooms(), threading.Event()).fail(0, NUMEL)
+        ShardSource(shards, matched, Span(0, 0, 1), SideRooms(), threading.Event()).fail(0, NUMEL)
     assert caught.value.file == str(paths[1])
