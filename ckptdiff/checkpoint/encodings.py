@@ -22,9 +22,11 @@ from ckptdiff.checkpoint.regular_file import open_regular, read_bytes
 from ckptdiff.checkpoint.scale_grids import OddScaleError, block_of, grid_of
 from ckptdiff.checkpoint.weights import Decoded, Weight
 
-__all__ = ["Encoded", "find_encoded", "is_packed", "is_scaled", "scaled_modules"]
+__all__ = ["MAY_BE_CODES", "Encoded", "find_encoded", "is_packed", "is_scaled", "scaled_modules"]
 
-_CODES = ("U8", "I8", "I32", *FP8)
+_INTEGERS = ("U8", "I8", "I32")
+MAY_BE_CODES = frozenset({*_INTEGERS, *FP8})
+"""Dtypes of codes that scales may belong to."""
 _ENDINGS = ("_packed", "_blocks")
 _MEANINGFUL = (*BESIDE, "_scales", "_scale_2", "_global_scale", "_zero_point", "_g_idx")
 """Siblings that say what codes are worth. A row that does not know one of them does not fit."""
@@ -118,7 +120,7 @@ class _Candidate:
 
 
 def _candidate(codes: TensorInfo, tensors: Mapping[str, TensorInfo]) -> _Candidate | None:
-    if codes.dtype not in _CODES or not codes.numel or not codes.shape:
+    if codes.dtype not in MAY_BE_CODES or not codes.numel or not codes.shape:
         return None
     ending = next((ending for ending in _ENDINGS if codes.name.endswith(ending)), "")
     if codes.dtype == "I32" and not ending:
@@ -317,7 +319,7 @@ def is_scaled(tensor: Weight, modules: frozenset[str]) -> bool:
 
 def is_packed(tensor: Weight, modules: frozenset[str]) -> bool:
     """Whether a tensor holds packed codes: by its name, or because it belongs to one of those."""
-    if tensor.dtype not in ("U8", "I8", "I32"):
+    if tensor.dtype not in _INTEGERS:
         return False
     own = tensor.name.rpartition(".")[2]
     if own.endswith((*_ENDINGS, "qweight")) or (tensor.dtype == "U8" and own.endswith("weight")):

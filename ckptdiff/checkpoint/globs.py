@@ -26,7 +26,7 @@ class Globs:
 
     def select(self, *names: str) -> bool:
         """Whether a tensor that goes by these names (one, or one a side) is to be kept."""
-        if any(pattern.match(name) for _, pattern in self._exclude for name in names):
+        if self._exclude and any(pattern.match(name) for _, pattern in self._exclude for name in names):
             return False
         return not self._include or any(pattern.match(name) for _, pattern in self._include for name in names)
 

@@ -13,6 +13,7 @@ import os
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from ckptdiff.checkpoint.dtypes import DTYPES, Kind
@@ -155,7 +156,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[Shard, tuple[TensorInfo, 
     )
     data_start = _LENGTH_BYTES + length
     tensors = [_tensor(name, entry, shard, data_start) for name, entry in header.items()]
-    tensors.sort(key=lambda tensor: (tensor.start, tensor.stop, tensor.name))
+    tensors.sort(key=attrgetter("start", "stop", "name"))
     _check_coverage(tensors, shard, data_start)
     return shard, tuple(tensors)
 
@@ -224,10 +225,11 @@ def _tensor(name: str, entry: object, shard: Shard, data_start: int) -> TensorIn
 
     if not isinstance(entry, dict):
         raise refuse("the header does not describe the tensor by an object", "{...}", _brief(entry))
-    for key in ("dtype", "shape", "data_offsets"):
-        if key not in entry:
-            raise refuse(f"the header gives the tensor no {key}", f"{key!r} among the keys", _brief(list(entry)))
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    try:
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except KeyError as missing:
+        key = missing.args[0]
+        raise refuse(f"the header gives the tensor no {key}", f"{key!r} among the keys", _brief(list(entry))) from None
     if dtype == "" and shape == []:
         raise HeaderError(
             "the header names the tensor without dtype, shape and values: it was written for a tied head",
@@ -265,7 +267,9 @@ def _tensor(name: str, entry: object, shard: Shard, data_start: int) -> TensorIn
 
 def _is_sizes(value: object) -> bool:
     # The type itself: True is an int to isinstance, and no size.
-    return isinstance(value, list) and all(type(size) is int and 0 <= size < _SIZE_LIMIT for size in value)
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        return False
+    return not value or (min(value) >= 0 and max(value) < _SIZE_LIMIT)
 
 
 def _check_coverage(tensors: list[TensorInfo], shard: Shard, data_start: int) -> None:

@@ -123,8 +123,9 @@ def check_index(index: Index, shards: Mapping[str, Shard], tensors: Mapping[str,
     if unnamed:
         warnings.append(f"{index.path} leaves out {len(unnamed)} tensors that its shards hold: {first_few(unnamed)}")
     held = sum(tensor.nbytes for tensor in tensors.values())
-    named = sum(tensors[name].nbytes for name in index.weight_map)
-    if index.total_size is not None and index.total_size not in (held, named):
+    if index.total_size not in (None, held) and index.total_size != sum(
+        tensors[name].nbytes for name in index.weight_map
+    ):
         warnings.append(f"{index.path} gives total_size {index.total_size}, its shards hold {held} bytes")
     return tuple(warnings)
 

@@ -101,12 +101,7 @@ class Names:
         int or None
             The expert's number.
         """
-        pieces = _NUMBER.split(name)
-        skeleton, numbers = "*".join(pieces[::2]), tuple(pieces[1::2])
-        known = self._known.get(skeleton)
-        if known is None:
-            known = self._known[skeleton] = _read(skeleton, len(numbers))
-        tower, plain, reading = known
+        (tower, plain, reading), numbers = self._skeleton(name)
         whole = (tower, plain, numbers)
         if reading is None:
             return whole, whole, None, None
@@ -114,6 +109,18 @@ class Names:
             return whole, (tower, reading.inside, numbers), reading, None
         others = numbers[: reading.expert] + numbers[reading.expert + 1 :]
         return whole, (tower, reading.inside, others), reading, int(numbers[reading.expert])
+
+    def reading(self, name: str) -> Reading | None:
+        """The layout that fits a name, if there is one."""
+        return self._skeleton(name)[0][2]
+
+    def _skeleton(self, name: str) -> tuple[tuple[str, str, Reading | None], tuple[str, ...]]:
+        pieces = _NUMBER.split(name)
+        skeleton, numbers = "*".join(pieces[::2]), tuple(pieces[1::2])
+        known = self._known.get(skeleton)
+        if known is None:
+            known = self._known[skeleton] = _read(skeleton, len(numbers))
+        return known, numbers
 
 
 def _read(skeleton: str, numbers: int) -> tuple[str, str, Reading | None]:

@@ -133,9 +133,10 @@ def orders_by_name(pairs: Iterable[tuple[Source, Source]]) -> dict[str, Orders]:
     """
     names, found, looked = Names(), dict[str, Orders](), set[str]()
     for base, tuned in pairs:
-        _, inside, reading, expert = names.read(base.name)
+        reading = names.reading(base.name)
         if reading is None or len(reading.parts) < 2 or reading.spelling in looked:
             continue
+        _, inside, _, expert = names.read(base.name)
         stored = [_stored(side, reading, inside, expert, frozenset()) for side in (base, tuned)]
         if stored[0] is not None and stored[1] is not None:
             block = Block([stored[0]], [stored[1]])

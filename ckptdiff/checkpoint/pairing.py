@@ -9,9 +9,8 @@ from typing import Literal
 
 from ckptdiff.checkpoint.checkpoint import Checkpoint
 from ckptdiff.checkpoint.dtypes import Kind
-from ckptdiff.checkpoint.encodings import is_packed, is_scaled, scaled_modules
+from ckptdiff.checkpoint.encodings import MAY_BE_CODES, is_packed, is_scaled, scaled_modules
 from ckptdiff.checkpoint.globs import Globs
-from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.layouts import Assembly, assemble, orders_by_name, reopened
 from ckptdiff.checkpoint.matching import is_adapter_part, match_names
 from ckptdiff.checkpoint.names import locate
@@ -21,7 +20,7 @@ from ckptdiff.checkpoint.renames import parse_renames, rename_all
 from ckptdiff.checkpoint.side_weights import SideWeights, weights_of
 from ckptdiff.checkpoint.suggested_map import Agreement, suggest_map
 from ckptdiff.checkpoint.ties import SameValues, find_ties, left_embedding
-from ckptdiff.checkpoint.weights import Assembled, Source
+from ckptdiff.checkpoint.weights import Assembled, Source, Weight
 from ckptdiff.options import Values
 
 __all__ = ["Alias", "CommonRows", "Mismatch", "Pairing", "TensorPair", "pair"]
@@ -118,37 +117,16 @@ def _sort_out(
 ) -> Pairing:
     """Put every weight that the globs select in its place."""
     base, tuned = sides
-    pairs: list[TensorPair] = []
-    mismatched: list[Mismatch] = []
-    aliased: list[Alias] = []
     assembly = _assembly(base.named, tuned.named, matched, renamed)
     found = assembly.assembled
     matched = {name: other for name, other in matched.items() if name not in found} | assembly.renamed
     others: dict[str, tuple[str, ...]] = {name: (other,) for name, other in matched.items()}
     others |= {name: tuple(weight.taken) for name, weight in found.items()}
-    excluded = {name for name, theirs in others.items() if not globs.select(name, *theirs)}
-    seen: dict[tuple[tuple[int, ...], tuple[int, ...]], str] = {}
-    for name, one in base.named.items():
-        if name not in others or name in excluded:
-            continue
-        if name in found:
-            pairs.append(TensorPair(name, one, found[name]))
-            continue
-        other = tuned.named[matched[name]]
-        reason = _mismatch(one, other)
-        common = None if reason is None else _common_rows(name, one, other)
-        if common is not None:
-            pairs.append(common)
-        elif reason is not None:
-            mismatched.append(Mismatch(name, one, other, reason))
-        elif not (isinstance(one, TensorInfo) and isinstance(other, TensorInfo) and one.nbytes):
-            pairs.append(TensorPair(name, one, other))  # empty tensors have equal regions without being the same tensor
-        elif seen.setdefault((one.region, other.region), name) == name:
-            pairs.append(TensorPair(name, one, other))
-        else:
-            aliased.append(Alias(name, seen[one.region, other.region], "both", "bytes"))
+    chosen = {name: others[name] for name in base.named if name in others and globs.select(name, *others[name])}
+    excluded = others.keys() - chosen.keys()
+    sources = {name: (base.named[name], found.get(name) or tuned.named[matched[name]]) for name in chosen}
+    pairs, mismatched = _compared(sources)
     used = {other for theirs in others.values() for other in theirs}
-    chosen = [name for name in others if name not in excluded]
     # Without a pair this ends in an error, and there is no need to read anything.
     asked = same_values if pairs else None
     in_base, base_ties, base_warnings = _without_counterpart(base, "base", others, chosen, globs, asked)
@@ -169,7 +147,7 @@ def _sort_out(
         pairs=(*pairs, *untied),
         only_in_base=tuple(name for name in in_base if name not in left),
         only_in_tuned=tuple(name for name in in_tuned if name not in left),
-        aliased=(*aliased, *base_ties, *tuned_ties),
+        aliased=(*base_ties, *tuned_ties),
         mismatched=tuple(mismatched),
         warnings=(*assembly.warnings, *base_warnings, *tuned_warnings),
         weights=(base.named, tuned.named),
@@ -177,6 +155,21 @@ def _sort_out(
         orders=assembly.orders
         | orders_by_name((one.base, one.tuned) for one in pairs if not isinstance(one.tuned, Assembled)),
     )
+
+
+def _compared(sources: Mapping[str, tuple[Source, Weight]]) -> tuple[list[TensorPair], list[Mismatch]]:
+    """Tell what can be compared of the weights that belong together."""
+    pairs: list[TensorPair] = []
+    mismatched: list[Mismatch] = []
+    for name, (base, tuned) in sources.items():
+        reason = None if isinstance(tuned, Assembled) else _mismatch(base, tuned)
+        if reason is None or isinstance(tuned, Assembled):
+            pairs.append(TensorPair(name, base, tuned))
+        elif (common := _common_rows(name, base, tuned)) is not None:
+            pairs.append(common)
+        else:
+            mismatched.append(Mismatch(name, base, tuned, reason))
+    return pairs, mismatched
 
 
 def _sizes(side: SideWeights, names: Collection[str]) -> Counter[str]:
@@ -262,6 +255,7 @@ def _adapter_warnings(base: Checkpoint, tuned: Checkpoint, pairing: Pairing) -> 
 
 def _scale_warnings(base: Checkpoint, tuned: Checkpoint, pairs: Iterable[TensorPair]) -> list[str]:
     scales = scaled_modules(base.tensors), scaled_modules(tuned.tensors)
+    pairs = [pair for pair in pairs if pair.base.dtype in MAY_BE_CODES or pair.tuned.dtype in MAY_BE_CODES]
     kinds = {"fp8 tensors have scales beside them": is_scaled, "tensors hold packed codes": is_packed}
     counts = {
         what: sum(of_kind(pair.base, scales[0]) or of_kind(pair.tuned, scales[1]) for pair in pairs)

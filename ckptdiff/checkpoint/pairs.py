@@ -68,7 +68,9 @@ class TensorPair:
     def same_bytes(self) -> bool:
         """Whether both sides are the same bytes of the same file, so that they are read once."""
         base, tuned = self.base, self.tuned
-        return isinstance(base, TensorInfo) and isinstance(tuned, TensorInfo) and base.region == tuned.region
+        if not (isinstance(base, TensorInfo) and isinstance(tuned, TensorInfo)):
+            return False
+        return base.shard.inode == tuned.shard.inode and base.region == tuned.region
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +83,15 @@ class Alias:
         The tensor that is not compared on its own.
     of : str
         The tensor that stands for it, in the same checkpoint.
-    side : {"base", "tuned", "both"}
+    side : {"base", "tuned"}
         Which checkpoint stores it under that name.
-    by : {"bytes", "values", "config"}
-        How that is known: the same bytes of a file, a look at all values, or ``config.json``, which may be wrong.
+    by : {"values", "config"}
+        How that is known: a look at all values, or ``config.json``, which may be wrong.
     """
 
     name: str
     of: str
-    side: Literal["base", "tuned", "both"]
+    side: Literal["base", "tuned"]
     by: Evidence
 
 

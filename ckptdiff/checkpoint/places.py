@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Final, TypeAlias
 
@@ -14,9 +14,14 @@ from ckptdiff.checkpoint.names import Place, locate
 __all__ = ["locate_all"]
 
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
+_Kind: TypeAlias = tuple[str, tuple[int, ...], int]
+"""A name with ``*`` for its numbers, the shape, and how many dimensions the weight of its module has."""
+_Layer: TypeAlias = tuple[str, tuple[str, ...], tuple[str, ...]]
+"""A tower, the parts of a name with ``*`` for numbers, and these numbers."""
 
 _STACK: Final = re.compile(STACK, re.IGNORECASE)
 _NUMBER: Final = re.compile(r"[0-9]{1,9}")
+_NUMBERS: Final = re.compile(r"(?<![^.])([0-9]{1,9})(?=\.)")
 # Lists inside of a layer are no layers: experts, a head's own linear layers.
 _INNER: Final = re.compile(
     "|".join(PLACES[place] for place in ("attention", "mixer", "ffn", "embedding", "head")), re.I
@@ -54,17 +59,29 @@ def locate_all(shapes: Shapes) -> dict[str, Place]:
     >>> [(place.tower, place.layer) for place in locate_all(shapes).values()]
     [('encoder', 0), ('decoder', 0)]
     """
-    places = {name: locate(name, _dimensions(shapes, name)) for name in shapes}
-    layers = {name: _layer(name) for name in shapes}
-    stages = {layer[:end] for layer in layers.values() for end in range(1, len(layer))}
-    towers = _towers(shapes, places, layers)
-    numbers = _numbers({(towers[name], layer) for name, layer in layers.items() if layer and layer not in stages})
+    parts = {name: _NUMBERS.split(name) for name in shapes}
+    # A model has few kinds of tensors, however many layers: each kind is looked at once, in the first of its names.
+    kinds = {
+        name: ("*".join(parts[name][::2]), tuple(shape), _dimensions(shapes, name)) for name, shape in shapes.items()
+    }
+    first: dict[_Kind, str] = {}
+    for name, kind in kinds.items():
+        first.setdefault(kind, name)
+    places = {name: locate(name, ndim) for (_, _, ndim), name in first.items()}
+    stacks = {name: _stack(name) for name in places}
+    towers = _towers({name: shapes[name] for name in places}, places, stacks)
+    of_kind = {kind: (towers[name], stacks[name], 2 * stacks[name].count("*")) for kind, name in first.items()}
+    layers = {}
+    for name, kind in kinds.items():
+        tower, stack, end = of_kind[kind]
+        layers[name] = (tower, stack, tuple(parts[name][1:end:2]))
+    numbers = _numbers(set(layers.values()))
     found = {}
-    for name, place in places.items():
-        tower, module_type = towers[name], place.module_type
-        if module_type == "lm_head" and tower in ("vision", "audio"):
-            module_type = "head"  # timm's "head" classifies
-        found[name] = Place(numbers.get((tower, layers[name])), tower, module_type, place.block)
+    for name, kind in kinds.items():
+        place, tower = places[first[kind]], of_kind[kind][0]
+        # timm's "head" classifies.
+        of_classes = place.module_type == "lm_head" and tower in ("vision", "audio")
+        found[name] = Place(numbers.get(layers[name]), tower, "head" if of_classes else place.module_type, place.block)
     return found
 
 
@@ -74,8 +91,8 @@ def _dimensions(shapes: Shapes, name: str) -> int:
     return len(shapes[name] if weight is None else weight)
 
 
-def _layer(name: str) -> tuple[str, ...]:
-    """The parts of a name up to the number of its layer; none outside of the layers."""
+def _stack(name: str) -> tuple[str, ...]:
+    """The parts of a name up to the number of its layer, with ``*`` for numbers; none outside of the layers."""
     parts = name.split(".")
     end = 0
     for at, part in enumerate(parts[:-1]):
@@ -88,7 +105,7 @@ def _layer(name: str) -> tuple[str, ...]:
             end = at + 1
         elif _is_inner(part):
             break
-    return tuple(parts[:end])
+    return tuple("*" if _NUMBER.fullmatch(part) else part for part in parts[:end])
 
 
 @lru_cache(maxsize=4096)
@@ -101,34 +118,37 @@ def _is_inner(part: str) -> bool:
     return _INNER.fullmatch(part) is not None and not _OUTER.fullmatch(part) and not _is_stack(part)
 
 
-def _numbers(layers: Iterable[tuple[str, tuple[str, ...]]]) -> dict[tuple[str, tuple[str, ...]], int]:
-    """The number of each layer, by its tower and the parts of its name."""
-    stacks: defaultdict[str, defaultdict[tuple[str, ...], dict[tuple[int, ...], tuple[str, ...]]]]
-    stacks = defaultdict(lambda: defaultdict(dict))
-    for tower, layer in layers:
-        stack = tuple("#" if _NUMBER.fullmatch(part) else part for part in layer)
-        stacks[tower][stack][tuple(int(part) for part in layer if _NUMBER.fullmatch(part))] = layer
+def _numbers(layers: Collection[_Layer]) -> dict[_Layer, int]:
+    """The number of each layer; none of a stage, which has layers in it."""
+    stages = {
+        (stack[:end], number[: stack[:end].count("*")]) for _, stack, number in layers for end in range(1, len(stack))
+    }
+    stacks: defaultdict[str, defaultdict[tuple[str, ...], list[_Layer]]] = defaultdict(lambda: defaultdict(list))
+    for layer in layers:
+        tower, stack, number = layer
+        if number and layer[1:] not in stages:
+            stacks[tower][stack].append(layer)
     numbers = {}
-    for tower, found in stacks.items():
+    for found in stacks.values():
         # The largest stack comes first, so that a few layers beside it do not shift its numbers.
         ordered = sorted(found, key=lambda stack: ("decoder" in ".".join(stack), -len(found[stack]), stack))
         start = 0
         for stack in ordered:
-            alone = start == 0 and stack.count("#") == 1
-            for rank, (number, layer) in enumerate(sorted(found[stack].items())):
-                numbers[tower, layer] = number[0] if alone else start + rank
-            start = max(numbers[tower, layer] for layer in found[stack].values()) + 1
+            alone = start == 0 and stack.count("*") == 1
+            for rank, layer in enumerate(sorted(found[stack], key=lambda layer: tuple(map(int, layer[2])))):
+                numbers[layer] = int(layer[2][0]) if alone else start + rank
+            start = max(numbers[layer] for layer in found[stack]) + 1
     return numbers
 
 
-def _towers(shapes: Shapes, places: Mapping[str, Place], layers: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+def _towers(shapes: Shapes, places: Mapping[str, Place], stacks: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     """The tower of each tensor; ``language`` only where there are words."""
     towers = {name: place.tower for name, place in places.items()}
     rest = [name for name, tower in towers.items() if tower == "language"]
     if not any(map(_is_text, rest)):
         known = {tower for tower in towers.values() if tower in ("vision", "audio")}
         kind = _senses(shapes, rest)
-        if len(known) == 1 and (kind is not None or all(_CODER.search(name) for name in rest if layers[name])):
+        if len(known) == 1 and (kind is not None or all(_CODER.search(name) for name in rest if stacks[name])):
             (kind,) = known
         if kind is not None:
             return {name: kind if tower == "language" else tower for name, tower in towers.items()}
@@ -140,7 +160,7 @@ def _towers(shapes: Shapes, places: Mapping[str, Place], layers: Mapping[str, tu
         beside = [name for name in rest if name.startswith(prefix) and not _CODER.search(name)]
         reads = any(_VOCABULARY.search(name) and not _WORDS.search(name) for name in beside)
         senses = {side: None if reads else _senses(shapes, names) for side, names in sides.items()}
-        of_text = [side for side, names in sides.items() if not senses[side] and any(layers[name] for name in names)]
+        of_text = [side for side, names in sides.items() if not senses[side] and any(stacks[name] for name in names)]
         for side, names in sides.items():
             words = side if len(of_text) == 2 else "language"
             towers.update(dict.fromkeys(names, senses[side] or words))

@@ -1,4 +1,4 @@
-"""Find tensors stored under two names: an output head tied to the token embedding, or one region named twice."""
+"""Find tensors stored under two names: an output head tied to the token embedding."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ckptdiff.checkpoint.model_config import says_tied
 from ckptdiff.checkpoint.names import locate
 from ckptdiff.checkpoint.weights import Source
 
-__all__ = ["Evidence", "SameValues", "Tie", "Ties", "find_ties", "left_embedding", "twice_named"]
+__all__ = ["Evidence", "SameValues", "Tie", "Ties", "find_ties", "left_embedding"]
 
-Evidence: TypeAlias = Literal["bytes", "values", "config"]
-"""Why a tensor counts as another one: the same bytes of a file, equal values, or the word of ``config.json``."""
+Evidence: TypeAlias = Literal["values", "config"]
+"""Why a tensor counts as another one: equal values, or the word of ``config.json``."""
 
 SameValues: TypeAlias = Callable[[TensorInfo, TensorInfo], bool]
 """Tells whether two floating tensors of one shape hold the same values; it reads them."""
@@ -35,7 +35,7 @@ class Tie:
     ----------
     of : str
         A tensor of the same checkpoint, which is tied to none itself.
-    by : {"bytes", "values", "config"}
+    by : {"values", "config"}
     """
 
     of: str
@@ -93,13 +93,12 @@ def find_ties(
     tensors = storing.tensors
     # Those that are compared come first: they are what a tie is best known by.
     present = [tensors[name] for name in (*matched, *alone)]
-    again = twice_named(present) if alone else {}
-    found = {name: Tie(again[name], "bytes") for name in alone if name in again}
+    found: dict[str, Tie] = {}
     warnings: list[str] = []
     scaled = scaled_modules(tensors) if alone else frozenset()
     for name in alone:
         tensor = tensors[name]
-        if name in found or not _is_tied_in_some_models(tensor):
+        if not _is_tied_in_some_models(tensor):
             continue
         embeddings = [
             other
@@ -148,24 +147,6 @@ def left_embedding(head: Source, other: Checkpoint, weights: Iterable[Source]) -
         return None
     fitting = (weight for weight in weights if _may_be_tied(head, weight))
     return min(fitting, key=lambda weight: weight.shape != head.shape, default=None)
-
-
-def twice_named(tensors: Iterable[TensorInfo]) -> dict[str, str]:
-    """Find names of one checkpoint that lead to the same bytes.
-
-    Returns
-    -------
-    dict of str to str
-        For each later name, the first one. Empty tensors share no bytes.
-    """
-    first: dict[tuple[int, int, int, int], str] = {}
-    again: dict[str, str] = {}
-    for tensor in tensors:
-        if tensor.nbytes:
-            name = first.setdefault(tensor.region, tensor.name)
-            if name != tensor.name:
-                again[tensor.name] = name
-    return again
 
 
 def _last(found: dict[str, Tie], name: str) -> str:

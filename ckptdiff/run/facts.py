@@ -67,7 +67,7 @@ def _tensor_facts(pair: TensorPair, place: Place, options: Options, groups: list
         module_type=place.module_type,
         block=place.block,
         tuned_name=pair.tuned_name,
-        groups=tuple(name for name, pattern in groups if pattern.search(pair.name)),
+        groups=tuple(name for name, pattern in groups if pattern.search(pair.name)) if groups else (),
         same_bytes=pair.same_bytes,
         pieces=tuple(map(_piece_facts, tuned.pieces)) if isinstance(tuned, Assembled) else (),
         rows=None if pair.rows is None else RowCounts(*pair.rows),
@@ -91,13 +91,13 @@ def _compared(pair: TensorPair) -> tuple[int, int] | None:
 def _side_facts(side: Checkpoint, called: Side, pairing: Pairing) -> dict[str, Any]:
     assumed = [alias.name for alias in pairing.aliased if alias.side == called and alias.by == "config"]
     tied, others = left_out(pairing, called)
-    weights = pairing.weights[SIDES.index(called)]
+    weights, numel = pairing.weights[SIDES.index(called)], side.numel
     dtypes = Counter(tensor.dtype for tensor in side.tensors.values())
     return {
         "path": side.path,
         "tensors": len(side.tensors),
-        "numel": side.numel,
-        "values": sum(weight.numel for weight in weights.values()),
+        "numel": numel,
+        "values": numel if weights is side.tensors else sum(weight.numel for weight in weights.values()),
         "bytes": side.nbytes,
         "dtypes": dict(sorted(dtypes.items())),
         "shards": [

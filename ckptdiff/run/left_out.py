@@ -30,37 +30,42 @@ def left_out(pairing: Pairing, side: Literal["base", "tuned"]) -> tuple[int, lis
     """
     number = 0 if side == "base" else 1
     weights, excluded = pairing.weights[number], pairing.excluded[number]
-    compared = _compared(pairing, side)
-    sizes = {pair.name: pair.base.numel for pair in pairing.pairs}
+    whole, partly = _compared(pairing, side)
     only = pairing.only_in_base if side == "base" else pairing.only_in_tuned
     why = dict.fromkeys(only, f"only in {side}")
     why |= {getattr(bad, side).name: bad.reason for bad in pairing.mismatched}
     tied = 0
     for alias in pairing.aliased:
-        if alias.side == "both":  # under whatever name the tuned side has it
-            tied += sizes[alias.of]
-        elif alias.side == side and alias.by == "config":
+        if alias.side != side:
+            continue
+        if alias.by == "config":
             why[alias.name] = f"tied to {alias.of} by config.json alone"
-        elif alias.side == side and alias.of in compared:
+        elif alias.of in whole or alias.of in partly:
             tied += weights[alias.name].numel
-        elif alias.side == side:
+        else:
             why[alias.name] = f"tied to {alias.of}, which is not compared"
     others = [(name, count, EXCLUDED) for name, count in excluded.items()]
     others += [(name, weights[name].numel, reason) for name, reason in why.items()]
-    for name in dict.fromkeys((*compared, *excluded)):
-        left = weights[name].numel - compared[name] - excluded.get(name, 0)
-        if left > 0 and name not in why:
+    for name in dict.fromkeys((*partly, *excluded)):
+        left = weights[name].numel - partly[name] - excluded.get(name, 0)
+        if left > 0 and name not in why and name not in whole:
             others.append((name, left, PARTLY.format(side=side)))
     return tied, others
 
 
-def _compared(pairing: Pairing, side: Literal["base", "tuned"]) -> Counter[str]:
-    """How many values of each weight of a side are in a pair; those of an embedding that is a head too once."""
-    found: Counter[str] = Counter()
+def _compared(pairing: Pairing, side: Literal["base", "tuned"]) -> tuple[set[str], Counter[str]]:
+    """Weights of a side that are a side of a pair as they are, and how many values are in pairs of the others.
+
+    Those of an embedding that is a head too count once.
+    """
+    weights = pairing.weights[0 if side == "base" else 1]
+    whole, partly = set[str](), Counter[str]()
     for pair in pairing.pairs:
         weight = pair.base if side == "base" else pair.tuned
         if isinstance(weight, Assembled):
-            found += weight.taken
+            partly.update(weight.taken)
+        elif weight is weights[weight.name]:
+            whole.add(weight.name)
         elif not pair.untied or weight.name == pair.name:
-            found[weight.name] += weight.numel
-    return found
+            partly[weight.name] += weight.numel
+    return whole, partly

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorPair, open_checkpoint, pair
 from ckptdiff.checkpoint.boxes import is_contiguous, room_to_read, runs_of
@@ -20,7 +21,7 @@ from ckptdiff.checkpoint.weights import Assembled, Decoded, Weight, sources_of, 
 from ckptdiff.events import Listener, ignore
 from ckptdiff.figures.columns import Measured, measured
 from ckptdiff.figures.result import Diff
-from ckptdiff.formats import Format, Formats, formats_of, is_wide
+from ckptdiff.formats import Formats, formats_of, is_wide
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.measure.passes import BitMeasurement, FloatMeasurement, Measurement, one_scan_suffices
 from ckptdiff.measure.records import Records
@@ -137,11 +138,20 @@ class Plan:
 
     def measured(self, tensors: range, records: Records) -> Measured:
         """What is stored of consecutive pairs, from their rows."""
-        formats = [self.formats(index) for index in tensors]
-        numel = np.array([self.loads[index].numel for index in tensors], np.int64)
-        valued = np.array([found is not None for found in formats], bool)
-        wide = np.array([found is not None and _is_wide(*found) for found in formats], bool)
-        return measured(records, numel, valued, wide, self.options.mask)
+        part, (numel, valued, wide) = slice(tensors.start, tensors.stop), self._columns
+        return measured(records, numel[part], valued[part], wide[part], self.options.mask)
+
+    @cached_property
+    def _columns(self) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
+        """Of all pairs: how many coordinates, whether these have values, and whether any is stored wider."""
+        dtypes = [(pair.base.dtype, pair.tuned.dtype) for pair in self.pairs]
+        known = dict.fromkeys(dtypes, (False, False))
+        for base, tuned in known:
+            if DTYPES[base].kind is Kind.FLOAT:
+                *sides, compare = formats_of(base, tuned, self.options.compare)
+                known[base, tuned] = True, any(is_wide(side, compare) for side in sides)
+        valued, wide = np.array([known[both] for both in dtypes], bool).reshape(-1, 2).T
+        return np.array([load.numel for load in self.loads], np.int64), valued, wide
 
 
 def prepare(
@@ -230,10 +240,10 @@ def _uses(pairing: Pairing, loads: tuple[Load, ...], options: Options, want_mask
     for base, tuned, by_itself in kinds:
         if DTYPES[base].kind is Kind.FLOAT:
             (alone if by_itself else alike).add(formats_of(base, tuned, options.compare))
-    sources = [source for one in pairs for side in (one.base, one.tuned) for source in sources_of(side)]
-    reading = ["decoded"] if any(isinstance(source, Decoded) for source in sources) else []
-    if not reading and (pairing.orders or not all(is_contiguous(one.tuned) for one in pairs)):
-        reading = ["boxes"]
+    others = [side for one in pairs if not one.stored for side in (one.base, one.tuned)]
+    decoded = any(isinstance(source, Decoded) for side in others for source in sources_of(side))
+    in_boxes = pairing.orders or not all(map(is_contiguous, others))
+    reading = ["decoded"] if decoded else ["boxes"] if in_boxes else []
     mask_chunk = mask_chunk_bytes(max((load.numel for load in loads), default=0)) if want_masks else 0
     return uses(alike, alone, mask_chunk, reading)
 
@@ -272,9 +282,3 @@ def _reading(side: Weight) -> tuple[Hashable, ...]:
     if isinstance(side, Assembled):
         return side.dtype, is_contiguous(side) and len(runs_of(side, 0, side.numel))
     return stored_as(side), True
-
-
-@cache
-def _is_wide(base: Format, tuned: Format, compare: Format) -> bool:
-    """Whether a side is stored wider than what it is compared as."""
-    return is_wide(base, compare) or is_wide(tuned, compare)

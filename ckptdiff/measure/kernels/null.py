@@ -156,11 +156,24 @@ def solve(steps: Array, sizes: Array, top: int, target: float, off: float, start
             step = math.log(target / found) * found / slope
         else:
             step = (target - found) / slope
-        if abs(step) <= 1e-14 * max(1.0, abs(at)) or high - low <= 1e-13 * max(1.0, abs(low)):
+        if abs(step) <= 1e-8 * max(1.0, abs(at)):
+            at += step  # the digits double with each step
+            break
+        if high - low <= 1e-13 * max(1.0, abs(low)):
             break
         # Newton's step while it stays between the bounds; far off, where the slope says nothing, halve them.
         at = at + step if low < at + step < high and abs(step) < 4.0 else 0.5 * (low + high)
     return math.exp(at)
+
+
+@helper
+def fit(steps: Array, sizes: Array, top: int, total: int, changed: int, off: float) -> float:
+    """Do as ``fit_null`` with the gaps that ``gather`` wrote."""
+    middle, seen = 0, sizes[0]
+    while seen < total:  # half of all gaps: there are two for each coordinate
+        middle += 1
+        seen += sizes[middle]
+    return solve(steps, sizes, top, np.float64(changed), off, math.log(steps[middle]), False)
 
 
 @kernel
@@ -172,21 +185,15 @@ def fit_null(weights: Array, gaps: Gaps, first: int, last: int, changed: int, of
     """
     steps, sizes = np.empty(2 * gaps.runs.size), np.zeros(2 * gaps.runs.size)
     top, total = gather(weights, gaps, first, last, steps, sizes)
-    middle, seen = 0, sizes[0]
-    while seen < total:  # half of all gaps: there are two for each coordinate
-        middle += 1
-        seen += sizes[middle]
-    return solve(steps, sizes, top, np.float64(changed), off, math.log(steps[middle]), False)
+    return fit(steps, sizes, top, total, changed, off)
 
 
-@kernel
-def null_unchanged(weights: Array, gaps: Gaps, first: int, last: int, square: float, off: float) -> float:
+@helper
+def left_unchanged(steps: Array, sizes: Array, top: int, total: int, square: float, off: float) -> float:
     """Expected number of coordinates that a Gaussian update of this sum of d^2, after rounding, leaves unchanged.
 
-    ``square`` is finite; all else as in ``fit_null``.
+    ``square`` is finite; ``gather`` wrote the gaps.
     """
-    steps, sizes = np.empty(2 * gaps.runs.size), np.zeros(2 * gaps.runs.size)
-    top, total = gather(weights, gaps, first, last, steps, sizes)
     if top < 0 or square <= 0.0:
         return np.float64(total)
     sigma = solve(steps, sizes, top, square, off, 0.5 * math.log(square / total), True)

@@ -9,8 +9,8 @@ import numpy as np
 from ckptdiff.codes.bfloat16 import bf16_to_f32
 from ckptdiff.codes.bits import bits_float
 from ckptdiff.jit import helper, kernel
-from ckptdiff.measure.kernels.cuts import Groups, find_delta_cut, find_low_cut, regroup, within_bins
-from ckptdiff.measure.kernels.null import Gaps, fit_null, null_overlap, null_unchanged
+from ckptdiff.measure.kernels.cuts import Groups, count_run, find_delta_cut, find_low_cut, regroup, within_bins
+from ckptdiff.measure.kernels.null import Gaps, fit, gather, left_unchanged, null_overlap
 from ckptdiff.measure.kernels.tiles import Array, Facts, Totals
 from ckptdiff.measure.partial import Count, Sum
 
@@ -56,24 +56,23 @@ def base_sums(weights: Array, first: int, last: int, facts: Facts) -> tuple[int,
 def take_null(totals: Totals, ranks: Array, wanted: Wanted, row: int, records: Any) -> None:
     """The rounding nulls of one row, whose sums are filled, for ranks of shape (k,); what stays NaN is undefined."""
     first, last = totals.span[0], min(totals.span[1], wanted.gaps.up.size - 1)
-    all_, changed, strange, weights, gaps = 0, 0, 0, totals.weights[0], wanted.gaps
-    for code in range(first, last + 1):
-        all_ += totals.weights[0, code]
-        changed += totals.weights[1, code]
-    for code in range(last + 1, totals.span[1] + 1):
-        strange += totals.weights[0, code]
+    weights, gaps = totals.weights[0], wanted.gaps
+    strange = count_run(weights, last + 1, totals.span[1] + 1)
     square = records.sums[row, DELTA_SQUARE]
-    if all_ + strange == 0 or not square < np.inf:
+    steps, sizes = np.empty(2 * gaps.runs.size), np.zeros(2 * gaps.runs.size)
+    top, total = gather(weights, gaps, first, last, steps, sizes)
+    if total + strange == 0 or not square < np.inf:
         return
-    off = min(totals.counts[OFF_GRID] / all_, 1.0) if all_ > 0 else 0.0  # what the cast made infinite is off it too
-    records.still[row] = strange + null_unchanged(weights, gaps, first, last, square, off)
-    if wanted.below > 0 or not 0 < changed < all_:
+    off = min(totals.counts[OFF_GRID] / total, 1.0) if total > 0 else 0.0  # what the cast made infinite is off it too
+    records.still[row] = strange + left_unchanged(steps, sizes, top, total, square, off)
+    changed = count_run(totals.weights[1], first, last + 1)
+    if wanted.below > 0 or not 0 < changed < total:
         return
-    sigma = fit_null(weights, gaps, first, last, changed, off)
+    sigma = fit(steps, sizes, top, total, changed, off)
     nulls = records.nulls[row]
-    total = null_overlap(weights, gaps, first, last, sigma, off, ranks, nulls)
+    moved = null_overlap(weights, gaps, first, last, sigma, off, ranks, nulls)
     for r in range(nulls.size):
-        nulls[r] /= total
+        nulls[r] /= moved
 
 
 @helper
@@ -105,10 +104,7 @@ def take_figures(
         within = within_bins(totals.deltas, totals.span, wanted.taus[t] * rms, wanted.width)
         complete &= within >= 0
         records.within_rel[row, t] = within
-    support = 0
-    for code in range(first, last + 1):
-        support += totals.weights[1, code]
-    records.support[row] = support
+    records.support[row] = count_run(totals.weights[1], first, last + 1)
     bin_, below, changed_below = first, 0, 0
     for r in range(ranks[1].size):
         bin_, below, at, changed_below, changed_at = find_low_cut(
