@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,17 @@ __all__ = ["MANY_SMALL", "Plan", "prepare"]
 
 MANY_SMALL = 1000
 """Small tensors that are worth a kernel that measures many in one call: to compile it takes as long as it saves."""
+
+
+class Coordinates(NamedTuple):
+    """Of k pairs; shape (k,)."""
+
+    numel: NDArray[np.int64]
+    """How many."""
+    valued: NDArray[np.bool_]
+    """Whether they have values, and not bits alone."""
+    wide: NDArray[np.bool_]
+    """Whether a side is stored wider than what it is compared as."""
 
 
 @dataclass(frozen=True)
@@ -138,12 +149,15 @@ class Plan:
 
     def measured(self, tensors: range, records: Records) -> Measured:
         """What is stored of consecutive pairs, from their rows."""
-        part, (numel, valued, wide) = slice(tensors.start, tensors.stop), self._columns
-        return measured(records, numel[part], valued[part], wide[part], self.options.mask)
+        return measured(records, *self.coordinates(tensors), self.options.mask)
+
+    def coordinates(self, tensors: range) -> Coordinates:
+        """What is known of the coordinates of consecutive pairs before they are read."""
+        part, every = slice(tensors.start, tensors.stop), self._coordinates
+        return Coordinates(every.numel[part], every.valued[part], every.wide[part])
 
     @cached_property
-    def _columns(self) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
-        """Of all pairs: how many coordinates, whether these have values, and whether any is stored wider."""
+    def _coordinates(self) -> Coordinates:
         dtypes = [(pair.base.dtype, pair.tuned.dtype) for pair in self.pairs]
         known = dict.fromkeys(dtypes, (False, False))
         for base, tuned in known:
@@ -151,7 +165,7 @@ class Plan:
                 *sides, compare = formats_of(base, tuned, self.options.compare)
                 known[base, tuned] = True, any(is_wide(side, compare) for side in sides)
         valued, wide = np.array([known[both] for both in dtypes], bool).reshape(-1, 2).T
-        return np.array([load.numel for load in self.loads], np.int64), valued, wide
+        return Coordinates(np.array([load.numel for load in self.loads], np.int64), valued, wide)
 
 
 def prepare(

@@ -34,10 +34,9 @@ def execute(plan: Plan, shards: OpenShards, idle: Callable[[], None]) -> Iterato
         if not hasattr(local, "worker"):
             local.worker = Worker(plan, shards, stop, spare)
         worker: Worker = local.worker
-        span = task.spans[0]
-        if task.whole:
-            return worker.measure(range(span.tensor, span.tensor + len(task.spans)), task.alike)
-        return worker.pass_over(large[span.tensor], span)
+        if task.span is None:
+            return worker.measure(task.tensors, task.alike)
+        return worker.pass_over(large[task.span.tensor], task.span)
 
     planned = plan_tasks(plan.loads)
     further: deque[SpanTask] = deque()
@@ -49,8 +48,8 @@ def execute(plan: Plan, shards: OpenShards, idle: Callable[[], None]) -> Iterato
                 task = further.popleft() if further else next(planned, None)
                 if task is None:
                     break
-                index = task.spans[0].tensor
-                if not task.whole and index not in large:
+                index = task.tensors.start
+                if task.span is not None and index not in large:
                     large[index] = plan.measurement(index, plan.want_masks)
                 pending.append(pool.submit(work, task))
             if not pending:

@@ -82,11 +82,12 @@ class Span:
 class SpanTask:
     """What one thread does in one go: a part of a large tensor pair, or several whole small ones."""
 
-    spans: tuple[Span, ...]
-    whole: bool
-    """Each span is a whole tensor, which the thread measures to the end."""
+    tensors: range
+    """That tensor pair, or consecutive small ones, which the thread measures to the end."""
+    span: Span | None = None
+    """The part of the large one."""
     alike: bool = False
-    """All of them in one call."""
+    """Whether small ones are measured in one call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,29 +121,27 @@ def plan_tasks(loads: Sequence[Load]) -> Iterator[SpanTask]:
     Every span but a tensor's last holds whole blocks, so that figures do not depend on the cut. Tensors of at most a
     block travel together, tens of thousands of them should not cost tens of thousands of tasks.
     """
-    batch: list[Span] = []
-    batch_numel = 0
+    start = numel = 0
     kind: Hashable = None
     for index, load in enumerate(loads):
-        if batch and (
-            load.numel > BLOCK or load.kind != kind or batch_numel >= TASK_NUMEL or len(batch) >= TASK_TENSORS
-        ):
-            yield SpanTask(tuple(batch), whole=True, alike=kind is not None)
-            batch, batch_numel = [], 0
-        if load.numel > BLOCK:
+        large = load.numel > BLOCK
+        if start < index and (large or load.kind != kind or numel >= TASK_NUMEL or index - start >= TASK_TENSORS):
+            yield SpanTask(range(start, index), alike=kind is not None)
+            start, numel = index, 0
+        if large:
             yield from cut(index, load)
+            start = index + 1
         else:
-            batch.append(Span(index, 0, load.blocks))
-            batch_numel += load.numel
+            numel += load.numel
             kind = load.kind
-    if batch:
-        yield SpanTask(tuple(batch), whole=True, alike=kind is not None)
+    if start < len(loads):
+        yield SpanTask(range(start, len(loads)), alike=kind is not None)
 
 
 def cut(index: int, load: Load) -> Iterator[SpanTask]:
     """Tasks of one large tensor pair."""
     for first in range(0, load.blocks, TASK_BLOCKS):
-        yield SpanTask((Span(index, first, min(first + TASK_BLOCKS, load.blocks)),), whole=False)
+        yield SpanTask(range(index, index + 1), Span(index, first, min(first + TASK_BLOCKS, load.blocks)))
 
 
 def fit_memory(

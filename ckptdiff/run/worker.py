@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint import Kind, TensorPair
+from ckptdiff.checkpoint import TensorPair
 from ckptdiff.checkpoint.kept import Kept
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.measure.backend import Batching
@@ -107,12 +107,10 @@ class Worker:
                 chunks += made
                 self._spare.extend(measurement.take(found))
             put_row(records, row, measurement.row)
-        compared = unchanged = 0
-        for index, changed in zip(tensors, records.counts[:, Count.CHANGED].tolist(), strict=True):
-            if plan.pairs[index].base.kind is Kind.FLOAT:
-                compared += plan.loads[index].numel
-                unchanged += plan.loads[index].numel - changed
-        return self._with_kept(Result(tensors, None, None, chunks, compared, unchanged, records))
+        counted = plan.coordinates(tensors)
+        compared = int(counted.numel[counted.valued].sum())
+        changed = int(records.counts[counted.valued, Count.CHANGED].sum())
+        return self._with_kept(Result(tensors, None, None, chunks, compared, compared - changed, records))
 
     def pass_over(self, measurement: Measurement, span: Span) -> Result:
         """Carry out the pass at hand over a part of a tensor pair."""

@@ -10,7 +10,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from ckptdiff.errors import PlanError
-from ckptdiff.run.tasks import TASK_BLOCKS, TASK_NUMEL, TASK_TENSORS, Load, Span, cut, fit_memory, plan_tasks
+from ckptdiff.run.tasks import TASK_BLOCKS, TASK_NUMEL, TASK_TENSORS, Load, Span, SpanTask, cut, fit_memory, plan_tasks
 
 BLOCK = 2**20
 MIB = 2**20
@@ -33,18 +33,23 @@ loads = st.lists(
 )
 
 
+def spans_of(task: SpanTask, loads: list[Load]) -> list[Span]:
+    return [Span(index, 0, loads[index].blocks) for index in task.tensors] if task.span is None else [task.span]
+
+
 @given(loads)
 @example([])
 @example([load(0)] * 150)
 @example([load(BLOCK), load(BLOCK + 1), load(1)])
 def test_every_block_is_covered_once_and_in_order(given_loads: list[Load]) -> None:
-    covered = [(s.tensor, block) for task in plan_tasks(given_loads) for s in task.spans for block in blocks_of(s)]
+    spans = [span for task in plan_tasks(given_loads) for span in spans_of(task, given_loads)]
+    covered = [(span.tensor, block) for span in spans for block in blocks_of(span)]
     assert covered == [(i, block) for i, one in enumerate(given_loads) for block in range(-(-one.numel // BLOCK))]
 
 
 @given(loads)
 def test_every_tensor_has_a_span_and_only_its_last_is_short(given_loads: list[Load]) -> None:
-    spans = [span for task in plan_tasks(given_loads) for span in task.spans]
+    spans = [span for task in plan_tasks(given_loads) for span in spans_of(task, given_loads)]
     assert list(dict.fromkeys(span.tensor for span in spans)) == list(range(len(given_loads)))
     for index, one in enumerate(given_loads):
         mine = [span for span in spans if span.tensor == index]
@@ -57,19 +62,20 @@ def test_every_tensor_has_a_span_and_only_its_last_is_short(given_loads: list[Lo
 @given(loads)
 def test_tasks_are_small(given_loads: list[Load]) -> None:
     for task in plan_tasks(given_loads):
-        tensors = [given_loads[span.tensor] for span in task.spans]
-        if task.whole:
+        tensors = [given_loads[index] for index in task.tensors]
+        if task.span is None:
             assert all(one.numel <= BLOCK for one in tensors) and len(tensors) <= TASK_TENSORS
             assert sum(one.numel for one in tensors[:-1]) < TASK_NUMEL
             assert len({one.kind for one in tensors}) == 1 and task.alike == (tensors[0].kind is not None)
         else:
-            (span,), (one,) = task.spans, tensors
+            (one,), span = tensors, task.span
+            assert span.tensor == task.tensors.start and not task.alike
             assert one.numel > BLOCK and 1 <= span.stop - span.first <= TASK_BLOCKS
 
 
 @given(st.integers(BLOCK + 1, 60 * BLOCK), st.integers(0, 9))
 def test_a_further_pass_is_cut_as_the_first(numel: int, index: int) -> None:
-    first = [task for task in plan_tasks([load(1)] * index + [load(numel)]) if not task.whole]
+    first = [task for task in plan_tasks([load(1)] * index + [load(numel)]) if task.span is not None]
     assert list(cut(index, load(numel))) == first
 
 
@@ -81,8 +87,8 @@ def test_ten_thousands_of_small_tensors_are_few_tasks() -> None:
 def test_a_plan_is_made_as_it_is_asked_for() -> None:
     """A checkpoint of 10**12 coordinates must not fill memory with tasks."""
     tasks = plan_tasks([load(10**18)])
-    assert next(tasks).spans == (Span(0, 0, TASK_BLOCKS),)
-    assert next(tasks).spans == (Span(0, TASK_BLOCKS, 2 * TASK_BLOCKS),)
+    assert next(tasks).span == Span(0, 0, TASK_BLOCKS)
+    assert next(tasks).span == Span(0, TASK_BLOCKS, 2 * TASK_BLOCKS)
 
 
 @given(loads, st.integers(1, 64), st.integers(1, 4000), st.integers(0, 400), st.booleans())
