@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from ckptdiff.checkpoint.families import IMAGES, PLACES, SOUND, STACK, TOWERS, VOCABULARY, WORDS
 from ckptdiff.checkpoint.names import Place, locate
@@ -14,8 +14,6 @@ from ckptdiff.checkpoint.names import Place, locate
 __all__ = ["locate_all"]
 
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
-_Kind: TypeAlias = tuple[str, tuple[int, ...], int]
-"""A name with ``*`` for its numbers, the shape, and how many dimensions the weight of its module has."""
 _Layer: TypeAlias = tuple[str, tuple[str, ...], tuple[str, ...]]
 """A tower, the parts of a name with ``*`` for numbers, and these numbers."""
 
@@ -33,6 +31,17 @@ _IMAGES: Final = re.compile(IMAGES)
 _SOUND: Final = re.compile(SOUND)
 _WEIGHT: Final = re.compile(r"weight$|\.parametrizations\.weight\.")
 _CODER: Final = re.compile(r"(?:^|\.)(encoder|decoder)(?=\.)")
+
+
+class _Kind(NamedTuple):
+    """Tensors of one shape whose names differ in numbers alone. A model has few kinds, however many layers."""
+
+    first: str
+    """The first of their names, which is looked at for all."""
+    place: Place
+    stack: tuple[str, ...]
+    numbers: slice
+    """Those of the layer in what `_NUMBERS` splits a name into."""
 
 
 def locate_all(shapes: Shapes) -> dict[str, Place]:
@@ -59,29 +68,26 @@ def locate_all(shapes: Shapes) -> dict[str, Place]:
     >>> [(place.tower, place.layer) for place in locate_all(shapes).values()]
     [('encoder', 0), ('decoder', 0)]
     """
-    parts = {name: _NUMBERS.split(name) for name in shapes}
-    # A model has few kinds of tensors, however many layers: each kind is looked at once, in the first of its names.
-    kinds = {
-        name: ("*".join(parts[name][::2]), tuple(shape), _dimensions(shapes, name)) for name, shape in shapes.items()
-    }
-    first: dict[_Kind, str] = {}
-    for name, kind in kinds.items():
-        first.setdefault(kind, name)
-    places = {name: locate(name, ndim) for (_, _, ndim), name in first.items()}
-    stacks = {name: _stack(name) for name in places}
-    towers = _towers({name: shapes[name] for name in places}, places, stacks)
-    of_kind = {kind: (towers[name], stacks[name], 2 * stacks[name].count("*")) for kind, name in first.items()}
-    layers = {}
-    for name, kind in kinds.items():
-        tower, stack, end = of_kind[kind]
-        layers[name] = (tower, stack, tuple(parts[name][1:end:2]))
-    numbers = _numbers(set(layers.values()))
+    kinds: dict[tuple[str, tuple[int, ...], int], _Kind] = {}
+    alike: list[tuple[_Kind, list[str]]] = []
+    for name, shape in shapes.items():
+        parts, ndim = _NUMBERS.split(name), _dimensions(shapes, name)
+        key = ("*".join(parts[::2]), tuple(shape), ndim)
+        kind = kinds.get(key)
+        if kind is None:
+            stack = _stack(name)
+            kind = kinds[key] = _Kind(name, locate(name, ndim), stack, slice(1, 2 * stack.count("*"), 2))
+        alike.append((kind, parts))
+    firsts = {kind.first: kind for kind in kinds.values()}
+    towers = _towers({name: shapes[name] for name in firsts}, firsts)
+    layers = [(towers[kind.first], kind.stack, tuple(parts[kind.numbers])) for kind, parts in alike]
+    numbers = _numbers(set(layers))
     found = {}
-    for name, kind in kinds.items():
-        place, tower = places[first[kind]], of_kind[kind][0]
-        # timm's "head" classifies.
-        of_classes = place.module_type == "lm_head" and tower in ("vision", "audio")
-        found[name] = Place(numbers.get(layers[name]), tower, "head" if of_classes else place.module_type, place.block)
+    for name, (kind, _), layer in zip(shapes, alike, layers, strict=True):
+        tower, module_type = layer[0], kind.place.module_type
+        if module_type == "lm_head" and tower in ("vision", "audio"):
+            module_type = "head"  # timm's "head" classifies
+        found[name] = Place(numbers.get(layer), tower, module_type, kind.place.block)
     return found
 
 
@@ -141,14 +147,14 @@ def _numbers(layers: Collection[_Layer]) -> dict[_Layer, int]:
     return numbers
 
 
-def _towers(shapes: Shapes, places: Mapping[str, Place], stacks: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+def _towers(shapes: Shapes, kinds: Mapping[str, _Kind]) -> dict[str, str]:
     """The tower of each tensor; ``language`` only where there are words."""
-    towers = {name: place.tower for name, place in places.items()}
+    towers = {name: kind.place.tower for name, kind in kinds.items()}
     rest = [name for name, tower in towers.items() if tower == "language"]
     if not any(map(_is_text, rest)):
         known = {tower for tower in towers.values() if tower in ("vision", "audio")}
         kind = _senses(shapes, rest)
-        if len(known) == 1 and (kind is not None or all(_CODER.search(name) for name in rest if stacks[name])):
+        if len(known) == 1 and (kind is not None or all(_CODER.search(name) for name in rest if kinds[name].stack)):
             (kind,) = known
         if kind is not None:
             return {name: kind if tower == "language" else tower for name, tower in towers.items()}
@@ -160,7 +166,9 @@ def _towers(shapes: Shapes, places: Mapping[str, Place], stacks: Mapping[str, tu
         beside = [name for name in rest if name.startswith(prefix) and not _CODER.search(name)]
         reads = any(_VOCABULARY.search(name) and not _WORDS.search(name) for name in beside)
         senses = {side: None if reads else _senses(shapes, names) for side, names in sides.items()}
-        of_text = [side for side, names in sides.items() if not senses[side] and any(stacks[name] for name in names)]
+        of_text = [
+            side for side, names in sides.items() if not senses[side] and any(kinds[name].stack for name in names)
+        ]
         for side, names in sides.items():
             words = side if len(of_text) == 2 else "language"
             towers.update(dict.fromkeys(names, senses[side] or words))

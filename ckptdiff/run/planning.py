@@ -164,7 +164,7 @@ class Plan:
             if DTYPES[base].kind is Kind.FLOAT:
                 *sides, compare = formats_of(base, tuned, self.options.compare)
                 known[base, tuned] = True, any(is_wide(side, compare) for side in sides)
-        valued, wide = np.array([known[both] for both in dtypes], bool).reshape(-1, 2).T
+        valued, wide = (np.array([known[both][which] for both in dtypes], bool) for which in (0, 1))
         return Coordinates(np.array([load.numel for load in self.loads], np.int64), valued, wide)
 
 

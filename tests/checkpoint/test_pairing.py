@@ -245,21 +245,6 @@ class TestTies:
         assert (pairing.only_in_base, pairing.only_in_tuned, pairing.aliased) == ((), (), ())
         assert names(pairing)[-1] == ("embed_out.weight", "lm_head.weight")
 
-    def test_two_names_of_the_same_bytes_are_counted_once(self):
-        def doubled(name):
-            one = checkpoint(["a", "b"], name)
-            first = one.tensors["a"]
-            again = TensorInfo("again", first.dtype, first.shape, first.shard, first.start, first.stop)
-            return Checkpoint(name, one.shards, {**one.tensors, "again": again}, ())
-
-        base, tuned = doubled("base"), doubled("tuned")
-        pairing = pair(base, tuned)
-        assert names(pairing) == [("a", "a"), ("b", "b")]
-        assert pairing.aliased == (Alias("again", "a", "both", "bytes"),)
-        assert pair(base, checkpoint(["a", "b"])).aliased == (Alias("again", "a", "base", "bytes"),)
-        assert pair(checkpoint(["a", "b"]), tuned).aliased == (Alias("again", "a", "tuned", "bytes"),)
-        assert len(pair(base, checkpoint(["a", "b", "again"])).pairs) == 3
-
     def test_empty_tensors_share_no_bytes(self):
         empty = dict.fromkeys("abc", ("F32", (0, 4)))
         pairing = pair(checkpoint(empty), checkpoint(empty))

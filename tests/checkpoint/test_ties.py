@@ -6,7 +6,7 @@ import pytest
 
 from ckptdiff.checkpoint import Checkpoint, Shard, TensorInfo
 from ckptdiff.checkpoint.dtypes import DTYPES
-from ckptdiff.checkpoint.ties import Tie, find_ties, twice_named
+from ckptdiff.checkpoint.ties import Tie, find_ties
 
 SHARD = Shard("a", 1000, 0, 1, 1, "", {})
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -47,20 +47,6 @@ def ties(side, matched, equal, alone=None):
 def configured(folder, config):
     (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     return str(folder)
-
-
-def test_names_of_one_region():
-    tensors = [tensor("a", 0, 16), tensor("b", 16, 32), tensor("c", 0, 16), tensor("d", 0, 16), tensor("e", 0, 8)]
-    assert twice_named(tensors) == {"c": "a", "d": "a"}
-
-
-def test_empty_tensors_have_no_region():
-    assert twice_named([tensor("a", 8, 8, (0,)), tensor("b", 8, 8, (0,))]) == {}
-
-
-def test_the_matched_one_of_a_region_stands_for_the_other():
-    side = Checkpoint("", (SHARD,), {"again": tensor("again", 0, 16), "a": tensor("a", 0, 16)}, ())
-    assert ties(side, ["a"], None).found == {"again": Tie("a", "bytes")}
 
 
 class TestValues:
