@@ -25,7 +25,9 @@ from patience import PATIENCE
 from safetensors.numpy import load_file, save_file
 
 from ckptdiff.cli import main
-from ckptdiff.run import planning
+from ckptdiff.options import MaskRule, Options
+from ckptdiff.run.engine import run
+from ckptdiff.run.tasks import Grain
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CASES = ("llama", "wide", "tied", "vlm", "moe", "fp8", "odd")
@@ -148,25 +150,20 @@ def test_show_prints_what_diff_printed(cli: Cli, tmp_path: Path, case: str, view
 
 
 @pytest.mark.parametrize("case", ["wide", "odd", "moe", "fp8", "llama"])
-def test_no_digit_depends_on_how_it_ran(cli: Cli, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_digit_depends_on_how_it_ran(cli: Cli, case: str) -> None:
     outputs = set()
-    for many in (1, 10**6):  # small tensors in one call, and one by one
-        monkeypatch.setattr(planning, "MANY_SMALL", many)
-        for how in (["--threads", "1"], ["--threads", "7"], ["--io", "pread"], ["--io", "mmap", "--max-memory", "8G"]):
-            outputs.add(cli("diff", *sides(case), "--format", "ndjson", *how).out)
+    for how in (["--threads", "1"], ["--threads", "7"], ["--io", "pread"], ["--io", "mmap", "--max-memory", "8G"]):
+        outputs.add(cli("diff", *sides(case), "--format", "ndjson", *how).out)
     assert len(outputs) == 1
 
 
 @pytest.mark.parametrize("case", ["wide", "odd", "moe", "fp8", "llama"])
 @pytest.mark.parametrize("rule", ["bitwise", "abs:1e-5", "eta:4e-3"])
-def test_small_tensors_in_one_call_leave_the_same_run_file(
-    cli: Cli, tmp_path: Path, case: str, rule: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_tensors_in_one_call_leave_the_same_run_file(tmp_path: Path, case: str, rule: str) -> None:
     contents = []
     for many in (1, 10**6):
-        monkeypatch.setattr(planning, "MANY_SMALL", many)
-        out = tmp_path / f"{many}.h5"
-        assert cli("diff", *sides(case), "-o", out, "--mask", rule).code == 0
+        out, options = tmp_path / f"{many}.h5", Options(mask=MaskRule.parse(rule))
+        run(*sides(case), out=out, options=options, grain=Grain(many=many))
         contents.append(_datasets(out))
     assert contents[0] == contents[1] and any(name.startswith("masks/") for name in contents[0])
 

@@ -24,6 +24,7 @@ from ckptdiff.figures.spectral import Spectra
 from ckptdiff.options import Options
 from ckptdiff.run.planning import Plan, prepare
 from ckptdiff.run.schedule import execute
+from ckptdiff.run.tasks import GRAIN, Grain
 from ckptdiff.run.worker import Result
 from ckptdiff.runfile.writer import RunFileWriter
 
@@ -36,6 +37,7 @@ def run(
     options: Options | None = None,
     listener: Listener | None = None,
     title: str | None = None,
+    grain: Grain = GRAIN,
 ) -> Diff:
     """Compare two checkpoints; ``listener`` is called with every event, in this thread.
 
@@ -43,7 +45,7 @@ def run(
     cannot be written, or memory does not suffice.
     """
     begun, tell = time.perf_counter(), listener or ignore
-    plan = prepare(base, tuned, out=out, options=options, tell=tell)
+    plan = prepare(base, tuned, out=out, options=options, tell=tell, grain=grain)
     return run_plan(plan, out=out, listener=tell, title=title, begun=begun)
 
 

@@ -29,7 +29,7 @@ from ckptdiff.memory import DEFAULT_MEMORY, peak_resident, resident, room_to_gro
 from ckptdiff.options import Options, default_threads
 from ckptdiff.run.devices import Device, open_device
 from ckptdiff.run.facts import facts_of_run
-from ckptdiff.run.tasks import TASK_BLOCKS, Load, Memory, Span, fit_memory
+from ckptdiff.run.tasks import GRAIN, Grain, Load, Memory, Span, fit_memory
 from ckptdiff.run.warm_up import Uses, uses
 from ckptdiff.runfile.check_target import check_target
 from ckptdiff.runfile.schema import mask_chunk_bytes
@@ -37,10 +37,7 @@ from ckptdiff.runfile.schema import mask_chunk_bytes
 if TYPE_CHECKING:
     from ckptdiff.spectra.stage import SpectraPlan
 
-__all__ = ["MANY_SMALL", "Plan", "prepare"]
-
-MANY_SMALL = 1000
-"""Small tensors that are worth a kernel that measures many in one call: to compile it takes as long as it saves."""
+__all__ = ["Plan", "prepare"]
 
 
 class Coordinates(NamedTuple):
@@ -76,6 +73,7 @@ class Plan:
     options : Options
     want_masks : bool
         Whether a run file with masks is written.
+    grain : Grain
     """
 
     pairs: tuple[TensorPair, ...]
@@ -87,6 +85,7 @@ class Plan:
     device: Device
     options: Options
     want_masks: bool
+    grain: Grain = GRAIN
 
     @property
     def tensors(self) -> int:
@@ -116,7 +115,7 @@ class Plan:
     @property
     def chunk_bytes(self) -> int:
         """Bytes that the largest task reads."""
-        return max((load.span_bytes(Span(0, 0, min(load.blocks, TASK_BLOCKS))) for load in self.loads), default=0)
+        return max((load.span_bytes(Span(0, 0, min(load.blocks, self.grain.blocks))) for load in self.loads), default=0)
 
     @property
     def projected_memory(self) -> int:
@@ -133,7 +132,7 @@ class Plan:
     @property
     def mostly_small(self) -> bool:
         """Whether there are very many tensors, of 64 Ki coordinates at most on average."""
-        return len(self.loads) >= MANY_SMALL and sum(load.numel for load in self.loads) <= len(self.loads) << 16
+        return len(self.loads) >= self.grain.many and sum(load.numel for load in self.loads) <= len(self.loads) << 16
 
     def formats(self, index: int) -> Formats | None:
         """Formats of one pair of floating tensors; None of integer and opaque ones."""
@@ -176,6 +175,7 @@ def prepare(
     options: Options | None = None,
     tell: Listener = ignore,
     read_data: bool = True,
+    grain: Grain = GRAIN,
 ) -> Plan:
     """Make the plan of a run. Reads headers and indexes, and no data but heads that one side lacks, and samples.
 
@@ -192,6 +192,7 @@ def prepare(
         Whether to read those heads, the embeddings that they may be, and those samples; else ``config.json`` alone
         tells which are tied, fewer rules are proposed, and nothing is said of halves that look swapped. The pairs are
         the same.
+    grain : Grain, optional
 
     Raises
     ------
@@ -212,7 +213,7 @@ def prepare(
     want_masks = out is not None and options.mask.kind != "none"
     # Reads into a cached buffer cost less than mapping pages and dropping them again, and report a lost page.
     io = "pread" if options.io == "auto" else options.io
-    loads = _loads(pairing.pairs, options, device, io)
+    loads = _loads(pairing.pairs, options, device, io, grain)
     asked = _uses(pairing, loads, options, want_masks)
     device.warm_up(asked, tell)
     if read_data and pairing.orders:
@@ -223,13 +224,15 @@ def prepare(
     diff = facts_of_run(*sides, pairing, options)
     threads = min(options.threads or default_threads(), device.threads or sys.maxsize)
     default, baseline = DEFAULT_MEMORY + device.overhead, resident()
-    memory = fit_memory(loads, threads, options.max_memory, default, room_to_grow(baseline), baseline, want_masks)
+    memory = fit_memory(
+        loads, threads, options.max_memory, default, room_to_grow(baseline), baseline, want_masks, grain
+    )
     spectra = None
     if options.spectra is not None:
         from ckptdiff.spectra.stage import plan_spectra
 
         spectra = plan_spectra(pairing.pairs, options, memory.baseline + memory.results)
-    return Plan(pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks)
+    return Plan(pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks, grain)
 
 
 def _paired(base: Checkpoint, tuned: Checkpoint, options: Options, tell: Listener, read_data: bool) -> Pairing:
@@ -262,7 +265,7 @@ def _uses(pairing: Pairing, loads: tuple[Load, ...], options: Options, want_mask
     return uses(alike, alone, mask_chunk, reading)
 
 
-def _loads(pairs: tuple[TensorPair, ...], options: Options, device: Device, io: str) -> tuple[Load, ...]:
+def _loads(pairs: tuple[TensorPair, ...], options: Options, device: Device, io: str, grain: Grain) -> tuple[Load, ...]:
     shared: dict[Hashable, Load] = {}
     asked = [
         (*_reading(one.base), *_reading(one.tuned), one.base.numel, one.same_bytes, one.rows is None) for one in pairs
@@ -270,7 +273,7 @@ def _loads(pairs: tuple[TensorPair, ...], options: Options, device: Device, io: 
     for what, one in zip(asked, pairs, strict=True):
         if what not in shared:
             shared[what] = _load(one, options, device)
-    if not device.batches or io != "pread" or sum(shared[what].kind is not None for what in asked) < MANY_SMALL:
+    if not device.batches or io != "pread" or sum(shared[what].kind is not None for what in asked) < grain.many:
         shared = {what: replace(load, kind=None) for what, load in shared.items()}
     return tuple(shared[what] for what in asked)
 

@@ -38,7 +38,7 @@ def execute(plan: Plan, shards: OpenShards, idle: Callable[[], None]) -> Iterato
             return worker.measure(task.tensors, task.alike)
         return worker.pass_over(large[task.span.tensor], task.span)
 
-    planned = plan_tasks(plan.loads)
+    planned = plan_tasks(plan.loads, plan.grain)
     further: deque[SpanTask] = deque()
     pending: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(plan.threads, thread_name_prefix="ckptdiff")
@@ -64,7 +64,7 @@ def execute(plan: Plan, shards: OpenShards, idle: Callable[[], None]) -> Iterato
                 spare.extend(large[index].take(result.found, last))
                 result.found = None
                 if last and large[index].next is not None:
-                    further.extend(cut(index, load))
+                    further.extend(cut(index, load, plan.grain))
                 elif last:
                     result.records = large.pop(index).row
             yield result

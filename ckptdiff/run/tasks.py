@@ -10,12 +10,24 @@ from ckptdiff.errors import PlanError
 from ckptdiff.measure.partial import BINS, BLOCK
 from ckptdiff.memory import default_bound
 
-TASK_BLOCKS = 8
-"""Blocks of one tensor in a task: 8 Mi coordinates."""
-TASK_TENSORS = 128
-"""Small tensors in a task."""
-TASK_NUMEL = 4 * BLOCK
-"""Coordinates of small tensors in a task."""
+
+@dataclass(frozen=True, slots=True)
+class Grain:
+    """How large tasks are. No figure depends on it, nor a byte of a run file."""
+
+    blocks: int = 8
+    """Blocks of a large tensor in a task."""
+    tensors: int = 128
+    """Small tensors in a task, at most."""
+    numel: int = 4 * BLOCK
+    """Coordinates of small tensors in a task, but for those of the last one."""
+    many: int = 1000
+    """Small tensors that are worth a kernel that measures many in one call: to compile it takes as long as it saves."""
+
+
+GRAIN = Grain()
+"""That of every run, unless it is told another."""
+
 
 _MEASUREMENT = 8 * BINS * 6 + (1 << 17)
 """Bytes of a Partial, if all of its bins are touched."""
@@ -115,7 +127,7 @@ class Memory:
         return replace(self, threads=threads, tasks_waiting=_waiting(threads)[-1]).projected
 
 
-def plan_tasks(loads: Sequence[Load]) -> Iterator[SpanTask]:
+def plan_tasks(loads: Sequence[Load], grain: Grain = GRAIN) -> Iterator[SpanTask]:
     """Cut tensor pairs into tasks, in order.
 
     Every span but a tensor's last holds whole blocks, so that figures do not depend on the cut. Tensors of at most a
@@ -125,11 +137,11 @@ def plan_tasks(loads: Sequence[Load]) -> Iterator[SpanTask]:
     kind: Hashable = None
     for index, load in enumerate(loads):
         large = load.numel > BLOCK
-        if start < index and (large or load.kind != kind or numel >= TASK_NUMEL or index - start >= TASK_TENSORS):
+        if start < index and (large or load.kind != kind or numel >= grain.numel or index - start >= grain.tensors):
             yield SpanTask(range(start, index), alike=kind is not None)
             start, numel = index, 0
         if large:
-            yield from cut(index, load)
+            yield from cut(index, load, grain)
             start = index + 1
         else:
             numel += load.numel
@@ -138,14 +150,21 @@ def plan_tasks(loads: Sequence[Load]) -> Iterator[SpanTask]:
         yield SpanTask(range(start, len(loads)), alike=kind is not None)
 
 
-def cut(index: int, load: Load) -> Iterator[SpanTask]:
+def cut(index: int, load: Load, grain: Grain = GRAIN) -> Iterator[SpanTask]:
     """Tasks of one large tensor pair."""
-    for first in range(0, load.blocks, TASK_BLOCKS):
-        yield SpanTask(range(index, index + 1), Span(index, first, min(first + TASK_BLOCKS, load.blocks)))
+    for first in range(0, load.blocks, grain.blocks):
+        yield SpanTask(range(index, index + 1), Span(index, first, min(first + grain.blocks, load.blocks)))
 
 
 def fit_memory(
-    loads: Sequence[Load], threads: int, max_memory: int, default: int, growth: int, baseline: int, masks: bool
+    loads: Sequence[Load],
+    threads: int,
+    max_memory: int,
+    default: int,
+    growth: int,
+    baseline: int,
+    masks: bool,
+    grain: Grain = GRAIN,
 ) -> Memory:
     """Choose as many threads as memory allows, up to ``threads``, then as many results in waiting.
 
@@ -155,7 +174,7 @@ def fit_memory(
     """
     block = max((load.block_bytes for load in loads), default=0)
     scratch = max((load.scratch for load in loads), default=0)
-    mask = TASK_BLOCKS * _MASK_BLOCK
+    mask = grain.blocks * _MASK_BLOCK
     per_thread = block + scratch + _MEASUREMENTS * _MEASUREMENT + mask + _COMPRESSING + _TILES
     waiting = _MEASUREMENT + (mask if masks else 0)
     results = len(loads) * _ROW + (_RUN_FILE if masks else _FIGURES)

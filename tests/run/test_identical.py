@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from fractions import Fraction
 from functools import cache, cached_property, partial
@@ -28,6 +28,7 @@ from ckptdiff.run import planning
 from ckptdiff.run import tasks as stream_plan
 from ckptdiff.run.engine import run
 from ckptdiff.run.planning import prepare
+from ckptdiff.run.tasks import GRAIN, Grain
 
 BLOCK = 2**20
 BASELINE = 100 << 20
@@ -104,10 +105,10 @@ class Pair:
             write(folder / "tuned.safetensors", self.arrays[1]),
         )
 
-    def run(self, paths: tuple[str, str] | None = None, **options: Any) -> dict[str, bytes]:
+    def run(self, paths: tuple[str, str] | None = None, grain: Grain = GRAIN, **options: Any) -> dict[str, bytes]:
         """Everything a run found, as bytes: columns as they were returned, and all that the run file keeps."""
         out = self.folder / "run.h5"
-        diff = run(*(paths or self.paths), out=out, options=Options(**options))
+        diff = run(*(paths or self.paths), out=out, options=Options(**options), grain=grain)
         found = {f"result {name}": values.tobytes() for name, values in diff.columns.items()}
         with h5py.File(out) as file:
             for group in ("tensors", "histograms", "masks"):
@@ -135,20 +136,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         path.unlink()
 
 
-@pytest.fixture
-def cut_tasks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    def cut(blocks: int) -> None:
-        for module in (stream_plan, planning):
-            monkeypatch.setattr(module, "TASK_BLOCKS", blocks)
-
-    return cut
-
-
 @pytest.mark.parametrize(
     ("compare", "mask"), [("bf16", "abs:1e-05"), ("bf16", "top:10"), ("stored", "rel:0.001"), ("stored", "top:10")]
 )
 def test_no_digit_depends_on_how_a_run_went(
-    pair: Pair, cut_tasks: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, compare: str, mask: str
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, compare: str, mask: str
 ) -> None:
     monkeypatch.setattr(planning, "resident", lambda: BASELINE)  # this process is of another size each time
     asked = {"compare": compare, "mask": MaskRule.parse(mask)}
@@ -161,8 +153,7 @@ def test_no_digit_depends_on_how_a_run_went(
         (1, {"threads": 1, "io": "pread"}),
         (2, {"threads": 2}),
     ):
-        cut_tasks(blocks)
-        found = pair.run(**how, **asked)
+        found = pair.run(grain=Grain(blocks=blocks), **how, **asked)
         assert found.keys() == expected.keys()
         assert [name for name in found if found[name] != expected[name]] == [], how
 

@@ -10,7 +10,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from ckptdiff.errors import PlanError
-from ckptdiff.run.tasks import TASK_BLOCKS, TASK_NUMEL, TASK_TENSORS, Load, Span, SpanTask, cut, fit_memory, plan_tasks
+from ckptdiff.run.tasks import GRAIN, Load, Span, SpanTask, cut, fit_memory, plan_tasks
 
 BLOCK = 2**20
 MIB = 2**20
@@ -64,13 +64,13 @@ def test_tasks_are_small(given_loads: list[Load]) -> None:
     for task in plan_tasks(given_loads):
         tensors = [given_loads[index] for index in task.tensors]
         if task.span is None:
-            assert all(one.numel <= BLOCK for one in tensors) and len(tensors) <= TASK_TENSORS
-            assert sum(one.numel for one in tensors[:-1]) < TASK_NUMEL
+            assert all(one.numel <= BLOCK for one in tensors) and len(tensors) <= GRAIN.tensors
+            assert sum(one.numel for one in tensors[:-1]) < GRAIN.numel
             assert len({one.kind for one in tensors}) == 1 and task.alike == (tensors[0].kind is not None)
         else:
             (one,), span = tensors, task.span
             assert span.tensor == task.tensors.start and not task.alike
-            assert one.numel > BLOCK and 1 <= span.stop - span.first <= TASK_BLOCKS
+            assert one.numel > BLOCK and 1 <= span.stop - span.first <= GRAIN.blocks
 
 
 @given(st.integers(BLOCK + 1, 60 * BLOCK), st.integers(0, 9))
@@ -80,15 +80,15 @@ def test_a_further_pass_is_cut_as_the_first(numel: int, index: int) -> None:
 
 
 def test_ten_thousands_of_small_tensors_are_few_tasks() -> None:
-    assert len(list(plan_tasks([load(16)] * 30_000))) == -(-30_000 // TASK_TENSORS)
-    assert len(list(plan_tasks([load(BLOCK)] * 100))) == 100 * BLOCK // TASK_NUMEL
+    assert len(list(plan_tasks([load(16)] * 30_000))) == -(-30_000 // GRAIN.tensors)
+    assert len(list(plan_tasks([load(BLOCK)] * 100))) == 100 * BLOCK // GRAIN.numel
 
 
 def test_a_plan_is_made_as_it_is_asked_for() -> None:
     """A checkpoint of 10**12 coordinates must not fill memory with tasks."""
     tasks = plan_tasks([load(10**18)])
-    assert next(tasks).span == Span(0, 0, TASK_BLOCKS)
-    assert next(tasks).span == Span(0, TASK_BLOCKS, 2 * TASK_BLOCKS)
+    assert next(tasks).span == Span(0, 0, GRAIN.blocks)
+    assert next(tasks).span == Span(0, GRAIN.blocks, 2 * GRAIN.blocks)
 
 
 @given(loads, st.integers(1, 64), st.integers(1, 4000), st.integers(0, 400), st.booleans())
@@ -164,7 +164,7 @@ def test_larger_pieces_and_work_space_are_counted(given_loads: list[Load], masks
     memory = fit_memory(given_loads, 1, 0, 400 * MIB, 0, 0, masks)
     pieces = [sum(min(one.numel, 2**18) * width // 8 for width in one.bits) for one in given_loads]
     assert memory.per_thread >= max(pieces) + max(one.scratch for one in given_loads)
-    assert memory.waiting >= 8 * 6 * 2**15 + (TASK_BLOCKS * BLOCK // 8 if masks else 0)
+    assert memory.waiting >= 8 * 6 * 2**15 + (GRAIN.blocks * BLOCK // 8 if masks else 0)
 
 
 def test_planning_opens_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
