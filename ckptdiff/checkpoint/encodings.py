@@ -102,6 +102,9 @@ def find_encoded(checkpoint: Checkpoint) -> Encoded:
         if _pattern(found.name) in patterns:
             problems["it has no scale, unlike its siblings"].append(found.codes)
     warnings = [f"{_first(some)}: {problem}: compared as stored codes" for problem, some in problems.items()]
+    if weights and not config.known:
+        known = f"quant_method {config.method!a} is not known: weights are decoded by what their tensors tell alone"
+        warnings.append(f"{config.path}: {known}")
     warnings += _altered(weights, tensors, config)
     parts = frozenset(part.name for weight in weights.values() for part in weight.parts)
     return Encoded(weights, parts, (*config.warnings, *warnings))

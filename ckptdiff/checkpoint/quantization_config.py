@@ -81,6 +81,11 @@ class Quantization:
     warnings: tuple[str, ...]
 
     @property
+    def known(self) -> bool:
+        """Whether the method is one whose words are understood, if one is named."""
+        return self.method in ("", "fp8", "fbgemm_fp8", "mxfp4", "compressed-tensors", "modelopt")
+
+    @property
     def binding(self) -> bool:
         """Whether the schemes are of all weights; DeepSeek's experts have another one than its configuration names."""
         return self.method in ("compressed-tensors", "modelopt")
@@ -125,6 +130,8 @@ def _schemes(method: str, given: dict[str, Any]) -> Iterator[Scheme]:
     if method == "fp8":
         block = given.get("weight_block_size", _DEFAULT_BLOCK)
         yield Scheme(8, True, None if block is None else _block(block))
+    elif method == "fbgemm_fp8":  # a scale for each row
+        yield Scheme(8, True, None)
     elif method == "mxfp4":
         yield Scheme(4, True, (1, 32))
     elif method in ("compressed-tensors", "modelopt"):

@@ -14,7 +14,6 @@ from quantised import LAYOUTS, fp8_codes, fp8_scales, grouped, packed_fp4, power
 
 from ckptdiff.checkpoint import open_checkpoint, pair
 from ckptdiff.checkpoint.encodings import Encoded, find_encoded
-from ckptdiff.checkpoint.quantization_config import read_quantization
 
 RNG = np.random.default_rng(0)
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -320,20 +319,16 @@ def test_modelopts_own_file(tmp_path: Path) -> None:
             ' "config_groups": {"0": {"weights": {"num_bits": "four"}}}}}',
             "num_bits 'four'",
         ),
-        ('{"text_config": {"quantization_config": {"quant_method": "gptq"}}}', None),
+        ('{"text_config": {"quantization_config": {"quant_method": "gptq"}}}', "quant_method 'gptq' is not known"),
     ],
 )
-def test_a_configuration_that_cannot_be_used_is_said(config: str, said: str | None, tmp_path: Path) -> None:
+def test_a_configuration_that_cannot_be_used_is_said(config: str, said: str, tmp_path: Path) -> None:
     save(tmp_path, fp8(256, 384, 2, 3))
     (tmp_path / "config.json").write_text(config)
     encoded = find_encoded(open_checkpoint(tmp_path))
     assert encoded.weights.keys() == {"a.weight"}
-    if said is None:
-        assert encoded.warnings == ()
-        assert read_quantization(open_checkpoint(tmp_path)).method == "gptq"
-    else:
-        (warning,) = encoded.warnings
-        assert warning.startswith(f"{tmp_path}/config.json") and said in warning
+    (warning,) = encoded.warnings
+    assert warning.startswith(f"{tmp_path}/config.json") and said in warning
 
 
 def test_a_configuration_that_changes_is_read_again(tmp_path: Path) -> None:
@@ -369,3 +364,10 @@ def test_packed_codes_that_are_compared_as_such_are_said(tensors: dict[str, torc
     checkpoint = open_checkpoint(save(tmp_path, {**tensors, "b.position_ids": torch.zeros(3, dtype=torch.int64)}))
     (warning,) = pair(checkpoint, checkpoint).warnings
     assert warning == "1 tensors hold packed codes: compared as raw codes, unscaled"
+
+
+@pytest.mark.parametrize("method", ["fbgemm_fp8", "fp8"])
+def test_a_scale_for_each_row(tmp_path: Path, method: str) -> None:
+    tensors = {"a.weight": fp8_codes(RNG, 256, 256), "a.weight_scale": reals(RNG, 256, 1)}
+    encoded = found(tmp_path, tensors, {"quant_method": method, "weight_block_size": None})
+    assert encoded.warnings == () and encoded.weights["a.weight"].block == (1, 256)
