@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Final
 
 from ckptdiff.checkpoint.families import BLOCK_OF_MODULE, FAMILIES, PLACES, TOWERS
@@ -54,13 +54,7 @@ _FUSED: Final = re.compile(r"(?!expert_bias|\w*correction_bias)(.+?)_(?:weight|b
 _BUFFER: Final = re.compile(r"(?:^|\.)att(?:n|ention)\.(?:masked_)?bias$|inv_freq$|relative_position_index$")
 
 _FAMILIES: Final = tuple(
-    (
-        family.inside,
-        module_type,
-        re.compile(rf"(?:^|\.)(?:{pattern})(?:\.(?:linear|conv(?:olution|1d)?|dense))?$", re.I),
-    )
-    for family in FAMILIES
-    for module_type, pattern in family.types.items()
+    (family.inside, module_type, pattern) for family in FAMILIES for module_type, pattern in family.types.items()
 )
 _PLACES: Final = {place: re.compile(pattern, re.I) for place, pattern in PLACES.items()}
 _TOWERS: Final = {tower: re.compile(pattern, re.I) for tower, pattern in TOWERS.items()}
@@ -122,13 +116,19 @@ def _role(name: str, ndim: int | None) -> str:
         parts = [*parts[:-1], fused[1]]
     path, place = ".".join(parts), _innermost(parts[:-1])
     for inside, module_type, pattern in _FAMILIES:
-        if inside in ("", place or "nowhere") and pattern.search(path):
+        if inside in ("", place or "nowhere") and _compiled(pattern).search(path):
             is_factor = module_type == "router" and parts[-1] == "gate" and ndim is not None and ndim < 2
             return "other" if is_factor and not is_bias else module_type
     place = place or _innermost(parts[-1:])
     if place in BLOCK_OF_MODULE:
         return place
     return "conv" if ndim is not None and ndim > 2 else "embed_tokens" if place == "embedding" else "other"
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """A pattern of the table, once it is needed: of one model that is a part of them."""
+    return re.compile(rf"(?:^|\.)(?:{pattern})(?:\.(?:linear|conv(?:olution|1d)?|dense))?$", re.I)
 
 
 def _innermost(parts: list[str]) -> str:
