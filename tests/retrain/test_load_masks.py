@@ -10,18 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_model import dense_by_h5py
 
 import ckptdiff
 from ckptdiff.errors import MaskError, OptionError, RunFileError
 from ckptdiff.retrain import ParameterMasks, load_masks
-
-
-def dense_by_h5py(run_file: Path, name: str) -> np.ndarray:
-    """As docs/run-file.md says it, without ckptdiff."""
-    with h5py.File(run_file) as file:
-        mask = file[f"masks/{name}"]
-        bits = np.unpackbits(mask[:], bitorder="little", count=mask.attrs["shape"].prod()).astype(bool)
-        return bits.reshape(mask.attrs["shape"])
 
 
 def assert_masked(masks: ParameterMasks, model: torch.nn.Module, run_file: Path) -> None:
