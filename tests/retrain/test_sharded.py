@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ranks import on_ranks
 from safetensors.torch import load_file
 from sharded_training import CLIP, OPTIONS, Uneven, load, loss_of, save, sharded, train, train_by_trainer
 from small_model import checkpoint, dense_by_h5py
+from torch.distributed.fsdp import fully_shard
 
 import ckptdiff
 from ckptdiff.errors import MaskError
@@ -178,8 +180,6 @@ def test_masked_optimizers_refuse_sharded_parameters(ours: type, folder: Path, p
 def test_masks_that_were_loaded_before_the_model_was_sharded_are_refused(
     parts: str, folder: Path, process_group: None
 ) -> None:
-    from torch.distributed.fsdp import fully_shard
-
     model = Uneven()
     early = load_masks(folder / "run.h5", model)
     before_it = torch.optim.SGD(model.parameters())
@@ -206,6 +206,18 @@ def test_masks_that_were_loaded_before_the_model_was_sharded_are_refused(
     for parameter, values in zip(model.parameters(), start, strict=True):
         moved = (whole(parameter) != values).numpy()
         assert not moved[~late[parameter].dense()].any() and np.count_nonzero(moved) > 0.8 * late[parameter].count
+
+
+def test_the_loop_of_the_documentation(folder: Path, process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs/retraining.md").read_text()
+    (block,) = (text for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "fully_shard" in text)
+    model, before = Uneven(), Uneven().state_dict()
+    monkeypatch.chdir(folder)
+    names = {"torch": torch, "model": model, "fully_shard": fully_shard}
+    exec(compile("from ckptdiff.retrain import freeze_outside, load_masks\n" + block, "retraining.md", "exec"), names)
+    train(model, names["optimizer"], range(2))
+    after = {name: values.full_tensor() for name, values in model.named_parameters()}
+    assert_frozen({**before, **after}, before, folder / "run.h5")
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
