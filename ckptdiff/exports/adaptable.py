@@ -10,12 +10,13 @@ from typing import Literal, TypeAlias
 from ckptdiff.checkpoint.model_config import config_beside
 from ckptdiff.checkpoint.names import locate
 
-__all__ = ["MERGED_EXPERTS", "Adapted", "Method", "Way"]
+__all__ = ["FUSED_EXPERTS", "MERGED_EXPERTS", "Adapted", "Method", "Way"]
 
 Method: TypeAlias = Literal["lora", "shira"]
-Way: TypeAlias = Literal["linear", "conv1d", "expert", "router", "parameter", "stack"]
-"""The module is a linear layer, or one with its weight stored [in, out]; one of experts whose factors PEFT stacks; the
-router beside them; a parameter of a module of another kind, a matrix, or one for each expert."""
+Way: TypeAlias = Literal["linear", "conv1d", "expert", "fused", "router", "parameter", "stack"]
+"""The module is a linear layer, or one with its weight stored [in, out]; one of experts whose factors PEFT stacks, by
+itself, or if it is told of the parameter that the model has for all; the router beside the former; a parameter of a
+module of another kind, a matrix, or one for each expert."""
 
 _EMBEDDINGS = ("embed", "wte", "wpe", "relative_attention_bias")
 _CONV1D = ("c_attn", "c_proj", "c_fc")
@@ -34,6 +35,8 @@ _LIKE_QWEN = """
 MERGED_EXPERTS = {**dict.fromkeys(_LIKE_MIXTRAL.split(), _W), **dict.fromkeys(_LIKE_QWEN.split(), _PROJ)}
 """By ``model_type``, the names of matrices of experts that PEFT stacks, as the model does; wherever else in such a
 model a module has one of these names, PEFT takes it for an expert's."""
+FUSED_EXPERTS = {"jamba": _PROJ, "lfm2_moe": _W, "qwen2_moe": _PROJ}
+"""By ``model_type``, the same of models whose fused parameters PEFT has to be told of, and then stacks factors for."""
 
 _IN_OUT = ("gpt_oss", "openai_privacy_filter", "aria")
 """Values of ``model_type`` whose stacked experts are [experts, in, out] to PEFT."""
@@ -68,7 +71,7 @@ class Adapted:
     @property
     def merged(self) -> tuple[str, ...]:
         """Names of matrices of experts that PEFT stacks; none where it does not."""
-        return MERGED_EXPERTS.get(self.model_type, ())
+        return (MERGED_EXPERTS | FUSED_EXPERTS).get(self.model_type, ())
 
     @property
     def stacks_in_out(self) -> bool:
@@ -101,7 +104,8 @@ class Adapted:
             return ("conv1d", "") if method == "lora" else (None, "stored transposed (Conv1D)")
         if _EXPERT.search(name):
             return self._of_expert(last, method)
-        if method == "lora" and last in self.merged:
+        known = self.model_type in MERGED_EXPERTS
+        if method == "lora" and known and last in self.merged:
             return None, "of a name that PEFT takes for an expert's"
         if method == "lora" and self.model_type in _MAMBA and last in ("out_proj", "conv1d"):
             return None, f"refused by PEFT in models of type {self.model_type}"
@@ -110,12 +114,16 @@ class Adapted:
         if place.module_type == "router" and last != "shared_expert_gate":
             if method == "shira":
                 return None, "a router, which need not be a linear layer"
-            return ("router", "") if self.merged and last == "gate" else ("parameter", "")
+            if known and last == "gate":
+                return "router", ""
+            if "block_sparse_moe." in name:
+                return None, "a router, which the model has under another name"
+            return "parameter", ""
         return "linear", ""
 
     def _of_expert(self, last: str, method: Method) -> tuple[Way | None, str]:
         if method == "shira":
             return None, "an expert, which models have fused and SHiRA has no layer for"
         if last in self.merged:
-            return "expert", ""
+            return ("expert" if self.model_type in MERGED_EXPERTS else "fused"), ""
         return None, "an expert, which PEFT drops where the model has fused them"

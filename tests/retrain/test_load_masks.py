@@ -188,10 +188,12 @@ def test_two_masks_for_one_tied_parameter_must_agree(run_file: Path, make_model:
 
 
 def test_shapes_that_differ_are_named(run_file: Path, make_model: Callable) -> None:
+    wrapped = torch.nn.Module()
+    wrapped.module = make_model(width=32)
     with pytest.raises(MaskError) as caught:
-        load_masks(run_file, make_model(width=32))
+        load_masks(run_file, wrapped)
     assert caught.value.tensor == "embed_tokens.weight"
-    assert "(24, 32)" in caught.value.expected
+    assert "(24, 32) of module.embed_tokens.weight" in caught.value.expected
     assert "(24, 16)" in caught.value.found
 
 

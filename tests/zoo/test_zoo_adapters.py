@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 import ckptdiff
 from ckptdiff.exports import export_shira
-from ckptdiff.exports.adaptable import MERGED_EXPERTS
+from ckptdiff.exports.adaptable import FUSED_EXPERTS, MERGED_EXPERTS
 from ckptdiff.lora import extract_lora
 from ckptdiff.options import Options
 
@@ -21,7 +21,10 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 QUICK = ("llama", "qwen3_moe", "gpt2", "mamba")
-FAMILIES = (*QUICK, "qwen3", "mixtral", "gpt_oss", "gemma3_text", "bert_mlm", "t5", "deepseek_v3", "qwen2_moe", "jamba")
+SPLIT = ("qwen3_moe", "mixtral", "deepseek_v3", *FUSED_EXPERTS)
+"""Those whose checkpoints have experts one by one."""
+OTHERS = ("qwen3", "gpt_oss", "gemma3_text", "bert_mlm", "t5", "phimoe", "granitemoe")
+FAMILIES = (*dict.fromkeys((*QUICK, *SPLIT, *OTHERS)),)
 EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 
@@ -88,7 +91,7 @@ def test_a_lora_of_full_rank_is_the_update_but_for_what_it_lists(name: str, tmp_
     left = {tensor.reason for tensor in made.tensors if tensor.reason}
     assert ("refused by PEFT in models of type mamba" in left) == (name == "mamba")
     experts = [tensor for tensor in held if ".experts." in tensor.name]
-    assert bool(experts) == (name in ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"))
+    assert bool(experts) == (name == "gpt_oss" or name in SPLIT)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -118,7 +121,9 @@ def test_a_shira_of_many_coordinates_is_the_update_but_for_what_it_lists(name: s
     assert_holds_the_rest(name, tmp_path, left_out)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["qwen3_moe", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt_oss", "qwen2_moe"))]
+)
 def test_ranks_by_energy_load_and_lose_what_is_said(name: str, tmp_path: Path) -> None:
     """Of experts that did not change too: PEFT stacks those of a layer."""
     build(name).save_pretrained(tmp_path / "base")
@@ -143,19 +148,21 @@ def test_ranks_by_energy_load_and_lose_what_is_said(name: str, tmp_path: Path) -
     assert 0.1 < made.lost < 0.5
 
 
-def test_experts_that_are_not_compared_are_there_for_peft(tmp_path: Path) -> None:
-    sides = stored_in(tmp_path, "qwen3_moe")
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe"])
+def test_experts_that_are_not_compared_are_there_for_peft(name: str, tmp_path: Path) -> None:
+    sides = stored_in(tmp_path, name)
     only = Options(include=("*.layers.0.mlp.experts.1.up_proj.weight", "*.layers.0.mlp.experts.2.gate_proj.weight"))
     made = extract_lora(*sides, tmp_path / "adapter", rank=32, options=only)
     held = {tensor.name for tensor in made.tensors}
     assert len(held) == 2
     with safe_open(sides[0] / "model.safetensors", "pt") as base:
-        assert_holds_the_rest("qwen3_moe", tmp_path, {*base.keys()} - held)
+        assert_holds_the_rest(name, tmp_path, {*base.keys()} - held)
 
 
 def test_families_whose_experts_peft_stacks_are_those_of_the_table() -> None:
     from peft.utils import transformers_weight_conversion as conversion
 
+    assert not FUSED_EXPERTS.keys() & conversion._MODEL_TO_CONVERSION_PATTERN.keys()
     found = {
         kind: tuple(name for name in conversion._MOE_TARGET_MODULE_MAPPING[pattern] if name != "gate")
         for kind, pattern in conversion._MODEL_TO_CONVERSION_PATTERN.items()
