@@ -111,6 +111,7 @@ def freeze_outside(optimizer: torch.optim.Optimizer, masks: Mapping[Any, PackedM
     ...     optimizer.step()
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    require_current(parameters, masks, parameters)
     counts = [_fitting(parameter, masks).count for parameter in parameters if parameter in masks]
     if not any(counts):
         raise MaskError(

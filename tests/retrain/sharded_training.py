@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ckptdiff.retrain import MaskCallback, MaskedAdamW, MaskedSGD, freeze_outside, load_masks
+from ckptdiff.retrain import MaskedAdamW, MaskedSGD, freeze_outside, load_masks
 
 CLIP, PARTS = 0.5, 2
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.5}
@@ -147,6 +147,8 @@ def train_replicas(folder: Path) -> None:
 def train_by_trainer(folder: Path, resumed: bool = False) -> None:
     """As transformers' Trainer does it on so many ranks as there are."""
     from transformers import Trainer, TrainingArguments
+
+    from ckptdiff.retrain import MaskCallback
 
     tokens = [{"input_ids": (torch.arange(6) + i) % 24, "labels": (torch.arange(6) * 2 + i) % 24} for i in range(16)]
     arguments = TrainingArguments(
