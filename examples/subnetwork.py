@@ -117,11 +117,11 @@ def main() -> None:
         update = ckptdiff.diff(base, tuned, out=folder / "changed.h5", mask="bitwise")
         ckptdiff.diff(base, tuned, out=folder / "most.h5", mask="top:20")
         print("trained                  coordinates   energy     loss   off by   bytes outside")
-        print(f"nothing: the base               0.0%     0.0%   {loss_of(base):.4f}   100.0%               0")
-        print(f"all: the tuned model          100.0%   100.0%   {loss_of(tuned):.4f}     0.0%               0")
+        print(f"nothing: the base               0.0%     0.0%   {loss_of(base):.4f}   100.0%")
+        print(f"all: the tuned model          100.0%   100.0%   {loss_of(tuned):.4f}     0.0%")
         for what, run, change in (
             ("what changed", "changed.h5", None),
-            ("the fifth with most", "most.h5", None),
+            ("the fifth most changed", "most.h5", None),
             ("a fifth at random", "most.h5", lambda masks: masks.random(0)),
         ):
             callback = MaskCallback(folder / run, change=change)

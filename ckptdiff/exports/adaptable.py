@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias
 from ckptdiff.checkpoint.model_config import config_beside
 from ckptdiff.checkpoint.names import locate
 
-__all__ = ["CALLED", "FUSED_EXPERTS", "MERGED_EXPERTS", "Adapted", "Method", "Way"]
+__all__ = ["FUSED_EXPERTS", "MERGED_EXPERTS", "Adapted", "Method", "Way"]
 
 Method: TypeAlias = Literal["lora", "shira"]
 Way: TypeAlias = Literal["linear", "conv1d", "expert", "fused", "router", "parameter", "stack"]
@@ -67,7 +67,7 @@ _GRANITE = (
     (r"(?<=\.block_sparse_moe\.)output_linear\.weight$", "experts.down_proj"),
     (r"(?<=\.block_sparse_moe\.router\.)layer\.", ""),
 )
-CALLED: dict[str, tuple[tuple[str, str], ...]] = {
+_CALLED: dict[str, tuple[tuple[str, str], ...]] = {
     **dict.fromkeys(("aya_vision", "gemma3", "internvl", "llava", "mistral3", "paligemma", "vipllava"), _TOWERS),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN_VL),
     **dict.fromkeys(("vit", "vit_mae"), _LAYER),
@@ -112,7 +112,7 @@ class Adapted:
         kind = found if isinstance(found, str) else ""
         # In GPT-2's names these layers widen: with columns for outputs they are wide.
         in_out = any(name.endswith(_WIDENING) and len(shape) == 2 and shape[0] < shape[1] for name, shape in weights)
-        renames = CALLED.get(kind, ())
+        renames = _CALLED.get(kind, ())
         old = any(re.search(pattern, name) for pattern, _ in renames[:1] for name, _ in weights)
         return cls(kind, in_out, renames if old else ())
 

@@ -161,12 +161,12 @@ def test_masked_optimizers_refuse_sharded_parameters(ours: type, folder: Path, p
         ours(model.parameters(), load_masks(folder / "run.h5", model))
     assert caught.value.tensor == "scale"
     assert "freeze_outside(torch.optim" in caught.value.hint
-    whole = Uneven()
-    early = load_masks(folder / "run.h5", whole)
+    other = Uneven()
+    early = load_masks(folder / "run.h5", other)
     with pytest.raises(MaskError, match="takes no sharded parameters"):
         ours(model.parameters(), early)
     # Those of an optimizer that is there already are replaced, as accelerate does.
-    optimizer = ours(whole.parameters(), early)
+    optimizer = ours(other.parameters(), early)
     optimizer.param_groups[0]["params"] = list(model.parameters())
     loss_of(model, 0, 0, 1).backward()
     before = [parameter.full_tensor().detach().clone() for parameter in model.parameters()]
