@@ -76,3 +76,18 @@ def test_retraining() -> None:
     before, after = map(float, re.search(r"loss ([\d.]+) -> ([\d.]+)", said).groups())
     assert after < before
     assert re.search(r"of them moved, and 0 others", said)
+
+
+def test_training_a_subnetwork_that_was_found() -> None:
+    for name in ("torch", "transformers", "accelerate"):
+        pytest.importorskip(name)
+    _, *lines = run(sys.executable, "examples/subnetwork.py").splitlines()
+    rows = [re.findall(r"[\d.]+(?=%|\s|$)", line.replace(",", "")) for line in lines]
+    base, tuned, changed, most, drawn = ([float(number) for number in row] for row in rows)
+    # Of coordinates, of the energy, loss, distance to the tuned model, and bytes outside.
+    assert base[0] == base[1] == 0 and tuned[0] == tuned[1] == base[3] == changed[1] == 100
+    assert 30 < changed[0] < 80 and most[0] == drawn[0] == pytest.approx(20, abs=0.5)
+    assert drawn[1] == pytest.approx(20, abs=2) and most[1] > 50
+    assert tuned[2] < most[2] < drawn[2] < base[2] and changed[2] == pytest.approx(tuned[2], abs=2e-3)
+    assert tuned[3] == 0 and changed[3] < 5 < most[3] < drawn[3] < 100
+    assert changed[4] == most[4] == drawn[4] == 0

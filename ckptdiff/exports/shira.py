@@ -168,7 +168,7 @@ def export_shira(
         for facts, pair in zip(chosen, pairs, strict=True):
             largest = _largest_changes(shards, *pair, rank * sum(facts.shape), told)
             found.append(largest)
-            entries += _entries(facts, largest)
+            entries += _entries(model.called(facts.name).removesuffix(".weight"), facts.shape[1], largest)
     total = sum(largest.total for largest in found)
     if not total:
         raise OptionError(
@@ -178,7 +178,8 @@ def export_shira(
             found=f"none in {first_few(facts.name for facts in chosen)}",
             hint="name other matrices, or compare other checkpoints",
         )
-    text = json.dumps(_config(chosen, rank, sides[0]), indent=2, sort_keys=True) + "\n"
+    modules = [model.called(facts.name).removesuffix(".weight") for facts in chosen]
+    text = json.dumps(_config(modules, rank, sides[0]), indent=2, sort_keys=True) + "\n"
     with StagedFolder(target) as made:
         with StagedFile(made.path / "adapter_model.safetensors") as staged:
             write_safetensors(staged, entries, {"format": "pt"})
@@ -248,7 +249,7 @@ def _chosen(
 
 def _reason(facts: TensorFacts, model: Adapted) -> str | None:
     """Why a tensor cannot be adapted; None if it can."""
-    way, reason = model.way(facts.name, facts.shape, facts.compare != "bitwise", "shira")
+    way, reason = model.way(model.called(facts.name), facts.shape, facts.compare != "bitwise", "shira")
     if way is None:
         return reason
     return None if facts.plain else "its values are not stored in that layout on both sides"
@@ -293,9 +294,9 @@ def _largest_changes(shards: OpenShards, base: _Side, tuned: _Side, count: int, 
     return _Largest(indices, deltas, float(np.square(deltas, dtype=np.float64).sum()), total)
 
 
-def _entries(facts: TensorFacts, largest: _Largest) -> list[Entry]:
-    prefix = f"base_model.model.{facts.name.removesuffix('.weight')}"
-    rows = np.stack(np.divmod(largest.indices, facts.shape[1])).astype("<i4")
+def _entries(module: str, columns: int, largest: _Largest) -> list[Entry]:
+    prefix = f"base_model.model.{module}"
+    rows = np.stack(np.divmod(largest.indices, columns)).astype("<i4")
     weights = largest.deltas.astype("<f4")
     return [
         Entry(f"{prefix}.shira_indices", "I32", rows.shape, lambda: [rows.tobytes()]),
@@ -303,7 +304,7 @@ def _entries(facts: TensorFacts, largest: _Largest) -> list[Entry]:
     ]
 
 
-def _config(chosen: Sequence[TensorFacts], rank: int, base: Checkpoint) -> dict[str, Any]:
+def _config(modules: list[str], rank: int, base: Checkpoint) -> dict[str, Any]:
     return {
         "peft_type": "SHIRA",
         "base_model_name_or_path": base.path,
@@ -315,6 +316,6 @@ def _config(chosen: Sequence[TensorFacts], rank: int, base: Checkpoint) -> dict[
         "r": rank,
         "random_seed": None,
         "revision": None,
-        "target_modules": [facts.name.removesuffix(".weight") for facts in chosen],
+        "target_modules": modules,
         "task_type": None,
     }

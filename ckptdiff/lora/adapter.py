@@ -20,6 +20,7 @@ from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
 
 _PREFIX = "base_model.model."
 _COPY = 1 << 22
+_EXPERTS: tuple[Way, ...] = ("expert", "fused")
 _Floats = NDArray[np.float32]
 
 
@@ -68,7 +69,7 @@ class AdapterWriter:
         entries: list[Entry] = []
         for module, factors in self._held.items():
             stem = f"{_PREFIX}{self._stem(module, factors.way)}"
-            more = common - factors.rank if factors.way == "expert" else 0
+            more = common - factors.rank if factors.way in _EXPERTS else 0
             for part, shape, start in zip(("lora_A", "lora_B"), factors.shapes, factors.starts, strict=True):
                 rows = (more, 0) if part == "lora_A" else (0, more)
                 pieces = partial(self._padded, start, shape, rows) if more else partial(self._spooled, start, shape)
@@ -89,7 +90,7 @@ class AdapterWriter:
     @property
     def _common(self) -> int:
         """The rank of all experts."""
-        return max((factors.rank for factors in self._held.values() if factors.way == "expert"), default=0)
+        return max((factors.rank for factors in self._held.values() if factors.way in _EXPERTS), default=0)
 
     def _stem(self, name: str, way: Way) -> str:
         """What the factors of a module or of a parameter are called: PEFT wraps a module once for each parameter."""
@@ -100,8 +101,12 @@ class AdapterWriter:
         return f"{module}.base_layer" if wrapped_again else module
 
     def _lacking(self, experts: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        layers = {_layer_of(module) for module, factors in self._held.items() if factors.way == "expert"}
+        layers = {*self._layers_with(*_EXPERTS)}
         return {m: shape for m, shape in experts.items() if m not in self._held and _layer_of(m) in layers}
+
+    def _layers_with(self, *ways: Way) -> list[str]:
+        """Where there are factors of experts."""
+        return list(dict.fromkeys(_layer_of(module) for module, factors in self._held.items() if factors.way in ways))
 
     def _spooled(self, start: int, shape: tuple[int, int]) -> Iterator[bytes]:
         size = 4 * shape[0] * shape[1]
@@ -116,12 +121,18 @@ class AdapterWriter:
     def _config(self, lacking: Iterable[str]) -> dict[str, Any]:
         """With alpha equal to the rank everywhere, so that the factors are not scaled."""
         common = self._common
-        ranks = {m: common if f.way == "expert" else f.rank for m, f in self._held.items()}
+        ranks = {m: common if f.way in _EXPERTS else f.rank for m, f in self._held.items()}
         # What PEFT stacks has the rank that no pattern changes.
         most = common or max(ranks.values(), default=1)
         ways = {module: factors.way for module, factors in self._held.items()}
-        other = {self._pattern(m, ways[m]): rank for m, rank in ranks.items() if rank != most and ways[m] != "expert"}
+        other = {self._pattern(m, ways[m]): rank for m, rank in ranks.items() if rank != most}
         parameters = [m for m, way in ways.items() if way in ("parameter", "stack")]
+        for layer in self._layers_with("fused"):
+            parameters += [f"{layer}.experts.gate_up_proj", f"{layer}.experts.down_proj"]
+            other[f"{layer}.experts.gate_up_proj"] = 2 * common  # a half for each part
+        modules = [m for m, way in ways.items() if way not in ("parameter", "stack", "fused")]
+        if "fused" not in ways.values():
+            modules += lacking
         config: dict[str, Any] = {
             "peft_type": "LORA",
             "base_model_name_or_path": self._base,
@@ -131,7 +142,7 @@ class AdapterWriter:
             "lora_alpha": most,
             "rank_pattern": other,
             "alpha_pattern": other,
-            "target_modules": [*(m for m in ways if m not in parameters), *lacking],
+            "target_modules": modules,
             "bias": "none",
             "fan_in_fan_out": bool(ways) and all(way == "conv1d" for way in ways.values()),
             "lora_dropout": 0.0,

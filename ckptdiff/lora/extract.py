@@ -164,7 +164,8 @@ def extract_lora(
     ]
     if model.merged:  # PEFT asks for all experts of a layer, those too that are not compared
         shapes = {name: tensor.shape for name, tensor in open_checkpoint(base).tensors.items()} | shapes
-    experts = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if model.is_merged(name)}
+    names = {model.called(name): shape for name, shape in shapes.items()}
+    experts = {name.removesuffix(".weight"): shape for name, shape in names.items() if model.is_merged(name)}
     found: list[Extracted] = []
     with StagedFolder(folder) as made:
         with open_shards(plan.io) as shards, StagedFile(made.path / "factors") as spool:
@@ -197,6 +198,8 @@ class _Update:
     """The update of one tensor, and how an adapter holds it, or why it cannot."""
 
     pair: TensorPair
+    called: str
+    """By the model."""
     norm: float
     way: Way | None
     reason: str | None
@@ -204,7 +207,7 @@ class _Update:
     @property
     def views(self) -> list[MatrixView]:
         """Its matrices: one, or that of each expert."""
-        return matrices_of(self.pair.name, self.pair.base.shape)
+        return matrices_of(self.called, self.pair.base.shape)
 
     @property
     def without(self) -> Extracted:
@@ -218,18 +221,19 @@ class _Update:
 
 
 def _update(pair: TensorPair, norm: float, model: Adapted, strange: bool) -> _Update:
-    way, reason = model.way(pair.name, pair.shape, pair.base.kind is Kind.FLOAT, "lora")
+    called = model.called(pair.name)
+    way, reason = model.way(called, pair.shape, pair.base.kind is Kind.FLOAT, "lora")
     if pair.untied:
         reason = "tied to the embedding on one side"
     elif pair.rows is not None:
         reason = "of other rows on the other side"
     elif strange:
         reason = "NaN or Inf in it"
-    return _Update(pair, norm, None if reason else way, reason or None)
+    return _Update(pair, called, norm, None if reason else way, reason or None)
 
 
 def _written(writer: AdapterWriter, update: _Update, found: list[Factors | None], model: Adapted) -> Extracted:
-    name, way = update.pair.name, update.way
+    name, way = update.called, update.way
     assert way is not None
     parts = [None if factors is None else factors.of(view) for factors, view in zip(found, update.views, strict=True)]
     if way == "stack":
@@ -242,7 +246,7 @@ def _written(writer: AdapterWriter, update: _Update, found: list[Factors | None]
         rank = len(down)
     writer.add(name if way in ("parameter", "stack") else name.removesuffix(".weight"), way, rank, down, up)
     lost = sum(factors.lost * factors.norm**2 for factors in found if factors is not None) / update.norm**2
-    return Extracted(name, update.pair.base.shape, update.norm, rank, lost)
+    return Extracted(update.pair.name, update.pair.base.shape, update.norm, rank, lost)
 
 
 @dataclass(frozen=True, slots=True)

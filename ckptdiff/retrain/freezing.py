@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ckptdiff.errors import MaskError
 from ckptdiff.retrain.packed import PackedMask, require_fit
-from ckptdiff.retrain.refusals import require_dense
+from ckptdiff.retrain.refusals import require_current, require_dense
 
 
 class Freezing:
@@ -44,7 +44,8 @@ def mask_gradients(masks: Mapping[Any, PackedMask]) -> Freezing:
     """Set gradients to zero outside the masks, as soon as each is complete.
 
     Whatever looks at gradients afterwards, clipping included, sees masked ones. The booleans take one byte per
-    coordinate, on the parameter's device.
+    coordinate, on the parameter's device. Masks that were loaded before ``fully_shard`` do nothing: they are of
+    parameters that the model no longer has.
 
     Parameters
     ----------
@@ -86,7 +87,7 @@ def freeze_outside(optimizer: torch.optim.Optimizer, masks: Mapping[Any, PackedM
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
-        Also one that shards its parameters with DTensor.
+        Also one of parameters that FSDP2 shards: each rank then has its part of the masks, and of the guarantee.
     masks : mapping of Parameter to PackedMask
 
     Returns
@@ -110,6 +111,7 @@ def freeze_outside(optimizer: torch.optim.Optimizer, masks: Mapping[Any, PackedM
     ...     optimizer.step()
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    require_current(parameters, masks, parameters)
     counts = [_fitting(parameter, masks).count for parameter in parameters if parameter in masks]
     if not any(counts):
         raise MaskError(
@@ -122,16 +124,17 @@ def freeze_outside(optimizer: torch.optim.Optimizer, masks: Mapping[Any, PackedM
     outside: dict[Any, _Outside] = {}
     before: dict[Any, Tensor] = {}
 
-    def adopt(parameters: Iterable[Any]) -> None:
-        for parameter in parameters:
-            if parameter not in outside:
-                outside[parameter] = _Outside.of(parameter, masks)
-                if parameter.requires_grad:
-                    hooks.append(_gradient_hook(parameter, outside[parameter]))
+    def adopt(parameters: list[Any]) -> None:
+        new = [parameter for parameter in parameters if parameter not in outside]
+        require_current(new, masks, parameters)
+        for parameter in new:
+            outside[parameter] = _Outside.of(parameter, masks)
+            if parameter.requires_grad:
+                hooks.append(_gradient_hook(parameter, outside[parameter]))
 
     @torch.no_grad()
     def remember(*_: Any) -> None:
-        adopt(parameter for group in optimizer.param_groups for parameter in group["params"])
+        adopt([parameter for group in optimizer.param_groups for parameter in group["params"]])
         for parameter, frozen in outside.items():
             if frozen.coordinates is None:
                 parameter.grad = None  # so that no state is made for it

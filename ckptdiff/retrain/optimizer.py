@@ -17,7 +17,7 @@ from torch import Tensor
 from ckptdiff.errors import MaskError
 from ckptdiff.retrain.kernels.masked_steps import sum_masked_squares
 from ckptdiff.retrain.packed import PackedMask, require_fit
-from ckptdiff.retrain.refusals import require_dense, require_known, require_unmoved
+from ckptdiff.retrain.refusals import require_dense, require_known, require_unmoved, require_whole
 from ckptdiff.retrain.step_threads import run_all
 from ckptdiff.retrain.support import IndexSupport, Support, TileSupport, flat_view, support_of
 
@@ -130,18 +130,11 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         super().add_param_group(param_group)
         names = getattr(self._masks, "names", {})
         for parameter in param_group["params"]:
+            name = names.get(parameter)
+            require_whole(parameter, name)
             if parameter not in self._masks:
                 continue
-            name = names.get(parameter)
             mask = require_fit(self._masks[parameter], tuple(parameter.shape), name)
-            if hasattr(parameter, "placements"):
-                raise MaskError(
-                    "a mask does not fit its parameter",
-                    tensor=name,
-                    expected=f"a whole parameter of shape {mask.shape}",
-                    found="one that is sharded over devices",
-                    hint="freeze_outside works with sharded parameters",
-                )
             if mask.count:
                 self._supports[parameter] = support_of(mask, parameter)
                 self._fingerprints[parameter] = mask.fingerprint
@@ -274,6 +267,7 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
     def _moving(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, Support]]:
         """Parameters of a group that have masked coordinates and a gradient."""
         for parameter in group["params"]:
+            require_whole(parameter, None)  # accelerate puts such in place of those that there were
             if parameter.grad is not None and parameter in self._supports:
                 support, name = self._supports[parameter], self._names.get(parameter)
                 require_dense(parameter.grad, name)

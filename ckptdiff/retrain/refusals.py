@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +24,41 @@ def require_dense(gradient: Tensor, name: str | None) -> None:
             found="a sparse one",
             hint="make the embedding with sparse=False",
         )
+
+
+def require_whole(parameter: Tensor, name: str | None) -> None:
+    """Raise a MaskError for a parameter that is sharded over devices."""
+    if hasattr(parameter, "placements"):
+        raise MaskError(
+            "a masked optimizer takes no sharded parameters",
+            tensor=name,
+            expected=f"a whole parameter of shape {tuple(parameter.shape)}",
+            found=f"one that is sharded over devices: {parameter.placements}",
+            hint="give one of torch's to freeze_outside: freeze_outside(torch.optim.AdamW(model.parameters()), masks)",
+        )
+
+
+def require_current(new: Iterable[Any], masks: Mapping[Any, object], held: Iterable[Any]) -> None:
+    """Raise a MaskError for sharded parameters of which the masks seem to have the whole ones that they were made of.
+
+    Of such nothing would be trained. The optimizer has what is `held`, `new` parameters among it, and so no longer
+    those that the masks are of.
+    """
+    without = [parameter for parameter in new if hasattr(parameter, "placements") and parameter not in masks]
+    if not without:
+        return
+    gone = set(masks).difference(held)
+    old = [p for p in masks if p in gone and p.requires_grad and not hasattr(p, "placements")]
+    for parameter in without:
+        for whole in old:
+            if whole.shape == parameter.shape:
+                raise MaskError(
+                    "masks were loaded before the model was sharded",
+                    tensor=getattr(masks, "names", {}).get(whole),
+                    expected=f"a mask of the sharded parameter of shape {tuple(parameter.shape)}",
+                    found="one of a whole parameter, which the optimizer does not have",
+                    hint="load the masks after fully_shard, which makes new parameters",
+                )
 
 
 def require_known(group: Mapping[str, Any], options: Container[str]) -> None:

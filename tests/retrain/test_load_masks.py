@@ -10,18 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_model import dense_by_h5py
 
 import ckptdiff
 from ckptdiff.errors import MaskError, OptionError, RunFileError
 from ckptdiff.retrain import ParameterMasks, load_masks
-
-
-def dense_by_h5py(run_file: Path, name: str) -> np.ndarray:
-    """As docs/run-file.md says it, without ckptdiff."""
-    with h5py.File(run_file) as file:
-        mask = file[f"masks/{name}"]
-        bits = np.unpackbits(mask[:], bitorder="little", count=mask.attrs["shape"].prod()).astype(bool)
-        return bits.reshape(mask.attrs["shape"])
 
 
 def assert_masked(masks: ParameterMasks, model: torch.nn.Module, run_file: Path) -> None:
@@ -195,10 +188,12 @@ def test_two_masks_for_one_tied_parameter_must_agree(run_file: Path, make_model:
 
 
 def test_shapes_that_differ_are_named(run_file: Path, make_model: Callable) -> None:
+    wrapped = torch.nn.Module()
+    wrapped.module = make_model(width=32)
     with pytest.raises(MaskError) as caught:
-        load_masks(run_file, make_model(width=32))
+        load_masks(run_file, wrapped)
     assert caught.value.tensor == "embed_tokens.weight"
-    assert "(24, 32)" in caught.value.expected
+    assert "(24, 32) of module.embed_tokens.weight" in caught.value.expected
     assert "(24, 16)" in caught.value.found
 
 

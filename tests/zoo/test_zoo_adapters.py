@@ -10,18 +10,23 @@ from safetensors import safe_open
 
 import ckptdiff
 from ckptdiff.exports import export_shira
-from ckptdiff.exports.adaptable import MERGED_EXPERTS
+from ckptdiff.exports.adaptable import FUSED_EXPERTS, MERGED_EXPERTS, Adapted
 from ckptdiff.lora import extract_lora
 from ckptdiff.options import Options
 
-from models import build  # isort: skip
+from models import MODELS, build  # isort: skip
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-QUICK = ("llama", "qwen3_moe", "gpt2", "mamba")
-FAMILIES = (*QUICK, "qwen3", "mixtral", "gpt_oss", "gemma3_text", "bert_mlm", "t5", "deepseek_v3", "qwen2_moe", "jamba")
+QUICK = ("llama", "qwen3_moe", "gpt2", "mamba", "vit")
+RENAMED = ("vit", "llava", "qwen2_vl", "swin", "segformer", "detr", "dinov2", "nemotron_h")
+"""Those whose checkpoints have other names than their modules."""
+SPLIT = ("qwen3_moe", "mixtral", "deepseek_v3", *FUSED_EXPERTS)
+"""Those whose checkpoints have experts one by one."""
+OTHERS = ("qwen3", "gpt_oss", "gemma3_text", "bert_mlm", "t5", "granitemoe", *RENAMED)
+FAMILIES = (*dict.fromkeys((*QUICK, *SPLIT, *OTHERS)),)
 EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 
 
@@ -37,10 +42,19 @@ def moved(model: Any, names: set[str] | None = None) -> Any:
 
 
 def logits(model: Any) -> Any:
+    """What a model computes first of all that it does; of one with two towers, without a picture."""
+    config = model.config
+    config.use_cache = False
     tokens = (torch.arange(24).reshape(2, 12) * 5) % 60 + 1
-    more = {"decoder_input_ids": tokens.flip(1)} if model.config.is_encoder_decoder else {}
+    given = {"input_ids": tokens}
+    if getattr(model, "main_input_name", "") == "pixel_values":
+        size = getattr(config, "image_size", 64)
+        pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        given = {"pixel_values": pixels}
+    elif config.is_encoder_decoder:
+        given["decoder_input_ids"] = tokens.flip(1)
     with torch.no_grad():
-        return model.eval()(input_ids=tokens, **more).logits
+        return model.eval()(**given)[0]
 
 
 def stored_in(folder: Path, name: str) -> tuple[Path, Path]:
@@ -88,7 +102,7 @@ def test_a_lora_of_full_rank_is_the_update_but_for_what_it_lists(name: str, tmp_
     left = {tensor.reason for tensor in made.tensors if tensor.reason}
     assert ("refused by PEFT in models of type mamba" in left) == (name == "mamba")
     experts = [tensor for tensor in held if ".experts." in tensor.name]
-    assert bool(experts) == (name in ("qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"))
+    assert bool(experts) == (name == "gpt_oss" or name in SPLIT)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -106,19 +120,23 @@ def test_a_shira_of_many_coordinates_is_the_update_but_for_what_it_lists(name: s
     from safetensors.torch import load_file, save_file
 
     tensors, base = (load_file(side / "model.safetensors") for side in sides[::-1])
+    adapted = Adapted.of(str(sides[0] / "model.safetensors"), [(key, values.shape) for key, values in base.items()])
+    stored = {adapted.called(key): key for key in base}
     with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as adapter:
         for key in [key for key in adapter.keys() if key.endswith("indices")]:  # noqa: SIM118
-            module = key.removeprefix("base_model.model.").removesuffix(".shira_indices")
+            weight = stored[key.removeprefix("base_model.model.").removesuffix("shira_indices") + "weight"]
             rows, columns = adapter.get_tensor(key).long()
-            values = base[f"{module}.weight"].clone()
-            values[rows, columns] = tensors[f"{module}.weight"][rows, columns]
-            tensors[f"{module}.weight"] = values
-            assert f"{module}.weight" not in left_out
+            values = base[weight].clone()
+            values[rows, columns] = tensors[weight][rows, columns]
+            tensors[weight] = values
+            assert weight not in left_out
     save_file(tensors, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
     assert_holds_the_rest(name, tmp_path, left_out)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["qwen3_moe", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt_oss", "qwen2_moe"))]
+)
 def test_ranks_by_energy_load_and_lose_what_is_said(name: str, tmp_path: Path) -> None:
     """Of experts that did not change too: PEFT stacks those of a layer."""
     build(name).save_pretrained(tmp_path / "base")
@@ -143,19 +161,35 @@ def test_ranks_by_energy_load_and_lose_what_is_said(name: str, tmp_path: Path) -
     assert 0.1 < made.lost < 0.5
 
 
-def test_experts_that_are_not_compared_are_there_for_peft(tmp_path: Path) -> None:
-    sides = stored_in(tmp_path, "qwen3_moe")
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe"])
+def test_experts_that_are_not_compared_are_there_for_peft(name: str, tmp_path: Path) -> None:
+    sides = stored_in(tmp_path, name)
     only = Options(include=("*.layers.0.mlp.experts.1.up_proj.weight", "*.layers.0.mlp.experts.2.gate_proj.weight"))
     made = extract_lora(*sides, tmp_path / "adapter", rank=32, options=only)
     held = {tensor.name for tensor in made.tensors}
     assert len(held) == 2
     with safe_open(sides[0] / "model.safetensors", "pt") as base:
-        assert_holds_the_rest("qwen3_moe", tmp_path, {*base.keys()} - held)
+        assert_holds_the_rest(name, tmp_path, {*base.keys()} - held)
+
+
+@pytest.mark.parametrize("name", [n if n in RENAMED[:3] else pytest.param(n, marks=pytest.mark.slow) for n in MODELS])
+def test_adapters_have_the_names_that_modules_have(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as stored:
+        shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+    adapted = Adapted.of(str(tmp_path / "model.safetensors"), shapes.items())
+    modules = {f"{module}.weight" for module, _ in model.named_modules()}
+    parameters = {parameter for parameter, _ in model.named_parameters()}
+    held = {adapted.called(key): adapted.way(adapted.called(key), shape, True, "lora") for key, shape in shapes.items()}
+    assert {key for key, (way, _) in held.items() if way in ("linear", "conv1d")} <= modules
+    assert {key for key, (way, _) in held.items() if way in ("parameter", "stack")} <= parameters
 
 
 def test_families_whose_experts_peft_stacks_are_those_of_the_table() -> None:
     from peft.utils import transformers_weight_conversion as conversion
 
+    assert not FUSED_EXPERTS.keys() & conversion._MODEL_TO_CONVERSION_PATTERN.keys()
     found = {
         kind: tuple(name for name in conversion._MOE_TARGET_MODULE_MAPPING[pattern] if name != "gate")
         for kind, pattern in conversion._MODEL_TO_CONVERSION_PATTERN.items()
