@@ -91,17 +91,27 @@ def widen(grid: Array, line: int, width: int, before: int, out: Array) -> None:
 
 
 @helper
+def signed_nan(result: Any, of: Any) -> Any:
+    """A product or quotient. Processors do not agree on the sign of a NaN: here it is that of its first factor."""
+    nan = np.uint32((float_bits(of) & np.uint32(0x8000_0000)) | np.uint32(_EXPONENTS | _QUIET))
+    is_nan = (float_bits(result) & np.uint32(0x7FFF_FFFF)) > np.uint32(_EXPONENTS)
+    return bits_float(nan if is_nan else float_bits(result))
+
+
+@helper
 def scale_floats(codes: Array, code: Code, scales: Array, row: int, out: Array) -> None:
     """Floating codes times the scale of each column."""
     for column in range(codes.size):
-        out[row, column] = value_of(codes[column], code) * scales[column]
+        value = value_of(codes[column], code)
+        out[row, column] = signed_nan(np.float32(value * scales[column]), value)
 
 
 @helper
 def scale_integers(codes: Array, zeros: Array, scales: Array, row: int, out: Array) -> None:
     """Integers less the zero of each column, times its scale."""
     for column in range(codes.size):
-        out[row, column] = (np.float32(codes[column]) - zeros[column]) * scales[column]
+        value = np.float32(np.float32(codes[column]) - zeros[column])
+        out[row, column] = signed_nan(np.float32(value * scales[column]), value)
 
 
 @helper
@@ -127,10 +137,10 @@ def finish(out: Array, row: int, factor: Any, divides: bool) -> None:
     """Bring the global scale to a row."""
     if divides:
         for column in range(out.shape[1]):
-            out[row, column] = out[row, column] / factor
+            out[row, column] = signed_nan(np.float32(out[row, column] / factor), out[row, column])
     else:
         for column in range(out.shape[1]):
-            out[row, column] = out[row, column] * factor
+            out[row, column] = signed_nan(np.float32(out[row, column] * factor), out[row, column])
 
 
 @kernel
