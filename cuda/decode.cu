@@ -11,10 +11,10 @@ struct Worth {
     u32 field;
 };
 
-// A product or quotient. Processors do not agree on the sign of a NaN: here it is that of its first factor.
-__device__ inline float signed_nan(float result, float of) {
-    if (magnitude_bits(result) <= F32::INFINITE) return result;
-    return __uint_as_float((__float_as_uint(of) & 0x80000000) | 0x7fc00000);
+// A value of a code. Processors do not agree on the sign of a NaN that a scale makes: here it is that of the code.
+__device__ inline float signed_nan(float value, float code) {
+    if (magnitude_bits(value) <= F32::INFINITE) return value;
+    return __uint_as_float((__float_as_uint(code) & 0x80000000) | 0x7fc00000);
 }
 
 // What is at a row and column of a box; `all` is what went up of the side.
@@ -27,15 +27,15 @@ __device__ inline Worth worth(const Codes& codes, const CodeBox& box, const u8* 
     const u32 line = ((const u32*)(all + box.lines))[row];
     const u32 entry = line * box.across + (box.before + column) / box.width;
     const float scale = ((const float*)(all + box.scales))[entry];
-    float value = codes.values[field], step = codes.steps[field] * __uint_as_float(magnitude_bits(scale));
-    if (box.zeros) value = value - ((const float*)(all + box.zeros))[entry];
-    value = signed_nan(value * scale, value);
+    float code = codes.values[field], step = codes.steps[field] * __uint_as_float(magnitude_bits(scale));
+    if (box.zeros) code = code - ((const float*)(all + box.zeros))[entry];
+    float value = code * scale;
     if (box.factors) {
         const float factor = ((const float*)(all + box.factors))[row], size = __uint_as_float(magnitude_bits(factor));
-        value = signed_nan(codes.divides ? value / factor : value * factor, value);
+        value = codes.divides ? value / factor : value * factor;
         step = codes.divides ? step / size : step * size;
     }
-    return {value, step, field};
+    return {signed_nan(value, code), step, field};
 }
 
 // A value that is stored as such.
@@ -50,7 +50,7 @@ template <class Format> __device__ inline bool differ(const Worth& v, const Wort
 }
 
 // Whether values that differ do so by no more than the larger step. A step of NaN is that of a value of NaN.
-__device__ inline bool near(const Worth& v, const Worth& w) {
+__device__ inline bool within_step(const Worth& v, const Worth& w) {
     const float step = w.step > v.step ? w.step : v.step;
     const float apart = __uint_as_float(magnitude_bits(v.value - w.value));
     return apart <= step * STEP_ROUNDING && magnitude_bits(apart) < F32::INFINITE;
@@ -80,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             kept[EQUAL_CODES] += v.field == w.field || ((v.field | w.field) & one.magnitude) == 0;
             if (!(same_format<COMPARE, Bf16> ? differ<Bf16>(v, w) : differ<F32>(v, w))) continue;
             ++kept[CHANGED_VALUES];
-            kept[WITHIN_STEPS] += near(v, w);
+            kept[WITHIN_STEPS] += within_step(v, w);
         }
     }
 #pragma unroll

@@ -56,8 +56,8 @@ class Side:
         with np.errstate(all="ignore"):
             fields = values - self.zeros.repeat(height, 0)[:_ROWS].repeat(width, 1) if self.zeros.size else values
             bring = np.divide if self.meaning.divides else np.multiply
-            scaled = _signed_nan(fields * scales, fields)
-            worth, steps = _signed_nan(bring(scaled, factors), scaled), bring(steps * np.abs(scales), np.abs(factors))
+            scaled, steps = bring(fields * scales, factors), bring(steps * np.abs(scales), np.abs(factors))
+        worth = np.where(np.isnan(scaled), np.copysign(np.float32(np.nan), fields), scaled)
         return worth.reshape(-1)[:NUMEL], steps.reshape(-1)[:NUMEL]
 
     def write(self, first: int, stop: int, room: ByteArray) -> None:
@@ -107,8 +107,8 @@ class CodedSource:
         raise AssertionError(f"coordinates {first} to {stop} were not measured")
 
     def most_bytes(self, numel: int) -> int:
-        """Less than values take."""
-        return numel
+        """No more than values take."""
+        return 4 * numel
 
     def read(self, first: int, stop: int, base: ByteArray, tuned: ByteArray) -> None:
         """Write what goes up."""
@@ -178,10 +178,6 @@ def _of_integers(rng: np.random.Generator) -> Side:
 def _bf16(values: Floats) -> NDArray[np.uint16]:
     """Leading bits of values, of a NaN the quiet one."""
     return np.where(np.isnan(values), 0x7FC0, values.view(np.uint32) >> 16).astype(np.uint16)
-
-
-def _signed_nan(results: Floats, of: Floats) -> Floats:
-    return np.where(np.isnan(results), np.copysign(np.float32(np.nan), of), results)
 
 
 def _counted(ours: Floats, theirs: Floats, steps: Floats, bits: int) -> tuple[int, int]:

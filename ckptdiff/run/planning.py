@@ -105,14 +105,15 @@ class Plan:
 
     @property
     def decoding_note(self) -> str:
-        """Of how many pairs the device decodes quantised weights, in words; empty if it does of none."""
+        """Who decodes quantised weights, in words; empty where that is the processor alone."""
         sources = ((*sources_of(pair.base), *sources_of(pair.tuned)) for pair in self.pairs)
         quantised = sum(any(isinstance(source, Decoded) for source in some) for some in sources)
-        there = sum(goes_as_codes(pair.base, pair.tuned) for pair in self.pairs) if self.device.decodes else 0
-        if not there:
+        if not quantised or not self.device.decodes:
             return ""
-        rest = f"; of {quantised - there}, the processor" if there < quantised else ""
-        return f"{self.device.name} decodes the quantised weights of {plural(there, 'pair')}{rest}"
+        there = sum(goes_as_codes(pair.base, pair.tuned) for pair in self.pairs)
+        who = {self.device.name: there, "the processor": quantised - there}
+        decoded = (f"of {plural(count, 'pair')} by {name}" for name, count in who.items() if count)
+        return f"quantised weights are decoded {', '.join(decoded)}"
 
     @property
     def chunk_bytes(self) -> int:
@@ -285,6 +286,8 @@ def _load(pair: TensorPair, options: Options, device: Device) -> Load:
 
 def _reading(side: Weight) -> tuple[Hashable, ...]:
     """What tells how a side is read, beside its size."""
+    if isinstance(side, Decoded):
+        return stored_as(side), (side.shape, side.block)
     if isinstance(side, Assembled):
         return side.dtype, is_contiguous(side) and len(runs_of(side, 0, side.numel))
     return stored_as(side), True

@@ -91,7 +91,7 @@ def test_every_code_of_fp8(dtype: torch.dtype, of: type, tmp_path: Path) -> None
 
 
 def test_nan_has_the_sign_of_its_code(tmp_path: Path) -> None:
-    """Whatever makes it, on every processor: a code, a scale, or zero times infinity."""
+    """Whatever makes it: a code, a scale, or zero times infinity."""
     codes = torch.tensor([0x7F, 0xFF, 0x00, 0x80, 0x38, 0xB8], dtype=torch.uint8).repeat(4, 1)
     scales = torch.tensor([[1.0], [torch.inf], [torch.nan], [-torch.nan]])
     tensors = {"a.weight": codes.view(torch.float8_e4m3fn), "a.weight_scale": scales}

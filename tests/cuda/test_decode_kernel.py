@@ -24,6 +24,7 @@ from ckptdiff.checkpoint.encodings import find_encoded
 from ckptdiff.checkpoint.kept import Kept, count_kept
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.checkpoint.weights import Decoded
+from ckptdiff.errors import CheckpointError
 from ckptdiff.formats import FORMATS
 from ckptdiff.measure.cuda.backend import CudaBackend
 from ckptdiff.measure.cuda.coded_side import size_of
@@ -285,3 +286,19 @@ def test_a_device_that_flushes_to_zero_does_not_decode_right(libraries, names, w
     with libraries(*names).flushing():
         wrong = decoding_test(worker)
     assert wrong is not None and what in wrong and "deltas" in wrong
+
+
+def test_codes_that_cannot_be_read_leave_nothing_under_way(libraries, tmp_path):
+    sample = LAYOUTS["DeepSeek fp8"](np.random.default_rng(3), 700, 390)
+    weight, path = encoded(tmp_path, sample), tmp_path / "model.safetensors"
+    gpu = HostGpu(libraries, processors=1)
+    worker = CudaBackend(gpu, Room(8 << 15, 2))
+    f32 = FORMATS["f32"]
+    with pytest.raises(CheckpointError, match="changed while it was read") as caught, open_shards("pread") as shards:
+        assert shards[weight.codes.shard]  # as it was
+        path.write_bytes(path.read_bytes()[:-30_000])
+        whole, stop = Span(0, 0, 1), threading.Event()
+        source = ShardSource(shards, TensorPair("a.weight", weight, weight), whole, SideRooms(), stop, None, True)
+        worker.scan(Scan(f32, f32, f32), source, Partial())
+    assert caught.value.file == str(path) and gpu.queued == 0
+    assert any(entry.name == "carry_out" for entry in caught.traceback)

@@ -167,7 +167,7 @@ def test_what_a_device_does_not_decode_the_processor_does(on_host_gpu, tmp_path)
         }
         save(tmp_path / str(number), tensors, {"quant_method": "compressed-tensors", "config_groups": groups})
     plan = planning.prepare(str(tmp_path / "0"), str(tmp_path / "1"), options=Options(device="cuda"))
-    assert plan.decoding_note == "cuda:0 decodes the quantised weights of 1 pair; of 1, the processor"
+    assert plan.decoding_note == "quantised weights are decoded of 1 pair by cuda:0, of 1 pair by the processor"
     run_both(tmp_path / "0", tmp_path / "1", tmp_path, mask="bitwise")
     assert planning.prepare(str(tmp_path / "0"), str(tmp_path / "1"), options=Options(device="cpu")).decoding_note == ""
 
