@@ -7,13 +7,13 @@ from functools import cache
 
 import numpy as np
 
-from ckptdiff.checkpoint.boxes import boxes_of_elements, is_contiguous, matrix_of, read_elements
+from ckptdiff.checkpoint.boxes import boxes_of_elements, matrix_of, read_elements
 from ckptdiff.checkpoint.code_formats import CODES
 from ckptdiff.checkpoint.decoding import BoxScales, Decoder, flip_of
 from ckptdiff.checkpoint.kept import Kept, count_scales
 from ckptdiff.checkpoint.kernels.code_values import decode_codes
 from ckptdiff.checkpoint.open_shards import OpenShards
-from ckptdiff.checkpoint.weights import Decoded, Weight
+from ckptdiff.checkpoint.weights import Assembled, Decoded, Weight
 from ckptdiff.measure.code_box import Meaning
 from ckptdiff.measure.cuda.coded_side import SideWriter, most_bytes
 from ckptdiff.measure.cuda.layout import DEVICE_TILE
@@ -29,11 +29,10 @@ def goes_as_codes(base: Weight, tuned: Weight) -> bool:
     It cannot where a side is put together of pieces, or where the codes and scales of a tile take more than its values
     may: integers in rows of one column, for each of which a word is stored, and a scale.
     """
-    sides = base, tuned
-    coded = [side for side in sides if isinstance(side, Decoded)]
-    plain = [side for side in sides if not isinstance(side, Decoded)]
-    fits = all(_most_bytes(side, DEVICE_TILE) <= Room.smallest().side_bytes for side in coded)
-    return bool(coded) and all(map(is_contiguous, plain)) and fits
+    if isinstance(base, Assembled) or isinstance(tuned, Assembled):
+        return False
+    coded = [side for side in (base, tuned) if isinstance(side, Decoded)]
+    return bool(coded) and all(_most_bytes(side, DEVICE_TILE) <= Room.smallest().side_bytes for side in coded)
 
 
 def room_to_send(base: Weight, tuned: Weight, numel: int) -> int:

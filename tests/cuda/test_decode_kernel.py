@@ -23,7 +23,7 @@ from ckptdiff.checkpoint.decoding import Decoder
 from ckptdiff.checkpoint.encodings import find_encoded
 from ckptdiff.checkpoint.kept import Kept, count_kept
 from ckptdiff.checkpoint.open_shards import open_shards
-from ckptdiff.checkpoint.weights import Decoded
+from ckptdiff.checkpoint.weights import Assembled, Decoded, Piece
 from ckptdiff.errors import CheckpointError
 from ckptdiff.formats import FORMATS
 from ckptdiff.measure.cuda.backend import CudaBackend
@@ -256,13 +256,16 @@ def test_no_launch_takes_more_than_was_said(tmp_path, data):
 
 
 def test_what_takes_more_than_its_values_stays_with_the_processor(tmp_path):
-    """Rows of one column: a word for each, and a scale."""
+    """Rows of one column: a word for each, and a scale. And what is put together of pieces, even of one run."""
     rng = np.random.default_rng(0)
     narrow = encoded(tmp_path / "narrow", LAYOUTS["3 bits in words, zero points for rows"](rng, 40_000, 1))
     wide = encoded(tmp_path / "wide", LAYOUTS["3 bits in words, zero points for rows"](rng, 10, 100))
     plain = stored(tmp_path / "plain.safetensors", np.zeros((10, 100), np.float32), "f32")
     assert [goes_as_codes(side, side) for side in (narrow, wide, plain)] == [False, True, False]
     assert goes_as_codes(plain, wide) and goes_as_codes(wide, plain)
+    whole = tuple((0, size, 1) for size in wide.shape)
+    pieces = Assembled("a.weight", "F32", wide.shape, (Piece(plain, whole, whole),))
+    assert not goes_as_codes(wide, pieces)
 
 
 def test_a_device_that_decodes_wrongly_is_not_accepted(libraries):
