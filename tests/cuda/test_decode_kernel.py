@@ -146,6 +146,21 @@ def test_every_layout_is_decoded_as_by_the_processor(layout, libraries, tmp_path
         agree(libraries(*names), shards, sides, first, stop, names[2] == "bf16", **how)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("compare", ["bf16", "f32"])
+def test_every_code_against_every_other(dtype, compare, libraries, tmp_path):
+    codes = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
+    scales = torch.from_numpy(np.exp2(np.random.default_rng(0).uniform(-145, 20, (256, 1))).astype(np.float32))
+    scales[:4, 0] = torch.tensor([0, torch.inf, torch.nan, -1])
+    sides = []
+    for number, side in enumerate((codes, codes.T)):
+        tensors = {"a.weight": side.contiguous().view(dtype), "a.weight_scale": scales}
+        sides.append(encoded(tmp_path / str(number), Sample(tensors, np.empty(0), "FP8")))
+    with open_shards("pread") as shards:
+        kept = agree(libraries("f32", "f32", compare), shards, sides, 0, 1 << 16, compare == "bf16")
+    assert kept.equal_codes == 256 + 2 and 0 < kept.within < kept.changed  # both zeros
+
+
 @pytest.mark.parametrize("format", PLAIN)
 @pytest.mark.parametrize("layout", ["DeepSeek fp8", "NVFP4 of compressed-tensors", "3 bits in words, zero points"])
 @pytest.mark.parametrize("coded_first", [True, False])
