@@ -45,8 +45,7 @@ sys.path[:0] = [str(ROOT / "tests" / "cuda"), str(ROOT / "tests")]
 
 
 def kernel_rows(some: int, quick: bool) -> Iterator[Row]:
-    """All six kernels: every code of the narrow formats, random bits of the wide ones, casts, ties, open cuts,
-    codes with scales.
+    """All six kernels: every code of narrow formats, random bits of wide ones, casts, ties, open cuts, codes to decode.
 
     `some` coordinates make a scan that is random; `quick` is for a sanitizer, under which kernels take long.
     """

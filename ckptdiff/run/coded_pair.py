@@ -116,11 +116,8 @@ def _meaning(name: str, flip: int, divides: bool) -> Meaning:
     bits = np.unpackbits(fields[:, None], axis=1, count=code.bits, bitorder="little")
     raw = np.packbits(bits, bitorder="little")
     raw.flags.writeable = False
-    values, steps, matrix = (
-        np.empty((1, count), np.float32),
-        np.empty((1, count), np.float32),
-        np.ones((1, 1), np.float32),
-    )
+    values, steps = np.empty((2, 1, count), np.float32)
+    matrix = np.ones((1, 1), np.float32)
     grid = matrix, 0 * matrix, np.zeros(1, np.int64), count, 0
     decode_codes(raw, raw.size, 0, code, flip, grid, np.empty(0, np.float32), False, values, fields[None], steps)
     return Meaning(code.bits, flip, code.magnitude, divides, values[0], steps[0])
