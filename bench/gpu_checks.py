@@ -13,29 +13,23 @@ PAIR is a folder with base/ and tuned/. `--figures FILE` keeps what is found as 
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import math
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from gpu_machine import machine_rows
 from measure import write_json
 
 ROOT = Path(__file__).parents[1]
 TESTS = ROOT / "tests" / "cuda" / "test_on_gpu.py"
-NEEDED = ("numpy", "numba", "h5py", "rich", "click")
-FOR_TESTS = ("pytest", "hypothesis")
-ALSO = ("llvmlite", "cupy", "scipy", "torch", "safetensors", "ml_dtypes", "xdist", "pytest_timeout")
 RULES = ("abs:1e-05", "top:10")
 SUMS = {
     "delta_norm": ("delta_norm",),
@@ -50,82 +44,8 @@ Row = dict[str, Any]
 sys.path[:0] = [str(ROOT / "tests" / "cuda"), str(ROOT / "tests")]
 
 
-def machine_rows() -> Iterator[Row]:
-    """Packages, processor, memory, GPU. What is missing is said first, and is an error if ckptdiff needs it."""
-    packages = {name: _imported(name) for name in (*NEEDED, *FOR_TESTS, *ALSO)}
-    missing = [name for name in NEEDED if packages[name] is None]
-    yield {"what": "missing", "found": ", ".join(missing) or "nothing", "wrong": bool(missing)}
-    untested = [name for name in FOR_TESTS if packages[name] is None]
-    yield {"what": "missing for the tests", "found": ", ".join(untested) or "nothing", "wrong": bool(untested)}
-    yield {"what": "packages", "found": ", ".join(f"{name} {found}" for name, found in packages.items() if found)}
-    yield {"what": "ckptdiff", "found": str(importlib.util.find_spec("ckptdiff").origin)}  # type: ignore[union-attr]
-    for name in ("/dev/shm", tempfile.gettempdir(), str(Path.home())):
-        if Path(name).is_dir():
-            free, writable = shutil.disk_usage(name).free, os.access(name, os.W_OK)
-            yield {"what": name, "found": f"{free >> 30} GiB free{'' if writable else ', cannot be written'}"}
-    for program in ("nvidia-smi", "nvcc", "compute-sanitizer", "ncu"):
-        yield {"what": program, "found": found_program(program) or "not found"}
-    yield from _nvidia_smi()
-    if missing:
-        return
-    from ckptdiff.errors import DeviceError
-    from ckptdiff.measure.cuda.choice import find_gpu
-
-    try:
-        gpu = find_gpu(0)
-        free, total = gpu.free_memory()
-    except (DeviceError, MemoryError) as error:
-        yield {"what": "GPU", "found": f"none: {error}", "wrong": True}
-        return
-    facts, runtime = gpu.properties, gpu.cupy.cuda.runtime
-    yield {"what": "GPU", "found": facts["name"].decode()}
-    yield {"what": "compute capability", "found": f"{facts['major']}.{facts['minor']}"}
-    yield {"what": "multiprocessors", "found": gpu.processors}
-    yield {"what": "GPU memory", "found": f"{free >> 20} MiB of {total >> 20} free"}
-    yield {"what": "CUDA of the driver", "found": runtime.driverGetVersion()}
-    yield {"what": "CUDA runtime", "found": runtime.runtimeGetVersion()}
-
-
-def _imported(name: str) -> str | None:
-    """The version of a package that can be imported; large ones are looked at only."""
-    try:
-        if name not in ("torch", "scipy", "cupy"):
-            importlib.import_module(name)
-        elif importlib.util.find_spec(name) is None:
-            return None
-    except ImportError as error:
-        return None if isinstance(error, ModuleNotFoundError) and error.name == name else f"BROKEN ({error})"
-    owners = metadata.packages_distributions().get(name, ())
-    return ", ".join(metadata.version(owner) for owner in sorted(set(owners))) or "of unknown version"
-
-
-def found_program(name: str) -> str | None:
-    """Where a program is, on PATH or where CUDA and its driver are usually installed."""
-    usual = ("/usr/local/cuda/bin", "/usr/local/nvidia/bin")
-    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(usual))
-
-
-def _nvidia_smi() -> Iterator[Row]:
-    """What the driver says of the GPU, without CUDA."""
-    program, told = found_program("nvidia-smi"), Path("/proc/driver/nvidia/version")
-    names = (
-        "driver_version,name,memory.total,memory.used,pcie.link.gen.max,pcie.link.width.max,clocks.max.sm,power.limit"
-    )
-    if program is None:
-        yield {"what": "driver", "found": told.read_text().splitlines()[0] if told.exists() else "no nvidia-smi"}
-        return
-    command = [program, f"--query-gpu={names}", "--format=csv,noheader", "--id=0"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
-    except (subprocess.SubprocessError, OSError) as error:
-        yield {"what": "driver", "found": f"nvidia-smi failed: {error}"}
-        return
-    for name, value in zip(names.replace("driver_version", "driver").split(","), found.split(", "), strict=False):
-        yield {"what": name, "found": value}
-
-
 def kernel_rows(some: int, quick: bool) -> Iterator[Row]:
-    """All five kernels: every code of the narrow formats, random bits of the wide ones, casts, ties, open cuts.
+    """All six kernels: every code of narrow formats, random bits of wide ones, casts, ties, open cuts, codes to decode.
 
     `some` coordinates make a scan that is random; `quick` is for a sanitizer, under which kernels take long.
     """
@@ -138,6 +58,7 @@ def kernel_rows(some: int, quick: bool) -> Iterator[Row]:
     from ckptdiff.measure.cuda.backend import CudaBackend
     from ckptdiff.measure.cuda.slots import Room
     from ckptdiff.measure.partial import Rule, Scan
+    from ckptdiff.measure.self_test import decoding_test
 
     worker = CudaBackend(choice.find_gpu(0), Room.smallest() if quick else Room())
     rng = np.random.default_rng(0)
@@ -177,6 +98,10 @@ def kernel_rows(some: int, quick: bool) -> Iterator[Row]:
             scan = Scan(format, format, format, (1e-5,), 1e-3, Rule.TOP, 1.0, count, take, want_mask=True)
             check(worker, scan, np.zeros(some, format.code_dtype), tuned)
 
+    def codes() -> None:
+        wrong = decoding_test(worker)
+        assert wrong is None, wrong
+
     def cuts(name: str) -> None:
         check_refine(worker, FORMATS[name], *sides(FORMATS[name], FORMATS[name], some))
 
@@ -191,6 +116,7 @@ def kernel_rows(some: int, quick: bool) -> Iterator[Row]:
         triples += [("f32", "bf16", "bf16"), ("f64",) * 3, ("f8_e4m3", "f8_e5m2", "bf16"), ("bf16", "f16", "f32")]
     for names in triples[:1] if quick else triples:
         yield case("scan, harvest", names, lambda: scans(names))  # noqa: B023
+    yield case("decode, scan", ("e4m3", "e5m2", "integers"), codes)
     for name in ("f32",) if quick else ("f32", "bf16"):
         yield case("scan, place_ties, take_ties", (name,), lambda: ties(name))  # noqa: B023
     for name in ("f32",) if quick else ("f32", "bf16", "f16"):
@@ -339,7 +265,7 @@ def compile_rows(pairs: list[Path], more: list[str], nice: int) -> Iterator[Row]
                 formats.add(formats_of(one.base.dtype, one.tuned.dtype, "bf16"))
     warm_up._AT_ONCE = len(os.sched_getaffinity(0))  # nobody is waiting for their memory
     os.nice(nice)
-    asked = warm_up.uses({(bf16, bf16, bf16)}, formats, 1 << 17)
+    asked = warm_up.uses({(bf16, bf16, bf16)}, formats, 1 << 17, ["decoded"])
     begun = time.perf_counter()
     warm_up.load(CpuBackend(), asked, lambda event: print(event, flush=True))
     yield {"kernels of the CPU backend": len(asked.certain), "seconds": time.perf_counter() - begun}

@@ -27,6 +27,7 @@ struct Tile {
 enum Count { STORED_EQUAL, WITHIN_ETA, MASKED, OFF_GRID, NONFINITE_BASE, NONFINITE_TUNED, NONFINITE_DELTA, COUNTS };
 enum Sum { DELTA, ABS_DELTA, DELTA_SQUARE, BASE_DELTA, BASE_SQUARE, STORED_SQUARE, ABSORBED_SQUARE, TIES, SUMS };
 enum Rule { NONE, BITWISE, ABOVE, ETA, TOP };
+enum Kept { EQUAL_CODES, CHANGED_VALUES, WITHIN_STEPS, KEPT };
 enum Row { WEIGHTS, CHANGED_WEIGHTS, LOST_WEIGHTS, DELTAS, LOW_BITS, LOW_SQUARES, ROWS };
 
 // The figures of one tensor pair, or of the part of it at hand; all are integers, so any order gives the same.
@@ -35,6 +36,7 @@ struct Record {
     u64 largest;           // bits of |d|, which order as the values do
     u64 ulp[64];           // by floor(log2(distance))
     u64 above[LIMITS + 1]; // changed coordinates of finite d, by how many thresholds |d| exceeds
+    u64 kept[KEPT];        // what the sides have in common besides values, if one of them is codes with scales
 };
 
 // Magnitudes are bit patterns of the type of d, rounded down: comparing those compares the values.
@@ -51,4 +53,29 @@ struct Search {
     u64 thresholds[LIMITS], tails[TAILS]; // all ones where there are fewer
     u64 deltas[LIMITS], weights[LIMITS];  // known leading bits of the open cuts
     u32 delta_count, weight_count, shift;
+};
+
+const u32 MOST_BOXES = 3; // the rest of a row, whole rows, a part of one
+
+// Rows and columns of the matrix of a side that is codes with scales. Offsets are in bytes from the start of the side.
+struct CodeBox {
+    u32 first, numel;           // its coordinates in the launch, row by row
+    u32 columns;                // of a row of the box
+    u32 codes, stride, skip;    // where they begin, bytes from one row to the next, bits before the first code of each
+    u32 scales, zeros, across;  // floats; 0 if there are no zeros; how many there are in a line
+    u32 lines;                  // the line that each row of the box takes
+    u32 width, before;          // columns to a scale, and those of the first one that lie before the box
+    u32 factors;                // floats: the global scale of each row; 0 if there is none
+};
+
+// What such a side begins with.
+struct Codes {
+    u32 size;      // of all that goes up
+    u32 bits;      // of a code, 8 at most; the lowest come first
+    u32 flip;      // those of them to turn over
+    u32 magnitude; // those that are zero in a zero
+    u32 divides;   // whether values are over the global scale, not times it
+    u32 boxes;
+    CodeBox box[MOST_BOXES];
+    float values[256], steps[256]; // of each code
 };

@@ -191,7 +191,8 @@ def test_figures_are_whole_while_steps_are_under_way(call, tmp_path):
 def test_what_did_not_pass_is_repeated_after_the_first_steps(tmp_path):
     from argparse import Namespace
 
-    from on_gpu import SMALL, chosen_steps
+    from gpu_calls import SMALL
+    from on_gpu import chosen_steps
 
     before = {"fixtures": "failed", "tests": "skipped", "doctor": "passed", "profile": "absent"}
     earlier = tmp_path / "call-a.json"
@@ -204,7 +205,8 @@ def test_what_did_not_pass_is_repeated_after_the_first_steps(tmp_path):
 
 
 def test_the_pair_fits_where_it_is_written(tmp_path):
-    from on_gpu import SMALL, Sizes, scratch_folder
+    from gpu_calls import SMALL, Sizes
+    from on_gpu import scratch_folder
 
     with scratch_folder(SMALL, tmp_path) as (folder, sizes):
         assert folder.parent == tmp_path and sizes == SMALL
@@ -234,7 +236,7 @@ def test_a_missing_gpu_fails_where_one_is_needed(needed):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is missing: the kernels cannot run on this CPU")
 def test_both_calls_rehearsed(tmp_path):
-    from on_gpu import CALLS, SMALL, preparations
+    from gpu_calls import CALLS, SMALL, preparations
 
     command = [sys.executable, BENCH / "on_gpu.py", "--rehearse", "--out", tmp_path]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -6,7 +6,8 @@ Of a box only its own bytes are read, and memory is proportional to it.
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -22,8 +23,10 @@ from ckptdiff.checkpoint.open_shard import failed_once
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.checkpoint.weights import Decoded
 from ckptdiff.formats import FORMATS
+from ckptdiff.measure.code_box import CodeBox
+from ckptdiff.measure.source import ByteArray
 
-__all__ = ["Box", "Decoder", "DecodingRoom", "Floats", "OddScales", "decode_box"]
+__all__ = ["Box", "BoxScales", "Decoder", "DecodingRoom", "Floats", "OddScales", "decode_box", "flip_of"]
 
 Floats: TypeAlias = NDArray[np.float32]
 
@@ -60,20 +63,15 @@ class DecodingRoom:
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
-    """A box of a weight's matrix, decoded.
+class BoxScales:
+    """The scales of a box of a weight's matrix.
 
     Attributes
     ----------
     weight : Decoded
-    values : float32 array, shape (rows, columns)
     odd : Counter
         Scales that are zero, negative, NaN or infinite. Each is counted in the box that has its first value, so that
         the counts of boxes that fill a matrix add up to those of the tensor.
-    steps : float32 array, shape (rows, columns), or None
-        With `detail`: from each code to the next one of larger magnitude, as a value. In the room that it was given.
-    fields : uint8 array, shape (rows, columns), or None
-        With `detail`: the codes, one to a byte. In the room that it was given.
     scales : float32 array, shape (k, l)
         Of the blocks whose first value is in the box, with the global scale.
     starts : tuple of (int64 array, int64 array)
@@ -81,12 +79,27 @@ class Box:
     """
 
     weight: Decoded
-    values: Floats
     odd: OddScales
-    steps: Floats | None
-    fields: NDArray[np.uint8] | None
     scales: Floats
     starts: tuple[NDArray[np.int64], NDArray[np.int64]]
+
+
+@dataclass(frozen=True, slots=True)
+class Box(BoxScales):
+    """A box of a weight's matrix, decoded.
+
+    Attributes
+    ----------
+    values : float32 array, shape (rows, columns)
+    steps : float32 array, shape (rows, columns), or None
+        With `detail`: from each code to the next one of larger magnitude, as a value. In the room that it was given.
+    fields : uint8 array, shape (rows, columns), or None
+        With `detail`: the codes, one to a byte. In the room that it was given.
+    """
+
+    values: Floats
+    steps: Floats | None
+    fields: NDArray[np.uint8] | None
 
 
 def decode_box(
@@ -123,8 +136,33 @@ def decode_box(
     CheckpointError
         If a file cannot be read, or changes.
     """
+    code, shape = CODES[weight.code], out.shape
+    steps = room.take("steps", 4 * out.size).view(np.float32).reshape(shape) if detail else _NO_MATRIX
+    fields = room.take("fields", out.size).reshape(shape) if detail else _NO_CODES
+    with _opened(shards, weight, rows, columns, room) as (box, own):
+        places = box.scales, box.zeros, box.lines, box.width, box.before
+        how = box.stride, box.skip, code, flip_of(weight)
+        decode_codes(box.raw, *how, places, box.factors, weight.divides, out, fields, steps)
+    found = steps if detail else None, fields if detail else None
+    return Box(own.weight, own.odd, own.scales, own.starts, out, *found)
+
+
+def flip_of(weight: Decoded) -> int:
+    """Bits of each code to turn over, which makes fields of signed bytes."""
+    return 0x80 if weight.codes.dtype == "I8" and not CODES[weight.code].floats else 0
+
+
+@contextmanager
+def _opened(
+    shards: OpenShards,
+    weight: Decoded,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    room: DecodingRoom,
+    raw_room: ByteArray | None = None,
+) -> Iterator[tuple[CodeBox, BoxScales]]:
+    """Codes and scales of a box, the former in a room of their own if there is one; valid within this."""
     (top, bottom), (left, right) = rows, columns
-    shape = bottom - top, right - left
     height, width = weight.block
     code = CODES[weight.code]
     flat = np.arange(top, bottom)
@@ -134,16 +172,7 @@ def decode_box(
     scales = _scales(shards, weight.scales, -(-weight.shape[-1] // width), grid, room)
     zeros = _NO_MATRIX if code.floats else _zeros(shards, weight, code.bits, upwards, grid, room)
     factors = _factors(shards, weight, flat, room)
-    steps = room.take("steps", 4 * out.size).view(np.float32).reshape(shape) if detail else _NO_MATRIX
-    fields = room.take("fields", out.size).reshape(shape) if detail else _NO_CODES
-    flip = 0x80 if weight.codes.dtype == "I8" and not code.floats else 0
-    cut = _Cut(top, bottom, left * code.bits // 8, -(-right * code.bits // 8))
-    with ExitStack() as stack:
-        raw, stride = _bytes(shards, weight.codes, weight.codes.nbytes // weight.rows, cut, room, stack)
-        places = scales, zeros, lines - lines[0], width, left % width
-        skip = left * code.bits % 8
-        decode_codes(raw, stride, skip, code, flip, places, factors, weight.divides, out, fields, steps)
-    down, right_of = np.flatnonzero(flat % weight.period % height == 0), np.arange(-left % width, shape[1], width)
+    down, right_of = np.flatnonzero(flat % weight.period % height == 0), np.arange(-left % width, right - left, width)
     own = scales[len(scales) - len(down) :, scales.shape[1] - len(right_of) :]
     odd = _odd(weight.scales, own)
     if weight.global_scale is not None:
@@ -152,7 +181,12 @@ def decode_box(
             odd += _odd(weight.global_scale, factors[first])
         with np.errstate(all="ignore"):
             own = own / factors[down, None] if weight.divides else own * factors[down, None]
-    return Box(weight, out, odd, steps if detail else None, fields if detail else None, own, (down, right_of))
+    cut = _Cut(top, bottom, left * code.bits // 8, -(-right * code.bits // 8))
+    with ExitStack() as stack:
+        raw, stride = _bytes(shards, weight.codes, weight.codes.nbytes // weight.rows, cut, room, stack, raw_room)
+        skip, before = left * code.bits % 8, left % width
+        box = CodeBox(raw, stride, skip, scales, zeros, lines - lines[0], width, before, factors, right - left)
+        yield box, BoxScales(weight, odd, own, (down, right_of))
 
 
 class Decoder:
@@ -180,9 +214,26 @@ class Decoder:
     ) -> Box:
         """Decode a box; see :func:`decode_box`. It is valid until the next one."""
         box = decode_box(shards, weight, rows, columns, out, self._room, detail=detail)
-        paths = {part.name: part.shard.path for part in weight.parts} if box.odd else {}
-        self.odd |= {(paths[name], name, what, weight.name) for name, what in box.odd}
+        self._note(box)
         return box
+
+    @contextmanager
+    def opened(
+        self,
+        shards: OpenShards,
+        weight: Decoded,
+        rows: tuple[int, int],
+        columns: tuple[int, int],
+        raw_room: ByteArray,
+    ) -> Iterator[tuple[CodeBox, BoxScales]]:
+        """Codes, in ``raw_room`` or mapped, and scales of a box, for who decodes them; valid within this."""
+        with _opened(shards, weight, rows, columns, self._room, raw_room) as (box, scales):
+            self._note(scales)
+            yield box, scales
+
+    def _note(self, box: BoxScales) -> None:
+        paths = {part.name: part.shard.path for part in box.weight.parts} if box.odd else {}
+        self.odd |= {(paths[name], name, what, box.weight.name) for name, what in box.odd}
 
 
 def _odd(part: TensorInfo, scales: Floats) -> OddScales:
@@ -265,7 +316,13 @@ def _matrix(raw: NDArray[np.uint8], stride: int, cut: _Cut) -> NDArray[np.uint8]
 
 
 def _bytes(
-    shards: OpenShards, tensor: TensorInfo, stride: int, cut: _Cut, room: DecodingRoom, stack: ExitStack
+    shards: OpenShards,
+    tensor: TensorInfo,
+    stride: int,
+    cut: _Cut,
+    room: DecodingRoom,
+    stack: ExitStack,
+    buffer: ByteArray | None = None,
 ) -> tuple[NDArray[np.uint8], int]:
     """Rows of a tensor, looked at as a matrix of bytes, from a column on; and the bytes from one to the next.
 
@@ -277,7 +334,7 @@ def _bytes(
         stride = size
     if cut.left == 0 and stride - size < _PADDING:
         size = stride
-    buffer = room.take("raw", count * size)
+    buffer = room.take("raw", count * size) if buffer is None else buffer[: count * size]
     if size == stride:
         return stack.enter_context(reader.window(tensor, start, start + count * size, buffer)), stride
     rows = buffer.reshape(count, size)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ckptdiff.checkpoint.code_formats import CODES
-from ckptdiff.checkpoint.decoding import Box, Floats
+from ckptdiff.checkpoint.decoding import Box, BoxScales, Floats
 from ckptdiff.checkpoint.kernels.code_values import count_equal_codes, count_within_steps
 
-__all__ = ["Kept", "count_kept", "same_grid"]
+__all__ = ["Kept", "count_kept", "count_scales", "same_grid"]
 
 _BY_DIVISION = np.float32(2.0**-22)
 """How much a scale times s and one over 1 / s may differ, each rounded to float32, and s too."""
@@ -79,12 +79,16 @@ def count_kept(base: Box | Floats, tuned: Box | Floats, *, as_bf16: bool) -> Kep
         if one.weight.code == other.weight.code and one.fields is not None and other.fields is not None:
             zero = CODES[one.weight.code].magnitude
             codes = count_equal_codes(one.fields.reshape(-1), other.fields.reshape(-1), zero)
-        if same_grid(one, other):
-            scales, equal = one.scales.size, _equal(one, other)
+        scales, equal = count_scales(one, other)
     return Kept(ours.size, codes, scales, equal, changed, within)
 
 
-def same_grid(base: Box, tuned: Box) -> bool:
+def count_scales(base: BoxScales, tuned: BoxScales) -> tuple[int, int] | tuple[None, None]:
+    """How many scales there are, and how many are equal as values; None where the grids differ."""
+    return (base.scales.size, _equal(base, tuned)) if same_grid(base, tuned) else (None, None)
+
+
+def same_grid(base: BoxScales, tuned: BoxScales) -> bool:
     """Whether the blocks of both sides are the same there."""
     return all(
         ours.size == theirs.size and bool((ours == theirs).all())
@@ -92,7 +96,7 @@ def same_grid(base: Box, tuned: Box) -> bool:
     )
 
 
-def _equal(base: Box, tuned: Box) -> int:
+def _equal(base: BoxScales, tuned: BoxScales) -> int:
     """How many scales are equal; where just one side divides, up to what rounding does to one over a global scale."""
     with np.errstate(invalid="ignore"):
         if base.weight.divides == tuned.weight.divides:

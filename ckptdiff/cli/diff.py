@@ -222,8 +222,7 @@ def _print_plan(base: str, tuned: str, out: Path | None, options: Options, reque
             )
             matrices = plural(plan.spectra.matrices, "matrix", "matrices")
             lines.append(f"spectra   {plan.spectra.mode}, of {matrices}{too_large}")
-        if plan.threads_note:
-            lines.append(f"note      {plan.threads_note}")
+        lines += [f"note      {note}" for note in (plan.threads_note, plan.decoding_note) if note]
         lines += [f"warning: {safe(warning)}" for warning in plan.diff.warnings]
         stream.write("\n".join(lines) + "\n")
 

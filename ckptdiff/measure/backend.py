@@ -15,6 +15,10 @@ from ckptdiff.measure.source import SmallPairs, Source
 class Backend(Protocol):
     """Measures spans of blocks; one object per thread. See :class:`~ckptdiff.measure.cpu.CpuBackend`."""
 
+    @property
+    def decodes(self) -> bool:
+        """Whether windows may be :class:`~ckptdiff.measure.source.Coded`."""
+
     def scan(self, scan: Scan, source: Source, partial: Partial, first_tie: int = 0) -> NDArray[np.uint8] | None:
         """Measure a span of blocks; returns its mask bits."""
 

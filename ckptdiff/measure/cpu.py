@@ -27,6 +27,8 @@ _ITEM = 8
 class CpuBackend:
     """Measures spans in one thread; holds that thread's work space."""
 
+    decodes = False
+
     def __init__(self) -> None:
         self._work: dict[int, Workspace] = {}
         self._words = np.zeros(0, np.uint64)

@@ -15,6 +15,8 @@ from ckptdiff.measure.source import Source, blocks_of_span
 class ReferenceBackend:
     """Measures blocks with NumPy; the methods are those of :class:`~ckptdiff.measure.cpu.CpuBackend`."""
 
+    decodes = False
+
     def scan(self, scan: Scan, source: Source, partial: Partial, first_tie: int = 0) -> NDArray[np.uint8] | None:
         """Measure a span of blocks; see :meth:`ckptdiff.measure.cpu.CpuBackend.scan`."""
         partial.open_blocks(0, len(scan.thresholds))

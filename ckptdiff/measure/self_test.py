@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from ckptdiff.formats import FORMATS, Format
 from ckptdiff.measure.backend import Backend
+from ckptdiff.measure.decoding_self_test import coded_sources
 from ckptdiff.measure.partial import Partial, Rule, Scan, Sum
 from ckptdiff.measure.reference import ReferenceBackend
-from ckptdiff.measure.source import InMemory
+from ckptdiff.measure.source import InMemory, Source
 
 SELF_TESTED = (
     ("bf16", "bf16", "bf16"),
@@ -31,7 +32,8 @@ _CODES = 1 << 16
 
 def wrong_figures(backend: Backend) -> str:
     """What differs from the reference in the whole self-test; "" if nothing does."""
-    return "; ".join(found for names in SELF_TESTED if (found := self_test(backend, names)))
+    wrong = [self_test(backend, names) for names in SELF_TESTED]
+    return "; ".join(filter(None, [*wrong, decoding_test(backend) if backend.decodes else None]))
 
 
 def self_test(backend: Backend, names: tuple[str, str, str] = SELF_TESTED[0]) -> str | None:
@@ -39,13 +41,24 @@ def self_test(backend: Backend, names: tuple[str, str, str] = SELF_TESTED[0]) ->
     base, tuned, compare = (FORMATS[name] for name in names)
     above = Scan(base, tuned, compare, (0.0, 1e-5), 1e-3, Rule.ABOVE, 1e-3, want_mask=True)
     beyond = Scan(base, tuned, compare, (0.0, 1e-40), 1e-3, Rule.ETA, 0.25, want_mask=True)
-    wrong = [*_compare(backend, above, _weights(base, tuned)), *_compare(backend, beyond, _codes(base, tuned))]
+    weights, codes = _weights(base, tuned), _codes(base, tuned)
+    wrong = [*_compare(backend, above, weights, weights), *_compare(backend, beyond, codes, codes)]
     return f"{', '.join(dict.fromkeys(wrong))} of {'-'.join(names)}" if wrong else None
 
 
-def _compare(backend: Backend, scan: Scan, source: InMemory) -> list[str]:
+def decoding_test(backend: Backend) -> str | None:
+    """Measure small pairs that are codes with scales; returns what differs, None if nothing."""
+    wrong = []
+    for what, (scan, source) in coded_sources().items():
+        differ = _compare(backend, scan, source, InMemory(*source.right, source.numel))
+        differ += [] if source.kept == source.right_kept else ["what codes have in common"]
+        wrong += [f"{', '.join(differ)} of {what}"] if differ else []
+    return "; ".join(wrong) or None
+
+
+def _compare(backend: Backend, scan: Scan, source: Source, right_source: InMemory) -> list[str]:
     got, expected = Partial(), Partial()
-    ours, theirs = backend.scan(scan, source, got), ReferenceBackend().scan(scan, source, expected)
+    ours, theirs = backend.scan(scan, source, got), ReferenceBackend().scan(scan, right_source, expected)
     wrong = [] if ours is not None and theirs is not None and np.array_equal(ours, theirs) else ["mask"]
     for field in fields(Partial):
         found, right = getattr(got, field.name), getattr(expected, field.name)

@@ -22,6 +22,27 @@ ByteArray = NDArray[np.uint8]
 Runs = NDArray[np.int64]
 
 
+class Coded(Protocol):
+    """The sides of a span of which one at least is codes with scales, for a backend that makes values of them."""
+
+    @property
+    def sides(self) -> tuple[bool, bool]:
+        """Which sides are; the other is stored as values."""
+
+    @property
+    def counts(self) -> bool:
+        """Whether to count what the sides have in common besides values."""
+
+    def most_bytes(self, numel: int) -> int:
+        """What a side of so many consecutive coordinates takes in :meth:`read`, at most."""
+
+    def read(self, first: int, stop: int, base: ByteArray, tuned: ByteArray) -> None:
+        """Read coordinates of the span: a coded side as ``measure/cuda/coded_side.py`` lays it out."""
+
+    def found(self, equal_codes: int, changed: int, within: int) -> None:
+        """Take what was counted of the whole span; see :class:`~ckptdiff.checkpoint.kept.Kept`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """Coordinates ``first`` to ``stop`` - 1 of a span that can be read now; ``first`` is a multiple of ``BLOCK``."""
@@ -31,6 +52,8 @@ class Window:
     base: Runs
     tuned: Runs
     """Their runs; one object if both sides are the same bytes. Shape (k, 3)."""
+    coded: Coded | None = None
+    """What has them instead, of the whole span; only where the backend ``decodes``."""
 
 
 @dataclass(frozen=True, slots=True)

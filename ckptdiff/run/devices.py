@@ -23,6 +23,8 @@ class Device:
     """Makes the backend of one thread."""
     batches: bool
     """Whether that backend is :class:`~ckptdiff.measure.backend.Batching`."""
+    decodes: bool = False
+    """Whether that backend makes values of codes with scales itself."""
     scratch: Callable[[int], int] = lambda numel: 0
     """Bytes of work space that a thread needs for a pair of a number of coordinates, beside the blocks themselves."""
     threads: int = 0
@@ -83,4 +85,4 @@ def _open_gpu(options: Options) -> Device:
     def worker() -> Backend:
         return CudaBackend(CupyGpu(index), room)  # in the thread that will use it
 
-    return Device(gpu.name, worker, True, lambda numel: room.host_bytes, threads, resident() - before)
+    return Device(gpu.name, worker, True, True, lambda numel: room.host_bytes, threads, resident() - before)

@@ -91,8 +91,8 @@ def _introduce(plan: Plan, tell: Listener) -> None:
     why = f" ({plan.device.note})" if plan.device.note else ""
     tell(Note(f"device {plan.device.name}{why}, {plan.threads} threads, io {plan.io} (--io {plan.options.io})"))
     tell(Note(f"projected memory {plan.projected_memory >> 20} MiB of {plan.max_memory >> 20} MiB"))
-    if plan.threads_note:
-        tell(Note(plan.threads_note))
+    for note in filter(None, (plan.threads_note, plan.decoding_note)):
+        tell(Note(note))
     tell(Started(plan.tensors, plan.total_bytes, plan.diff))
 
 

@@ -18,6 +18,7 @@ from ckptdiff.checkpoint.layout_halves import unusual_halves
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.checkpoint.same_values import look_for_ties, sampled_agreement, sampled_likeness
 from ckptdiff.checkpoint.weights import Assembled, Decoded, Weight, sources_of, stored_as
+from ckptdiff.errors import plural
 from ckptdiff.events import Listener, ignore
 from ckptdiff.figures.columns import Measured, measured
 from ckptdiff.figures.result import Diff
@@ -27,6 +28,7 @@ from ckptdiff.measure.passes import BitMeasurement, FloatMeasurement, Measuremen
 from ckptdiff.measure.records import Records
 from ckptdiff.memory import DEFAULT_MEMORY, peak_resident, resident, room_to_grow
 from ckptdiff.options import Options, default_threads
+from ckptdiff.run.coded_pair import goes_as_codes, room_to_send
 from ckptdiff.run.devices import Device, open_device
 from ckptdiff.run.facts import facts_of_run
 from ckptdiff.run.tasks import GRAIN, Grain, Load, Memory, Span, fit_memory
@@ -111,6 +113,18 @@ class Plan:
             least = f"{-(-self.memory.of(on_device) >> 20)}M for {on_device}"
             return f"memory holds {self.threads} of {wanted} threads; --max-memory {least}"
         return f"--gpu-memory holds {self.threads} of {wanted} threads" if self.threads < wanted else ""
+
+    @property
+    def decoding_note(self) -> str:
+        """Who decodes quantised weights, in words; empty where that is the processor alone."""
+        sources = ((*sources_of(pair.base), *sources_of(pair.tuned)) for pair in self.pairs)
+        quantised = sum(any(isinstance(source, Decoded) for source in some) for some in sources)
+        if not quantised or not self.device.decodes:
+            return ""
+        there = sum(goes_as_codes(pair.base, pair.tuned) for pair in self.pairs)
+        who = {self.device.name: there, "the processor": quantised - there}
+        decoded = (f"of {plural(count, 'pair')} by {name}" for name, count in who.items() if count)
+        return f"quantised weights are decoded {', '.join(decoded)}"
 
     @property
     def chunk_bytes(self) -> int:
@@ -283,7 +297,10 @@ def _load(pair: TensorPair, options: Options, device: Device) -> Load:
     sides: list[Weight] = [pair.base] if same else [pair.base, pair.tuned]
     # Of codes with scales, what they take together.
     bits = tuple(8 * side.nbytes // max(numel, 1) for side in sides)
-    reading = sum(room_to_read(side, min(numel, BLOCK)) for side in sides)
+    if device.decodes and goes_as_codes(pair.base, pair.tuned):
+        reading = room_to_send(pair.base, pair.tuned, min(numel, BLOCK))
+    else:
+        reading = sum(room_to_read(side, min(numel, BLOCK)) for side in sides)
     if pair.base.kind is not Kind.FLOAT:
         return Load(numel, bits, reading + min(numel, BLOCK) * 4)
     formats = formats_of(pair.base.dtype, pair.tuned.dtype, options.compare)
@@ -296,6 +313,8 @@ def _load(pair: TensorPair, options: Options, device: Device) -> Load:
 
 def _reading(side: Weight) -> tuple[Hashable, ...]:
     """What tells how a side is read, beside its size."""
+    if isinstance(side, Decoded):
+        return stored_as(side), (side.shape, side.block)
     if isinstance(side, Assembled):
         return side.dtype, is_contiguous(side) and len(runs_of(side, 0, side.numel))
     return stored_as(side), True

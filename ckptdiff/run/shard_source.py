@@ -28,11 +28,12 @@ from ckptdiff.checkpoint.weights import Assembled, Decoded, Weight
 from ckptdiff.codes.fetch import AT, FILE, MEMORY
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.measure.source import ByteArray, Runs, SmallPairs, Window
+from ckptdiff.run.coded_pair import CodedPair, goes_as_codes
 from ckptdiff.run.tasks import Span
 
 __all__ = ["ShardSource", "SideRooms", "small_pairs"]
 
-_NOTHING = np.empty(0, np.uint8)
+_NOTHING, _NO_RUNS = np.empty(0, np.uint8), np.empty((0, 3), np.int64)
 
 
 class SideRooms:
@@ -76,11 +77,8 @@ class ShardSource:
         Set when the run is given up; the next window then raises InterruptedError.
     count_as : str or None
         What the sides are compared as, if it is to be counted what they have in common besides values.
-
-    Attributes
-    ----------
-    kept : Kept or None
-        That, of the windows so far; None if neither side is quantised.
+    decodes : bool
+        Whether the backend does.
     """
 
     def __init__(
@@ -91,25 +89,39 @@ class ShardSource:
         rooms: SideRooms,
         stop: threading.Event,
         count_as: str | None = None,
+        decodes: bool = False,
     ) -> None:
         self._shards, self._rooms, self._stop = shards, rooms, stop
         # Bytes that both names share are read once.
         self._sides: list[Weight] = [pair.base] if pair.same_bytes else [pair.base, pair.tuned]
         self._counts = count_as if any(isinstance(side, Decoded) for side in self._sides) else None
-        self.kept: Kept | None = None
+        self._kept: Kept | None = None
         self._first = span.first * BLOCK
+        self._coded: CodedPair | None = None
+        if decodes and goes_as_codes(pair.base, pair.tuned):
+            counts = count_as is not None
+            self._coded = CodedPair(shards, pair.base, pair.tuned, self._first, rooms.decoders, counts)
         self.numel = min(span.stop * BLOCK, pair.base.numel) - self._first
 
+    @property
+    def kept(self) -> Kept | None:
+        """What the sides have in common besides values, of the windows so far; None if neither is quantised."""
+        return self._kept if self._coded is None else self._coded.kept
+
     def windows(self) -> Iterator[Window]:
-        """The whole span if compiled code reads it, else a block at a time."""
-        whole = not self._shards.mapped and all(map(is_contiguous, self._sides))
+        """The whole span if compiled code or a device reads it, else a block at a time."""
+        whole = self._coded is not None or (not self._shards.mapped and all(map(is_contiguous, self._sides)))
         step = max(self.numel, 1) if whole else BLOCK
         for first in range(0, self.numel, step):
             if self._stop.is_set():
                 raise InterruptedError("the run was given up")
             stop = min(first + step, self.numel)
+            if self._coded is not None:
+                yield Window(first, stop, _NO_RUNS, _NO_RUNS, self._coded)
+                continue
             if self._counts is not None and not any(isinstance(side, Assembled) for side in self._sides):
-                yield Window(first, stop, *self._decoded(first, stop, self._counts))
+                base, tuned = self._decoded(first, stop, self._counts)
+                yield Window(first, stop, base, tuned)
                 continue
             with ExitStack() as stack:
                 runs = [self._runs(stack, index, first, stop) for index in range(len(self._sides))]
@@ -147,7 +159,7 @@ class ShardSource:
                     read_elements(self._shards, side, start, start + shape[0] * shape[1], part)
                     found.append(self._floats(side.dtype, part).reshape(shape))
             kept = count_kept(*found, as_bf16=count_as == "bf16")
-            self.kept = kept if self.kept is None else self.kept + kept
+            self._kept = kept if self._kept is None else self._kept + kept
             done += shape[0] * shape[1]
         return [np.array([[first, MEMORY, room.ctypes.data]]) for room in rooms]
 

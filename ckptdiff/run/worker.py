@@ -144,7 +144,8 @@ class Worker:
         assert todo is not None
         # What both sides have in common is counted by the pass that sees all of it first.
         count_as = todo.compare.name if isinstance(todo, Scan) and todo is measurement.first else None
-        source = ShardSource(self._shards, pair, span, self._rooms, self._stop, count_as)
+        decodes = self._plan.device.decodes
+        source = ShardSource(self._shards, pair, span, self._rooms, self._stop, count_as, decodes)
         if isinstance(todo, Targets):
             assert isinstance(measurement, FloatMeasurement)
             refined = Refined.empty(todo)

@@ -90,6 +90,22 @@ def test_every_code_of_fp8(dtype: torch.dtype, of: type, tmp_path: Path) -> None
         assert np.array_equal(np.signbit(box.values), np.signbit(expected)) and np.array_equal(box.fields, codes)
 
 
+def test_nan_has_the_sign_of_its_code(tmp_path: Path) -> None:
+    """Whatever makes it: a code, a scale, or zero times infinity."""
+    codes = torch.tensor([0x7F, 0xFF, 0x00, 0x80, 0x38, 0xB8], dtype=torch.uint8).repeat(4, 1)
+    scales = torch.tensor([[1.0], [torch.inf], [torch.nan], [-torch.nan]])
+    tensors = {"a.weight": codes.view(torch.float8_e4m3fn), "a.weight_scale": scales}
+    bits = decode(encoded(save(tmp_path / "fp8", tensors)), (0, 4), (0, 6)).values.view(np.uint32)
+    one, infinite, nan = (np.array([code, code | 0x80000000]) for code in (0x3F800000, 0x7F800000, 0x7FC00000))
+    of_scale = [[nan, [0, 0x80000000], one], [nan, nan, infinite], [nan, nan, nan], [nan, nan, nan]]
+    np.testing.assert_array_equal(bits, np.array(of_scale).reshape(4, 6))
+    sample = LAYOUTS["NVFP4 of compressed-tensors"](np.random.default_rng(0), 1, 16)
+    sample.tensors["a.weight_packed"][:] = 0x80  # zeros of both signs
+    sample.tensors["a.weight_global_scale"].fill_(0)
+    values = decode(encoded(save(tmp_path / "nvfp4", sample.tensors, sample.config)), (0, 1), (0, 16)).values
+    np.testing.assert_array_equal(values.view(np.uint32)[0, :2], nan)
+
+
 def test_one_rounding(tmp_path: Path) -> None:
     """A global scale is brought to the exact product; float64 holds all of it."""
     sample = LAYOUTS["NVFP4 of compressed-tensors"](np.random.default_rng(1), 50, 200)

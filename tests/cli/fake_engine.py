@@ -69,6 +69,7 @@ class FakeEngine:
             total_bytes=2_000_000_000,
             threads=2,
             threads_note="",
+            decoding_note="",
             spectra=None,
             chunk_bytes=1 << 21,
             projected_memory=300 << 20,

@@ -9,6 +9,7 @@ from host_kernels import QUICK, TESTED
 from kernel_runs import UNTOUCHED, nonzero, padded, run_refine, run_scan, tiles_of
 
 from ckptdiff.formats import FORMATS
+from ckptdiff.measure.cuda.coded_side import CODE_BOX, CODES
 from ckptdiff.measure.cuda.layout import (
     DEVICE_TILE,
     RECORD,
@@ -60,7 +61,7 @@ def sample(names, n, kind, seed=0):
 
 
 def test_records_are_laid_out_alike(libraries):
-    sizes = [record.itemsize for record in (TILE_RECORD, RECORD, SCAN_SETTINGS, SEARCH)]
+    sizes = [record.itemsize for record in (TILE_RECORD, RECORD, SCAN_SETTINGS, SEARCH, CODE_BOX, CODES)]
     assert libraries(*TESTED[0]).sizes() == sizes
 
 

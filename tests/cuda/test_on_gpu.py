@@ -18,7 +18,7 @@ from ckptdiff.measure.cuda.backend import CudaBackend
 from ckptdiff.measure.cuda.choice import find_gpu
 from ckptdiff.measure.cuda.slots import Room
 from ckptdiff.measure.partial import BLOCK, Rule, Scan
-from ckptdiff.measure.self_test import SELF_TESTED, self_test
+from ckptdiff.measure.self_test import SELF_TESTED, decoding_test, self_test
 
 pytestmark = pytest.mark.gpu
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -78,6 +78,10 @@ def test_top_takes_its_share_of_ties(worker):
 @pytest.mark.parametrize("names", SELF_TESTED, ids="-".join)
 def test_self_test(worker, names):
     assert self_test(worker, names) is None
+
+
+def test_codes_with_scales(worker):
+    assert decoding_test(worker) is None
 
 
 @pytest.mark.parametrize("fixture", ["llama", "moe", "fp8", "wide", "odd", "tied", "vlm"])

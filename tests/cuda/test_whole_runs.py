@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from host_gpu import HostGpu
+from quantised import LAYOUTS, Sample, save
 from run_files import assert_same_run, datasets
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch
@@ -14,6 +15,8 @@ import ckptdiff
 from ckptdiff.errors import DeviceError
 from ckptdiff.measure.cuda.backend import CudaBackend
 from ckptdiff.measure.cuda.slots import Room
+from ckptdiff.options import Options
+from ckptdiff.report.as_json import document
 from ckptdiff.run import planning
 from ckptdiff.run.devices import Device
 
@@ -28,18 +31,39 @@ def on_host_gpu(libraries, monkeypatch):
         def open_device(options):
             if options.device == "cpu":
                 return real(options)
-            return Device("cuda:0", lambda: CudaBackend(HostGpu(libraries, seed, processors=1), room), batches=True)
+            return Device("cuda:0", worker, batches=True, decodes=True)
 
-        real = planning.open_device
+        def worker():
+            devices.append(HostGpu(libraries, seed, processors=1))
+            return CudaBackend(devices[-1], room)
+
+        real, devices = planning.open_device, list[HostGpu]()
         monkeypatch.setattr(planning, "open_device", open_device)
+        return devices
 
     return use
 
 
 def run_both(base, tuned, tmp_path, **options):
+    found = {}
     for device in ("cpu", "cuda"):
-        ckptdiff.diff(base, tuned, out=tmp_path / f"{device}.h5", device=device, **options)
+        found[device] = document(ckptdiff.diff(base, tuned, out=tmp_path / f"{device}.h5", device=device, **options))
     assert_same_run(datasets(tmp_path / "cuda.h5"), datasets(tmp_path / "cpu.h5"))
+    assert_same_document(found["cuda"], found["cpu"])
+
+
+def assert_same_document(got, expected):
+    """Floats are sums, or made of them."""
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys()
+    if isinstance(expected, dict | list):
+        assert len(got) == len(expected)
+        for key in expected if isinstance(expected, dict) else range(len(expected)):
+            assert_same_document(got[key], expected[key])
+    elif isinstance(expected, float):
+        assert got == pytest.approx(expected, rel=1e-11, abs=1e-14)
+    else:
+        assert got == expected
 
 
 @pytest.mark.parametrize(
@@ -99,6 +123,61 @@ def test_sides_that_are_not_stored_alike(on_host_gpu, tmp_path):
         facts = {facts.name: facts for facts in run.load().tensors}
     assert facts[f"{prefix}.experts.2.down_proj.weight"].pieces[0].transposed
     assert facts[f"{prefix}.x_proj.weight"].dtype_base == "FP8" and facts["model.embed_tokens.weight"].rows
+
+
+MET = {
+    "DeepSeek fp8": "DeepSeek fp8",
+    "NVFP4 of compressed-tensors": "NVFP4 of ModelOpt",
+    "MXFP4 of GPT-OSS": "MXFP4 of GPT-OSS",
+    "MXFP8": "DeepSeek fp8",
+    "4 bits in words, zero points": "4 bits in words, zero points",
+}
+"""What is stored on one side, and on the other."""
+
+
+@pytest.mark.parametrize(("base", "tuned"), MET.items())
+def test_codes_are_decoded_on_the_device(on_host_gpu, tmp_path, base, tuned):
+    """Of both sides, over several launches, of fp8 several spans: a run file and a report as of the processor."""
+    devices = on_host_gpu(len(base), Room.smallest())
+    rng, spans = np.random.default_rng(len(base)), base == tuned == "DeepSeek fp8"
+    sides = [LAYOUTS[layout](rng, 1300 if spans else 130, 896) for layout in (base, tuned)]
+    if base == tuned:
+        moved(sides, rng)
+    paths = [save(tmp_path / str(number), side.tensors, side.config) for number, side in enumerate(sides)]
+    run_both(*paths, tmp_path, mask="top:5", threads=2, compare="stored" if base.startswith("4 bits") else "bf16")
+    assert sum(device.launched.count("decode") for device in devices) > 2
+    with ckptdiff.RunFile(tmp_path / "cuda.h5") as run:
+        (facts,) = run.load().tensors
+    assert facts.kept is not None and facts.kept.requantised is not None
+    assert (facts.kept.codes_unchanged is None) == (sides[0].encoding[-1] != sides[1].encoding[-1])
+    assert (facts.kept.scales_unchanged is None) == (base == "MXFP8")
+
+
+def test_what_a_device_does_not_decode_the_processor_does(on_host_gpu, tmp_path):
+    """Words of one code each, with a scale and a zero point: more bytes than their values take."""
+    on_host_gpu(1, Room.smallest())
+    for number in (0, 1):
+        rng = np.random.default_rng(number)
+        one, other = LAYOUTS["3 bits in words, zero points for rows"], LAYOUTS["4 bits in words, zero points"]
+        narrow, usual = one(rng, 40_000, 1), other(rng, 30, 64)
+        tensors = usual.tensors | {"b" + name[1:]: tensor for name, tensor in narrow.tensors.items()}
+        groups = {
+            name: {"targets": [f"re:{name}.*"], "weights": sample.config["config_groups"]["group_0"]["weights"]}
+            for name, sample in (("a", usual), ("b", narrow))
+        }
+        save(tmp_path / str(number), tensors, {"quant_method": "compressed-tensors", "config_groups": groups})
+    plan = planning.prepare(str(tmp_path / "0"), str(tmp_path / "1"), options=Options(device="cuda"))
+    assert plan.decoding_note == "quantised weights are decoded of 1 pair by cuda:0, of 1 pair by the processor"
+    run_both(tmp_path / "0", tmp_path / "1", tmp_path, mask="bitwise")
+    assert planning.prepare(str(tmp_path / "0"), str(tmp_path / "1"), options=Options(device="cpu")).decoding_note == ""
+
+
+def moved(sides: list[Sample], rng) -> None:
+    """The tuned side is the base but for a tenth of its bytes, scales included."""
+    for name, tensor in sides[1].tensors.items():
+        ours, theirs = (each.reshape(-1).view(torch.uint8) for each in (sides[0].tensors[name], tensor.contiguous()))
+        kept = torch.from_numpy(rng.random(theirs.shape) < 0.9)
+        sides[1].tensors[name] = torch.where(kept, ours, theirs).view(tensor.dtype).reshape(tensor.shape)
 
 
 def test_a_gpu_lost_in_mid_run_leaves_no_run_file(libraries, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 from ckptdiff.formats import FORMATS
 from ckptdiff.measure import self_test as module
 from ckptdiff.measure.cpu import CpuBackend
+from ckptdiff.measure.decoding_self_test import coded_sources
 from ckptdiff.measure.self_test import SELF_TESTED, self_test, wrong_figures
 from ckptdiff.measure.source import blocks_of_span
 
@@ -69,6 +70,19 @@ def test_numbers_and_differences_are_subnormal_too(name, real):
     for values in (base, tuned, delta, delta[(np.abs(base) >= np.finfo(real).tiny)]):
         assert np.count_nonzero((values != 0) & (np.abs(values) < np.finfo(real).tiny)) > 10
     assert np.isinf(base).any() or np.isnan(base).any()
+
+
+def test_codes_with_scales_are_of_every_kind():
+    for scan, source in coded_sources().values():
+        base, tuned = source.right
+        values = np.concatenate(
+            [side.view(np.float32) for side in ([base, tuned] if scan.base.bits == 32 else [tuned])]
+        )
+        sizes = np.abs(values[np.isfinite(values)])
+        assert np.isnan(values).any() and np.isinf(values).any() and (sizes == 0).any()
+        assert np.count_nonzero((sizes > 0) & (sizes < np.finfo(np.float32).tiny)) > 1000
+        equal, changed, within = source.right_kept
+        assert (equal > 0) == (scan.base.bits == 32) and 100 < within < changed < source.numel
 
 
 def test_the_whole_of_it_names_all_that_is_wrong():

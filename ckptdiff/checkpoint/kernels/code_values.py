@@ -133,6 +133,22 @@ def finish(out: Array, row: int, factor: Any, divides: bool) -> None:
             out[row, column] = out[row, column] * factor
 
 
+@helper
+def is_regular(scale: Any) -> Any:
+    """Whether a scale makes NaN of nothing else."""
+    return (scale != np.float32(0)) & (abs(scale) < np.float32(np.inf))
+
+
+@helper
+def sign_nans(codes: Array, code: Code, zeros: Array, row: int, out: Array) -> None:
+    """Give NaN the sign of its code: processors do not agree on that of one which a scale makes."""
+    for column in range(codes.size):
+        bits = float_bits(out[row, column])
+        if (bits & np.uint32(0x7FFF_FFFF)) > np.uint32(_EXPONENTS):
+            negative = codes[column] < zeros[column] if not code.floats else codes[column] >> (code.bits - 1) != 0
+            out[row, column] = bits_float(np.uint32(0xFFC0_0000) if negative else np.uint32(_EXPONENTS | _QUIET))
+
+
 @kernel
 def decode_codes(
     raw: Array,
@@ -147,7 +163,7 @@ def decode_codes(
     fields: Array,
     steps: Array,
 ) -> None:
-    """Decode a box of a weight: each value is rounded once, and once more by a global scale.
+    """Decode a box of a weight: each value is rounded once, and once more by a global scale; NaN keeps its code's sign.
 
     Parameters
     ----------
@@ -174,12 +190,14 @@ def decode_codes(
     scales, zeros, lines, width, before = grid
     columns, known = out.shape[1], -1
     wide, room = np.empty((2, columns), np.float32), np.empty(columns // 2 * 2 + 2, np.uint8)
-    pairs = room.view(np.uint16)
+    pairs, regular = room.view(np.uint16), True
     for row in range(len(out)):
         first = unpack(raw, row * stride, skip, code.bits, np.uint8(flip), room, pairs, columns)
         codes = room[first : first + columns]
         if lines[row] != known:
-            known = lines[row]
+            known, regular = lines[row], True
+            for entry in range(scales.shape[1]):
+                regular &= is_regular(scales[known, entry])
             widen(scales, known, width, before, wide[0])
             if not code.floats:
                 widen(zeros, known, width, before, wide[1])
@@ -194,6 +212,8 @@ def decode_codes(
             finish(out, row, factors[row], divides)
             if len(steps):
                 finish(steps, row, abs(factors[row]), divides)
+        if not regular or (len(factors) and not is_regular(factors[row])):
+            sign_nans(codes, code, wide[1], row, out)
 
 
 @kernel

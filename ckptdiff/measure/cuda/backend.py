@@ -13,15 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.errors import DeviceError
+from ckptdiff.formats import Formats
 from ckptdiff.measure.cuda.batch import Rows, UnreadableError, groups
-from ckptdiff.measure.cuda.gpu import Gpu
-from ckptdiff.measure.cuda.layout import REFINE_BINS, ROWS, add_refined, add_scanned, scan_settings, search_settings
+from ckptdiff.measure.cuda.gpu import Buffer, Gpu
+from ckptdiff.measure.cuda.layout import (
+    DEVICE_TILE,
+    REFINE_BINS,
+    ROWS,
+    add_refined,
+    add_scanned,
+    scan_settings,
+    search_settings,
+)
 from ckptdiff.measure.cuda.pipeline import Launch, LaunchWork, Part, Pipeline
 from ckptdiff.measure.cuda.slots import GroupTotals, Room, Slot
 from ckptdiff.measure.partial import BINS, Partial, Refined, Rule, Scan, Targets
 from ckptdiff.measure.ranks import ranks_of
 from ckptdiff.measure.records import Records
 from ckptdiff.measure.source import ByteArray, SmallPairs, Source, Window, read_runs
+
+_DECODED = DEVICE_TILE // 4
+"""Coordinates for each block of threads that decodes."""
 
 logger = logging.getLogger("ckptdiff.cuda")
 
@@ -31,6 +43,8 @@ class CudaBackend:
 
     Its buffers are as large as ``room`` says, and smaller where memory does not suffice.
     """
+
+    decodes = True
 
     def __init__(self, gpu: Gpu, room: Room) -> None:
         self._gpu = gpu
@@ -53,6 +67,9 @@ class CudaBackend:
                     written += bits.size
                 if landed.job.closes:
                     add_scanned(scan, source.numel, landed.records[0], np.concatenate(sums), landed.bins, partial)
+                    coded = landed.job.parts[0].coded
+                    if coded is not None and coded.counts:
+                        coded.found(*landed.records[0]["kept"].tolist())
         return mask if scan.want_mask else None
 
     def scan_small(
@@ -100,7 +117,7 @@ class CudaBackend:
 
         def launch(slot: Slot, totals: GroupTotals, bins: Any, tiles: int, job: Launch) -> None:
             blocks, count = min(tiles, 2 * gpu.processors), np.uint32(tiles)
-            sides = slot.sides[0], slot.sides[0 if job.shared else 1]
+            sides = self._values(formats, slot, totals, job)
             mask = slot.mask if scan.want_mask else None
             given = [slot.tiles, count, settings, *sides, mask]
             gpu.launch(formats, "scan", blocks, [*given, slot.sums, totals.records, bins], run)
@@ -117,7 +134,7 @@ class CudaBackend:
         formats, gpu, run = scan.formats, self._gpu, self._pipeline.run
 
         def launch(slot: Slot, totals: GroupTotals, bins: Any, tiles: int, job: Launch) -> None:
-            sides = slot.sides[0], slot.sides[0 if job.shared else 1]
+            sides = self._values(formats, slot, totals, job)
             given = [slot.tiles, np.uint32(tiles), settings, *sides]
             blocks = min(tiles, 2 * gpu.processors)
             gpu.launch(formats, "refine", blocks, [*given, slot.sums, totals.records, bins], run)
@@ -125,14 +142,33 @@ class CudaBackend:
         rows = len(targets.deltas) + 2 * len(targets.weights)
         return LaunchWork(formats, launch, rows * REFINE_BINS, False)
 
+    def _values(self, formats: Formats, slot: Slot, totals: GroupTotals, job: Launch) -> tuple[Buffer, Buffer]:
+        """Both sides as values, once codes with scales are decoded."""
+        stored = slot.sides[0], slot.sides[0 if job.shared else 1]
+        (part, *_), (base, tuned) = job.parts, job.coded
+        if part.coded is None:
+            return stored
+        room = self._pipeline.values
+        decoded = room[0] if base else None, room[1] if tuned else None
+        blocks = -(-part.numel // _DECODED)
+        given = [*stored, *decoded, np.uint32(part.coded.counts), totals.records]
+        self._gpu.launch(formats, "decode", blocks, given, self._pipeline.run)
+        return room[0] if base else stored[0], room[1] if tuned else stored[1]
+
     def _jobs(self, scan: Scan, source: Source) -> Iterator[Launch]:
         """One group: the span, cut into launches."""
-        step = self._pipeline.room.coordinates(max(scan.base.bits, scan.tuned.bits))
+        room = self._pipeline.room
         for window in source.windows():
+            step, coded = room.coordinates(max(scan.base.bits, scan.tuned.bits)), window.coded
+            while coded is not None and step > DEVICE_TILE and coded.most_bytes(step) > room.side_bytes:
+                step = max(step // 2 // DEVICE_TILE, 1) * DEVICE_TILE
             for first in range(window.first, window.stop, step):
                 stop = min(first + step, window.stop)
-                shared = window.tuned is window.base
-                part = Part(0, stop - first, bind(_read, scan, source, window, first), shared)
+                if coded is None:
+                    read, shared = bind(_read, scan, source, window, first), window.tuned is window.base
+                else:
+                    read, shared = bind(coded.read, first, stop), False
+                part = Part(0, stop - first, read, shared, coded)
                 yield Launch((part,), opens=first == 0, closes=stop == source.numel)
 
     def _room_for_mask(self, numel: int) -> NDArray[np.uint8]:

@@ -41,11 +41,26 @@ class DeviceCount(IntEnum):
     NONFINITE_DELTA = 6
 
 
+class DeviceKept(IntEnum):
+    """Index of what both sides have in common besides values in a record."""
+
+    EQUAL_CODES = 0
+    CHANGED_VALUES = 1
+    WITHIN_STEPS = 2
+
+
 TILE_RECORD = np.dtype([("base", "u8"), ("tuned", "u8"), ("mask", "u8"), ("numel", "u4"), ("record", "u4")], align=True)
 """Consecutive coordinates of one tensor pair: offsets into the buffers in bytes, and whose figures they add to."""
 
 RECORD = np.dtype(
-    [("counts", "u8", len(DeviceCount)), ("largest", "u8"), ("ulp", "u8", 64), ("above", "u8", LIMITS + 1)], align=True
+    [
+        ("counts", "u8", len(DeviceCount)),
+        ("largest", "u8"),
+        ("ulp", "u8", 64),
+        ("above", "u8", LIMITS + 1),
+        ("kept", "u8", len(DeviceKept)),
+    ],
+    align=True,
 )
 """Figures of one tensor pair that are not in histograms."""
 

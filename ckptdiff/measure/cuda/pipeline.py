@@ -3,7 +3,7 @@
 Three streams: up, run and down. The host fills a slot, queues its copies up, the kernels, and the copies down, and goes
 on with the other slot; before it uses a slot again it waits for all that was queued with it. So within a slot, on the
 GPU, three things need an order: kernels after the copies up, copies down after the kernels, and the host after those.
-Tables of bins are only touched by the run stream, one launch after the other.
+Tables of bins, and values that codes are decoded to, are only touched by the run stream, one launch after the other.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.formats import Formats
+from ckptdiff.measure.cuda.coded_side import size_of
 from ckptdiff.measure.cuda.gpu import Gpu
 from ckptdiff.measure.cuda.layout import DEVICE_TILE, RECORD, TILE_RECORD
 from ckptdiff.measure.cuda.slots import ALIGN, ENTRIES, SLOTS, GroupTotals, HostBlock, Room, Slot
 from ckptdiff.measure.partial import Sum
+from ckptdiff.measure.source import Coded
 
 Bins = tuple[NDArray[np.uint32], NDArray[np.uint64]]
 
@@ -37,6 +39,8 @@ class Part:
     """Reads both sides into given arrays of bytes; with one array, that of the base, which is also the tuned side's."""
     shared: bool = False
     """Whether both sides are the same bytes."""
+    coded: Coded | None = None
+    """Of what it is a part, if a side is codes with scales: then ``read`` is given all the room of that side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,12 @@ class Launch:
     def shared(self) -> bool:
         """Whether both sides are the same bytes, so that one goes up; a tensor of which that is true goes alone."""
         return self.parts[0].shared
+
+    @property
+    def coded(self) -> tuple[bool, bool]:
+        """Which sides go up as codes with scales; a tensor of which one does goes alone."""
+        coded = self.parts[0].coded
+        return (False, False) if coded is None else coded.sides
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +110,8 @@ class Pipeline:
         self._slots = [Slot(gpu, room, block) for _ in range(SLOTS)]
         self._totals = [GroupTotals(gpu, room, block) for _ in range(SLOTS)]
         self._bins = gpu.empty(room.bins * 8)
+        self.values = gpu.empty(room.side_bytes), gpu.empty(room.side_bytes)
+        """What codes of either side are decoded to; like the bins, it is touched by the run stream alone."""
         self._host_bins = block.take(ENTRIES * 4), block.take(ENTRIES * 8)
 
     def carry_out(self, work: LaunchWork, jobs: Iterable[Launch]) -> Generator[Landed, None, None]:
@@ -136,10 +148,14 @@ class Pipeline:
         slot = flight.slot
         base_bits, tuned_bits = work.formats[0].bits, work.formats[1].bits
         at = [0, 0, 0]
+        coded = flight.job.coded
         tiles = []
         for part in flight.job.parts:
             sizes = [part.numel * base_bits // 8, part.numel * tuned_bits // 8, -(-part.numel // 8)]
-            base, tuned = (slot.host_sides[side][at[side] : at[side] + sizes[side]] for side in (0, 1))
+            base, tuned = (
+                slot.host_sides[side] if coded[side] else slot.host_sides[side][at[side] : at[side] + sizes[side]]
+                for side in (0, 1)
+            )
             part.read(*((base,) if part.shared else (base, tuned)))
             starts = np.arange(0, part.numel, DEVICE_TILE, dtype=np.uint64)
             own = np.zeros(starts.size, TILE_RECORD)
@@ -155,7 +171,8 @@ class Pipeline:
         gpu, slot, job, totals, tiles = self.gpu, flight.slot, flight.job, flight.totals, flight.tiles
         for side, (host, there) in enumerate(zip(slot.host_sides, slot.sides, strict=True)):
             if side == 0 or not job.shared:
-                gpu.upload(there, host[: _end(tiles, ("base", "tuned")[side], work.formats[side].bits)], self.up)
+                end = _end(tiles, ("base", "tuned")[side], work.formats[side].bits)
+                gpu.upload(there, host[: size_of(host) if job.coded[side] else end], self.up)
         gpu.upload(slot.tiles, slot.host_tiles[: tiles.nbytes], self.up)
         records = 1 + max(part.record for part in job.parts)
         if job.opens:

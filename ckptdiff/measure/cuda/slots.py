@@ -48,7 +48,8 @@ class Room:
     def gpu_bytes(self) -> int:
         """GPU memory."""
         of_slot = sum(self.of_slot) + self.tiles * 8
-        return SLOTS * (of_slot + self.summary_bytes + MOST_ENTRIES * _ENTRY) + self.bins * 8
+        of_slots = SLOTS * (of_slot + self.summary_bytes + MOST_ENTRIES * _ENTRY)
+        return of_slots + 2 * self.side_bytes + self.bins * 8
 
     @property
     def of_slot(self) -> tuple[int, int, int, int, int]:

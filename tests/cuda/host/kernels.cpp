@@ -1,6 +1,7 @@
 // The shipped kernels as a library for the CPU. BASE, TUNED and COMPARE name formats, as for NVRTC.
 #include "cuda_on_host.h"
 
+#include "decode.cu"
 #include "harvest.cu"
 #include "refine.cu"
 #include "scan.cu"
@@ -10,6 +11,7 @@
     extern "C" void launch_##KERNEL(unsigned blocks, unsigned threads, unsigned seed, void** arguments) {              \
         on_host::launch(KERNEL, blocks, threads, seed, arguments);                                                     \
     }
+LAUNCHER(decode)
 LAUNCHER(harvest)
 LAUNCHER(refine)
 LAUNCHER(scan)
@@ -18,5 +20,6 @@ LAUNCHER(take_ties)
 
 extern "C" {
 void set_flush_to_zero(bool flush) { on_host::flush_to_zero = flush; }
-extern const unsigned layout_sizes[] = {sizeof(Tile), sizeof(Record), sizeof(ScanSettings), sizeof(Search)};
+extern const unsigned layout_sizes[] = {sizeof(Tile), sizeof(Record), sizeof(ScanSettings),
+                                        sizeof(Search), sizeof(CodeBox), sizeof(Codes)};
 }

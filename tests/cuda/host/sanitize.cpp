@@ -10,6 +10,40 @@ static std::vector<u64> random_words(u64 count) {
     return result;
 }
 
+// A side of so many codes, from the middle of a row on, that ends with an array: the codes, or what tells their scales.
+static std::vector<u8> coded_side(u32 numel, u32 bits, bool integers, bool codes_last) {
+    const u32 width = 37, before = 26, across = 8, columns = 5;
+    std::vector<u8> side(sizeof(Codes));
+    const auto put = [&](u32 size) {
+        const u32 at = ((u32)side.size() + 3) / 4 * 4;
+        side.resize(at + size);
+        std::generate(side.begin() + at, side.end(), [] { return (u8)words(); });
+        return at;
+    };
+    Codes codes = {};
+    codes.bits = bits, codes.magnitude = 0xff, codes.divides = integers;
+    const u32 head = std::min(numel, width - before), whole = (numel - head) / width, tail = (numel - head) % width;
+    const u32 shapes[MOST_BOXES][3] = {{1, head, before}, {whole, width, 0}, {1, tail, 0}};
+    u32 first = 0;
+    for (const auto& [rows, columns_of_box, left] : shapes) {
+        if (!rows || !columns_of_box) continue;
+        CodeBox& box = codes.box[codes.boxes++];
+        box.first = first, box.numel = rows * columns_of_box, box.columns = columns_of_box;
+        first += box.numel;
+        box.skip = left * bits % 8, box.stride = (box.skip + columns_of_box * bits + 7) / 8;
+        box.across = across, box.width = columns, box.before = left % columns;
+        if (!codes_last) box.codes = put(box.stride * rows);
+        box.lines = put(4 * rows);
+        for (u32 row = 0; row < rows; ++row) ((u32*)&side[box.lines])[row] = row / 3;
+        box.scales = put(4 * across * ((rows + 2) / 3));
+        if (integers) box.zeros = put(4 * across * ((rows + 2) / 3)), box.factors = put(4 * rows);
+        if (codes_last) box.codes = put(box.stride * rows);
+    }
+    memcpy(side.data(), &codes, sizeof codes);
+    side.shrink_to_fit();
+    return side;
+}
+
 static void run(u32 numel, u32 blocks) {
     const u32 padded = (numel + 7) / 8 * 8;
     const std::vector<u64> base = random_words((u64)padded * BASE::BITS / 64),
@@ -35,6 +69,15 @@ static void run(u32 numel, u32 blocks) {
     Search search = {};
     search.delta_count = search.weight_count = 1;
     search.shift = 16;
+    for (const bool codes_last : {false, true}) {
+        const std::vector<u8> one = coded_side(numel, 3, true, codes_last),
+                              other = coded_side(numel, 8, false, codes_last);
+        std::vector<float> values(numel), others(numel);
+        on_host::launch(blocks, THREADS, numel,
+                        [&] { decode(one.data(), other.data(), values.data(), others.data(), 1, &record); });
+        on_host::launch(blocks, THREADS, numel,
+                        [&] { decode((const u8*)base.data(), one.data(), nullptr, values.data(), 1, &record); });
+    }
     on_host::launch(blocks, THREADS, numel, [&] {
         scan(tiles.data(), count, settings, (const u8*)base.data(), (const u8*)tuned.data(), mask.data(), sums.data(),
              &record, rows.data());
