@@ -120,3 +120,16 @@ def in_parts(work: Callable[[int], None], parts: int, amount: float = 0.0) -> No
     for _ in done:
         if threads.work is not None:
             threads.work.add(amount / parts)
+
+
+_PART = 256
+"""Rows of a part, at least: what a part reads again should cost little beside its product."""
+_MOST_PARTS = 16
+
+
+def cuts(size: int, least: int = _PART, most: int = _MOST_PARTS) -> list[int]:
+    """Where to cut `size` rows: a power of two of nearly equal parts of `least` rows or more, ends included."""
+    parts = min(1 << max((size // least).bit_length() - 1, 0), most)
+    # Whole vectors of the processor.
+    step = -(-size // (16 * parts)) * 16
+    return [min(step * part, size) for part in range(parts + 1)]

@@ -101,7 +101,7 @@ class Measuring:
         if needed > budget.free:
             return _failed(f"it takes {needed >> 20} MiB, and --max-memory leaves {budget.free >> 20} MiB")
         source = self._source(job, np.dtype(np.float64 if exact else np.float32), share - needed)
-        (known,) = run_together(source, survey())
+        (known,) = run_together(source, survey(source.library))
         if not math.isfinite(known.base_norm + known.delta_norm):
             return _failed("NaN, Inf or values out of range in it")
         if not known.delta_norm:

@@ -14,9 +14,9 @@ from ckptdiff.checkpoint.boxes import matrix_of, read_elements, read_weight
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.checkpoint.weights import Weight
 from ckptdiff.formats import Format, Formats, recode_table
-from ckptdiff.linalg.products import cuts
+from ckptdiff.linalg.on_numpy import NUMPY
 from ckptdiff.linalg.stages import ArrayPanels, Panel
-from ckptdiff.linalg.threads import count_work, in_parts
+from ckptdiff.linalg.threads import count_work, cuts, in_parts
 from ckptdiff.spectra.kernels.panels import cast_to_bf16, widen_bf16
 from ckptdiff.spectra.matrices import MatrixView
 
@@ -30,6 +30,8 @@ Floats = NDArray[Any]
 
 class StoredPanels:
     """A pair of floating matrices on disk; a :class:`~ckptdiff.linalg.stages.PanelSource` of float32 or float64."""
+
+    library = NUMPY
 
     def __init__(
         self,
