@@ -43,6 +43,8 @@ class PanelSource(Protocol):
     """Of the panels: float32 or float64."""
     library: Library
     """Of the arrays of the panels."""
+    kept: bool
+    """Whether a pass reads nothing, since all is in memory."""
 
     def panels(self) -> Iterator[Panel]:
         """All rows, in order."""
@@ -106,6 +108,8 @@ def run_together(source: PanelSource, *stages: Stage[Any]) -> list[Any]:
 
 class ArrayPanels:
     """A pair in memory: C-contiguous float arrays of shape (long, short), handed out so many rows at a time."""
+
+    kept = True
 
     def __init__(self, base: Array, delta: Array, rows: int = 512, library: Library | None = None) -> None:
         if base.shape != delta.shape or base.shape[0] < base.shape[1]:

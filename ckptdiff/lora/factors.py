@@ -16,7 +16,7 @@ from ckptdiff.linalg.krylov import (
     krylov_values,
     krylov_work,
 )
-from ckptdiff.linalg.library import Array
+from ckptdiff.linalg.library import Array, Library
 from ckptdiff.linalg.stages import Panel, PanelSource, Stage, run_together
 from ckptdiff.linalg.work import product_work
 from ckptdiff.spectra.matrices import MatrixView
@@ -74,6 +74,18 @@ def factorize(source: PanelSource, delta_norm: float, most: int, energy: float |
     roots = np.sqrt(np.where(sizes > 0, sizes, 1.0))
     lost = 1.0 - float(np.sum(sizes**2)) / delta_norm**2
     return Factors((moved / roots).astype(np.float32), (vectors * roots).astype(np.float32), max(lost, 0.0), delta_norm)
+
+
+def update_norm(library: Library) -> Stage[float]:
+    """One pass: the Frobenius norm of the update."""
+    total = library.zeros((), np.float64)
+
+    def add(panel: Panel) -> None:
+        nonlocal total
+        total = total + library.xp.sum(library.cast(panel.delta, np.float64) ** 2)
+
+    yield add
+    return math.sqrt(float(library.home(total)))
 
 
 def factor_work(long: int, short: int, itemsize: int, most: int) -> tuple[float, int]:

@@ -34,6 +34,7 @@ from ckptdiff.runfile.check_target import check_target
 from ckptdiff.runfile.schema import mask_chunk_bytes
 
 if TYPE_CHECKING:
+    from ckptdiff.spectra.gpu import SpectraGpu
     from ckptdiff.spectra.stage import SpectraPlan
 
 __all__ = ["MANY_SMALL", "Plan", "prepare"]
@@ -64,6 +65,8 @@ class Plan:
     options : Options
     want_masks : bool
         Whether a run file with masks is written.
+    spectra_gpu : SpectraGpu or None
+        The GPU that measures spectra; None if the processor does.
     """
 
     pairs: tuple[TensorPair, ...]
@@ -75,6 +78,7 @@ class Plan:
     device: Device
     options: Options
     want_masks: bool
+    spectra_gpu: SpectraGpu | None = None
 
     @property
     def tensors(self) -> int:
@@ -200,12 +204,14 @@ def prepare(
     threads = min(options.threads or default_threads(), device.threads or sys.maxsize)
     default, baseline = DEFAULT_MEMORY + device.overhead, resident()
     memory = fit_memory(loads, threads, options.max_memory, default, room_to_grow(baseline), baseline, want_masks)
-    spectra = None
+    spectra = gpu = None
     if options.spectra is not None:
+        from ckptdiff.spectra.gpu import open_spectra_gpu
         from ckptdiff.spectra.stage import plan_spectra
 
-        spectra = plan_spectra(pairing.pairs, options, memory.baseline + memory.results)
-    return Plan(pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks)
+        gpu = open_spectra_gpu(options, options.spectra.mode, tell)
+        spectra = plan_spectra(pairing.pairs, options, memory.baseline + memory.results, gpu)
+    return Plan(pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks, gpu)
 
 
 def _paired(base: Checkpoint, tuned: Checkpoint, options: Options, tell: Listener, read_data: bool) -> Pairing:

@@ -2,4 +2,5 @@
 #include "harvest.cu"
 #include "refine.cu"
 #include "scan.cu"
+#include "spectra.cu"
 #include "ties.cu"
