@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from host_arrays import ArrayGpu, library_on
 from safetensors.numpy import load_file, save_file
 
 import ckptdiff
+from ckptdiff import doctor
 from ckptdiff.cli import main
 from ckptdiff.errors import DeviceError, PlanError
 from ckptdiff.events import Event, Note
@@ -312,6 +314,16 @@ def test_a_gpu_lost_in_mid_run_ends_in_an_error(
     with pytest.raises(DeviceError, match="fallen off the bus"):
         ckptdiff.diff(*pair, spectra="randomized", out=tmp_path / "run.h5", device="cuda")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_tries_the_spectra_too(on_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu()
+    assert doctor._spectra().ok
+    monkeypatch.setattr(gpu_module, "wrong_spectra", lambda slots: "stable_rank of exact spectra")
+    found = doctor._spectra()
+    assert not found.ok and "stable_rank of exact spectra" in found.value and "--device cpu" in found.value
+    monkeypatch.setitem(sys.modules, "scipy.linalg", None)
+    assert doctor._spectra().value.startswith("not tried: spectra need SciPy")
 
 
 def test_the_processor_measures_where_it_is_asked_to(on_gpu: Any) -> None:
