@@ -69,10 +69,23 @@ def _decomposed(
     gram: Array, vectors: int, library: Library
 ) -> tuple[Float64, Array | None, tuple[Array, Array] | None]:
     """All eigenvalues, the eigenvectors of those to be found again, and as many leading eigenpairs as asked for."""
+    short = gram.shape[0]
+    top = min(vectors, short)
+    if top and library.at_once:
+        values, found = eigh_top(gram, short, library)
+        squares = library.home(values)
+        few = _few(squares)
+        bottom = library.contiguous(found[:, short - few :]) if few else None
+        return squares, bottom, (values[:top], library.contiguous(found[:, :top]))
     squares = library.eigenvalues(gram)
-    few = int((squares < _SMALL * squares[0]).sum()) if squares[0] > 0 else 0
-    bottom = eigh_bottom(gram + 0.0 if vectors else gram, few, library) if few else None
-    return squares, bottom, eigh_top(gram, min(vectors, len(squares)), library) if vectors else None
+    few = _few(squares)
+    bottom = eigh_bottom(gram + 0.0 if top else gram, few, library) if few else None
+    return squares, bottom, eigh_top(gram, top, library) if top else None
+
+
+def _few(squares: Float64) -> int:
+    """How many eigenvalues are to be found again."""
+    return int((squares < _SMALL * squares[0]).sum()) if squares[0] > 0 else 0
 
 
 def numerical_rank(values: Float64, tau: float) -> tuple[int, int]:

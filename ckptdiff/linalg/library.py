@@ -45,6 +45,10 @@ class Library(Protocol):
     def xp(self) -> Any:
         """Its namespace."""
 
+    @property
+    def at_once(self) -> bool:
+        """Whether all eigenpairs take hardly longer than all eigenvalues and a part of the pairs."""
+
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Zeros of a NumPy dtype, C-contiguous."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ class AnyLibrary:
     device: Any
     host_rows: int = 512
     """Eigenproblems of so many rows are solved on the host."""
+    at_once: ClassVar[bool] = True
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Zeros of a NumPy dtype."""

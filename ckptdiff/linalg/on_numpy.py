@@ -25,6 +25,7 @@ class NumpyLibrary:
     """NumPy and SciPy; see :class:`~ckptdiff.linalg.library.Library`."""
 
     xp = np
+    at_once = False
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Floats:
         """Zeros of a dtype."""
