@@ -88,9 +88,9 @@ def _spectra() -> Finding:
     try:
         require_scipy()
         open_spectra_gpu(Options(device="cuda:0"), "randomized", ignore)
-    except OptionError as error:
+    except (OptionError, PlanError) as error:
         return Finding("spectra, cuda", f"not tried: {error.problem}")
-    except (DeviceError, PlanError) as error:
+    except DeviceError as error:
         found = f" ({error.found})" if error.found else ""
         return Finding("spectra, cuda", f"no: {error.problem}{found}; try: {error.hint}", ok=False)
     return Finding("spectra, cuda", "as near to the processor's as their error allows")

@@ -44,6 +44,10 @@ class WorkSpace:
         vectors = 6 * 8 * short * (principal_rank(RHO[-1], short) + angle_rank(short) + 2)
         return squares + vectors + self._panels(view, 8)
 
+    def least(self, mode: SpectraMode) -> int:
+        """Bytes of the smallest matrix."""
+        return self._panels(MatrixView(0, 1, 1), 8 if mode == "exact" else 4)
+
     def _panels(self, view: MatrixView, itemsize: int) -> int:
         """A panel of both sides with its raw bytes, and what is computed from it."""
         return 10 * itemsize * max(self.panel, view.short)

@@ -16,14 +16,14 @@ from ckptdiff.measure.cuda.choice import find_gpu
 from ckptdiff.measure.cuda.gpu import failure
 from ckptdiff.memory import resident
 from ckptdiff.options import Options, SpectraMode
-from ckptdiff.spectra.budget import Budget
-from ckptdiff.spectra.gpu_panels import GpuPanels, PanelSlots
+from ckptdiff.spectra.budget import ON_GPU, Budget
+from ckptdiff.spectra.gpu_panels import GpuPanels, PanelSlots, slots_bytes
 from ckptdiff.spectra.panels import StoredPanels
 from ckptdiff.spectra.trial import wrong_spectra
 
 Result = TypeVar("Result")
 
-HOST_ROOM = PanelSlots.host_bytes() + (64 << 20)
+HOST_ROOM = slots_bytes() + (64 << 20)
 """Bytes of host memory beside a GPU: what goes up, and small problems."""
 _WHOLE_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 """Compute capabilities of half as many float64 operations as of float32; of others they have a 32nd or a 64th."""
@@ -43,7 +43,7 @@ class SpectraGpu:
     def budget(self, options: Options) -> Budget:
         """How matrices share its memory."""
         assert options.spectra is not None
-        return Budget.on_gpu(options.spectra, self.memory, self.slots.host_bytes(self.slots.piece))
+        return Budget.on_gpu(options.spectra, self.memory, self.slots.nbytes)
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -92,6 +92,14 @@ def _open(options: Options, mode: SpectraMode) -> SpectraGpu:
             hint="a larger --max-memory, or --device cpu",
         )
     memory = options.gpu_memory or gpu.free_memory()[0] // 2
+    least = slots_bytes() + ON_GPU.least(mode)
+    if memory < least:
+        raise PlanError(
+            "spectra do not fit into the GPU memory they may use",
+            expected=f"at least {-(-least >> 20)} MiB",
+            found=f"{memory >> 20} MiB",
+            hint="a larger --gpu-memory, close what else uses the GPU, or --device cpu",
+        )
     with _reported(gpu.name, lambda: _told_of_memory(gpu.name)):
         library, use = library_on(gpu, memory)
         with use():

@@ -67,6 +67,11 @@ class _Slot:
     """When the GPU has no use for them any more."""
 
 
+def slots_bytes(piece: int = PIECE) -> int:
+    """Bytes of page-locked memory that slots of both sides take, and of GPU memory."""
+    return 2 * _PIECES * piece
+
+
 class PanelSlots:
     """What the matrices of a run go up through, one after the other."""
 
@@ -74,15 +79,15 @@ class PanelSlots:
         self.library, self.piece = library, piece
         gpu = library.gpu
         self.up = gpu.stream()
-        host = gpu.pinned(2 * _PIECES * piece)
+        host = gpu.pinned(slots_bytes(piece))
         sides = [host[piece * k : piece * (k + 1)] for k in range(2 * _PIECES)]
         self._slots = [_Slot(sides[2 * k : 2 * k + 2], [gpu.empty(piece) for _ in range(2)]) for k in range(_PIECES)]
         self._next = 0
 
-    @staticmethod
-    def host_bytes(piece: int = PIECE) -> int:
-        """Page-locked memory that it takes; as much is taken on the GPU."""
-        return 2 * _PIECES * piece
+    @property
+    def nbytes(self) -> int:
+        """Bytes of page-locked memory that it takes, and of GPU memory."""
+        return slots_bytes(self.piece)
 
     def take(self) -> _Slot:
         """The slot of the next piece, once the host may write to it."""

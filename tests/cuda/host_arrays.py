@@ -14,7 +14,7 @@ from ckptdiff.linalg.on_gpu import GpuLibrary
 
 
 class ArrayGpu(HostGpu):
-    """A device that also counts what lies in arrays, which are computed at once."""
+    """A device whose kernels take arrays too, at once: so those are computed."""
 
     name = "cuda:0"
     properties: ClassVar[dict[str, int]] = {"major": 9, "minor": 0}
@@ -24,9 +24,6 @@ class ArrayGpu(HostGpu):
         super().launch(formats, kernel, blocks, arrays, stream)
         if any(hasattr(value, "_array") for value in args):
             self.finish(stream)
-
-    def free_memory(self) -> tuple[int, int]:
-        return self._free, self._free
 
 
 def library_on(gpu: ArrayGpu, memory: int) -> tuple[GpuLibrary, Callable[[], AbstractContextManager[None]]]:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from array_libraries import refuse_silent_transfers
 from host_arrays import ArrayGpu, library_on
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from spectra_figures import assert_close, spectral, write_pair
 
 import ckptdiff
 from ckptdiff import doctor
@@ -28,6 +29,7 @@ from ckptdiff.options import Options, SpectraOptions
 from ckptdiff.run import planning
 from ckptdiff.run.devices import open_device
 from ckptdiff.spectra import gpu as gpu_module
+from ckptdiff.spectra.budget import Budget
 from ckptdiff.spectra.gpu import open_spectra_gpu
 from ckptdiff.spectra.gpu_panels import GpuPanels, PanelSlots
 from ckptdiff.spectra.matrices import MatrixView
@@ -47,16 +49,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    rng, folder = np.random.default_rng(0), tmp_path_factory.mktemp("pair")
-    base, tuned = {}, {}
-    for name, shape in SHAPES.items():
-        dtype = np.float32 if name == "model.wide" else BF16
-        weights = 0.02 * rng.standard_normal(shape)
-        base[name] = weights.astype(dtype)
-        tuned[name] = (base[name].astype(np.float32) + 2e-4 * rng.standard_normal(shape)).astype(dtype)
-    save_file(base, folder / "base.safetensors")
-    save_file(tuned, folder / "tuned.safetensors")
-    return str(folder / "base.safetensors"), str(folder / "tuned.safetensors")
+    return write_pair(tmp_path_factory.mktemp("pair"), SHAPES, singles=("model.wide",))
 
 
 @pytest.fixture
@@ -73,22 +66,6 @@ def on_gpu(libraries: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         return gpu
 
     return use
-
-
-def spectral(diff: Any) -> dict[str, Any]:
-    return {facts.name: row["spectral"] for facts, row in zip(diff.tensors, diff.per_tensor, strict=True)}
-
-
-def assert_close(found: Any, known: Any, error: float, path: str = "") -> None:
-    if isinstance(known, dict):
-        assert found.keys() == known.keys()
-        for key in known:
-            counted = "coverage" in key or "not_low" in key
-            assert_close(found[key], known[key], max(error, 2e-3 if counted and error > 1e-6 else 0), f"{path}.{key}")
-    elif isinstance(known, float):
-        assert found == pytest.approx(known, rel=error, abs=error), path
-    else:
-        assert found == known, path
 
 
 @pytest.mark.parametrize(("mode", "error"), [("randomized", 1e-4), ("exact", 1e-7)])
@@ -189,7 +166,7 @@ def test_a_matrix_that_does_not_fit_is_streamed(
     made: list[bool] = []
     real = GpuPanels.__init__
 
-    def init(self: Any, stored: Any, slots: Any, kept: bool, entries: int = 1 << 10) -> None:
+    def init(self: Any, stored: Any, slots: Any, kept: bool, entries: int = 1 << 12) -> None:
         made.append(kept)
         if kept:
             raise MemoryError
@@ -220,8 +197,8 @@ def test_memory_of_the_gpu_is_told_beforehand_and_kept(
     plan = json.loads(capsys.readouterr().out)["spectra"]
     assert (plan["device"], plan["gpu_memory"], plan["too_large"]) == ("cuda:0", 2 << 30, 0)
     assert plan["projected_gpu_memory"] <= plan["gpu_memory"] < gpu.free_memory()[0]
-    assert main(["diff", *pair, "--spectra", "exact", "--device", "cuda", "--dry-run", "--gpu-memory", "512M"]) == 0
-    assert "too large for this memory" in capsys.readouterr().out
+    budget = Budget.on_gpu(SpectraOptions("exact"), 2 << 30, 0)
+    assert "--gpu-memory leaves 2048 MiB" in budget.too_large(MatrixView(0, 11008, 4096))
 
 
 def test_every_command_takes_the_device(
@@ -287,6 +264,7 @@ def test_what_keeps_a_gpu_from_measuring(on_gpu: Any, monkeypatch: pytest.Monkey
     assert open_spectra_gpu(Options(device=device, spectra=SpectraOptions()), "randomized", told.append) is not None
     told.clear()
     assert "--max-memory" in refused(max_memory=100 << 20)
+    assert "GPU memory" in refused(gpu_memory=500 << 20)
     monkeypatch.setattr(gpu_module, "wrong_spectra", lambda slots: "stable_rank of exact spectra")
     assert "wrong spectra" in refused()
 
