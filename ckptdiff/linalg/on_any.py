@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.linalg.library import Array, ScoreWindow
 from ckptdiff.linalg.on_numpy import NUMPY
-from ckptdiff.linalg.threads import counted
+from ckptdiff.linalg.threads import counted, end_if_stopped
 from ckptdiff.linalg.work import eigenpairs_work, eigenvalues_work, gram_work, product_work
 
 
@@ -46,6 +46,7 @@ class AnyLibrary:
 
     def product(self, left: Array, right: Array) -> Array:
         """``left @ right``."""
+        end_if_stopped()
         rows, inner = left.shape
         with counted(product_work(rows, inner, right.shape[1], self.itemsize(left))):
             return left @ right
@@ -56,6 +57,7 @@ class AnyLibrary:
 
     def add_gram(self, total: Array, panel: Array) -> None:
         """Add ``panel.T @ panel``, all of it."""
+        end_if_stopped()
         rows, columns = panel.shape
         with counted(gram_work(rows, columns, self.itemsize(panel))):
             total += panel.T @ panel

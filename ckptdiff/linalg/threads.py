@@ -108,14 +108,19 @@ def in_background(work: Callable[[], None]) -> Future[None]:
     return done
 
 
+def end_if_stopped() -> None:
+    """Raise CancelledError if this matrix is to be given up."""
+    if _THREADS.get().stop.is_set():
+        raise CancelledError
+
+
 def in_parts(work: Callable[[int], None], parts: int, amount: float = 0.0) -> None:
     """Call `work` with 0 to ``parts - 1``, in any order, on the threads that this matrix has.
 
     It counts nothing by itself: all parts together count as `amount`.
     """
+    end_if_stopped()
     threads = _THREADS.get()
-    if threads.stop.is_set():
-        raise CancelledError
     done = threads.pool.map(work, range(parts)) if threads.pool and parts > 1 else map(work, range(parts))
     for _ in done:
         if threads.work is not None:

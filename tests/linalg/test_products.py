@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from array_libraries import NAMES, library_called
 from hypothesis import given
 from hypothesis import strategies as st
 from spectrum_cases import base, update
@@ -70,11 +71,13 @@ def test_parts_are_all_done_and_failures_come_through() -> None:
             in_parts(lambda part: 1 // part, 3)
 
 
-def test_products_end_when_told_to() -> None:
-    stop = threading.Event()
+@pytest.mark.parametrize("name", NAMES)
+def test_products_end_when_told_to(name: str) -> None:
+    stop, library = threading.Event(), library_called(name)
+    ones = library.put(np.ones((2, 2)))
     with product_threads(1, stop):
-        NUMPY.product(np.ones((2, 2)), np.ones((2, 2)))
+        library.product(ones, ones)
         stop.set()
         with pytest.raises(CancelledError):
-            NUMPY.product(np.ones((2, 2)), np.ones((2, 2)))
-    NUMPY.product(np.ones((2, 2)), np.ones((2, 2)))
+            library.product(ones, ones)
+    library.product(ones, ones)
