@@ -36,7 +36,7 @@ def install(folder: Path) -> None:
     from host_kernels import COMPILER, Build, Library
 
     from ckptdiff.measure.cuda import choice, gpu
-    from ckptdiff.spectra import gpu as spectra_gpu
+    from ckptdiff.spectra import spectra_gpu
 
     if COMPILER is None:
         raise SystemExit("g++ is missing: the kernels cannot run on this CPU")

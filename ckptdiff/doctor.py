@@ -83,7 +83,7 @@ def _gpu() -> Iterator[Finding]:
 def _spectra() -> Finding:
     """Whether a GPU finds the spectra that the processor finds; without SciPy there are none."""
     from ckptdiff.linalg.blas import require_scipy
-    from ckptdiff.spectra.gpu import open_spectra_gpu
+    from ckptdiff.spectra.spectra_gpu import open_spectra_gpu
 
     try:
         require_scipy()

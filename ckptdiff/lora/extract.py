@@ -33,9 +33,9 @@ from ckptdiff.run.planning import prepare
 from ckptdiff.run.warm_up import Uses, load, panel_uses
 from ckptdiff.runfile.check_target import check_new
 from ckptdiff.spectra.budget import Budget, cache_bytes
-from ckptdiff.spectra.gpu import SpectraGpu, open_spectra_gpu, or_streamed, source_of
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.panels import StoredPanels
+from ckptdiff.spectra.spectra_gpu import SpectraGpu, open_spectra_gpu, or_streamed, source_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from ckptdiff.runfile.check_target import check_target
 from ckptdiff.runfile.schema import mask_chunk_bytes
 
 if TYPE_CHECKING:
-    from ckptdiff.spectra.gpu import SpectraGpu
+    from ckptdiff.spectra.spectra_gpu import SpectraGpu
     from ckptdiff.spectra.stage import SpectraPlan
 
 __all__ = ["MANY_SMALL", "Plan", "prepare"]
@@ -206,7 +206,7 @@ def prepare(
     memory = fit_memory(loads, threads, options.max_memory, default, room_to_grow(baseline), baseline, want_masks)
     spectra = gpu = None
     if options.spectra is not None:
-        from ckptdiff.spectra.gpu import open_spectra_gpu
+        from ckptdiff.spectra.spectra_gpu import open_spectra_gpu
         from ckptdiff.spectra.stage import plan_spectra
 
         gpu = open_spectra_gpu(options, options.spectra.mode, tell)

@@ -22,7 +22,7 @@ from ckptdiff.options import Compare, Options, SpectraMode, SpectraOptions, as_b
 from ckptdiff.runfile.identity import checked_blocks, known_norms, open_side
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.spectra_table import add_spectrum, write_spectra
-from ckptdiff.spectra.gpu import open_spectra_gpu
+from ckptdiff.spectra.spectra_gpu import open_spectra_gpu
 from ckptdiff.spectra.stage import SpectraTable, measure_spectra
 
 __all__ = ["add_spectra"]

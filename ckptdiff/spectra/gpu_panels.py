@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.formats import Formats
 from ckptdiff.linalg.library import Array, Library
-from ckptdiff.linalg.on_gpu import GpuLibrary
+from ckptdiff.linalg.on_cupy import GpuLibrary
 from ckptdiff.linalg.stages import Panel
 from ckptdiff.linalg.threads import count_work
 from ckptdiff.measure.cuda.gpu import Buffer, Event

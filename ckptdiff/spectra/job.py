@@ -20,7 +20,6 @@ from ckptdiff.linalg.threads import product_threads, work_counted_in
 from ckptdiff.linalg.work import WorkMeter
 from ckptdiff.options import Compare
 from ckptdiff.spectra.budget import Budget, cache_bytes
-from ckptdiff.spectra.gpu import SpectraGpu, or_streamed, source_of
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.measure import (
     MatrixSpectra,
@@ -30,6 +29,7 @@ from ckptdiff.spectra.measure import (
     randomized_work,
 )
 from ckptdiff.spectra.panels import StoredPanels
+from ckptdiff.spectra.spectra_gpu import SpectraGpu, or_streamed, source_of
 
 _SAFE = (1e-12, 1e12)
 """Norms whose squares and fourth powers float32 can add up."""

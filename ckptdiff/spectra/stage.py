@@ -23,10 +23,10 @@ from ckptdiff.memory import SPECTRA_MEMORY, resident
 from ckptdiff.options import Options
 from ckptdiff.run.warm_up import Uses, load, panel_uses
 from ckptdiff.spectra.budget import Budget
-from ckptdiff.spectra.gpu import HOST_ROOM, SpectraGpu
 from ckptdiff.spectra.job import MatrixJob, Measuring
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.measure import MatrixSpectra
+from ckptdiff.spectra.spectra_gpu import HOST_ROOM, SpectraGpu
 
 _SMALL = 1 << 20
 """Entries of the matrices that are handed to a thread together."""

@@ -10,7 +10,7 @@ import array_api_strict
 import numpy as np
 from host_gpu import HostGpu, Memory
 
-from ckptdiff.linalg.on_gpu import GpuLibrary
+from ckptdiff.linalg.on_cupy import GpuLibrary
 
 
 class ArrayGpu(HostGpu):
@@ -27,7 +27,7 @@ class ArrayGpu(HostGpu):
 
 
 def library_on(gpu: ArrayGpu, memory: int) -> tuple[GpuLibrary, Callable[[], AbstractContextManager[None]]]:
-    """In the place of :func:`ckptdiff.spectra.gpu.library_on`."""
+    """In the place of :func:`ckptdiff.spectra.spectra_gpu.library_on`."""
     stream, device = gpu.stream(), array_api_strict.Device("device1")
 
     def start_of(buffer: Memory, dtype: np.dtype[Any], shape: tuple[int, int]) -> Any:

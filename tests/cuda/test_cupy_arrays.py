@@ -20,7 +20,7 @@ from host_kernels import COMPILER, HERE
 
 from ckptdiff.linalg import cusolver
 from ckptdiff.linalg.cusolver import eigenpairs
-from ckptdiff.linalg.on_gpu import CupyLibrary, in_use
+from ckptdiff.linalg.on_cupy import CupyLibrary, in_use
 from ckptdiff.linalg.stages import ArrayPanels, run_together
 from ckptdiff.linalg.survey import survey
 from ckptdiff.options import SpectraOptions

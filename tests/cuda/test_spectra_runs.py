@@ -28,11 +28,11 @@ from ckptdiff.measure.cuda import choice
 from ckptdiff.options import Options, SpectraOptions
 from ckptdiff.run import planning
 from ckptdiff.run.devices import open_device
-from ckptdiff.spectra import gpu as gpu_module
+from ckptdiff.spectra import spectra_gpu as gpu_module
 from ckptdiff.spectra.budget import Budget
-from ckptdiff.spectra.gpu import open_spectra_gpu
 from ckptdiff.spectra.gpu_panels import GpuPanels, PanelSlots
 from ckptdiff.spectra.matrices import MatrixView
+from ckptdiff.spectra.spectra_gpu import open_spectra_gpu
 from ckptdiff.spectra.trial import wrong_spectra
 
 BF16 = ml_dtypes.bfloat16

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from ckptdiff.errors import DeviceError, PlanError
 from ckptdiff.events import Listener, Note
-from ckptdiff.linalg.on_gpu import CupyLibrary, GpuLibrary, in_use
+from ckptdiff.linalg.on_cupy import CupyLibrary, GpuLibrary, in_use
 from ckptdiff.linalg.stages import PanelSource
 from ckptdiff.measure.cuda.choice import find_gpu
 from ckptdiff.measure.cuda.gpu import failure
