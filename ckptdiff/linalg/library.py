@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 Array: TypeAlias = Any
 """An array of some library, on the device that this library keeps it on."""
 
+SCORE_LANES = 4
+"""Parts of a panel that are counted apart, at most. Their sums are added in order, whichever threads made them."""
+
 Counts: TypeAlias = Any
 """What a library counts into."""
 
@@ -48,6 +51,10 @@ class Library(Protocol):
     @property
     def at_once(self) -> bool:
         """Whether all eigenpairs take hardly longer than all eigenvalues and a part of the pairs."""
+
+    @property
+    def lanes(self) -> int:
+        """Parts of a panel whose scores are counted at a time, a power of two of at most ``SCORE_LANES``."""
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Zeros of a NumPy dtype, C-contiguous."""

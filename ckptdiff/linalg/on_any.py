@@ -23,6 +23,7 @@ class AnyLibrary:
     host_rows: int = 512
     """Eigenproblems of so many rows are solved on the host."""
     at_once: ClassVar[bool] = True
+    lanes: ClassVar[int] = 1
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Zeros of a NumPy dtype."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.linalg.blas import add_gram_block, add_product_block, eigh_all, eigh_part, solve_lower_block
 from ckptdiff.linalg.kernels.scores import count_magnitudes, count_scores
-from ckptdiff.linalg.library import MAGNITUDES, Library, ScoreWindow
+from ckptdiff.linalg.library import MAGNITUDES, SCORE_LANES, Library, ScoreWindow
 from ckptdiff.linalg.threads import counted, cuts, in_parts
 from ckptdiff.linalg.work import eigenpairs_work, eigenvalues_work, few_of, gram_work, product_work
 
@@ -26,6 +26,7 @@ class NumpyLibrary:
 
     xp = np
     at_once = False
+    lanes = SCORE_LANES
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Floats:
         """Zeros of a dtype."""

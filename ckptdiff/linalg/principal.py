@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.linalg.library import Array, Library
-from ckptdiff.linalg.score_cut import SCORE_LANES, Covered, ScoreCut, likely_zooms
+from ckptdiff.linalg.score_cut import Covered, ScoreCut, likely_zooms
 from ckptdiff.linalg.stages import Panel, PanelSource, Stage, meanwhile
 from ckptdiff.linalg.survey import Survey, exactly
 from ckptdiff.linalg.symmetric import eigh_top, gram_of, whole
@@ -239,7 +239,7 @@ class _Scores:
         library = self._library
         if projected is None:
             projected = library.product(panel.base, self._vectors)
-        at = cuts(projected.shape[0], most=SCORE_LANES)
+        at = cuts(projected.shape[0], most=library.lanes)
         lines = self._vectors.T
 
         def count(lane: int) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.library import Array, Counts, Library, ScoreWindow
+from ckptdiff.linalg.library import SCORE_LANES, Array, Counts, Library, ScoreWindow
 from ckptdiff.linalg.on_numpy import NUMPY
 from ckptdiff.linalg.stages import Panel
 from ckptdiff.linalg.survey import SMALL_CHANGE
@@ -21,8 +21,6 @@ _OCTAVE = 1 << 23
 _BINS = 1 << 15
 _FEW_BINS, _FEW = 1 << 11, 1 << 15
 """So many scores above the cut are counted in few bins, which cost less than the scores."""
-SCORE_LANES = 4
-"""Parts of a panel that are counted apart. Their sums are added in order, whichever threads made them."""
 
 
 @dataclass(frozen=True, slots=True)
