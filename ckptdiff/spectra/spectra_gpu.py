@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
+
 from ckptdiff.errors import DeviceError, PlanError
 from ckptdiff.events import Listener, Note
 from ckptdiff.linalg.on_cupy import CupyLibrary, GpuLibrary, in_use
@@ -151,9 +153,9 @@ def _told_of_memory(device: str, name: str = "") -> Iterator[None]:
 
 @contextmanager
 def _reported(name: str, within: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """Turn what CuPy raises into an error that says what to do; too little memory stays MemoryError."""
+    """Turn what CuPy or a solver raises into an error that says what to do; too little memory stays MemoryError."""
     try:
         with within():
             yield
-    except (RuntimeError, ImportError) as error:
+    except (RuntimeError, ImportError, np.linalg.LinAlgError) as error:
         raise failure(error, name) from error

@@ -268,11 +268,13 @@ def test_what_keeps_a_gpu_from_measuring(on_gpu: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(gpu_module, "wrong_spectra", lambda slots: "stable_rank of exact spectra")
     assert "wrong spectra" in refused()
 
-    def failing(slots: Any) -> str:
-        raise RuntimeError("CUSOLVER_STATUS_INTERNAL_ERROR")
+    for error in (RuntimeError("CUSOLVER_STATUS_INTERNAL_ERROR"), np.linalg.LinAlgError("cuSOLVER found 0 of 9")):
 
-    monkeypatch.setattr(gpu_module, "wrong_spectra", failing)
-    assert "CUSOLVER_STATUS_INTERNAL_ERROR" in refused()
+        def failing(slots: Any, error: Exception = error) -> str:
+            raise error
+
+        monkeypatch.setattr(gpu_module, "wrong_spectra", failing)
+        assert str(error) in refused()
     monkeypatch.setattr(gpu, "_lockable", 1 << 10)
     assert "lacks memory" in refused()
     monkeypatch.setattr(gpu_module, "find_gpu", choice.find_gpu)
