@@ -9,19 +9,16 @@ import numpy as np
 import pytest
 from host_kernels import TESTED
 from run_files import assert_same_run, datasets
-from spectra_figures import assert_close, spectral, write_pair
 from worker_checks import check, check_refine, sides
 
 import ckptdiff
 from ckptdiff.errors import DeviceError
 from ckptdiff.formats import FORMATS
-from ckptdiff.lora import extract_lora
 from ckptdiff.measure.cuda.backend import CudaBackend
 from ckptdiff.measure.cuda.choice import find_gpu
 from ckptdiff.measure.cuda.slots import Room
 from ckptdiff.measure.partial import BLOCK, Rule, Scan
 from ckptdiff.measure.self_test import SELF_TESTED, self_test
-from ckptdiff.options import Options
 
 pytestmark = pytest.mark.gpu
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -89,24 +86,3 @@ def test_runs_are_those_of_the_cpu(gpu, tmp_path, fixture):
         sides = FIXTURES / fixture / "base", FIXTURES / fixture / "tuned"
         ckptdiff.diff(*sides, out=tmp_path / f"{device}.h5", device=device, mask="top:10")
     assert_same_run(datasets(tmp_path / "cuda.h5"), datasets(tmp_path / "cpu.h5"))
-
-
-@pytest.mark.parametrize("mode", ["randomized", "exact"])
-def test_spectra_are_those_of_the_cpu(gpu, tmp_path, monkeypatch, mode):
-    """Eigenproblems that are large enough for the GPU; kept and streamed, and no digit differs from run to run."""
-    sides = write_pair(tmp_path, {"tall": (1500, 700), "wide": (600, 900), "model.experts.down": (3, 96, 160)})
-    known = spectral(ckptdiff.diff(*sides, device="cpu", spectra=mode))
-    on_gpu = {"device": "cuda", "spectra": mode, "gpu_memory": "4G"}
-    once, again = (spectral(ckptdiff.diff(*sides, **on_gpu)) for _ in range(2))
-    assert once == again
-    monkeypatch.setattr("ckptdiff.spectra.job.cache_bytes", lambda view, itemsize: 1 << 60)
-    streamed = spectral(ckptdiff.diff(*sides, **on_gpu))
-    for found in (once, streamed):
-        assert_close(found, known, 1e-4 if mode == "randomized" else 1e-7)
-
-
-def test_an_adapter_is_that_of_the_cpu(gpu, tmp_path):
-    sides = write_pair(tmp_path, {"model.layers.0.mlp.up_proj.weight": (1500, 700)})
-    folders = {device: tmp_path / device for device in ("cpu", "cuda")}
-    lost = [extract_lora(*sides, to, rank=8, options=Options(device=device)).lost for device, to in folders.items()]
-    assert lost[0] == pytest.approx(lost[1], abs=1e-5)
