@@ -32,10 +32,11 @@ MEMORY = 192 << 20
 def install(folder: Path) -> None:
     """Let this process find the host device where it looks for a GPU."""
     sys.path[:0] = [str(ROOT / "tests" / "cuda"), str(ROOT / "tests")]
-    from host_gpu import HostGpu
+    from host_arrays import ArrayGpu, library_on
     from host_kernels import COMPILER, Build, Library
 
     from ckptdiff.measure.cuda import choice, gpu
+    from ckptdiff.spectra import spectra_gpu
 
     if COMPILER is None:
         raise SystemExit("g++ is missing: the kernels cannot run on this CPU")
@@ -52,7 +53,7 @@ def install(folder: Path) -> None:
                     found = [built.rename(folder / built.name)]
         return Library(found[0], THREADS)
 
-    class HostDevice(HostGpu):
+    class HostDevice(ArrayGpu):
         """The host device with the facts that `doctor` prints of a GPU."""
 
         name = "cuda:0"
@@ -60,11 +61,12 @@ def install(folder: Path) -> None:
         def __init__(self, index: int = 0) -> None:
             super().__init__(library, processors=1, memory=MEMORY)
             self.index = index
-            self.properties: dict[str, Any] = {"name": b"host device", "major": 0, "minor": 0}
+            self.properties: dict[str, Any] = {"name": b"host device", "major": 9, "minor": 0}
             runtime = SimpleNamespace(driverGetVersion=lambda: 0, runtimeGetVersion=lambda: 0)
             self.cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
 
-    choice.find_gpu = HostDevice
+    choice.find_gpu = spectra_gpu.find_gpu = HostDevice
+    spectra_gpu.library_on = library_on
     gpu.CupyGpu = HostDevice
 
 

@@ -10,8 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import ckptdiff
-from ckptdiff.errors import DeviceError
-from ckptdiff.options import default_threads
+from ckptdiff.errors import DeviceError, OptionError, PlanError
+from ckptdiff.events import ignore
+from ckptdiff.options import Options, default_threads
 from ckptdiff.report.text import binary_size
 
 _PACKAGES = ("numpy", "numba", "llvmlite", "h5py", "rich", "click", "safetensors", "torch", "pyarrow")
@@ -72,10 +73,27 @@ def _gpu() -> Iterator[Finding]:
         driver = gpu.cupy.cuda.runtime.driverGetVersion()
         yield Finding("NVIDIA driver", f"for CUDA {driver // 1000}.{driver % 1000 // 10}")
         yield _tried("self-test, cuda", CudaBackend(gpu, Room()))
+        yield _spectra()
     except (DeviceError, MemoryError) as error:
         problem = error.problem if isinstance(error, DeviceError) else "too little GPU memory"
         hint = f"; try: {error.hint}" if isinstance(error, DeviceError) and error.hint else ""
         yield Finding("GPU", f"none: {problem}{hint}", ok=len(packages) < 2)
+
+
+def _spectra() -> Finding:
+    """Whether a GPU finds the spectra that the processor finds; without SciPy there are none."""
+    from ckptdiff.linalg.blas import require_scipy
+    from ckptdiff.spectra.spectra_gpu import open_spectra_gpu
+
+    try:
+        require_scipy()
+        open_spectra_gpu(Options(device="cuda:0"), "randomized", ignore)
+    except (OptionError, PlanError) as error:
+        return Finding("spectra, cuda", f"not tried: {error.problem}")
+    except DeviceError as error:
+        found = f" ({error.found})" if error.found else ""
+        return Finding("spectra, cuda", f"no: {error.problem}{found}; try: {error.hint}", ok=False)
+    return Finding("spectra, cuda", "as near to the processor's as their error allows")
 
 
 def _nvrtc() -> Finding:

@@ -9,7 +9,7 @@ import click
 
 from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
-from ckptdiff.cli.inputs import progress_option, resource_options, tensor_options
+from ckptdiff.cli.inputs import device_options, progress_option, resource_options, tensor_options
 from ckptdiff.cli.target import ReportTarget, files_of, output_option
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError
@@ -35,6 +35,7 @@ _NOTE = (
 )
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of the randomized spectra.")
 @tensor_options
+@device_options
 @resource_options
 @click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", help="Format of the report.")
 @output_option
@@ -75,6 +76,8 @@ def _measured(base: str, tuned: str, given: dict[str, Any]) -> Diff:
         exclude=given["exclude"],
         threads=given["threads"],
         max_memory=given["max_memory"],
+        device=given["device"],
+        gpu_memory=given["gpu_memory"],
         spectra=SpectraOptions(given["spectra"], seed=given["seed"]),
     )
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:

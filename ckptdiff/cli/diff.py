@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptdiff.cli.display import progress
-from ckptdiff.cli.inputs import progress_option, resource_options, size_in_bytes, tensor_options
+from ckptdiff.cli.inputs import device_options, progress_option, resource_options, tensor_options
 from ckptdiff.cli.target import ReportTarget, abandon_stdout, files_of
 from ckptdiff.cli.view import Request, verdict_verbosity, view_options
 from ckptdiff.errors import OptionError, plural
@@ -63,21 +63,8 @@ if TYPE_CHECKING:
     show_default="none",
     help="Report tensors whose name matches as a group of their own (--by group). Repeatable.",
 )
-@click.option(
-    "--device",
-    metavar="DEVICE",
-    default="auto",
-    help="Where to compute: cpu, cuda or cuda:N (a GPU), reference (the slow NumPy oracle), or auto: a GPU if one "
-    "works, else the processor.",
-)
+@device_options
 @resource_options
-@click.option(
-    "--gpu-memory",
-    metavar="SIZE",
-    callback=size_in_bytes,
-    show_default="half of what is free",
-    help="Bound on the GPU memory that is taken.",
-)
 @click.option(
     "--io",
     type=click.Choice(["auto", "mmap", "pread"]),
@@ -222,6 +209,11 @@ def _print_plan(base: str, tuned: str, out: Path | None, options: Options, reque
             )
             matrices = plural(plan.spectra.matrices, "matrix", "matrices")
             lines.append(f"spectra   {plan.spectra.mode}, of {matrices}{too_large}")
+            if plan.spectra.gpu_memory:
+                sizes = (binary_size(b) for b in (plan.spectra.projected_gpu_memory, plan.spectra.gpu_memory))
+                lines.append(
+                    "          on {}, {} of its memory at most, of {} allowed".format(plan.spectra.device, *sizes)
+                )
         lines += [f"note      {note}" for note in (plan.threads_note, plan.decoding_note) if note]
         lines += [f"warning: {safe(warning)}" for warning in plan.diff.warnings]
         stream.write("\n".join(lines) + "\n")

@@ -63,6 +63,29 @@ progress_option = click.option(
 )
 
 
+_DEVICE: Sequence[_Option] = (
+    click.option(
+        "--device",
+        metavar="DEVICE",
+        default="auto",
+        help="Where to compute: cpu, cuda or cuda:N (a GPU), reference (the slow NumPy oracle), or auto: a GPU if one "
+        "works, else the processor.",
+    ),
+    click.option(
+        "--gpu-memory",
+        metavar="SIZE",
+        callback=size_in_bytes,
+        show_default="half of what is free",
+        help="Bound on the GPU memory that is taken.",
+    ),
+)
+
+
+def device_options(command: _Command) -> _Command:
+    """Add ``--device`` and ``--gpu-memory``."""
+    return _with(_DEVICE, command)
+
+
 def tensor_options(command: _Command) -> _Command:
     """Add ``--map``, ``--include`` and ``--exclude``."""
     return _with(_TENSORS, command)

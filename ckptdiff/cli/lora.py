@@ -9,7 +9,7 @@ import click
 
 from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
-from ckptdiff.cli.inputs import progress_option, tensor_options
+from ckptdiff.cli.inputs import device_options, progress_option, tensor_options
 from ckptdiff.cli.target import ReportTarget, files_of, output_option
 from ckptdiff.cli.view import format_option, verbosity, write_rows
 from ckptdiff.errors import OptionError, plural
@@ -46,6 +46,7 @@ _MEANINGS = {
 )
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of the randomized SVD.")
 @tensor_options
+@device_options
 @format_option
 @output_option
 @progress_option
@@ -67,7 +68,13 @@ def lora(base: str, tuned: str, **given: Any) -> int:
     from ckptdiff.lora import extract_lora
     from ckptdiff.options import Options
 
-    options = Options(renames=given["renames"], include=given["include"], exclude=given["exclude"])
+    options = Options(
+        renames=given["renames"],
+        include=given["include"],
+        exclude=given["exclude"],
+        device=given["device"],
+        gpu_memory=given["gpu_memory"],
+    )
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
         made = extract_lora(
             base,

@@ -11,7 +11,7 @@ import click
 
 from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
-from ckptdiff.cli.inputs import progress_option, resource_options
+from ckptdiff.cli.inputs import device_options, progress_option, resource_options
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError
 from ckptdiff.report.text import safe
@@ -30,6 +30,7 @@ def spectra() -> None:
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of the randomized spectra.")
 @click.option("--base", type=click.Path(), show_default="where it was", help="The base checkpoint, if it has moved.")
 @click.option("--tuned", type=click.Path(), show_default="where it was", help="The tuned one, if it has moved.")
+@device_options
 @resource_options
 @progress_option
 @verbosity
@@ -46,6 +47,8 @@ def add(run: str, **given: Any) -> int:
             tuned=given["tuned"],
             threads=given["threads"],
             max_memory=given["max_memory"],
+            device=given["device"],
+            gpu_memory=given["gpu_memory"],
             listener=tell,
         )
     if not given["quiet"]:

@@ -7,15 +7,16 @@ below 1e-8 (Björck and Golub 1973).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.products import add_gram, add_product, gram_work, product, product_work
-from ckptdiff.linalg.stages import Array, Panel, Stage, on_host
-from ckptdiff.linalg.symmetric import eigenvalues, solve_lower, whole
+from ckptdiff.linalg.library import Array, Library
+from ckptdiff.linalg.on_numpy import NUMPY
+from ckptdiff.linalg.stages import Panel, Stage
+from ckptdiff.linalg.symmetric import whole
 from ckptdiff.linalg.threads import count_work, counted
+from ckptdiff.linalg.work import gram_work, product_work
 
 Float64 = NDArray[np.float64]
 
@@ -36,38 +37,38 @@ def angle_rank(short: int) -> int:
     return min(_MOST, short // 2)
 
 
-def principal_angles(base: Array, tuned: Array, xp: Any = np) -> Stage[Angles]:
+def principal_angles(base: Array, tuned: Array, library: Library = NUMPY) -> Stage[Angles]:
     """Compare two pairs of subspaces in two passes.
 
     They are given by the leading eigenvectors of W0^T W0 and W1^T W1, shape (short, k).
     """
-    count = base.shape[1]
-    ours, theirs, crossed = (xp.zeros((count, count)) for _ in range(3))
+    xp, (short, count) = library.xp, base.shape
+    product, add_gram, solve_lower = library.product, library.add_gram, library.solve_lower
+    ours, theirs, crossed, outside = (library.zeros((count, count), np.float64) for _ in range(4))
 
     def meet(panel: Panel) -> None:
         left, right = product(panel.base, base), product(panel.side("tuned"), tuned)
         add_gram(ours, left)
         add_gram(theirs, right)
-        add_product(crossed, left.T, right)
+        library.add_product(crossed, left.T, right)
 
     yield meet
-    our_factor, their_factor = (xp.linalg.cholesky(whole(gram)) for gram in (ours, theirs))
+    our_factor, their_factor = (xp.linalg.cholesky(whole(gram, library)) for gram in (ours, theirs))
     cosines = solve_lower(their_factor, solve_lower(our_factor, crossed).T).T
-    outside = xp.zeros((count, count))
 
     def leave(panel: Panel) -> None:
         left = solve_lower(our_factor, product(panel.base, base).T)
         right = solve_lower(their_factor, product(panel.side("tuned"), tuned).T)
-        add_gram(outside, xp.ascontiguousarray((right - cosines.T @ left).T))
+        add_gram(outside, library.contiguous((right - cosines.T @ left).T))
         count_work(product_work(count, count, right.shape[1], 8))
 
     yield leave
-    with counted(_result_work(len(base), count), opaque=True):
+    with counted(_result_work(short, count), opaque=True):
         across = base.T @ tuned
         beyond = tuned - base @ across
         return Angles(
-            _angles(xp.linalg.svd(cosines, compute_uv=False), np.sqrt(np.maximum(eigenvalues(outside), 0.0))),
-            _angles(xp.linalg.svd(across, compute_uv=False), xp.linalg.svd(beyond, compute_uv=False)),
+            _angles(library.singular_values(cosines), np.sqrt(np.maximum(library.eigenvalues(outside), 0.0))),
+            _angles(library.singular_values(across), library.singular_values(beyond)),
         )
 
 
@@ -85,7 +86,7 @@ def _result_work(short: int, count: int) -> float:
     return 20.0 * short * count**2 + 20.0 * count**3
 
 
-def _angles(cosines: Array, sines: Array) -> Float64:
+def _angles(cosines: Float64, sines: Float64) -> Float64:
     """Angles from both lists, each largest first."""
-    angles: Float64 = np.arctan2(on_host(sines)[::-1], on_host(cosines))
+    angles: Float64 = np.arctan2(sines[::-1], cosines)
     return angles

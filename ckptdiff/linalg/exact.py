@@ -9,21 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.products import add_gram, gram_work, product
-from ckptdiff.linalg.stages import Array, Panel, Side, Stage, meanwhile
-from ckptdiff.linalg.symmetric import (
-    eigenpairs_work,
-    eigenvalues,
-    eigenvalues_work,
-    eigh_bottom,
-    eigh_top,
-    gram_of,
-)
+from ckptdiff.linalg.library import Array, Library
+from ckptdiff.linalg.on_numpy import NUMPY
+from ckptdiff.linalg.stages import Panel, Side, Stage, meanwhile
+from ckptdiff.linalg.symmetric import eigh_bottom, eigh_top, gram_of
+from ckptdiff.linalg.work import eigenpairs_work, eigenvalues_work, gram_work
 
 Float64 = NDArray[np.float64]
 
@@ -43,24 +37,24 @@ class SideSpectrum:
     """Leading eigenpairs of the Gram matrix, as many as were asked for."""
 
 
-def side_spectrum(side: Side, short: int, vectors: int = 0, xp: Any = np) -> Stage[SideSpectrum]:
+def side_spectrum(side: Side, short: int, vectors: int = 0, library: Library = NUMPY) -> Stage[SideSpectrum]:
     """Find all singular values of one side, and leading eigenvectors of its Gram matrix; two passes at most.
 
     Its panels are float64.
     """
-    gram = yield from gram_of(side, short, np.float64, xp)
-    squares, bottom, pairs = yield from meanwhile(partial(_decomposed, gram, vectors))
+    gram = yield from gram_of(side, short, np.float64, library)
+    squares, bottom, pairs = yield from meanwhile(partial(_decomposed, gram, vectors, library))
     del gram
     values = np.sqrt(np.maximum(squares, 0.0))
     if bottom is not None:
         few = bottom.shape[1]
-        rest = xp.zeros((few, few))
+        rest = library.zeros((few, few), np.float64)
 
         def project(panel: Panel) -> None:
-            add_gram(rest, product(panel.side(side), bottom))
+            library.add_gram(rest, library.product(panel.side(side), bottom))
 
         yield project
-        values[short - few :] = np.sqrt(np.maximum(eigenvalues(rest), 0.0))
+        values[short - few :] = np.sqrt(np.maximum(library.eigenvalues(rest), 0.0))
         values[::-1].sort()
     return SideSpectrum(values, pairs)
 
@@ -71,12 +65,27 @@ def side_work(long: int, short: int, vectors: int = 0) -> float:
     return found + (eigenpairs_work(short, min(vectors, short), 8) if vectors else 0.0)
 
 
-def _decomposed(gram: Array, vectors: int) -> tuple[Float64, Array | None, tuple[Array, Array] | None]:
+def _decomposed(
+    gram: Array, vectors: int, library: Library
+) -> tuple[Float64, Array | None, tuple[Array, Array] | None]:
     """All eigenvalues, the eigenvectors of those to be found again, and as many leading eigenpairs as asked for."""
-    squares = eigenvalues(gram)
-    few = int((squares < _SMALL * squares[0]).sum()) if squares[0] > 0 else 0
-    bottom = eigh_bottom(gram.copy() if vectors else gram, few) if few else None
-    return squares, bottom, eigh_top(gram, min(vectors, len(gram))) if vectors else None
+    short = gram.shape[0]
+    top = min(vectors, short)
+    if top and library.at_once:
+        values, found = eigh_top(gram, short, library)
+        squares = library.home(values)
+        few = _few(squares)
+        bottom = library.contiguous(found[:, short - few :]) if few else None
+        return squares, bottom, (values[:top], library.contiguous(found[:, :top]))
+    squares = library.eigenvalues(gram)
+    few = _few(squares)
+    bottom = eigh_bottom(gram + 0.0 if top else gram, few, library) if few else None
+    return squares, bottom, eigh_top(gram, top, library) if top else None
+
+
+def _few(squares: Float64) -> int:
+    """How many eigenvalues are to be found again."""
+    return int((squares < _SMALL * squares[0]).sum()) if squares[0] > 0 else 0
 
 
 def numerical_rank(values: Float64, tau: float) -> tuple[int, int]:

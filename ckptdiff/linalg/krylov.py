@@ -23,10 +23,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.products import add_product, gram_work, product, product_work
-from ckptdiff.linalg.stages import Array, Panel, Stage, on_host
-from ckptdiff.linalg.symmetric import eigenpairs_work, eigenvalues_work, eigh_top, gram_of
+from ckptdiff.linalg.library import Array, Library
+from ckptdiff.linalg.on_numpy import NUMPY
+from ckptdiff.linalg.stages import Panel, Stage
+from ckptdiff.linalg.symmetric import eigh_top, gram_of
 from ckptdiff.linalg.threads import counted
+from ckptdiff.linalg.work import eigenpairs_work, eigenvalues_work, gram_work, product_work
 
 Float64 = NDArray[np.float64]
 
@@ -71,7 +73,7 @@ class LeadingValues:
 
 
 def krylov_values(
-    short: int, ranks: Sequence[int], dtype: Any, options: KrylovOptions, xp: Any = np
+    short: int, ranks: Sequence[int], dtype: Any, options: KrylovOptions, library: Library = NUMPY
 ) -> Stage[LeadingValues]:
     """Find the leading eigenvalues of ``d^T d``; one pass a step, and three for the bound.
 
@@ -80,12 +82,13 @@ def krylov_values(
     ranks = _within(ranks, short)
     wanted = ranks[-1]
     rng = np.random.default_rng(options.seed)
-    basis = _Basis(short, min(options.block * options.steps, short), dtype, xp)
-    block = _orthonormal(xp.asarray(rng.standard_normal((short, min(options.block, short))), dtype), 0.0, xp)
+    basis = _Basis(short, min(options.block * options.steps, short), dtype, library)
+    start = library.put(rng.standard_normal((short, min(options.block, short))).astype(dtype))
+    block = _orthonormal(start, 0.0, dtype, library)
     steps = 0
     while True:
-        image = xp.zeros_like(block)
-        yield _applied(block, image)
+        image = library.zeros(block.shape, dtype)
+        yield _applied(block, image, library)
         with counted(_step_work(short, basis.size + block.shape[1], block.shape[1])):
             basis.add(block, image)
             steps += 1
@@ -99,18 +102,18 @@ def krylov_values(
             break  # the space is invariant: it holds all of the update's row space that the seed can see
     beyond = 0.0
     if not basis.full:
-        probes = basis.deflate(xp.asarray(rng.standard_normal((short, _PROBES)), dtype))
+        probes = basis.deflate(library.put(rng.standard_normal((short, _PROBES)).astype(dtype)))
         scale = 0
         for _ in range(_PROBE_PASSES):
-            image = xp.zeros_like(probes)
-            yield _applied(probes, image)
+            image = library.zeros(probes.shape, dtype)
+            yield _applied(probes, image, library)
             with counted(_step_work(short, basis.size, _PROBES)):
                 probes = basis.deflate(image)
             # Third powers of eigenvalues may leave the range of float32; scaled by powers of two they lose no digit.
-            exponent = math.frexp(float(xp.linalg.norm(probes.astype(np.float64))))[1]
-            probes = xp.ldexp(probes, -exponent)
+            exponent = math.frexp(math.sqrt(_sum_of_squares(probes, library)))[1]
+            probes = library.scaled(probes, -exponent)
             scale += exponent
-        square = float((probes.astype(np.float64) ** 2).sum())
+        square = _sum_of_squares(probes, library)
         beyond = (square / _CHI_SQUARE) ** (1 / (2 * _PROBE_PASSES)) * 2.0 ** (scale / _PROBE_PASSES)
     with counted(_result_work(short, basis.size), opaque=True):
         return basis.result(ranks, beyond, steps)
@@ -141,15 +144,21 @@ def _result_work(short: int, size: int) -> float:
     return 7.0 * short * size**2 + 76.0 * size**3
 
 
-def direct_values(short: int, ranks: Sequence[int], *, with_vectors: bool = True, xp: Any = np) -> Stage[LeadingValues]:
+def direct_values(
+    short: int, ranks: Sequence[int], *, with_vectors: bool = True, library: Library = NUMPY
+) -> Stage[LeadingValues]:
     """Find the same from the float64 Gram matrix in one pass, which is quicker for a small short side.
 
     Parameters as for :func:`krylov_values`; without vectors it takes half the time.
     """
     ranks = _within(ranks, short)
-    gram = yield from gram_of("delta", short, np.float64, xp)
-    values, vectors = eigh_top(gram, ranks[-1], with_vectors=with_vectors)
-    lower = np.maximum(on_host(values).astype(np.float64), 0.0)
+    gram = yield from gram_of("delta", short, np.float64, library)
+    if with_vectors:
+        found, vectors = eigh_top(gram, ranks[-1], library)
+        values = library.home(found).astype(np.float64)
+    else:
+        values, vectors = library.eigenvalues(gram)[: ranks[-1]], library.zeros((short, 0), np.float64)
+    lower = np.maximum(values, 0.0)
     slack = short * float(np.finfo(np.float64).eps) * float(lower[0])
     return LeadingValues(lower, {k: float(lower[:k].sum()) + k * slack for k in ranks}, vectors, 0)
 
@@ -165,60 +174,66 @@ def _within(ranks: Sequence[int], short: int) -> list[int]:
     return sorted({min(k, short) for k in ranks})
 
 
-def _applied(block: Array, image: Array) -> Callable[[Panel], None]:
+def _applied(block: Array, image: Array, library: Library) -> Callable[[Panel], None]:
     """Add ``d^T d block`` to `image`, panel by panel."""
 
     def apply(panel: Panel) -> None:
-        add_product(image, panel.delta.T, product(panel.delta, block))
+        library.add_product(image, panel.delta.T, library.product(panel.delta, block))
 
     return apply
 
 
-def _orthonormal(block: Array, floor: float, xp: Any) -> Array:
+def _sum_of_squares(values: Array, library: Library) -> float:
+    wide = library.cast(values, np.float64)
+    return float(library.home(library.xp.sum(wide**2)))
+
+
+def _orthonormal(block: Array, floor: float, dtype: Any, library: Library) -> Array:
     """Orthonormal basis of a block's columns, without directions of a norm below `floor`."""
-    wide = block.astype(np.float64)
-    values, vectors = xp.linalg.eigh(wide.T @ wide)
+    wide = library.cast(block, np.float64)
+    values, vectors = np.linalg.eigh(library.home(wide.T @ wide))
     kept = values > max(floor**2, 1e-30 * float(values[-1]))
-    basis = wide @ (vectors[:, kept] / xp.sqrt(values[kept]))
+    basis = wide @ library.put(vectors[:, kept] / np.sqrt(values[kept]))
     if values[0] > _NEAR * values[-1]:
         # So near to orthonormal that a Cholesky factor does the rest, at a fraction of the price of Householder's.
-        factor = xp.linalg.cholesky(basis.T @ basis)
-        return (basis @ xp.linalg.inv(factor).T).astype(block.dtype)
-    return xp.linalg.qr(basis)[0].astype(block.dtype)
+        factor = np.linalg.cholesky(library.home(basis.T @ basis))
+        return library.cast(basis @ library.put(np.linalg.inv(factor).T), dtype)
+    return library.cast(library.xp.linalg.qr(basis)[0], dtype)
 
 
 class _Basis:
-    """The Krylov space so far: Q, G Q and H = Q^T G Q."""
+    """The Krylov space so far: Q, G Q, and on the host H = Q^T G Q."""
 
-    def __init__(self, short: int, capacity: int, dtype: Any, xp: Any) -> None:
-        self._xp = xp
-        self._dtype = dtype
-        self._vectors = xp.empty((short, capacity), dtype)
-        self._images = xp.empty((short, capacity), dtype)
-        self._met = xp.empty((capacity, capacity))
+    def __init__(self, short: int, capacity: int, dtype: np.dtype[Any], library: Library) -> None:
+        self._library, self._dtype = library, dtype
+        self._vectors = library.zeros((short, capacity), dtype)
+        self._images = library.zeros((short, capacity), dtype)
+        self._met = np.empty((capacity, capacity))
+        self._short, self._capacity = short, capacity
         self.size = self._newest = 0
         self._unit = float(np.finfo(dtype).eps)
-        self._pairs: tuple[Array, Array] | None = None
+        self._pairs: tuple[Float64, Float64] | None = None
 
     @property
     def full(self) -> bool:
         """Whether it is the whole space."""
-        return self.size == len(self._vectors)
+        return self.size == self._short
 
     def add(self, block: Array, image: Array) -> None:
         """Take a block and what G makes of it."""
-        first, stop = self.size, self.size + block.shape[1]
+        first, stop, library = self.size, self.size + block.shape[1], self._library
         self._vectors[:, first:stop] = block
         self._images[:, first:stop] = image
         self.size, self._newest, self._pairs = stop, first, None
-        met = self._vectors[:, :stop].astype(np.float64).T @ image.astype(np.float64)
+        space = library.cast(self._vectors[:, :stop], np.float64)
+        met = library.home(space.T @ library.cast(image, np.float64))
         self._met[:stop, first:stop] = met
         self._met[first:stop, :stop] = met.T
         self._met[first:stop, first:stop] = (met[first:] + met[first:].T) / 2
 
     def deflate(self, block: Array) -> Array:
         """The part of a block that is orthogonal to the space."""
-        space = self._vectors[:, : self.size]
+        product, space = self._library.product, self._vectors[:, : self.size]
         for _ in range(2):
             block = block - product(space, product(space.T, block))
         return block
@@ -226,60 +241,64 @@ class _Basis:
     def next_block(self, rest: Array) -> Array:
         """The next block from what is outside the space of the newest image; without columns if nothing is."""
         largest = float(self._ritz()[0][0])
-        room = self._vectors.shape[1] - self.size
-        block = _orthonormal(rest, 16 * self._unit * largest, self._xp)[:, :room]
+        block = _orthonormal(rest, 16 * self._unit * largest, self._dtype, self._library)
+        block = block[:, : min(self._capacity - self.size, block.shape[1])]
         # Once more: what was small before it was scaled up is not orthogonal any more.
-        return _orthonormal(self.deflate(block), 0.5, self._xp) if block.shape[1] else block
+        return _orthonormal(self.deflate(block), 0.5, self._dtype, self._library) if block.shape[1] else block
 
     def residual(self, rest: Array, wanted: int) -> float:
         """Largest residual of a wanted Ritz pair, as a share of its Ritz value; infinite if there are too few.
 
         `rest` is what is outside the space of the newest image: of the older ones nothing is, up to rounding.
         """
-        if self.size < min(wanted, self._vectors.shape[0]):
+        if self.size < min(wanted, self._short):
             return float("inf")
+        library = self._library
         values, vectors = self._ritz()
         wanted = min(wanted, self.size)
-        outside = rest @ vectors[self._newest :, :wanted].astype(self._dtype)
-        norms = self._xp.linalg.norm(outside.astype(np.float64), axis=0)  # float32 may not hold their squares
+        outside = rest @ library.put(vectors[self._newest :, :wanted].astype(self._dtype))
+        wide = library.cast(outside, np.float64)  # float32 may not hold their squares
+        norms = np.sqrt(library.home(library.xp.sum(wide**2, axis=0)))
         floor = 16 * self._unit * float(values[0])
-        return float((norms / self._xp.maximum(values[:wanted], floor)).max())
+        return float((norms / np.maximum(values[:wanted], floor)).max())
 
     def result(self, ranks: Sequence[int], beyond: float, steps: int) -> LeadingValues:
         """Ritz values and the bound, with `beyond` the largest eigenvalue on the complement."""
-        xp, count = self._xp, min(ranks[-1], self.size)
+        library, count = self._library, min(ranks[-1], self.size)
         values, coordinates = self._ritz()
-        met = self._met[: self.size, : self.size]
-        square = xp.zeros_like(met)
-        vectors = xp.empty((len(self._vectors), count), self._dtype)
-        for first in range(0, len(vectors), _ROWS):
-            rows = slice(first, first + _ROWS)
-            space, images = (side[rows, : self.size].astype(np.float64) for side in (self._vectors, self._images))
+        met, wanted = library.put(self._met[: self.size, : self.size]), library.put(coordinates[:, :count])
+        sums = library.zeros(met.shape, np.float64)
+        vectors = library.zeros((self._short, count), self._dtype)
+        for first in range(0, self._short, _ROWS):
+            rows = slice(first, min(first + _ROWS, self._short))
+            sides = (side[rows, : self.size] for side in (self._vectors, self._images))
+            space, images = (library.cast(side, np.float64) for side in sides)
             rest = images - space @ met
-            square += rest.T @ rest
-            vectors[rows] = space @ coordinates[:, :count]
+            sums += rest.T @ rest
+            vectors[rows, :] = library.cast(space @ wanted, self._dtype)
+        square = library.home(sums)
         lower = np.zeros(ranks[-1])
-        lower[:count] = np.maximum(on_host(values[:count]).astype(np.float64), 0.0)
+        lower[:count] = np.maximum(values[:count], 0.0)
         # What rounding of the products may have taken from each eigenvalue, and from the first if all rows share its
         # direction.
         slack = self._unit * float(values[0])
-        bounds = _bounds([min(k, count) for k in ranks], values, coordinates.T @ square @ coordinates, beyond, xp)
+        bounds = _bounds([min(k, count) for k in ranks], values, coordinates.T @ square @ coordinates, beyond)
         upper = {k: bound + (_COHERENT + 4 * k) * slack for k, bound in zip(ranks, bounds, strict=True)}
         return LeadingValues(lower, upper, vectors, steps)
 
-    def _ritz(self) -> tuple[Array, Array]:
+    def _ritz(self) -> tuple[Float64, Float64]:
         """Ritz values, largest first, and the coordinates of their vectors in the basis."""
         if self._pairs is None:
-            values, vectors = self._xp.linalg.eigh(self._met[: self.size, : self.size])
+            values, vectors = np.linalg.eigh(self._met[: self.size, : self.size])
             self._pairs = values[::-1], vectors[:, ::-1]
         return self._pairs
 
 
-def _bounds(ranks: Sequence[int], values: Array, square: Array, beyond: float, xp: Any) -> Iterator[float]:
+def _bounds(ranks: Sequence[int], values: Float64, square: Float64, beyond: float) -> Iterator[float]:
     """Yield bounds of the sums of so many eigenvalues, from Ritz values and ``R^T R`` in the basis of their vectors."""
-    largest = math.sqrt(max(float(xp.linalg.eigvalsh(square)[-1]), 0.0))
+    largest = math.sqrt(max(float(np.linalg.eigvalsh(square)[-1]), 0.0))
     for k in ranks:
         gap = float(values[k - 1]) - beyond
-        loose = float(xp.maximum(values[:k], beyond).sum()) + k * largest
-        tight = float(xp.linalg.eigvalsh(xp.diag(values) + square / gap)[-k:].sum()) if gap > 0 else loose
+        loose = float(np.maximum(values[:k], beyond).sum()) + k * largest
+        tight = float(np.linalg.eigvalsh(np.diag(values) + square / gap)[-k:].sum()) if gap > 0 else loose
         yield min(loose, tight)

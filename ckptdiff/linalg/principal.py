@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.products import add_gram, add_product, cuts, gram_work, product, product_work
-from ckptdiff.linalg.score_cut import SCORE_LANES, Covered, ScoreCut, likely_zooms
-from ckptdiff.linalg.stages import Array, Panel, PanelSource, Stage, array_module, meanwhile, on_host
+from ckptdiff.linalg.library import Array, Library
+from ckptdiff.linalg.score_cut import Covered, ScoreCut, likely_zooms
+from ckptdiff.linalg.stages import Panel, PanelSource, Stage, meanwhile
 from ckptdiff.linalg.survey import Survey, exactly
-from ckptdiff.linalg.symmetric import eigenpairs_work, eigh_top, gram_of, solve_lower, whole
-from ckptdiff.linalg.threads import count_work, counted, in_parts
+from ckptdiff.linalg.symmetric import eigh_top, gram_of, whole
+from ckptdiff.linalg.threads import count_work, counted, cuts, in_parts
+from ckptdiff.linalg.work import eigenpairs_work, gram_work, product_work
 
 _SMALLEST_GAP = {4: 1e-6, 8: 1e-9}
 """By item size: a subspace is defined if its last eigenvalue stands out from the next by this share of the largest."""
@@ -70,7 +71,6 @@ def principal(
     chances: NDArray[np.float64] | None,
     *,
     error: float,
-    xp: Any = np,
     eigenpairs: tuple[Array, Array] | None = None,
 ) -> Stage[tuple[NDArray[np.float64], list[Principal]]]:
     """Measure an update against the principal subspaces of its base.
@@ -85,8 +85,6 @@ def principal(
         By magnitude of W0, the chance to be changed under the rounding null.
     error : float
         Standard error of a coverage that needs no further pass.
-    xp : module
-        numpy or cupy.
     eigenpairs : (values, vectors), optional
         Leading eigenpairs of W0^T W0, if they are known already.
 
@@ -97,24 +95,24 @@ def principal(
     figures : list of Principal
         One for each rho.
     """
-    short, dtype = source.short, source.dtype
+    short, dtype, library = source.short, source.dtype, source.library
     wanted = min(principal_rank(rhos[-1], short) + 1, short)
     if eigenpairs is None:
-        gram = yield from gram_of("base", short, dtype, xp)
-        eigenpairs = yield from meanwhile(partial(eigh_top, gram, wanted))
+        gram = yield from gram_of("base", short, dtype, library)
+        eigenpairs = yield from meanwhile(partial(eigh_top, gram, wanted, library))
         del gram
-    spectrum = on_host(eigenpairs[0][:wanted]).astype(np.float64)
-    figures = [_subspace(rho, short, spectrum, np.dtype(dtype)) for rho in rhos]
+    spectrum = library.home(eigenpairs[0][:wanted]).astype(np.float64)
+    figures = [_subspace(rho, short, spectrum, dtype) for rho in rhos]
     defined = [figure for figure in figures if not figure.reason]
     if not defined:
         return spectrum, figures
-    vectors = xp.ascontiguousarray(eigenpairs[1][:, : defined[-1].rank])
-    energies = _Energies(short, vectors)
+    vectors = library.contiguous(eigenpairs[1][:, : defined[-1].rank])
+    energies = _Energies(short, vectors, dtype, library)
     cuts = _cuts(source, known, defined, vectors, chances, error)
-    scores = _Scores(vectors, [figure.rank for figure in defined], cuts)
+    scores = _Scores(vectors, [figure.rank for figure in defined], cuts, source)
 
     def visit(panel: Panel) -> None:
-        projected = product(panel.base, vectors)
+        projected = library.product(panel.base, vectors)
         energies.add(panel, projected)
         scores.add(panel, projected)
 
@@ -182,80 +180,83 @@ def _cuts(
     error: float,
 ) -> list[ScoreCut]:
     """A cut for each rho, which starts from that of a sample of rows."""
+    library = source.library
     rows = source.sample(max(_SAMPLED_ROWS, _SAMPLED // source.short))
     projected = rows @ vectors
     found = []
     weights = np.zeros(len(known.weights)) if chances is None else chances
     for figure, low in zip(figures, known.low_cuts([figure.rho for figure in figures]), strict=True):
-        scores = abs(projected[:, : figure.rank] @ vectors[:, : figure.rank].T).ravel()
+        scores = abs(library.home(projected[:, : figure.rank] @ vectors[:, : figure.rank].T)).ravel()
         place = int((1 - figure.rho) * (scores.size - 1))
-        guess = float(array_module(scores).partition(scores, place)[place])
+        guess = float(np.partition(scores, place)[place])
         rank = max(1, math.ceil(exactly(figure.rho) * known.numel))
-        found.append(ScoreCut(rank, guess, weights, low, error * known.support))
+        found.append(ScoreCut(rank, guess, weights, low, error * known.support, library))
     return found
 
 
 class _Energies:
     """Projections of the update, panel by panel."""
 
-    def __init__(self, short: int, vectors: Array) -> None:
-        xp = array_module(vectors)
-        rank, dtype = vectors.shape[1], vectors.dtype
-        self.vectors = vectors
-        self._spanned = xp.zeros((rank, rank), dtype)
-        self._met = xp.zeros((rank, short), dtype)
-        self._kept = xp.zeros(rank, np.float64)
+    def __init__(self, short: int, vectors: Array, dtype: np.dtype[Any], library: Library) -> None:
+        rank = vectors.shape[1]
+        self._library, self._vectors = library, vectors
+        self._spanned = library.zeros((rank, rank), dtype)
+        self._met = library.zeros((rank, short), dtype)
+        self._kept = library.zeros((rank,), np.float64)
 
     def add(self, panel: Panel, projected: Array) -> None:
         """Take a panel and ``W0 V`` of its rows."""
-        xp = array_module(projected)
-        add_gram(self._spanned, projected)
-        add_product(self._met, projected.T, panel.delta)
-        moved = product(panel.delta, self.vectors)
-        self._kept += xp.einsum("ij,ij->j", moved, moved, dtype=np.float64)
-        count_work(_NORM_WORK * moved.size)
+        library = self._library
+        library.add_gram(self._spanned, projected)
+        library.add_product(self._met, projected.T, panel.delta)
+        moved = library.product(panel.delta, self._vectors)
+        self._kept += library.squares(moved, axis=0)
+        count_work(_NORM_WORK * moved.shape[0] * moved.shape[1])
 
     def shares(self, ranks: Sequence[int], total: float) -> Iterator[tuple[float, float, float]]:
         """Yield the share of the energy in both subspaces, the long side's, and the short side's, for each rank."""
-        xp = array_module(self.vectors)
-        with counted(_shares_work(len(self._spanned), self._met.shape[1]), opaque=True):
-            factor = xp.linalg.cholesky(whole(self._spanned))
-            long_side = solve_lower(factor, self._met.astype(np.float64))
-            both = long_side @ self.vectors
+        library, xp = self._library, self._library.xp
+        with counted(_shares_work(*self._met.shape), opaque=True):
+            factor = xp.linalg.cholesky(whole(self._spanned, library))
+            long_side = library.solve_lower(factor, library.cast(self._met, np.float64))
+            both = long_side @ library.cast(self._vectors, np.float64)
         for k in ranks:
-            joint, left, right = (both[:k, :k] ** 2).sum(), (long_side[:k] ** 2).sum(), self._kept[:k].sum()
-            yield float(joint) / total, float(left) / total, float(right) / total
+            parts = xp.sum(both[:k, :k] ** 2), xp.sum(long_side[:k, :] ** 2), xp.sum(self._kept[:k])
+            joint, left, right = (float(library.home(part)) for part in parts)
+            yield joint / total, left / total, right / total
 
 
 class _Scores:
     """Scores |W0 V_k V_k^T| of every rho, each from the one before."""
 
-    def __init__(self, vectors: Array, ranks: Sequence[int], cuts: Sequence[ScoreCut]) -> None:
+    def __init__(self, vectors: Array, ranks: Sequence[int], cuts: Sequence[ScoreCut], source: PanelSource) -> None:
         self._vectors, self._ranks, self._cuts = vectors, ranks, cuts
+        self._library, self._itemsize = source.library, source.dtype.itemsize
         self._open = list(cuts)
 
     def add(self, panel: Panel, projected: Array | None = None) -> None:
         """Count the scores of a panel for every cut that is not settled."""
+        library = self._library
         if projected is None:
-            projected = product(panel.base, self._vectors)
-        at = cuts(len(projected), most=SCORE_LANES)
+            projected = library.product(panel.base, self._vectors)
+        at = cuts(projected.shape[0], most=library.lanes)
         lines = self._vectors.T
 
         def count(lane: int) -> None:
             rows = slice(at[lane], at[lane + 1])
-            part = Panel(panel.base[rows], panel.delta[rows])
+            part = Panel(panel.base[rows, :], panel.delta[rows, :])
             scores, done = None, 0
             for rank, cut in zip(self._ranks, self._cuts, strict=True):
                 if scores is None:
-                    scores = product(projected[rows, :rank], lines[:rank])
+                    scores = library.product(projected[rows, :rank], lines[:rank, :])
                 else:
-                    add_product(scores, projected[rows, done:rank], lines[done:rank])
+                    library.add_product(scores, projected[rows, done:rank], lines[done:rank, :])
                 done = rank
                 if cut in self._open:
-                    cut.add(scores.astype(np.float32, copy=False), part, lane)
+                    cut.add(scores, part, lane)
 
         rows, short = panel.base.shape
-        with counted(_scores_work(rows, short, self._ranks[-1], panel.base.itemsize, len(self._open))):
+        with counted(_scores_work(rows, short, self._ranks[-1], self._itemsize, len(self._open))):
             in_parts(count, len(at) - 1)
 
     def settle(self) -> bool:

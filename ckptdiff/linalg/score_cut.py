@@ -8,23 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.kernels.scores import count_scores
-from ckptdiff.linalg.stages import Array, Panel, array_module, on_host
-from ckptdiff.linalg.survey import MAGNITUDES, SMALL_CHANGE
+from ckptdiff.linalg.library import SCORE_LANES, Array, Counts, Library, ScoreWindow
+from ckptdiff.linalg.on_numpy import NUMPY
+from ckptdiff.linalg.stages import Panel
+from ckptdiff.linalg.survey import SMALL_CHANGE
 
-_CODES = 1 << 31
 _OCTAVE = 1 << 23
 _BINS = 1 << 15
 _FEW_BINS, _FEW = 1 << 11, 1 << 15
 """So many scores above the cut are counted in few bins, which cost less than the scores."""
-_FIELDS = 5
-SCORE_LANES = 4
-"""Parts of a panel that are counted apart. Their sums are added in order, whichever threads made them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +61,21 @@ class ScoreCut:
         As :meth:`~ckptdiff.linalg.survey.Survey.low_cuts` gives it.
     error : float
         Standard error of a count of changed entries that needs no further zoom.
+    library : Library
+        Of the scores.
     """
 
     def __init__(
-        self, rank: int, guess: float, chances: NDArray[np.float64], low: tuple[int, float], error: float
+        self,
+        rank: int,
+        guess: float,
+        chances: NDArray[np.float64],
+        low: tuple[int, float],
+        error: float,
+        library: Library = NUMPY,
     ) -> None:
         self._rank, self._chances, self._low, self._error = rank, chances, low, error
+        self._library = library
         self.covered: Covered | None = None
         code = int(np.float32(abs(guess)).view(np.uint32))
         if np.isfinite(guess) and code >> 23:
@@ -82,56 +87,31 @@ class ScoreCut:
             self._open(16, 0, _BINS)
 
     def _open(self, shift: int, start: int, bins: int) -> None:
-        self._shift, self._start = shift, start
-        self._bins = bins
-        self._lanes: list[NDArray[np.float64] | None] = [None] * SCORE_LANES
+        self._window = ScoreWindow(shift, start, bins, self._low, self._chances)
+        self._lanes: list[Counts] = [None] * SCORE_LANES
 
     def add(self, scores: Array, panel: Panel, lane: int = 0) -> None:
-        """Count a panel by its scores, C-contiguous float32 of the same shape.
+        """Count a panel by its scores, C-contiguous arrays of one shape.
 
         Lanes, from 0 to ``SCORE_LANES - 1``, may be filled at a time.
         """
-        base = panel.base.astype(np.float32, copy=False).view(np.uint32)
-        delta = panel.delta.astype(np.float32, copy=False)
-        counts = self._lanes[lane]
-        if counts is None:
-            counts = self._lanes[lane] = np.zeros((self._bins + 1, _FIELDS))
-        if array_module(scores) is np:
-            window = np.uint32(self._shift), np.uint32(self._start)
-            low = np.uint32(self._low[0]), self._low[1]
-            values = scores.view(np.uint32), base, delta
-            count_scores(*values, self._chances, window, low, np.float32(SMALL_CHANGE), counts)
-        else:
-            self._add_anywhere(scores, base, delta, counts, array_module(scores))
-
-    def _add_anywhere(self, scores: Array, base: Array, delta: Array, counts: NDArray[np.float64], xp: Any) -> None:
-        """Count as the kernel does, in calls that NumPy and CuPy share."""
-        codes = ((scores.view(np.uint32) & (_CODES - 1)) >> self._shift).astype(np.int64).ravel()
-        inside = codes >= self._start
-        rows = len(counts)
-        bins = xp.minimum(codes[inside] - self._start, rows - 1)
-        magnitudes = (base.ravel()[inside] >> 16) & (MAGNITUDES - 1)
-        not_low = xp.where(magnitudes == self._low[0], self._low[1], magnitudes > self._low[0])
-        chances = xp.asarray(self._chances)[magnitudes]
-        values = abs(delta.ravel()[inside])
-        changed = (values != 0).astype(np.float64)
-        above = (values > SMALL_CHANGE).astype(np.float64)
-        for field, weight in enumerate((xp.ones_like(changed), changed, above, changed * not_low, chances)):
-            counts[:, field] += on_host(xp.bincount(bins, weight, rows))
+        counts, sides = self._lanes[lane], (panel.base, panel.delta)
+        self._lanes[lane] = self._library.count_scores(counts, scores, *sides, self._window, SMALL_CHANGE)
 
     def settle(self) -> bool:
         """Finish a pass: True if the cut is found, False if another pass is needed."""
-        counts = sum(lane for lane in self._lanes if lane is not None)
+        window, library = self._window, self._library
+        counts = sum(library.scores(lane, window) for lane in self._lanes if lane is not None)
         assert isinstance(counts, np.ndarray)
         from_top = np.cumsum(counts[::-1, 0])
         place = int(np.searchsorted(from_top, self._rank))
         row = len(counts) - 1 - place
-        if self._shift < 16 and not 0 <= row < len(counts) - 1:
+        if window.shift < 16 and not 0 <= row < len(counts) - 1:
             self._open(16, 0, _BINS)
             return False
         at, above = counts[row], counts[row + 1 :].sum(axis=0)
-        if self._shift and 0.5 * at[1] ** 0.5 > self._error:
-            self._open(0, (self._start + row) << self._shift, 1 << self._shift)
+        if window.shift and 0.5 * at[1] ** 0.5 > self._error:
+            self._open(0, (window.start + row) << window.shift, 1 << window.shift)
             return False
         share = (self._rank - above[0]) / at[0]
         self.covered = Covered(*(above + share * at).tolist())

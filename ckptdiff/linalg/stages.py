@@ -12,12 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ckptdiff.linalg.library import Array, Library, library_of
 from ckptdiff.linalg.threads import in_background
-
-Array: TypeAlias = Any
-"""A NumPy or CuPy array."""
 
 Side: TypeAlias = Literal["base", "delta", "tuned"]
 
@@ -42,8 +39,12 @@ class PanelSource(Protocol):
 
     long: int
     short: int
-    dtype: Any
+    dtype: np.dtype[Any]
     """Of the panels: float32 or float64."""
+    library: Library
+    """Of the arrays of the panels."""
+    kept: bool
+    """Whether a pass reads nothing, since all is in memory."""
 
     def panels(self) -> Iterator[Panel]:
         """All rows, in order."""
@@ -108,32 +109,22 @@ def run_together(source: PanelSource, *stages: Stage[Any]) -> list[Any]:
 class ArrayPanels:
     """A pair in memory: C-contiguous float arrays of shape (long, short), handed out so many rows at a time."""
 
-    def __init__(self, base: Array, delta: Array, rows: int = 512) -> None:
+    kept = True
+
+    def __init__(self, base: Array, delta: Array, rows: int = 512, library: Library | None = None) -> None:
         if base.shape != delta.shape or base.shape[0] < base.shape[1]:
             raise ValueError(f"a tall pair of equal shapes is needed, not {base.shape} and {delta.shape}")
         self._base, self._delta, self._rows = base, delta, rows
         self.long, self.short = base.shape
-        self.dtype = base.dtype
+        self.library = library or library_of(base)
+        self.dtype = np.dtype(np.float32 if base.dtype == self.library.xp.float32 else np.float64)
 
     def panels(self) -> Iterator[Panel]:
         """All rows, in order."""
         for first in range(0, self.long, self._rows):
-            yield Panel(self._base[first : first + self._rows], self._delta[first : first + self._rows])
+            rows = slice(first, min(first + self._rows, self.long))
+            yield Panel(self._base[rows, :], self._delta[rows, :])
 
     def sample(self, count: int) -> Array:
         """About `count` rows of W0, evenly spaced."""
-        return self._base[:: max(1, self.long // count)]
-
-
-def array_module(array: Array) -> Any:
-    """The library that an array belongs to: numpy or cupy."""
-    if isinstance(array, np.ndarray):
-        return np
-    import cupy
-
-    return cupy.get_array_module(array)
-
-
-def on_host(array: Array) -> NDArray[Any]:
-    """The same numbers as a NumPy array."""
-    return np.asarray(array.get() if hasattr(array, "get") else array)
+        return self._base[:: max(1, self.long // count), :]

@@ -7,17 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.linalg.kernels.scores import count_magnitudes
-from ckptdiff.linalg.stages import Panel, Stage, array_module, on_host
+from ckptdiff.linalg.library import Counts, Library
+from ckptdiff.linalg.on_numpy import NUMPY
+from ckptdiff.linalg.stages import Panel, Stage
 from ckptdiff.linalg.threads import counted
 
-MAGNITUDES = 1 << 15
-"""Bins of |W0|: the leading 15 magnitude bits of its float32, which are all that bfloat16 has."""
 SMALL_CHANGE = 1e-5
 """The threshold of the second support (S1)."""
 SURVEY_WORK = 500.0
@@ -62,38 +60,22 @@ class Survey:
             yield cut, float((up_to[cut] - rank) / self.weights[cut])
 
 
-def survey(magnitudes: bool = True) -> Stage[Survey]:
-    """One pass over a pair, which adds up norms, and counts entries by their magnitudes if that is asked for."""
-    squares = np.zeros(2)
-    counts = np.zeros((2, MAGNITUDES), np.int64)
-    totals = [0, 0]
+def survey(library: Library = NUMPY) -> Stage[Survey]:
+    """One pass over a pair, which adds up norms, and counts entries by their magnitudes."""
+    squares = [library.zeros((), np.float64) for _ in range(2)]
+    counts: Counts = None
+    numel = 0
 
     def add(panel: Panel) -> None:
-        with counted(SURVEY_WORK * panel.base.size):
-            squares[0] += _square(panel.base)
-            squares[1] += _square(panel.delta)
-            totals[0] += panel.base.size
-            if magnitudes:
-                totals[1] += _count(panel, counts)
+        nonlocal counts, numel
+        size = panel.base.shape[0] * panel.base.shape[1]
+        with counted(SURVEY_WORK * size):
+            for side, values in enumerate((panel.base, panel.delta)):
+                squares[side] = squares[side] + library.squares(values)
+            numel += size
+            counts = library.count_magnitudes(counts, panel.base, panel.delta, SMALL_CHANGE)
 
     yield add
-    base, delta = np.sqrt(squares).tolist()
-    return Survey(totals[0], base, delta, counts[0], counts[1], totals[1])
-
-
-def _square(values: Any) -> float:
-    xp = array_module(values)
-    return float(xp.einsum("ij,ij->", values, values, dtype=np.float64))
-
-
-def _count(panel: Panel, counts: NDArray[np.int64]) -> int:
-    xp = array_module(panel.base)
-    with np.errstate(over="ignore"):  # infinite in float32, where it is as large and as changed
-        base, delta = panel.base.astype(np.float32, copy=False), panel.delta.astype(np.float32, copy=False)
-    if xp is np:
-        above: int = count_magnitudes(base.view(np.uint32), delta, np.float32(SMALL_CHANGE), counts)
-        return above
-    codes = (base.view(np.uint32) >> 16 & (MAGNITUDES - 1)).ravel()
-    counts[0] += on_host(xp.bincount(codes, minlength=MAGNITUDES))
-    counts[1] += on_host(xp.bincount(codes[delta.ravel() != 0], minlength=MAGNITUDES))
-    return int((abs(delta) > SMALL_CHANGE).sum())
+    base, delta = (math.sqrt(float(library.home(square))) for square in squares)
+    (weights, changed), above = library.magnitudes(counts)
+    return Survey(numel, base, delta, weights, changed, above)

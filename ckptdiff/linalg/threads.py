@@ -108,15 +108,33 @@ def in_background(work: Callable[[], None]) -> Future[None]:
     return done
 
 
+def end_if_stopped() -> None:
+    """Raise CancelledError if this matrix is to be given up."""
+    if _THREADS.get().stop.is_set():
+        raise CancelledError
+
+
 def in_parts(work: Callable[[int], None], parts: int, amount: float = 0.0) -> None:
     """Call `work` with 0 to ``parts - 1``, in any order, on the threads that this matrix has.
 
     It counts nothing by itself: all parts together count as `amount`.
     """
+    end_if_stopped()
     threads = _THREADS.get()
-    if threads.stop.is_set():
-        raise CancelledError
     done = threads.pool.map(work, range(parts)) if threads.pool and parts > 1 else map(work, range(parts))
     for _ in done:
         if threads.work is not None:
             threads.work.add(amount / parts)
+
+
+_PART = 256
+"""Rows of a part, at least: what a part reads again should cost little beside its product."""
+_MOST_PARTS = 16
+
+
+def cuts(size: int, least: int = _PART, most: int = _MOST_PARTS) -> list[int]:
+    """Where to cut `size` rows: a power of two of nearly equal parts of `least` rows or more, ends included."""
+    parts = min(1 << max((size // least).bit_length() - 1, 0), most)
+    # Whole vectors of the processor.
+    step = -(-size // (16 * parts)) * 16
+    return [min(step * part, size) for part in range(parts + 1)]

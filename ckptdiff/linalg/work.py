@@ -106,3 +106,34 @@ class WorkMeter:
 def _passed(share: float) -> float:
     """How much of something is done after so much of the expected time: all of it, never quite."""
     return share if share <= _SURE else 1 - (1 - _SURE) * math.exp((_SURE - share) / (1 - _SURE))
+
+
+_READ = 16
+"""Columns of a product that take as long as to read its left side: narrow products wait for memory."""
+
+
+def product_work(rows: float, inner: float, columns: float, itemsize: int) -> float:
+    """The work of a product of (rows, inner) and (inner, columns)."""
+    return rows * inner * (columns + _READ) * itemsize / 4
+
+
+def gram_work(rows: float, columns: float, itemsize: int) -> float:
+    """The work of a Gram matrix of (rows, columns)."""
+    return rows * columns * columns / 2 * itemsize / 4
+
+
+def eigenvalues_work(n: int, itemsize: int) -> float:
+    """The work of all eigenvalues of a matrix of `n` rows; as all work here, as measured from 256 rows to 2,048."""
+    return (1.5 * n + 700) * n**2 * itemsize / 4
+
+
+def eigenpairs_work(n: int, count: int, itemsize: int) -> float:
+    """The work of `count` eigenpairs of a matrix of `n` rows."""
+    if few_of(count, n):
+        return eigenvalues_work(n, itemsize) + 5 * count * n**2 * itemsize / 4
+    return (4.5 * n + 700) * n**2 * itemsize / 4
+
+
+def few_of(count: int, n: int) -> bool:
+    """Whether so few eigenpairs of `n` are found one by one; else all are found together."""
+    return 3 * (count - 1) < n

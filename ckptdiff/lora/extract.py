@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,10 +20,11 @@ from ckptdiff.files.staged import StagedFile, StagedFolder
 from ckptdiff.formats import formats_of
 from ckptdiff.in_order import Task, in_order
 from ckptdiff.linalg.blas import require_scipy
+from ckptdiff.linalg.stages import run_together
 from ckptdiff.linalg.threads import one_blas_thread, product_threads, work_counted_in
 from ckptdiff.linalg.work import WorkMeter
 from ckptdiff.lora.adapter import AdapterWriter, stacked
-from ckptdiff.lora.factors import Factors, factor_work, factorize, krylov_block
+from ckptdiff.lora.factors import Factors, factor_work, factorize, krylov_block, update_norm
 from ckptdiff.memory import resident
 from ckptdiff.options import Compare, MaskRule, Options, SpectraOptions
 from ckptdiff.report.text import percent
@@ -35,6 +35,7 @@ from ckptdiff.runfile.check_target import check_new
 from ckptdiff.spectra.budget import Budget, cache_bytes
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.panels import StoredPanels
+from ckptdiff.spectra.spectra_gpu import SpectraGpu, open_spectra_gpu, or_streamed, source_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +153,7 @@ def extract_lora(
     check_new(folder)
     tell = listener or ignore
     plan = prepare(base, tuned, options=options, tell=tell)
+    gpu = open_spectra_gpu(options, "randomized", tell)
     diff = run_plan(plan, listener=tell)
     load(None, Uses(tuple(panel_uses(plan.pairs, options.compare))), tell)
     strange = diff.columns["nonfinite_base"] + diff.columns["nonfinite_tuned"] > 0
@@ -170,12 +172,10 @@ def extract_lora(
     with StagedFolder(folder) as made:
         with open_shards(plan.io) as shards, StagedFile(made.path / "factors") as spool:
             writer = AdapterWriter(made.path, base, spool)
-            budget = Budget.of(
-                replace(options, spectra=SpectraOptions(block=min(krylov_block(rank), 1024))),
-                resident(),
-                (update.views[0] for update in updates if update.reason is None),
-            )
-            factoring = _Factoring(shards, options.compare, budget, rank, energy, seed)
+            asked = replace(options, spectra=SpectraOptions(block=min(krylov_block(rank), 1024)))
+            views = (update.views[0] for update in updates if update.reason is None)
+            budget = gpu.budget(asked) if gpu else Budget.of(asked, resident(), views)
+            factoring = _Factoring(shards, options.compare, budget, gpu, rank, energy, seed)
             for update, factors in factoring.factors(updates, tell):
                 found.append(_written(writer, update, factors, model) if factors else update.without)
                 made_of = f"rank {found[-1].rank}, {percent(found[-1].lost)} lost"
@@ -257,6 +257,7 @@ class _Factoring:
     compare: Compare
     budget: Budget
     """Of memory and threads; its Krylov space is that of the randomized SVD."""
+    gpu: SpectraGpu | None
     rank: int
     energy: float | None
     seed: int
@@ -291,15 +292,15 @@ class _Factoring:
             meter.matrix(update.pair.name, self._work(update), slots) as work,
             work_counted_in(work),
         ):
-            return [self._factored(update, view, slots) for view in update.views]
+            share, name = self.budget.share(slots), update.pair.name
+            return [or_streamed(self.gpu, partial(self._factored, update, view), share, name) for view in update.views]
 
-    def _factored(self, update: _Update, view: MatrixView, slots: int) -> Factors | None:
-        """The factors of one of its matrices; None if that one of several did not change."""
-        panels = self._panels(update, view)
-        source = panels.cached() if self._fits(update, slots) else panels
+    def _factored(self, update: _Update, view: MatrixView, share: int) -> Factors | None:
+        """The factors of one of its matrices, in `share` bytes; None if that one of several did not change."""
+        source = source_of(self._panels(update, view), self._fits(update, share), self.gpu)
         norm = update.norm
         if len(update.views) > 1:
-            norm = math.sqrt(sum(float(np.square(p.delta, dtype=np.float64).sum()) for p in source.panels()))
+            (norm,) = run_together(source, update_norm(source.library))
         return factorize(source, norm, min(self.rank, view.short), self.energy, self.seed) if norm else None
 
     def _panels(self, update: _Update, view: MatrixView) -> StoredPanels:
@@ -307,12 +308,12 @@ class _Factoring:
         formats = formats_of(pair.base.dtype, pair.tuned.dtype, self.compare)
         return StoredPanels(self.shards, pair, formats, view, update.dtype)
 
-    def _fits(self, update: _Update, slots: int) -> bool:
+    def _fits(self, update: _Update, share: int) -> bool:
         """Whether there is room for a decoded pair, beside its factors and what computes them."""
         view, itemsize = update.views[0], update.dtype.itemsize
         factors = 2 * itemsize * len(update.views) * (view.long + view.short) * min(self.rank, view.short)
         needed = self.budget.randomized_bytes(view, itemsize) + factors
-        return cache_bytes(view, itemsize) + needed <= self.budget.share(slots)
+        return cache_bytes(view, itemsize) + needed <= share
 
     def _work(self, update: _Update) -> float:
         """Foresee the work of an update, as far as its sizes tell."""
@@ -320,5 +321,5 @@ class _Factoring:
             return 0.0
         view, count = update.views[0], len(update.views)
         found, passes = factor_work(view.long, view.short, update.dtype.itemsize, self.rank)
-        reads = 1 if self._fits(update, self.budget.slots(view)) else passes + (count > 1)
+        reads = 1 if self._fits(update, self.budget.share(self.budget.slots(view))) else passes + (count > 1)
         return count * (found + self._panels(update, view).work * reads)

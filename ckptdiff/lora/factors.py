@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +16,9 @@ from ckptdiff.linalg.krylov import (
     krylov_values,
     krylov_work,
 )
-from ckptdiff.linalg.products import product, product_work
-from ckptdiff.linalg.stages import Array, Panel, PanelSource, Stage, run_together
+from ckptdiff.linalg.library import Array, Library
+from ckptdiff.linalg.stages import Panel, PanelSource, Stage, run_together
+from ckptdiff.linalg.work import product_work
 from ckptdiff.spectra.matrices import MatrixView
 
 _BLOCK, _STEPS = 32, 10
@@ -55,23 +55,37 @@ def factorize(source: PanelSource, delta_norm: float, most: int, energy: float |
     The singular values are split evenly between both factors, so that neither needs a range the other lacks. Of ranks
     up to `most` the smallest is taken that holds a share `energy` of ``delta_norm**2``, if one does.
     """
+    library, dtype = source.library, source.dtype
     wanted, krylov = min(most, source.short), _krylov(source.short, most, seed)
     if krylov is None:
-        leading = direct_values(source.short, (wanted,))
+        leading = direct_values(source.short, (wanted,), library=library)
     else:
-        leading = krylov_values(source.short, (wanted,), source.dtype, krylov)
+        leading = krylov_values(source.short, (wanted,), dtype, krylov, library)
     (found,) = run_together(source, leading)
     shares = np.cumsum(found.lower) / delta_norm**2
     kept = int((found.lower > np.finfo(np.float32).eps ** 2 * found.lower[0]).sum())
     rank = max(1, min(kept, found.vectors.shape[1]))
     if energy is not None:
         rank = min(rank, int(np.searchsorted(shares, energy)) + 1)
-    vectors = np.ascontiguousarray(found.vectors[:, :rank], source.dtype)
-    (moved,) = run_together(source, _moved(vectors, source.long))
+    down = library.contiguous(library.cast(found.vectors[:, :rank], dtype))
+    (projected,) = run_together(source, _moved(down, source))
+    vectors, moved = library.home(down), library.home(projected)
     sizes = np.linalg.norm(moved.astype(np.float64), axis=0)
     roots = np.sqrt(np.where(sizes > 0, sizes, 1.0))
     lost = 1.0 - float(np.sum(sizes**2)) / delta_norm**2
     return Factors((moved / roots).astype(np.float32), (vectors * roots).astype(np.float32), max(lost, 0.0), delta_norm)
+
+
+def update_norm(library: Library) -> Stage[float]:
+    """One pass: the Frobenius norm of the update."""
+    total = library.zeros((), np.float64)
+
+    def add(panel: Panel) -> None:
+        nonlocal total
+        total = total + library.xp.sum(library.cast(panel.delta, np.float64) ** 2)
+
+    yield add
+    return math.sqrt(float(library.home(total)))
 
 
 def factor_work(long: int, short: int, itemsize: int, most: int) -> tuple[float, int]:
@@ -94,15 +108,16 @@ def _krylov(short: int, most: int, seed: int) -> KrylovOptions | None:
     return None if short <= 2 * block * _STEPS else KrylovOptions(block, _STEPS, seed=seed)
 
 
-def _moved(vectors: Array, long: int) -> Stage[Any]:
+def _moved(vectors: Array, source: PanelSource) -> Stage[Array]:
     """One pass: ``d V``."""
-    projected = np.empty((long, vectors.shape[1]), vectors.dtype)
+    projected = source.library.zeros((source.long, vectors.shape[1]), source.dtype)
     done = 0
 
     def project(panel: Panel) -> None:
         nonlocal done
-        projected[done : done + len(panel.delta)] = product(panel.delta, vectors)
-        done += len(panel.delta)
+        rows = slice(done, done + panel.delta.shape[0])
+        projected[rows, :] = source.library.product(panel.delta, vectors)
+        done = rows.stop
 
     yield project
     return projected

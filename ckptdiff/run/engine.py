@@ -126,7 +126,7 @@ def _spectra(
     from ckptdiff.spectra.stage import SpectraTable, measure_spectra
 
     table = SpectraTable(plan.options.spectra.mode, plan.tensors)
-    for found in measure_spectra(plan.pairs, results.diff({}), shards, plan.options, tell):
+    for found in measure_spectra(plan.pairs, results.diff({}), shards, plan.options, tell, plan.spectra_gpu):
         table.take(found)
         if writer is not None and found.method:
             writer.add_spectrum(plan.pairs[found.index].name, found.method, found.lists)

@@ -37,6 +37,7 @@ from ckptdiff.runfile.check_target import check_target
 from ckptdiff.runfile.schema import mask_chunk_bytes
 
 if TYPE_CHECKING:
+    from ckptdiff.spectra.spectra_gpu import SpectraGpu
     from ckptdiff.spectra.stage import SpectraPlan
 
 __all__ = ["Plan", "prepare"]
@@ -76,6 +77,8 @@ class Plan:
     want_masks : bool
         Whether a run file with masks is written.
     grain : Grain
+    spectra_gpu : SpectraGpu or None
+        The GPU that measures spectra; None if the processor does.
     """
 
     pairs: tuple[TensorPair, ...]
@@ -88,6 +91,7 @@ class Plan:
     options: Options
     want_masks: bool
     grain: Grain = GRAIN
+    spectra_gpu: SpectraGpu | None = None
 
     @property
     def tensors(self) -> int:
@@ -241,12 +245,14 @@ def prepare(
     memory = fit_memory(
         loads, threads, options.max_memory, default, room_to_grow(baseline), baseline, want_masks, grain
     )
-    spectra = None
+    spectra = gpu = None
     if options.spectra is not None:
+        from ckptdiff.spectra.spectra_gpu import open_spectra_gpu
         from ckptdiff.spectra.stage import plan_spectra
 
-        spectra = plan_spectra(pairing.pairs, options, memory.baseline + memory.results)
-    return Plan(pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks, grain)
+        gpu = open_spectra_gpu(options, options.spectra.mode, tell)
+        spectra = plan_spectra(pairing.pairs, options, memory.baseline + memory.results, gpu)
+    return Plan(pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks, grain, gpu)
 
 
 def _paired(base: Checkpoint, tuned: Checkpoint, options: Options, tell: Listener, read_data: bool) -> Pairing:

@@ -11,10 +11,50 @@ from ckptdiff.measure.thresholds import RHO
 from ckptdiff.memory import SPECTRA_MEMORY, default_bound, room_to_grow
 from ckptdiff.options import Options, SpectraMode, SpectraOptions, default_threads
 from ckptdiff.spectra.matrices import MatrixView
-from ckptdiff.spectra.panels import PANEL
+from ckptdiff.spectra.panels import GPU_PANEL, PANEL
 
 _USUAL = 300_000_000
 """What a process that runs nothing but ckptdiff holds before the spectra begin, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkSpace:
+    """What it takes to measure a matrix, beside the matrix."""
+
+    panel: int = PANEL
+    """Entries of a panel, about."""
+    solver: int = 0
+    """Matrices of the short side that the solver of eigenproblems takes for itself."""
+
+    def randomized(self, view: MatrixView, itemsize: int, krylov: int) -> int:
+        """Bytes of randomized mode.
+
+        The Gram matrix with the eigenvectors it gives, then the products of the projection with their float64 copies.
+        """
+        short, rank = view.short, principal_rank(RHO[-1], view.short) + 1
+        leading = 2 * (itemsize + 8) * short * min(krylov, short) if short > 2 * krylov else 16 * short * short
+        decomposed = (1 + self.solver) * itemsize * short * short + 3 * itemsize * short * rank
+        projected = (3 * itemsize + 24) * short * rank + 40 * rank * rank
+        return leading + max(decomposed, projected) + self._panels(view, itemsize)
+
+    def exact(self, view: MatrixView, together: bool) -> int:
+        """Bytes of exact mode."""
+        short = view.short
+        squares = 8 * short * short * ((6 if together else 4) + self.solver)
+        vectors = 6 * 8 * short * (principal_rank(RHO[-1], short) + angle_rank(short) + 2)
+        return squares + vectors + self._panels(view, 8)
+
+    def least(self, mode: SpectraMode) -> int:
+        """Bytes of the smallest matrix."""
+        return self._panels(MatrixView(0, 1, 1), 8 if mode == "exact" else 4)
+
+    def _panels(self, view: MatrixView, itemsize: int) -> int:
+        """A panel of both sides with its raw bytes, and what is computed from it."""
+        return 10 * itemsize * max(self.panel, view.short)
+
+
+ON_GPU = WorkSpace(GPU_PANEL, solver=3)
+"""As far as is known: no GPU has run it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +68,9 @@ class Budget:
     """Bytes that it holds before the spectra begin."""
     threads: int
     """Slots of the run: each stands for a thread and for its share of the free bytes."""
+    space: WorkSpace = WorkSpace()
+    knob: str = "--max-memory"
+    """The option that sets the bound."""
 
     @property
     def free(self) -> int:
@@ -42,6 +85,14 @@ class Budget:
         largest = max((_least(view, spectra) for view in {(v.long, v.short): v for v in views}.values()), default=0)
         bound = options.max_memory or _default_bound(spectra.mode, threads, taken, largest)
         return cls(spectra, bound, taken, threads)
+
+    @classmethod
+    def on_gpu(cls, spectra: SpectraOptions, bound: int, taken: int) -> Budget:
+        """The budget of a GPU, of whose memory the spectra may take `bound` bytes, and panels take some on their way.
+
+        One matrix is measured at a time: it has all processors of the GPU.
+        """
+        return cls(spectra, bound, taken, 1, ON_GPU, "--gpu-memory")
 
     def slots(self, view: MatrixView) -> int:
         """How many slots a matrix takes: as many as hold it, or all if nothing does and it is read in every pass."""
@@ -60,7 +111,7 @@ class Budget:
 
     def needs(self, view: MatrixView) -> int:
         """Bytes that a matrix needs at least, in the mode that it allows."""
-        return exact_bytes(view, False) if self.exact(view) else self.randomized_bytes(view, 4)
+        return self.space.exact(view, False) if self.exact(view) else self.randomized_bytes(view, 4)
 
     def exact(self, view: MatrixView) -> bool:
         """Whether a matrix is measured in exact mode."""
@@ -70,14 +121,14 @@ class Budget:
         """Why exact mode falls back to randomized, in words."""
         if view.short > self.spectra.limit:
             return f"both sides are longer than {self.spectra.limit}: randomized"
-        needed = exact_bytes(view, False)
+        needed = self.space.exact(view, False)
         if needed > self.free:
-            return f"exact takes {needed >> 20} MiB, and --max-memory leaves {self.free >> 20} MiB: randomized"
+            return f"exact takes {needed >> 20} MiB, and {self.knob} leaves {self.free >> 20} MiB: randomized"
         return ""
 
     def randomized_bytes(self, view: MatrixView, itemsize: int) -> int:
         """Work space of randomized mode, beside a decoded pair."""
-        return randomized_bytes(view, itemsize, self.spectra.block * self.spectra.steps)
+        return self.space.randomized(view, itemsize, self.spectra.block * self.spectra.steps)
 
     def _best(self, view: MatrixView) -> int:
         """Bytes that the quickest way to measure a matrix takes."""
@@ -87,8 +138,8 @@ class Budget:
 def _least(view: MatrixView, spectra: SpectraOptions) -> int:
     """Bytes that a matrix needs at least in the mode that is asked for, or in the other if it is too long for it."""
     if spectra.mode == "exact" and view.short <= spectra.limit:
-        return exact_bytes(view, False)
-    return randomized_bytes(view, 4, spectra.block * spectra.steps)
+        return WorkSpace().exact(view, False)
+    return WorkSpace().randomized(view, 4, spectra.block * spectra.steps)
 
 
 def _default_bound(mode: SpectraMode, threads: int, taken: int, largest: int) -> int:
@@ -105,28 +156,3 @@ def _default_bound(mode: SpectraMode, threads: int, taken: int, largest: int) ->
 def cache_bytes(view: MatrixView, itemsize: int) -> int:
     """Bytes of a decoded pair."""
     return 2 * itemsize * view.long * view.short
-
-
-def randomized_bytes(view: MatrixView, itemsize: int, krylov: int) -> int:
-    """Work space of randomized mode, beside a decoded pair.
-
-    The Gram matrix with the eigenvectors it gives, then the products of the projection with their float64 copies.
-    """
-    short, rank = view.short, principal_rank(RHO[-1], view.short) + 1
-    leading = 2 * (itemsize + 8) * short * min(krylov, short) if short > 2 * krylov else 16 * short * short
-    decomposed = itemsize * short * short + 3 * itemsize * short * rank
-    projected = (3 * itemsize + 24) * short * rank + 40 * rank * rank
-    return leading + max(decomposed, projected) + _panels(view, itemsize)
-
-
-def exact_bytes(view: MatrixView, together: bool) -> int:
-    """Work space of exact mode, beside a decoded pair."""
-    short = view.short
-    squares = 8 * short * short * (6 if together else 4)
-    vectors = 6 * 8 * short * (principal_rank(RHO[-1], short) + angle_rank(short) + 2)
-    return squares + vectors + _panels(view, 8)
-
-
-def _panels(view: MatrixView, itemsize: int) -> int:
-    """A panel of both sides with its raw bytes, and what is computed from it."""
-    return 10 * itemsize * max(PANEL, view.short)

@@ -22,6 +22,7 @@ from ckptdiff.options import Compare, Options, SpectraMode, SpectraOptions, as_b
 from ckptdiff.runfile.identity import checked_blocks, known_norms, open_side
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.spectra_table import add_spectrum, write_spectra
+from ckptdiff.spectra.spectra_gpu import open_spectra_gpu
 from ckptdiff.spectra.stage import SpectraTable, measure_spectra
 
 __all__ = ["add_spectra"]
@@ -37,6 +38,8 @@ def add_spectra(
     tuned: str | os.PathLike[str] | None = None,
     threads: int = 0,
     max_memory: str | int = 0,
+    device: str = "auto",
+    gpu_memory: str | int = 0,
     listener: Listener | None = None,
 ) -> Diff:
     """Measure the spectra of a run's checkpoints and add them to its run file.
@@ -54,6 +57,10 @@ def add_spectra(
         As in :class:`~ckptdiff.options.Options`.
     max_memory : str or int
         Likewise; also such as "2G".
+    device : str
+        Likewise.
+    gpu_memory : str or int
+        Likewise; also such as "2G".
     listener : callable, optional
         Called with the events of each stage: the run file is copied, a side that has moved is read, spectra.
 
@@ -70,6 +77,8 @@ def add_spectra(
         If the checkpoints are not those of the run, by headers or by norms.
     OptionError
         If an option cannot be used, they do not pair as they did, or SciPy is missing.
+    DeviceError, PlanError
+        If a GPU is asked for and cannot be used.
 
     Examples
     --------
@@ -84,9 +93,15 @@ def add_spectra(
     path, spectra = os.fspath(path), as_spectra(spectra)
     diff, pairs = _without_spectra(path, base, tuned)
     options = Options(
-        compare=cast(Compare, diff.compare), threads=threads, max_memory=as_bytes(max_memory), spectra=spectra
+        compare=cast(Compare, diff.compare),
+        device=device,
+        threads=threads,
+        max_memory=as_bytes(max_memory),
+        gpu_memory=as_bytes(gpu_memory),
+        spectra=spectra,
     )
     tell = listener or ignore
+    gpu = open_spectra_gpu(options, spectra.mode, tell)
     with StagedFile(Path(path)) as staged:
         _copy(Path(path), staged, tell)
         with open_shards("pread") as shards, h5py.File(staged, "r+") as file:
@@ -95,7 +110,7 @@ def add_spectra(
             if tuned:
                 _require_values(shards, diff, "tuned", [pair.tuned for pair in pairs], tell)
             table = SpectraTable(spectra.mode, len(diff.tensors))
-            for found in measure_spectra(pairs, diff, shards, options, tell):
+            for found in measure_spectra(pairs, diff, shards, options, tell, gpu):
                 table.take(found)
                 if found.method:
                     add_spectrum(file, diff.tensors[found.index].name, found.method, found.lists)

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,12 @@ import numpy as np
 from ckptdiff.checkpoint import TensorPair
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.formats import formats_of
-from ckptdiff.linalg.stages import ArrayPanels, PanelSource, run_together
+from ckptdiff.linalg.stages import PanelSource, run_together
 from ckptdiff.linalg.survey import survey
 from ckptdiff.linalg.threads import product_threads, work_counted_in
 from ckptdiff.linalg.work import WorkMeter
 from ckptdiff.options import Compare
-from ckptdiff.spectra.budget import Budget, cache_bytes, exact_bytes
+from ckptdiff.spectra.budget import Budget, cache_bytes
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.measure import (
     MatrixSpectra,
@@ -28,6 +29,7 @@ from ckptdiff.spectra.measure import (
     randomized_work,
 )
 from ckptdiff.spectra.panels import StoredPanels
+from ckptdiff.spectra.spectra_gpu import SpectraGpu, or_streamed, source_of
 
 _SAFE = (1e-12, 1e12)
 """Norms whose squares and fourth powers float32 can add up."""
@@ -59,6 +61,8 @@ class Measuring:
     shards: OpenShards
     compare: Compare
     budget: Budget
+    gpu: SpectraGpu | None = None
+    """Where panels are and matrices are measured, if not on the processor."""
     stop: threading.Event = field(default_factory=threading.Event)
     """Set to end what is under way."""
 
@@ -78,7 +82,7 @@ class Measuring:
         cached = cache_bytes(view, itemsize) <= share - needed
         if exact:
             held = cache_bytes(view, itemsize) if cached else 0
-            found, passes = exact_work(view, exact_bytes(view, True) + held <= share)
+            found, passes = exact_work(view, self.budget.space.exact(view, True) + held <= share)
         else:
             found, passes = randomized_work(view, self.budget.spectra, itemsize)
         return found + self._panels(job, np.dtype(f"f{itemsize}")).work * (1 if cached else passes)
@@ -89,26 +93,30 @@ class Measuring:
         with product_threads(slots, self.stop):
             for job in jobs:
                 with meter.matrix(job.pair.name, self.work(job), slots) as work, work_counted_in(work):
-                    found.append((job.index, self._measure(job, self.budget.share(slots))))
+                    measure = partial(self._measure, job)
+                    found.append((job.index, or_streamed(self.gpu, measure, self.budget.share(slots), work.name)))
         return found
 
     def _measure(self, job: MatrixJob, share: int) -> MatrixSpectra:
-        """Measure one matrix in the mode that was asked for, or in the one that it allows, in `share` bytes."""
+        """Measure one matrix in the mode that was asked for, or in the one that it allows, in `share` bytes.
+
+        With no bytes it is read in every pass.
+        """
         if job.unchanged:
             return _failed("the update is zero")
         budget, view = self.budget, job.view
         exact, needed = budget.exact(view), budget.needs(view)
         if needed > budget.free:
-            return _failed(f"it takes {needed >> 20} MiB, and --max-memory leaves {budget.free >> 20} MiB")
+            return _failed(f"it takes {needed >> 20} MiB, and {budget.knob} leaves {budget.free >> 20} MiB")
         source = self._source(job, np.dtype(np.float64 if exact else np.float32), share - needed)
-        (known,) = run_together(source, survey())
+        (known,) = run_together(source, survey(source.library))
         if not math.isfinite(known.base_norm + known.delta_norm):
             return _failed("NaN, Inf or values out of range in it")
         if not known.delta_norm:
             return _failed("the update is zero")
         if exact:
-            held = cache_bytes(view, 8) if isinstance(source, ArrayPanels) else 0
-            return measure_exact(source, known, view, job.off_grid, exact_bytes(view, True) + held <= share)
+            held = cache_bytes(view, 8) if source.kept else 0
+            return measure_exact(source, known, view, job.off_grid, budget.space.exact(view, True) + held <= share)
         if not all(_SAFE[0] < norm < _SAFE[1] for norm in (known.base_norm, known.delta_norm) if norm):
             source = self._source(job, np.dtype(np.float64), share - budget.randomized_bytes(view, 8))
         found = measure_randomized(source, known, view, job.off_grid, budget.spectra)
@@ -117,8 +125,7 @@ class Measuring:
 
     def _source(self, job: MatrixJob, dtype: np.dtype[Any], left: int) -> PanelSource:
         """The matrix in memory if it fits into what is left, else read in every pass."""
-        panels = self._panels(job, dtype)
-        return panels.cached() if cache_bytes(job.view, dtype.itemsize) <= left else panels
+        return source_of(self._panels(job, dtype), cache_bytes(job.view, dtype.itemsize) <= left, self.gpu)
 
     def _panels(self, job: MatrixJob, dtype: np.dtype[Any]) -> StoredPanels:
         formats = formats_of(job.pair.base.dtype, job.pair.tuned.dtype, self.compare)

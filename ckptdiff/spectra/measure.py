@@ -61,11 +61,11 @@ def measure_randomized(
     Panels are float32, or float64 if float32 has too small a range. A part of the base may lie off the grid of
     bfloat16, which the rounding null takes; NaN makes none.
     """
-    short, krylov = source.short, _krylov(source.short, options)
+    short, krylov, library = source.short, _krylov(source.short, options), source.library
     if krylov is None:
-        leading = direct_values(short, ENERGY_RANKS, with_vectors=False)
+        leading = direct_values(short, ENERGY_RANKS, with_vectors=False, library=library)
     else:
-        leading = krylov_values(short, ENERGY_RANKS, source.dtype, krylov)
+        leading = krylov_values(short, ENERGY_RANKS, source.dtype, krylov, library)
     stage = principal(source, known, RHO, _chances(known, off_grid), error=_RANDOMIZED_ERROR)
     found, (base, subspaces) = run_together(source, leading, stage)
     figures, reasons = _principal_figures(subspaces, view.wide)
@@ -103,7 +103,7 @@ def measure_exact(
     principal_stage = principal(
         source, known, RHO, _chances(known, off_grid), error=_EXACT_ERROR, eigenpairs=base.eigenpairs
     )
-    (_, subspaces), angles = run_together(source, principal_stage, _angles(source.short, base, tuned))
+    (_, subspaces), angles = run_together(source, principal_stage, _angles(source, base, tuned))
     figures, reasons = _principal_figures(subspaces, view.wide)
     squares = delta.values**2
     figures |= _energies(squares, {k: float(squares[:k].sum()) for k in ENERGY_RANKS}, float(squares.sum()))
@@ -137,7 +137,8 @@ def _chances(known: Survey, off_grid: float) -> Floats | None:
 
 
 def _sides(source: PanelSource, together: bool) -> list[SideSpectrum]:
-    stages = [side_spectrum(side, source.short, vectors) for side, vectors in _wanted_sides(source.short)]
+    short, library = source.short, source.library
+    stages = [side_spectrum(side, short, vectors, library) for side, vectors in _wanted_sides(short)]
     if together:
         return run_together(source, *stages)
     return [run_together(source, stage)[0] for stage in stages]
@@ -150,8 +151,8 @@ def _wanted_sides(short: int) -> Sequence[tuple[Side, int]]:
     return ("delta", 0), ("base", vectors), ("tuned", min(angles + 1, short))
 
 
-def _angles(short: int, base: SideSpectrum, tuned: SideSpectrum) -> Stage[Angles | None]:
-    count = angle_rank(short)
+def _angles(source: PanelSource, base: SideSpectrum, tuned: SideSpectrum) -> Stage[Angles | None]:
+    count = angle_rank(source.short)
     defined = count > 0 and all(
         side.values[0] > 0 and side.values[count - 1] > _ANGLE_NOISE * side.values[0] for side in (base, tuned)
     )
@@ -159,7 +160,8 @@ def _angles(short: int, base: SideSpectrum, tuned: SideSpectrum) -> Stage[Angles
         return None
     assert base.eigenpairs is not None
     assert tuned.eigenpairs is not None
-    return (yield from principal_angles(base.eigenpairs[1][:, :count], tuned.eigenpairs[1][:, :count]))
+    ours, theirs = base.eigenpairs[1][:, :count], tuned.eigenpairs[1][:, :count]
+    return (yield from principal_angles(ours, theirs, source.library))
 
 
 def _energies(squares: Floats, upper: Mapping[int, float], total: float) -> dict[str, float]:

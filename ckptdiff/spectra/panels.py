@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint import TensorInfo, TensorPair
 from ckptdiff.checkpoint.boxes import matrix_of, read_elements, read_weight
 from ckptdiff.checkpoint.open_shards import OpenShards
-from ckptdiff.checkpoint.weights import Weight
 from ckptdiff.formats import Format, Formats, recode_table
-from ckptdiff.linalg.products import cuts
+from ckptdiff.linalg.on_numpy import NUMPY
 from ckptdiff.linalg.stages import ArrayPanels, Panel
-from ckptdiff.linalg.threads import count_work, in_parts
+from ckptdiff.linalg.threads import count_work, cuts, in_parts
 from ckptdiff.spectra.kernels.panels import cast_to_bf16, widen_bf16
 from ckptdiff.spectra.matrices import MatrixView
 
 PANEL = 1 << 21
 """Entries of a panel, about."""
+GPU_PANEL = 1 << 24
+"""The same on a GPU. Figures depend on it in their last digits, so no lack of memory makes it smaller."""
 _READ, _TURNED, _LOOKED_UP = 30.0, 800.0, 150.0
 """The work of reading an entry of both sides, of transposing it, and of looking up one side's value in a table."""
 
@@ -30,6 +31,9 @@ Floats = NDArray[Any]
 
 class StoredPanels:
     """A pair of floating matrices on disk; a :class:`~ckptdiff.linalg.stages.PanelSource` of float32 or float64."""
+
+    library = NUMPY
+    kept = False
 
     def __init__(
         self,
@@ -41,17 +45,22 @@ class StoredPanels:
         entries: int = PANEL,
     ) -> None:
         self.long, self.short = view.long, view.short
-        self._shards, self._pair, self._view = shards, pair, view
-        self._formats, self.dtype = formats, np.dtype(dtype)
+        self._shards, self.pair, self.view = shards, pair, view
+        self.formats, self.dtype = formats, np.dtype(dtype)
         self._entries, self._rows = entries, max(1, entries // view.short)
         self._raw = np.empty(0, np.uint8)
 
     @property
+    def same_bytes(self) -> bool:
+        """Whether both sides are the same bytes."""
+        return self.pair.same_bytes
+
+    @property
     def work(self) -> float:
         """The work of reading the pair once."""
-        compare = self._formats[2]
-        looked_up = sum(side.bits <= 16 and not side.name == compare.name == "bf16" for side in self._formats[:2])
-        entry = _READ + _TURNED * self._view.wide + _LOOKED_UP * looked_up
+        compare = self.formats[2]
+        looked_up = sum(side.bits <= 16 and not side.name == compare.name == "bf16" for side in self.formats[:2])
+        entry = _READ + _TURNED * self.view.wide + _LOOKED_UP * looked_up
         return entry * self.long * self.short
 
     def panels(self) -> Iterator[Panel]:
@@ -59,7 +68,7 @@ class StoredPanels:
         for first in range(0, self.long, self._rows):
             stop = min(first + self._rows, self.long)
             base = self._side(0, first, stop)
-            tuned = base.copy() if self._pair.same_bytes else self._side(1, first, stop)
+            tuned = base.copy() if self.same_bytes else self._side(1, first, stop)
             _subtract(tuned, base, tuned)
             count_work(self.work * len(base) / self.long)
             yield Panel(base, tuned)
@@ -73,19 +82,19 @@ class StoredPanels:
         """The same pair, read and decoded now."""
         base, delta = (np.empty((self.long, self.short), self.dtype) for _ in range(2))
         # Stored rows, a panel or so at a time.
-        count = self.short if self._view.wide else self.long
-        columns = self._view.columns
+        count = self.short if self.view.wide else self.long
+        columns = self.view.columns
         rows = max(1, self._entries // columns)
         at = cuts(count)
 
         def decode_part(part: int) -> None:
-            reader = StoredPanels(self._shards, self._pair, self._formats, self._view, self.dtype)
+            reader = StoredPanels(self._shards, self.pair, self.formats, self.view, self.dtype)
             for first in range(at[part], at[part + 1], rows):
                 stop = min(first + rows, at[part + 1])
                 ours = theirs = reader._stored_rows(0, first, stop, 0, columns)
-                if not self._pair.same_bytes:
+                if not self.same_bytes:
                     theirs = reader._stored_rows(1, first, stop, 0, columns)
-                if self._view.wide:
+                if self.view.wide:
                     base[:, first:stop] = ours.T
                     _subtract(theirs.T, ours.T, delta[:, first:stop])
                 else:
@@ -97,39 +106,35 @@ class StoredPanels:
 
     def _side(self, side: int, first: int, stop: int) -> Floats:
         """Rows of the tall matrix of one side."""
-        if self._view.wide:
+        if self.view.wide:
             return np.ascontiguousarray(self._stored_rows(side, 0, self.short, first, stop).T)
         return self._stored_rows(side, first, stop, 0, self.short)
 
     def _stored_rows(self, side: int, first: int, stop: int, left: int, right: int) -> Floats:
         """A block of one side as it is stored: rows `first` to `stop`, columns `left` to `right`."""
-        weight = (self._pair.base, self._pair.tuned)[side]
-        format, compare = self._formats[side], self._formats[2]
         out = np.empty((stop - first, right - left), self.dtype)
-        columns = self._view.columns
-        if right - left == columns:
-            decode(self._elements(weight, format, first * columns, stop * columns), format, compare, out)
-            return out
-        raw = np.empty((stop - first, (right - left) * format.bits // 8), np.uint8)
-        if isinstance(weight, TensorInfo) or columns != matrix_of(weight.shape)[1]:
-            for row in range(first, stop):
-                raw[row - first] = self._elements(weight, format, row * columns + left, row * columns + right)
-        else:
-            above = self._view.offset // columns
-            read_weight(self._shards, weight, (above + first, above + stop), (left, right), raw.view(format.code_dtype))
-        raw.flags.writeable = False
-        decode(raw.reshape(-1), format, compare, out)
-        return out
-
-    def _elements(self, weight: Weight, format: Format, first: int, stop: int) -> NDArray[np.uint8]:
-        """Codes of elements of the matrix as raw bytes; valid until the next call."""
-        size = (stop - first) * format.bits // 8
+        size = out.size * self.formats[side].bits // 8
         if self._raw.size < size:
             self._raw = np.empty(size, np.uint8)
-        found = self._raw[:size]
-        read_elements(self._shards, weight, self._view.offset + first, self._view.offset + stop, found)
-        found.flags.writeable = False
-        return found
+        raw = self._raw[:size]
+        self.read_codes(side, (first, stop), (left, right), raw)
+        raw.flags.writeable = False
+        decode(raw, self.formats[side], self.formats[2], out)
+        return out
+
+    def read_codes(self, side: int, rows: tuple[int, int], columns: tuple[int, int], out: NDArray[np.uint8]) -> None:
+        """Read a block of one side as it is stored, row by row, into as many raw bytes."""
+        weight, whole, offset = (self.pair.base, self.pair.tuned)[side], self.view.columns, self.view.offset
+        if columns == (0, whole):
+            read_elements(self._shards, weight, offset + rows[0] * whole, offset + rows[1] * whole, out)
+        elif isinstance(weight, TensorInfo) or whole != matrix_of(weight.shape)[1]:
+            for row, codes in zip(range(*rows), out.reshape(rows[1] - rows[0], -1), strict=True):
+                first = offset + row * whole
+                read_elements(self._shards, weight, first + columns[0], first + columns[1], codes)
+        else:
+            above = offset // whole
+            codes = out.view(self.formats[side].code_dtype).reshape(rows[1] - rows[0], -1)
+            read_weight(self._shards, weight, (above + rows[0], above + rows[1]), columns, codes)
 
 
 def _subtract(tuned: Floats, base: Floats, out: Floats) -> None:

@@ -19,13 +19,14 @@ from ckptdiff.figures.spectral import SPECTRAL_KEYS, Spectra
 from ckptdiff.in_order import Task, in_order
 from ckptdiff.linalg.threads import one_blas_thread
 from ckptdiff.linalg.work import WorkMeter
-from ckptdiff.memory import resident
+from ckptdiff.memory import SPECTRA_MEMORY, resident
 from ckptdiff.options import Options
 from ckptdiff.run.warm_up import Uses, load, panel_uses
 from ckptdiff.spectra.budget import Budget
 from ckptdiff.spectra.job import MatrixJob, Measuring
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.measure import MatrixSpectra
+from ckptdiff.spectra.spectra_gpu import HOST_ROOM, SpectraGpu
 
 _SMALL = 1 << 20
 """Entries of the matrices that are handed to a thread together."""
@@ -75,25 +76,41 @@ class SpectraPlan:
     """Bound on the peak resident size while spectra are measured, in bytes."""
     projected_memory: int
     """Projected peak, in bytes."""
+    device: str = "cpu"
+    gpu_memory: int = 0
+    """Bound on the GPU memory that is taken, in bytes; 0 without a GPU."""
+    projected_gpu_memory: int = 0
+    """Projected peak of it, in bytes."""
 
 
-def plan_spectra(pairs: Sequence[TensorPair], options: Options, taken: int) -> SpectraPlan:
+def plan_spectra(
+    pairs: Sequence[TensorPair], options: Options, taken: int, gpu: SpectraGpu | None = None
+) -> SpectraPlan:
     """Say what spectra will take in a process that will hold `taken` bytes when they begin, without reading data."""
     assert options.spectra is not None
     views = [view for _, _, view in _matrices(pairs)]
-    budget = Budget.of(options, taken, views)
+    budget = gpu.budget(options) if gpu else Budget.of(options, taken, views)
     sizes = [budget.takes(view) for view in views]
     at_once = min(sum(sorted(sizes, reverse=True)[: budget.threads]), budget.free)
-    return SpectraPlan(options.spectra.mode, len(sizes), sizes.count(0), budget.bound, taken + at_once)
+    mode, counts, peak = options.spectra.mode, (len(sizes), sizes.count(0)), budget.taken + at_once
+    if gpu is None:
+        return SpectraPlan(mode, *counts, budget.bound, peak)
+    bound = options.max_memory or SPECTRA_MEMORY[mode]
+    return SpectraPlan(mode, *counts, bound, taken + HOST_ROOM, gpu.name, budget.bound, peak)
 
 
 def measure_spectra(
-    pairs: Sequence[TensorPair], diff: Diff, shards: OpenShards, options: Options, tell: Listener
+    pairs: Sequence[TensorPair],
+    diff: Diff,
+    shards: OpenShards,
+    options: Options,
+    tell: Listener,
+    gpu: SpectraGpu | None = None,
 ) -> Iterator[TensorSpectra]:
     """Yield the spectra of every tensor pair, in order, and tell of the stage "spectra".
 
     The result of the coordinate pass has a row for each pair: equal pairs are not read again, and the rounding null
-    applies where it applied there.
+    applies where it applied there. Without a GPU the processor measures.
     """
     load(None, Uses((("scores",), *panel_uses(pairs, options.compare))), tell)
     unchanged = diff.columns["numel"] == diff.columns["unchanged_bitwise"]
@@ -104,8 +121,8 @@ def measure_spectra(
         MatrixJob(row, pair, view, float(off_grid[row]), bool(unchanged[row])) for row, pair, view in _matrices(pairs)
     ]
     with stage(tell, "spectra") as told, one_blas_thread():
-        budget = Budget.of(options, resident(), (job.view for job in jobs))
-        measuring = Measuring(shards, options.compare, budget)
+        budget = gpu.budget(options) if gpu else Budget.of(options, resident(), (job.view for job in jobs))
+        measuring = Measuring(shards, options.compare, budget, gpu)
         meter = WorkMeter(sum(map(measuring.work, jobs)))
 
         def tell_of_work() -> None:

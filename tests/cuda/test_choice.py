@@ -80,6 +80,8 @@ def test_a_gpu_that_is_not_there_is_named(cupy_installed):
     [
         ("CuPy failed to load libnvrtc.so.13: OSError: libnvrtc.so.13: cannot open", "brings NVRTC"),
         ('Failure finding "libnvrtc.so.13": No such file: libnvrtc.so.13', "brings NVRTC"),
+        ('Failure finding "libcublasLt.so.13 or libcublasLt.so.12": No such file: libcublasLt.so.13', "[ctk]"),
+        ("Failed to find CUDA headers. Please install it", "[ctk]"),
         ("cudaErrorMemoryAllocation: out of memory", "--gpu-memory"),
         ("CUDA_ERROR_OUT_OF_MEMORY: out of memory", "--gpu-memory"),
         ("cudaErrorInsufficientDriver: CUDA driver version is insufficient", "ckptdiff[cuda12]"),

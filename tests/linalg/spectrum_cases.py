@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,13 @@ def base(rows: int, columns: int, seed: int) -> NDArray[np.float32]:
 
 
 def singular_values(matrix: Floats) -> Floats:
+    """Kept, since each library is held against them."""
+    return _singular_values(matrix.tobytes(), matrix.dtype.str, matrix.shape)
+
+
+@cache
+def _singular_values(values: bytes, dtype: str, shape: tuple[int, int]) -> Floats:
+    matrix = np.frombuffer(values, dtype).reshape(shape)
     return np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False)
 
 

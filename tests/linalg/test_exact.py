@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.linalg
+from array_libraries import Made
 from spectrum_cases import base, singular_values, update
 
 from ckptdiff.linalg.angles import angle_rank, principal_angles
@@ -15,12 +16,11 @@ SHAPES = [(500, 260), (260, 260), (3000, 30), (7, 1), (3, 2)]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_singular_value(kind: str, shape: tuple[int, int]) -> None:
+def test_every_singular_value(kind: str, shape: tuple[int, int], on_library: Made) -> None:
     weights, delta = base(*shape, seed=1).astype(np.float64), update(kind, *shape, seed=2)
-    stages = [side_spectrum(side, shape[1]) for side in ("base", "delta", "tuned")]
-    for found, matrix in zip(
-        run_together(ArrayPanels(weights, delta, 111), *stages), (weights, delta, weights + delta), strict=True
-    ):
+    source = on_library(weights, delta, 111)
+    stages = [side_spectrum(side, shape[1], library=source.library) for side in ("base", "delta", "tuned")]
+    for found, matrix in zip(run_together(source, *stages), (weights, delta, weights + delta), strict=True):
         known = singular_values(matrix)
         assert np.abs(found.values - known).max() <= 1e-11 * known[0]
         for tau in (1e-6, 1e-5, 1e-4):
@@ -47,13 +47,14 @@ def test_nss() -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6])
 @pytest.mark.parametrize("shape", [(400, 150), (120, 120)], ids=str)
-def test_angles(shape: tuple[int, int], scale: float) -> None:
+def test_angles(shape: tuple[int, int], scale: float, on_library: Made) -> None:
     weights, delta = base(*shape, seed=4).astype(np.float64), scale * update("s1", *shape, seed=5)
-    source, k = ArrayPanels(weights, delta, 70), angle_rank(shape[1])
-    ours, theirs = run_together(source, *(side_spectrum(side, shape[1], k) for side in ("base", "tuned")))
+    source, k = on_library(weights, delta, 70), angle_rank(shape[1])
+    sides = (side_spectrum(side, shape[1], k, source.library) for side in ("base", "tuned"))
+    ours, theirs = run_together(source, *sides)
     assert ours.eigenpairs is not None
     assert theirs.eigenpairs is not None
-    (found,) = run_together(source, principal_angles(ours.eigenpairs[1], theirs.eigenpairs[1]))
+    (found,) = run_together(source, principal_angles(ours.eigenpairs[1], theirs.eigenpairs[1], source.library))
     first, second = (np.linalg.svd(matrix, full_matrices=False) for matrix in (weights, weights + delta))
     # SciPy lists the largest first, and takes small angles from sines as well.
     long = scipy.linalg.subspace_angles(first[0][:, :k], second[0][:, :k])[::-1]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from array_libraries import Made
 from spectrum_cases import singular_values, update
 
 from ckptdiff.linalg.krylov import KrylovOptions, LeadingValues, direct_values, krylov_values
@@ -11,18 +12,21 @@ RANKS = (1, 2, 4, 8, 16, 32, 64)
 KINDS = ("flat", "s1", "power", "exponential", "low rank", "deficient")
 
 
-def leading(delta: np.ndarray, options: KrylovOptions | None = None, rows: int = 300) -> LeadingValues:
+def leading(
+    delta: np.ndarray, options: KrylovOptions | None = None, rows: int = 300, made: Made = ArrayPanels
+) -> LeadingValues:
     delta = np.ascontiguousarray(delta, np.float32)
-    source = ArrayPanels(delta, delta, rows)
-    (found,) = run_together(source, krylov_values(delta.shape[1], RANKS, np.float32, options or KrylovOptions()))
+    source, options = made(delta, delta, rows), options or KrylovOptions()
+    stage = krylov_values(delta.shape[1], RANKS, source.dtype, options, source.library)
+    (found,) = run_together(source, stage)
     return found
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(1800, 720), (720, 720), (4000, 400)], ids=str)
-def test_values_are_those_of_a_full_decomposition(kind: str, shape: tuple[int, int]) -> None:
+def test_values_are_those_of_a_full_decomposition(kind: str, shape: tuple[int, int], on_library: Made) -> None:
     delta = update(kind, *shape, seed=3)
-    found, known = leading(delta), singular_values(delta.astype(np.float32))
+    found, known = leading(delta, made=on_library), singular_values(delta.astype(np.float32))
     total = np.sum(known**2)
     shares, expected = np.cumsum(found.lower) / total, np.cumsum(known**2) / total
     assert abs(shares[15] - expected[15]) <= min(0.005, 0.02 * expected[15])
@@ -46,9 +50,9 @@ def test_bound_holds_and_is_small_on_updates_like_the_papers() -> None:
 
 
 @pytest.mark.parametrize("scale", [2.0**-43, 2.0**-30, 2.0**30], ids=str)
-def test_values_and_bound_scale_with_the_update(scale: float) -> None:
+def test_values_and_bound_scale_with_the_update(scale: float, on_library: Made) -> None:
     delta = update("flat", 720, 700, seed=0)
-    found, scaled = leading(delta), leading(scale * delta)
+    found, scaled = leading(delta, made=on_library), leading(scale * delta, made=on_library)
     assert scaled.steps == found.steps
     assert np.allclose(scaled.lower / scale**2, found.lower, rtol=1e-6)
     assert [scaled.upper[k] / scale**2 for k in RANKS] == pytest.approx([found.upper[k] for k in RANKS], rel=1e-6)
@@ -77,16 +81,19 @@ def test_seed_and_panels() -> None:
     assert not np.array_equal(once.vectors, leading(delta, KrylovOptions(seed=5)).vectors)
 
 
-def test_vectors_give_the_values() -> None:
+def test_vectors_give_the_values(on_library: Made) -> None:
     delta = update("power", 900, 700, seed=2)
-    found = leading(delta)
-    assert np.allclose(np.linalg.norm(delta @ found.vectors, axis=0) ** 2, found.lower, rtol=1e-3)
+    found = leading(delta, made=on_library)
+    vectors = on_library(found.vectors, found.vectors).library.home(found.vectors)
+    assert np.allclose(np.linalg.norm(delta @ vectors, axis=0) ** 2, found.lower, rtol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (9, 1), (5, 4), (300, 70), (64, 64)], ids=str)
-def test_small_matrices_are_decomposed_outright(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("with_vectors", [False, True])
+def test_small_matrices_are_decomposed_outright(shape: tuple[int, int], with_vectors: bool, on_library: Made) -> None:
     delta = update("flat", *shape, seed=1)
-    (found,) = run_together(ArrayPanels(delta, delta, 50), direct_values(shape[1], RANKS))
+    source = on_library(delta, delta, 50)
+    (found,) = run_together(source, direct_values(shape[1], RANKS, with_vectors=with_vectors, library=source.library))
     known = singular_values(delta)[:64]
     assert np.allclose(np.sqrt(found.lower), known, rtol=1e-9, atol=1e-9 * known[0])
     assert all(found.upper[k] >= np.sum(known[:k] ** 2) for k in found.upper)

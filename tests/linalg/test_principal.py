@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from array_libraries import Made
 from spectrum_cases import base, orthonormal, principal_figures, to_bf16, update
 
 from ckptdiff.formats import FORMATS
@@ -23,9 +24,11 @@ def sparse_update(weights: np.ndarray, scale: float, seed: int) -> np.ndarray:
     return to_bf16(weights + scale * step / np.abs(step).mean()) - weights
 
 
-def measure(weights: np.ndarray, delta: np.ndarray, dtype: Any = np.float32, rows: int = 300) -> list[Principal]:
-    source = ArrayPanels(np.ascontiguousarray(weights, dtype), np.ascontiguousarray(delta, dtype), rows)
-    (known,) = run_together(source, survey())
+def measure(
+    weights: np.ndarray, delta: np.ndarray, dtype: Any = np.float32, rows: int = 300, made: Made = ArrayPanels
+) -> list[Principal]:
+    source = made(np.ascontiguousarray(weights, dtype), np.ascontiguousarray(delta, dtype), rows)
+    (known,) = run_together(source, survey(source.library))
     chances = change_chances(known.weights, known.changed)
     error = 4e-6 if dtype == np.float32 else 1e-7
     ((_, found),) = run_together(source, principal(source, known, RHO, chances, error=error))
@@ -34,11 +37,11 @@ def measure(weights: np.ndarray, delta: np.ndarray, dtype: Any = np.float32, row
 
 @pytest.mark.parametrize("shape", [(1500, 500), (400, 400), (3000, 40), (50, 7)], ids=str)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_figures_are_those_of_a_full_decomposition(shape: tuple[int, int], dtype: Any) -> None:
+def test_figures_are_those_of_a_full_decomposition(shape: tuple[int, int], dtype: Any, on_library: Made) -> None:
     weights = base(*shape, seed=1)
     delta = sparse_update(weights, 2e-5, seed=2)
     assert 0 < np.mean(delta != 0) < 0.6
-    for figure in measure(weights, delta, dtype):
+    for figure in measure(weights, delta, dtype, made=on_library):
         known = principal_figures(weights, delta, figure.rho)
         for name in FIGURES[:3]:
             assert getattr(figure, name) == pytest.approx(known[name], rel=1e-5 if dtype == np.float32 else 1e-8)
@@ -89,8 +92,8 @@ def test_an_update_inside_the_principal_subspaces_is_seen_as_such() -> None:
     ],
     ids=["zero", "flat", "rank one"],
 )
-def test_no_figures_without_a_principal_subspace(weights: np.ndarray, reason: str) -> None:
-    found = measure(weights, np.ones((60, 40)))
+def test_no_figures_without_a_principal_subspace(weights: np.ndarray, reason: str, on_library: Made) -> None:
+    found = measure(weights, np.ones((60, 40)), made=on_library)
     assert reason in found[-1].reason
     assert np.isnan(found[-1].energy)
     assert np.isnan(found[-1].coverage)
@@ -104,16 +107,16 @@ def test_one_column() -> None:
 
 
 @pytest.mark.parametrize("guess", [0.0, 1e-30, 1e30, float("nan"), 1.3])
-def test_a_cut_is_found_from_any_guess(guess: float) -> None:
+def test_a_cut_is_found_from_any_guess(guess: float, on_library: Made) -> None:
     rng = np.random.default_rng(8)
     scores = rng.standard_normal((200, 90)).astype(np.float32)
     weights, delta = rng.standard_normal((2, 200, 90)).astype(np.float32)
     delta[rng.random(delta.shape) < 0.7] = 0
-    source = ArrayPanels(weights, delta, 64)
-    cut = ScoreCut(1800, guess, np.ones(1 << 15), (0, 1.0), 0.0)
+    source, scored = on_library(weights, delta, 64), on_library(scores, scores, 64)
+    cut = ScoreCut(1800, guess, np.ones(1 << 15), (0, 1.0), 0.0, source.library)
     for _ in range(4):
-        for first, panel in enumerate(source.panels()):
-            cut.add(scores[64 * first : 64 * first + 64], panel)
+        for panel, part in zip(source.panels(), scored.panels(), strict=True):
+            cut.add(part.base, panel)
         if cut.settle():
             break
     assert cut.covered is not None
@@ -137,25 +140,11 @@ def test_ties_at_a_cut_count_fractionally() -> None:
     assert cut.covered.changed == pytest.approx(10)
 
 
-def test_the_kernel_counts_as_array_calls_do() -> None:
-    rng = np.random.default_rng(9)
-    scores, weights, delta = rng.standard_normal((3, 70, 50)).astype(np.float32)
-    delta[rng.random(delta.shape) < 0.7] = 0
-    panel = next(ArrayPanels(weights, delta).panels())
-    chances, low = rng.random(1 << 15), (0x3F80 - 20, 0.3)
-    compiled, plain = (ScoreCut(300, 1.2, chances, low, 0.0) for _ in range(2))
-    compiled.add(scores, panel)
-    counts = compiled._lanes[0]
-    assert counts is not None
-    counted = np.zeros_like(counts)
-    plain._add_anywhere(scores, weights.view(np.uint32), delta, counted, np)
-    assert np.allclose(counts, counted)
-
-
-def test_survey_counts_and_sums() -> None:
+def test_survey_counts_and_sums(on_library: Made) -> None:
     weights = base(90, 30, seed=1)
     delta = sparse_update(weights, 2e-5, seed=2)
-    (known,) = run_together(ArrayPanels(weights, delta, 17), survey())
+    source = on_library(weights, delta, 17)
+    (known,) = run_together(source, survey(source.library))
     assert known.base_norm == pytest.approx(np.linalg.norm(weights.astype(np.float64)), rel=1e-12)
     assert known.delta_norm == pytest.approx(np.linalg.norm(delta.astype(np.float64)), rel=1e-12)
     assert known.support == np.count_nonzero(delta)

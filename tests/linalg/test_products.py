@@ -7,16 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from array_libraries import NAMES, library_called
 from hypothesis import given
 from hypothesis import strategies as st
 from spectrum_cases import base, update
 
 from ckptdiff.linalg.krylov import KrylovOptions, krylov_values
+from ckptdiff.linalg.on_numpy import NUMPY
 from ckptdiff.linalg.principal import principal
-from ckptdiff.linalg.products import add_gram, add_product, cuts, product
 from ckptdiff.linalg.stages import ArrayPanels, run_together
 from ckptdiff.linalg.survey import survey
-from ckptdiff.linalg.threads import in_parts, one_blas_thread, product_threads
+from ckptdiff.linalg.threads import cuts, in_parts, one_blas_thread, product_threads
 
 
 @given(st.integers(1, 1 << 20), st.integers(256, 1024), st.integers(1, 16))
@@ -35,13 +36,13 @@ def test_products(dtype: Any, threads: int) -> None:
     left, right, panel = (rng.standard_normal(shape).astype(dtype) for shape in ((1200, 90), (90, 70), (60, 1500)))
     error = 1e-3 if dtype == np.float32 else 1e-11
     with product_threads(threads):
-        found = product(left, right)
+        found = NUMPY.product(left, right)
         assert np.allclose(found, left @ right, rtol=0, atol=error)
-        add_product(found, left, right)
+        NUMPY.add_product(found, left, right)
         assert np.allclose(found, 2 * left @ right, rtol=0, atol=error)
         total = np.zeros((1500, 1500), dtype)
         for _ in range(2):
-            add_gram(total, panel)
+            NUMPY.add_gram(total, panel)
     assert np.allclose(np.tril(total), np.tril(2 * panel.T @ panel), rtol=0, atol=error)
 
 
@@ -70,11 +71,13 @@ def test_parts_are_all_done_and_failures_come_through() -> None:
             in_parts(lambda part: 1 // part, 3)
 
 
-def test_products_end_when_told_to() -> None:
-    stop = threading.Event()
+@pytest.mark.parametrize("name", NAMES)
+def test_products_end_when_told_to(name: str) -> None:
+    stop, library = threading.Event(), library_called(name)
+    ones = library.put(np.ones((2, 2)))
     with product_threads(1, stop):
-        product(np.ones((2, 2)), np.ones((2, 2)))
+        library.product(ones, ones)
         stop.set()
         with pytest.raises(CancelledError):
-            product(np.ones((2, 2)), np.ones((2, 2)))
-    product(np.ones((2, 2)), np.ones((2, 2)))
+            library.product(ones, ones)
+    library.product(ones, ones)

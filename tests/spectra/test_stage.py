@@ -19,7 +19,7 @@ from ckptdiff.errors import OptionError
 from ckptdiff.figures.result import Diff
 from ckptdiff.lora.extract import extract_lora
 from ckptdiff.options import SpectraOptions
-from ckptdiff.spectra.budget import Budget, cache_bytes, randomized_bytes
+from ckptdiff.spectra.budget import Budget, WorkSpace, cache_bytes
 from ckptdiff.spectra.existing import add_spectra
 from ckptdiff.spectra.job import Measuring
 from ckptdiff.spectra.matrices import MatrixView
@@ -145,7 +145,7 @@ def test_a_large_matrix_takes_the_threads_of_several(tmp_path: Path, monkeypatch
         "measure_all",
         lambda self, jobs, taken, meter: slots.append(taken) or measure_all(self, jobs, taken, meter),
     )
-    free = randomized_bytes(MatrixView(0, 700, 650), 4, 320) + cache_bytes(MatrixView(0, 700, 650), 4)
+    free = WorkSpace().randomized(MatrixView(0, 700, 650), 4, 320) + cache_bytes(MatrixView(0, 700, 650), 4)
     monkeypatch.setattr(Budget, "of", lambda options, taken, views: Budget(SpectraOptions(), free, 0, 4))
     assert spectral(ckptdiff.diff(*sides, spectra="randomized", threads=4)) == known
     assert slots == [4, 4]  # two of them in one go

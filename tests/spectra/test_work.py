@@ -17,11 +17,11 @@ import ckptdiff
 from ckptdiff.events import Event, Stage
 from ckptdiff.in_order import in_order
 from ckptdiff.linalg import work as work_module
+from ckptdiff.linalg.on_numpy import NUMPY
 from ckptdiff.linalg.stages import ArrayPanels, meanwhile, run_together
 from ckptdiff.linalg.survey import survey
-from ckptdiff.linalg.symmetric import eigenvalues, eigenvalues_work
 from ckptdiff.linalg.threads import count_work, counted, in_parts, one_blas_thread, product_threads, work_counted_in
-from ckptdiff.linalg.work import WorkMeter
+from ckptdiff.linalg.work import WorkMeter, eigenvalues_work
 from ckptdiff.lora.factors import factor_work, factorize
 from ckptdiff.memory import resident
 from ckptdiff.options import SpectraOptions
@@ -99,6 +99,7 @@ class Passes:
     def __init__(self, source: ArrayPanels) -> None:
         self._source, self.count = source, 0
         self.long, self.short, self.dtype = source.long, source.short, source.dtype
+        self.library, self.kept = source.library, source.kept
 
     def panels(self) -> Any:
         self.count += 1
@@ -177,7 +178,7 @@ def test_where_work_is_counted(threads: int) -> None:
     gram = np.eye(20)
 
     def stage() -> Any:
-        seen.append((yield from meanwhile(lambda: eigenvalues(gram))))
+        seen.append((yield from meanwhile(lambda: NUMPY.eigenvalues(gram))))
 
     source = pair(40, 20, np.float64)
     with product_threads(threads), meter.matrix("a", 1.0) as work, work_counted_in(work):

@@ -21,8 +21,11 @@ from ckptdiff.errors import DeviceError
 from ckptdiff.formats import FORMATS, Format
 from ckptdiff.jit import private_folder
 
-KERNELS = ("decode", "harvest", "refine", "scan", "ties")
-KERNEL_NAMES = ("decode", "scan", "refine", "harvest", "place_ties", "take_ties")
+KERNELS = ("decode", "harvest", "refine", "scan", "spectra", "ties")
+SPECTRA_KERNELS = tuple(
+    f"{name}_{real}" for name in ("panel", "magnitudes", "scores") for real in ("float32", "float64")
+)
+KERNEL_NAMES = ("decode", "scan", "refine", "harvest", "place_ties", "take_ties", *SPECTRA_KERNELS)
 """What can be launched."""
 NAMES = {"bf16": "Bf16", "f16": "F16", "f32": "F32", "f64": "F64", "f8_e4m3": "E4m3", "f8_e5m2": "E5m2"}
 """What the source calls each format."""

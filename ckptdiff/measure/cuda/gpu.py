@@ -86,6 +86,10 @@ def _reported(method: Method) -> Method:
 _OUT_OF_MEMORY = ("memoryallocation", "outofmemory")
 _HINTS = {
     _OUT_OF_MEMORY: "close what else uses the GPU, or --gpu-memory with a smaller size, or fewer --threads",
+    ("libcublas", "libcusolver", "libnvjitlink", "cudaheaders"): (
+        "pip install 'cupy-cuda13x[ctk]' (or cupy-cuda12x[ctk]), which brings the libraries that spectra need; "
+        "or --device cpu"
+    ),
     ("insufficientdriver", "newerdriver", "drivermismatch", "compatnotsupported"): (
         "update the NVIDIA driver, or install ckptdiff[cuda12] for an older one"
     ),

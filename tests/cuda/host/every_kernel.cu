@@ -3,4 +3,5 @@
 #include "harvest.cu"
 #include "refine.cu"
 #include "scan.cu"
+#include "spectra.cu"
 #include "ties.cu"

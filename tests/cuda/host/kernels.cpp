@@ -5,6 +5,7 @@
 #include "harvest.cu"
 #include "refine.cu"
 #include "scan.cu"
+#include "spectra.cu"
 #include "ties.cu"
 
 #define LAUNCHER(KERNEL)                                                                                               \
@@ -17,6 +18,12 @@ LAUNCHER(refine)
 LAUNCHER(scan)
 LAUNCHER(place_ties)
 LAUNCHER(take_ties)
+LAUNCHER(panel_float32)
+LAUNCHER(panel_float64)
+LAUNCHER(magnitudes_float32)
+LAUNCHER(magnitudes_float64)
+LAUNCHER(scores_float32)
+LAUNCHER(scores_float64)
 
 extern "C" {
 void set_flush_to_zero(bool flush) { on_host::flush_to_zero = flush; }

@@ -95,7 +95,37 @@ static void run(u32 numel, u32 blocks) {
                     [&] { harvest(rows.data(), rows.size(), places.data(), counts.data(), &found); });
 }
 
+static std::vector<u8> random_codes(u64 numel, u32 bits) {
+    const std::vector<u64> drawn = random_words(numel * bits / 64 + 1);
+    return std::vector<u8>((const u8*)drawn.data(), (const u8*)drawn.data() + numel * bits / 8);
+}
+
+// A matrix both ways, and its entries counted.
+template <class Real, class Panel, class Magnitudes, class Scores>
+static void run_spectra(Panel panel, Magnitudes magnitudes, Scores scores, u64 rows, u64 columns, u32 blocks) {
+    const u64 numel = rows * columns;
+    const std::vector<u8> base = random_codes(numel, BASE::BITS), tuned = random_codes(numel, TUNED::BITS);
+    std::vector<Real> weights(numel), deltas(numel);
+    std::vector<u64> sizes(2 * BINS + 1), places(9 * SCORE_FIELDS);
+    const std::vector<u32> chances(BINS, 1);
+    const auto launch = [&](auto body) { on_host::launch(blocks, THREADS, (u32)numel, body); };
+    for (u32 turned = 0; turned < 2; ++turned)
+        launch([&] {
+            panel(base.data(), tuned.data(), rows, columns, turned ? rows : columns, turned, weights.data(),
+                  deltas.data());
+        });
+    launch([&] { magnitudes(weights.data(), deltas.data(), numel, 0, sizes.data()); });
+    launch([&] {
+        scores(weights.data(), weights.data(), deltas.data(), numel, 16, 1000, 8, 5, 0, chances.data(), places.data());
+    });
+}
+
 int main(int, char** sizes) {
-    for (u32 blocks = 2; *++sizes; blocks = 3 - blocks) run((u32)atoi(*sizes), blocks);
+    for (u32 blocks = 2; *++sizes; blocks = 3 - blocks) {
+        const u32 size = (u32)atoi(*sizes);
+        run(size, blocks);
+        run_spectra<float>(panel_float32, magnitudes_float32, scores_float32, size % 100 + 1, 37, blocks);
+        run_spectra<double>(panel_float64, magnitudes_float64, scores_float64, 37, size % 100 + 1, blocks);
+    }
     puts("clean");
 }

@@ -1,0 +1,159 @@
+"""Compute with NumPy and SciPy on the host: products in parts that the threads of a matrix share, LAPACK's routines.
+
+The parts depend on the sizes alone, so that no digit depends on the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.linalg.blas import add_gram_block, add_product_block, eigh_all, eigh_part, solve_lower_block
+from ckptdiff.linalg.kernels.scores import count_magnitudes, count_scores
+from ckptdiff.linalg.library import MAGNITUDES, SCORE_LANES, Library, ScoreWindow
+from ckptdiff.linalg.threads import counted, cuts, in_parts
+from ckptdiff.linalg.work import eigenpairs_work, eigenvalues_work, few_of, gram_work, product_work
+
+Floats = NDArray[Any]
+
+_GRAM_PART = 512
+
+
+class NumpyLibrary:
+    """NumPy and SciPy; see :class:`~ckptdiff.linalg.library.Library`."""
+
+    xp = np
+    at_once = False
+    lanes = SCORE_LANES
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Floats:
+        """Zeros of a dtype."""
+        return np.zeros(shape, dtype)
+
+    def put(self, values: Floats) -> Floats:
+        """The array itself."""
+        return values
+
+    def home(self, values: Any) -> Floats:
+        """The array itself."""
+        return np.asarray(values)
+
+    def cast(self, values: Floats, dtype: Any) -> Floats:
+        """The same values in a dtype."""
+        return values.astype(dtype, copy=False)
+
+    def contiguous(self, values: Floats) -> Floats:
+        """The same values row by row."""
+        return np.ascontiguousarray(values)
+
+    def product(self, left: Floats, right: Floats) -> Floats:
+        """``left @ right``."""
+        out = np.empty((left.shape[0], right.shape[1]), left.dtype)
+        _products(out, left, right, keep=False)
+        return out
+
+    def add_product(self, out: Floats, left: Floats, right: Floats) -> None:
+        """Add ``left @ right``."""
+        _products(out, left, right, keep=True)
+
+    def add_gram(self, total: Floats, panel: Floats) -> None:
+        """Add ``panel.T @ panel`` to the lower triangle."""
+        at = cuts(panel.shape[1], _GRAM_PART)
+
+        def add(part: int) -> None:
+            first, stop = at[part], at[part + 1]
+            add_gram_block(total[first:stop, first:stop], panel[:, first:stop])
+            if stop < at[-1]:
+                add_product_block(total[stop:, first:stop], panel[:, stop:].T, panel[:, first:stop])
+
+        in_parts(add, len(at) - 1, gram_work(len(panel), panel.shape[1], panel.itemsize))
+
+    def squares(self, values: Floats, axis: int | None = None) -> Any:
+        """Sum of squares."""
+        return np.einsum("ij,ij->" if axis is None else "ij,ij->j", values, values, dtype=np.float64)
+
+    def scaled(self, values: Floats, exponent: int) -> Floats:
+        """``values * 2**exponent``."""
+        scaled: Floats = np.ldexp(values, exponent)
+        return scaled
+
+    def eigenvalues(self, matrix: Floats) -> NDArray[np.float64]:
+        """All eigenvalues, largest first."""
+        with counted(eigenvalues_work(len(matrix), matrix.itemsize), opaque=True):
+            found, _ = eigh_part(matrix.copy(), 0, len(matrix) - 1, vectors=False)
+        return np.asarray(found[::-1], np.float64)
+
+    def eigenpairs(self, matrix: Floats, first: int, last: int) -> tuple[Floats, Floats]:
+        """Some eigenpairs."""
+        count, n = last - first + 1, len(matrix)
+        with counted(eigenpairs_work(n, count, matrix.itemsize), opaque=True):
+            if few_of(count, n):
+                # Inverse iteration is the quicker way to a part of the vectors.
+                values, rows = eigh_part(matrix, first, last)
+                return values, rows.T
+            # Divide and conquer is the quicker one to most of them, and the safe one among many equal eigenvalues.
+            values, rows = eigh_all(matrix)
+            return values[first : last + 1], rows[first : last + 1].T
+
+    def singular_values(self, matrix: Floats) -> Floats:
+        """All singular values."""
+        values: Floats = np.linalg.svd(matrix, compute_uv=False)
+        return values
+
+    def solve_lower(self, factor: Floats, right: Floats) -> Floats:
+        """Solve ``factor @ x = right``."""
+        found = np.array(right, order="C")
+        with counted(product_work(len(factor) / 2, len(factor), right.shape[1], found.itemsize)):
+            solve_lower_block(np.ascontiguousarray(factor), found)
+        return found
+
+    def count_magnitudes(self, counts: Any, base: Floats, delta: Floats, threshold: float) -> Any:
+        """Count by magnitude, in the compiled loop."""
+        held, above = (np.zeros((2, MAGNITUDES), np.int64), 0) if counts is None else counts
+        with np.errstate(over="ignore"):  # infinite in float32, where it is as large and as changed
+            base, delta = base.astype(np.float32, copy=False), delta.astype(np.float32, copy=False)
+        above += count_magnitudes(base.view(np.uint32), delta, np.float32(threshold), held)
+        return held, above
+
+    def magnitudes(self, counts: Any) -> tuple[NDArray[np.int64], int]:
+        """What was counted."""
+        return counts[0], counts[1]
+
+    def count_scores(
+        self, counts: Any, scores: Floats, base: Floats, delta: Floats, window: ScoreWindow, threshold: float
+    ) -> Any:
+        """Count by score, in the compiled loop."""
+        if counts is None:
+            counts = np.zeros((window.bins + 1, 5))
+        singles = (side.astype(np.float32, copy=False) for side in (scores, base, delta))
+        values, weights, changes = singles
+        count_scores(
+            values.view(np.uint32),
+            weights.view(np.uint32),
+            changes,
+            window.chances,
+            (np.uint32(window.shift), np.uint32(window.start)),
+            (np.uint32(window.low[0]), window.low[1]),
+            np.float32(threshold),
+            counts,
+        )
+        return counts
+
+    def scores(self, counts: Any, window: ScoreWindow) -> NDArray[np.float64]:
+        """What was counted."""
+        found: NDArray[np.float64] = counts
+        return found
+
+
+def _products(out: Floats, left: Floats, right: Floats, *, keep: bool) -> None:
+    at = cuts(len(out))
+    in_parts(
+        lambda part: add_product_block(out[at[part] : at[part + 1]], left[at[part] : at[part + 1]], right, keep=keep),
+        len(at) - 1,
+        product_work(len(left), len(right), len(right.T), out.itemsize),
+    )
+
+
+NUMPY: Library = NumpyLibrary()

@@ -1,0 +1,205 @@
+"""Hand out a matrix of a tensor pair as panels on a GPU: uploaded once if it fits there, else streamed in every pass.
+
+Codes go up as they are stored, a piece at a time, and a kernel decodes, casts, subtracts and turns them there. Two
+pieces are under way: while one is read, the other goes up, and products of the panel before run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.formats import Formats
+from ckptdiff.linalg.library import Array, Library
+from ckptdiff.linalg.on_cupy import GpuLibrary
+from ckptdiff.linalg.stages import Panel
+from ckptdiff.linalg.threads import count_work
+from ckptdiff.measure.cuda.gpu import Buffer, Event
+from ckptdiff.measure.source import ByteArray
+from ckptdiff.spectra.matrices import MatrixView
+from ckptdiff.spectra.panels import GPU_PANEL
+
+PIECE = 16 << 20
+"""Bytes of one side that go up at a time."""
+_PIECES = 2
+"""Under way."""
+
+
+class StoredCodes(Protocol):
+    """A pair of matrices whose codes can be read."""
+
+    long: int
+    short: int
+    dtype: np.dtype[Any]
+    """Of the panels: float32 or float64."""
+    formats: Formats
+    view: MatrixView
+
+    @property
+    def same_bytes(self) -> bool:
+        """Whether both sides are the same bytes."""
+
+    @property
+    def work(self) -> float:
+        """The work of reading the pair once."""
+
+    def read_codes(self, side: int, rows: tuple[int, int], columns: tuple[int, int], out: ByteArray) -> None:
+        """Read a block of one side as it is stored, row by row."""
+
+    def sample(self, count: int) -> NDArray[Any]:
+        """About `count` rows of W0, evenly spaced."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    """Room for the codes of a piece, both sides, on the host and on the GPU."""
+
+    host: list[ByteArray]
+    there: list[Buffer]
+    up: Event = None
+    """When they are on the GPU: the host may read the next ones."""
+    decoded: Event = None
+    """When the GPU has no use for them any more."""
+
+
+def slots_bytes(piece: int = PIECE) -> int:
+    """Bytes of page-locked memory that slots of both sides take, and of GPU memory."""
+    return 2 * _PIECES * piece
+
+
+class PanelSlots:
+    """What the matrices of a run go up through, one after the other."""
+
+    def __init__(self, library: GpuLibrary, piece: int = PIECE) -> None:
+        self.library, self.piece = library, piece
+        gpu = library.gpu
+        self.up = gpu.stream()
+        host = gpu.pinned(slots_bytes(piece))
+        sides = [host[piece * k : piece * (k + 1)] for k in range(2 * _PIECES)]
+        self._slots = [_Slot(sides[2 * k : 2 * k + 2], [gpu.empty(piece) for _ in range(2)]) for k in range(_PIECES)]
+        self._next = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of page-locked memory that it takes, and of GPU memory."""
+        return slots_bytes(self.piece)
+
+    def take(self) -> _Slot:
+        """The slot of the next piece, once the host may write to it."""
+        slot = self._slots[self._next % _PIECES]
+        self._next += 1
+        if slot.up is not None:
+            self.library.gpu.synchronize(slot.up)
+        return slot
+
+    def drain(self) -> None:
+        """Wait for all that is queued; what fails on the way follows from what is being reported."""
+        for stream in (self.up, self.library.stream):
+            with suppress(Exception):
+                self.library.gpu.finish(stream)
+
+
+class GpuPanels:
+    """A pair of floating matrices; a :class:`~ckptdiff.linalg.stages.PanelSource` of float32 or float64.
+
+    Parameters
+    ----------
+    stored : StoredCodes
+        Such as :class:`~ckptdiff.spectra.panels.StoredPanels`.
+    slots : PanelSlots
+    kept : bool
+        Whether all of it stays on the GPU; MemoryError if that has no room for it.
+    """
+
+    def __init__(self, stored: StoredCodes, slots: PanelSlots, kept: bool, entries: int = GPU_PANEL) -> None:
+        self.long, self.short, self.dtype = stored.long, stored.short, stored.dtype
+        self.library: Library = slots.library
+        self.kept, self._gpu = kept, slots.library
+        self._stored, self._slots = stored, slots
+        self._rows = min(max(1, entries // self.short), self.long)
+        self._all: tuple[Array, Array] | None = None
+        self._bits = max(format.bits for format in stored.formats[:2])
+        self._buffers = self._room(self.long if kept else self._rows)
+        if kept:
+            self._decode(0, self.long)
+            self._all = self._arrays(self.long)
+
+    @property
+    def work(self) -> float:
+        """The work of reading the pair once."""
+        return self._stored.work
+
+    def panels(self) -> Iterator[Panel]:
+        """All rows of the tall pair, in order."""
+        for first in range(0, self.long, self._rows):
+            rows = slice(first, min(first + self._rows, self.long))
+            if self._all is not None:
+                base, delta = self._all
+                yield Panel(base[rows, :], delta[rows, :])
+            else:
+                self._decode(rows.start, rows.stop)
+                yield Panel(*self._arrays(rows.stop - rows.start))
+
+    def sample(self, count: int) -> Array:
+        """About `count` rows of W0, evenly spaced."""
+        return self.library.put(self._stored.sample(count))
+
+    def _room(self, rows: int) -> list[Buffer]:
+        size = rows * self.short * self.dtype.itemsize
+        return [self._gpu.gpu.empty(size) for _ in range(2)]
+
+    def _arrays(self, rows: int) -> tuple[Array, Array]:
+        base, delta = (self._gpu.array(buffer, self.dtype, (rows, self.short)) for buffer in self._buffers)
+        return base, delta
+
+    def _decode(self, first: int, stop: int) -> None:
+        """Queue all that makes a panel of these rows of the tall pair; if that fails nothing is left under way."""
+        wide = self._stored.view.wide
+        rows, columns = ((0, self.short), (first, stop)) if wide else ((first, stop), (0, self.short))
+        try:
+            for piece in self._pieces(rows, columns):
+                self._send(*piece, (rows[0], columns[0]))
+        except BaseException:
+            self._slots.drain()
+            raise
+        count_work(self.work * (stop - first) / self.long)
+
+    def _pieces(
+        self, rows: tuple[int, int], columns: tuple[int, int]
+    ) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+        """Blocks of the stored matrix that fill a slot at most: rows, or parts of one."""
+        entries = self._slots.piece * 8 // self._bits
+        across = min(columns[1] - columns[0], entries)
+        down = entries // across
+        for top in range(*rows, down):
+            for left in range(*columns, across):
+                yield (top, min(top + down, rows[1])), (left, min(left + across, columns[1]))
+
+    def _send(self, rows: tuple[int, int], columns: tuple[int, int], origin: tuple[int, int]) -> None:
+        """Read a block, and queue its way up and the kernel that makes a part of the panel of it."""
+        stored, slots, gpu = self._stored, self._slots, self._gpu.gpu
+        (height, width), wide = (rows[1] - rows[0], columns[1] - columns[0]), stored.view.wide
+        slot, same = slots.take(), stored.same_bytes
+        sides = range(1 if same else 2)
+        sizes = [height * width * format.bits // 8 for format in stored.formats[:2]]
+        for side in sides:
+            stored.read_codes(side, rows, columns, slot.host[side][: sizes[side]])
+        if slot.decoded is not None:
+            gpu.wait(slots.up, slot.decoded)
+        for side in sides:
+            gpu.upload(slot.there[side], slot.host[side][: sizes[side]], slots.up)
+        slot.up = gpu.record(slots.up)
+        gpu.wait(self._gpu.stream, slot.up)
+        top, left = rows[0] - origin[0], columns[0] - origin[1]
+        start = (left * self.short + top if wide else top * self.short + left) * self.dtype.itemsize
+        arguments: list[Any] = [slot.there[0], slot.there[0 if same else 1]]
+        arguments += [np.uint64(height), np.uint64(width), np.uint64(self.short), np.uint32(wide)]
+        arguments += [buffer[start:] for buffer in self._buffers]
+        kernel = f"panel_{self.dtype.name}"
+        gpu.launch(stored.formats, kernel, 8 * gpu.processors, arguments, self._gpu.stream)
+        slot.decoded = gpu.record(self._gpu.stream)

@@ -1,0 +1,114 @@
+// Matrices of a pair for the spectra: stored codes become panels of W0 and d, which lie tall, and entries are counted
+// by magnitude and by score.
+#include "pair.cuh"
+#include "reduce.cuh"
+
+const u32 SQUARE = 32; // rows and columns of what is turned at a time
+const u32 SCORE_FIELDS = 6;
+
+// W0 and d of one coordinate, cast to the compare format and written in another.
+template <class Real> struct Entry {
+    Real base, delta;
+    __device__ Entry(const u8* base_codes, const u8* tuned_codes, u64 at)
+        : base((Real)value<COMPARE>(recode<COMPARE, BASE>(load<BASE>(base_codes + at * (BASE::BITS / 8), 0)))),
+          delta((Real)value<COMPARE>(recode<COMPARE, TUNED>(load<TUNED>(tuned_codes + at * (TUNED::BITS / 8), 0))) -
+                base) {}
+};
+
+// Rows of a block of stored codes as rows of the panel, or, where they are `turned`, as columns: entry (r, c) lies at
+// r * line + c of the panel, or at c * line + r.
+template <class Real>
+__device__ void write_panel(const u8* base, const u8* tuned, u64 rows, u64 columns, u64 line, u32 turned, Real* weights,
+                            Real* deltas, Real (*held)[SQUARE][SQUARE + 1]) {
+    if (!turned) {
+        for (u64 i = (u64)blockIdx.x * THREADS + threadIdx.x; i < rows * columns; i += (u64)gridDim.x * THREADS) {
+            const Entry<Real> entry(base, tuned, i);
+            const u64 to = i / columns * line + i % columns;
+            weights[to] = entry.base, deltas[to] = entry.delta;
+        }
+        return;
+    }
+    const u64 across = (columns + SQUARE - 1) / SQUARE, squares = across * ((rows + SQUARE - 1) / SQUARE);
+    const u32 lane = threadIdx.x % SQUARE, first = threadIdx.x / SQUARE;
+    for (u64 square = blockIdx.x; square < squares; square += gridDim.x) {
+        const u64 top = square / across * SQUARE, left = square % across * SQUARE;
+        for (u32 k = first; k < SQUARE; k += THREADS / SQUARE) {
+            if (top + k >= rows || left + lane >= columns) continue;
+            const Entry<Real> entry(base, tuned, (top + k) * columns + left + lane);
+            held[0][k][lane] = entry.base, held[1][k][lane] = entry.delta;
+        }
+        __syncthreads();
+        for (u32 k = first; k < SQUARE; k += THREADS / SQUARE) {
+            if (top + lane >= rows || left + k >= columns) continue;
+            const u64 to = (left + k) * line + top + lane;
+            weights[to] = held[0][lane][k], deltas[to] = held[1][lane][k];
+        }
+        __syncthreads(); // before the next square is written
+    }
+}
+
+// Magnitude of a number as float32; those of two numbers order as they do.
+template <class Real> __device__ inline u32 single_bits(Real x) { return __float_as_uint((float)x) & 0x7fffffff; }
+
+// Adds the sum over a warp to a number that all threads share.
+__device__ inline void add_up(u64 own, u64* total) {
+    const u64 sum = warp_sum(own);
+    if (threadIdx.x % WARP == 0 && sum) atomicAdd(total, sum);
+}
+
+// All entries and the changed ones by the leading 15 magnitude bits of the base; last those that changed by more than a
+// threshold.
+template <class Real>
+__device__ void add_magnitudes(const Real* base, const Real* delta, u64 numel, u32 threshold, u64* counts) {
+    u64 above = 0;
+    for (u64 i = (u64)blockIdx.x * THREADS + threadIdx.x; i < numel; i += (u64)gridDim.x * THREADS) {
+        const u32 bin = single_bits(base[i]) >> 16, size = single_bits(delta[i]);
+        atomicAdd(&counts[bin], (u64)1);
+        if (size) atomicAdd(&counts[BINS + bin], (u64)1);
+        above += size > threshold;
+    }
+    add_up(above, &counts[2 * BINS]);
+}
+
+// Entries by the bin of their score: all, those changed, above a threshold, changed where the base is beyond the cut of
+// the smallest and where it is at that cut, and the sum of their chances in units of 2^-31. All are integers, so any
+// order gives the same.
+template <class Real>
+__device__ void add_scores(const Real* scores, const Real* base, const Real* delta, u64 numel, u32 shift, u32 start,
+                           u32 bins, u32 low, u32 threshold, const u32* chances, u64* counts) {
+    u64 top[SCORE_FIELDS] = {}; // of the scores above all bins, which are most of those that count
+    for (u64 i = (u64)blockIdx.x * THREADS + threadIdx.x; i < numel; i += (u64)gridDim.x * THREADS) {
+        const u32 code = single_bits(scores[i]) >> shift;
+        if (code < start) continue;
+        const u32 weight = single_bits(base[i]) >> 16, size = single_bits(delta[i]);
+        const u64 own[SCORE_FIELDS] = {1, size != 0, size > threshold, size && weight > low, size && weight == low,
+                                       chances[weight]};
+        if (code - start < bins) {
+            for (u32 k = 0; k < SCORE_FIELDS; ++k)
+                if (own[k]) atomicAdd(&counts[(u64)(code - start) * SCORE_FIELDS + k], own[k]);
+        } else {
+            for (u32 k = 0; k < SCORE_FIELDS; ++k) top[k] += own[k];
+        }
+    }
+    for (u32 k = 0; k < SCORE_FIELDS; ++k) add_up(top[k], &counts[(u64)bins * SCORE_FIELDS + k]);
+}
+
+// Each for panels of float and of double.
+#define KERNELS_OF(REAL, BITS)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        panel_float##BITS(const u8* base, const u8* tuned, u64 rows, u64 columns, u64 line, u32 turned, REAL* weights, \
+                          REAL* deltas) {                                                                              \
+        __shared__ REAL held[2][SQUARE][SQUARE + 1];                                                                   \
+        write_panel(base, tuned, rows, columns, line, turned, weights, deltas, held);                                  \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        magnitudes_float##BITS(const REAL* base, const REAL* delta, u64 numel, u32 threshold, u64* counts) {           \
+        add_magnitudes(base, delta, numel, threshold, counts);                                                         \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        scores_float##BITS(const REAL* scores, const REAL* base, const REAL* delta, u64 numel, u32 shift, u32 start,   \
+                           u32 bins, u32 low, u32 threshold, const u32* chances, u64* counts) {                        \
+        add_scores(scores, base, delta, numel, shift, start, bins, low, threshold, chances, counts);                   \
+    }
+KERNELS_OF(float, 32)
+KERNELS_OF(double, 64)

@@ -1,0 +1,124 @@
+"""The kernels of the spectra, beside NumPy: panels of every format both ways, and what is counted of their entries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from code_samples import random_codes, tuned_codes
+from host_kernels import QUICK, TESTED, Library
+
+from ckptdiff.formats import FORMATS
+
+DTYPES = {
+    "bf16": ml_dtypes.bfloat16,
+    "f16": np.float16,
+    "f32": np.float32,
+    "f64": np.float64,
+    "f8_e4m3": ml_dtypes.float8_e4m3fn,
+    "f8_e5m2": ml_dtypes.float8_e5m2,
+}
+EACH = [pytest.param(names, marks=[] if names in QUICK else pytest.mark.slow, id="-".join(names)) for names in TESTED]
+SHAPES = [(1, 1), (33, 65), (70, 31), (3, 200)]
+BF16 = ("bf16", "bf16", "bf16")
+
+
+def values(codes: np.ndarray, stored: str, compare: str, real: Any) -> np.ndarray:
+    """What codes stand for once they are cast."""
+    found = codes.view(DTYPES[stored])
+    with np.errstate(over="ignore", invalid="ignore"):
+        if compare == "bf16":  # of float64 too, by way of float32
+            found = found.astype(np.float32)
+        return found.astype(DTYPES[compare]).astype(real)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("names", EACH)
+@pytest.mark.parametrize("real", [np.float32, np.float64])
+@pytest.mark.parametrize("turned", [False, True], ids=["as stored", "turned"])
+def test_panels(libraries: Any, names: tuple[str, str, str], real: Any, turned: bool) -> None:
+    library, rng = libraries(*names), np.random.default_rng(5)
+    for rows, columns in SHAPES:
+        for kind in ("tame", "wild"):
+            base = random_codes(FORMATS[names[0]], rows * columns, rng, kind)
+            tuned = tuned_codes(base, FORMATS[names[0]], FORMATS[names[1]], rows * columns, rng, kind)
+            line = (rows if turned else columns) + 5  # a part of longer rows
+            height = columns if turned else rows
+            weights, deltas = (np.full((height, line), 77, real) for _ in range(2))
+            sides = [side.view(np.uint8) for side in (base, tuned)]
+            sizes = [np.uint64(rows), np.uint64(columns), np.uint64(line), np.uint32(turned)]
+            launch(library, "panel", real, [[sides[0]], [sides[1]], *sizes, [weights], [deltas]], seed=rows)
+            known = values(base, names[0], names[2], real).reshape(rows, columns)
+            with np.errstate(over="ignore"):
+                moved = values(tuned, names[1], names[2], real).reshape(rows, columns) - known
+            for found, expected in ((weights, known), (deltas, moved)):
+                part = found[:, : line - 5]
+                np.testing.assert_array_equal(part, expected.T if turned else expected)
+                assert (found[:, line - 5 :] == 77).all()
+
+
+def launch(library: Library, kernel: str, real: Any, args: list[Any], seed: int = 0, blocks: int = 3) -> None:
+    library.launch(f"{kernel}_{np.dtype(real).name}", blocks, args, seed)
+
+
+def entries(real: Any, numel: int = 3001) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores, weights and updates: zeros of both signs, subnormal numbers, and what float32 does not hold."""
+    rng = np.random.default_rng(1)
+    scores, base, delta = rng.standard_normal((3, numel)) * np.array([[1], [0.02], [1e-5]])
+    delta[rng.random(numel) < 0.4] = 0.0
+    delta[:5] = -0.0, 1e-40, -1e-44, np.inf, 1e-5
+    base[:5] = 0.0, -0.0, 1e-39, -1e-40, np.inf
+    if real == np.float64:
+        delta[5:7] = 1e-60, 1e60
+        base[7:9] = 1e-60, -1e60
+    with np.errstate(over="ignore"):
+        return scores.astype(real), base.astype(real), delta.astype(real)
+
+
+def singles(side: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.abs(side.astype(np.float32))
+
+
+@pytest.mark.parametrize("real", [np.float32, np.float64])
+def test_magnitudes(libraries: Any, real: Any) -> None:
+    _, base, delta = entries(real)
+    counts = np.zeros(2 * (1 << 15) + 1, np.int64)
+    threshold = np.float32(1e-5)
+    for _ in range(2):
+        args = [[base], [delta], np.uint64(base.size), threshold.view(np.uint32), [counts]]
+        launch(libraries(*BF16), "magnitudes", real, args)
+    bins, sizes = singles(base).view(np.uint32) >> 16, singles(delta)
+    np.testing.assert_array_equal(counts[: 1 << 15], 2 * np.bincount(bins, minlength=1 << 15))
+    np.testing.assert_array_equal(counts[1 << 15 : -1], 2 * np.bincount(bins[sizes > 0], minlength=1 << 15))
+    assert counts[-1] == 2 * np.count_nonzero(sizes > threshold)
+
+
+@pytest.mark.parametrize("real", [np.float32, np.float64])
+@pytest.mark.parametrize(("shift", "bins"), [(16, 1 << 15), (12, 1 << 11), (8, 300), (0, 40)])
+def test_scores(libraries: Any, real: Any, shift: int, bins: int) -> None:
+    scores, base, delta = entries(real)
+    start = int(np.float32(0.8).view(np.uint32)) >> shift if shift < 16 else 0
+    chances = np.random.default_rng(2).integers(0, (1 << 31) + 1, 1 << 15).astype(np.uint32)
+    low, threshold, counts = np.uint32(0x3C80), np.float32(1e-5), np.zeros((bins + 1, 6), np.int64)
+    window = [np.uint32(shift), np.uint32(start), np.uint32(bins), low, threshold.view(np.uint32)]
+    args = [[scores], [base], [delta], np.uint64(base.size), *window, [chances], [counts]]
+    launch(libraries(*BF16), "scores", real, args, seed=shift)
+    places = (singles(scores).view(np.uint32) >> shift).astype(np.int64) - start
+    inside = places >= 0
+    places, weights, sizes = np.minimum(places, bins), singles(base).view(np.uint32) >> 16, singles(delta)
+    changed = sizes > 0
+    fields = (
+        np.ones(base.size, np.int64),
+        changed,
+        sizes > threshold,
+        changed & (weights > low),
+        changed & (weights == low),
+        chances[weights],
+    )
+    for column, field in enumerate(fields):
+        expected = np.zeros(bins + 1, np.int64)
+        np.add.at(expected, places[inside], field[inside].astype(np.int64))
+        np.testing.assert_array_equal(counts[:, column], expected)
