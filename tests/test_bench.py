@@ -280,3 +280,13 @@ def test_speeds_of_other_commands(name: str, tmp_path: Path):
     printed = script(name, "--size", "1MiB", "--rounds", 1, "--folder", tmp_path)
     assert "ratio" in printed or "track / load with safetensors:" in printed
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@needs_torch
+def test_weights_in_other_layouts_have_the_same_figures(tmp_path: Path):
+    """The script ends with an error if they have not."""
+    figures = tmp_path / "figures.json"
+    script("weights.py", "--size", "12MiB", "--rounds", "1", "--threads", "2", "--json", figures)
+    found = json.loads(figures.read_text())["figures"]
+    assert len(found) == 8 and all(one["seconds"] > 0 < one["peak_mib"] for one in found.values())
