@@ -269,8 +269,9 @@ def test_masked_step_measures_and_checks_every_optimizer(dtype: str, tmp_path: P
     )
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["optimizer"].split(",")[0] for row in rows] == ["MaskedAdamW"] + 3 * ["torch AdamW"]
-    assert rows[0]["bytes"] == pytest.approx(2.0 if dtype == "float32" else 2.8, rel=0.02)
-    assert "masked / fused:" in printed
+    state = rows[0]["state, bytes per parameter"]
+    assert state == pytest.approx(2.0 if dtype == "float32" else 2.8, rel=0.02)
+    assert rows[1]["/ fused"] == 1 and "freeze_outside" in printed
 
 
 @pytest.mark.slow

@@ -77,13 +77,13 @@ def copy_from(typing: Any, address: Any, buffer: Any, start: Any, size: Any) -> 
 
 @intrinsic
 def memory_at(typing: Any, address: Any, size: Any, like: Any) -> Any:
-    """Bytes of memory that someone else keeps alive, as an array of the type of ``like``, shape (size,)."""
+    """Memory that someone else keeps alive, as an array of the type of ``like``, shape (size,)."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array = make_array(signature.return_type)(context, builder)
         data = builder.inttoptr(args[0], array.data.type)
-        word = context.get_constant(types.intp, 1)
-        populate_array(array, data=data, shape=[args[1]], strides=[word], itemsize=word, meminfo=None)
+        step = context.get_constant(types.intp, context.get_abi_sizeof(array.data.type.pointee))
+        populate_array(array, data=data, shape=[args[1]], strides=[step], itemsize=step, meminfo=None)
         return array._getvalue()
 
     return like(types.int64, types.int64, like), generate

@@ -28,6 +28,7 @@ SUMS = LANES // 2
 PACKS = llvmlite.binding.llvm_version_info >= (20,) and "+avx512vbmi2" in processor_features().split(",")
 """Whether ``pack_lanes`` is a few instructions here; without them it would be slower than a loop over bits."""
 
+_ODD = 0x9E37_79B1
 _REGISTER = 512
 _LINE = 64
 
@@ -88,6 +89,57 @@ def load_codes(typing: Any, codes: Any, row: Any, start: Any) -> Any:
         return load
 
     return loaded(codes, types.intp, types.intp), generate
+
+
+@intrinsic
+def codes_at(typing: Any, address: Any, like: Any) -> Any:
+    """The sixty-four codes at an address, each as wide as an element of the array `like`."""
+    loaded = Codes(like.dtype.bitwidth)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        load = builder.load(builder.inttoptr(args[0], context.get_value_type(loaded).as_pointer()))
+        load.align = like.dtype.bitwidth // 8
+        return load
+
+    return loaded(types.int64, like), generate
+
+
+@intrinsic
+def put_codes(typing: Any, address: Any, codes: Any) -> Any:
+    """Write sixty-four codes to an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[1], builder.inttoptr(args[0], args[1].type.as_pointer())).align = codes.bits // 8
+        return context.get_dummy_value()
+
+    return types.void(types.int64, codes), generate
+
+
+@intrinsic
+def chosen(typing: Any, word: Any, codes: Any, others: Any) -> Any:
+    """Codes whose bit in ``word`` is set, and the others elsewhere."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.select(builder.bitcast(args[0], ir.VectorType(ir.IntType(1), LANES)), *args[1:])
+
+    return codes(types.uint64, codes, others), generate
+
+
+@intrinsic
+def mixed(typing: Any, mix: Any, codes: Any) -> Any:
+    """A checksum of sixty-four codes and of what was mixed before, of as many bits as the codes.
+
+    No change of one code leaves it as it was. Each word of 32 bits is multiplied, and its upper half mixed into the
+    lower one, as in MurmurHash (Appleby 2008): changes of signs, the uppermost bits, would cancel each other else.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        words = ir.VectorType(ir.IntType(32), LANES * codes.bits // 32)
+        left, right = (builder.bitcast(vector, words) for vector in args)
+        product = builder.mul(builder.xor(left, right), _filled(words, _ODD))
+        return builder.bitcast(builder.xor(product, builder.lshr(product, _filled(words, 15))), args[0].type)
+
+    return codes(mix, codes), generate
 
 
 @intrinsic

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from ckptdiff.errors import OptionError
-from ckptdiff.retrain.kernels.masked_steps import adamw_step
+from ckptdiff.retrain.kernels.masked_steps import ADAMW
 from ckptdiff.retrain.optimizer import MaskedOptimizer
 from ckptdiff.retrain.packed import PackedMask
 
@@ -52,8 +52,8 @@ class MaskedAdamW(MaskedOptimizer):
     """
 
     options = ("lr", "betas", "eps", "weight_decay")
-    kernel = staticmethod(adamw_step)
-    every_slot = ("exp_avg", "exp_avg_sq")
+    rule = ADAMW
+    columns = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -81,19 +81,19 @@ class MaskedAdamW(MaskedOptimizer):
 
     def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Both moments."""
-        return self.every_slot
+        return self.columns
 
     def constants(self, group: dict[str, Any], step: int, fresh: bool) -> list[float]:
-        """As :func:`~ckptdiff.retrain.kernels.masked_steps.adamw_step` takes them."""
-        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        """As :func:`~ckptdiff.retrain.kernels.masked_steps.masked_steps` takes them."""
+        lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
+        correction = math.sqrt(1 - beta2**step)
         return [
             1 - lr * group["weight_decay"],
             1 - beta1,
             beta2,
             1 - beta2,
-            math.sqrt(1 - beta2**step),
-            group["eps"],
-            lr / (1 - beta1**step),
+            group["eps"] * correction,
+            lr * correction / (1 - beta1**step),
         ]
 
     def functional(
@@ -101,10 +101,11 @@ class MaskedAdamW(MaskedOptimizer):
         group: dict[str, Any],
         values: list[Tensor],
         gradients: list[Tensor],
-        states: list[Any],
-        fresh: list[bool],
+        states: Sequence[Any],
+        fresh: Sequence[bool],
     ) -> None:
         """``torch.optim.adamw.adamw``, which also counts the steps."""
+        beta1, beta2 = map(float, group["betas"])
         adamw(
             values,
             gradients,
@@ -113,8 +114,8 @@ class MaskedAdamW(MaskedOptimizer):
             [],
             [state["step"] for state in states],
             amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
+            beta1=beta1,
+            beta2=beta2,
             lr=float(group["lr"]),
             weight_decay=group["weight_decay"],
             eps=group["eps"],

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ckptdiff.errors import MaskError
-from ckptdiff.retrain.packed import PackedMask, require_fit
-from ckptdiff.retrain.refusals import require_current, require_dense
+from ckptdiff.retrain.frozen import Frozen, OutsideRows
+from ckptdiff.retrain.kernels.outside import prepare, restore
+from ckptdiff.retrain.packed import PackedMask, nothing_to_train
+from ckptdiff.retrain.refusals import require_current
 
 
 class Freezing:
@@ -43,9 +44,9 @@ class Freezing:
 def mask_gradients(masks: Mapping[Any, PackedMask]) -> Freezing:
     """Set gradients to zero outside the masks, as soon as each is complete.
 
-    Whatever looks at gradients afterwards, clipping included, sees masked ones. The booleans take one byte per
-    coordinate, on the parameter's device. Masks that were loaded before ``fully_shard`` do nothing: they are of
-    parameters that the model no longer has.
+    Whatever looks at gradients afterwards, clipping included, sees masked ones. The masks take a bit per coordinate of
+    a contiguous parameter in main memory, and a byte elsewhere. Masks that were loaded before ``fully_shard`` do
+    nothing: they are of parameters that the model no longer has.
 
     Parameters
     ----------
@@ -71,8 +72,7 @@ def mask_gradients(masks: Mapping[Any, PackedMask]) -> Freezing:
     >>> sum(int(p.grad.count_nonzero()) for p in model.parameters()) <= masks.count
     True
     """
-    hooks = [_gradient_hook(p, _Outside.of(p, masks)) for p in masks if p.requires_grad]
-    return Freezing(hooks)
+    return Freezing([_gradient_hook(Frozen(p, masks)) for p in masks if p.requires_grad])
 
 
 def freeze_outside(optimizer: torch.optim.Optimizer, masks: Mapping[Any, PackedMask]) -> Freezing:
@@ -80,9 +80,10 @@ def freeze_outside(optimizer: torch.optim.Optimizer, masks: Mapping[Any, PackedM
 
     Gradients are set to zero outside the masks when they are accumulated and again before each step, and after the step
     what lies outside is put back, because weight decay and momentum move it too (S1 does the same). Parameters of the
-    optimizer without a mask are frozen whole. A step takes a copy of all parameters while it runs; the state of the
-    optimizer stays dense: :class:`~ckptdiff.retrain.MaskedAdamW` needs neither. Parameters that the optimizer is given
-    later are frozen too, by their masks or whole.
+    optimizer without a mask are frozen whole. What lies outside is held twice, in a copy of each parameter with a mask,
+    and the state of the optimizer stays dense: :class:`~ckptdiff.retrain.MaskedAdamW` needs neither. Parameters that
+    the optimizer is given later are frozen too, by their masks or whole. Like all hooks, these are none of what is
+    pickled or copied with an optimizer.
 
     Parameters
     ----------
@@ -99,7 +100,7 @@ def freeze_outside(optimizer: torch.optim.Optimizer, masks: Mapping[Any, PackedM
     ------
     MaskError
         If no parameter of the optimizer has a masked coordinate, or a mask does not fit; while training, a sparse
-        gradient of a parameter with a mask.
+        gradient of a parameter with a mask, or another mask in the place of one.
 
     Examples
     --------
@@ -110,88 +111,76 @@ def freeze_outside(optimizer: torch.optim.Optimizer, masks: Mapping[Any, PackedM
     ...     sum(p.square().sum() for p in model.parameters()).backward()
     ...     optimizer.step()
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    require_current(parameters, masks, parameters)
-    counts = [_fitting(parameter, masks).count for parameter in parameters if parameter in masks]
-    if not any(counts):
-        raise MaskError(
-            "no parameter of the optimizer has a masked coordinate: there is nothing to train",
-            expected=f"some of the {len(masks)} masked parameters",
-            found="none of them, or empty masks",
-            hint="load the masks of the parameters that the optimizer has: after fully_shard, which makes new ones",
-        )
-    hooks: list[Any] = []
-    outside: dict[Any, _Outside] = {}
-    before: dict[Any, Tensor] = {}
+    return _StepFreezing(optimizer, masks)
 
-    def adopt(parameters: list[Any]) -> None:
-        new = [parameter for parameter in parameters if parameter not in outside]
-        require_current(new, masks, parameters)
-        for parameter in new:
-            outside[parameter] = _Outside.of(parameter, masks)
-            if parameter.requires_grad:
-                hooks.append(_gradient_hook(parameter, outside[parameter]))
+
+class _StepFreezing(Freezing):
+    """The hooks of :func:`freeze_outside`, and what they know."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, masks: Mapping[Any, PackedMask]) -> None:
+        super().__init__([])
+        self._optimizer = optimizer
+        self._masks = masks
+        self._frozen: dict[Any, Frozen] = {}
+        self._prepared: list[Frozen] = []
+        self._adopt()
+        self._hooks += [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+
+    def remove(self) -> None:
+        """Take the hooks away, and put back what a step moved that did not come to its end."""
+        self._after()
+        super().remove()
+
+    def _adopt(self) -> None:
+        """Freeze what the optimizer was given since."""
+        parameters = [*chain.from_iterable(group["params"] for group in self._optimizer.param_groups)]
+        require_current([p for p in parameters if p not in self._frozen], self._masks, parameters)
+        new = {p: Frozen(p, self._masks) for p in parameters if p not in self._frozen}
+        known = self._frozen | new
+        if not any(known[parameter].mask for parameter in parameters):
+            hint = "load the masks of the parameters that the optimizer has: after fully_shard, which makes new ones"
+            raise nothing_to_train(self._masks, hint)
+        for parameter, frozen in self._frozen.items():
+            if frozen.given is not self._masks.get(parameter):
+                raise MaskError(
+                    "the mask of a parameter is another one than when its training began",
+                    tensor=frozen.name,
+                    expected="the mask that freeze_outside was given",
+                    found="another one in its place",
+                    hint="remove() what freeze_outside returned, and call it with the new masks",
+                )
+        self._hooks += [_gradient_hook(frozen) for frozen in new.values() if frozen.parameter.requires_grad]
+        self._frozen = known
 
     @torch.no_grad()
-    def remember(*_: Any) -> None:
-        adopt([parameter for group in optimizer.param_groups for parameter in group["params"]])
-        for parameter, frozen in outside.items():
-            if frozen.coordinates is None:
-                parameter.grad = None  # so that no state is made for it
-            else:
-                frozen.zero_gradient(parameter)
-            before[parameter] = parameter.detach().clone()
+    def _before(self, _: object, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self._after()  # of a step that an exception ended
+        self._adopt()
+        # A closure brings gradients back, if of zeros, and what has no mask would move by them.
+        closure = any(value is not None for value in (*arguments, *options.values()))
+        rows, prepared = OutsideRows(), []
+        for frozen in self._frozen.values():
+            if frozen.mask is None:
+                frozen.parameter.grad = None  # so that no state is made for it
+            if closure or frozen.mask is not None:
+                frozen.prepare(rows)
+                prepared.append(frozen)
+        rows.run(prepare)
+        self._prepared = prepared
 
     @torch.no_grad()
-    def restore(*_: Any) -> None:
-        for parameter, frozen in outside.items():
-            start, where = before.pop(parameter), frozen.coordinates
-            # One without a mask has moved too if the step took a closure, which brings gradients of zero back.
-            parameter.copy_(start if where is None else torch.where(where, start, parameter))
-
-    adopt(parameters)
-    hooks += [optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(restore)]
-    return Freezing(hooks)
+    def _after(self, *_: object) -> None:
+        rows = OutsideRows()
+        for frozen in self._prepared:
+            frozen.restore(rows)
+        rows.run(restore)
+        self._prepared = []
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Outside:
-    """The frozen part of a parameter: some coordinates, or None for all."""
+def _gradient_hook(frozen: Frozen) -> Any:
+    def zero(_: object) -> None:
+        rows = OutsideRows()
+        frozen.zero_gradient(rows)
+        rows.run(prepare)
 
-    coordinates: Tensor | None
-    name: str | None
-
-    @classmethod
-    def of(cls, parameter: Any, masks: Mapping[Any, PackedMask]) -> _Outside:
-        name = _name_of(parameter, masks)
-        if parameter not in masks:
-            return cls(None, name)
-        dense = torch.from_numpy(_fitting(parameter, masks).inverted().dense())
-        if not hasattr(parameter, "placements"):
-            return cls(dense.to(parameter.device), name)
-        from torch.distributed.tensor import distribute_tensor
-
-        mesh = parameter.device_mesh
-        return cls(distribute_tensor(dense.to(mesh.device_type), mesh, parameter.placements), name)
-
-    def zero_gradient(self, parameter: Any) -> None:
-        """In place, since the gradient may be a view of a bucket of DDP."""
-        gradient = parameter.grad
-        if gradient is not None and self.coordinates is None:
-            gradient.zero_()
-        elif gradient is not None:
-            require_dense(gradient, self.name)
-            gradient.masked_fill_(self.coordinates, 0.0)
-
-
-def _fitting(parameter: Any, masks: Mapping[Any, PackedMask]) -> PackedMask:
-    return require_fit(masks[parameter], tuple(parameter.shape), _name_of(parameter, masks))
-
-
-def _name_of(parameter: Any, masks: Mapping[Any, PackedMask]) -> str | None:
-    names: Mapping[Any, str] = getattr(masks, "names", {})
-    return names.get(parameter)
-
-
-def _gradient_hook(parameter: Any, outside: _Outside) -> Any:
-    return parameter.register_post_accumulate_grad_hook(outside.zero_gradient)
+    return frozen.parameter.register_post_accumulate_grad_hook(zero)

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ckptdiff.errors import MaskError
-from ckptdiff.retrain.kernels.masked_steps import sum_masked_squares
-from ckptdiff.retrain.packed import PackedMask, require_fit
-from ckptdiff.retrain.refusals import require_dense, require_known, require_unmoved, require_whole
-from ckptdiff.retrain.step_threads import run_all
-from ckptdiff.retrain.support import IndexSupport, Support, TileSupport, flat_view, support_of
+from ckptdiff.retrain.indexed_step import Moving, step_indexed
+from ckptdiff.retrain.kernels.masked_steps import masked_steps, sum_masked_squares
+from ckptdiff.retrain.packed import PackedMask, nothing_to_train, require_fit
+from ckptdiff.retrain.refusals import not_known, require_known, require_state, require_unmoved, require_whole
+from ckptdiff.retrain.support import NARROW, IndexSupport, Masked, TileSupport, state_dtype, support_of
+from ckptdiff.retrain.tile_rows import TileRows
 
-_Tiles: TypeAlias = tuple[Tensor, TileSupport, dict[str, Any], bool]
-"""A parameter of the compiled kernels, its group, and whether a slot of its state is new."""
-_NARROW = (torch.bfloat16, torch.float16)
+_UNKNOWN: Any = object()
 
 
 class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
@@ -55,10 +54,10 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
 
     options: tuple[str, ...]
     """What each of its groups holds beside parameters; torch writes more into `defaults` when a state is loaded."""
-    kernel: Callable[..., None]
-    """One step on some tiles of a parameter."""
-    every_slot: tuple[str, ...]
-    """Slots in the order of the kernel's state, whether a group uses them or not."""
+    rule: int
+    """What the kernel calls a step of this optimizer."""
+    columns: tuple[str, str]
+    """Slots in the order of the kernel's state, whether a group uses them or not; "" for none."""
 
     def __init__(
         self,
@@ -68,20 +67,12 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         fp32_master: bool,
     ) -> None:
         self._masks: Mapping[Any, PackedMask] | None = masks
-        self._supports: dict[Tensor, Support] = {}
-        self._fingerprints: dict[Tensor, int] = {}
-        self._shapes: dict[Tensor, tuple[int, ...]] = {}
-        self._names: dict[Tensor, str] = {}
+        self._known: dict[Tensor, Masked | None] = {}
         self._fp32_master = fp32_master
         super().__init__(params, defaults)
         self._masks = None
-        if not self._supports:
-            raise MaskError(
-                "no parameter of the optimizer has a masked coordinate: there is nothing to train",
-                expected=f"some of the {len(masks)} masked parameters",
-                found="none of them, or empty masks",
-                hint="load the masks of the parameters that the optimizer has",
-            )
+        if not any(self._known.values()):
+            raise nothing_to_train(masks, "load the masks of the parameters that the optimizer has")
 
     @abstractmethod
     def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
@@ -101,46 +92,59 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
         group: dict[str, Any],
         values: list[Tensor],
         gradients: list[Tensor],
-        states: list[Any],
-        fresh: list[bool],
+        states: Sequence[Any],
+        fresh: Sequence[bool],
     ) -> None:
         """Torch's own step, on the gathered values, gradients and states of parameters, each of shape (masked,)."""
 
     def __getstate__(self) -> dict[str, Any]:
         """All that copy and pickle need; torch names but its own attributes."""
-        ours = ("_masks", "_supports", "_fingerprints", "_shapes", "_names", "_fp32_master")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in ours}}
+        ours = {name: getattr(self, name) for name in ("_masks", "_known", "_fp32_master")}
+        return {**super().__getstate__(), **ours}
 
     @property
     def nbytes(self) -> int:
         """Bytes of state and of masked positions."""
         held = chain.from_iterable(state.values() for state in self.state.values())
         states: int = sum(value.nbytes for value in held if isinstance(value, Tensor) and value.ndim)
-        return states + sum(support.nbytes for support in self._supports.values())
+        return states + sum(masked.support.nbytes for masked in self._known.values() if masked)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; only while the optimizer is made, since it does not keep the masks."""
-        if self._masks is None:
+        """Add a group of parameters, with their masks as ``{"params": ..., "masks": masks}``.
+
+        Groups that the optimizer is made of need none: theirs are those it is given, and not kept.
+        """
+        group = dict(param_group)
+        masks = group.pop("masks", self._masks)
+        if masks is None:
             raise MaskError(
-                "a masked optimizer takes all its parameters when it is made",
-                found="parameters that came later",
-                hint="make another optimizer; freeze_outside takes parameters that come later",
+                "a group of parameters that came later has no masks",
+                expected='{"params": parameters, "masks": masks}',
+                found="no masks; those that the optimizer was made with are not kept",
+                hint="give the masks of these parameters along; {} leaves them as they are",
             )
-        self._require_usable({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        names = getattr(self._masks, "names", {})
-        for parameter in param_group["params"]:
-            name = names.get(parameter)
+        self._require_usable({**self.defaults, **group})
+        before = len([*self._parameters()])
+        super().add_param_group(group)
+        try:
+            self._known |= dict(self._masked(group, masks, before))
+        except MaskError:
+            self.param_groups.pop()
+            raise
+
+    def _masked(self, group: dict[str, Any], masks: Mapping[Any, PackedMask], before: int) -> Iterator[Any]:
+        """Each parameter of a group, and what there is to know of it: None without a masked coordinate."""
+        names = getattr(masks, "names", {})
+        called = group.get("param_names", [f"parameter {before + i}" for i in range(len(group["params"]))])
+        for parameter, otherwise in zip(group["params"], called, strict=True):
+            name = names.get(parameter, otherwise)
             require_whole(parameter, name)
-            if parameter not in self._masks:
+            if parameter not in masks:
+                yield parameter, None
                 continue
-            mask = require_fit(self._masks[parameter], tuple(parameter.shape), name)
-            if mask.count:
-                self._supports[parameter] = support_of(mask, parameter)
-                self._fingerprints[parameter] = mask.fingerprint
-                self._shapes[parameter] = mask.shape
-                if name is not None:
-                    self._names[parameter] = name
+            mask = require_fit(masks[parameter], tuple(parameter.shape), name)
+            support = support_of(mask, parameter) if mask.count else None
+            yield parameter, Masked(support, mask.count, mask.fingerprint, mask.shape, name) if support else None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -156,19 +160,15 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
             with torch.enable_grad():
                 loss = closure()
         # Whatever cannot be stepped is refused before anything moves.
-        moving = [(group, list(self._moving(group))) for group in self.param_groups]
-        compiled: list[_Tiles] = []
+        moving = [(group, self._begin_states(group)) for group in self.param_groups]
         for group, parameters in moving:
-            indexed: dict[Tensor, bool] = {}
-            for parameter, support in parameters:
-                fresh = self._begin_state(parameter, support, group)
-                if isinstance(support, TileSupport):
-                    compiled.append((parameter, support, group, fresh))
-                else:
-                    indexed[parameter] = fresh
+            indexed = [row for row in parameters if isinstance(row[1].support, IndexSupport)]
             if indexed:
-                self._step_indexed(group, indexed)
-        run_all(self._tile_work(compiled), sum(support.pieces for _, support, _, _ in compiled))
+                step_indexed(partial(self.functional, group), indexed)
+        self._step_tiles(moving)
+        # What a kernel has written autograd must know of, or a backward pass through old values would not be refused.
+        for parameter, *_ in chain.from_iterable(parameters for _, parameters in moving):
+            increment_version(parameter)
         return loss
 
     @torch.no_grad()
@@ -187,19 +187,17 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
             If it is not finite and `error_if_nonfinite` is set.
         """
         squares: list[float] = []
-        pieces = 0
+        rows = TileRows()
         moving = list(chain.from_iterable(map(self._moving, self.param_groups)))
-        work: list[Callable[[], object]] = []
-        for parameter, support in moving:
-            if isinstance(support, TileSupport):
-                gradient = flat_view(parameter.grad.contiguous())
-                pieces += support.pieces
-                for span in support.spans():
-                    work.append(partial(_add_square, squares, gradient, support, span))
+        for parameter, masked in moving:
+            if isinstance(masked.support, TileSupport):
+                rows.add(parameter, masked)
             else:
-                gathered = parameter.grad.reshape(-1)[support.index]
+                gathered = parameter.grad.reshape(-1)[masked.support.index]
                 squares.append(float(gathered.double().square().sum()))
-        run_all(work, pieces)
+        sums = np.zeros(rows.units)
+        rows.run(sum_masked_squares, sums)
+        squares.extend(sums)
         norm = torch.tensor(math.sqrt(math.fsum(squares)))
         if error_if_nonfinite and not norm.isfinite():
             raise RuntimeError(f"the norm of the masked gradients is {norm.item()}")
@@ -222,16 +220,20 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
             self._require_own(adapted)
             taken.update(adapted)
 
-        # The last of the hooks, so that it sees what others have made of the state.
-        with self.register_load_state_dict_pre_hook(look):
+        def restore(_: object) -> None:
+            # Torch has cast what it found to the dtype of the parameter, and float32 state would lose 16 bits by that.
+            for key, parameter in zip(_keys(taken), self._parameters(), strict=True):
+                place = {"device": parameter.device, "dtype": state_dtype(parameter)}
+                for name, value in taken["state"].get(key, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[parameter][name] = value.to(copy=True, **(place if value.ndim else {}))
+
+        # The last hook before, so that it sees what others have made of the state, and the first one after.
+        with (
+            self.register_load_state_dict_pre_hook(look),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ):
             super().load_state_dict(state_dict)
-        saved = chain.from_iterable(group["params"] for group in taken["param_groups"])
-        # Torch has cast what it found to the dtype of the parameter, and float32 state would lose 16 bits by that.
-        for key, parameter in zip(saved, self._parameters(), strict=True):
-            for name, value in taken["state"].get(key, {}).items():
-                if isinstance(value, Tensor):
-                    device = parameter.device if value.ndim else value.device
-                    self.state[parameter][name] = value.to(device, copy=True)
 
     def _parameters(self) -> Iterator[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
@@ -248,94 +250,95 @@ class MaskedOptimizer(torch.optim.Optimizer, ABC):  # type: ignore[misc]
                     hint="load the state into an optimizer of the class that saved it",
                 )
             self._require_usable(group)
-        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for key, parameter in zip(saved, self._parameters(), strict=False):
-            state = state_dict["state"].get(key)
-            if state is not None and state.get("mask") != self._fingerprints.get(parameter):
+        for key, parameter in zip(_keys(state_dict), self._parameters(), strict=False):
+            state, masked = state_dict["state"].get(key), self._known.get(parameter)
+            if not state:  # there was no step yet, or nothing of it is masked
+                continue
+            if masked is None or state.get("mask") != masked.fingerprint:
                 raise MaskError(
                     "the optimizer's state belongs to other masks",
-                    tensor=self._names.get(parameter),
+                    tensor=masked.name if masked else None,
                     expected="a state that was saved with the masks of this optimizer",
                     found="one of other masks" if "mask" in state else "one of an optimizer without masks",
                     hint="load the masks that the saved run used",
                 )
+            for slot in (*self.columns, "master"):
+                if slot in state:
+                    require_state(state[slot], slot, parameter, masked, loading=True)
 
     def _require_usable(self, group: Mapping[str, Any]) -> None:
         require_known(group, self.options)
         self.require_range(group)
 
-    def _moving(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, Support]]:
+    def _moving(self, group: dict[str, Any]) -> Iterator[tuple[Tensor, Masked]]:
         """Parameters of a group that have masked coordinates and a gradient."""
         for parameter in group["params"]:
-            require_whole(parameter, None)  # accelerate puts such in place of those that there were
-            if parameter.grad is not None and parameter in self._supports:
-                support, name = self._supports[parameter], self._names.get(parameter)
-                require_dense(parameter.grad, name)
-                require_unmoved(parameter, support, self._shapes[parameter], name)
-                yield parameter, support
+            if parameter.grad is not None:
+                masked = self._known.get(parameter, _UNKNOWN)
+                if masked is _UNKNOWN:
+                    require_whole(parameter, None)  # accelerate puts such in place of those that there were
+                    raise not_known(parameter)
+                if masked is None:
+                    self.state[parameter]  # becomes {}: torch.distributed.checkpoint asks for those of all
+                else:
+                    require_unmoved(parameter, masked)
+                    yield parameter, masked
 
-    def _begin_state(self, parameter: Tensor, support: Support, group: dict[str, Any]) -> bool:
-        """Add what a parameter's state lacks; returns whether a slot did not exist."""
-        state = self.state[parameter]
-        narrow = parameter.dtype in _NARROW
-        kept = {"dtype": torch.float32 if narrow else parameter.dtype, "device": parameter.device}
-        if not state:
-            state["mask"] = self._fingerprints[parameter]
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        # A state that was there may lack some: of another dtype, or from before momentum was turned on.
-        new = [slot for slot in self.slots(group) if slot not in state]
-        for slot in new:
-            state[slot] = torch.zeros(support.count, **kept)
-        if narrow and self._fp32_master and "master" not in state:
-            # A NaN rounds to no code but its own, so the first step takes every value from the parameter.
-            state["master"] = torch.full((support.count,), math.nan, **kept)
-        return bool(new)
-
-    def _tile_work(self, parameters: Iterable[_Tiles]) -> Iterator[Callable[[], object]]:
-        nothing = np.empty(0, np.float32)
-        known: dict[tuple[int, int, bool], NDArray[np.float32]] = {}
-        for parameter, support, group, fresh in parameters:
+    def _begin_states(self, group: dict[str, Any]) -> list[Moving]:
+        """Add what the state of a group's moving parameters lacks."""
+        moving, slots = [], self.slots(group)
+        for parameter, masked in self._moving(group):
             state = self.state[parameter]
-            count = int(state["step"]) + 1
-            state["step"].fill_(count)
-            key = id(group), count, fresh
-            if key not in known:
-                known[key] = np.array(self.constants(group, *key[1:]), np.float32)
-            used = (*self.slots(group), "master")
-            held = tuple(
-                state[slot].numpy() if slot in used and slot in state else nothing
-                for slot in (*self.every_slot, "master")
-            )
-            values, gradients = flat_view(parameter), flat_view(parameter.grad.contiguous())
-            for span in support.spans():
-                yield partial(self.kernel, values, gradients, held, support.positions, support.starts, span, known[key])
+            # A state that was there may lack some: of another dtype, or from before momentum was turned on.
+            fresh = not all(slot in state for slot in slots)
+            if fresh or not state or (parameter.dtype in NARROW and "master" not in state):
+                self._fill_state(state, parameter, masked, slots)
+            if state["step"].dtype is not torch.float32 or not state["step"].is_cpu:
+                state["step"] = state["step"].float().cpu()
+            dtype, count, main = state_dtype(parameter), masked.count, parameter.is_cpu
+            for slot in slots if "master" not in state else (*slots, "master"):
+                value = state[slot]
+                # In short what follows, for a call costs more than all of it.
+                if not (main and type(value) is Tensor and value.is_cpu and value.dtype is dtype
+                        and value.numel() == count and value.is_contiguous()):  # fmt: skip
+                    require_state(value, slot, parameter, masked)
+            moving.append((parameter, masked, state, fresh))
+        return moving
 
-    def _step_indexed(self, group: dict[str, Any], parameters: Mapping[Tensor, bool]) -> None:
-        """Gather, let torch step, scatter; `parameters` says of each whether a slot of its state is new."""
-        states = [self.state[parameter] for parameter in parameters]
-        values, gradients = [], []
-        for parameter, state in zip(parameters, states, strict=True):
-            index = self._index(parameter)
-            found = parameter.reshape(-1)[index]
-            wide = found.float() if parameter.dtype in _NARROW else found
-            if "master" in state:
-                wide = torch.where(state["master"].to(found.dtype) == found, state["master"], wide)
-            values.append(wide)
-            gradients.append(parameter.grad.reshape(-1)[index].to(wide.dtype))
-        self.functional(group, values, gradients, states, list(parameters.values()))
-        for parameter, state, value in zip(parameters, states, values, strict=True):
-            if "master" in state:
-                state["master"] = value
-            flat = parameter.reshape(-1)
-            flat[self._index(parameter)] = value.to(parameter.dtype)
-            if flat.data_ptr() != parameter.data_ptr():  # it was not contiguous, so this is a copy
-                parameter.copy_(flat.view(parameter.shape))
+    def _fill_state(self, state: dict[str, Any], parameter: Tensor, masked: Masked, slots: Iterable[str]) -> None:
+        kept = {"dtype": state_dtype(parameter), "device": parameter.device}
+        if not state:
+            state["mask"] = masked.fingerprint
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        for slot in slots:
+            if slot not in state:
+                state[slot] = torch.zeros(masked.count, **kept)
+        if self._fp32_master and parameter.dtype in NARROW and "master" not in state:
+            # A NaN rounds to no code but its own, so the first step takes every value from the parameter.
+            state["master"] = torch.full((masked.count,), math.nan, **kept)
 
-    def _index(self, parameter: Tensor) -> Tensor:
-        support = self._supports[parameter]
-        assert isinstance(support, IndexSupport)
-        return support.index
+    def _step_tiles(self, moving: list[tuple[dict[str, Any], list[Moving]]]) -> None:
+        """One call of the compiled kernel for all parameters that it serves."""
+        tiles = [(group, [row for row in rows if isinstance(row[1].support, TileSupport)]) for group, rows in moving]
+        counts = [state["step"] for _, rows in tiles for _, _, state, _ in rows]
+        if not counts:
+            return
+        found = iter(torch.stack(counts).tolist())
+        table, constants = TileRows(), list[list[float]]()
+        for group, rows in tiles:
+            places: dict[tuple[float, bool], int] = {}
+            used = ("step", *(slot if slot in self.slots(group) else "" for slot in self.columns))
+            for parameter, masked, state, fresh in rows:
+                key = step, fresh = next(found) + 1, fresh
+                if key not in places:
+                    places[key] = len(constants)
+                    constants.append(self.constants(group, int(step), fresh))
+                held = [state[slot].data_ptr() if slot else 0 for slot in used]
+                masters = state["master"].data_ptr() if "master" in state else 0
+                table.add(parameter, masked, *held, masters, self.rule, places[key])
+        table.run(masked_steps, np.array(constants, np.float32))
 
 
-def _add_square(squares: list[float], gradient: NDArray[Any], support: TileSupport, span: tuple[int, int]) -> None:
-    squares.append(sum_masked_squares(gradient, support.positions, support.starts, span))
+def _keys(state_dict: dict[str, Any]) -> Iterator[Any]:
+    """What a state calls its parameters, in order."""
+    return chain.from_iterable(group["params"] for group in state_dict["param_groups"])

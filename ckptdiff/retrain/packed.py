@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.errors import MaskError
+from ckptdiff.errors import MaskError, first_few, plural
 from ckptdiff.runfile.schema import BIT_ORDER, packed_bytes
 
 _BLOCK = 1 << 20
@@ -25,7 +27,7 @@ class PackedMask:
     shape : tuple of int
         Shape of the parameter.
     bits : uint8 array, shape (ceil(numel / 8),)
-        Row-major, least significant bit first; bits after the last coordinate are zero.
+        Row-major, least significant bit first; bits after the last coordinate are zero. Read-only.
 
     Raises
     ------
@@ -51,7 +53,10 @@ class PackedMask:
             # Whoever else wrote the run file may have left something there.
             bits = self.bits.copy()
             bits[-1] &= (1 << self.numel % 8) - 1
-            object.__setattr__(self, "bits", bits)
+        else:
+            bits = self.bits.view()
+        bits.flags.writeable = False  # what is trained with a mask would not follow it
+        object.__setattr__(self, "bits", bits)
 
     @classmethod
     def of(cls, dense: NDArray[np.bool_]) -> PackedMask:
@@ -134,3 +139,14 @@ def require_fit(mask: object, shape: tuple[int, ...], name: str | None) -> Packe
             hint="load masks into the model they were made of; of FSDP, only fully_shard keeps shapes",
         )
     return mask
+
+
+def nothing_to_train(masks: Mapping[Any, PackedMask], hint: str) -> MaskError:
+    """The error of an optimizer without a parameter that has a masked coordinate."""
+    names = getattr(masks, "names", {}).values()
+    return MaskError(
+        "no parameter of the optimizer has a masked coordinate: there is nothing to train",
+        expected=f"some of the {plural(len(masks), 'masked parameter')}" + (f", {first_few(names)}" if names else ""),
+        found="none of them, or empty masks",
+        hint=hint,
+    )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ckptdiff.errors import MaskError, OptionError
-from ckptdiff.retrain.support import Support, TileSupport, is_compiled
+from ckptdiff.retrain.support import Masked, TileSupport, is_compiled, state_dtype
 
 _OTHERS = ("maximize", "amsgrad", "nesterov", "differentiable")
 """Options of torch's own optimizers that would change a step, and that a group may bring along."""
@@ -73,18 +73,64 @@ def require_known(group: Mapping[str, Any], options: Container[str]) -> None:
             )
 
 
-def require_unmoved(parameter: Tensor, support: Support, shape: tuple[int, ...], name: str | None) -> None:
-    """Raise a MaskError for a parameter that is not as it was when its optimizer was made.
+def not_known(parameter: Tensor) -> MaskError:
+    """The error for a parameter that an optimizer was not made with, nor given later."""
+    return MaskError(
+        "a parameter took the place of another after the optimizer was made",
+        expected="the parameters that the masks were given for",
+        found=f"another one of shape {tuple(parameter.shape)}, for which there is no mask",
+        hint="make the optimizer when the model is where, and wrapped as, it trains",
+    )
+
+
+def require_unmoved(parameter: Tensor, masked: Masked) -> None:
+    """Raise a MaskError for a parameter, or a gradient, that is not as the parameter was when its optimizer was made.
 
     The kernels go by the mask, and would write beyond the end of what has become smaller.
     """
-    compiled = isinstance(support, TileSupport)
-    if tuple(parameter.shape) != shape or (compiled and not is_compiled(parameter)):
-        strides = parameter.stride()
+    support, gradient = masked.support, parameter.grad
+    if isinstance(support, TileSupport):
+        there, place = is_compiled(parameter), "contiguous, in main memory"
+    else:
+        there, place = support.index.device == parameter.device, f"on {support.index.device}"
+    if not there or parameter.shape != masked.shape:
         raise MaskError(
             "a parameter was moved, cast or sharded after its optimizer was made",
-            tensor=name,
-            expected=f"as it was then: shape {shape}" + (", contiguous, in main memory" if compiled else ""),
-            found=f"shape {tuple(parameter.shape)}, {parameter.dtype}, on {parameter.device}, strides {strides}",
+            tensor=masked.name,
+            expected=f"as it was then, with its mask: shape {masked.shape}, {place}",
+            found=f"shape {tuple(parameter.shape)}, {parameter.dtype}, on {parameter.device}, "
+            f"strides {parameter.stride()}",
             hint="make the optimizer when the model is where it trains; freeze_outside works with sharded parameters",
         )
+    require_dense(gradient, masked.name)
+    if gradient.shape != parameter.shape or gradient.device != parameter.device:
+        raise MaskError(
+            "a gradient is not that of its parameter",
+            tensor=masked.name,
+            expected=f"shape {masked.shape}, on {parameter.device}",
+            found=f"shape {tuple(gradient.shape)}, on {gradient.device}",
+            hint="call zero_grad() after parameters were moved",
+        )
+
+
+def require_state(value: object, slot: str, parameter: Tensor, masked: Masked, loading: bool = False) -> None:
+    """Raise a MaskError for state that a kernel cannot take: it would read beyond the end of what is smaller.
+
+    State that is loaded may be of another dtype, or elsewhere: it is copied.
+    """
+    dtype = state_dtype(parameter)
+    if not isinstance(value, Tensor):
+        found = type(value).__name__
+    elif value.numel() == masked.count and (
+        loading or (value.dtype is dtype and value.is_contiguous() and value.device == parameter.device)
+    ):
+        return
+    else:
+        found = f"{value.dtype}, shape {tuple(value.shape)}, on {value.device}"
+    raise MaskError(
+        f"the optimizer's state {slot} does not fit the mask of its parameter",
+        tensor=masked.name,
+        expected=f"{dtype}, shape {(masked.count,)}, on {parameter.device}",
+        found=found,
+        hint="load_state_dict takes a state to where its parameter is",
+    )

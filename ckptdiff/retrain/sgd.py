@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.optim.sgd import sgd
 
 from ckptdiff.errors import OptionError
-from ckptdiff.retrain.kernels.masked_steps import sgd_step
+from ckptdiff.retrain.kernels.masked_steps import SGD
 from ckptdiff.retrain.optimizer import MaskedOptimizer
 from ckptdiff.retrain.packed import PackedMask
 
@@ -45,8 +45,8 @@ class MaskedSGD(MaskedOptimizer):
     """
 
     options = ("lr", "momentum", "dampening", "weight_decay", "nesterov")
-    kernel = staticmethod(sgd_step)
-    every_slot = ("momentum_buffer",)
+    rule = SGD
+    columns = ("momentum_buffer", "")
 
     def __init__(
         self,
@@ -86,20 +86,21 @@ class MaskedSGD(MaskedOptimizer):
 
     def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The momentum buffer, if there is momentum."""
-        return self.every_slot if group["momentum"] else ()
+        return self.columns[:1] if group["momentum"] else ()
 
     def constants(self, group: dict[str, Any], step: int, fresh: bool) -> list[float]:
-        """As :func:`~ckptdiff.retrain.kernels.masked_steps.sgd_step` takes them."""
+        """As :func:`~ckptdiff.retrain.kernels.masked_steps.masked_steps` takes them."""
         share = 1.0 if fresh else 1 - group["dampening"]  # the first gradient goes into a buffer whole
-        return [float(group["lr"]), group["weight_decay"], group["momentum"], share, float(group["nesterov"])]
+        used = group["weight_decay"], group["momentum"], share, group["nesterov"]
+        return [float(group["lr"]), *map(float, used), 0.0]
 
     def functional(
         self,
         group: dict[str, Any],
         values: list[Tensor],
         gradients: list[Tensor],
-        states: list[Any],
-        fresh: list[bool],
+        states: Sequence[Any],
+        fresh: Sequence[bool],
     ) -> None:
         """``torch.optim.sgd.sgd``."""
         buffers: list[Tensor | None] = [

@@ -1,51 +1,35 @@
-"""Run many short pieces of compiled work on as many threads as torch uses."""
+"""Make one call of a compiled kernel on as many threads as torch uses, which share its work."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import islice
-from threading import Lock
+from typing import Any
 
+import numpy as np
 import torch
-
-_MOST_AT_ONCE = 8
-"""So few that making them does not keep another thread waiting for long."""
+from numpy.typing import NDArray
 
 
-def run_all(work: Iterable[Callable[[], object]], most: int) -> None:
-    """Run every piece of work, in any order; this thread takes part, and there are no more threads than pieces.
+def run_kernel(kernel: Callable[..., None], rows: NDArray[Any], *arguments: object) -> None:
+    """Call ``kernel(rows, *arguments, counter)`` on several threads at once, this one included.
 
-    Pieces, of which there are at most `most`, are made as they are taken, by one thread at a time, while others run
-    theirs: several at a time, since each change of threads costs about what a small piece does, and fewer towards the
-    end, so that all threads end together. What a piece raised, or the making of one, is raised when all threads are
-    done.
+    A thread takes the units that no other has taken, so that all end together, and no result depends on how many there
+    are. One that has not begun when the others are through is not waited for.
     """
-    waiting, lock = iter(work), Lock()
-    threads = max(min(torch.get_num_threads(), most), 1)
-    left = most
-
-    def take() -> None:
-        # A future for each piece would cost more than most pieces do.
-        nonlocal left
-        while True:
-            with lock:
-                pieces = list(islice(waiting, min(max(left // (4 * threads), 1), _MOST_AT_ONCE)))
-                left -= len(pieces)
-            if not pieces:
-                return
-            for piece in pieces:
-                piece()
-
-    others = threads - 1
-    futures = [_pool(others).submit(take) for _ in range(others)]
+    units = int(rows["end"][-1]) if rows.size else 0
+    others = min(torch.get_num_threads(), units) - 1
+    counter = np.zeros(1, np.int64)
+    futures = [_pool(others).submit(kernel, rows, *arguments, counter) for _ in range(others)]
     try:
-        take()
+        if units:
+            kernel(rows, *arguments, counter)
     finally:
         for future in futures:
-            future.result()
+            if not future.cancel():
+                future.result()
 
 
 @cache

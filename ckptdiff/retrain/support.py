@@ -2,53 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from ckptdiff.retrain.kernels.masked_steps import SPAN, TILE_BITS
 from ckptdiff.retrain.packed import PackedMask
 from ckptdiff.runfile.schema import BIT_ORDER
 
-SUPPORT_TILE = 1 << 16
-_SPAN = 32
-"""Tiles in one piece of work: 2 Mi coordinates."""
+SUPPORT_TILE = 1 << TILE_BITS
 _BLOCK_BYTES = 1 << 17
+COMPILED = torch.float32, torch.bfloat16
+NARROW = torch.bfloat16, torch.float16
+"""Parameters whose state is float32, as masters are."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TileSupport:
     """For the compiled kernels: two bytes per masked coordinate."""
 
-    positions: NDArray[np.uint16]
-    """Positions within tiles of 2^16 coordinates, ascending; shape (count,)."""
-    starts: NDArray[np.int64]
-    """Where each tile begins in `positions`; shape (tiles + 1,)."""
-
-    @property
-    def count(self) -> int:
-        """Masked coordinates."""
-        return int(self.positions.size)
+    positions: Tensor
+    """Positions within tiles of 2^16 coordinates, ascending; the bits of uint16, as int16; shape (count,)."""
+    starts: Tensor
+    """Where each tile begins in `positions`; int64, shape (tiles + 1,)."""
+    units: int
+    """Units of work of a kernel."""
 
     @property
     def nbytes(self) -> int:
         """Bytes it takes."""
-        return self.positions.nbytes + self.starts.nbytes
-
-    @property
-    def pieces(self) -> int:
-        """How many spans there are."""
-        return -(-(self.starts.size - 1) // _SPAN)
-
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """Ranges of tiles for one thread each."""
-        tiles = self.starts.size - 1
-        for first in range(0, tiles, _SPAN):
-            yield first, min(first + _SPAN, tiles)
+        return int(self.positions.nbytes + self.starts.nbytes)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -58,17 +44,24 @@ class IndexSupport:
     index: Tensor
 
     @property
-    def count(self) -> int:
-        """Masked coordinates."""
-        return int(self.index.numel())
-
-    @property
     def nbytes(self) -> int:
         """Bytes it takes."""
         return int(self.index.nbytes)
 
 
 Support: TypeAlias = TileSupport | IndexSupport
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Masked:
+    """What an optimizer knows of the mask of a parameter."""
+
+    support: Support
+    count: int
+    """Masked coordinates."""
+    fingerprint: int
+    shape: tuple[int, ...]
+    name: str
 
 
 def support_of(mask: PackedMask, parameter: Tensor) -> Support:
@@ -88,7 +81,10 @@ def support_of(mask: PackedMask, parameter: Tensor) -> Support:
                 held = np.bincount((indices - indices[0] // SUPPORT_TILE * SUPPORT_TILE) // SUPPORT_TILE)
                 counts[1 + indices[0] // SUPPORT_TILE :][: held.size] += held
         positions = [(indices & (SUPPORT_TILE - 1)).astype(np.uint16) for indices in found]
-        return TileSupport(np.concatenate([np.empty(0, np.uint16), *positions]), np.cumsum(counts))
+        joined = np.concatenate([np.empty(0, np.uint16), *positions])
+        return TileSupport(
+            torch.from_numpy(joined.view(np.int16)), torch.from_numpy(np.cumsum(counts)), -(-tiles // SPAN)
+        )
     dtype = np.int32 if mask.numel <= 1 << 31 else np.int64
     index = np.concatenate([np.empty(0, dtype), *(indices.astype(dtype) for indices in found)])
     return IndexSupport(torch.from_numpy(index).to(parameter.device))
@@ -96,18 +92,9 @@ def support_of(mask: PackedMask, parameter: Tensor) -> Support:
 
 def is_compiled(parameter: Tensor) -> bool:
     """Whether the compiled kernels serve a parameter."""
-    return (
-        parameter.device.type == "cpu"
-        and parameter.dtype in (torch.float32, torch.bfloat16)
-        and parameter.is_contiguous()
-    )
+    return parameter.is_cpu and parameter.dtype in COMPILED and parameter.is_contiguous()
 
 
-def flat_view(tensor: Tensor) -> NDArray[Any]:
-    """The memory of a contiguous tensor: float32 values, or uint16 codes of bfloat16."""
-    flat = tensor.detach().view(-1)
-    if tensor.dtype == torch.bfloat16:
-        codes: NDArray[Any] = flat.view(torch.int16).numpy().view(np.uint16)
-        return codes
-    values: NDArray[Any] = flat.numpy()
-    return values
+def state_dtype(parameter: Tensor) -> torch.dtype:
+    """Of what an optimizer knows of a parameter's coordinates."""
+    return torch.float32 if parameter.dtype in NARROW else parameter.dtype

@@ -175,8 +175,9 @@ def test_tile_positions_are_the_masked_coordinates(density: float) -> None:
         dense = random_mask((numel,), density)
         support = support_of(PackedMask.of(dense), torch.empty(numel))
         assert isinstance(support, TileSupport)
-        tiles = np.repeat(np.arange(support.starts.size - 1), np.diff(support.starts))
-        assert np.array_equal(tiles * 65_536 + support.positions, np.flatnonzero(dense))
+        positions, starts = support.positions.numpy().view(np.uint16), support.starts.numpy()
+        tiles = np.repeat(np.arange(starts.size - 1), np.diff(starts))
+        assert np.array_equal(tiles * 65_536 + positions, np.flatnonzero(dense))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -410,7 +411,7 @@ def test_parameters_without_mask_or_gradient_stay_and_the_rest_of_torch_works() 
     assert losses[1] < losses[0]
     moved = [not torch.equal(p, start) for p, start in zip((moving, unmasked, empty, still), starts, strict=True)]
     assert moved == [True, False, False, False]
-    assert set(optimizer.state) == {moving}
+    assert {p for p, state in optimizer.state.items() if state} == {moving}
 
 
 def test_what_cannot_be_trained_is_refused() -> None:
@@ -423,8 +424,9 @@ def test_what_cannot_be_trained_is_refused() -> None:
     with pytest.raises(MaskError, match="does not fit"):
         MaskedAdamW([moving], {moving: PackedMask.of(np.ones(SHAPE[::-1], bool))})
     optimizer = MaskedAdamW([moving], {moving: nothing.inverted()})
-    with pytest.raises(MaskError, match="when it is made"):
+    with pytest.raises(MaskError, match="has no masks"):
         optimizer.add_param_group({"params": [other]})
+    assert len(optimizer.param_groups) == 1
 
 
 def test_sparse_gradients_are_refused() -> None:
