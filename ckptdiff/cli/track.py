@@ -77,7 +77,7 @@ def track(base: str, steps: tuple[str, ...], **given: Any) -> int:
         return OK
     with target.open() as stream:
         if given["format"] == "json":
-            stream.write(dumps(_document(found)) + "\n")
+            stream.write(dumps(found.as_json()) + "\n")
         elif given["format"] == "table":
             _write_tables(stream, found, given["by"])
         else:
@@ -145,19 +145,6 @@ def _is_hdf5(path: str) -> bool:
 
 def _grouped(found: Track, by: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     return [({}, found.overall())] if by == "all" else found.grouped(by)
-
-
-def _document(found: Track) -> dict[str, Any]:
-    groups = {f"{by}s": [{**label, "steps": rows} for label, rows in found.grouped(by)] for by in _BY[1:]}
-    return {
-        "schema": "ckptdiff.track/1",
-        "base": found.base,
-        "steps": list(found.steps),
-        "compare": found.compare,
-        "global": found.overall(),
-        **groups,
-        "warnings": list(found.warnings),
-    }
 
 
 def _write_tables(stream: TextIO, found: Track, by: str) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.figures.members import LABEL_KEYS, members_of
 from ckptdiff.figures.result import TensorFacts
+from ckptdiff.report.rows import LIST_KEYS
 
 _BASELINES = ("independent", "stratified", "conditional")
 OVERLAP_FIGURES = tuple(
@@ -89,6 +90,20 @@ class Overlap:
             {**dict(zip(LABEL_KEYS[by], label, strict=True)), "tensors": len(rows), **self._row(pair, rows)}
             for label, rows in members.items()
         ]
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as one object of plain JSON values (schema "ckptdiff.overlap/1")."""
+        pairs = [
+            {
+                "first": pair.first,
+                "second": pair.second,
+                "global": self.overall(pair),
+                **{key: rows for by, key in LIST_KEYS.items() if (rows := self.grouped(pair, by)) or by != "group"},
+            }
+            for pair in self.pairs
+        ]
+        runs = [{"path": path, "mask_rule": rule} for path, rule in zip(self.runs, self.rules, strict=True)]
+        return {"schema": "ckptdiff.overlap/1", "runs": runs, "pairs": pairs, "warnings": list(self.warnings)}
 
     def _valued(self) -> list[int]:
         return [row for row, facts in enumerate(self.tensors) if facts.compare != "bitwise"]

@@ -143,6 +143,12 @@ class RunFile:
         with self._guard():
             return HistogramView(self._file["histograms"], self.names, self._guard)
 
+    @property
+    def has_histograms(self) -> bool:
+        """Whether the file holds histograms; every run writes them."""
+        with self._guard():
+            return "histograms" in self._file
+
     @cached_property
     def spectra(self) -> SpectraView:
         """The singular values by tensor name; empty if the run measured no spectra."""
@@ -232,6 +238,16 @@ class HistogramView(Mapping[str, HistogramRows]):
         with self._guard(tensor=name):
             rows = {field: self._group[dataset][row : row + 1] for dataset, (field, _) in HISTOGRAMS.items()}
             return HistogramRows(**rows)
+
+    def slabs(self, rows: int = 1024) -> Iterator[tuple[slice, HistogramRows]]:
+        """Yield all of them, so many tensors at a time, each with the places of these."""
+        for start in range(0, len(self), rows):
+            places = slice(start, min(start + rows, len(self)))
+            with self._guard():
+                yield (
+                    places,
+                    HistogramRows(**{field: self._group[key][places] for key, (field, _) in HISTOGRAMS.items()}),
+                )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)

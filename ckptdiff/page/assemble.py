@@ -1,0 +1,135 @@
+"""Put a page together: sections in their order, the document, the style sheet and the script."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from ckptdiff.overlap import Overlap
+from ckptdiff.page.distributions import distributions_section
+from ckptdiff.page.heatmap import UPDATE_FIGURES, Cell, Grid, Row, heatmaps
+from ckptdiff.page.markup import Html, left_out, section, tag, text
+from ckptdiff.page.source import Run
+from ckptdiff.page.spectra_picture import spectra_section
+from ckptdiff.page.tables import (
+    MEANINGS,
+    claims_section,
+    coverage_section,
+    headline_section,
+    letter,
+    movers_section,
+    overlap_section,
+    pair_table,
+    provenance_section,
+    tensor_table,
+)
+from ckptdiff.report.as_json import document
+from ckptdiff.report.rows import View, rows
+from ckptdiff.report.text import dumps, percent
+
+_MOST_ROWS = 1000
+"""Tensors beyond that are gathered in the table, and left out of the document."""
+_HEADING = re.compile(r'<section id="(\w+)"><h2>([^<]*)</h2>')
+_ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&"}
+
+
+def run_page(runs: Sequence[Run], overlap: Overlap | str | None = None) -> Iterator[str]:
+    """Yield the page of a run, or of two beside each other.
+
+    `overlap` is that of the masks of two, or why there is none.
+    """
+    places = [
+        [
+            facts if valued else None
+            for facts, valued in zip(run.diff.tensors, run.diff.columns["valued"] > 0, strict=True)
+        ]
+        for run in runs
+    ]
+    grid = Grid.of([place for some in places for place in some if place is not None])
+    cells = [grid.cells(some, run.diff.of_groups) for run, some in zip(runs, places, strict=True)]
+    sections = [
+        coverage_section(runs),
+        provenance_section(runs),
+        headline_section(runs),
+        *([] if overlap is None else [overlap_section(overlap)]),
+        _heatmap_section(runs, grid, cells),
+        distributions_section(runs),
+        spectra_section(runs),
+        claims_section(runs),
+        movers_section(runs),
+        _tensors_section(runs, grid, cells),
+    ]
+    return whole_page(" and ".join(run.name for run in runs), sections, _document(runs, overlap))
+
+
+def whole_page(title: str, sections: Sequence[Html], said: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a page of sections, with a document in it.
+
+    Its own policy lets nothing be loaded, and nothing run but its one script.
+    """
+    style, script = ((resources.files(__package__) / f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
+    links = [tag("a", found[2], href=f"#{found[1]}") for one in sections if (found := _HEADING.match(one))]
+    yield "<!DOCTYPE html>\n" + '<html lang="en"><head>'
+    yield tag("meta", charset="utf-8") + tag("meta", http_equiv="Content-Security-Policy", content=Html(policy))
+    yield tag("meta", name="viewport", content="width=device-width, initial-scale=1")
+    yield tag("meta", name="color-scheme", content="light dark")
+    yield tag("title", f"ckptdiff: {title}") + tag("link", rel="icon", href="data:,")
+    yield f"<style>{style}</style></head>\n<body>"
+    yield tag("h1", title) + tag("nav", *(part for link in links for part in (link, " "))) + "\n"
+    yield from sections
+    yield f'<script type="application/json" id="document">{dumps(said).translate(_ESCAPES)}</script>\n'
+    yield f"<script>{script}</script>\n</body></html>\n"
+
+
+def _hash(content: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
+def _heatmap_section(runs: Sequence[Run], grid: Grid, cells: Sequence[Mapping[Cell, Row]]) -> Html:
+    title = "Module types and layers"
+    if not any(cells):
+        return section("heatmap", title, left_out("no floating values on both sides."))
+    notes = [
+        f"{letter(run, runs)}of all values {percent(run.diff.overall['unchanged_bitwise'])} are unchanged; noise of the "
+        f"update's norm, rounded, would leave {percent(run.diff.overall['unchanged_null'])}."
+        for run in runs
+    ]
+    named = [(f"{letter(run, runs)}{run.name}", found) for run, found in zip(runs, cells, strict=True)]
+    return section("heatmap", title, heatmaps(grid, named, UPDATE_FIGURES, {"unchanged": " ".join(notes)}))
+
+
+def _tensors_section(runs: Sequence[Run], grid: Grid, cells: Sequence[Mapping[Cell, Row]]) -> Html:
+    most = max(len(run.diff.tensors) for run in runs)
+    if most > _MOST_ROWS:
+        found = [[_group(grid, cell, row) for cell, row in some.items()] for some in cells]
+        note = tag(
+            "p",
+            f"Of more than {_MOST_ROWS:,} tensors ({most:,}), those of a module type and layer share a row; "
+            "ckptdiff show RUN.h5 --by tensor prints each.",
+        )
+    else:
+        found, note = [rows(run.diff, View("tensor")) for run in runs], text("")
+    shown = tensor_table(found[0], runs[0].diff, "rows") if len(runs) == 1 else pair_table(found, "rows")
+    return section("tensors", "All tensors", note, shown, tag("p", MEANINGS))
+
+
+def _group(grid: Grid, cell: Cell, row: Row) -> dict[str, Any]:
+    return {"label": cell[0], "layers": grid.layer_name(cell[1]), **row}
+
+
+def _document(runs: Sequence[Run], overlap: Overlap | str | None) -> dict[str, Any]:
+    found = []
+    for run in runs:
+        whole = document(run.diff)
+        if len(run.diff.tensors) > _MOST_ROWS:
+            del whole["tensors"]
+        found.append(whole)
+    if len(found) == 1:
+        return found[0]
+    known = overlap.as_json() if isinstance(overlap, Overlap) else None
+    return {"schema": "ckptdiff.report/1", "runs": found, "overlap": known}
