@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -181,6 +182,7 @@ def _below(value: float | None, null: float | None) -> Outcome:
     return swapped.get(opposite, opposite)
 
 
+@cache
 def noise_energy(rows: int, columns: int) -> float:
     """Energy of the 16 largest singular values of Gaussian noise, by the Marchenko-Pastur law of its spectrum."""
     long, short = max(rows, columns), min(rows, columns)

@@ -31,8 +31,10 @@ from ckptdiff.report.as_json import document
 from ckptdiff.report.rows import View, rows
 from ckptdiff.report.text import dumps, percent
 
-_MOST_ROWS = 1000
+MOST_ROWS = 1000
 """Tensors beyond that are gathered in the table, and left out of the document."""
+_LONG = 1_000_000
+"""Characters from which on the figures of the document are rounded, to half of their length."""
 _HEADING = re.compile(r'<section id="(\w+)"><h2>([^<]*)</h2>')
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&"}
 
@@ -73,7 +75,7 @@ def whole_page(title: str, sections: Sequence[Html], said: Mapping[str, Any]) ->
     """
     style, script = ((resources.files(__package__) / f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
     policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
-    links = [tag("a", found[2], href=f"#{found[1]}") for one in sections if (found := _HEADING.match(one))]
+    links = [tag("a", Html(found[2]), href=f"#{found[1]}") for one in sections if (found := _HEADING.match(one))]
     yield "<!DOCTYPE html>\n" + '<html lang="en"><head>'
     yield tag("meta", charset="utf-8") + tag("meta", http_equiv="Content-Security-Policy", content=Html(policy))
     yield tag("meta", name="viewport", content="width=device-width, initial-scale=1")
@@ -82,8 +84,20 @@ def whole_page(title: str, sections: Sequence[Html], said: Mapping[str, Any]) ->
     yield f"<style>{style}</style></head>\n<body>"
     yield tag("h1", title) + tag("nav", *(part for link in links for part in (link, " "))) + "\n"
     yield from sections
-    yield f'<script type="application/json" id="document">{dumps(said).translate(_ESCAPES)}</script>\n'
+    embedded = dumps(said, compact=True)
+    if len(embedded) > _LONG:
+        embedded = dumps(_rounded(said), compact=True)
+        yield tag("p", "Figures of the JSON document in this page are rounded to nine digits; --format json has all.")
+    yield f'<script type="application/json" id="document">{embedded.translate(_ESCAPES)}</script>\n'
     yield f"<script>{script}</script>\n</body></html>\n"
+
+
+def _rounded(said: Any) -> Any:
+    if isinstance(said, Mapping):
+        return {key: _rounded(value) for key, value in said.items()}
+    if isinstance(said, list):
+        return [_rounded(value) for value in said]
+    return float(f"{said:.9g}") if isinstance(said, float) else said
 
 
 def _hash(content: str) -> str:
@@ -95,8 +109,8 @@ def _heatmap_section(runs: Sequence[Run], grid: Grid, cells: Sequence[Mapping[Ce
     if not any(cells):
         return section("heatmap", title, left_out("no floating values on both sides."))
     notes = [
-        f"{letter(run, runs)}of all values {percent(run.diff.overall['unchanged_bitwise'])} are unchanged; noise of the "
-        f"update's norm, rounded, would leave {percent(run.diff.overall['unchanged_null'])}."
+        f"{letter(run, runs)}Of all values {percent(run.diff.overall['unchanged_bitwise'])} are unchanged; noise of "
+        f"the update's norm, rounded, would leave {percent(run.diff.overall['unchanged_null'])}."
         for run in runs
     ]
     named = [(f"{letter(run, runs)}{run.name}", found) for run, found in zip(runs, cells, strict=True)]
@@ -105,11 +119,11 @@ def _heatmap_section(runs: Sequence[Run], grid: Grid, cells: Sequence[Mapping[Ce
 
 def _tensors_section(runs: Sequence[Run], grid: Grid, cells: Sequence[Mapping[Cell, Row]]) -> Html:
     most = max(len(run.diff.tensors) for run in runs)
-    if most > _MOST_ROWS:
-        found = [[_group(grid, cell, row) for cell, row in some.items()] for some in cells]
+    if most > MOST_ROWS:
+        found = [[group_row(grid, cell, row) for cell, row in some.items()] for some in cells]
         note = tag(
             "p",
-            f"Of more than {_MOST_ROWS:,} tensors ({most:,}), those of a module type and layer share a row; "
+            f"Of more than {MOST_ROWS:,} tensors ({most:,}), those of a module type and layer share a row; "
             "ckptdiff show RUN.h5 --by tensor prints each.",
         )
     else:
@@ -118,17 +132,13 @@ def _tensors_section(runs: Sequence[Run], grid: Grid, cells: Sequence[Mapping[Ce
     return section("tensors", "All tensors", note, shown, tag("p", MEANINGS))
 
 
-def _group(grid: Grid, cell: Cell, row: Row) -> dict[str, Any]:
+def group_row(grid: Grid, cell: Cell, row: Row) -> dict[str, Any]:
+    """Figures of a cell as a row of a table, which says what it is."""
     return {"label": cell[0], "layers": grid.layer_name(cell[1]), **row}
 
 
 def _document(runs: Sequence[Run], overlap: Overlap | str | None) -> dict[str, Any]:
-    found = []
-    for run in runs:
-        whole = document(run.diff)
-        if len(run.diff.tensors) > _MOST_ROWS:
-            del whole["tensors"]
-        found.append(whole)
+    found = [document(run.diff, tensors=len(run.diff.tensors) <= MOST_ROWS) for run in runs]
     if len(found) == 1:
         return found[0]
     known = overlap.as_json() if isinstance(overlap, Overlap) else None

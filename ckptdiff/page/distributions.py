@@ -16,7 +16,7 @@ from ckptdiff.report.text import number, percent
 
 _WIDTH, _HEIGHT = 370, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40.0, 362.0, 26.0, 172.0
-_FAINT = 1e-4
+_FAINT = 1e-3
 """Bins at either end that hold less are left out."""
 
 
@@ -71,11 +71,12 @@ def _steps(runs: Sequence[Run]) -> Html | None:
                 _of(
                     run,
                     runs,
-                    f"{percent(shares[0])} of the changed values moved by one unit, {percent(shares[3:].sum())} by eight or more",
+                    f"{percent(shares[0])} of the changed values moved by one unit, "
+                    f"{percent(shares[3:].sum())} by eight or more",
                 )
             )
     title = "Distance in units of the last place"
-    return _figure(title, "units of the compare format's last place", "of the changed, %", 0, series, said)
+    return _figure(title, "distance, by powers of two", "of the changed, %", 0, series, said)
 
 
 def _weights(runs: Sequence[Run]) -> Html | None:
@@ -92,7 +93,9 @@ def _weights(runs: Sequence[Run]) -> Html | None:
                 )
             )
             halves = [number(_middle(found[1:])) for found in (counts, null)]
-            words = f"half of the changed weights are smaller than {halves[0]}; of those that rounded noise changes, {halves[1]}"
+            words = (
+                f"half of the changed weights are smaller than {halves[0]}; of those that noise changes, {halves[1]}"
+            )
             said.append(_of(run, runs, words))
     title = "Weights that changed, beside rounded noise"
     return _figure(title, "|W0|, by powers of two", "of the changed, %", LOG2_LOWEST, series, said)
@@ -130,8 +133,9 @@ def _figure(
         marks.append(_drawn(one, first, last, lowest, x, y))
     marks += _ticks(x, log10=lowest < 0)
     marks.append(word((_LEFT + _RIGHT) / 2, _BOTTOM + 32, across, "middle"))
-    marks += legend(_LEFT, _BOTTOM + 50, [(one.kind, one.color, one.name) for one in series])
-    height = _BOTTOM + 58 + 16 * (len(series) - 1)
+    if len(series) > 1:
+        marks += legend(_LEFT, _BOTTOM + 50, [(one.kind, one.color, one.name) for one in series])
+    height = _BOTTOM + 40 + (16 * len(series) if len(series) > 1 else 0)
     sentence = ". ".join(words[0].upper() + words[1:] for words in said)
     faint = max(float(one.shares[:first].sum() + one.shares[last + 1 :].sum()) for one in series)
     more = f" Bins beyond both ends, {percent(faint)} in all, are not drawn." if faint else ""

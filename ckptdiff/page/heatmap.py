@@ -127,17 +127,18 @@ def heatmaps(
         if not known:
             continue
         low, high = _ends(known, figure)
-        parts = []
+        parts: list[Html] = []
         for (name, cells), found in zip(runs, values, strict=True):
-            parts += [tag("h4", name)] if len(runs) > 1 else []
-            parts += [_picture(grid, figure, found, cells, low, high), _sentence(grid, figure, found)]
+            head = [tag("h4", name)] if len(runs) > 1 else []
+            shown = _picture(grid, figure, found, cells, low, high)
+            parts.append(tag("div", *head, shown, _sentence(grid, figure, found)))
         note = notes.get(figure.title)
         drawn.append(
             tag(
                 "figure",
                 tag("h3", figure.title[0].upper() + figure.title[1:]),
-                *parts,
-                *([tag("figcaption", note)] if note else []),
+                tag("div", *parts, class_="beside"),
+                *([tag("p", note)] if note else []),
                 data_title=figure.title,
             )
         )
@@ -169,7 +170,7 @@ def _picture(
     def start(at: int) -> float:
         return left + at * width + (gap if at and gap else 0)
 
-    marks: list[Html] = [word(2, 12, f"{figure.title}, %; across: {'layer' if grid.together == 1 else 'layers'}")]
+    marks: list[Html] = [word(2, 12, f"{figure.title}, {'points' if figure.diverging else '%'}, by layer")]
     every = max(1, math.ceil(26 / width))
     for at, column in enumerate(grid.columns):
         if column is None:
@@ -182,9 +183,8 @@ def _picture(
         for at, column in enumerate(grid.columns):
             if (row, column) in values:
                 value, members = values[row, column], cells[row, column]["tensors"]
-                hint = (
-                    f"{safe(row)}, {grid.layer_name(column)}: {_spelled(value, figure)} ({plural(members, 'tensor')})"
-                )
+                counted = "" if members == 1 else f" ({plural(members, 'tensor')})"
+                hint = f"{safe(row)}, {grid.layer_name(column)}: {_spelled(value, figure)}{counted}"
                 marks.append(_cell(start(at), y, width, value, low, high, figure, hint))
     right = start(len(grid.columns) - 1) + width
     marks += _legend(left, bottom + 14, figure, low, high)
@@ -208,8 +208,9 @@ def _cell(
 
 
 def _short(value: float) -> str:
-    """A share in percent, with three digits."""
-    return f"{100 * value:.3g}" if abs(value) < 0.9995 or value == 1.0 else f"{100 * value:.4g}"
+    """A share in percent, with one digit behind the point, or two digits of what is small."""
+    shown = 100 * value
+    return f"{shown:.0f}" if shown in (0.0, 100.0) else f"{shown:.1f}" if abs(shown) >= 1 else f"{shown:.2g}"
 
 
 def _spelled(value: float | None, figure: CellFigure) -> str:
@@ -222,7 +223,15 @@ def _legend(x: float, y: float, figure: CellFigure, low: float, high: float) -> 
     scale = DIVERGING if figure.diverging else SEQUENTIAL
     step = 200 / _LEGEND
     marks = [
-        tag("rect", x=x + at * step, y=y, width=step + 0.3, height=10, fill=color(scale, (at + 0.5) / _LEGEND))
+        tag(
+            "rect",
+            x=x + at * step,
+            y=y,
+            width=step + 0.3,
+            height=10,
+            fill=color(scale, (at + 0.5) / _LEGEND),
+            shape_rendering="crispEdges",
+        )
         for at in range(_LEGEND)
     ]
     for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
@@ -238,10 +247,10 @@ def _sentence(grid: Grid, figure: CellFigure, values: Mapping[Cell, float | None
     known = {cell: value for cell, value in values.items() if value is not None}
     said = f"{figure.title[0].upper()}{figure.title[1:]}: {figure.meaning}. "
     if not known:
-        return tag("figcaption", said, "It is undefined everywhere.")
+        return tag("p", said, "It is undefined everywhere.")
     most, least = max(known, key=lambda cell: known[cell]), min(known, key=lambda cell: known[cell])
     if known[most] == known[least]:
-        return tag("figcaption", said, f"It is {_spelled(known[most], figure)} in every cell.")
+        return tag("p", said, f"It is {_spelled(known[most], figure)} in every cell.")
     said += (
         f"Largest in {_place(grid, most)} ({_spelled(known[most], figure)}), "
         f"smallest in {_place(grid, least)} ({_spelled(known[least], figure)})"
@@ -259,7 +268,7 @@ def _sentence(grid: Grid, figure: CellFigure, values: Mapping[Cell, float | None
         ]
         said += f". The median cell of the first third of the layers has {_spelled(ends[0], figure)}, of the last "
         said += _spelled(ends[1], figure)
-    return tag("figcaption", said, ".")
+    return tag("p", said, ".")
 
 
 def _place(grid: Grid, cell: Cell) -> str:

@@ -70,7 +70,8 @@ def expected_changes(base: NDArray[np.uint64], changed: Floats, formats: list[st
 
     def chances(sigmas: NDArray[np.int64]) -> Floats:
         at = np.clip(halves - sigmas[:, None], _LOWEST, _HIGHEST) - _LOWEST
-        return middle[at] if not off.any() else (1.0 - off[:, None]) * middle[at] + off[:, None] * spread[at]
+        found: Floats = middle[at]
+        return found if not off.any() else (1.0 - off[:, None]) * found + off[:, None] * spread[at]
 
     # The more noise, the more changes: sigma is bracketed by halves, in 64ths of a power of two.
     low = np.full(len(counts), halves.min(initial=0) - 64 * _STEPS)

@@ -30,6 +30,8 @@ def noise_stable_rank(rows: int, columns: int) -> float:
 @dataclass(frozen=True, slots=True)
 class _Kind:
     title: str
+    unit: str
+    """What the axis counts."""
     key: str
     null: Callable[[int, int], float] | str
     """Of a shape, or the key of the figure that is the null."""
@@ -42,6 +44,7 @@ class _Kind:
 _KINDS = (
     _Kind(
         "Energy in the top 16 singular values",
+        "of the sum of d², %",
         "topk_energy_16",
         noise_energy,
         "noise of these shapes",
@@ -49,6 +52,7 @@ _KINDS = (
     ),
     _Kind(
         "Stable rank of the update",
+        "norm(d)² / s₁²",
         "stable_rank",
         noise_stable_rank,
         "noise of these shapes",
@@ -57,6 +61,7 @@ _KINDS = (
     ),
     _Kind(
         "Energy in the base's principal directions",
+        "of the sum of d², %",
         "principal_energy_0.1",
         chance_energy,
         "noise without a direction",
@@ -64,6 +69,7 @@ _KINDS = (
     ),
     _Kind(
         "Changes on the base's principal weights",
+        "of the changed, %",
         "principal_coverage_0.1",
         "principal_coverage_null_0.1",
         "rounded noise",
@@ -107,7 +113,7 @@ def matrix_values(diff: Diff, key: str, rows: Sequence[int]) -> Floats:
     """A figure of every matrix of some tensors, undefined ones left out; experts count one by one."""
     assert diff.spectra is not None
     at, experts = SPECTRAL_KEYS.index(key), diff.spectra.experts
-    values = np.concatenate(
+    values: Floats = np.concatenate(
         [experts[row][:, at] if row in experts else diff.spectra.columns[key][[row]] for row in rows]
     )
     return values[~np.isnan(values)]
@@ -144,9 +150,8 @@ def _figure(
     left = max(width_of(shortened(name, _LETTERS)) for name in names) + 10
     x = Axis(0.0, max(drawn) * 1.03, left, _RIGHT)
     bottom = _TOP + _ROW * len(names)
-    unit = ", %" if kind.share else ""
-    marks: list[Html] = [word(2, 12, f"{kind.title.lower()}{unit}")]
-    for value in x.ticks(4):
+    marks: list[Html] = [word(2, 12, kind.unit)]
+    for value in x.ticks(6):
         place = x.at(value)
         label = share_text(value) if kind.share else f"{value:g}"
         marks += [line(place, _TOP - 6, place, bottom), word(place, _TOP - 12, label, "middle")]
@@ -160,7 +165,7 @@ def _figure(
         (
             "dot",
             SERIES[runs.index(run)],
-            "median; quartiles, all" if len(runs) == 1 else f"{'AB'[runs.index(run)]}: {run.name}",
+            "median; thick: quartiles, thin: all" if len(runs) == 1 else f"{'AB'[runs.index(run)]}: {run.name}",
         )
         for run in known
     ]
@@ -203,6 +208,6 @@ def _sentence(kind: _Kind, run: Run, runs: Sequence[Run], values: dict[str, Floa
     medians = {name: float(np.median(found)) for name, found in values.items() if found.size}
     if len(medians) > 1:
         most = max(medians, key=lambda name: medians[name])
-        said += f". The largest median has {most} ({spell(medians[most])})"
+        said += f". {most} has the largest median ({spell(medians[most])})"
     said = said[0].upper() + said[1:] + "."
     return said if len(runs) == 1 else f"{'AB'[runs.index(run)]}: {said}"

@@ -20,7 +20,7 @@ SERIES = ("#2f7fc1", "#d5802b")
 NULL = "#8a8a8a"
 """What chance or rounding would give."""
 FONT = 12
-_LETTER = 6.6
+_LETTER = 7.4
 """Units that a letter takes, about."""
 
 
@@ -150,4 +150,4 @@ def legend(x: float, y: float, entries: Sequence[tuple[str, str, str]]) -> list[
 
 def diamond(x: float, y: float, fill: str) -> Html:
     """A hollow mark, for what is no measurement."""
-    return tag("path", d=f"M{x:.1f} {y - 5:.1f}l5 5l-5 5l-5 -5z", fill="none", stroke=fill, stroke_width=2)
+    return tag("path", d=f"M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6z", fill="none", stroke=fill, stroke_width=2)

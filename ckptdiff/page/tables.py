@@ -95,7 +95,6 @@ def _side(side: str, facts: Figures) -> tuple[object, ...]:
     path = str(facts.get("path", ""))
     before, snapshots, after = path.partition("/snapshots/")
     revision = after.split("/")[0] if snapshots and before else "none in the path"
-    dtypes = facts.get("dtypes", ())
     values = _counted(facts.get("values", facts.get("numel")))
     stored = ", ".join(facts.get("dtypes", ()))
     return side, path, revision, stored, number(facts.get("tensors")), values, _counted(facts.get("bytes"), size)
@@ -170,7 +169,7 @@ def headlines(diff: Diff) -> Iterator[Headline]:
     low, null = whole["low_coverage"][_RHO], whole["low_coverage_null"][_RHO]
     yield _headline("changes on the 10 % smallest weights", low, null, size_alike)
     if whole["changed"] is not None and (values := int(diff.columns["numel"][diff.columns["valued"] > 0].sum())):
-        yield _headline(f"in the mask ({diff.mask_rule})", whole["changed"] / values)
+        yield Headline("in the mask", f"{percent(whole['changed'] / values)} ({diff.mask_rule})")
     if median["rel_norm"] is not None:
         yield _headline("median matrix: unchanged", median["unchanged_bitwise"], median["unchanged_null"], noise)
         yield _headline("median matrix: relative update", median["rel_norm"])

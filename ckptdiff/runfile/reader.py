@@ -86,7 +86,9 @@ class RunFile:
         with self._guard():
             tensors = self._file["tensors"]
             laid_out, columns = read_layouts(self._file), read_columns(tensors)
-            facts = tuple(replace(one, **laid_out.get(one.name, {})) for one in read_facts(tensors))
+            facts = tuple(
+                replace(one, **laid_out[one.name]) if one.name in laid_out else one for one in read_facts(tensors)
+            )
             provenance, unmatched = dict(self.provenance), read_unmatched(self._file)
             return Diff(
                 tensors=facts,
