@@ -163,7 +163,8 @@ def _picture(
     names = [shortened(row, _LETTERS) for row in grid.rows]
     left = max(map(width_of, names)) + 10
     width = min(max((_WIDTH - left) / len(grid.columns), _NARROW), _WIDE)
-    gap = _GAP if None in grid.columns and len(grid.columns) > 1 else 0
+    # The word above the first column needs room beside the next number.
+    gap = max(_GAP, 34 - width) if None in grid.columns and len(grid.columns) > 1 else 0
     top = 40
     bottom = top + _HEIGHT * len(grid.rows)
 

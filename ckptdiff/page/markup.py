@@ -17,8 +17,8 @@ class Html(str):
 
 
 def text(value: object) -> Html:
-    """Text with what means something in markup, and what does not print, escaped."""
-    return value if isinstance(value, Html) else Html(escape(safe(str(value))))
+    """Text with what means something in markup, and what does not print, escaped; a number stays with its percent."""
+    return value if isinstance(value, Html) else Html(escape(safe(str(value))).replace(" %", "&#160;%"))
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Html:

@@ -24,7 +24,7 @@
   // Numbers as they are written: "26.1 %", "51.8 k", "1,024", "n/a" last.
   const scales = { k: 1e3, M: 1e6, B: 1e9, T: 1e12 };
   const value = (text) => {
-    const match = /^([-+]?[\d.,]+(?:e[-+]?\d+)?)(?: ?([kMBT%]))?$/.exec(text);
+    const match = /^([-+]?[\d.,]+(?:e[-+]?\d+)?)(?:\s?([kMBT%]))?/.exec(text);
     return match ? Number(match[1].replaceAll(",", "")) * (scales[match[2]] ?? 1) : NaN;
   };
   const compare = (a, b) => {

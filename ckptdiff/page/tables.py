@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ckptdiff.claims import judge_claims
+from ckptdiff.claims import Verdict, judge_claims
 from ckptdiff.claims.judge import chance_energy, noise_energy
 from ckptdiff.errors import plural
 from ckptdiff.figures.catalogue import parameter_key
 from ckptdiff.figures.result import SIDES, Diff
 from ckptdiff.overlap import Overlap
-from ckptdiff.page.markup import Html, left_out, section, table, tag
+from ckptdiff.page.markup import Html, left_out, section, table, tag, text
 from ckptdiff.page.source import Run
 from ckptdiff.page.spectra_picture import module_rows, noise_stable_rank, null_values
 from ckptdiff.report.coverage_lines import coverage_lines
@@ -36,7 +36,7 @@ def coverage_section(runs: Sequence[Run]) -> Html:
     parts = []
     for run in runs:
         found = [tag("p", tag("b", "Warning: "), words, class_="warning") for words in run.diff.warnings]
-        found += [tag("p", words[0].upper() + words[1:], ".") for words in verdict_lines(run.diff)]
+        found += [tag("p", _capital(words), ".") for words in verdict_lines(run.diff)]
         parts += [*_heading(run, runs), *found, tag("ul", *(tag("li", words) for words in coverage_lines(run.diff)))]
     return section("coverage", "Coverage and warnings", *parts)
 
@@ -169,7 +169,7 @@ def headlines(diff: Diff) -> Iterator[Headline]:
     low, null = whole["low_coverage"][_RHO], whole["low_coverage_null"][_RHO]
     yield _headline("changes on the 10 % smallest weights", low, null, size_alike)
     if whole["changed"] is not None and (values := int(diff.columns["numel"][diff.columns["valued"] > 0].sum())):
-        yield Headline("in the mask", f"{percent(whole['changed'] / values)} ({diff.mask_rule})")
+        yield _headline("in the mask", whole["changed"] / values)
     if median["rel_norm"] is not None:
         yield _headline("median matrix: unchanged", median["unchanged_bitwise"], median["unchanged_null"], noise)
         yield _headline("median matrix: relative update", median["rel_norm"])
@@ -216,10 +216,10 @@ def claims_section(runs: Sequence[Run]) -> Html:
             parts.append(left_out("claims are judged by spectra, and the run file holds none."))
             continue
         lines = [
-            (tag("b", verdict.outcome, class_=verdict.outcome.split()[0]), verdict.claim, _words(verdict.sentence))
+            (tag("b", verdict.outcome), Html(f"{text(_capital(verdict.claim))}: {text(_because(verdict))}"))
             for verdict in judge_claims(run.diff)
         ]
-        parts.append(table(("verdict", "claim", "because"), lines, left=3))
+        parts.append(table(("verdict", "claim, and why"), lines, left=2))
     source = tag(
         "p",
         "Of arXiv 2606.13657, for any pair; each against what chance, or noise of its size after rounding, would give.",
@@ -227,9 +227,12 @@ def claims_section(runs: Sequence[Run]) -> Html:
     return section("claims", "The paper's claims", source, *parts)
 
 
-def _words(sentence: str) -> str:
-    """What stands behind the claim and its outcome."""
-    words = sentence.partition("; ")[2] or sentence
+def _because(verdict: Verdict) -> str:
+    """What a sentence says behind the claim and its outcome."""
+    return verdict.sentence.removeprefix(f"{verdict.claim}: {verdict.outcome}; ")
+
+
+def _capital(words: str) -> str:
     return words[0].upper() + words[1:]
 
 
