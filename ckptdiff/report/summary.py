@@ -206,3 +206,4 @@ def _next(diff: Diff, run_file: str | None, overview: bool) -> Iterator[str]:
         return
     following = f"next: ckptdiff show {path} --by tensor"
     yield from [f"{made}      {following}"] if len(made) + len(following) < 75 else [made, following]
+    yield f"pictures: ckptdiff report {path}"
