@@ -126,7 +126,7 @@ class Check:
         known = [f"counts.{key}" for key in _COUNTS] + [f"coverage.{key}" for key in _COVERAGE]
         known += [f"{head}.{figure}" for head in _AGGREGATES for figure in figures]
         _, *rest = self.key.split(".")
-        for end in range(1, len(rest)):
+        for end in range(max(1, len(rest) - 4), len(rest)):  # no figure has more than four parts
             label = ".".join(rest[:end])
             known += [f"{head}.{label}.{figure}" for head in LIST_KEYS.values() for figure in figures]
         found = get_close_matches(self.key, known, cutoff=0.7)

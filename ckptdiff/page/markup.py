@@ -7,7 +7,7 @@ from html import escape
 
 from ckptdiff.report.text import safe
 
-_VOID = ("meta", "link", "br", "rect", "line", "path", "circle", "polyline", "polygon")
+_CHILDLESS = ("meta", "link", "rect", "line", "path", "circle", "polyline")
 
 
 class Html(str):
@@ -18,7 +18,7 @@ class Html(str):
 
 def text(value: object) -> Html:
     """Text with what means something in markup, and what does not print, escaped; a number stays with its percent."""
-    return value if isinstance(value, Html) else Html(escape(safe(str(value))).replace(" %", "&#160;%"))
+    return value if isinstance(value, Html) else Html(escape(safe(str(value))).replace(" %", "\u00a0%"))
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Html:
@@ -28,7 +28,7 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
         for key, value in attributes.items()
         if value is not None
     )
-    if name in _VOID and not children:
+    if name in _CHILDLESS and not children:
         return Html(f"<{name}{said}/>")
     return Html(f"<{name}{said}>{''.join(map(text, children))}</{name}>")
 

@@ -16,7 +16,7 @@ from ckptdiff.measure.histograms import LOG2_BINS, LOG2_LOWEST
 
 _STEPS = 64
 """Of sigma, in a power of two."""
-_LOWEST, _HIGHEST = -48 * _STEPS, 8 * _STEPS
+_LOWEST, _HIGHEST = -48 * _STEPS, 48 * _STEPS
 """Half a step of the grid in sigmas: below the first nothing stays, above the last nothing moves."""
 _GRIDS = {
     "bf16": (7, -133),
@@ -58,11 +58,11 @@ def expected_changes(base: NDArray[np.uint64], changed: Floats, formats: list[st
     Returns
     -------
     float64 array, shape (279,)
-        Of all tensors together; it sums up to that of `changed`.
+        Of all tensors together.
     """
     used = np.flatnonzero(base.any(axis=0))
     counts = base[:, used].astype(np.float64)
-    digits, lowest = np.array([_GRIDS[name] for name in formats]).reshape(-1, 2).T
+    digits, lowest = np.array([_GRIDS[name] for name in formats], np.int64).reshape(-1, 2).T
     # Zero lies among the smallest steps.
     exponents = np.where(used > 0, used + (LOG2_LOWEST - 1), -(1 << 14))
     halves = (np.maximum(exponents - digits[:, None], lowest[:, None]) - 1) * _STEPS
@@ -80,9 +80,9 @@ def expected_changes(base: NDArray[np.uint64], changed: Floats, formats: list[st
         at = (low + high) // 2
         enough = (counts * chances(at)).sum(axis=1) >= changed
         low, high = np.where(enough, low, at), np.where(enough, at, high)
-    expected = counts * chances(high)
-    totals = expected.sum(axis=1)
-    scaled = expected * np.divide(changed, totals, out=np.zeros_like(totals), where=totals > 0)[:, None]
+    fewer, more = counts * chances(low), counts * chances(high)
+    least, most = fewer.sum(axis=1), more.sum(axis=1)
+    part = np.divide(changed - least, most - least, out=np.ones_like(least), where=most > least)[:, None]
     found = np.zeros(LOG2_BINS)
-    found[used] = scaled.sum(axis=0)
+    found[used] = (fewer + np.clip(part, 0.0, 1.0) * (more - fewer)).sum(axis=0)
     return found

@@ -20,6 +20,8 @@ SERIES = ("#2f7fc1", "#d5802b")
 NULL = "#8a8a8a"
 """What chance or rounding would give."""
 FONT = 12
+_BROAD = 480
+"""Wider pictures are scrolled on a small screen, not shrunk."""
 _LETTER = 7.4
 """Units that a letter takes, about."""
 
@@ -43,7 +45,7 @@ def ink(fill: str) -> str:
     """Black or white, whichever is read better on a colour."""
     linear = [(c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4) for c in (v / 255 for v in _channels(fill))]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    return "#000000" if luminance > 0.18 else "#ffffff"
+    return "#000000" if luminance > 0.179 else "#ffffff"
 
 
 def picture(width: float, height: float, label: str, *marks: object) -> Html:
@@ -58,7 +60,7 @@ def picture(width: float, height: float, label: str, *marks: object) -> Html:
         preserveAspectRatio="xMinYMin meet",
         role="img",
         aria_label=label,
-        data_width=f"{width:g}",
+        class_="broad" if width > _BROAD else None,
         font_family="system-ui, sans-serif",
         font_size=FONT,
         fill="currentColor",

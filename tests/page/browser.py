@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -25,12 +26,16 @@ class Browser:
     def __init__(self, folder: Path) -> None:
         read_here, self._written = os.pipe()
         self._read, write_here = os.pipe()
+        # Beyond 3 and 4, which the browser takes, so that neither is in the way of the other.
+        high = [fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, 10) for one in (read_here, write_here)]
+        os.close(read_here)
+        os.close(write_here)
         self._program = subprocess.Popen(
             [
-                "sh",
+                "bash",
                 "-c",
-                f'exec "$@" 3<&{read_here} 4>&{write_here}',
-                "sh",
+                f'exec "$@" 3<&{high[0]} 4>&{high[1]}',
+                "bash",
                 str(chromium()),
                 "--headless=new",
                 "--no-sandbox",
@@ -40,12 +45,12 @@ class Browser:
                 "--remote-debugging-pipe",
                 f"--user-data-dir={folder}",
             ],
-            pass_fds=(read_here, write_here),
+            pass_fds=high,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(read_here)
-        os.close(write_here)
+        for one in high:
+            os.close(one)
         self._rest = b""
         self._calls = 0
         self._session: str | None = None
