@@ -15,7 +15,7 @@ from ckptdiff.page.svg import NULL, SERIES, Axis, legend, line, picture, shares_
 from ckptdiff.report.text import number, percent
 
 _WIDTH, _HEIGHT = 370, 250
-_LEFT, _RIGHT, _TOP, _BOTTOM = 40.0, 362.0, 26.0, 172.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 40.0, 348.0, 26.0, 172.0
 _FAINT = 1e-3
 """Bins at either end that hold less are left out."""
 

@@ -146,10 +146,12 @@ def heatmaps(
 
 
 def _ends(known: Sequence[float], figure: CellFigure) -> tuple[float, float]:
-    if not figure.diverging:
-        return min(known), max(known)
-    most = max(map(abs, known))
-    return -most, most
+    if figure.diverging:
+        most = max(map(abs, known))
+        return -most, most
+    low, high = min(known), max(known)
+    # What only rounding tells apart has one colour.
+    return low, high if percent(high) != percent(low) else low
 
 
 def _picture(
@@ -252,7 +254,7 @@ def _sentence(grid: Grid, figure: CellFigure, values: Mapping[Cell, float | None
     if not known:
         return tag("p", said, "It is undefined everywhere.")
     most, least = max(known, key=lambda cell: known[cell]), min(known, key=lambda cell: known[cell])
-    if known[most] == known[least]:
+    if _spelled(known[most], figure) == _spelled(known[least], figure):
         return tag("p", said, f"It is {_spelled(known[most], figure)} in every cell.")
     said += (
         f"Largest in {_place(grid, most)} ({_spelled(known[most], figure)}), "

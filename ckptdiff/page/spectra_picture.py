@@ -18,7 +18,7 @@ from ckptdiff.page.svg import NULL, SERIES, Axis, diamond, legend, line, picture
 from ckptdiff.report.spectra_section import left_out_matrices
 from ckptdiff.report.text import number, percent
 
-_WIDTH, _ROW, _TOP, _RIGHT = 370.0, 22.0, 42.0, 358.0
+_WIDTH, _ROW, _TOP, _RIGHT = 370.0, 22.0, 42.0, 350.0
 _LETTERS = 16
 
 

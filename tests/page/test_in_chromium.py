@@ -35,6 +35,14 @@ OVERLAPS = """[...document.querySelectorAll("svg")].flatMap(svg => {
   ).map(([other]) => svg.getAttribute("aria-label") + ": " + one + " | " + other));
 })"""
 
+CUT = """[...document.querySelectorAll("svg")].flatMap(svg => {
+  const box = svg.getBoundingClientRect();
+  return [...svg.querySelectorAll("text")].filter(word => {
+    const at = word.getBoundingClientRect();
+    return at.left < box.left - 1 || at.right > box.right + 1 || at.bottom > box.bottom + 1;
+  }).map(word => svg.getAttribute("aria-label") + ": " + word.textContent);
+})"""
+
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
@@ -100,7 +108,7 @@ def test_a_page_is_silent_and_every_section_is_seen(
         assert one["left"] >= 0 and one["right"] <= width, one
         below = one["top"] + one["height"]
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
-    assert browser.evaluate(OVERLAPS) == []
+    assert browser.evaluate(OVERLAPS) == [] and browser.evaluate(CUT) == []
     assert browser.evaluate("document.querySelectorAll('img').length") == 0
     assert browser.asked_for() == [pages[kind].as_uri()] and browser.said() == []
 
