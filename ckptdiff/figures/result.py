@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -173,6 +174,11 @@ class Diff:
     """How it ran: device, threads, io, started, seconds."""
     spectra: Spectra | None = None
     """Spectral figures, None if none were measured."""
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        # By its name: this room knows nothing of what shows it.
+        return str(import_module("ckptdiff.page").diff_html(self))
 
     @property
     def counts(self) -> dict[str, int]:

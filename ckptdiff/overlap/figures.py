@@ -75,7 +75,7 @@ class Overlap:
 
     def overall(self, pair: PairCounts) -> dict[str, Any]:
         """Figures of a pair over all floating tensors: counts, then `OVERLAP_FIGURES`, None where a mask is empty."""
-        return self._row(pair, self._valued())
+        return self.of_group(pair, self._valued())
 
     def grouped(self, pair: PairCounts, by: str) -> list[dict[str, Any]]:
         """Figures of a pair by "tensor", "module", "layer", "block", "tower" or "group", each row with its label.
@@ -84,12 +84,18 @@ class Overlap:
         user's own, as the first run has them; a tensor may be in several.
         """
         if by == "tensor":
-            return [{"name": facts.name, **self._row(pair, [row])} for row, facts in enumerate(self.tensors)]
+            return [{"name": facts.name, **self.of_group(pair, [row])} for row, facts in enumerate(self.tensors)]
         members = members_of(by, ((row, self.tensors[row]) for row in self._valued()))
         return [
-            {**dict(zip(LABEL_KEYS[by], label, strict=True)), "tensors": len(rows), **self._row(pair, rows)}
+            {**dict(zip(LABEL_KEYS[by], label, strict=True)), "tensors": len(rows), **self.of_group(pair, rows)}
             for label, rows in members.items()
         ]
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        from ckptdiff.page.overlap_table import overlap_section
+
+        return overlap_section(self)
 
     def as_json(self) -> dict[str, Any]:
         """All of it as one object of plain JSON values (schema "ckptdiff.overlap/1")."""
@@ -108,7 +114,8 @@ class Overlap:
     def _valued(self) -> list[int]:
         return [row for row, facts in enumerate(self.tensors) if facts.compare != "bitwise"]
 
-    def _row(self, pair: PairCounts, rows: Sequence[int]) -> dict[str, Any]:
+    def of_group(self, pair: PairCounts, rows: Sequence[int]) -> dict[str, Any]:
+        """Figures of a pair over some tensors, by their places in :attr:`tensors`."""
         numels = [math.prod(self.tensors[row].shape) for row in rows]
         ones, twos = pair.ones[rows].tolist(), pair.twos[rows].tolist()
         total, one, two, both = sum(numels), sum(ones), sum(twos), int(pair.both[rows].sum())

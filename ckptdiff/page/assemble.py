@@ -9,24 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from ckptdiff.figures.result import Diff
 from ckptdiff.overlap import Overlap
 from ckptdiff.page.distributions import distributions_section
 from ckptdiff.page.heatmap import UPDATE_FIGURES, Cell, Grid, Row, heatmaps
-from ckptdiff.page.markup import Html, left_out, section, tag, text
+from ckptdiff.page.markup import Html, joined, left_out, section, tag, text
+from ckptdiff.page.overlap_table import overlap_section
 from ckptdiff.page.source import Run
 from ckptdiff.page.spectra_picture import spectra_section
 from ckptdiff.page.tables import (
-    MEANINGS,
     claims_section,
     coverage_section,
     headline_section,
     letter,
-    movers_section,
-    overlap_section,
-    pair_table,
     provenance_section,
-    tensor_table,
 )
+from ckptdiff.page.tensor_tables import MEANINGS, movers_section, pair_table, tensor_table
 from ckptdiff.report.as_json import document
 from ckptdiff.report.rows import View, rows
 from ckptdiff.report.text import dumps, percent
@@ -44,15 +42,7 @@ def run_page(runs: Sequence[Run], overlap: Overlap | str | None = None) -> Itera
 
     `overlap` is that of the masks of two, or why there is none.
     """
-    places = [
-        [
-            facts if valued else None
-            for facts, valued in zip(run.diff.tensors, run.diff.columns["valued"] > 0, strict=True)
-        ]
-        for run in runs
-    ]
-    grid = Grid.of([place for some in places for place in some if place is not None])
-    cells = [grid.cells(some, run.diff.of_groups) for run, some in zip(runs, places, strict=True)]
+    grid, cells = _grid_cells([run.diff for run in runs])
     sections = [
         coverage_section(runs),
         provenance_section(runs),
@@ -66,6 +56,24 @@ def run_page(runs: Sequence[Run], overlap: Overlap | str | None = None) -> Itera
         _tensors_section(runs, grid, cells),
     ]
     return whole_page(" and ".join(run.name for run in runs), sections, _document(runs, overlap))
+
+
+def diff_html(diff: Diff) -> Html:
+    """What notebooks show of a diff: coverage, headline figures, and where values are unchanged."""
+    runs = [Run("", diff, None)]
+    grid, (cells,) = _grid_cells([diff])
+    shown = [heatmaps(grid, [("", cells)], UPDATE_FIGURES[:1], {})] if cells else []
+    return joined([tag("h3", runs[0].name), coverage_section(runs), headline_section(runs), *shown])
+
+
+def _grid_cells(diffs: Sequence[Diff]) -> tuple[Grid, list[dict[Cell, Row]]]:
+    """The grid that diffs share, and the cells of each; tensors of which only bits are compared have none."""
+    places = [
+        [facts if valued else None for facts, valued in zip(diff.tensors, diff.columns["valued"] > 0, strict=True)]
+        for diff in diffs
+    ]
+    grid = Grid.of([place for some in places for place in some if place is not None])
+    return grid, [grid.cells(some, diff.of_groups) for diff, some in zip(diffs, places, strict=True)]
 
 
 def whole_page(title: str, sections: Sequence[Html], said: Mapping[str, Any]) -> Iterator[str]:

@@ -7,13 +7,15 @@
     const figures = [...group.querySelectorAll("figure")];
     const controls = make("div", group, group.firstChild);
     controls.className = "controls";
-    const label = make("label", controls);
-    label.textContent = "Figure: ";
-    const select = make("select", label);
-    for (const figure of figures) make("option", select).textContent = figure.dataset.title;
-    const show = () => figures.forEach((figure, at) => { figure.hidden = at !== select.selectedIndex; });
-    select.addEventListener("change", show);
-    show();
+    if (figures.length > 1) {
+      const label = make("label", controls);
+      label.textContent = "Figure: ";
+      const select = make("select", label);
+      for (const figure of figures) make("option", select).textContent = figure.dataset.title;
+      const show = () => figures.forEach((figure, at) => { figure.hidden = at !== select.selectedIndex; });
+      select.addEventListener("change", show);
+      show();
+    }
     const output = make("output", controls);
     group.addEventListener("pointerover", (event) => {
       const title = event.target.querySelector?.(":scope > title");

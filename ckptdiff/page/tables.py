@@ -1,9 +1,9 @@
-"""The tables of a page: what was compared, headline figures beside their nulls, claims, movers, all tensors."""
+"""Sections of text and small tables: what was compared, headline figures beside their nulls, claims."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,12 @@ from ckptdiff.claims.judge import chance_energy, noise_energy
 from ckptdiff.errors import plural
 from ckptdiff.figures.catalogue import parameter_key
 from ckptdiff.figures.result import SIDES, Diff
-from ckptdiff.overlap import Overlap
 from ckptdiff.page.markup import Html, left_out, section, table, tag, text
 from ckptdiff.page.source import Run
 from ckptdiff.page.spectra_picture import module_rows, noise_stable_rank, null_values
 from ckptdiff.report.coverage_lines import coverage_lines
-from ckptdiff.report.rows import View, rows
 from ckptdiff.report.summary import verdict_lines
-from ckptdiff.report.text import NOT_AVAILABLE, number, percent, quantity, shape_text, size
+from ckptdiff.report.text import NOT_AVAILABLE, number, percent, size
 
 _EPS, _RHO = parameter_key(1e-5), parameter_key(0.1)
 _MOVERS = 10
@@ -37,11 +35,12 @@ def coverage_section(runs: Sequence[Run]) -> Html:
     for run in runs:
         found = [tag("p", tag("b", "Warning: "), words, class_="warning") for words in run.diff.warnings]
         found += [tag("p", _capital(words), ".") for words in verdict_lines(run.diff)]
-        parts += [*_heading(run, runs), *found, tag("ul", *(tag("li", words) for words in coverage_lines(run.diff)))]
+        parts += [*heading(run, runs), *found, tag("ul", *(tag("li", words) for words in coverage_lines(run.diff)))]
     return section("coverage", "Coverage and warnings", *parts)
 
 
-def _heading(run: Run, runs: Sequence[Run]) -> list[Html]:
+def heading(run: Run, runs: Sequence[Run]) -> list[Html]:
+    """A heading for each of two runs."""
     return [tag("h3", letter(run, runs), run.name)] if len(runs) > 1 else []
 
 
@@ -57,7 +56,7 @@ def provenance_section(runs: Sequence[Run]) -> Html:
 
 def _provenance(run: Run, runs: Sequence[Run]) -> Iterator[Html]:
     diff = run.diff
-    yield from _heading(run, runs)
+    yield from heading(run, runs)
     yield table(
         ("side", "path", "revision", "stored as", "tensors", "values", "bytes"),
         [_side(side, facts) for side, facts in zip(SIDES, (diff.base, diff.tuned), strict=True)],
@@ -211,7 +210,7 @@ def claims_section(runs: Sequence[Run]) -> Html:
     """What the paper claims of such updates, judged for each pair."""
     parts = []
     for run in runs:
-        parts += _heading(run, runs)
+        parts += heading(run, runs)
         if run.diff.spectra is None:
             parts.append(left_out("claims are judged by spectra, and the run file holds none."))
             continue
@@ -234,122 +233,3 @@ def _because(verdict: Verdict) -> str:
 
 def _capital(words: str) -> str:
     return words[0].upper() + words[1:]
-
-
-def movers_section(runs: Sequence[Run]) -> Html:
-    """The tensors with most of the update."""
-    parts = []
-    for run in runs:
-        moved = int(np.count_nonzero(run.diff.columns["delta_norm"] > 0))
-        parts += _heading(run, runs)
-        if not moved:
-            parts.append(left_out("no tensor has an update."))
-            continue
-        found = rows(run.diff, View("tensor", "delta_energy_share", min(_MOVERS, moved)))
-        held = percent(sum(row["delta_energy_share"] or 0.0 for row in found))
-        parts += [
-            tag("p", f"{plural(len(found), 'tensor')} of {moved:,} that moved hold {held} of the sum of d²."),
-            tensor_table(found, run.diff),
-        ]
-    return section("movers", "Movers", *parts)
-
-
-def tensor_table(found: Sequence[Figures], diff: Diff, name: str | None = None) -> Html:
-    """A table of tensors, or of groups of them."""
-    single = not found or "name" in found[0]
-    spectra = diff.spectra is not None
-    titles = ["tensor", "shape", "stored"] if single else ["module type", "layer", "tensors"]
-    titles += ["values", "unchanged", "noise", "|d| ≤ 1e-5", "update", "share", "low 10 %", "rounding", "max |d|"]
-    titles += ["top 16", "stable rank"] if spectra else []
-    return table(
-        titles, (_cells(row, single=single, spectra=spectra) for row in found), left=3 if single else 1, name=name
-    )
-
-
-def _cells(row: Figures, *, single: bool, spectra: bool) -> list[object]:
-    if single:
-        base, tuned = row["dtype_base"], row["dtype_tuned"]
-        head = [row["name"], shape_text(tuple(row["shape"])), base if base == tuned else f"{base} → {tuned}"]
-    else:
-        head = [row["label"], row["layers"], f"{row['tensors']:,}"]
-    cells = [
-        *head,
-        quantity(row["numel"]),
-        percent(row["unchanged_bitwise"]),
-        percent(row["unchanged_null"]),
-        percent(row["unchanged_abs"][_EPS]),
-        percent(row["rel_norm"]),
-        percent(row["delta_energy_share"]),
-        percent(row["low_coverage"][_RHO]),
-        percent(row["low_coverage_null"][_RHO]),
-        number(row["max_abs"]),
-    ]
-    if spectra:
-        found = row["spectral"]
-        cells += [percent(found["topk_energy"]["16"]), number(found["stable_rank"])] if found else ["", ""]
-    return cells
-
-
-def pair_table(found: Sequence[Sequence[Figures]], name: str) -> Html:
-    """A table of the same tensors, or groups of them, of two runs beside each other."""
-    by_name = [{row.get("name") or (row["label"], row["layers"]): row for row in some} for some in found]
-    single = any("name" in row for some in found for row in some)
-    titles = ["tensor"] if single else ["module type", "layer"]
-    kinds: tuple[tuple[str, Callable[[Figures], float | None]], ...] = (
-        ("unchanged", lambda row: row["unchanged_bitwise"]),
-        ("noise", lambda row: row["unchanged_null"]),
-        ("|d| ≤ 1e-5", lambda row: row["unchanged_abs"][_EPS]),
-        ("update", lambda row: row["rel_norm"]),
-        ("share", lambda row: row["delta_energy_share"]),
-        ("low 10 %", lambda row: row["low_coverage"][_RHO]),
-        ("rounding", lambda row: row["low_coverage_null"][_RHO]),
-    )
-    titles += [f"{title}, {side}" for title, _ in kinds for side in "AB"]
-    lines = []
-    for key in dict.fromkeys(key for some in by_name for key in some):
-        both = [some.get(key) for some in by_name]
-        cells = [percent(of(row)) if row is not None else "" for _, of in kinds for row in both]
-        lines.append([*([key] if single else key), *cells])
-    return table(titles, lines, left=1, name=name)
-
-
-def overlap_section(overlap: Overlap | str) -> Html:
-    """What the masks of two runs have in common, beside three kinds of chance."""
-    title = "Overlap of A and B"
-    if isinstance(overlap, str):
-        return section("overlap", title, left_out(overlap))
-    (pair,) = overlap.pairs
-    whole = overlap.overall(pair)
-    titles = ["block", "values", "in A", "in B"]
-    keys = []
-    for figure, shown in (("o1", "A also in B"), ("o2", "B also in A"), ("jaccard", "Jaccard")):
-        titles += [shown, "chance", "by tensor", "by size"]
-        keys += [figure, *(f"{figure}_{kind}" for kind in ("independent", "stratified", "conditional"))]
-    lines = [
-        (
-            row["block"],
-            quantity(row["numel"]),
-            *(_part(row, key) for key in ("masked_1", "masked_2")),
-            *(percent(row[key]) for key in keys),
-        )
-        for row in [*overlap.grouped(pair, "block"), {**whole, "block": "all"}]
-    ]
-    said = (
-        f"{percent(whole['o1'])} of what is in the mask of A ({overlap.rules[0]}) is in that of B ({overlap.rules[1]}) "
-        f"too; by chance {percent(whole['o1_independent'])}, by chance within each tensor "
-        f"{percent(whole['o1_stratified'])}, among weights of the same size {percent(whole['o1_conditional'])}."
-    )
-    warnings = [tag("p", tag("b", "Warning: "), words, class_="warning") for words in overlap.warnings]
-    return section("overlap", title, *warnings, tag("p", said), table(titles, lines))
-
-
-def _part(row: Figures, key: str) -> str:
-    return percent(row[key] / row["numel"]) if row["numel"] else NOT_AVAILABLE
-
-
-MEANINGS = (
-    "noise: unchanged, if the update were noise of its norm, rounded. update: norm of d / norm of W0. share: part of "
-    "the sum of d² of all tensors. low 10 %: part of the changes that is on the 10 % smallest weights; rounding: the "
-    "same if the update were noise of this size, rounded."
-)
-"""Of the titles of a table of tensors."""

@@ -11,7 +11,7 @@ from ckptdiff.checkpoint import locate_all
 from ckptdiff.errors import plural
 from ckptdiff.page.assemble import MOST_ROWS, group_row, whole_page
 from ckptdiff.page.heatmap import Cell, CellFigure, Grid, Row, heatmaps
-from ckptdiff.page.markup import Html, left_out, section, table, tag
+from ckptdiff.page.markup import Html, joined, left_out, section, table, tag
 from ckptdiff.page.svg import SERIES, Axis, legend, line, picture, shares_axis, word
 from ckptdiff.report.summary import side_name
 from ckptdiff.report.text import percent, quantity, shape_text
@@ -38,13 +38,7 @@ _FIGURES = (
 
 def track_page(track: Track, path: str) -> Iterator[str]:
     """Yield the page of a track file."""
-    places = list(locate_all(dict(zip(track.names, track.shapes, strict=True))).values())
-    grid = Grid.of(places)
-
-    def of_groups(members: list[list[int]]) -> list[Row]:
-        return [{**track.of_group(rows)[-1], "tensors": len(rows)} for rows in members]
-
-    cells = grid.cells(places, of_groups)
+    grid, cells = _cells(track)
     steps = track.overall()
     none = {"distributions": "Distributions", "spectra": "Spectra"}
     missing = [
@@ -64,6 +58,24 @@ def track_page(track: Track, path: str) -> Iterator[str]:
     if len(track.names) > MOST_ROWS:
         del said["tensors"]
     return whole_page(f"{side_name(track.base)}, {plural(len(steps), 'step')}", sections, said)
+
+
+def track_html(track: Track) -> Html:
+    """What notebooks show of a track: the figures of each step, and where the last one differs from the base."""
+    grid, cells = _cells(track)
+    shown = heatmaps(grid, [("", cells)], _FIGURES[:1], {})
+    return joined([tag("h3", track.base), _coverage(track, steps := track.overall()), _step_table(track, steps), shown])
+
+
+def _cells(track: Track) -> tuple[Grid, dict[Cell, Row]]:
+    """Figures of the last step, by module type and layer."""
+    places = list(locate_all(dict(zip(track.names, track.shapes, strict=True))).values())
+    grid = Grid.of(places)
+
+    def of_groups(members: list[list[int]]) -> list[Row]:
+        return [{**track.of_group(rows)[-1], "tensors": len(rows)} for rows in members]
+
+    return grid, grid.cells(places, of_groups)
 
 
 def _coverage(track: Track, steps: Sequence[Row]) -> Html:

@@ -81,6 +81,12 @@ class RunFile:
         """Close the file; masks of it cannot be read any more."""
         self._file.close()
 
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        from ckptdiff.page import diff_html
+
+        return diff_html(self.load())
+
     def load(self) -> Diff:
         """The result of the run, equal to what was written."""
         with self._guard():

@@ -83,6 +83,12 @@ class Track:
             for label, rows in members_of(by, enumerate(places)).items()
         ]
 
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        from ckptdiff.page.trajectory import track_html
+
+        return track_html(self)
+
     def as_json(self) -> dict[str, Any]:
         """All of it as one object of plain JSON values (schema "ckptdiff.track/1")."""
         groups = {
