@@ -199,6 +199,7 @@ def noise_energy(rows: int, columns: int) -> float:
     return float(np.interp(_RANK / short, shares, energies))
 
 
+@cache
 def chance_energy(rows: int, columns: int) -> float:
     """Energy of noise in subspaces of the top 10 % directions on both sides."""
     rank = principal_rank(0.1, min(rows, columns))

@@ -7,10 +7,9 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptdiff.figures.result import Diff
-from ckptdiff.overlap import Overlap
 from ckptdiff.page.distributions import distributions_section
 from ckptdiff.page.heatmap import UPDATE_FIGURES, Cell, Grid, Row, heatmaps
 from ckptdiff.page.markup import Html, joined, left_out, section, tag, text
@@ -28,6 +27,9 @@ from ckptdiff.page.tensor_tables import MEANINGS, movers_section, pair_table, te
 from ckptdiff.report.as_json import document
 from ckptdiff.report.rows import View, rows
 from ckptdiff.report.text import dumps, percent
+
+if TYPE_CHECKING:
+    from ckptdiff.overlap import Overlap
 
 MOST_ROWS = 1000
 """Tensors beyond that are gathered in the table, and left out of the document."""
@@ -149,5 +151,5 @@ def _document(runs: Sequence[Run], overlap: Overlap | str | None) -> dict[str, A
     found = [document(run.diff, tensors=len(run.diff.tensors) <= MOST_ROWS) for run in runs]
     if len(found) == 1:
         return found[0]
-    known = overlap.as_json() if isinstance(overlap, Overlap) else None
+    known = overlap.as_json() if overlap is not None and not isinstance(overlap, str) else None
     return {"schema": "ckptdiff.report/1", "runs": found, "overlap": known}

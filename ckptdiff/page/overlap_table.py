@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ckptdiff.overlap import Overlap, PairCounts
 from ckptdiff.page.heatmap import CellFigure, Grid, Row, heatmaps
 from ckptdiff.page.markup import Html, left_out, section, table, tag
 from ckptdiff.report.text import NOT_AVAILABLE, percent, quantity
+
+if TYPE_CHECKING:  # it brings compiled kernels, which most pages need not wait for
+    from ckptdiff.overlap import Overlap, PairCounts
 
 _JACCARD = CellFigure("Jaccard", "what both masks hold, of what either holds", lambda row: row["jaccard"])
 _SHARES = {"o1": "{0} also in {1}", "o2": "{1} also in {0}", "jaccard": "Jaccard"}

@@ -113,9 +113,9 @@ def matrix_values(diff: Diff, key: str, rows: Sequence[int]) -> Floats:
     """A figure of every matrix of some tensors, undefined ones left out; experts count one by one."""
     assert diff.spectra is not None
     at, experts = SPECTRAL_KEYS.index(key), diff.spectra.experts
-    values: Floats = np.concatenate(
-        [experts[row][:, at] if row in experts else diff.spectra.columns[key][[row]] for row in rows]
-    )
+    alone = np.array([row for row in rows if row not in experts], np.intp)
+    stacks = (experts[row][:, at] for row in rows if row in experts)
+    values: Floats = np.concatenate([diff.spectra.columns[key][alone], *stacks])
     return values[~np.isnan(values)]
 
 
