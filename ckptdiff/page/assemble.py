@@ -6,6 +6,7 @@ import base64
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,6 @@ from ckptdiff.page.tables import (
     claims_section,
     coverage_section,
     headline_section,
-    letter,
     provenance_section,
 )
 from ckptdiff.page.tensor_tables import MEANINGS, movers_section, pair_table, tensor_table
@@ -44,6 +44,7 @@ def run_page(runs: Sequence[Run], overlap: Overlap | str | None = None) -> Itera
 
     `overlap` is that of the masks of two, or why there is none.
     """
+    runs = [replace(run, place=at) for at, run in enumerate(runs)] if len(runs) > 1 else runs
     grid, cells = _grid_cells([run.diff for run in runs])
     sections = [
         coverage_section(runs),
@@ -119,11 +120,11 @@ def _heatmap_section(runs: Sequence[Run], grid: Grid, cells: Sequence[Mapping[Ce
     if not any(cells):
         return section("heatmap", title, left_out("no floating values on both sides."))
     notes = [
-        f"{letter(run, runs)}Of all values {percent(run.diff.overall['unchanged_bitwise'])} are unchanged; noise of "
+        f"{run.prefix}Of all values {percent(run.diff.overall['unchanged_bitwise'])} are unchanged; noise of "
         f"the update's norm, rounded, would leave {percent(run.diff.overall['unchanged_null'])}."
         for run in runs
     ]
-    named = [(f"{letter(run, runs)}{run.name}", found) for run, found in zip(runs, cells, strict=True)]
+    named = [(f"{run.prefix}{run.name}", found) for run, found in zip(runs, cells, strict=True)]
     return section("heatmap", title, heatmaps(grid, named, UPDATE_FIGURES, {"unchanged": " ".join(notes)}))
 
 

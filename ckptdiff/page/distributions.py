@@ -11,10 +11,10 @@ import numpy as np
 from ckptdiff.measure.histograms import LOG2_LOWEST
 from ckptdiff.page.markup import Html, left_out, section, tag
 from ckptdiff.page.source import Floats, Run
-from ckptdiff.page.svg import NULL, SERIES, Axis, legend, line, picture, shares_axis, word
+from ckptdiff.page.svg import NULL, Axis, legend, line, picture, shares_axis, word
 from ckptdiff.report.text import number, percent
 
-_WIDTH, _HEIGHT = 370, 250
+_WIDTH = 370
 _LEFT, _RIGHT, _TOP, _BOTTOM = 40.0, 348.0, 26.0, 172.0
 _FAINT = 1e-3
 """Bins at either end that hold less are left out."""
@@ -35,7 +35,7 @@ def distributions_section(runs: Sequence[Run]) -> Html:
     title, known = "Distributions", [run for run in runs if run.distributions is not None]
     if not known:
         return section("distributions", title, left_out("the run file holds no histograms."))
-    missing = [left_out(f"{run.name} holds no histograms.") for run in runs if run.distributions is None]
+    missing = [left_out(f"{run.prefix}{run.name} holds no histograms.") for run in runs if run.distributions is None]
     drawn = [figure for figure in (_sizes(known), _steps(known), _weights(known)) if figure is not None]
     if not drawn:
         return section("distributions", title, left_out("no floating value changed."))
@@ -44,70 +44,50 @@ def distributions_section(runs: Sequence[Run]) -> Html:
 
 def _sizes(runs: Sequence[Run]) -> Html | None:
     series, said = [], []
-    for at, run in enumerate(runs):
+    for run in runs:
         assert run.distributions is not None
         counts = run.distributions.delta
         if counts[1:].sum() > 0:
-            series.append(_series(at, run, runs, counts[1:] / counts.sum()))
+            series.append(_series(run, counts[1:] / counts.sum()))
             still = percent(counts[0] / counts.sum())
             half = number(_middle(counts[1:]))
-            said.append(
-                _of(
-                    run, runs, f"{still} of the values have d = 0 exactly; half of the others moved by less than {half}"
-                )
-            )
+            said.append(f"{run.prefix}{still} of the values have d = 0; half of the others moved by less than {half}")
     return _figure("Size of the changes", "|d|, by powers of two", "of all values, %", LOG2_LOWEST, series, said)
 
 
 def _steps(runs: Sequence[Run]) -> Html | None:
     series, said = [], []
-    for at, run in enumerate(runs):
+    for run in runs:
         assert run.distributions is not None
         counts = run.distributions.ulp
         if counts.sum() > 0:
             shares = counts / counts.sum()
-            series.append(_series(at, run, runs, shares))
-            said.append(
-                _of(
-                    run,
-                    runs,
-                    f"{percent(shares[0])} of the changed values moved by one unit, "
-                    f"{percent(shares[3:].sum())} by eight or more",
-                )
-            )
+            series.append(_series(run, shares))
+            one, many = percent(shares[0]), percent(shares[3:].sum())
+            said.append(f"{run.prefix}{one} of the changed values moved by one unit, {many} by eight or more")
     title = "Distance in units of the last place"
     return _figure(title, "distance, by powers of two", "of the changed, %", 0, series, said)
 
 
 def _weights(runs: Sequence[Run]) -> Html | None:
     series, said = [], []
-    for at, run in enumerate(runs):
+    for run in runs:
         assert run.distributions is not None
         counts, null = run.distributions.changed, run.distributions.null
         if counts[1:].sum() > 0 and null[1:].sum() > 0:
-            series.append(_series(at, run, runs, counts[1:] / counts.sum()))
-            color = NULL if len(runs) == 1 else SERIES[at]
-            series.append(
-                Series(
-                    f"rounded noise{'' if len(runs) == 1 else ', ' + 'AB'[at]}", null[1:] / null.sum(), "dashes", color
-                )
-            )
+            series.append(_series(run, counts[1:] / counts.sum()))
+            name = f"rounded noise, {run.prefix}".rstrip(", :")
+            series.append(Series(name, null[1:] / null.sum(), "dashes", run.color if run.prefix else NULL))
             halves = [number(_middle(found[1:])) for found in (counts, null)]
-            words = (
-                f"half of the changed weights are smaller than {halves[0]}; of those that noise changes, {halves[1]}"
-            )
-            said.append(_of(run, runs, words))
+            words = f"half of the changed weights are below {halves[0]}; of those that noise changes, below {halves[1]}"
+            said.append(f"{run.prefix}{words}")
     title = "Weights that changed, beside rounded noise"
     return _figure(title, "|W0|, by powers of two", "of the changed, %", LOG2_LOWEST, series, said)
 
 
-def _series(at: int, run: Run, runs: Sequence[Run], shares: Floats) -> Series:
-    name = "this pair" if len(runs) == 1 else f"{'AB'[at]}: {run.name}"
-    return Series(name, shares, "line" if at else "bar", SERIES[at])
-
-
-def _of(run: Run, runs: Sequence[Run], words: str) -> str:
-    return words if len(runs) == 1 else f"{'AB'[runs.index(run)]}: {words}"
+def _series(run: Run, shares: Floats) -> Series:
+    name = f"{run.prefix}{run.name}" if run.prefix else "this pair"
+    return Series(name, shares, "line" if run.place else "bar", run.color)
 
 
 def _middle(counts: Floats) -> float:

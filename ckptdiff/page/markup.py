@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 
 from ckptdiff.report.text import safe
 
 _CHILDLESS = ("meta", "link", "rect", "line", "path", "circle", "polyline")
+
+_SHARE = re.compile(r"(?<=\d) %")
 
 
 class Html(str):
@@ -18,7 +21,12 @@ class Html(str):
 
 def text(value: object) -> Html:
     """Text with what means something in markup, and what does not print, escaped; a number stays with its percent."""
-    return value if isinstance(value, Html) else Html(escape(safe(str(value))).replace(" %", "\u00a0%"))
+    return value if isinstance(value, Html) else Html(_SHARE.sub("\u00a0%", exact(value)))
+
+
+def exact(value: object) -> Html:
+    """Text that is to be copied, with nothing but what has to be escaped."""
+    return Html(escape(safe(str(value))))
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Html:

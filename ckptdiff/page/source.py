@@ -12,6 +12,7 @@ from ckptdiff.figures.result import Diff
 from ckptdiff.measure.histograms import LOG2_BINS
 from ckptdiff.measure.partial import ULP_BINS
 from ckptdiff.page.rounding_null import expected_changes
+from ckptdiff.page.svg import SERIES
 from ckptdiff.report.summary import side_name
 from ckptdiff.runfile.reader import RunFile
 
@@ -32,7 +33,7 @@ class Distributions:
     """The same if each tensor's update were noise that changes as many."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Run:
     """A run file, read."""
 
@@ -40,6 +41,18 @@ class Run:
     diff: Diff
     distributions: Distributions | None
     """None if it has none."""
+    place: int | None = None
+    """Which of two it is, 0 or 1."""
+
+    @property
+    def prefix(self) -> str:
+        """What tells it from the other one, if there is one."""
+        return "" if self.place is None else f"{'AB'[self.place]}: "
+
+    @property
+    def color(self) -> str:
+        """That of its marks."""
+        return SERIES[self.place or 0]
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ from ckptdiff.figures.result import Diff
 from ckptdiff.figures.spectral import SPECTRAL_KEYS
 from ckptdiff.page.markup import Html, left_out, section, tag
 from ckptdiff.page.source import Floats, Run
-from ckptdiff.page.svg import NULL, SERIES, Axis, diamond, legend, line, picture, share_text, shortened, width_of, word
+from ckptdiff.page.svg import NULL, Axis, diamond, legend, line, picture, share_text, shortened, width_of, word
 from ckptdiff.report.spectra_section import left_out_matrices
 from ckptdiff.report.text import number, percent
 
@@ -80,19 +80,19 @@ _KINDS = (
 
 def spectra_section(runs: Sequence[Run]) -> Html:
     """The section of spectra, of one run or of two in the same pictures."""
-    missing = [_without(run, runs) for run in runs if run.diff.spectra is None]
+    missing = [_without(run) for run in runs if run.diff.spectra is None]
     known = [run for run in runs if run.diff.spectra is not None]
     modules = [module_rows(run.diff) for run in known]
     if not any(modules):
         nothing = [left_out("no matrix with an update.")] if known else []
         return section("spectra", "Spectra", *missing, *nothing)
-    drawn = [figure for kind in _KINDS if (figure := _figure(kind, known, runs, modules)) is not None]
+    drawn = [figure for kind in _KINDS if (figure := _figure(kind, known, modules)) is not None]
     reasons = [tag("p", words) for run in known for words in left_out_matrices(run.diff)]
     return section("spectra", "Spectra", *missing, tag("div", *drawn, class_="figures"), *reasons)
 
 
-def _without(run: Run, runs: Sequence[Run]) -> Html:
-    whose = "the run file" if len(runs) == 1 else run.name
+def _without(run: Run) -> Html:
+    whose = f"{run.prefix}{run.name}" if run.prefix else "the run file"
     return left_out(f"{whose} holds no spectra; ckptdiff spectra add RUN.h5 --spectra exact measures them.")
 
 
@@ -131,9 +131,7 @@ def null_values(diff: Diff, kind: Callable[[int, int], float] | str, rows: Seque
     return np.repeat([kind(*shape) for shape in shapes], list(shapes.values()))
 
 
-def _figure(
-    kind: _Kind, known: Sequence[Run], runs: Sequence[Run], modules: Sequence[dict[str, list[int]]]
-) -> Html | None:
+def _figure(kind: _Kind, known: Sequence[Run], modules: Sequence[dict[str, list[int]]]) -> Html | None:
     names = list(dict.fromkeys(name for found in modules for name in found))
     values = [
         {name: matrix_values(run.diff, kind.key, rows) for name, rows in found.items()}
@@ -160,18 +158,14 @@ def _figure(
         marks.append(word(left - 6, middle + 4, shortened(name, _LETTERS), "end"))
         for at, (found, null) in enumerate(zip(values, nulls, strict=True)):
             y = middle + (8 * at - 4 if len(known) > 1 else 0)
-            marks += _spread(name, found.get(name), null.get(name), x, y, SERIES[runs.index(known[at])], kind)
+            marks += _spread(name, found.get(name), null.get(name), x, y, known[at].color, kind)
     entries = [
-        (
-            "dot",
-            SERIES[runs.index(run)],
-            "median; thick: quartiles, thin: all" if len(runs) == 1 else f"{'AB'[runs.index(run)]}: {run.name}",
-        )
+        ("dot", run.color, f"{run.prefix}{run.name}" if run.prefix else "median; thick: quartiles, thin: all")
         for run in known
     ]
     entries.append(("diamond", NULL, f"median of {kind.against}"))
     marks += legend(left, bottom + 18, entries)
-    said = " ".join(_sentence(kind, run, runs, values[at], nulls[at]) for at, run in enumerate(known))
+    said = " ".join(_sentence(kind, run, values[at], nulls[at]) for at, run in enumerate(known))
     height = bottom + 24 + 16 * (len(entries) - 1)
     return tag("figure", tag("h3", kind.title), picture(_WIDTH, height, kind.title, *marks), tag("figcaption", said))
 
@@ -196,7 +190,7 @@ def _spread(
     return [*marks, tag("circle", tag("title", hint), cx=x.at(median), cy=y, r=4, fill=color)]
 
 
-def _sentence(kind: _Kind, run: Run, runs: Sequence[Run], values: dict[str, Floats], nulls: dict[str, Floats]) -> str:
+def _sentence(kind: _Kind, run: Run, values: dict[str, Floats], nulls: dict[str, Floats]) -> str:
     spell = percent if kind.share else number
     whole = np.concatenate([*values.values(), np.empty(0)])
     if not whole.size:
@@ -209,5 +203,4 @@ def _sentence(kind: _Kind, run: Run, runs: Sequence[Run], values: dict[str, Floa
     if len(medians) > 1:
         most = max(medians, key=lambda name: medians[name])
         said += f". {most} has the largest median ({spell(medians[most])})"
-    said = said[0].upper() + said[1:] + "."
-    return said if len(runs) == 1 else f"{'AB'[runs.index(run)]}: {said}"
+    return f"{run.prefix}{said[0].upper()}{said[1:]}."

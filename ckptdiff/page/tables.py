@@ -14,7 +14,7 @@ from ckptdiff.claims.judge import chance_energy, noise_energy
 from ckptdiff.errors import plural
 from ckptdiff.figures.catalogue import parameter_key
 from ckptdiff.figures.result import SIDES, Diff
-from ckptdiff.page.markup import Html, left_out, section, table, tag, text
+from ckptdiff.page.markup import Html, exact, left_out, section, table, tag, text
 from ckptdiff.page.source import Run
 from ckptdiff.page.spectra_picture import module_rows, noise_stable_rank, null_values
 from ckptdiff.report.coverage_lines import coverage_lines
@@ -22,7 +22,6 @@ from ckptdiff.report.summary import verdict_lines
 from ckptdiff.report.text import NOT_AVAILABLE, number, percent, size
 
 _EPS, _RHO = parameter_key(1e-5), parameter_key(0.1)
-_MOVERS = 10
 _DIGITS = 16
 """Of a hash, where the whole of it is in the document."""
 
@@ -35,28 +34,23 @@ def coverage_section(runs: Sequence[Run]) -> Html:
     for run in runs:
         found = [tag("p", tag("b", "Warning: "), words, class_="warning") for words in run.diff.warnings]
         found += [tag("p", _capital(words), ".") for words in verdict_lines(run.diff)]
-        parts += [*heading(run, runs), *found, tag("ul", *(tag("li", words) for words in coverage_lines(run.diff)))]
+        parts += [*heading(run), *found, tag("ul", *(tag("li", words) for words in coverage_lines(run.diff)))]
     return section("coverage", "Coverage and warnings", *parts)
 
 
-def heading(run: Run, runs: Sequence[Run]) -> list[Html]:
+def heading(run: Run) -> list[Html]:
     """A heading for each of two runs."""
-    return [tag("h3", letter(run, runs), run.name)] if len(runs) > 1 else []
-
-
-def letter(run: Run, runs: Sequence[Run]) -> str:
-    """Which of two runs it is."""
-    return f"{'AB'[runs.index(run)]}: " if len(runs) > 1 else ""
+    return [tag("h3", run.prefix, run.name)] if run.prefix else []
 
 
 def provenance_section(runs: Sequence[Run]) -> Html:
     """Both sides of each run, how they were compared, and the command that does it again."""
-    return section("provenance", "What was compared", *(part for run in runs for part in _provenance(run, runs)))
+    return section("provenance", "What was compared", *(part for run in runs for part in _provenance(run)))
 
 
-def _provenance(run: Run, runs: Sequence[Run]) -> Iterator[Html]:
+def _provenance(run: Run) -> Iterator[Html]:
     diff = run.diff
-    yield from heading(run, runs)
+    yield from heading(run)
     yield table(
         ("side", "path", "revision", "stored as", "tensors", "values", "bytes"),
         [_side(side, facts) for side, facts in zip(SIDES, (diff.base, diff.tuned), strict=True)],
@@ -74,7 +68,7 @@ def _provenance(run: Run, runs: Sequence[Run]) -> Iterator[Html]:
     }
     yield tag("ul", *(tag("li", tag("b", f"{key}: "), value) for key, value in facts.items()))
     yield tag("p", "To make it again:")
-    yield tag("pre", command(run))
+    yield tag("pre", exact(command(run)))
     shards = [
         (
             side,
@@ -141,7 +135,7 @@ def headline_section(runs: Sequence[Run]) -> Html:
     names = list(dict.fromkeys(one.name for some in found for one in some))
     titles: list[str] = ["figure"]
     for run in runs:
-        titles += [f"{letter(run, runs)}{'this pair' if len(runs) == 1 else run.name}", "its null"]
+        titles += [f"{run.prefix}{run.name}" if run.prefix else "this pair", "its null"]
     lines = []
     for name in names:
         known = [some.get(name) for some in by_name]
@@ -210,7 +204,7 @@ def claims_section(runs: Sequence[Run]) -> Html:
     """What the paper claims of such updates, judged for each pair."""
     parts = []
     for run in runs:
-        parts += heading(run, runs)
+        parts += heading(run)
         if run.diff.spectra is None:
             parts.append(left_out("claims are judged by spectra, and the run file holds none."))
             continue

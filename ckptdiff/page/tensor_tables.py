@@ -33,7 +33,7 @@ def movers_section(runs: Sequence[Run]) -> Html:
     parts = []
     for run in runs:
         moved = int(np.count_nonzero(run.diff.columns["delta_norm"] > 0))
-        parts += heading(run, runs)
+        parts += heading(run)
         if not moved:
             parts.append(left_out("no tensor has an update."))
             continue

@@ -11,7 +11,7 @@ from ckptdiff.checkpoint import locate_all
 from ckptdiff.errors import plural
 from ckptdiff.page.assemble import MOST_ROWS, group_row, whole_page
 from ckptdiff.page.heatmap import Cell, CellFigure, Grid, Row, heatmaps
-from ckptdiff.page.markup import Html, joined, left_out, section, table, tag
+from ckptdiff.page.markup import Html, exact, joined, left_out, section, table, tag
 from ckptdiff.page.svg import SERIES, Axis, legend, line, picture, shares_axis, word
 from ckptdiff.report.summary import side_name
 from ckptdiff.report.text import percent, quantity, shape_text
@@ -95,7 +95,7 @@ def _provenance(track: Track, path: str) -> Html:
             "p",
             f"Track file: {path}; compared as {track.compare}. To make it again, if all tensors were followed:",
         ),
-        tag("pre", shlex.join([*words, "-o", path])),
+        tag("pre", exact(shlex.join([*words, "-o", path]))),
     ]
     return section("provenance", "What was compared", *parts)
 

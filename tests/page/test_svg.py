@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ckptdiff.page.markup import Html, tag, text
+from ckptdiff.page.markup import Html, exact, tag, text
 from ckptdiff.page.svg import DIVERGING, SEQUENTIAL, SERIES, Axis, color, ink, nice_step
 
 # Linear RGB as protanopes, deuteranopes and tritanopes see it: Machado, Oliveira, Fernandes 2009, severity 1.
@@ -79,4 +79,5 @@ def test_a_flat_axis_has_places() -> None:
 def test_what_is_no_markup_is_escaped() -> None:
     assert tag("p", "<b>&", title='"\n') == '<p title="&quot;\\x0a">&lt;b&gt;&amp;</p>'
     assert tag("p", Html("<b>x</b>"), None, class_=None) == "<p><b>x</b>None</p>"
+    assert exact("a 5 %<") == "a 5 %&lt;" and text("a %") == "a %"
     assert text("5 %") == "5\u00a0%" and tag("rect", x=1.0, y=2.345) == '<rect x="1" y="2.35"/>'
