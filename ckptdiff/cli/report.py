@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
-from ckptdiff.cli.inputs import threads_option
+from ckptdiff.cli.inputs import progress_option, threads_option
 from ckptdiff.cli.target import ReportTarget
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import MaskError, OptionError
 from ckptdiff.report.text import safe, size
+
+if TYPE_CHECKING:
+    from ckptdiff.events import Listener
 
 
 @click.command(short_help="Write a run file's pictures and tables as one HTML file.")
@@ -33,8 +39,9 @@ from ckptdiff.report.text import safe, size
     help="Another run file, shown beside the first, with the overlap of their masks.",
 )
 @threads_option
+@progress_option
 @verbosity
-def report(run: str, out: str | None, against: str | None, threads: int, quiet: bool, verbose: bool) -> int:
+def report(run: str, out: str | None, against: str | None, quiet: bool, **given: Any) -> int:
     """Write what RUN.h5 holds as one HTML file: heatmaps, distributions, spectra, tables, and the JSON document.
 
     It loads nothing from anywhere and can be read without scripts. A TRACK.h5 of `ckptdiff track` becomes the page of a
@@ -46,8 +53,10 @@ def report(run: str, out: str | None, against: str | None, threads: int, quiet: 
       ckptdiff report run.h5 -o - > run.html
     """  # noqa: D301
     inputs = [Path(path) for path in (run, against) if path is not None]
-    target = ReportTarget.choose(out or str(Path(run).with_suffix(".html")), binary=False, kept=inputs)
-    parts = list(_page(run, against, threads))
+    beside = os.path.splitext(run)[0] + ".html"  # noqa: PTH122
+    target = ReportTarget.choose(beside if out is None else out, binary=False, kept=inputs)
+    with progress(shown=given["progress"], quiet=quiet, verbose=given["verbose"]) as tell:
+        parts = list(_page(run, against, given["threads"], tell))
     with target.open() as stream:
         stream.writelines(parts)
     if not (quiet or target.is_stdout):
@@ -55,7 +64,7 @@ def report(run: str, out: str | None, against: str | None, threads: int, quiet: 
     return OK
 
 
-def _page(run: str, against: str | None, threads: int) -> Iterator[str]:
+def _page(run: str, against: str | None, threads: int, tell: Listener) -> Iterator[str]:
     from ckptdiff.page import read_run, run_page
     from ckptdiff.runfile.check_target import TRACK_FORMAT, is_of
 
@@ -76,6 +85,6 @@ def _page(run: str, against: str | None, threads: int) -> Iterator[str]:
     if unmasked:
         return run_page(runs, f"{unmasked[0]} holds no masks.")
     try:
-        return run_page(runs, overlap([run, against], threads=threads))
+        return run_page(runs, overlap([run, against], threads=threads, listener=tell))
     except MaskError as error:
         return run_page(runs, f"{error.problem}.")

@@ -279,4 +279,5 @@ def test_inputs_are_not_replaced(cli: Call, make_run, diff: Diff, tmp_path: Path
     path = make_run(tmp_path / "run.h5", diff)
     code, _, err = cli("report", path, "-o", path)
     assert code == 2 and "would replace an input" in err
+    assert cli("report", "")[0] == cli("report", tmp_path)[0] == 2
     assert cli("report", tmp_path / "nothing.h5")[0] == cli("report", FIXTURES / "cases.py")[0] == 2
