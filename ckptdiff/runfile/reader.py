@@ -29,7 +29,7 @@ from ckptdiff.runfile.tables import (
     read_unmatched,
     texts_of_tensors,
 )
-from ckptdiff.runfile.typed import text_of
+from ckptdiff.runfile.typed import WrongTypeError, text_of
 
 _HINT = "ckptdiff diff BASE TUNED -o RUN.h5 makes one"
 
@@ -252,10 +252,10 @@ class HistogramView(Mapping[str, HistogramRows]):
         for start in range(0, len(self), rows):
             places = slice(start, min(start + rows, len(self)))
             with self._guard():
-                yield (
-                    places,
-                    HistogramRows(**{field: self._group[key][places] for key, (field, _) in HISTOGRAMS.items()}),
-                )
+                found = HistogramRows(**{f: self._group[key][places] for key, (f, _) in HISTOGRAMS.items()})
+                if len(found) != places.stop - start:
+                    raise WrongTypeError(f"{len(self)} rows in {self._group.name}", f"{start + len(found)}")
+            yield places, found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
