@@ -84,7 +84,7 @@ def _cells(row: Figures, *, single: bool, spectra: bool) -> list[object]:
 
 def pair_table(found: Sequence[Sequence[Figures]], name: str) -> Html:
     """A table of the same tensors, or groups of them, of two runs beside each other."""
-    by_name = [{row.get("name") or (row["label"], row["layers"]): row for row in some} for some in found]
+    by_name = [{row["name"] if "name" in row else (row["label"], row["layers"]): row for row in some} for some in found]
     single = any("name" in row for some in found for row in some)
     titles = ["tensor"] if single else ["module type", "layer"]
     kinds: tuple[tuple[str, Callable[[Figures], float | None]], ...] = (

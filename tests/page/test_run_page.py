@@ -245,6 +245,23 @@ def test_runs_without_an_overlap_say_why(llama: Path, tmp_path: Path, rule: str,
     assert why in Page(out.read_text()).said("overlap")
 
 
+def test_letters_stay_with_their_runs(make_run, diff: Diff, tmp_path: Path) -> None:
+    bare, whole = make_run(tmp_path / "a.h5", diff), make_run(tmp_path / "b.h5", with_spectra(diff))
+    with h5py.File(bare, "r+") as file:
+        del file["histograms"]
+    page = page_of(bare, whole)
+    for section, lacking in (("spectra", "holds no spectra"), ("distributions", "holds no histograms")):
+        first, rest = page.said(section).split(lacking)
+        assert "A: " in first and "B: " in rest and "A: " not in rest
+    assert page_of(whole, whole).sections() == SECTIONS
+
+
+def test_a_name_may_be_empty(make_run, make_diff, make_facts, tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run.h5", make_diff(tensors=[(make_facts("", (8, 4)), 0.5)]))
+    for page in (page_of(path), page_of(path, path)):
+        assert [row[0] for row in page.cells["tensors"]] == ["tensor", ""]
+
+
 Call = Callable[..., tuple[int, str, str]]
 
 
