@@ -146,7 +146,12 @@ def test_show_prints_what_diff_printed(cli: Cli, tmp_path: Path, case: str, view
     run = tmp_path / "run.h5"
     code, printed, _ = cli("diff", *sides(case), "-o", run, *view)
     assert code == 0 and len(printed) > 100
-    assert cli("show", run, *view) == (0, printed, "")
+    if case == "odd" and view == ["--by", "layer"]:
+        assert "no layer to show" in printed
+        code, shown, complaint = cli("show", run, *view)
+        assert (code, shown) == (2, "") and "no tensor has a layer" in complaint
+    else:
+        assert cli("show", run, *view) == (0, printed, "")
 
 
 @pytest.mark.parametrize("case", ["wide", "odd", "moe", "fp8", "llama"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["CONVERT_PICKLE", "foreign_files", "foreign_format", "pickled_weights"]
+__all__ = ["CONVERT_PICKLE", "foreign_codes", "foreign_files", "foreign_format", "pickled_weights"]
 
 CONVERT_PICKLE = (
     "convert it yourself, ckptdiff never unpickles: python -c 'import torch; from safetensors.torch import save_file;"
@@ -19,7 +19,18 @@ _CONVERT_DCP = (
     ' state = state.get("model", state);'
     ' save_file({k: v.contiguous().clone() for k, v in state.items()}, "model.safetensors")\''
 )
-_GGUF = "GGUF is not supported: point ckptdiff at the safetensors files it was made from"
+_GGUF = (
+    "GGUF is not supported: point ckptdiff at the safetensors files it was made from, or have transformers decode it:"
+    " AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained(OUT)"
+)
+_FROM = "compare the checkpoint that it was quantised from"
+_CODES = {
+    "GPTQ": f"{_FROM}, or what GPTQModel decodes it to",
+    "AWQ": f"{_FROM}, or convert it to what ckptdiff decodes: python -c 'from compressed_tensors.entrypoints.convert"
+    " import AutoAWQConverter, convert_checkpoint;"
+    ' convert_checkpoint("FOLDER", "OUT", AutoAWQConverter.from_pretrained("FOLDER"))\'',
+}
+"""What can be done about codes that are not decoded."""
 _LFS = "fetch the file itself: git lfs pull"
 
 # A header length below the format's limit has zeros in its last bytes, so none of these can begin a valid shard.
@@ -75,6 +86,26 @@ def foreign_files(names: Iterable[str]) -> tuple[str, list[str], str] | None:
         if found:
             return what, found, hint
     return None
+
+
+def foreign_codes(names: Iterable[str]) -> str | None:
+    """Recognise weights in codes that are not decoded, by the names of a checkpoint's tensors.
+
+    Returns
+    -------
+    str or None
+        What they are, GPTQ or AWQ, and what the user can do.
+    """
+    parts: dict[str, set[str]] = {}
+    for name in names:
+        module, _, part = name.rpartition(".")
+        if part in ("qweight", "qzeros", "scales", "g_idx"):
+            parts.setdefault(module, set()).add(part)
+    found = next((some for some in parts.values() if {"qweight", "scales"} <= some), None)
+    if found is None:
+        return None
+    kind = "GPTQ" if "g_idx" in found else "AWQ" if "qzeros" in found else None
+    return f"quantised with {kind}, whose codes are not decoded: {_CODES[kind]}" if kind else None
 
 
 def pickled_weights(names: Iterable[str]) -> list[str]:

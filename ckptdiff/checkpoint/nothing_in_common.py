@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ckptdiff.checkpoint.checkpoint import Checkpoint
+from ckptdiff.checkpoint.foreign import foreign_codes
 from ckptdiff.checkpoint.matching import is_adapter_part
 from ckptdiff.checkpoint.pairs import Pairing
 from ckptdiff.checkpoint.suggested_map import SuggestedMap
@@ -55,13 +56,15 @@ def nothing_to_compare(
             found=first.reason,
             hint=next(iter(everything.warnings), "check that the two checkpoints are of the same model"),
         )
-    adapter = next((side for side in (base, tuned) if any(map(is_adapter_part, side.tensors))), None)
+    foreign = (
+        f"{side.path} is {what}"
+        for side in (base, tuned)
+        if (what := f"an adapter: {MERGE}" if any(map(is_adapter_part, side.tensors)) else foreign_codes(side.tensors))
+    )
     return PairingError(
         "the two checkpoints have no tensor name in common",
         file=tuned.path,
         expected=f"names as in {base.path}: {first_few(base.tensors) or 'none'}",
         found=first_few(tuned.tensors) or "none",
-        hint=(suggested.advice or next(iter(everything.warnings), None) or _RENAME)
-        if adapter is None
-        else f"{adapter.path} is an adapter: {MERGE}",
+        hint=next(foreign, None) or suggested.advice or next(iter(everything.warnings), None) or _RENAME,
     )

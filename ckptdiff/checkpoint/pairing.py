@@ -10,6 +10,7 @@ from typing import Literal
 from ckptdiff.checkpoint.checkpoint import Checkpoint
 from ckptdiff.checkpoint.dtypes import Kind
 from ckptdiff.checkpoint.encodings import MAY_BE_CODES, is_packed, is_scaled, scaled_modules
+from ckptdiff.checkpoint.foreign import foreign_codes
 from ckptdiff.checkpoint.globs import Globs
 from ckptdiff.checkpoint.layouts import Assembly, assemble, orders_by_name, reopened
 from ckptdiff.checkpoint.matching import is_adapter_part, match_names
@@ -102,6 +103,7 @@ def pair(
         *sides[1].warnings,
         *pairing.warnings,
         *_adapter_warnings(base, tuned, pairing),
+        *(f"{side.path} is {codes}" for side in (base, tuned) if (codes := foreign_codes(side.tensors))),
         *_scale_warnings(base, tuned, pairing.pairs),
         *suggested.warnings,
     )

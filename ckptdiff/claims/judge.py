@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -127,14 +128,14 @@ def _full_rank(diff: Diff, row: Row) -> Verdict:
 
 
 def _concentrated(diff: Diff, row: Row) -> Verdict:
-    value, null = row["topk_energy"], _median(diff, _noise_energy)
+    value, null = row["topk_energy"], _median(diff, noise_energy)
     words = f"16 singular values hold {percent(value)} of the median update; of noise of these shapes, {percent(null)}"
     outcome = _above(value, null)
     return _verdict("it is spectrally concentrated", "median_2d.spectral.topk_energy.16", value, null, outcome, words)
 
 
 def _off_principal(diff: Diff, row: Row) -> list[Verdict]:
-    energy, chance = row["principal_energy"], _median(diff, _chance_energy)
+    energy, chance = row["principal_energy"], _median(diff, chance_energy)
     covered = row["principal_coverage"]
     null = diff.median_2d["spectral"]["principal_coverage_null"]["0.1"]
     against = f"rounded noise, {percent(null)}; chance, 10 %" if null is not None else "chance, 10 %"
@@ -181,7 +182,8 @@ def _below(value: float | None, null: float | None) -> Outcome:
     return swapped.get(opposite, opposite)
 
 
-def _noise_energy(rows: int, columns: int) -> float:
+@cache
+def noise_energy(rows: int, columns: int) -> float:
     """Energy of the 16 largest singular values of Gaussian noise, by the Marchenko-Pastur law of its spectrum."""
     long, short = max(rows, columns), min(rows, columns)
     if short <= _RANK:
@@ -197,7 +199,8 @@ def _noise_energy(rows: int, columns: int) -> float:
     return float(np.interp(_RANK / short, shares, energies))
 
 
-def _chance_energy(rows: int, columns: int) -> float:
+@cache
+def chance_energy(rows: int, columns: int) -> float:
     """Energy of noise in subspaces of the top 10 % directions on both sides."""
     rank = principal_rank(0.1, min(rows, columns))
     return rank / rows * rank / columns

@@ -13,12 +13,12 @@ Row = Mapping[str, float | None]
 COLUMNS = {
     "rel_norm": "update",
     "unchanged_bitwise": "unchanged",
-    "unchanged_abs": "|d|<=1e-5",
+    "unchanged_abs": "<=1e-5",
     "topk_energy": "top 16",
-    "stable_rank": "stable rank",
+    "stable_rank": "s. rank",
     "principal_coverage": "princ. 10 %",
     "low_coverage": "low 10 %",
-    "principal_energy": "princ. energy",
+    "principal_energy": "pr. energy",
     "numerical_rank_frac": "rank 1e-5",
 }
 """What a row holds, with its title: three figures of the whole, then medians over the matrices that moved."""

@@ -113,7 +113,24 @@ class Check:
             expected="a key of the json report such as global.unchanged_abs.1e-05, counts.only_in_base, "
             "modules.q_proj.rel_norm or tensors.NAME.max_abs",
             found=self.text,
+            hint=self._nearest(),
         )
+
+    def _nearest(self) -> str | None:
+        """The keys that an unknown one may stand for; members of lists under the label that was given."""
+        from difflib import get_close_matches
+
+        from ckptdiff.report.rows import LIST_KEYS, figure_paths
+
+        figures = dict.fromkeys(".".join(path) for path in figure_paths().values())
+        known = [f"counts.{key}" for key in _COUNTS] + [f"coverage.{key}" for key in _COVERAGE]
+        known += [f"{head}.{figure}" for head in _AGGREGATES for figure in figures]
+        _, *rest = self.key.split(".")
+        for end in range(max(1, len(rest) - 4), len(rest)):  # no figure has more than four parts
+            label = ".".join(rest[:end])
+            known += [f"{head}.{label}.{figure}" for head in LIST_KEYS.values() for figure in figures]
+        found = get_close_matches(self.key, known, cutoff=0.7)
+        return f"nearest: {', '.join(found)}" if found else None
 
 
 def _by(head: str) -> GroupBy:

@@ -19,9 +19,12 @@ if TYPE_CHECKING:
 
 _RANKS = {"numerical_rank_frac": 1, "stable_rank": 2, "unchanged_abs": 3, "principal_energy": 4}
 """Which columns a narrow terminal leaves out, the highest first."""
+_WIDTH = 120
+"""Columns where the output is no terminal, which has its own."""
 _NOTE = (
-    "Rows below the first: arXiv 2606.13657, Tables 2, 8, 9.   update, unchanged, |d|<=1e-5: of all values; the "
-    "others: medians over the matrices that changed."
+    "Rows below the first: arXiv 2606.13657, Tables 2, 8, 9.   update, unchanged, <=1e-5 (|d|): of all values; the "
+    "others: medians over the matrices that changed.   s. rank: stable rank.   pr. energy: in the top 10 % principal "
+    "directions."
 )
 
 
@@ -99,7 +102,7 @@ def _loaded(path: str) -> Diff:
 
 
 def _write(stream: TextIO, diff: Diff, form: str) -> None:
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from ckptdiff.claims import PUBLISHED, figures_of, judge_claims
     from ckptdiff.claims.published import COLUMNS
@@ -128,10 +131,13 @@ def _write(stream: TextIO, diff: Diff, form: str) -> None:
         cells = [spell(row[key]) if row[key] is not None else "" for row in rows.values()]
         columns.append(Column(title, cells, rank=_RANKS.get(key, 0)))
     screen = screen_of(stream)
+    if screen.width is None:  # a pipe gets all columns, and names over two lines
+        screen = replace(screen, width=_WIDTH)
+        columns = [replace(column, rank=0) for column in columns]
     lines = [*table_lines(columns, screen), *legend_lines({"pair": _NOTE}, [columns], screen), ""]
     for verdict in verdicts:
         style = {"shown": "green", "not shown": "yellow"}.get(verdict.outcome, "")
         sentence = verdict.sentence[0].upper() + verdict.sentence[1:]
-        wrapped = [sentence] if screen.width is None else folded(sentence, screen.width, indent="  ")
+        wrapped = folded(sentence, min(screen.width or _WIDTH, _WIDTH), indent="  ")
         lines += [screen.paint(line, style) for line in wrapped]
     stream.write("\n".join(lines) + "\n")

@@ -11,6 +11,7 @@ from ckptdiff import __version__
 COMMANDS = {
     "diff": "Compare two checkpoints; keep figures and masks in a run file.",
     "show": "Print any view of a run file.",
+    "report": "Write a run file's pictures and tables as one HTML file.",
     "inspect": "List the tensors of a checkpoint.",
     "mask": "List the masks of a run file, export them, or combine those of several.",
     "patch": "Apply a sparse patch to a checkpoint.",

@@ -72,7 +72,7 @@ def overlap(runs: tuple[str, ...], **given: Any) -> int:
             for pair in found.pairs:
                 _write_table(stream, found, pair, given["by"])
         elif given["format"] == "json":
-            stream.write(dumps(_document(found)) + "\n")
+            stream.write(dumps(found.as_json()) + "\n")
         else:
             keys = ("first", "second", *LABEL_KEYS[given["by"]], *_COUNTS, *OVERLAP_FIGURES)
             rows = [
@@ -82,22 +82,6 @@ def overlap(runs: tuple[str, ...], **given: Any) -> int:
             ]
             write_rows(stream, given["format"], rows, keys, {})
     return OK
-
-
-def _document(found: Overlap) -> dict[str, Any]:
-    from ckptdiff.report.rows import LIST_KEYS
-
-    pairs = [
-        {
-            "first": pair.first,
-            "second": pair.second,
-            "global": found.overall(pair),
-            **{key: rows for by, key in LIST_KEYS.items() if (rows := found.grouped(pair, by)) or by != "group"},
-        }
-        for pair in found.pairs
-    ]
-    runs = [{"path": path, "mask_rule": rule} for path, rule in zip(found.runs, found.rules, strict=True)]
-    return {"schema": "ckptdiff.overlap/1", "runs": runs, "pairs": pairs, "warnings": list(found.warnings)}
 
 
 def _write_table(stream: TextIO, found: Overlap, pair: PairCounts, by: str) -> None:

@@ -29,5 +29,6 @@ def show(run: str, **given: Any) -> int:
         diff = file.load()
     for check in request.checks:
         check.require_member(diff.tensors)
+    request.require_rows(diff)
     request.print(diff)
     return request.verdict(diff)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -77,9 +78,12 @@ def track(base: str, steps: tuple[str, ...], **given: Any) -> int:
         return OK
     with target.open() as stream:
         if given["format"] == "json":
-            stream.write(dumps(_document(found)) + "\n")
+            stream.write(dumps(found.as_json()) + "\n")
         elif given["format"] == "table":
             _write_tables(stream, found, given["by"])
+            kept_in = given["out"] or (None if steps else base)
+            if kept_in is not None:
+                stream.write(f"pictures: ckptdiff report {safe(shlex.quote(kept_in))}\n")
         else:
             from ckptdiff.track.result import TRACK_FIGURES
 
@@ -147,19 +151,6 @@ def _grouped(found: Track, by: str) -> list[tuple[dict[str, Any], list[dict[str,
     return [({}, found.overall())] if by == "all" else found.grouped(by)
 
 
-def _document(found: Track) -> dict[str, Any]:
-    groups = {f"{by}s": [{**label, "steps": rows} for label, rows in found.grouped(by)] for by in _BY[1:]}
-    return {
-        "schema": "ckptdiff.track/1",
-        "base": found.base,
-        "steps": list(found.steps),
-        "compare": found.compare,
-        "global": found.overall(),
-        **groups,
-        "warnings": list(found.warnings),
-    }
-
-
 def _write_tables(stream: TextIO, found: Track, by: str) -> None:
     from ckptdiff.report.plot import plot_lines
     from ckptdiff.report.screen import legend_lines, screen_of, table_lines
@@ -181,8 +172,9 @@ def _write_tables(stream: TextIO, found: Track, by: str) -> None:
     if lines[-1] == "":
         lines.pop()
     lines += [*legend_lines(_MEANINGS, [_columns(found, overall)], screen), ""]
-    plot = plot_lines({name: [0.0, *values] for name, values in shares.items()}, screen)
-    stream.write("\n".join([*lines, *plot]).rstrip() + "\n")
+    if len(overall) > 1:  # one step is a line from zero, which shows nothing
+        lines += plot_lines({name: [0.0, *values] for name, values in shares.items()}, screen)
+    stream.write("\n".join(lines).rstrip() + "\n")
 
 
 def _columns(found: Track, rows: list[dict[str, Any]]) -> list[Column]:

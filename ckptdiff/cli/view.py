@@ -14,6 +14,7 @@ from ckptdiff.cli.checks import Check
 from ckptdiff.cli.display import say
 from ckptdiff.cli.failures import DIFFERS, OK, Session
 from ckptdiff.cli.target import ReportTarget, output_option
+from ckptdiff.errors import OptionError
 from ckptdiff.figures.members import GROUPINGS
 from ckptdiff.report.text import dumps, safe
 
@@ -131,6 +132,21 @@ class Request:
     def silent(self) -> bool:
         """Whether there is no report at all: quiet, and no file asked for."""
         return self.quiet and self.target.is_stdout
+
+    def require_rows(self, diff: Diff) -> None:
+        """Make sure that there is something to print: an OptionError where nothing has a layer, or a group."""
+        from ckptdiff.report.rows import rows
+
+        by = self.view.by
+        # JSON has all groupings, and a view only sorts one of them.
+        if by not in (None, "tensor") and self.format != "json" and not rows(diff, self.view):
+            made = "ckptdiff diff --group NAME=REGEX makes groups; " if by == "group" else ""
+            raise OptionError(
+                f"no tensor has a {by}",
+                file=self.view.run_file,
+                expected=f"something to group --by {by}",
+                hint=f"{made}--by tensor shows each",
+            )
 
     def print(self, diff: Diff) -> None:
         """Write the report."""

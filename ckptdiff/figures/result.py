@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -174,6 +175,11 @@ class Diff:
     spectra: Spectra | None = None
     """Spectral figures, None if none were measured."""
 
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        # By its name: this room knows nothing of what shows it.
+        return str(import_module("ckptdiff.page").diff_html(self))
+
     @property
     def counts(self) -> dict[str, int]:
         """How many tensors were matched, and how many were not."""
@@ -281,16 +287,21 @@ class Diff:
         if by == "tensor":
             raise ValueError("per_tensor holds the figures of single tensors")
         members = members_of(by, ((row, self.tensors[row]) for row in np.flatnonzero(self._valued).tolist()))
-        rows = np.array([row for found in members.values() for row in found], np.intp)
-        ids = np.repeat(np.arange(len(members)), [len(found) for found in members.values()])
+        heads = (dict(zip(LABEL_KEYS[by], label, strict=True)) for label in members)
+        return [
+            {**head, **figures} for head, figures in zip(heads, self.of_groups(list(members.values())), strict=True)
+        ]
+
+    def of_groups(self, members: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+        """Figures of groups of tensors, by their places in :attr:`tensors`: "tensors", "numel", then the figures."""
+        rows = np.array([row for found in members for row in found], np.intp)
+        ids = np.repeat(np.arange(len(members)), [len(found) for found in members])
         groups = Grouping({k: v[rows] for k, v in self.columns.items()}, ids, len(members), self._delta_energy)
-        numel = groups.total("numel")
-        result = []
-        for i, ((label, found), figures) in enumerate(zip(members.items(), figures_of(groups), strict=True)):
-            head = dict(zip(LABEL_KEYS[by], label, strict=True))
-            counts = {"tensors": len(found), "numel": int(numel[i])}
-            result.append({**head, **counts, **figures, **self._spectral(found)})
-        return result
+        numel = groups.total("numel").tolist()
+        return [
+            {"tensors": len(found), "numel": int(count), **figures, **self._spectral(found)}
+            for found, count, figures in zip(members, numel, figures_of(groups), strict=True)
+        ]
 
     def _spectral(self, rows: Sequence[int] | NDArray[np.intp]) -> dict[str, Any]:
         """Medians over the native matrices with a nonzero delta among some tensors, if there are spectra."""

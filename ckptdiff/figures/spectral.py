@@ -135,7 +135,7 @@ class Spectra:
         """Unweighted medians over the matrices of the given tensors, and how many of them were measured."""
         chosen = np.asarray(rows, np.intp).tolist()
         stacks = [self.experts[row] for row in chosen if row in self.experts]
-        alone = [row for row in chosen if row not in self.experts]
+        alone = np.array([row for row in chosen if row not in self.experts], np.intp)
         methods = {self.methods[row] for row in chosen} - {""}
         head = {"method": "+".join(sorted(methods)) or None, "matrices": sum(map(self.measured, chosen))}
         found = {

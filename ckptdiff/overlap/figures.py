@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.figures.members import LABEL_KEYS, members_of
 from ckptdiff.figures.result import TensorFacts
+from ckptdiff.report.rows import LIST_KEYS
 
 _BASELINES = ("independent", "stratified", "conditional")
 OVERLAP_FIGURES = tuple(
@@ -74,7 +75,7 @@ class Overlap:
 
     def overall(self, pair: PairCounts) -> dict[str, Any]:
         """Figures of a pair over all floating tensors: counts, then `OVERLAP_FIGURES`, None where a mask is empty."""
-        return self._row(pair, self._valued())
+        return self.of_group(pair, self._valued())
 
     def grouped(self, pair: PairCounts, by: str) -> list[dict[str, Any]]:
         """Figures of a pair by "tensor", "module", "layer", "block", "tower" or "group", each row with its label.
@@ -83,17 +84,38 @@ class Overlap:
         user's own, as the first run has them; a tensor may be in several.
         """
         if by == "tensor":
-            return [{"name": facts.name, **self._row(pair, [row])} for row, facts in enumerate(self.tensors)]
+            return [{"name": facts.name, **self.of_group(pair, [row])} for row, facts in enumerate(self.tensors)]
         members = members_of(by, ((row, self.tensors[row]) for row in self._valued()))
         return [
-            {**dict(zip(LABEL_KEYS[by], label, strict=True)), "tensors": len(rows), **self._row(pair, rows)}
+            {**dict(zip(LABEL_KEYS[by], label, strict=True)), "tensors": len(rows), **self.of_group(pair, rows)}
             for label, rows in members.items()
         ]
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        from ckptdiff.page.overlap_table import overlap_section
+
+        return overlap_section(self)
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as one object of plain JSON values (schema "ckptdiff.overlap/1")."""
+        pairs = [
+            {
+                "first": pair.first,
+                "second": pair.second,
+                "global": self.overall(pair),
+                **{key: rows for by, key in LIST_KEYS.items() if (rows := self.grouped(pair, by)) or by != "group"},
+            }
+            for pair in self.pairs
+        ]
+        runs = [{"path": path, "mask_rule": rule} for path, rule in zip(self.runs, self.rules, strict=True)]
+        return {"schema": "ckptdiff.overlap/1", "runs": runs, "pairs": pairs, "warnings": list(self.warnings)}
 
     def _valued(self) -> list[int]:
         return [row for row, facts in enumerate(self.tensors) if facts.compare != "bitwise"]
 
-    def _row(self, pair: PairCounts, rows: Sequence[int]) -> dict[str, Any]:
+    def of_group(self, pair: PairCounts, rows: Sequence[int]) -> dict[str, Any]:
+        """Figures of a pair over some tensors, by their places in :attr:`tensors`."""
         numels = [math.prod(self.tensors[row].shape) for row in rows]
         ones, twos = pair.ones[rows].tolist(), pair.twos[rows].tolist()
         total, one, two, both = sum(numels), sum(ones), sum(twos), int(pair.both[rows].sum())

@@ -49,13 +49,14 @@ def aggregates(diff: Diff, view: View | None = None) -> dict[str, Any]:
     return {"global": diff.overall, "median_2d": diff.median_2d, **groupings, "warnings": list(diff.warnings)}
 
 
-def document(diff: Diff, view: View | None = None) -> dict[str, Any]:
+def document(diff: Diff, view: View | None = None, *, tensors: bool = True) -> dict[str, Any]:
     """A diff as one JSON object (schema "ckptdiff.diff/1"): fractions are 0..1, and undefined figures None.
 
-    A view sorts and cuts the one list that its `by` names ("tensors" by default); the rest stays whole.
+    A view sorts and cuts the one list that its `by` names ("tensors" by default); the rest stays whole. That list of
+    all tensors can be left out.
     """
     view = view or View()
-    tensors = rows(diff, view if view.rows_by == "tensor" else View("tensor"))
+    listed = {"tensors": rows(diff, view if view.rows_by == "tensor" else View("tensor"))} if tensors else {}
     head = facts(diff)
     tail = {key: head.pop(key) for key in ("only_in_base", "only_in_tuned", "aliased", "mismatched", "suggested_map")}
-    return {**head, **aggregates(diff, view), "tensors": tensors, **tail}
+    return {**head, **aggregates(diff, view), **listed, **tail}

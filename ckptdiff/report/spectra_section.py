@@ -39,7 +39,7 @@ def spectra_section(diff: Diff, view: View, screen: Screen) -> list[str]:
     if diff.spectra is None:
         return []
     members = [row for row in rows(diff, view) if row[SPECTRAL] and row[SPECTRAL]["method"]]
-    left_out = _left_out(diff)
+    left_out = left_out_matrices(diff)
     if not members:
         return ["", "no spectra: no matrix with an update", *left_out]
     columns = [Column("spectra", labels(members, view.rows_by), left=True), *_columns(members, screen)]
@@ -95,7 +95,7 @@ def sparkline(energies: Mapping[str, float | None], screen: Screen) -> str:
     return "".join(_LEVELS[min(8, max(1, round(height * 8)))] if height else " " for height in heights)
 
 
-def _left_out(diff: Diff) -> list[str]:
+def left_out_matrices(diff: Diff) -> list[str]:
     """Why matrices have no spectra, or not all of them."""
     assert diff.spectra is not None
     reasons: dict[str, list[str]] = {}

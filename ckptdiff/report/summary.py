@@ -31,7 +31,7 @@ def summary(diff: Diff, run_file: str | None = None, *, overview: bool = True) -
         *coverage_lines(diff),
         *_what(diff),
         *_tied(diff),
-        *_verdict(diff),
+        *verdict_lines(diff),
         *_changes(diff),
         *(f"warning: {safe(text)}" for text in diff.warnings),
         *_next(diff, run_file, overview),
@@ -79,7 +79,7 @@ def _values(diff: Diff) -> int:
     return int(diff.columns["numel"][diff.columns["valued"] > 0].sum())
 
 
-def _verdict(diff: Diff) -> Iterator[str]:
+def verdict_lines(diff: Diff) -> Iterator[str]:
     """Whether both sides are the same; where that is not for a value that differs, why not."""
     if diff.identical:
         if diff.options.get("include") or diff.options.get("exclude"):
@@ -206,3 +206,4 @@ def _next(diff: Diff, run_file: str | None, overview: bool) -> Iterator[str]:
         return
     following = f"next: ckptdiff show {path} --by tensor"
     yield from [f"{made}      {following}"] if len(made) + len(following) < 75 else [made, following]
+    yield f"pictures: ckptdiff report {path}"

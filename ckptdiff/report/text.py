@@ -101,14 +101,15 @@ def shape_text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def dumps(value: Any) -> str:
+def dumps(value: Any, *, compact: bool = False) -> str:
     """JSON text on one line, strictly valid and in ASCII: NaN and infinities become null."""
     import json  # every start of the program comes by this module, few print JSON
 
+    separators = (",", ":") if compact else (", ", ": ")
     try:
-        return json.dumps(value, allow_nan=False, separators=(", ", ": "))
+        return json.dumps(value, allow_nan=False, separators=separators)
     except ValueError:
-        return json.dumps(_finite(value), allow_nan=False)
+        return json.dumps(_finite(value), allow_nan=False, separators=separators)
 
 
 def _finite(value: Any) -> Any:

@@ -56,7 +56,7 @@ def check_target(target: Path, inputs: Iterable[tuple[str | os.PathLike[str], in
     if not stat.S_ISREG(status.st_mode):
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise RunFileError("the output is not a file", file=target, expected="a file name", found=kind)
-    if not _is_of(target, format):
+    if not is_of(target, format):
         raise RunFileError(
             f"the output exists and is not a {_KINDS[format]}",
             file=target,
@@ -101,7 +101,8 @@ def _check_parent(target: Path) -> None:
         )
 
 
-def _is_of(path: Path, format: str) -> bool:
+def is_of(path: Path, format: str) -> bool:
+    """Whether a file has a root attribute ``format`` that says so."""
     try:
         with h5py.File(path, "r", locking=False) as file:
             return text_of(file, "format") == format

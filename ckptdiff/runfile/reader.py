@@ -29,7 +29,7 @@ from ckptdiff.runfile.tables import (
     read_unmatched,
     texts_of_tensors,
 )
-from ckptdiff.runfile.typed import text_of
+from ckptdiff.runfile.typed import WrongTypeError, text_of
 
 _HINT = "ckptdiff diff BASE TUNED -o RUN.h5 makes one"
 
@@ -81,12 +81,20 @@ class RunFile:
         """Close the file; masks of it cannot be read any more."""
         self._file.close()
 
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        from ckptdiff.page import diff_html
+
+        return diff_html(self.load())
+
     def load(self) -> Diff:
         """The result of the run, equal to what was written."""
         with self._guard():
             tensors = self._file["tensors"]
             laid_out, columns = read_layouts(self._file), read_columns(tensors)
-            facts = tuple(replace(one, **laid_out.get(one.name, {})) for one in read_facts(tensors))
+            facts = tuple(
+                replace(one, **laid_out[one.name]) if one.name in laid_out else one for one in read_facts(tensors)
+            )
             provenance, unmatched = dict(self.provenance), read_unmatched(self._file)
             return Diff(
                 tensors=facts,
@@ -142,6 +150,12 @@ class RunFile:
         """The histograms by tensor name."""
         with self._guard():
             return HistogramView(self._file["histograms"], self.names, self._guard)
+
+    @property
+    def has_histograms(self) -> bool:
+        """Whether the file holds histograms; every run writes them."""
+        with self._guard():
+            return "histograms" in self._file
 
     @cached_property
     def spectra(self) -> SpectraView:
@@ -232,6 +246,16 @@ class HistogramView(Mapping[str, HistogramRows]):
         with self._guard(tensor=name):
             rows = {field: self._group[dataset][row : row + 1] for dataset, (field, _) in HISTOGRAMS.items()}
             return HistogramRows(**rows)
+
+    def slabs(self, rows: int = 1024) -> Iterator[tuple[slice, HistogramRows]]:
+        """Yield all of them, so many tensors at a time, each with the places of these."""
+        for start in range(0, len(self), rows):
+            places = slice(start, min(start + rows, len(self)))
+            with self._guard():
+                found = HistogramRows(**{f: self._group[key][places] for key, (f, _) in HISTOGRAMS.items()})
+                if len(found) != places.stop - start:
+                    raise WrongTypeError(f"{len(self)} rows in {self._group.name}", f"{start + len(found)}")
+            yield places, found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)

@@ -86,6 +86,8 @@ def escape_text(text: str) -> str:
 
 def unescape(text: str) -> str:
     """Undo :func:`escape_name` and :func:`escape_text`."""
+    if "%" not in text:
+        return text
     return "" if text == "%" else re.sub("%([0-9A-F]{2})", lambda match: chr(int(match[1], 16)), text)
 
 

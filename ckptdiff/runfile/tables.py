@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -256,14 +257,20 @@ def _facts(texts: Mapping[str, str], layer: int, same_bytes: bool) -> TensorFact
         dtype_tuned=texts["dtype_tuned"],
         compare=texts["compare"],
         tower=texts["tower"],
-        shape=tuple(parse_json(texts["shape"], [int], "/tensors/shape")),
+        shape=_parsed(texts["shape"], int, "/tensors/shape"),
         layer=None if layer == _NO_LAYER else layer,
         module_type=texts["module_type"],
         block=texts["block"],
         tuned_name=None if texts["tuned_name"] == texts["name"] else texts["tuned_name"],
-        groups=tuple(parse_json(texts["groups"], [str], "/tensors/groups")),
+        groups=_parsed(texts["groups"], str, "/tensors/groups"),
         same_bytes=same_bytes,
     )
+
+
+@lru_cache(1024)
+def _parsed(text: str, of: type, where: str) -> tuple[Any, ...]:
+    """A list in JSON; thousands of tensors have few shapes and groups between them."""
+    return tuple(parse_json(text, [of], where))
 
 
 def _facts_of(tensors: Sequence[TensorFacts], fact: str) -> list[Hashable]:

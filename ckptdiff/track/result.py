@@ -71,19 +71,42 @@ class Track:
 
     def overall(self) -> list[dict[str, Any]]:
         """Figures of all tensors together, a row of :data:`TRACK_FIGURES` for each step; None where undefined."""
-        return self._rows(range(len(self.names)))
+        return self.of_group(range(len(self.names)))
 
     def grouped(self, by: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
         """Label and rows, one per step, of each "tensor", "module", "layer" or "block"."""
         if by == "tensor":
-            return [({"name": name}, self._rows([row])) for row, name in enumerate(self.names)]
+            return [({"name": name}, self.of_group([row])) for row, name in enumerate(self.names)]
         places = locate_all(dict(zip(self.names, self.shapes, strict=True))).values()
         return [
-            (dict(zip(LABEL_KEYS[by], label, strict=True)), self._rows(rows))
+            (dict(zip(LABEL_KEYS[by], label, strict=True)), self.of_group(rows))
             for label, rows in members_of(by, enumerate(places)).items()
         ]
 
-    def _rows(self, tensors: Sequence[int]) -> list[dict[str, Any]]:
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        from ckptdiff.page.trajectory import track_html
+
+        return track_html(self)
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as one object of plain JSON values (schema "ckptdiff.track/1")."""
+        groups = {
+            f"{by}s": [{**label, "steps": rows} for label, rows in self.grouped(by)]
+            for by in ("tensor", "module", "layer", "block")
+        }
+        return {
+            "schema": "ckptdiff.track/1",
+            "base": self.base,
+            "steps": list(self.steps),
+            "compare": self.compare,
+            "global": self.overall(),
+            **groups,
+            "warnings": list(self.warnings),
+        }
+
+    def of_group(self, tensors: Sequence[int]) -> list[dict[str, Any]]:
+        """Figures of some tensors together, by their places in :attr:`names`: a row for each step."""
         chosen = list(tensors)
         numel = sum(math.prod(self.shapes[row]) for row in chosen)
         base_norm = math.hypot(*self.base_norms[chosen])

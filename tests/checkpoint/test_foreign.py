@@ -5,7 +5,7 @@ import zipfile
 import h5py
 import pytest
 
-from ckptdiff.checkpoint.foreign import foreign_files, foreign_format
+from ckptdiff.checkpoint.foreign import foreign_codes, foreign_files, foreign_format
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
@@ -36,3 +36,15 @@ def test_pickles_come_before_gguf():
     what, found, _ = foreign_files(["b.gguf", "z.bin", "A.PT", "config.json"])
     assert (what, found) == ("pickles", ["A.PT", "z.bin"])
     assert foreign_files(["config.json", "README.md"]) is None
+
+
+@pytest.mark.parametrize(("parts", "kind"), [
+    (("qweight", "qzeros", "scales", "g_idx"), "GPTQ"),
+    (("qweight", "qzeros", "scales"), "AWQ"),
+    (("weight", "scales"), None),
+    (("qweight",), None),
+    (("weight_packed", "weight_scale"), None),
+])  # fmt: skip
+def test_codes_that_are_not_decoded_are_named(parts, kind):
+    found = foreign_codes(["model.norm.weight", *(f"model.layers.0.mlp.up_proj.{part}" for part in parts)])
+    assert (found is None) if kind is None else found.startswith(f"quantised with {kind}, whose codes")

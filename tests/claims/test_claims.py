@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 import ckptdiff
 from ckptdiff.claims import judge_claims
-from ckptdiff.claims.judge import _noise_energy
+from ckptdiff.claims.judge import noise_energy
 from ckptdiff.claims.published import COLUMNS, PUBLISHED, figures_of
 from ckptdiff.cli import claims, main
 from ckptdiff.report.text import percent
@@ -108,8 +108,8 @@ def test_an_update_of_small_weights_alone_is_seen_against_rounding(tmp_path: Pat
 @pytest.mark.parametrize("shape", [(400, 300), (1000, 200), (60, 60)], ids=str)
 def test_energy_of_noise(shape: tuple[int, int]) -> None:
     values = np.linalg.svd(np.random.default_rng(0).standard_normal(shape), compute_uv=False)
-    assert _noise_energy(*shape) == pytest.approx(np.sum(values[:16] ** 2) / np.sum(values**2), rel=0.03)
-    assert _noise_energy(12, 500) == 1.0
+    assert noise_energy(*shape) == pytest.approx(np.sum(values[:16] ** 2) / np.sum(values**2), rel=0.03)
+    assert noise_energy(12, 500) == 1.0
 
 
 def test_published_rows_are_shares() -> None:
@@ -253,5 +253,14 @@ def test_a_narrow_terminal_is_not_overrun(tmp_path: Path, monkeypatch: pytest.Mo
     claims._write(stream, diff, "table")
     lines = stream.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
-    assert "No room for: |d|<=1e-5, stable rank, princ. energy" in " ".join(lines)
+    assert "No room for: <=1e-5, s. rank, pr. energy" in " ".join(lines)
     assert sum(line.startswith("  ") for line in lines) >= len(CLAIMS)
+
+
+def test_a_pipe_gets_all_columns_in_120_characters(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    claims._write(stream, diff_of(tmp_path, lambda rng, w: 3e-5 * rng.standard_normal(w.shape)), "table")
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 120
+    assert all(title in lines[0] for title in COLUMNS.values())
+    assert "; chance, 10 %." in " ".join(lines)

@@ -49,6 +49,25 @@ def test_unknown_keys(key: str) -> None:
         Check.parse(f"{key}<1")
 
 
+@pytest.mark.parametrize(("key", "nearest"), [
+    ("globl.rel_norm", "global.rel_norm"),
+    ("global.unchanged_abs.1e-5", "global.unchanged_abs.1e-05"),
+    ("count.matched", "counts.matched"),
+    ("module.q_proj.rel_norm", "modules.q_proj.rel_norm"),
+    ("layers.3.lowcoverage.0.1", "layers.3.low_coverage.0.1"),
+    ("tensors.model.layers.0.mlp.up_proj.weight.relnorm", "tensors.model.layers.0.mlp.up_proj.weight.rel_norm"),
+    ("median_2d.spectral.topk_energy.15", "median_2d.spectral.topk_energy.16"),
+    ("nonsense", None),
+])  # fmt: skip
+def test_an_unknown_key_names_the_nearest(key: str, nearest: str | None) -> None:
+    with pytest.raises(OptionError) as caught:
+        Check.parse(f"{key}<1")
+    if nearest is None:
+        assert caught.value.hint is None
+    else:
+        assert nearest in str(caught.value.hint).removeprefix("nearest: ").split(", ")
+
+
 @given(st.sampled_from(sorted(figure_paths())), st.sampled_from(["<", "<=", ">", ">=", "==", "!="]),
        st.floats(allow_nan=False), st.text(min_size=1).filter(lambda name: name == name.strip()))  # fmt: skip
 def test_any_figure_of_any_tensor(figure: str, operator: str, number: float, name: str) -> None:

@@ -131,6 +131,23 @@ def test_provenance_of_another_shape(cli: Cli, run_file: Path, keys: list[str], 
         assert f"expected: {place}" in refused(cli, run_file, command, run_file)
 
 
+@pytest.mark.parametrize("change", [
+    lambda old: old.astype(float),
+    lambda old: old[:, :-1],
+    lambda old: old[:-1],
+    lambda old: old[0],
+    lambda old: b"text",
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["delta_log2", "ulp"])
+def test_histograms_of_another_shape(cli: Cli, run_file: Path, name: str, change: Callable[[Any], object]) -> None:
+    page = run_file.with_suffix(".html")
+    assert cli("report", run_file, "-q") == (0, "", "")
+    before = page.read_bytes()
+    set_data(run_file, f"histograms/{name}", change)
+    refused(cli, run_file, "report", run_file)
+    assert page.read_bytes() == before
+
+
 @pytest.mark.parametrize("value", [LATIN_1, b"[" * 100_000, b"[]", b"{}", b"{", 7, ["{}"]])
 @pytest.mark.parametrize("name", ["provenance", "unmatched"])
 def test_what_should_be_json(cli: Cli, run_file: Path, name: str, value: object) -> None:

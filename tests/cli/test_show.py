@@ -99,3 +99,16 @@ def test_exports_that_cannot_be(
     code, out, err = cli("mask", "export", run_file, *arguments)
     assert (code, out) == (2, "") and err.startswith("ckptdiff: error: ")
     assert [path.name for path in tmp_path.iterdir()] == ["run.h5"]
+
+
+@pytest.mark.parametrize("by", ["layer", "group"])
+@pytest.mark.parametrize("form", ["table", "csv", "ndjson"])
+def test_a_grouping_without_members_is_refused(
+    cli: Cli, engine: FakeEngine, tmp_path: Path, by: str, form: str, make_diff: Any, make_facts: Any
+) -> None:
+    engine.diff = make_diff(tensors=[(make_facts("embed.weight", (8, 4)), 0.5)])
+    run = tmp_path / "run.h5"
+    assert cli("diff", "base", "tuned", "-o", run, "-q").code == 1
+    code, out, err = cli("show", run, "--by", by, "--format", form)
+    assert (code, out) == (2, "") and f"no tensor has a {by}" in err and "--by tensor shows each" in err
+    assert cli("show", run, "--by", by, "--format", "json").code == 0

@@ -97,7 +97,9 @@ def test_no_line_holds_an_escape_or_break(make_diff: MakeDiff) -> None:
 
 
 def test_the_next_command_can_be_pasted(diff: Diff) -> None:
-    assert summary(diff, "my run.h5")[-1].endswith("next: ckptdiff show 'my run.h5' --by tensor")
+    *_, following, pictures = summary(diff, "my run.h5")
+    assert following.endswith("next: ckptdiff show 'my run.h5' --by tensor")
+    assert pictures == "pictures: ckptdiff report 'my run.h5'"
     assert "next:" not in "".join(summary(diff, "my run.h5", overview=False))
     assert "-o run.h5" in summary(diff)[-1]
     assert "no masks" in "\n".join(summary(replace(diff, mask_rule="none"), "r.h5"))

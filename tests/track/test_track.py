@@ -364,6 +364,22 @@ def test_a_read_that_fails_once_names_tensor_and_files(trajectory: Trajectory, m
     assert caught.value.tensor in SHAPES and caught.value.hint
 
 
+def test_one_step_has_no_chart_and_a_file_has_pictures(
+    trajectory: Trajectory, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    base, *steps = map(str, trajectory.paths)
+    charts = []
+    for some in (steps[:1], steps):
+        out = tmp_path / f"{len(some)}.h5"
+        assert main(["track", base, *some, "-o", str(out), "--no-progress"]) == 0
+        printed = capsys.readouterr().out
+        assert printed.endswith(f"\npictures: ckptdiff report {out}\n")
+        assert main(["track", str(out)]) == 0
+        assert capsys.readouterr().out == printed
+        charts.append("○ ever did" in printed)
+    assert charts == [False, True]
+
+
 def test_the_command(trajectory: Trajectory, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     paths, out = [str(path) for path in trajectory.paths], tmp_path / "track.h5"
     expected = trajectory.rows(list(SHAPES), "bf16")
