@@ -12,7 +12,7 @@ import numpy as np
 
 from ckptdiff.claims.published import Row, figures_of
 from ckptdiff.figures.result import Diff
-from ckptdiff.linalg.principal import principal_rank
+from ckptdiff.measure.thresholds import principal_rank
 from ckptdiff.report.text import percent
 
 Outcome = Literal["shown", "not shown", "no more than chance", "unknown"]

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from ckptdiff.linalg.library import Array, Library
 from ckptdiff.linalg.score_cut import Covered, ScoreCut, likely_zooms
 from ckptdiff.linalg.stages import Panel, PanelSource, Stage, meanwhile
-from ckptdiff.linalg.survey import Survey, exactly
+from ckptdiff.linalg.survey import Survey
 from ckptdiff.linalg.symmetric import eigh_top, gram_of, whole
 from ckptdiff.linalg.threads import count_work, counted, cuts, in_parts
 from ckptdiff.linalg.work import eigenpairs_work, gram_work, product_work
+from ckptdiff.measure.thresholds import exactly, principal_rank
 
 _SMALLEST_GAP = {4: 1e-6, 8: 1e-9}
 """By item size: a subspace is defined if its last eigenvalue stands out from the next by this share of the largest."""
@@ -57,11 +58,6 @@ class Principal:
     """Share of the changed entries there that are not among the ceil(rho N) smallest |W0| (S3)."""
     null: float = math.nan
     """What `coverage` would be for a rounded Gaussian update of the same support."""
-
-
-def principal_rank(rho: float, short: int) -> int:
-    """How many singular vectors a principal subspace takes."""
-    return max(1, math.floor(exactly(rho) * short))
 
 
 def principal(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache
 
 import numpy as np
@@ -15,6 +14,7 @@ from ckptdiff.linalg.library import Counts, Library
 from ckptdiff.linalg.on_numpy import NUMPY
 from ckptdiff.linalg.stages import Panel, Stage
 from ckptdiff.linalg.threads import counted
+from ckptdiff.measure.thresholds import exactly
 
 SMALL_CHANGE = 1e-5
 """The threshold of the second support (S1)."""
@@ -23,11 +23,6 @@ SURVEY_WORK = 500.0
 
 
 @cache
-def exactly(rho: float) -> Fraction:
-    """A share as it is written: 0.1 is one tenth."""
-    return Fraction(str(rho))
-
-
 @dataclass(frozen=True, slots=True)
 class Survey:
     """Norms and counts of a pair, from one pass."""

@@ -17,11 +17,11 @@ from ckptdiff.measure.kernels.tiles import Facts, facts_of
 from ckptdiff.measure.open_cuts import first_nan_bin
 from ckptdiff.measure.partial import BINS
 from ckptdiff.measure.rounding_null import half_gaps
-from ckptdiff.measure.thresholds import RHO, TAU, P
+from ckptdiff.measure.thresholds import RHO, TAU, P, exactly
 
-LARGEST = tuple(Fraction(str(p)) / 100 for p in P)
+LARGEST = tuple(exactly(p) / 100 for p in P)
 """Fractions of coordinates whose energy ``coord_energy`` tells."""
-SMALLEST = tuple(Fraction(str(rho)) for rho in RHO)
+SMALLEST = tuple(map(exactly, RHO))
 """Fractions of smallest weights of ``low_coverage``."""
 
 

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ckptdiff.linalg.angles import angle_rank
-from ckptdiff.linalg.principal import principal_rank
-from ckptdiff.measure.thresholds import RHO
+from ckptdiff.measure.thresholds import RHO, principal_rank
 from ckptdiff.memory import SPECTRA_MEMORY, default_bound, room_to_grow
 from ckptdiff.options import Options, SpectraMode, SpectraOptions, default_threads
 from ckptdiff.spectra.matrices import MatrixView

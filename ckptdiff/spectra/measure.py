@@ -21,11 +21,11 @@ from ckptdiff.linalg.krylov import (
     krylov_values,
     krylov_work,
 )
-from ckptdiff.linalg.principal import Principal, principal, principal_rank, principal_work
+from ckptdiff.linalg.principal import Principal, principal, principal_work
 from ckptdiff.linalg.stages import PanelSource, Side, Stage, run_together
 from ckptdiff.linalg.survey import SURVEY_WORK, Survey
 from ckptdiff.measure.rounding_null import change_chances
-from ckptdiff.measure.thresholds import RHO
+from ckptdiff.measure.thresholds import RHO, principal_rank
 from ckptdiff.options import SpectraOptions
 from ckptdiff.spectra.matrices import MatrixView
 

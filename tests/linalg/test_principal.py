@@ -8,11 +8,12 @@ from array_libraries import Made
 from spectrum_cases import base, orthonormal, principal_figures, to_bf16, update
 
 from ckptdiff.formats import FORMATS
-from ckptdiff.linalg.principal import Principal, principal, principal_rank
+from ckptdiff.linalg.principal import Principal, principal
 from ckptdiff.linalg.score_cut import ScoreCut
 from ckptdiff.linalg.stages import ArrayPanels, run_together
 from ckptdiff.linalg.survey import survey
 from ckptdiff.measure.rounding_null import change_chances
+from ckptdiff.measure.thresholds import principal_rank
 
 RHO = (0.01, 0.05, 0.1, 0.2)
 FIGURES = ("energy", "energy_long", "energy_short", "coverage", "coverage_above", "not_low")
