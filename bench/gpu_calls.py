@@ -38,8 +38,8 @@ class Sizes:
         Options of runs whose files are compared, beside the usual ones.
     formats : tuple of str
         Those that other pairs and `doctor` are compared in, as base, tuned side and comparison, beside bf16.
-    tests : tuple of str
-        More for pytest.
+    tests, spectra : tuple of str
+        More for pytest, and for `gpu_spectra.py`.
     nice : int
         How far the compilers of the CPU backend's kernels stand back, not to disturb what is timed beside them.
     """
@@ -66,6 +66,7 @@ class Sizes:
     )
     formats: tuple[str, ...] = ("f32-f32-bf16", "f32-bf16-bf16", "f32-bf16-f32", "f32-f32-f32", "f64-f64-f64")
     tests: tuple[str, ...] = ()
+    spectra: tuple[str, ...] = ()
     nice: int = 10
 
 
@@ -86,6 +87,7 @@ SMALL = Sizes(
     ways=("io=mmap,threads=3,gpu_memory=64M,mask=top:5",),
     formats=("f32-f32-bf16", "f32-bf16-bf16"),
     tests=("-k", "tight and bf16-bf16-bf16 and not large"),
+    spectra=("--small", "--first", "1"),
     nice=0,
 )
 
@@ -237,6 +239,16 @@ def call_b(sizes: Sizes, scratch: Path) -> list[Step]:
             45,
             title="Whole runs, both devices",
             after=("mixed pair", *compiled),
+        ),
+        Step(
+            "spectra",
+            "are spectra alike on both devices, and how fast beside torch's eigenproblems",
+            (str(BENCH / "gpu_spectra.py"), "--figures", "{figures}", "--scratch", str(scratch / "s"), *sizes.spectra),
+            120,
+            least=60,
+            title="Spectra",
+            after=compiled,
+            times=True,
         ),
         Step("racecheck", "do threads race for shared memory", few_scans, 75, under=(*sanitizer, "racecheck")),
         Step(

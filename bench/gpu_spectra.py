@@ -36,6 +36,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--processor", action="store_true", help="the processor's time for large matrices too (minutes)"
     )
     parser.add_argument("--small", action="store_true", help="small sizes: does it run at all?")
+    parser.add_argument("--first", type=int, metavar="N", help="only the first N of the three pairs")
     return parser.parse_args(argv)
 
 
@@ -64,7 +65,7 @@ def rows_of(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     }
     for mode in ("randomized", "exact"):
         yield {"eigenproblems alone": mode, "rows": short, **decompositions(short, mode)}
-    for name, (write, what, modes) in pairs.items():
+    for name, (write, what, modes) in list(pairs.items())[: options.first]:
         folder = options.scratch / name.replace(" ", "-")
         write(what, folder)
         sides = folder / "base", folder / "tuned"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,6 @@ SURVEY_WORK = 500.0
 """The work of an entry."""
 
 
-@cache
 @dataclass(frozen=True, slots=True)
 class Survey:
     """Norms and counts of a pair, from one pass."""

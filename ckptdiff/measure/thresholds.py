@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from functools import cache
 
 EPS = (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
 """Absolute thresholds of ``unchanged_abs``; the headline is 1e-5 (S1, S2)."""
@@ -17,6 +18,7 @@ ETA = 1e-3
 """Relative threshold of ``unchanged_eta`` (S3)."""
 
 
+@cache
 def exactly(share: float) -> Fraction:
     """A share as it is written: 0.1 is one tenth."""
     return Fraction(str(share))
