@@ -78,6 +78,7 @@ def test_retraining() -> None:
     assert re.search(r"of them moved, and 0 others", said)
 
 
+@pytest.mark.slow
 def test_training_a_subnetwork_that_was_found() -> None:
     for name in ("torch", "transformers", "accelerate"):
         pytest.importorskip(name)

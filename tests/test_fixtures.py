@@ -63,6 +63,7 @@ def without_nulls(golden: bytes) -> tuple[object, list[float]]:
     return tree, nulls
 
 
+@pytest.mark.slow
 def test_generator_reproduces_the_committed_files():
     made = load("generate").fixture_files()
     found = {name: content for name, content in committed().items() if not name.startswith(TRAINED)}

@@ -35,6 +35,8 @@ from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.spectra_gpu import open_spectra_gpu
 from ckptdiff.spectra.trial import wrong_spectra
 
+pytestmark = pytest.mark.slow
+
 BF16 = ml_dtypes.bfloat16
 SHAPES = {
     "model.layers.0.self_attn.q_proj.weight": (96, 96),

@@ -152,7 +152,10 @@ def test_400_tensors_are_below_a_megabyte_and_a_half(make_run, make_diff, tmp_pa
     assert "rounded to nine digits" in page.source
 
 
-@pytest.mark.parametrize(("count", "layers", "first"), [(30_000, 50, "layer 0"), (3000, 500, "layers 0 to 5")])
+@pytest.mark.parametrize(
+    ("count", "layers", "first"),
+    [pytest.param(30_000, 50, "layer 0", marks=pytest.mark.slow), (3000, 500, "layers 0 to 5")],
+)
 def test_many_tensors_share_rows(
     make_run, make_diff, make_facts, tmp_path: Path, count: int, layers: int, first: str
 ) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -16,6 +18,7 @@ def test_without_torch_the_message_says_what_to_install() -> None:
     assert "pip install 'ckptdiff[retrain]'" in found.stderr
 
 
+@pytest.mark.slow
 def test_transformers_is_imported_for_the_callback_only() -> None:
     found = python(
         "import sys, ckptdiff.retrain as r; assert 'transformers' not in sys.modules; r.MaskCallback;"

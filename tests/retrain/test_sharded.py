@@ -19,6 +19,8 @@ import ckptdiff
 from ckptdiff.errors import MaskError
 from ckptdiff.retrain import MaskedAdamW, MaskedSGD, freeze_outside, load_masks
 
+pytestmark = pytest.mark.slow
+
 BITS = {torch.float32: torch.int32, torch.int64: torch.int64}
 State = dict[str, torch.Tensor]
 
