@@ -2,84 +2,81 @@
 
     python examples/subnetwork.py
 
-The models are tiny Llamas that transformers makes; nothing is downloaded. The base has seen two rules by which digits
-follow each other; a short training at a small learning rate then makes it expect one of them, and in bfloat16, as
-checkpoints are stored, leaves about half of the coordinates as they were. It is repeated three times, from the same
-start and on the same data, with some coordinates only: those that changed; the fifth of each tensor that changed most;
-and as many at random. Needs torch, transformers and accelerate.
+The base is that of fixtures/addition (`retrain.py` beside this file has the model and its task). A short training at a
+small learning rate makes it add better, and in bfloat16, as checkpoints are stored, leaves some coordinates as they
+were. It is repeated three times by transformers' Trainer, from the same start and on the same data, with some
+coordinates only: those that changed; the fifth of each tensor that changed most; and as many at random. Needs torch,
+transformers and accelerate.
 """
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from retrain import PAIR, Model, loss_of, problems
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
 
 import ckptdiff
 from ckptdiff.retrain import MaskCallback, ParameterMasks, load_masks
 
-DIGITS, LENGTH, BATCH = 10, 10, 64
-CONFIG = LlamaConfig(
-    vocab_size=DIGITS,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    max_position_embeddings=LENGTH,
-)
+STEPS, BATCH, RATE = 40, 64, 3e-5
 
 
-def sequences(count: int, rules: list[int], seed: int) -> Tensor:
-    """Each digit is the sum of the two before it and of a number, the rule, modulo ten; shape (count, LENGTH)."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(DIGITS, (count, LENGTH), generator=generator)
-    rule = torch.tensor(rules)[torch.randint(len(rules), (count,), generator=generator)]
-    for place in range(2, LENGTH):
-        tokens[:, place] = (tokens[:, place - 2] + tokens[:, place - 1] + rule) % DIGITS
-    return tokens
+class Adding(Trainer):
+    """A trainer of the answers alone."""
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        """Of a batch of problems."""
+        return loss_of(model, inputs["tokens"])
 
 
-def model_of(checkpoint: Path) -> LlamaForCausalLM:
+def model_of(checkpoint: Path) -> Model:
     """Its values are those of bfloat16, and train in float32."""
-    return LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model = Model()
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors_of(checkpoint).items()})
+    return model
 
 
-def train(model: LlamaForCausalLM, rules: list[int], steps: int, target: Path, *callbacks: MaskCallback) -> Path:
-    """Train a model, each time on the same data in the same order, and store it in bfloat16."""
+def train(target: Path, *callbacks: MaskCallback) -> Path:
+    """Train the base, each time on the same data in the same order, and store it in bfloat16."""
+    model = model_of(PAIR / "base")
     arguments = TrainingArguments(
         output_dir=target,
-        max_steps=steps,
+        max_steps=STEPS,
         per_device_train_batch_size=BATCH,
-        learning_rate=3e-3 if len(rules) > 1 else 1e-5,
+        learning_rate=RATE,
         weight_decay=0.01,
+        remove_unused_columns=False,
         save_strategy="no",
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
     )
-    data = [{"input_ids": tokens, "labels": tokens} for tokens in sequences(BATCH * steps, rules, seed=1)]
-    trainer = Trainer(model, arguments, train_dataset=data, callbacks=list(callbacks))
+    data = [{"tokens": tokens} for tokens in problems(BATCH * STEPS, seed=1)]
+    trainer = Adding(model, arguments, train_dataset=data, callbacks=list(callbacks))
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
-    model.to(torch.bfloat16).save_pretrained(target)
+    target.mkdir(exist_ok=True)
+    stored = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
+    save_file(stored, target / "model.safetensors")
     return target
 
 
-def loss_of(checkpoint: Path) -> float:
-    """Cross entropy on sequences of the one rule that no training has seen."""
-    tokens = sequences(1000, [1], seed=2)
+def held_out_loss(checkpoint: Path) -> float:
+    """Of problems and answers that no training has seen in this order."""
     with torch.no_grad():
-        return model_of(checkpoint)(input_ids=tokens, labels=tokens).loss.item()
+        return loss_of(model_of(checkpoint), problems(4000, seed=2)).item()
 
 
 def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
     """By their names, which are those of the model's parameters."""
-    return load_file(checkpoint / "model.safetensors")
+    return {name: tensor for path in checkpoint.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 def energy_inside(masks: ParameterMasks, base: Path, tuned: Path) -> float:
@@ -108,29 +105,26 @@ def bytes_outside(masks: ParameterMasks, base: Path, other: Path) -> int:
 def main() -> None:
     """Train, diff, mask, retrain, diff again, compare."""
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    base = PAIR / "base"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        torch.manual_seed(0)
-        base = train(LlamaForCausalLM(CONFIG), [0, 1], 150, folder / "base")
-        tuned = train(model_of(base), [1], 40, folder / "tuned")
+        tuned = train(folder / "tuned")
         update = ckptdiff.diff(base, tuned, out=folder / "changed.h5", mask="bitwise")
         ckptdiff.diff(base, tuned, out=folder / "most.h5", mask="top:20")
         print("trained                  coordinates   energy     loss   off by   bytes outside")
-        print(f"nothing: the base               0.0%     0.0%   {loss_of(base):.4f}   100.0%")
-        print(f"all: the tuned model          100.0%   100.0%   {loss_of(tuned):.4f}     0.0%")
+        print(f"nothing: the base               0.0%     0.0%   {held_out_loss(base):.4f}   100.0%")
+        print(f"all: the tuned model          100.0%   100.0%   {held_out_loss(tuned):.4f}     0.0%")
         for what, run, change in (
             ("what changed", "changed.h5", None),
             ("the fifth most changed", "most.h5", None),
             ("a fifth at random", "most.h5", lambda masks: masks.random(0)),
         ):
-            callback = MaskCallback(folder / run, change=change)
-            again = train(model_of(base), [1], 40, folder / "again", callback)
+            again = train(folder / "again", MaskCallback(folder / run, change=change))
             masks = load_masks(folder / run, model_of(base))
             masks = change(masks) if change else masks
             off = ckptdiff.diff(tuned, again).overall["delta_norm"] / update.overall["delta_norm"]
             print(
-                f"{what:24}{masks.density:12.1%}{energy_inside(masks, base, tuned):9.1%}{loss_of(again):9.4f}"
+                f"{what:24}{masks.density:12.1%}{energy_inside(masks, base, tuned):9.1%}{held_out_loss(again):9.4f}"
                 f"{off**2:9.1%}{bytes_outside(masks, base, again):16,}"
             )
 
