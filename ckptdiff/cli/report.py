@@ -69,7 +69,7 @@ def _page(run: str, against: str | None, threads: int, tell: Listener) -> Iterat
     from ckptdiff.runfile.check_target import TRACK_FORMAT, is_of
 
     if Path(run).is_file() and is_of(Path(run), TRACK_FORMAT):
-        from ckptdiff.page.trajectory import track_page
+        from ckptdiff.page.track_page import track_page
         from ckptdiff.track import load_track
 
         if against is not None:

@@ -24,7 +24,7 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class TrialSide:
     """A side that is codes with scales.
 
     Attributes
@@ -90,10 +90,10 @@ class CodedSource:
 
     counts, numel = True, NUMEL
 
-    def __init__(self, base: Side | NDArray[np.uint16], tuned: Side) -> None:
+    def __init__(self, base: TrialSide | NDArray[np.uint16], tuned: TrialSide) -> None:
         self._base, self._tuned = base, tuned
-        self.sides = isinstance(base, Side), True
-        stored = base.worth[0] if isinstance(base, Side) else base
+        self.sides = isinstance(base, TrialSide), True
+        stored = base.worth[0] if isinstance(base, TrialSide) else base
         self.right = stored.view(np.uint8), tuned.worth[0].view(np.uint8)
         self.kept: tuple[int, int, int] | None = None
 
@@ -112,7 +112,7 @@ class CodedSource:
 
     def read(self, first: int, stop: int, base: ByteArray, tuned: ByteArray) -> None:
         """Write what goes up."""
-        if isinstance(self._base, Side):
+        if isinstance(self._base, TrialSide):
             self._base.write(first, stop, base)
         else:
             base[:] = self.right[0][2 * first : 2 * stop]
@@ -120,13 +120,13 @@ class CodedSource:
 
     def found(self, equal_codes: int, changed: int, within: int) -> None:
         """Keep what the device counted."""
-        self.kept = equal_codes if isinstance(self._base, Side) else 0, changed, within
+        self.kept = equal_codes if isinstance(self._base, TrialSide) else 0, changed, within
 
     @property
     def right_kept(self) -> tuple[int, int, int]:
         """The same by NumPy."""
         theirs, steps = self._tuned.worth
-        if not isinstance(self._base, Side):
+        if not isinstance(self._base, TrialSide):
             ours = (self._base.astype(np.uint32) << 16).view(np.float32)
             return 0, *_counted(ours, theirs, steps, 16)
         ours, others = self._base.worth
@@ -155,7 +155,7 @@ def coded_sources() -> dict[str, tuple[Scan, CodedSource]]:
     return found
 
 
-def _of_fp8(rng: np.random.Generator, name: str) -> Side:
+def _of_fp8(rng: np.random.Generator, name: str) -> TrialSide:
     values = FORMATS[name].values()
     meaning = Meaning(8, 0, 0x7F, False, values, np.exp2(rng.integers(-9, 9, 256)).astype(np.float32))
     codes = rng.permutation(np.arange(_ROWS * COLUMNS) % 256).astype(np.uint8).reshape(_ROWS, COLUMNS)
@@ -163,16 +163,16 @@ def _of_fp8(rng: np.random.Generator, name: str) -> Side:
     scales[:3, 0] = 0, np.inf, -np.nan
     factors = rng.uniform(0.5, 2, _ROWS).astype(np.float32)
     factors[5] = 0
-    return Side(meaning, codes, scales, np.empty((0, 0), np.float32), factors)
+    return TrialSide(meaning, codes, scales, np.empty((0, 0), np.float32), factors)
 
 
-def _of_integers(rng: np.random.Generator) -> Side:
+def _of_integers(rng: np.random.Generator) -> TrialSide:
     """Of three bits, which lie across bytes."""
     meaning = Meaning(3, 1, 0xFF, True, np.arange(8, dtype=np.float32), np.ones(8, np.float32))
     codes = rng.integers(0, 8, (_ROWS, COLUMNS), np.uint8)
     scales = np.exp2(rng.uniform(-140, 0, (_ROWS, COLUMNS // 16))).astype(np.float32)
     zeros = rng.integers(0, 8, scales.shape).astype(np.float32)
-    return Side(meaning, codes, scales, zeros, rng.uniform(0.5, 2, _ROWS).astype(np.float32))
+    return TrialSide(meaning, codes, scales, zeros, rng.uniform(0.5, 2, _ROWS).astype(np.float32))
 
 
 def _bf16(values: Floats) -> NDArray[np.uint16]:

@@ -1,6 +1,6 @@
 """One HTML file of what a run file or a track file holds: pictures and tables that need nothing else to be read."""
 
 from ckptdiff.page.assemble import diff_html, run_page
-from ckptdiff.page.source import Run, read_run
+from ckptdiff.page.shown_run import ShownRun, read_run
 
-__all__ = ["Run", "diff_html", "read_run", "run_page"]
+__all__ = ["ShownRun", "diff_html", "read_run", "run_page"]

@@ -15,14 +15,14 @@ from ckptdiff.page.distributions import distributions_section
 from ckptdiff.page.heatmap import UPDATE_FIGURES, Cell, Grid, Row, heatmaps
 from ckptdiff.page.markup import Html, joined, left_out, section, tag, text
 from ckptdiff.page.overlap_table import overlap_section
-from ckptdiff.page.source import Run
-from ckptdiff.page.spectra_picture import spectra_section
-from ckptdiff.page.tables import (
+from ckptdiff.page.sections import (
     claims_section,
     coverage_section,
     headline_section,
     provenance_section,
 )
+from ckptdiff.page.shown_run import ShownRun
+from ckptdiff.page.spectra_picture import spectra_section
 from ckptdiff.page.tensor_tables import MEANINGS, movers_section, pair_table, tensor_table
 from ckptdiff.report.as_json import document
 from ckptdiff.report.rows import View, rows
@@ -39,7 +39,7 @@ _HEADING = re.compile(r'<section id="(\w+)"><h2>([^<]*)</h2>')
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&"}
 
 
-def run_page(runs: Sequence[Run], overlap: Overlap | str | None = None) -> Iterator[str]:
+def run_page(runs: Sequence[ShownRun], overlap: Overlap | str | None = None) -> Iterator[str]:
     """Yield the page of a run, or of two beside each other.
 
     `overlap` is that of the masks of two, or why there is none.
@@ -63,7 +63,7 @@ def run_page(runs: Sequence[Run], overlap: Overlap | str | None = None) -> Itera
 
 def diff_html(diff: Diff) -> Html:
     """What notebooks show of a diff: coverage, headline figures, and where values are unchanged."""
-    runs = [Run("", diff, None)]
+    runs = [ShownRun("", diff, None)]
     grid, (cells,) = _grid_cells([diff])
     shown = [heatmaps(grid, [("", cells)], UPDATE_FIGURES[:1], {})] if cells else []
     return joined([tag("h3", runs[0].name), coverage_section(runs), headline_section(runs), *shown])
@@ -115,7 +115,7 @@ def _hash(content: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
-def _heatmap_section(runs: Sequence[Run], grid: Grid, cells: Sequence[Mapping[Cell, Row]]) -> Html:
+def _heatmap_section(runs: Sequence[ShownRun], grid: Grid, cells: Sequence[Mapping[Cell, Row]]) -> Html:
     title = "Module types and layers"
     if not any(cells):
         return section("heatmap", title, left_out("no floating values on both sides."))
@@ -128,7 +128,7 @@ def _heatmap_section(runs: Sequence[Run], grid: Grid, cells: Sequence[Mapping[Ce
     return section("heatmap", title, heatmaps(grid, named, UPDATE_FIGURES, {"unchanged": " ".join(notes)}))
 
 
-def _tensors_section(runs: Sequence[Run], grid: Grid, cells: Sequence[Mapping[Cell, Row]]) -> Html:
+def _tensors_section(runs: Sequence[ShownRun], grid: Grid, cells: Sequence[Mapping[Cell, Row]]) -> Html:
     most = max(len(run.diff.tensors) for run in runs)
     if most > MOST_ROWS:
         found = [[group_row(grid, cell, row) for cell, row in some.items()] for some in cells]
@@ -148,7 +148,7 @@ def group_row(grid: Grid, cell: Cell, row: Row) -> dict[str, Any]:
     return {"label": cell[0], "layers": grid.layer_name(cell[1]), **row}
 
 
-def _document(runs: Sequence[Run], overlap: Overlap | str | None) -> dict[str, Any]:
+def _document(runs: Sequence[ShownRun], overlap: Overlap | str | None) -> dict[str, Any]:
     found = [document(run.diff, tensors=len(run.diff.tensors) <= MOST_ROWS) for run in runs]
     if len(found) == 1:
         return found[0]

@@ -10,7 +10,7 @@ import numpy as np
 
 from ckptdiff.measure.histograms import LOG2_LOWEST
 from ckptdiff.page.markup import Html, left_out, section, tag
-from ckptdiff.page.source import Floats, Run
+from ckptdiff.page.shown_run import Floats, ShownRun
 from ckptdiff.page.svg import NULL, Axis, legend, line, picture, shares_axis, word
 from ckptdiff.report.text import number, percent
 
@@ -30,7 +30,7 @@ class Series:
     color: str
 
 
-def distributions_section(runs: Sequence[Run]) -> Html:
+def distributions_section(runs: Sequence[ShownRun]) -> Html:
     """The section of distributions, of one run or of two in the same pictures."""
     title, known = "Distributions", [run for run in runs if run.distributions is not None]
     if not known:
@@ -42,7 +42,7 @@ def distributions_section(runs: Sequence[Run]) -> Html:
     return section("distributions", title, *missing, tag("div", *drawn, class_="figures"))
 
 
-def _sizes(runs: Sequence[Run]) -> Html | None:
+def _sizes(runs: Sequence[ShownRun]) -> Html | None:
     series, said = [], []
     for run in runs:
         assert run.distributions is not None
@@ -55,7 +55,7 @@ def _sizes(runs: Sequence[Run]) -> Html | None:
     return _figure("Size of the changes", "|d|, by powers of two", "of all values, %", LOG2_LOWEST, series, said)
 
 
-def _steps(runs: Sequence[Run]) -> Html | None:
+def _steps(runs: Sequence[ShownRun]) -> Html | None:
     series, said = [], []
     for run in runs:
         assert run.distributions is not None
@@ -69,7 +69,7 @@ def _steps(runs: Sequence[Run]) -> Html | None:
     return _figure(title, "distance, by powers of two", "of the changed, %", 0, series, said)
 
 
-def _weights(runs: Sequence[Run]) -> Html | None:
+def _weights(runs: Sequence[ShownRun]) -> Html | None:
     series, said = [], []
     for run in runs:
         assert run.distributions is not None
@@ -85,7 +85,7 @@ def _weights(runs: Sequence[Run]) -> Html | None:
     return _figure(title, "|W0|, by powers of two", "of the changed, %", LOG2_LOWEST, series, said)
 
 
-def _series(run: Run, shares: Floats) -> Series:
+def _series(run: ShownRun, shares: Floats) -> Series:
     name = f"{run.prefix}{run.name}" if run.prefix else "this pair"
     return Series(name, shares, "line" if run.place else "bar", run.color)
 

@@ -13,7 +13,7 @@ from ckptdiff.errors import plural
 from ckptdiff.figures.result import Diff
 from ckptdiff.figures.spectral import SPECTRAL_KEYS
 from ckptdiff.page.markup import Html, left_out, section, tag
-from ckptdiff.page.source import Floats, Run
+from ckptdiff.page.shown_run import Floats, ShownRun
 from ckptdiff.page.svg import NULL, Axis, diamond, legend, line, picture, share_text, shortened, width_of, word
 from ckptdiff.report.spectra_section import left_out_matrices
 from ckptdiff.report.text import number, percent
@@ -78,7 +78,7 @@ _KINDS = (
 )
 
 
-def spectra_section(runs: Sequence[Run]) -> Html:
+def spectra_section(runs: Sequence[ShownRun]) -> Html:
     """The section of spectra, of one run or of two in the same pictures."""
     missing = [_without(run) for run in runs if run.diff.spectra is None]
     known = [run for run in runs if run.diff.spectra is not None]
@@ -91,7 +91,7 @@ def spectra_section(runs: Sequence[Run]) -> Html:
     return section("spectra", "Spectra", *missing, tag("div", *drawn, class_="figures"), *reasons)
 
 
-def _without(run: Run) -> Html:
+def _without(run: ShownRun) -> Html:
     whose = f"{run.prefix}{run.name}" if run.prefix else "the run file"
     return left_out(f"{whose} holds no spectra; ckptdiff spectra add RUN.h5 --spectra exact measures them.")
 
@@ -131,7 +131,7 @@ def null_values(diff: Diff, kind: Callable[[int, int], float] | str, rows: Seque
     return np.repeat([kind(*shape) for shape in shapes], list(shapes.values()))
 
 
-def _figure(kind: _Kind, known: Sequence[Run], modules: Sequence[dict[str, list[int]]]) -> Html | None:
+def _figure(kind: _Kind, known: Sequence[ShownRun], modules: Sequence[dict[str, list[int]]]) -> Html | None:
     names = list(dict.fromkeys(name for found in modules for name in found))
     values = [
         {name: matrix_values(run.diff, kind.key, rows) for name, rows in found.items()}
@@ -190,7 +190,7 @@ def _spread(
     return [*marks, tag("circle", tag("title", hint), cx=x.at(median), cy=y, r=4, fill=color)]
 
 
-def _sentence(kind: _Kind, run: Run, values: dict[str, Floats], nulls: dict[str, Floats]) -> str:
+def _sentence(kind: _Kind, run: ShownRun, values: dict[str, Floats], nulls: dict[str, Floats]) -> str:
     spell = percent if kind.share else number
     whole = np.concatenate([*values.values(), np.empty(0)])
     if not whole.size:

@@ -11,8 +11,8 @@ from ckptdiff.errors import plural
 from ckptdiff.figures.catalogue import parameter_key
 from ckptdiff.figures.result import Diff
 from ckptdiff.page.markup import Html, left_out, section, table, tag
-from ckptdiff.page.source import Run
-from ckptdiff.page.tables import heading
+from ckptdiff.page.sections import heading
+from ckptdiff.page.shown_run import ShownRun
 from ckptdiff.report.rows import View, rows
 from ckptdiff.report.text import number, percent, quantity, shape_text
 
@@ -28,7 +28,7 @@ MEANINGS = (
 Figures = Mapping[str, Any]
 
 
-def movers_section(runs: Sequence[Run]) -> Html:
+def movers_section(runs: Sequence[ShownRun]) -> Html:
     """The tensors with most of the update."""
     parts = []
     for run in runs:

@@ -85,7 +85,7 @@ class Track:
 
     def _repr_html_(self) -> str:
         """What notebooks show."""
-        from ckptdiff.page.trajectory import track_html
+        from ckptdiff.page.track_page import track_html
 
         return track_html(self)
 

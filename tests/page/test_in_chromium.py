@@ -14,7 +14,7 @@ from synthetic_runs import with_spectra
 
 from ckptdiff.figures.result import Diff
 from ckptdiff.page import read_run, run_page
-from ckptdiff.page.trajectory import track_page
+from ckptdiff.page.track_page import track_page
 from ckptdiff.track import Track
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chromium")]

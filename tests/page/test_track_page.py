@@ -9,7 +9,7 @@ import pytest
 from read_page import Page
 
 from ckptdiff.cli import main
-from ckptdiff.page.trajectory import track_page
+from ckptdiff.page.track_page import track_page
 from ckptdiff.report.text import percent
 from ckptdiff.track import Track, load_track, save_track
 

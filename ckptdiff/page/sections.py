@@ -15,7 +15,7 @@ from ckptdiff.errors import plural
 from ckptdiff.figures.catalogue import parameter_key
 from ckptdiff.figures.result import SIDES, Diff
 from ckptdiff.page.markup import Html, exact, left_out, section, table, tag, text
-from ckptdiff.page.source import Run
+from ckptdiff.page.shown_run import ShownRun
 from ckptdiff.page.spectra_picture import module_rows, noise_stable_rank, null_values
 from ckptdiff.report.coverage_lines import coverage_lines
 from ckptdiff.report.summary import verdict_lines
@@ -28,7 +28,7 @@ _DIGITS = 16
 Figures = Mapping[str, Any]
 
 
-def coverage_section(runs: Sequence[Run]) -> Html:
+def coverage_section(runs: Sequence[ShownRun]) -> Html:
     """Warnings, whether both sides are the same, and how much of them was compared."""
     parts = []
     for run in runs:
@@ -38,17 +38,17 @@ def coverage_section(runs: Sequence[Run]) -> Html:
     return section("coverage", "Coverage and warnings", *parts)
 
 
-def heading(run: Run) -> list[Html]:
+def heading(run: ShownRun) -> list[Html]:
     """A heading for each of two runs."""
     return [tag("h3", run.prefix, run.name)] if run.prefix else []
 
 
-def provenance_section(runs: Sequence[Run]) -> Html:
+def provenance_section(runs: Sequence[ShownRun]) -> Html:
     """Both sides of each run, how they were compared, and the command that does it again."""
     return section("provenance", "What was compared", *(part for run in runs for part in _provenance(run)))
 
 
-def _provenance(run: Run) -> Iterator[Html]:
+def _provenance(run: ShownRun) -> Iterator[Html]:
     diff = run.diff
     yield from heading(run)
     yield table(
@@ -97,7 +97,7 @@ def _counted(value: int | None, spell: Any = None) -> str:
     return NOT_AVAILABLE if value is None else spell(value) if spell else f"{value:,}"
 
 
-def command(run: Run) -> str:
+def command(run: ShownRun) -> str:
     """The command that makes such a run file again, with the options that matter to its figures."""
     diff, options = run.diff, run.diff.options
     words = ["ckptdiff", "diff", str(diff.base.get("path")), str(diff.tuned.get("path"))]
@@ -124,7 +124,7 @@ class Headline:
     against: str = ""
 
 
-def headline_section(runs: Sequence[Run]) -> Html:
+def headline_section(runs: Sequence[ShownRun]) -> Html:
     """The headline figures, each beside its null."""
     found = [list(headlines(run.diff)) for run in runs]
     if not any(found):
@@ -200,7 +200,7 @@ def _headline(name: str, value: float | None, null: float | None = None, against
     return Headline(name, percent(value), percent(null) if against else "none", against)
 
 
-def claims_section(runs: Sequence[Run]) -> Html:
+def claims_section(runs: Sequence[ShownRun]) -> Html:
     """What the paper claims of such updates, judged for each pair."""
     parts = []
     for run in runs:

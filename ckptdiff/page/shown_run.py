@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ckptdiff.figures.result import Diff
 from ckptdiff.measure.histograms import LOG2_BINS
 from ckptdiff.measure.partial import ULP_BINS
-from ckptdiff.page.rounding_null import expected_changes
+from ckptdiff.page.expected_changes import expected_changes
 from ckptdiff.page.svg import SERIES
 from ckptdiff.report.summary import side_name
 from ckptdiff.runfile.reader import RunFile
@@ -34,7 +34,7 @@ class Distributions:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Run:
+class ShownRun:
     """A run file, read."""
 
     path: str
@@ -60,7 +60,7 @@ class Run:
         return " → ".join(side_name(str(side.get("path", ""))) for side in (self.diff.base, self.diff.tuned))
 
 
-def read_run(path: str | os.PathLike[str]) -> Run:
+def read_run(path: str | os.PathLike[str]) -> ShownRun:
     """Read a run file but for its masks and singular values.
 
     Raises
@@ -70,7 +70,7 @@ def read_run(path: str | os.PathLike[str]) -> Run:
     """
     with RunFile(path) as file:
         diff = file.load()
-        return Run(file.path, diff, _distributions(file, diff) if file.has_histograms else None)
+        return ShownRun(file.path, diff, _distributions(file, diff) if file.has_histograms else None)
 
 
 def _distributions(file: RunFile, diff: Diff) -> Distributions:

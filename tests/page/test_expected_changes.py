@@ -10,7 +10,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from ckptdiff.measure.histograms import LOG2_BINS, log2_bins
-from ckptdiff.page.rounding_null import expected_changes
+from ckptdiff.page.expected_changes import expected_changes
 
 DIGITS = {"bf16": (7, -133), "f16": (10, -24), "f32": (23, -149), "f8_e5m2": (2, -16)}
 
