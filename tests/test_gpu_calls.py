@@ -217,6 +217,7 @@ def test_the_pair_fits_where_it_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("needed", [False, True])
+@pytest.mark.slow
 def test_a_missing_gpu_fails_where_one_is_needed(needed):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "CKPTDIFF_NEED_GPU": str(int(needed))}

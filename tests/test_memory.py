@@ -154,6 +154,7 @@ def test_the_least_memory(large: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["randomized", "exact"])
+@pytest.mark.slow
 def test_spectra_are_in_the_projection(tmp_path: Path, mode: str) -> None:
     """Of the plan that is printed before as well as of the run."""
     rng = np.random.default_rng(6)

@@ -159,6 +159,7 @@ def test_a_patch_of_an_untied_head_is_refused_by_name(tmp_path: Path, capsys: py
     assert HEAD in capsys.readouterr().err and not (tmp_path / "p.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_model_types_that_tie_by_default_are_those_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
     from ckptdiff.checkpoint.tied_models import TIED_BY_DEFAULT
