@@ -366,5 +366,27 @@ print(cut_from_top(counts, 0, 99, 500), cut_from_bottom(counts, 0, 99, 500), fit
     assert out == expected and err.count("dropped a damaged kernel") == 2
 
 
+LOADS = """
+import sys
+from ckptdiff import own_process
+{take}
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+import tiny
+tiny.triple(np.arange(10.0))
+print("scipy.linalg" in sys.modules, "numba.np.arraymath" in sys.modules)
+import scipy.linalg.cython_blas  # can be imported all the same
+"""
+
+
+def test_a_command_loads_kernels_without_scipy(tmp_path: Path) -> None:
+    """Numba would import scipy.linalg; what a program of someone else gets from Numba stays as it is."""
+    (tmp_path / "tiny.py").write_text(TINY)
+    cache, library, command = tmp_path / "cache", LOADS.format(take=""), LOADS.format(take="own_process.take_over()")
+    for code, loaded in ((library, "True"), (command, "False"), (library, "True")):
+        process = start(code, cache, tmp_path)
+        assert process.communicate(timeout=PATIENCE) == (f"{loaded} True\n", "")
+
+
 def test_nothing_is_cached_in_the_package() -> None:
     assert not list(Path(ckptdiff.__file__).parent.rglob("*.nb[ci]"))

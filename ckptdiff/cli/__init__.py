@@ -6,12 +6,12 @@ Reached by every start of the program, so nothing heavy is imported here.
 from __future__ import annotations
 
 import contextlib
-import gc
 import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
 
+from ckptdiff import own_process
 from ckptdiff.cli.failures import OK, Session, failure
 from ckptdiff.cli.group import ckptdiff
 from ckptdiff.cli.signals import ended_soon, signals_noted
@@ -21,10 +21,6 @@ from ckptdiff.interrupts import pending
 __all__ = ["main"]
 
 _COMPLETE = "_CKPTDIFF_COMPLETE"
-_COLLECT_AFTER = 1_000_000
-"""Objects made before Python looks for unused ones; by default 700."""
-_TURN = 0.0005
-"""Seconds; by default 0.005."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,11 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         143 SIGTERM.
     """
     if arguments is None:
-        # This process is ours. What a plan of many tensors is made of lives to the end, and Python would look at all of
-        # it again and again for cycles that are not there.
-        gc.set_threshold(_COLLECT_AFTER)
-        # A thread that comes back from compiled code waits for its turn at most this long, which is not often.
-        sys.setswitchinterval(_TURN)
+        own_process.take_over()
     session = Session(traceback=os.environ.get("CKPTDIFF_DEBUG", "") not in ("", "0"))
     with signals_noted(), _ready_stdout():
         with ended_soon() if arguments is None else contextlib.nullcontext():
