@@ -38,7 +38,8 @@ class Check:
     """As the user wrote it."""
     key: str
     """Dotted key of the output contract. Members of lists go by their label: ``modules.q_proj.rel_norm``,
-    ``layers.3.rel_norm`` (``layers.vision.3.rel_norm``), ``tensors.NAME.rel_norm``."""
+    ``layers.3.rel_norm`` (``layers.vision.3.rel_norm``), ``layer_modules.3.q_proj.rel_norm``,
+    ``tensors.NAME.rel_norm``."""
     operator: str
     """One of < <= > >= == !=."""
     number: float
@@ -160,9 +161,12 @@ def _labels(by: GroupBy, tensors: Iterable[TensorFacts]) -> Iterator[tuple[str, 
 
 
 def _row_labels(by: GroupBy, row: Mapping[str, Any]) -> tuple[str, ...]:
-    if by != "layer":
-        return (row[LABEL_KEYS[by][0]],)
+    keys = LABEL_KEYS[by]
+    if "layer" not in keys:
+        return (row[keys[0]],)
     if row["layer"] is None:
         return ()
-    full = f"{row['tower']}.{row['layer']}"
-    return (full, str(row["layer"])) if row["tower"] == "language" else (full,)
+    _, *parts = keys
+    within = ".".join(str(row[key]) for key in parts)
+    full = f"{row['tower']}.{within}"
+    return (full, within) if row["tower"] == "language" else (full,)

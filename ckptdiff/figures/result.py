@@ -18,6 +18,7 @@ from ckptdiff.figures.evaluate import figures_of, median_2d, values_of
 from ckptdiff.figures.grouping import Grouping
 from ckptdiff.figures.members import LABEL_KEYS, GroupBy, members_of
 from ckptdiff.figures.spectral import Spectra
+from ckptdiff.formats import FORMATS
 
 Side: TypeAlias = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
@@ -233,27 +234,27 @@ class Diff:
     @cached_property
     def overall(self) -> dict[str, Any]:
         """Figures over all floating tensors, weighted by size."""
-        return figures_of(self._grouping(np.zeros(len(self.tensors), np.intp), 1, self._valued))[0]
+        rows = np.flatnonzero(self._valued)
+        return figures_of(self._grouping(rows, np.zeros(len(rows), np.intp), 1))[0]
 
     @cached_property
     def median_2d(self) -> dict[str, Any]:
         """Unweighted medians over native 2-D tensors with a nonzero delta."""
         matrices = np.array([len(tensor.shape) == 2 for tensor in self.tensors], bool) & self._valued
-        figures = median_2d(self._grouping(np.arange(len(self.tensors)), len(self.tensors), None), matrices)
+        figures = median_2d(self._grouping(), matrices)
         return figures | self._spectral(np.arange(len(self.tensors)))
 
     @cached_property
     def per_tensor(self) -> list[dict[str, Any]]:
         """Figures of each tensor, in the order of :attr:`tensors`."""
-        figures = figures_of(self._grouping(np.arange(len(self.tensors)), len(self.tensors), None))
+        figures = figures_of(self._grouping())
         if self.spectra is None:
             return figures
         return [{**row, "spectral": self.spectra.tensor(index)} for index, row in enumerate(figures)]
 
     def of_tensors(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Figures of some tensors, by their place in :attr:`tensors`: cheaper than :attr:`per_tensor` if few."""
-        columns = {name: values[list(rows)] for name, values in self.columns.items()}
-        figures = figures_of(Grouping(columns, np.arange(len(rows)), len(rows), self._delta_energy))
+        figures = figures_of(self._grouping(list(rows), np.arange(len(rows)), len(rows)))
         if self.spectra is None:
             return figures
         return [{**found, "spectral": self.spectra.tensor(row)} for row, found in zip(rows, figures, strict=True)]
@@ -268,21 +269,21 @@ class Diff:
         parameter : float or None
             Which of its parameters; None for a figure without any.
         """
-        return values_of(self._grouping(np.arange(len(self.tensors)), len(self.tensors), None), figure, parameter)
+        return values_of(self._grouping(), figure, parameter)
 
     def grouped(self, by: GroupBy) -> list[dict[str, Any]]:
-        """Figures by layer, module type, block, tower or user group.
+        """Figures by layer, module type, both, block, tower or user group.
 
         Parameters
         ----------
-        by : {"module", "layer", "block", "tower", "group"}
+        by : {"module", "layer", "layer,module", "block", "tower", "group"}
 
         Returns
         -------
         list of dict
             The label ("module_type", "layer" with its "tower", "block", "tower" or "group"), "tensors" (how
             many), "numel", then the figures. Groups come in order of first appearance, layers in order of their
-            number; integer and opaque tensors are left out.
+            number; integer and opaque tensors are left out, and of layers what is in none.
         """
         if by == "tensor":
             raise ValueError("per_tensor holds the figures of single tensors")
@@ -296,7 +297,7 @@ class Diff:
         """Figures of groups of tensors, by their places in :attr:`tensors`: "tensors", "numel", then the figures."""
         rows = np.array([row for found in members for row in found], np.intp)
         ids = np.repeat(np.arange(len(members)), [len(found) for found in members])
-        groups = Grouping({k: v[rows] for k, v in self.columns.items()}, ids, len(members), self._delta_energy)
+        groups = self._grouping(rows, ids, len(members))
         numel = groups.total("numel").tolist()
         return [
             {"tensors": len(found), "numel": int(count), **figures, **self._spectral(found)}
@@ -311,11 +312,25 @@ class Diff:
         native = [row for row in rows if moved[row] and (len(self.tensors[row].shape) == 2 or row in experts)]
         return {"spectral": self.spectra.median(native)}
 
-    def _grouping(self, labels: NDArray[np.intp], size: int, keep: NDArray[np.bool_] | None) -> Grouping:
-        columns = self.columns
-        if keep is not None:
-            columns, labels = {name: values[keep] for name, values in columns.items()}, labels[keep]
-        return Grouping(columns, labels, size, self._delta_energy)
+    def _grouping(
+        self,
+        rows: Sequence[int] | NDArray[np.intp] | None = None,
+        labels: NDArray[np.intp] | None = None,
+        size: int = 0,
+    ) -> Grouping:
+        """Some tensors in groups, or all of them as a group each."""
+        columns: Mapping[str, NDArray[Any]] = {**self.columns, "value_bytes": self._value_bytes}
+        if rows is None or labels is None:
+            return Grouping(columns, np.arange(len(self.tensors)), len(self.tensors), self._delta_energy)
+        return Grouping({name: values[rows] for name, values in columns.items()}, labels, size, self._delta_energy)
+
+    @cached_property
+    def _value_bytes(self) -> NDArray[np.float64]:
+        """Bytes of a stored value of the tuned side; NaN unless it is a plain floating one."""
+        formats = [FORMATS.get(facts.dtype_tuned.lower()) for facts in self.tensors]
+        known = zip(formats, self.tensors, strict=True)
+        sizes = [form.bits // 8 if form is not None and facts.kept is None else math.nan for form, facts in known]
+        return np.array(sizes, np.float64)
 
     @cached_property
     def _valued(self) -> NDArray[np.bool_]:
