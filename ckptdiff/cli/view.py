@@ -115,9 +115,9 @@ class Request:
         from ckptdiff.report.rows import View
 
         if given["format"] == "parquet":
-            from ckptdiff.report.as_parquet import require_pyarrow
+            from ckptdiff.report.frames import require_pyarrow
 
-            require_pyarrow()
+            require_pyarrow("--format parquet", ", or --format csv")
         quiet = given["quiet"]
         return cls(
             format=given["format"],

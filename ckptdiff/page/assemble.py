@@ -45,7 +45,7 @@ def run_page(runs: Sequence[ShownRun], overlap: Overlap | str | None = None) -> 
     `overlap` is that of the masks of two, or why there is none.
     """
     runs = [replace(run, place=at) for at, run in enumerate(runs)] if len(runs) > 1 else runs
-    grid, cells = _grid_cells([run.diff for run in runs])
+    grid, cells = grid_cells([run.diff for run in runs])
     sections = [
         coverage_section(runs),
         provenance_section(runs),
@@ -64,12 +64,12 @@ def run_page(runs: Sequence[ShownRun], overlap: Overlap | str | None = None) -> 
 def diff_html(diff: Diff) -> Html:
     """What notebooks show of a diff: coverage, headline figures, and where values are unchanged."""
     runs = [ShownRun("", diff, None)]
-    grid, (cells,) = _grid_cells([diff])
+    grid, (cells,) = grid_cells([diff])
     shown = [heatmaps(grid, [("", cells)], UPDATE_FIGURES[:1], {})] if cells else []
     return joined([tag("h3", runs[0].name), coverage_section(runs), headline_section(runs), *shown])
 
 
-def _grid_cells(diffs: Sequence[Diff]) -> tuple[Grid, list[dict[Cell, Row]]]:
+def grid_cells(diffs: Sequence[Diff]) -> tuple[Grid, list[dict[Cell, Row]]]:
     """The grid that diffs share, and the cells of each; tensors of which only bits are compared have none."""
     places = [
         [facts if valued else None for facts, valued in zip(diff.tensors, diff.columns["valued"] > 0, strict=True)]
