@@ -61,8 +61,19 @@ class Check:
     def require_member(self, tensors: Iterable[TensorFacts]) -> None:
         """Make sure that the member it names exists, as soon as the pairing is known and before data is read."""
         head, label, _ = self._path()
-        if label is not None and not any(label in labels for labels in _labels(_by(head), tensors)):
-            raise OptionError(f"nothing of that name in {head}", expected=f"a label listed in {head}", found=self.text)
+        if label is None:
+            return
+        known = dict.fromkeys(name for names in _labels(_by(head), tensors) for name in names)
+        if label not in known:
+            from difflib import get_close_matches
+
+            near = ", ".join(f"{head}.{name}" for name in get_close_matches(label, known))
+            raise OptionError(
+                f"nothing of that name in {head}",
+                expected=f"a label listed in {head}",
+                found=self.text,
+                hint=f"nearest: {near}" if near else None,
+            )
 
     def failed(self, diff: Diff) -> bool:
         """Whether the check holds, and so fails the run; if it cannot be answered, that is trouble, an OptionError."""
