@@ -149,7 +149,11 @@ def test_400_tensors_are_below_a_megabyte_and_a_half(make_run, make_diff, tmp_pa
     assert len(page.cells["tensors"]) == len(page.document()["tensors"]) + 1 == len(diff.tensors) + 1
     found, exact = page.document()["tensors"][2], document(diff)["tensors"][2]
     assert found["spectral"]["stable_rank"] == pytest.approx(exact["spectral"]["stable_rank"], rel=1e-8)
-    assert "rounded to nine digits" in page.source
+    assert (
+        "rounded to nine digits" in page.source and "tensors lack those of spectra that it does not show" in page.source
+    )
+    assert found["spectral"].keys() < exact["spectral"].keys()
+    assert page.document()["median_2d"]["spectral"].keys() == document(diff)["median_2d"]["spectral"].keys()
 
 
 @pytest.mark.parametrize(
