@@ -129,11 +129,13 @@ def measure_exact(
         for name, found in zip(sides, (angles.long, angles.short), strict=True):
             values[f"angles_{name}"] = found
             figures |= {f"angle_{name}": float(found[-1]), f"angle_{name}_mean": float(found.mean())}
-    if angles is not None:
-        for rho in RHO:
-            turned = angles.rotations.get(principal_rank(rho, source.short), (math.nan, math.nan))
-            for name, sine in zip(sides, turned, strict=True):
-                figures[flat_key(f"top_subspace_rotation_{name}", rho)] = sine
+    for subspace in subspaces:
+        turned = None if angles is None else angles.rotations.get(subspace.rank)
+        if turned is not None:
+            keys = (flat_key(f"top_subspace_rotation_{name}", subspace.rho) for name in sides)
+            figures |= dict(zip(keys, turned, strict=True))
+        elif not subspace.reason:
+            reasons = (*reasons, f"no rotation at rho {subspace.rho:g}: no gap in the tuned side's spectrum, or noise")
     return MatrixSpectra("exact", figures, values, reasons)
 
 

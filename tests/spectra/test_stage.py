@@ -146,6 +146,9 @@ def test_no_rotation_without_a_subspace(tmp_path: Path) -> None:
     known = [found["top_subspace_rotation_right"][rho] is not None for rho in ("0.01", "0.05", "0.1", "0.2")]
     assert known == [True, True, False, False]  # of one vector, and of three and more
     assert found["angle_right"] is None and "no principal angles" in found["reason"]
+    found = found_between(tmp_path, (thick + moved).astype(np.float32), flat.astype(np.float32), spectra="exact")
+    assert set(found["top_subspace_rotation_left"].values()) == {None}
+    assert "no rotation at rho 0.2: no gap in the tuned side's spectrum" in found["reason"]
 
 
 def test_slices_of_experts_and_convolutions(pair: tuple[Path, Path], sides: Sides) -> None:
