@@ -120,7 +120,7 @@ def _small(row: Row) -> Verdict:
 def _spread(diff: Diff) -> Verdict:
     """The second version of the paper: every layer moves, by about as much of its norm."""
     claim, figure = "it is distributed across layers", "layers.*.rel_norm"
-    layers = [row for row in diff.grouped("layer") if row["base_norm"]]
+    layers = [row for row in diff.grouped("layer") if row["rel_norm"] is not None]
     if len(layers) < 2 or not any(row["rel_norm"] for row in layers):
         words = "there are no two layers" if len(layers) < 2 else f"{figure} is zero or undefined for this pair"
         return Verdict(claim, "unknown", figure, None, 1.0, f"{claim}: unknown; {words}.")
