@@ -4,7 +4,7 @@
 #include "reduce.cuh"
 
 const u32 SQUARE = 32; // rows and columns of what is turned at a time
-const u32 SCORE_FIELDS = 6;
+const u32 SCORE_FIELDS = 8;
 
 // W0 and d of one coordinate, cast to the compare format and written in another.
 template <class Real> struct Entry {
@@ -56,23 +56,21 @@ __device__ inline void add_up(u64 own, u64* total) {
     if (threadIdx.x % WARP == 0 && sum) atomicAdd(total, sum);
 }
 
-// All entries and the changed ones by the leading 15 magnitude bits of the base; last those that changed by more than a
-// threshold.
+// All entries, the changed ones, and those that changed by more than a threshold, by the leading 15 magnitude bits of the
+// base.
 template <class Real>
 __device__ void add_magnitudes(const Real* base, const Real* delta, u64 numel, u32 threshold, u64* counts) {
-    u64 above = 0;
     for (u64 i = (u64)blockIdx.x * THREADS + threadIdx.x; i < numel; i += (u64)gridDim.x * THREADS) {
         const u32 bin = single_bits(base[i]) >> 16, size = single_bits(delta[i]);
         atomicAdd(&counts[bin], (u64)1);
         if (size) atomicAdd(&counts[BINS + bin], (u64)1);
-        above += size > threshold;
+        if (size > threshold) atomicAdd(&counts[2 * BINS + bin], (u64)1);
     }
-    add_up(above, &counts[2 * BINS]);
 }
 
-// Entries by the bin of their score: all, those changed, above a threshold, changed where the base is beyond the cut of
-// the smallest and where it is at that cut, and the sum of their chances in units of 2^-31. All are integers, so any
-// order gives the same.
+// Entries by the bin of their score: all, those changed, those above a threshold; of the last two those where the base is
+// beyond the cut of the smallest, then those where it is at that cut; and the sum of their chances in units of 2^-31. All
+// are integers, so any order gives the same.
 template <class Real>
 __device__ void add_scores(const Real* scores, const Real* base, const Real* delta, u64 numel, u32 shift, u32 start,
                            u32 bins, u32 low, u32 threshold, const u32* chances, u64* counts) {
@@ -81,8 +79,9 @@ __device__ void add_scores(const Real* scores, const Real* base, const Real* del
         const u32 code = single_bits(scores[i]) >> shift;
         if (code < start) continue;
         const u32 weight = single_bits(base[i]) >> 16, size = single_bits(delta[i]);
-        const u64 own[SCORE_FIELDS] = {1, size != 0, size > threshold, size && weight > low, size && weight == low,
-                                       chances[weight]};
+        const bool above = size > threshold, beyond = weight > low, tied = weight == low;
+        const u64 own[SCORE_FIELDS] = {1,               size != 0,    above,         size && beyond,
+                                       above && beyond, size && tied, above && tied, chances[weight]};
         if (code - start < bins) {
             for (u32 k = 0; k < SCORE_FIELDS; ++k)
                 if (own[k]) atomicAdd(&counts[(u64)(code - start) * SCORE_FIELDS + k], own[k]);

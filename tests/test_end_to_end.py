@@ -36,6 +36,7 @@ VIEWS = (
     ["--by", "tensor", "--sort", "rel_norm", "--top", "4"],
     ["--by", "module"],
     ["--by", "layer"],
+    ["--by", "layer,module"],
     ["--by", "block"],
     ["--by", "tower"],
     ["--format", "json"],
@@ -146,8 +147,8 @@ def test_show_prints_what_diff_printed(cli: Cli, tmp_path: Path, case: str, view
     run = tmp_path / "run.h5"
     code, printed, _ = cli("diff", *sides(case), "-o", run, *view)
     assert code == 0 and len(printed) > 100
-    if case == "odd" and view == ["--by", "layer"]:
-        assert "no layer to show" in printed
+    if case == "odd" and view in (["--by", "layer"], ["--by", "layer,module"]):
+        assert "no layer to show" in printed or "no layer, module type to show" in printed
         code, shown, complaint = cli("show", run, *view)
         assert (code, shown) == (2, "") and "no tensor has a layer" in complaint
     else:

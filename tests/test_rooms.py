@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "deflate": {"jit"},
     "files": {"errors", "interrupts"},
     "measure": GROUND | {"codes"},
-    "checkpoint": GROUND | {"codes", "events", "measure"},
+    "checkpoint": GROUND | {"codes", "events", "in_order", "measure"},
     "figures": GROUND | {"measure"},
 }
 """Rooms, and what each may import beside itself."""

@@ -11,7 +11,7 @@ from ckptdiff.checkpoint.foreign import CONVERT_PICKLE
 from ckptdiff.checkpoint.header import Shard, TensorInfo
 from ckptdiff.checkpoint.regular_file import read_whole, stat_path
 from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
-from ckptdiff.errors import CheckpointError, IndexFileError, first_few
+from ckptdiff.errors import CheckpointError, IndexFileError, first_few, plural
 
 __all__ = ["MAX_INDEX_BYTES", "Index", "check_index", "read_index"]
 
@@ -121,7 +121,9 @@ def check_index(index: Index, shards: Mapping[str, Shard], tensors: Mapping[str,
     warnings: list[str] = []
     unnamed = [name for name in tensors if name not in index.weight_map]
     if unnamed:
-        warnings.append(f"{index.path} leaves out {len(unnamed)} tensors that its shards hold: {first_few(unnamed)}")
+        warnings.append(
+            f"{index.path} leaves out {plural(len(unnamed), 'tensor')} that its shards hold: {first_few(unnamed)}"
+        )
     held = sum(tensor.nbytes for tensor in tensors.values())
     if index.total_size not in (None, held) and index.total_size != sum(
         tensors[name].nbytes for name in index.weight_map

@@ -22,6 +22,7 @@ from ckptdiff.checkpoint.side_weights import SideWeights, weights_of
 from ckptdiff.checkpoint.suggested_map import Agreement, suggest_map
 from ckptdiff.checkpoint.ties import SameValues, find_ties, left_embedding
 from ckptdiff.checkpoint.weights import Assembled, Source, Weight
+from ckptdiff.errors import plural
 from ckptdiff.options import Values
 
 __all__ = ["Alias", "CommonRows", "Mismatch", "Pairing", "TensorPair", "pair"]
@@ -258,9 +259,12 @@ def _adapter_warnings(base: Checkpoint, tuned: Checkpoint, pairing: Pairing) -> 
 def _scale_warnings(base: Checkpoint, tuned: Checkpoint, pairs: Iterable[TensorPair]) -> list[str]:
     scales = scaled_modules(base.tensors), scaled_modules(tuned.tensors)
     pairs = [pair for pair in pairs if pair.base.dtype in MAY_BE_CODES or pair.tuned.dtype in MAY_BE_CODES]
-    kinds = {"fp8 tensors have scales beside them": is_scaled, "tensors hold packed codes": is_packed}
+    kinds = {
+        ("fp8 tensor has scales beside it", "fp8 tensors have scales beside them"): is_scaled,
+        ("tensor holds packed codes", "tensors hold packed codes"): is_packed,
+    }
     counts = {
         what: sum(of_kind(pair.base, scales[0]) or of_kind(pair.tuned, scales[1]) for pair in pairs)
         for what, of_kind in kinds.items()
     }
-    return [f"{count} {what}: compared as raw codes, unscaled" for what, count in counts.items() if count]
+    return [f"{plural(count, *what)}: compared as raw codes, unscaled" for what, count in counts.items() if count]

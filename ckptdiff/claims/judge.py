@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -38,9 +38,10 @@ class Verdict:
     sentence : str
         All of this in words.
     rounding : float or None
-        What noise of the update's norm would give after rounding, where `null` is the paper's own criterion.
+        What noise of the update's norm would give, after rounding where that matters, if `null` is the paper's own
+        criterion.
     beyond : {"shown", "not shown", "no more than chance"} or None
-        Whether the figure is beyond that: the same claim, judged against rounding.
+        Whether the figure is beyond that: the same claim, judged against noise.
     """
 
     claim: str
@@ -81,7 +82,7 @@ def judge_claims(diff: Diff) -> list[Verdict]:
     ('most coordinates do not change', 'shown')
     """
     row = figures_of(diff)
-    alone = [_sparse(diff, row), _small(row), _full_rank(diff, row)]
+    alone = [_sparse(diff, row), _small(row), _spread(diff), _feed_forward(diff), _full_rank(diff, row)]
     return [*alone, _concentrated(diff, row), *_off_principal(diff, row), _low(diff, row)]
 
 
@@ -114,6 +115,58 @@ def _small(row: Row) -> Verdict:
     words = f"its norm is {percent(value)} of the base's; {theirs}"
     outcome: Outcome = "shown" if value is not None and value < 0.01 else "not shown"
     return _verdict("the update is small", "global.rel_norm", value, 0.01, outcome, words)
+
+
+def _spread(diff: Diff) -> Verdict:
+    """The second version of the paper: every layer moves, by about as much of its norm."""
+    claim, figure = "it is distributed across layers", "layers.*.rel_norm"
+    layers = [row for row in diff.grouped("layer") if row["rel_norm"] is not None]
+    if len(layers) < 2 or not any(row["rel_norm"] for row in layers):
+        words = "there are no two layers" if len(layers) < 2 else f"{figure} is zero or undefined for this pair"
+        return Verdict(claim, "unknown", figure, None, 1.0, f"{claim}: unknown; {words}.")
+    value = _variation([row["rel_norm"] for row in layers])
+    null = _variation([_noise_norm(1.0, row) for row in layers])
+    beyond = _below(value, null)
+    said = {"shown": "more even than that", "not shown": "less even than that"}.get(beyond, "as even as that")
+    alone = math.sqrt(len(layers) - 1)
+    words = (
+        f"relative norms of the {len(layers)} layers vary by {percent(value)} of their mean ({percent(alone)} if one "
+        f"had it all); those of noise of one size on every weight by {percent(null)}: {said}"
+    )
+    found = _verdict(claim, figure, value, 1.0, "shown" if value < 1.0 else "not shown", words)
+    return replace(found, rounding=null, beyond=beyond)
+
+
+def _feed_forward(diff: Diff) -> Verdict:
+    """The second version of the paper: usually the largest relative movement is there."""
+    claim, figure = "it moves the feed-forward block most", "blocks.ffn.rel_norm"
+    blocks = {row["block"]: row for row in diff.grouped("block") if row["rel_norm"] is not None}
+    ours = blocks.pop("ffn", None)
+    size = diff.overall["delta_norm"]
+    if ours is None or not blocks or not size:
+        words = f"{figure} is undefined for this pair, or there is no other block, or no update"
+        return Verdict(claim, "unknown", figure, None, None, f"{claim}: unknown; {words}.")
+    value, next_ = ours["rel_norm"], max(blocks.values(), key=lambda row: row["rel_norm"])
+    values = sum(row["numel"] for row in (ours, *blocks.values()))
+    null = _noise_norm(size / math.sqrt(values), ours)
+    beyond = _above(value, null)
+    said = {"shown": "more than that", "not shown": "less than that"}.get(beyond, "no more than that")
+    words = (
+        f"it moves by {percent(value)} of its norm, {next_['block']} by {percent(next_['rel_norm'])}; noise of one "
+        f"size on every weight would move it by {percent(null)}: {said}"
+    )
+    outcome: Outcome = "shown" if value > next_["rel_norm"] else "not shown"
+    return replace(_verdict(claim, figure, value, next_["rel_norm"], outcome, words), rounding=null, beyond=beyond)
+
+
+def _noise_norm(size: float, row: Mapping[str, Any]) -> float:
+    """Relative norm of noise of one standard deviation on every weight of a group."""
+    return size * math.sqrt(row["numel"]) / float(row["base_norm"])
+
+
+def _variation(values: Sequence[float]) -> float:
+    """Standard deviation in units of the mean."""
+    return float(np.std(values) / np.mean(values))
 
 
 def _full_rank(diff: Diff, row: Row) -> Verdict:

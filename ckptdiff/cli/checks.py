@@ -38,7 +38,8 @@ class Check:
     """As the user wrote it."""
     key: str
     """Dotted key of the output contract. Members of lists go by their label: ``modules.q_proj.rel_norm``,
-    ``layers.3.rel_norm`` (``layers.vision.3.rel_norm``), ``tensors.NAME.rel_norm``."""
+    ``layers.3.rel_norm`` (``layers.vision.3.rel_norm``), ``layer_modules.3.q_proj.rel_norm``,
+    ``tensors.NAME.rel_norm``."""
     operator: str
     """One of < <= > >= == !=."""
     number: float
@@ -60,8 +61,19 @@ class Check:
     def require_member(self, tensors: Iterable[TensorFacts]) -> None:
         """Make sure that the member it names exists, as soon as the pairing is known and before data is read."""
         head, label, _ = self._path()
-        if label is not None and not any(label in labels for labels in _labels(_by(head), tensors)):
-            raise OptionError(f"nothing of that name in {head}", expected=f"a label listed in {head}", found=self.text)
+        if label is None:
+            return
+        known = dict.fromkeys(name for names in _labels(_by(head), tensors) for name in names)
+        if label not in known:
+            from difflib import get_close_matches
+
+            near = ", ".join(f"{head}.{name}" for name in get_close_matches(label, known))
+            raise OptionError(
+                f"nothing of that name in {head}",
+                expected=f"a label listed in {head}",
+                found=self.text,
+                hint=f"nearest: {near}" if near else None,
+            )
 
     def failed(self, diff: Diff) -> bool:
         """Whether the check holds, and so fails the run; if it cannot be answered, that is trouble, an OptionError."""
@@ -160,9 +172,12 @@ def _labels(by: GroupBy, tensors: Iterable[TensorFacts]) -> Iterator[tuple[str, 
 
 
 def _row_labels(by: GroupBy, row: Mapping[str, Any]) -> tuple[str, ...]:
-    if by != "layer":
-        return (row[LABEL_KEYS[by][0]],)
+    keys = LABEL_KEYS[by]
+    if "layer" not in keys:
+        return (row[keys[0]],)
     if row["layer"] is None:
         return ()
-    full = f"{row['tower']}.{row['layer']}"
-    return (full, str(row["layer"])) if row["tower"] == "language" else (full,)
+    _, *parts = keys
+    within = ".".join(str(row[key]) for key in parts)
+    full = f"{row['tower']}.{within}"
+    return (full, within) if row["tower"] == "language" else (full,)

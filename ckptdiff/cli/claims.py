@@ -47,9 +47,10 @@ _NOTE = (
 def claims(paths: tuple[str, ...], **given: Any) -> int:
     """Print the table of arXiv 2606.13657 for BASE and TUNED, and whether the pair shows what that paper claims.
 
-    Shown means: over half of all coordinates unchanged; an update below 1 % of the base's norm; over 90 % of its
-    singular values above 1e-5 of the largest; and for all else, 5 % away from what chance, or noise of the same size
-    after rounding, would give. RUN.h5 is a run file of `ckptdiff diff --spectra`.
+    Shown means: over half of all coordinates unchanged; an update below 1 % of the base's norm; relative norms of
+    layers that vary by less than their mean; one that is largest in the feed-forward block; over 90 % of its singular
+    values above 1e-5 of the largest; and for all else, 5 % away from what chance, or noise of the same size after
+    rounding, would give. RUN.h5 is a run file of `ckptdiff diff --spectra`.
 
     \b
       ckptdiff claims base/ tuned/

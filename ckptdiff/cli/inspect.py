@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ckptdiff.cli.display import warn
+from ckptdiff.cli.display import progress, warn
 from ckptdiff.cli.failures import OK
+from ckptdiff.cli.inputs import progress_option
 from ckptdiff.cli.target import ReportTarget, files_of, output_option
 from ckptdiff.cli.view import format_option, write_rows
 from ckptdiff.errors import OptionError, plural
@@ -29,16 +30,32 @@ _KEYS = ("name", "dtype", "shape", "numel", "bytes", "tower", "layer", "module_t
 @click.option(
     "--exclude", multiple=True, metavar="GLOB", show_default="none", help="Leave out names that match. Repeatable."
 )
+@click.option(
+    "--hash",
+    "hashed",
+    is_flag=True,
+    show_default="off",
+    help="Read the tensors too, and print XXH3-128 of each one and of all that are listed, which depends on names, "
+    "dtypes, shapes and bytes, and not on the files they lie in. Needs xxhash.",
+)
 @output_option
+@progress_option
 def inspect(checkpoint: str, **given: Any) -> int:
     """List the tensors of a checkpoint: dtype, shape, bytes, module type, layer and shard.
 
     Only headers are read, and every one of them is validated.
-    """
+
+    \b
+      ckptdiff inspect model/
+      ckptdiff inspect model/ --hash --format json | jq -r .hash
+    """  # noqa: D301
     target = ReportTarget.choose(given["output"], binary=False, kept=files_of(checkpoint))
     from ckptdiff.checkpoint import locate_all, open_checkpoint
+    from ckptdiff.checkpoint.content_hash import content_hashes, hash_of_all, require_xxhash
     from ckptdiff.checkpoint.globs import Globs
 
+    if given["hashed"]:
+        require_xxhash()
     opened = open_checkpoint(checkpoint)
     globs = Globs(given["include"], given["exclude"])
     warn((*opened.warnings, *globs.unmatched(opened.tensors)))
@@ -54,11 +71,17 @@ def inspect(checkpoint: str, **given: Any) -> int:
         "numel": sum(row["numel"] for row in rows),
         "bytes": sum(row["bytes"] for row in rows),
     }
+    keys: tuple[str, ...] = _KEYS
+    if given["hashed"]:
+        with progress(shown=given["progress"], quiet=False) as tell:
+            hashes = content_hashes(chosen, listener=tell)
+        rows = [{**row, "hash": hashes[row["name"]]} for row in rows]
+        totals["hash"], keys = hash_of_all(hashes.values()), (*_KEYS, "hash")
     with target.open() as stream:
         if given["format"] == "table":
             _write_table(stream, rows, totals)
         else:
-            write_rows(stream, given["format"], rows, _KEYS, {"schema": "ckptdiff.inspect/1", **totals})
+            write_rows(stream, given["format"], rows, keys, {"schema": "ckptdiff.inspect/1", **totals})
     return OK
 
 
@@ -87,6 +110,7 @@ def _write_table(stream: TextIO, rows: list[dict[str, Any]], totals: dict[str, A
         Column("size", [size(row["bytes"]) for row in rows], rank=1),
         Column("module", [row["module_type"] for row in rows], left=True, rank=2),
         Column("layer", ["" if row["layer"] is None else str(row["layer"]) for row in rows], rank=2),
+        Column("xxh3-128", [row.get("hash", "") for row in rows], left=True),
         Column(
             "shard", [safe(row["shard"]) for row in rows] if totals["shards"] > 1 else [""] * len(rows), True, rank=3
         ),
@@ -100,4 +124,6 @@ def _write_table(stream: TextIO, rows: list[dict[str, Any]], totals: dict[str, A
         f"{plural(len(rows), 'tensor')} in {plural(totals['shards'], 'shard')}, {quantity(totals['numel'])} values, "
         f"{size(totals['bytes'])}" + (f" ({parts})" if parts else "")
     )
+    if "hash" in totals:
+        lines.append(f"xxh3-128 of all that is listed: {totals['hash']}")
     stream.write("\n".join(lines) + "\n")

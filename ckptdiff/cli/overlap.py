@@ -17,15 +17,18 @@ from ckptdiff.figures.members import GROUPINGS, LABEL_KEYS
 from ckptdiff.report.text import dumps, percent, quantity, safe
 
 if TYPE_CHECKING:
+    from ckptdiff.figures.members import GroupBy
     from ckptdiff.overlap import Overlap, PairCounts
 
 _MEANINGS = {
     "o1": "o1: share of the first mask that is in the second.",
     "o2": "o2: the reverse.",
+    "outside": "outside: Jaccard of what the masks leave out.",
     "chance": "chance: of independent masks.",
     "by tensor": "by tensor: independent within each tensor.",
     "by size": "by size: independent among weights of the same magnitude.",
 }
+_CHANCES = (("independent", "chance"), ("stratified", "by tensor"), ("conditional", "by size"))
 _COUNTS = ("numel", "masked_1", "masked_2", "masked_both")
 
 
@@ -54,8 +57,9 @@ def overlap(runs: tuple[str, ...], **given: Any) -> int:
     """Compare the masks of runs that start from the same base, each two of them.
 
     o1 is the share of the first mask that is in the second, o2 the reverse, Jaccard their intersection over their
-    union. Beside each stand three kinds of chance: masks that are independent everywhere, independent within each
-    tensor, and independent among weights of the same magnitude, since updates meet on small weights by rounding alone.
+    union, outside the same of what the masks leave out. Beside each stand three kinds of chance: masks that are
+    independent everywhere, independent within each tensor, and independent among weights of the same magnitude, since
+    updates meet on small weights by rounding alone.
     """
     target = ReportTarget.choose(given["output"], binary=False, kept=map(Path, runs))
     from ckptdiff.overlap import overlap as count_overlap
@@ -84,28 +88,34 @@ def overlap(runs: tuple[str, ...], **given: Any) -> int:
     return OK
 
 
-def _write_table(stream: TextIO, found: Overlap, pair: PairCounts, by: str) -> None:
+def _write_table(stream: TextIO, found: Overlap, pair: PairCounts, by: GroupBy) -> None:
+    from ckptdiff.report.rows import labels
     from ckptdiff.report.screen import Column, legend_lines, screen_of, table_lines
 
     rows = found.grouped(pair, by)
-    label = LABEL_KEYS[by][-1]
-    rows.append({**found.overall(pair), label: "all"})
+    names = [*labels(rows, by), "all"]
+    rows.append(found.overall(pair))
     columns = [
-        Column(by, [safe(str(row[label])) or '""' for row in rows], left=True),
+        Column(by, names, left=True),
         Column("values", [quantity(row["numel"]) for row in rows], rank=4),
         Column("in first", [percent(row["masked_1"] / row["numel"]) if row["numel"] else "" for row in rows], rank=2),
         Column("in second", [percent(row["masked_2"] / row["numel"]) if row["numel"] else "" for row in rows], rank=2),
     ]
-    for figure, title, rank in (("o1", "o1", 0), ("o2", "o2", 1), ("jaccard", "Jaccard", 3)):
+    for figure, title, rank in (
+        ("o1", "o1", 0),
+        ("o2", "o2", 1),
+        ("jaccard", "Jaccard", 3),
+        ("zero_jaccard", "outside", 5),
+    ):
         columns.append(Column(title, [percent(row[figure]) for row in rows], style="bold", rank=rank))
-        for baseline, short in (("independent", "chance"), ("stratified", "by tensor"), ("conditional", "by size")):
+        for baseline, short in _CHANCES if figure != "zero_jaccard" else _CHANCES[:1]:
             known = any(row[f"{figure}_{baseline}"] is not None for row in rows)
             cells = [percent(row[f"{figure}_{baseline}"]) if known else "" for row in rows]
             columns.append(Column(short, cells, style="dim", rank=rank or int(baseline != "independent")))
-    names = [f"{safe(found.runs[run])} ({safe(found.rules[run])})" for run in (pair.first, pair.second)]
+    runs = [f"{safe(found.runs[run])} ({safe(found.rules[run])})" for run in (pair.first, pair.second)]
     screen = screen_of(stream)
     lines = [
-        f"{names[0]} and {names[1]}, {plural(len(found.tensors), 'tensor')}",
+        f"{runs[0]} and {runs[1]}, {plural(len(found.tensors), 'tensor')}",
         *table_lines(columns, screen),
         *legend_lines(_MEANINGS, [columns], screen),
     ]

@@ -115,9 +115,9 @@ class Request:
         from ckptdiff.report.rows import View
 
         if given["format"] == "parquet":
-            from ckptdiff.report.as_parquet import require_pyarrow
+            from ckptdiff.report.frames import require_pyarrow
 
-            require_pyarrow()
+            require_pyarrow("--format parquet", ", or --format csv")
         quiet = given["quiet"]
         return cls(
             format=given["format"],
@@ -142,7 +142,7 @@ class Request:
         if by not in (None, "tensor") and self.format != "json" and not rows(diff, self.view):
             made = "ckptdiff diff --group NAME=REGEX makes groups; " if by == "group" else ""
             raise OptionError(
-                f"no tensor has a {by}",
+                f"no tensor has a {'layer' if by == 'layer,module' else by}",
                 file=self.view.run_file,
                 expected=f"something to group --by {by}",
                 hint=f"{made}--by tensor shows each",

@@ -23,6 +23,8 @@ from ckptdiff.measure.thresholds import EPS, ETA, RHO, TAU, P
 
 _ROUNDING = 1e-13
 """What sums in float64 over equal and opposite terms may leave of them."""
+_SHORT_INDEX = 1 << 31
+"""Coordinates that a patch can point at with four bytes."""
 _SHORTEST = 1e-5
 """Ratio of two norms below which their cosine is undefined: float32 differences would leave it a few digits or none."""
 
@@ -167,6 +169,17 @@ def _changed(groups: Grouping, _: float | None) -> FloatArray:
     return np.where(groups.total("masked") > 0, groups.total("changed"), np.nan)
 
 
+def _patch_bytes(groups: Grouping, _: float | None) -> FloatArray:
+    numel = groups.column("numel")
+    equal = np.where(groups.column("wide") > 0, groups.column("unchanged_stored"), groups.column("unchanged_bitwise"))
+    index = np.where(numel > _SHORT_INDEX, 8, 4)
+    return groups.total_if_known((numel - equal) * (groups.column("value_bytes") + index))
+
+
+def _dense_bytes(groups: Grouping, _: float | None) -> FloatArray:
+    return groups.total_if_known(groups.column("numel") * groups.column("value_bytes"))
+
+
 def _base_square(groups: Grouping) -> FloatArray:
     return groups.total_square("base_norm")
 
@@ -251,6 +264,8 @@ FIGURES: tuple[Figure, ...] = (
     Figure("unchanged_abs", "fraction", "|d| <= eps", "S1, S2", _share("unchanged_abs"), EPS),
     Figure("unchanged_rel", "fraction", "|d| <= tau RMS(W0)", "S1", _unchanged_rel, TAU),
     Figure("changed", "count", "coordinates in the mask", "ckptdiff", _changed, bitwise=True),
+    Figure("patch_bytes", "count", "index and tuned value of each coordinate that changed", "ckptdiff", _patch_bytes),
+    Figure("dense_bytes", "count", "all tuned values, as stored", "ckptdiff", _dense_bytes),
     Figure("delta_norm", "norm", "norm of d", "S1", _delta_norm),
     Figure("base_norm", "norm", "norm of W0", "S1", _base_norm),
     Figure("tuned_norm", "norm", "norm of W1", "S1", _tuned_norm),

@@ -21,7 +21,7 @@ class Grouping:
     """Columns of ``n`` tensors and the group, 0 to ``size`` - 1, that each of them belongs to."""
 
     columns: Mapping[str, NDArray[Any]]
-    """Stored columns (:data:`~ckptdiff.figures.catalogue.COLUMNS`); shape (n,)."""
+    """Stored columns (:data:`~ckptdiff.figures.catalogue.COLUMNS`) and what facts add to them; shape (n,)."""
     labels: NDArray[np.intp]
     """Group of each tensor; shape (n,)."""
     size: int
@@ -46,6 +46,10 @@ class Grouping:
     def total_square(self, name: str) -> FloatArray:
         """Sum of a column's squares over each group, shape (size,)."""
         return self._sum(self.squares(name))
+
+    def total_if_known(self, values: FloatArray) -> FloatArray:
+        """Sum of values of each tensor over each group, NaN where one of them is, shape (size,)."""
+        return np.bincount(self.labels, values, self.size).astype(np.float64)
 
     def largest(self, name: str) -> FloatArray:
         """Maximum of a column over each group, NaN for a group in which it is never defined, shape (size,)."""

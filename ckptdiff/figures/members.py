@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any, Literal, TypeAlias, get_args
 
-GroupBy: TypeAlias = Literal["tensor", "module", "layer", "block", "tower", "group"]
+GroupBy: TypeAlias = Literal["tensor", "module", "layer", "layer,module", "block", "tower", "group"]
 
 GROUPINGS: tuple[GroupBy, ...] = get_args(GroupBy)
 """What figures can be grouped by; "group" are the user's own (``--group NAME=REGEX``)."""
@@ -16,6 +16,7 @@ LABEL_KEYS: Mapping[str, tuple[str, ...]] = {
     "tensor": ("name",),
     "module": ("module_type",),
     "layer": ("tower", "layer"),
+    "layer,module": ("tower", "layer", "module_type"),
     "block": ("block",),
     "tower": ("tower",),
     "group": ("group",),
@@ -30,13 +31,14 @@ def members_of(by: str, tensors: Iterable[tuple[int, Any]]) -> dict[tuple[Any, .
     number. A tensor outside of the layers, or in none of the user's groups, is nowhere.
     """
     keys = LABEL_KEYS[by]
+    layered = "layer" in keys
     label_of = attrgetter(*keys)
     found: defaultdict[Any, list[int]] = defaultdict(list)
     for row, tensor in tensors:
         if by == "group":
             for name in tensor.groups:
                 found[name].append(row)
-        elif by != "layer" or tensor.layer is not None:
+        elif not layered or tensor.layer is not None:
             found[label_of(tensor)].append(row)
     members = {(label if len(keys) > 1 else (label,)): rows for label, rows in found.items()}
-    return dict(sorted(members.items(), key=lambda member: member[0][-1])) if by == "layer" else members
+    return dict(sorted(members.items(), key=lambda member: member[0][keys.index("layer")])) if layered else members

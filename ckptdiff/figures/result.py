@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,106 +18,27 @@ from ckptdiff.figures.evaluate import figures_of, median_2d, values_of
 from ckptdiff.figures.grouping import Grouping
 from ckptdiff.figures.members import LABEL_KEYS, GroupBy, members_of
 from ckptdiff.figures.spectral import Spectra
+from ckptdiff.figures.tensor_facts import (
+    SIDES,
+    KeptFacts,
+    PieceFacts,
+    RowCounts,
+    Side,
+    TensorFacts,
+    UnmatchedTensor,
+)
+from ckptdiff.formats import FORMATS
 
-Side: TypeAlias = Literal["base", "tuned"]
-SIDES: tuple[Side, Side] = ("base", "tuned")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorFacts:
-    """Facts of a compared tensor that are known before its data is read.
-
-    Examples
-    --------
-    >>> import ckptdiff
-    >>> facts = ckptdiff.diff("fixtures/llama/base", "fixtures/llama/tuned").tensors[0]
-    >>> facts.name, facts.compare
-    ('model.embed_tokens.weight', 'bf16')
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype_base: str
-    dtype_tuned: str
-    compare: str
-    """Dtype both sides were cast to ("bf16", "f32", ...), or "bitwise"."""
-    layer: int | None
-    tower: str
-    module_type: str
-    block: str
-    tuned_name: str | None = None
-    """Name on the tuned side, if it differs."""
-    groups: tuple[str, ...] = ()
-    """The user's own groups that the name matches."""
-    same_bytes: bool = False
-    """Both names resolve to the same bytes of the same file."""
-    pieces: tuple[PieceFacts, ...] = ()
-    """Of what the tuned side is put together, if it is not one tensor of the same layout."""
-    rows: RowCounts | None = None
-    """If the sides do not have as many; `shape` is that of the base."""
-    kept: KeptFacts | None = None
-    """Of quantised weights, once they are measured."""
-    untied: bool = False
-    """One side is a head of its own, the other one's the embedding, which its head is tied to."""
-    compared: tuple[int, int] | None = None
-    """Values of the base and of the tuned side that the pair compares; None stands for all of `shape` on both."""
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is a whole stored tensor on either side, the base's under this name."""
-        return not (self.pieces or self.rows or self.untied or self.kept)
-
-    def compared_of(self, side: Side) -> int:
-        """Values of a side that are compared."""
-        return math.prod(self.shape) if self.compared is None else self.compared[SIDES.index(side)]
-
-
-@dataclass(frozen=True, slots=True)
-class PieceFacts:
-    """A part of a compared tensor, and the part of a tensor of the tuned side that it is compared with.
-
-    Indices hold start, stop and step of each axis.
-    """
-
-    tuned_name: str
-    base_index: tuple[tuple[int, int, int], ...]
-    tuned_index: tuple[tuple[int, int, int], ...]
-    transposed: bool
-    """Whether the last two axes of the tuned part are swapped."""
-
-
-class KeptFacts(NamedTuple):
-    """What both sides of a weight have in common besides values, where at least one is quantised.
-
-    Shares; None where they are undefined.
-    """
-
-    codes_unchanged: float | None
-    """Of the codes, where both sides have codes of one format."""
-    scales_unchanged: float | None
-    """Of the scales, as values, where the blocks of both sides are the same."""
-    requantised: float | None
-    """Of the values that differ, those that do by no more than the larger step of both grids there: such as rounding
-    the same weight anew leaves."""
-
-
-class RowCounts(NamedTuple):
-    """Rows of a tensor that one side has more of than the other, such as an embedding of more tokens."""
-
-    compared: int
-    only_in_base: int
-    only_in_tuned: int
-
-
-@dataclass(frozen=True, slots=True)
-class UnmatchedTensor:
-    """A tensor of both sides that could not be compared."""
-
-    name: str
-    base: Mapping[str, Any]
-    """``{"dtype", "shape"}`` of the base side."""
-    tuned: Mapping[str, Any]
-    reason: str
+__all__ = [
+    "SIDES",
+    "Diff",
+    "KeptFacts",
+    "PieceFacts",
+    "RowCounts",
+    "Side",
+    "TensorFacts",
+    "UnmatchedTensor",
+]
 
 
 @dataclass(frozen=True)
@@ -175,10 +96,45 @@ class Diff:
     spectra: Spectra | None = None
     """Spectral figures, None if none were measured."""
 
+    # What shows it, this room knows by name alone.
+
     def _repr_html_(self) -> str:
         """What notebooks show."""
-        # By its name: this room knows nothing of what shows it.
         return str(import_module("ckptdiff.page").diff_html(self))
+
+    @property
+    def plot(self) -> Any:
+        """Its pictures: a :class:`~ckptdiff.page.pictures.Pictures`."""
+        return import_module("ckptdiff.page.pictures").Pictures(self)
+
+    def to_pandas(self, by: GroupBy = "tensor") -> Any:
+        """Figures as a pandas DataFrame, a row for each tensor or group.
+
+        Parameters
+        ----------
+        by : {"tensor", "module", "layer", "layer,module", "block", "tower", "group"}
+
+        Returns
+        -------
+        pandas.DataFrame
+            Columns as in ``--format csv``: labels, counts, and figures under their flat keys, missing where undefined.
+
+        Raises
+        ------
+        OptionError
+            pandas is not installed.
+        """
+        return import_module("ckptdiff.report.frames").pandas_frame(self, by)
+
+    def to_arrow(self, by: GroupBy = "tensor") -> Any:
+        """Figures as a pyarrow Table, as ``--format parquet`` writes them: parameters and rows of :meth:`to_pandas`.
+
+        Raises
+        ------
+        OptionError
+            pyarrow is not installed.
+        """
+        return import_module("ckptdiff.report.frames").arrow_table(self, by)
 
     @property
     def counts(self) -> dict[str, int]:
@@ -233,27 +189,27 @@ class Diff:
     @cached_property
     def overall(self) -> dict[str, Any]:
         """Figures over all floating tensors, weighted by size."""
-        return figures_of(self._grouping(np.zeros(len(self.tensors), np.intp), 1, self._valued))[0]
+        rows = np.flatnonzero(self._valued)
+        return figures_of(self._grouping(rows, np.zeros(len(rows), np.intp), 1))[0]
 
     @cached_property
     def median_2d(self) -> dict[str, Any]:
         """Unweighted medians over native 2-D tensors with a nonzero delta."""
         matrices = np.array([len(tensor.shape) == 2 for tensor in self.tensors], bool) & self._valued
-        figures = median_2d(self._grouping(np.arange(len(self.tensors)), len(self.tensors), None), matrices)
+        figures = median_2d(self._grouping(), matrices)
         return figures | self._spectral(np.arange(len(self.tensors)))
 
     @cached_property
     def per_tensor(self) -> list[dict[str, Any]]:
         """Figures of each tensor, in the order of :attr:`tensors`."""
-        figures = figures_of(self._grouping(np.arange(len(self.tensors)), len(self.tensors), None))
+        figures = figures_of(self._grouping())
         if self.spectra is None:
             return figures
         return [{**row, "spectral": self.spectra.tensor(index)} for index, row in enumerate(figures)]
 
     def of_tensors(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Figures of some tensors, by their place in :attr:`tensors`: cheaper than :attr:`per_tensor` if few."""
-        columns = {name: values[list(rows)] for name, values in self.columns.items()}
-        figures = figures_of(Grouping(columns, np.arange(len(rows)), len(rows), self._delta_energy))
+        figures = figures_of(self._grouping(list(rows), np.arange(len(rows)), len(rows)))
         if self.spectra is None:
             return figures
         return [{**found, "spectral": self.spectra.tensor(row)} for row, found in zip(rows, figures, strict=True)]
@@ -268,21 +224,21 @@ class Diff:
         parameter : float or None
             Which of its parameters; None for a figure without any.
         """
-        return values_of(self._grouping(np.arange(len(self.tensors)), len(self.tensors), None), figure, parameter)
+        return values_of(self._grouping(), figure, parameter)
 
     def grouped(self, by: GroupBy) -> list[dict[str, Any]]:
-        """Figures by layer, module type, block, tower or user group.
+        """Figures by layer, module type, both, block, tower or user group.
 
         Parameters
         ----------
-        by : {"module", "layer", "block", "tower", "group"}
+        by : {"module", "layer", "layer,module", "block", "tower", "group"}
 
         Returns
         -------
         list of dict
             The label ("module_type", "layer" with its "tower", "block", "tower" or "group"), "tensors" (how
             many), "numel", then the figures. Groups come in order of first appearance, layers in order of their
-            number; integer and opaque tensors are left out.
+            number; integer and opaque tensors are left out, and of layers what is in none.
         """
         if by == "tensor":
             raise ValueError("per_tensor holds the figures of single tensors")
@@ -296,7 +252,7 @@ class Diff:
         """Figures of groups of tensors, by their places in :attr:`tensors`: "tensors", "numel", then the figures."""
         rows = np.array([row for found in members for row in found], np.intp)
         ids = np.repeat(np.arange(len(members)), [len(found) for found in members])
-        groups = Grouping({k: v[rows] for k, v in self.columns.items()}, ids, len(members), self._delta_energy)
+        groups = self._grouping(rows, ids, len(members))
         numel = groups.total("numel").tolist()
         return [
             {"tensors": len(found), "numel": int(count), **figures, **self._spectral(found)}
@@ -311,11 +267,25 @@ class Diff:
         native = [row for row in rows if moved[row] and (len(self.tensors[row].shape) == 2 or row in experts)]
         return {"spectral": self.spectra.median(native)}
 
-    def _grouping(self, labels: NDArray[np.intp], size: int, keep: NDArray[np.bool_] | None) -> Grouping:
-        columns = self.columns
-        if keep is not None:
-            columns, labels = {name: values[keep] for name, values in columns.items()}, labels[keep]
-        return Grouping(columns, labels, size, self._delta_energy)
+    def _grouping(
+        self,
+        rows: Sequence[int] | NDArray[np.intp] | None = None,
+        labels: NDArray[np.intp] | None = None,
+        size: int = 0,
+    ) -> Grouping:
+        """Some tensors in groups, or all of them as a group each."""
+        columns: Mapping[str, NDArray[Any]] = {**self.columns, "value_bytes": self._value_bytes}
+        if rows is None or labels is None:
+            return Grouping(columns, np.arange(len(self.tensors)), len(self.tensors), self._delta_energy)
+        return Grouping({name: values[rows] for name, values in columns.items()}, labels, size, self._delta_energy)
+
+    @cached_property
+    def _value_bytes(self) -> NDArray[np.float64]:
+        """Bytes of a stored value of the tuned side; NaN unless it is a plain floating one."""
+        formats = [FORMATS.get(facts.dtype_tuned.lower()) for facts in self.tensors]
+        known = zip(formats, self.tensors, strict=True)
+        sizes = [form.bits // 8 if form is not None and facts.kept is None else math.nan for form, facts in known]
+        return np.array(sizes, np.float64)
 
     @cached_property
     def _valued(self) -> NDArray[np.bool_]:

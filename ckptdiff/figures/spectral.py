@@ -3,7 +3,7 @@
 Unlike the figures of coordinates they cannot be added up over a group: groups have the unweighted median over their
 native matrices with a nonzero delta, as the papers' tables do; each expert of a tensor that holds several is one.
 Sources as in :mod:`ckptdiff.figures.catalogue`; RV is Roy and Vetterli 2007, and the bound is that of
-:mod:`ckptdiff.linalg.krylov`.
+:mod:`ckptdiff.linalg.krylov`, and DG is Donoho and Gavish 2014.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ ENERGY_RANKS = (1, 2, 4, 8, 16, 32, 64)
 """Ranks of ``topk_energy``; the headline is 16 (S1)."""
 RANK_TAU = (1e-6, 1e-5, 1e-4)
 """Thresholds of ``numerical_rank`` in units of the largest singular value (S1)."""
+TOP_P = (1.0, 5.0, 10.0)
+"""Percentages of the singular values of ``topp_energy`` (S1's script)."""
 
 Floats = NDArray[np.float64]
 
@@ -43,6 +45,10 @@ def _principal(key: str, long_name: str, source: str = "S1") -> SpectralFigure:
     return SpectralFigure(key, "fraction", long_name, source, RHO)
 
 
+def _rotation(key: str, long_name: str) -> SpectralFigure:
+    return SpectralFigure(key, "fraction", long_name, "S1", RHO, exact=True)
+
+
 SPECTRAL_FIGURES: tuple[SpectralFigure, ...] = (
     SpectralFigure("topk_energy", "fraction", "share of norm(d)^2 in the first k singular values", "S1", ENERGY_RANKS),
     SpectralFigure("topk_energy_bound", "fraction", "how much larger it can be at most", "ckptdiff", ENERGY_RANKS),
@@ -52,7 +58,11 @@ SPECTRAL_FIGURES: tuple[SpectralFigure, ...] = (
     SpectralFigure("numerical_rank", "count", "singular values above tau s_1, at least", "S1", RANK_TAU, exact=True),
     SpectralFigure("numerical_rank_high", "count", "the same, at most", "S1", RANK_TAU, exact=True),
     SpectralFigure("numerical_rank_frac", "fraction", "numerical_rank / min(m, n)", "S1", RANK_TAU, exact=True),
+    SpectralFigure("topp_energy", "fraction", "share of norm(d)^2 in the first p % of them", "S1", TOP_P, exact=True),
+    SpectralFigure("dg_rank", "count", "singular values above the hard threshold for noise", "DG", exact=True),
+    SpectralFigure("dg_energy", "fraction", "share of norm(d)^2 in these", "DG", exact=True),
     SpectralFigure("nss", "fraction", "norm(s(W1) - s(W0)) / norm(s(W0))", "S3", exact=True),
+    SpectralFigure("spectral_drift", "value", "the same in units of norm(d) / norm(W0)", "S1", exact=True),
     _principal("principal_energy", "share of norm(d)^2 in the top singular subspaces of W0"),
     _principal("principal_energy_left", "the same, left subspace alone"),
     _principal("principal_energy_right", "the same, right subspace alone"),
@@ -61,10 +71,14 @@ SPECTRAL_FIGURES: tuple[SpectralFigure, ...] = (
     _principal("principal_coverage_null", "the same for a Gaussian update rounded to the grid", "ckptdiff"),
     _principal("principal_coverage_abs", "the same for |d| > 1e-5"),
     _principal("principal_not_low", "share of the support on principal and not among the rho N smallest weights", "S3"),
+    _principal("principal_not_low_abs", "the same for |d| > 1e-5"),
+    _principal("low_coverage_abs", "share of |d| > 1e-5 in the rho N smallest |W0|"),
     SpectralFigure("angle_left", "value", "largest angle between left subspaces, in radians", "S3, S4", exact=True),
     SpectralFigure("angle_left_mean", "value", "mean of these angles", "S3, S4", exact=True),
     SpectralFigure("angle_right", "value", "largest angle between right subspaces, in radians", "S3, S4", exact=True),
     SpectralFigure("angle_right_mean", "value", "mean of these angles", "S3, S4", exact=True),
+    _rotation("top_subspace_rotation_left", "mean sine of the angles between top left subspaces of W0 and W1"),
+    _rotation("top_subspace_rotation_right", "the same of right ones"),
 )
 """Every spectral figure, in the order in which it is printed."""
 

@@ -97,6 +97,17 @@ def numerical_rank(values: Float64, tau: float) -> tuple[int, int]:
     return int((values > tau * values[0] + error).sum()), int((values > tau * values[0] - error).sum())
 
 
+def hard_threshold(values: Float64, long: int) -> float:
+    """Where the singular values of noise end: the optimal hard threshold of Donoho and Gavish (2014).
+
+    With b = short / long it is 0.56 b^3 - 0.95 b^2 + 1.82 b + 1.43 times the median of the values, which are all of a
+    matrix, largest first; NaN if the median is not known from zero.
+    """
+    middle, b = float(np.median(values)), values.size / long
+    known = middle > ACCURACY * values[0]
+    return (0.56 * b**3 - 0.95 * b**2 + 1.82 * b + 1.43) * middle if known else float("nan")
+
+
 def effective_rank(values: Float64) -> float:
     """``exp(-sum p ln p)`` with ``p = s / sum s`` (Roy and Vetterli 2007)."""
     shares = values[values > 0] / values.sum()

@@ -108,8 +108,8 @@ class Library(Protocol):
         :meth:`magnitudes` tells what was counted.
         """
 
-    def magnitudes(self, counts: Counts) -> tuple[NDArray[np.int64], int]:
-        """All entries and those with ``delta != 0`` by magnitude, shape (2, 32768), and those above the threshold."""
+    def magnitudes(self, counts: Counts) -> NDArray[np.int64]:
+        """All entries, those with ``delta != 0`` and those above the threshold, by magnitude, shape (3, 32768)."""
 
     def count_scores(
         self, counts: Counts, scores: Array, base: Array, delta: Array, window: ScoreWindow, threshold: float
@@ -120,7 +120,7 @@ class Library(Protocol):
         """
 
     def scores(self, counts: Counts, window: ScoreWindow) -> NDArray[np.float64]:
-        """What :func:`~ckptdiff.linalg.kernels.scores.count_scores` counts, shape (bins + 1, 5)."""
+        """What :func:`~ckptdiff.linalg.kernels.scores.count_scores` counts, shape (bins + 1, 6)."""
 
 
 def library_of(array: Array) -> Library:

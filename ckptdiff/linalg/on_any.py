@@ -102,7 +102,7 @@ class AnyLibrary:
         """Count by magnitude, on the host: the standard knows neither histograms nor the bits of a number."""
         return NUMPY.count_magnitudes(counts, self.home(base), self.home(delta), threshold)
 
-    def magnitudes(self, counts: Any) -> tuple[NDArray[np.int64], int]:
+    def magnitudes(self, counts: Any) -> NDArray[np.int64]:
         """What was counted."""
         return NUMPY.magnitudes(counts)
 

@@ -16,7 +16,7 @@ from ckptdiff.linalg.library import MAGNITUDES, Array, ScoreWindow
 from ckptdiff.linalg.on_any import AnyLibrary
 from ckptdiff.measure.cuda.gpu import Buffer, CupyGpu, Gpu, Stream
 
-_FIELDS = 6
+_FIELDS = 8
 """What kernels count of each entry by its score; see `cuda/spectra.cu`."""
 _CERTAIN = 1 << 31
 """A chance of one, as kernels add chances up: integers, so that no digit depends on the order."""
@@ -37,14 +37,13 @@ class GpuLibrary(AnyLibrary):
     def count_magnitudes(self, counts: Any, base: Array, delta: Array, threshold: float) -> Any:
         """Count by magnitude."""
         if counts is None:
-            counts = self.zeros((2 * MAGNITUDES + 1,), np.int64)
+            counts = self.zeros((3 * MAGNITUDES,), np.int64)
         self._launch("magnitudes", base, base, delta, *self._size(base, threshold), counts)
         return counts
 
-    def magnitudes(self, counts: Any) -> tuple[NDArray[np.int64], int]:
+    def magnitudes(self, counts: Any) -> NDArray[np.int64]:
         """What was counted."""
-        found = self.home(counts)
-        return found[:-1].reshape(2, MAGNITUDES), int(found[-1])
+        return self.home(counts).reshape(3, MAGNITUDES)
 
     def count_scores(
         self, counts: Any, scores: Array, base: Array, delta: Array, window: ScoreWindow, threshold: float
@@ -60,9 +59,9 @@ class GpuLibrary(AnyLibrary):
 
     def scores(self, counts: Any, window: ScoreWindow) -> NDArray[np.float64]:
         """What was counted."""
-        entries, changed, above, beyond, tied, chances = self.home(counts[0]).astype(np.float64).T
-        not_low = beyond + window.low[1] * tied
-        return np.stack([entries, changed, above, not_low, chances / _CERTAIN], axis=1)
+        counted = self.home(counts[0]).astype(np.float64)
+        beyond, tied = counted[:, 3:5], counted[:, 5:7]  # each of the changed, and of those above the threshold
+        return np.concatenate([counted[:, :3], beyond + window.low[1] * tied, counted[:, 7:] / _CERTAIN], axis=1)
 
     def _size(self, values: Array, threshold: float) -> tuple[np.uint64, np.uint32]:
         """How many entries there are, and the bits of a threshold."""

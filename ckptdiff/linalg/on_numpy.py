@@ -111,22 +111,23 @@ class NumpyLibrary:
 
     def count_magnitudes(self, counts: Any, base: Floats, delta: Floats, threshold: float) -> Any:
         """Count by magnitude, in the compiled loop."""
-        held, above = (np.zeros((2, MAGNITUDES), np.int64), 0) if counts is None else counts
+        held = np.zeros((3, MAGNITUDES), np.int64) if counts is None else counts
         with np.errstate(over="ignore"):  # infinite in float32, where it is as large and as changed
             base, delta = base.astype(np.float32, copy=False), delta.astype(np.float32, copy=False)
-        above += count_magnitudes(base.view(np.uint32), delta, np.float32(threshold), held)
-        return held, above
+        count_magnitudes(base.view(np.uint32), delta, np.float32(threshold), held)
+        return held
 
-    def magnitudes(self, counts: Any) -> tuple[NDArray[np.int64], int]:
+    def magnitudes(self, counts: Any) -> NDArray[np.int64]:
         """What was counted."""
-        return counts[0], counts[1]
+        found: NDArray[np.int64] = counts
+        return found
 
     def count_scores(
         self, counts: Any, scores: Floats, base: Floats, delta: Floats, window: ScoreWindow, threshold: float
     ) -> Any:
         """Count by score, in the compiled loop."""
         if counts is None:
-            counts = np.zeros((window.bins + 1, 5))
+            counts = np.zeros((window.bins + 1, 6))
         singles = (side.astype(np.float32, copy=False) for side in (scores, base, delta))
         values, weights, changes = singles
         count_scores(

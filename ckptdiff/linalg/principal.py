@@ -26,7 +26,7 @@ from ckptdiff.linalg.threads import count_work, counted, cuts, in_parts
 from ckptdiff.linalg.work import eigenpairs_work, gram_work, product_work
 from ckptdiff.measure.thresholds import exactly, principal_rank
 
-_SMALLEST_GAP = {4: 1e-6, 8: 1e-9}
+SMALLEST_GAP = {4: 1e-6, 8: 1e-9}
 """By item size: a subspace is defined if its last eigenvalue stands out from the next by this share of the largest."""
 _NOISE = 64
 """Eigenvalues of a Gram matrix are noise below this many units of rounding of the largest."""
@@ -55,7 +55,8 @@ class Principal:
     coverage_above: float = math.nan
     """Share of the changed entries, of those with |d| > 1e-5, among the ceil(rho N) largest |U_k S_k V_k^T| (S1)."""
     not_low: float = math.nan
-    """Share of the changed entries there that are not among the ceil(rho N) smallest |W0| (S3)."""
+    not_low_above: float = math.nan
+    """Share of the same two that is there and not among the ceil(rho N) smallest |W0| (S3, S1)."""
     null: float = math.nan
     """What `coverage` would be for a rounded Gaussian update of the same support."""
 
@@ -162,7 +163,7 @@ def _subspace(rho: float, short: int, values: NDArray[np.float64], dtype: np.dty
     gap = (float(values[rank - 1]) - following) / float(values[0])
     if values[rank - 1] < _NOISE * np.finfo(dtype).eps * values[0]:
         return Principal(rho, rank, gap, "the base's singular values are noise there")
-    if gap < _SMALLEST_GAP[dtype.itemsize]:
+    if gap < SMALLEST_GAP[dtype.itemsize]:
         return Principal(rho, rank, gap, "the base's spectrum has no gap there")
     return Principal(rho, rank, gap)
 
@@ -283,5 +284,6 @@ def _complete(
         coverage=of(covered.changed, known.support),
         coverage_above=of(covered.above, known.above),
         not_low=of(covered.not_low, known.support),
+        not_low_above=of(covered.above_not_low, known.above),
         null=of(covered.chance, expected),
     )

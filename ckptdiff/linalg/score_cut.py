@@ -33,7 +33,8 @@ class Covered:
     above: float
     """|d| > 1e-5."""
     not_low: float
-    """d != 0 and |W0| not among the smallest."""
+    above_not_low: float
+    """The same two where |W0| is not among the smallest."""
     chance: float
     """Sum of the chances to be changed under the null."""
 

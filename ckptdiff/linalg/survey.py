@@ -31,14 +31,24 @@ class Survey:
     """Frobenius norms, summed in float64; NaN or infinite if an entry is."""
     weights: NDArray[np.int64]
     changed: NDArray[np.int64]
-    """Entries by magnitude of W0, and those with d != 0; shape (32768,)."""
-    above: int
-    """Entries with |d| > 1e-5."""
+    large: NDArray[np.int64]
+    """Entries by magnitude of W0, those with d != 0, and those with |d| > 1e-5; shape (32768,)."""
 
     @property
     def support(self) -> int:
         """Entries with d != 0."""
         return int(self.changed.sum())
+
+    @property
+    def above(self) -> int:
+        """Entries with |d| > 1e-5."""
+        return int(self.large.sum())
+
+    def low_coverage_above(self, rho: float) -> float:
+        """Share of the entries with |d| > 1e-5 among the ceil(rho N) smallest |W0| (S1), NaN if there are none."""
+        ((cut, beyond),) = self.low_cuts([rho])
+        among = self.large[:cut].sum() + (1.0 - beyond) * self.large[cut]
+        return float(among / self.above) if self.above else math.nan
 
     def low_cuts(self, rhos: Sequence[float]) -> Iterator[tuple[int, float]]:
         """Magnitude at which the ceil(rho N) smallest end, and the share of its entries beyond them, for each rho.
@@ -70,5 +80,4 @@ def survey(library: Library = NUMPY) -> Stage[Survey]:
 
     yield add
     base, delta = (math.sqrt(float(library.home(square))) for square in squares)
-    (weights, changed), above = library.magnitudes(counts)
-    return Survey(numel, base, delta, weights, changed, above)
+    return Survey(numel, base, delta, *library.magnitudes(counts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,11 @@ from ckptdiff.report.rows import LIST_KEYS
 
 _BASELINES = ("independent", "stratified", "conditional")
 OVERLAP_FIGURES = tuple(
-    f"{figure}{suffix}" for figure in ("o1", "o2", "jaccard") for suffix in ("", *(f"_{b}" for b in _BASELINES))
+    f"{figure}{suffix}"
+    for figure in ("o1", "o2", "jaccard", "zero_jaccard")
+    for suffix in ("", *(f"_{b}" for b in _BASELINES))
 )
-"""Every figure, each followed by its three baselines."""
+"""Every figure, each followed by its three baselines; ``zero_jaccard`` is that of what the masks leave out."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -78,7 +80,7 @@ class Overlap:
         return self.of_group(pair, self._valued())
 
     def grouped(self, pair: PairCounts, by: str) -> list[dict[str, Any]]:
-        """Figures of a pair by "tensor", "module", "layer", "block", "tower" or "group", each row with its label.
+        """Figures of a pair by any of :data:`~ckptdiff.figures.members.GROUPINGS`, each row with its label.
 
         Groups are of floating tensors, in order of first appearance, layers in order of their number. "group" are the
         user's own, as the first run has them; a tensor may be in several.
@@ -127,14 +129,25 @@ class Overlap:
         )
         chances = (one * two / total if total else math.nan, stratified, conditional)
         counts = {"numel": total, "masked_1": one, "masked_2": two, "masked_both": both}
-        return {**counts, **_figures(one, two, both, chances)}
+        # What both leave out is all that neither holds.
+        outside = [total - one - two + shared for shared in (both, *chances)]
+        return {
+            **counts,
+            **_figures({"o1": one, "o2": two}, "jaccard", one, two, (both, *chances)),
+            **_figures({}, "zero_jaccard", total - one, total - two, outside),
+        }
 
 
-def _figures(one: int, two: int, both: int, chances: Sequence[float]) -> dict[str, float | None]:
-    """O1, o2 and Jaccard of the observed intersection and of each expected one; null where a mask is empty."""
+def _figures(
+    shares: Mapping[str, int], jaccard: str, one: int, two: int, common: Sequence[float]
+) -> dict[str, float | None]:
+    """Shares and Jaccard of two sets, of what they have in common and of what each chance would give.
+
+    Null where one of the sets is empty.
+    """
     row: dict[str, float | None] = {}
-    for figure, size in (("o1", lambda _: one), ("o2", lambda _: two), ("jaccard", lambda shared: one + two - shared)):
-        for suffix, shared in zip(("", *(f"_{b}" for b in _BASELINES)), (both, *chances), strict=True):
+    for figure in (*shares, jaccard):
+        for suffix, shared in zip(("", *(f"_{b}" for b in _BASELINES)), common, strict=True):
             defined = one > 0 and two > 0 and not math.isnan(shared)
-            row[f"{figure}{suffix}"] = shared / size(shared) if defined else None
+            row[f"{figure}{suffix}"] = shared / shares.get(figure, one + two - shared) if defined else None
     return row

@@ -34,7 +34,12 @@ if TYPE_CHECKING:
 MOST_ROWS = 1000
 """Tensors beyond that are gathered in the table, and left out of the document."""
 _LONG = 1_000_000
-"""Characters from which on the figures of the document are rounded, to half of their length."""
+"""Characters from which on the figures of the document are rounded, to half of their length, and then left out."""
+_SHOWN = (
+    *("method", "rank", "matrices", "reason", "topk_energy", "error_bound", "stable_rank"),
+    *("principal_energy", "principal_coverage", "principal_coverage_null"),
+)
+"""What is left of the spectra of a tensor then: what the page shows of them."""
 _HEADING = re.compile(r'<section id="(\w+)"><h2>([^<]*)</h2>')
 _ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&"}
 
@@ -45,7 +50,7 @@ def run_page(runs: Sequence[ShownRun], overlap: Overlap | str | None = None) -> 
     `overlap` is that of the masks of two, or why there is none.
     """
     runs = [replace(run, place=at) for at, run in enumerate(runs)] if len(runs) > 1 else runs
-    grid, cells = _grid_cells([run.diff for run in runs])
+    grid, cells = grid_cells([run.diff for run in runs])
     sections = [
         coverage_section(runs),
         provenance_section(runs),
@@ -64,12 +69,12 @@ def run_page(runs: Sequence[ShownRun], overlap: Overlap | str | None = None) -> 
 def diff_html(diff: Diff) -> Html:
     """What notebooks show of a diff: coverage, headline figures, and where values are unchanged."""
     runs = [ShownRun("", diff, None)]
-    grid, (cells,) = _grid_cells([diff])
+    grid, (cells,) = grid_cells([diff])
     shown = [heatmaps(grid, [("", cells)], UPDATE_FIGURES[:1], {})] if cells else []
     return joined([tag("h3", runs[0].name), coverage_section(runs), headline_section(runs), *shown])
 
 
-def _grid_cells(diffs: Sequence[Diff]) -> tuple[Grid, list[dict[Cell, Row]]]:
+def grid_cells(diffs: Sequence[Diff]) -> tuple[Grid, list[dict[Cell, Row]]]:
     """The grid that diffs share, and the cells of each; tensors of which only bits are compared have none."""
     places = [
         [facts if valued else None for facts, valued in zip(diff.tensors, diff.columns["valued"] > 0, strict=True)]
@@ -95,12 +100,35 @@ def whole_page(title: str, sections: Sequence[Html], said: Mapping[str, Any]) ->
     yield f"<style>{style}</style></head>\n<body>"
     yield tag("h1", title) + tag("nav", *(part for link in links for part in (link, " "))) + "\n"
     yield from sections
-    embedded = dumps(said, compact=True)
-    if len(embedded) > _LONG:
-        embedded = dumps(_rounded(said), compact=True)
-        yield tag("p", "Figures of the JSON document in this page are rounded to nine digits; --format json has all.")
+    embedded, less = _fitted(said)
+    if less:
+        yield tag("p", f"Figures of the JSON document in this page are {less}; --format json has all.")
     yield f'<script type="application/json" id="document">{embedded.translate(_ESCAPES)}</script>\n'
     yield f"<script>{script}</script>\n</body></html>\n"
+
+
+def _fitted(said: Mapping[str, Any]) -> tuple[str, str]:
+    """A document as text, and in words what was done to make it short."""
+    embedded = dumps(said, compact=True)
+    if len(embedded) <= _LONG:
+        return embedded, ""
+    less, rounded = "rounded to nine digits", _rounded(said)
+    embedded = dumps(rounded, compact=True)
+    if len(embedded) > _LONG and _without_spectra(rounded):
+        less += ", and tensors lack those of spectra that it does not show"
+        embedded = dumps(rounded, compact=True)
+    return embedded, less
+
+
+def _without_spectra(said: dict[str, Any]) -> bool:
+    """Leave out of each tensor what the page does not show of its spectra; tell whether there was any."""
+    if "runs" in said:
+        found = [_without_spectra(run) for run in said["runs"]]
+        return any(found)
+    measured = [row for row in said.get("tensors", ()) if row.get("spectral")]
+    for row in measured:
+        row["spectral"] = {key: row["spectral"][key] for key in _SHOWN}
+    return bool(measured)
 
 
 def _rounded(said: Any) -> Any:

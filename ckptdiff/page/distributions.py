@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from ckptdiff.measure.histograms import LOG2_LOWEST
 from ckptdiff.page.markup import Html, left_out, section, tag
 from ckptdiff.page.shown_run import Floats, ShownRun
-from ckptdiff.page.svg import NULL, Axis, legend, line, picture, shares_axis, word
+from ckptdiff.page.svg import NULL, Axis, Picture, legend, line, picture, shares_axis, word
 from ckptdiff.report.text import number, percent
 
 _WIDTH = 370
@@ -36,13 +36,14 @@ def distributions_section(runs: Sequence[ShownRun]) -> Html:
     if not known:
         return section("distributions", title, left_out("the run file holds no histograms."))
     missing = [left_out(f"{run.prefix}{run.name} holds no histograms.") for run in runs if run.distributions is None]
-    drawn = [figure for figure in (_sizes(known), _steps(known), _weights(known)) if figure is not None]
+    drawn = [figure for draw in DISTRIBUTIONS.values() if (figure := draw(known)) is not None]
     if not drawn:
         return section("distributions", title, left_out("no floating value changed."))
-    return section("distributions", title, *missing, tag("div", *drawn, class_="figures"))
+    shown = (Html(figure._repr_html_()) for figure in drawn)
+    return section("distributions", title, *missing, tag("div", *shown, class_="figures"))
 
 
-def _sizes(runs: Sequence[ShownRun]) -> Html | None:
+def _sizes(runs: Sequence[ShownRun]) -> Picture | None:
     series, said = [], []
     for run in runs:
         assert run.distributions is not None
@@ -55,7 +56,7 @@ def _sizes(runs: Sequence[ShownRun]) -> Html | None:
     return _figure("Size of the changes", "|d|, by powers of two", "of all values, %", LOG2_LOWEST, series, said)
 
 
-def _steps(runs: Sequence[ShownRun]) -> Html | None:
+def _steps(runs: Sequence[ShownRun]) -> Picture | None:
     series, said = [], []
     for run in runs:
         assert run.distributions is not None
@@ -69,7 +70,7 @@ def _steps(runs: Sequence[ShownRun]) -> Html | None:
     return _figure(title, "distance, by powers of two", "of the changed, %", 0, series, said)
 
 
-def _weights(runs: Sequence[ShownRun]) -> Html | None:
+def _weights(runs: Sequence[ShownRun]) -> Picture | None:
     series, said = [], []
     for run in runs:
         assert run.distributions is not None
@@ -83,6 +84,14 @@ def _weights(runs: Sequence[ShownRun]) -> Html | None:
             said.append(f"{run.prefix}{words}")
     title = "Weights that changed, beside rounded noise"
     return _figure(title, "|W0|, by powers of two", "of the changed, %", LOG2_LOWEST, series, said)
+
+
+DISTRIBUTIONS: Mapping[str, Callable[[Sequence[ShownRun]], Picture | None]] = {
+    "sizes": _sizes,
+    "steps": _steps,
+    "weights": _weights,
+}
+"""Each picture by its name, of one run or of two; None where nothing changed."""
 
 
 def _series(run: ShownRun, shares: Floats) -> Series:
@@ -100,7 +109,7 @@ def _middle(counts: Floats) -> float:
 
 def _figure(
     title: str, across: str, upright: str, lowest: int, series: Sequence[Series], said: Sequence[str]
-) -> Html | None:
+) -> Picture | None:
     if not series:
         return None
     shown = np.flatnonzero(np.max([one.shares for one in series], axis=0) >= _FAINT)
@@ -119,9 +128,7 @@ def _figure(
     sentence = ". ".join(words[0].upper() + words[1:] for words in said)
     faint = max(float(one.shares[:first].sum() + one.shares[last + 1 :].sum()) for one in series)
     more = f" Bins beyond both ends, {percent(faint)} in all, are not drawn." if faint else ""
-    return tag(
-        "figure", tag("h3", title), picture(_WIDTH, height, title, *marks), tag("figcaption", f"{sentence}.{more}")
-    )
+    return Picture(picture(_WIDTH, height, title, *marks), title, f"{sentence}.{more}")
 
 
 def _drawn(one: Series, first: int, last: int, lowest: int, x: Axis, y: Axis) -> Html:

@@ -11,7 +11,7 @@ from typing import Any
 from ckptdiff.errors import plural
 from ckptdiff.figures.catalogue import parameter_key
 from ckptdiff.page.markup import Html, tag
-from ckptdiff.page.svg import DIVERGING, SEQUENTIAL, color, ink, picture, shortened, width_of, word
+from ckptdiff.page.svg import DIVERGING, SEQUENTIAL, Picture, color, ink, picture, shortened, width_of, word
 from ckptdiff.report.text import percent, safe
 
 _RHO = parameter_key(0.1)
@@ -130,19 +130,34 @@ def heatmaps(
         parts: list[Html] = []
         for (name, cells), found in zip(runs, values, strict=True):
             head = [tag("h4", name)] if len(runs) > 1 else []
-            shown = _picture(grid, figure, found, cells, low, high)
-            parts.append(tag("div", *head, shown, _sentence(grid, figure, found)))
+            shown = tag("div", _picture(grid, figure, found, cells, low, high), class_="wide")
+            parts.append(tag("div", *head, shown, tag("p", _sentence(grid, figure, found))))
         note = notes.get(figure.title)
         drawn.append(
             tag(
                 "figure",
-                tag("h3", figure.title[0].upper() + figure.title[1:]),
+                tag("h3", capital(figure.title)),
                 tag("div", *parts, class_="beside"),
                 *([tag("p", note)] if note else []),
                 data_title=figure.title,
             )
         )
     return tag("div", *drawn, class_="switch")
+
+
+def heatmap_picture(grid: Grid, cells: Mapping[Cell, Row], figure: CellFigure) -> Picture | None:
+    """The heatmap of one figure, None where it is undefined everywhere."""
+    values = {cell: figure.value(row) for cell, row in cells.items()}
+    known = [value for value in values.values() if value is not None]
+    if not known:
+        return None
+    svg = _picture(grid, figure, values, cells, *_ends(known, figure))
+    return Picture(svg, capital(figure.title), _sentence(grid, figure, values))
+
+
+def capital(words: str) -> str:
+    """Words with a capital at their beginning."""
+    return words[0].upper() + words[1:]
 
 
 def _ends(known: Sequence[float], figure: CellFigure) -> tuple[float, float]:
@@ -191,9 +206,7 @@ def _picture(
                 marks.append(_cell(start(at), y, width, value, low, high, figure, hint))
     right = start(len(grid.columns) - 1) + width
     marks += _legend(left, bottom + 14, figure, low, high)
-    return tag(
-        "div", picture(max(right + 2, left + 260), bottom + 48, f"heatmap of {figure.title}", *marks), class_="wide"
-    )
+    return picture(max(right + 2, left + 260), bottom + 48, f"heatmap of {figure.title}", *marks)
 
 
 def _cell(
@@ -247,15 +260,15 @@ def _legend(x: float, y: float, figure: CellFigure, low: float, high: float) -> 
     return marks
 
 
-def _sentence(grid: Grid, figure: CellFigure, values: Mapping[Cell, float | None]) -> Html:
+def _sentence(grid: Grid, figure: CellFigure, values: Mapping[Cell, float | None]) -> str:
     """What the picture shows: where the figure is largest and smallest, and how it goes with depth."""
     known = {cell: value for cell, value in values.items() if value is not None}
-    said = f"{figure.title[0].upper()}{figure.title[1:]}: {figure.meaning}. "
+    said = f"{capital(figure.title)}: {figure.meaning}. "
     if not known:
-        return tag("p", said, "It is undefined everywhere.")
+        return f"{said}It is undefined everywhere."
     most, least = max(known, key=lambda cell: known[cell]), min(known, key=lambda cell: known[cell])
     if _spelled(known[most], figure) == _spelled(known[least], figure):
-        return tag("p", said, f"It is {_spelled(known[most], figure)} in every cell.")
+        return f"{said}It is {_spelled(known[most], figure)} in every cell."
     said += (
         f"Largest in {_place(grid, most)} ({_spelled(known[most], figure)}), "
         f"smallest in {_place(grid, least)} ({_spelled(known[least], figure)})"
@@ -273,7 +286,7 @@ def _sentence(grid: Grid, figure: CellFigure, values: Mapping[Cell, float | None
         ]
         said += f". The median cell of the first third of the layers has {_spelled(ends[0], figure)}, of the last "
         said += _spelled(ends[1], figure)
-    return tag("p", said, ".")
+    return f"{said}."
 
 
 def _place(grid: Grid, cell: Cell) -> str:

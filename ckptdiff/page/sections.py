@@ -163,6 +163,11 @@ def headlines(diff: Diff) -> Iterator[Headline]:
     yield _headline("changes on the 10 % smallest weights", low, null, size_alike)
     if whole["changed"] is not None and (values := int(diff.columns["numel"][diff.columns["valued"] > 0].sum())):
         yield _headline("in the mask", whole["changed"] / values)
+    if whole["patch_bytes"] is not None:
+        dense = size(whole["dense_bytes"])
+        yield Headline(
+            "the update as a patch of indices and values", size(whole["patch_bytes"]), dense, "all tuned values"
+        )
     if median["rel_norm"] is not None:
         yield _headline("median matrix: unchanged", median["unchanged_bitwise"], median["unchanged_null"], noise)
         yield _headline("median matrix: relative update", median["rel_norm"])

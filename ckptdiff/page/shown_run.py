@@ -69,8 +69,13 @@ def read_run(path: str | os.PathLike[str]) -> ShownRun:
         No such file, not a run file, incomplete, or damaged.
     """
     with RunFile(path) as file:
-        diff = file.load()
-        return ShownRun(file.path, diff, _distributions(file, diff) if file.has_histograms else None)
+        return shown_run(file)
+
+
+def shown_run(file: RunFile) -> ShownRun:
+    """An open run file, read likewise."""
+    diff = file.load()
+    return ShownRun(file.path, diff, _distributions(file, diff) if file.has_histograms else None)
 
 
 def _distributions(file: RunFile, diff: Diff) -> Distributions:

@@ -14,7 +14,7 @@ from ckptdiff.figures.result import Diff
 from ckptdiff.figures.spectral import SPECTRAL_KEYS
 from ckptdiff.page.markup import Html, left_out, section, tag
 from ckptdiff.page.shown_run import Floats, ShownRun
-from ckptdiff.page.svg import NULL, Axis, diamond, legend, line, picture, share_text, shortened, width_of, word
+from ckptdiff.page.svg import NULL, Axis, Picture, diamond, legend, line, picture, share_text, shortened, width_of, word
 from ckptdiff.report.spectra_section import left_out_matrices
 from ckptdiff.report.text import number, percent
 
@@ -41,7 +41,7 @@ class _Kind:
     share: bool = True
 
 
-_KINDS = (
+_ALL = (
     _Kind(
         "Energy in the top 16 singular values",
         "of the sum of d², %",
@@ -76,6 +76,8 @@ _KINDS = (
         "the 10 % principal weights hold {} of the median matrix's changes",
     ),
 )
+KINDS = {kind.key: kind for kind in _ALL}
+"""What is drawn of spectra, by the flat key of its figure."""
 
 
 def spectra_section(runs: Sequence[ShownRun]) -> Html:
@@ -86,9 +88,15 @@ def spectra_section(runs: Sequence[ShownRun]) -> Html:
     if not any(modules):
         nothing = [left_out("no matrix with an update.")] if known else []
         return section("spectra", "Spectra", *missing, *nothing)
-    drawn = [figure for kind in _KINDS if (figure := _figure(kind, known, modules)) is not None]
+    drawn = [figure for kind in KINDS.values() if (figure := spectra_picture(kind, known, modules)) is not None]
     reasons = [tag("p", words) for run in known for words in left_out_matrices(run.diff)]
-    return section("spectra", "Spectra", *missing, tag("div", *drawn, class_="figures"), *reasons)
+    return section(
+        "spectra",
+        "Spectra",
+        *missing,
+        tag("div", *(Html(one._repr_html_()) for one in drawn), class_="figures"),
+        *reasons,
+    )
 
 
 def _without(run: ShownRun) -> Html:
@@ -131,7 +139,8 @@ def null_values(diff: Diff, kind: Callable[[int, int], float] | str, rows: Seque
     return np.repeat([kind(*shape) for shape in shapes], list(shapes.values()))
 
 
-def _figure(kind: _Kind, known: Sequence[ShownRun], modules: Sequence[dict[str, list[int]]]) -> Html | None:
+def spectra_picture(kind: _Kind, known: Sequence[ShownRun], modules: Sequence[dict[str, list[int]]]) -> Picture | None:
+    """A figure of the matrices of each module type, of one run or of two; None where it is undefined everywhere."""
     names = list(dict.fromkeys(name for found in modules for name in found))
     values = [
         {name: matrix_values(run.diff, kind.key, rows) for name, rows in found.items()}
@@ -167,7 +176,7 @@ def _figure(kind: _Kind, known: Sequence[ShownRun], modules: Sequence[dict[str, 
     marks += legend(left, bottom + 18, entries)
     said = " ".join(_sentence(kind, run, values[at], nulls[at]) for at, run in enumerate(known))
     height = bottom + 24 + 16 * (len(entries) - 1)
-    return tag("figure", tag("h3", kind.title), picture(_WIDTH, height, kind.title, *marks), tag("figcaption", said))
+    return Picture(picture(_WIDTH, height, kind.title, *marks), kind.title, said)
 
 
 def _spread(

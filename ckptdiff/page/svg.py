@@ -48,6 +48,24 @@ def ink(fill: str) -> str:
     return "#000000" if luminance > 0.179 else "#ffffff"
 
 
+class Picture(Html):
+    """A picture, as SVG; notebooks show it with its heading and the sentence that says what it shows."""
+
+    __slots__ = ("heading", "said")
+    heading: str
+    said: str
+
+    def __new__(cls, svg: Html, heading: str, said: str) -> Picture:
+        """A picture under a heading, and the sentence."""
+        made = super().__new__(cls, svg)
+        made.heading, made.said = heading, said
+        return made
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        return tag("figure", tag("h3", self.heading), self, tag("figcaption", self.said))
+
+
 def picture(width: float, height: float, label: str, *marks: object) -> Html:
     """A picture of a size; where the page is narrower it shrinks, and `label` is what a screen reader says."""
     return tag(

@@ -39,11 +39,15 @@ def facts(diff: Diff) -> dict[str, Any]:
 
 
 def aggregates(diff: Diff, view: View | None = None) -> dict[str, Any]:
-    """The figures of groups: global, medians, module types, layers, blocks, towers and the user's groups."""
+    """The figures of groups: global, medians, module types, layers, blocks, towers and the user's groups.
+
+    Module types within layers are many: they come where the view is of them.
+    """
     view = view or View()
     groupings: dict[str, Any] = {}
     for by, key in LIST_KEYS.items():
-        if by == "tensor" or (by == "group" and not diff.options.get("groups")):
+        shown = by != "layer,module" or view.by == by
+        if by == "tensor" or not shown or (by == "group" and not diff.options.get("groups")):
             continue
         groupings[key] = rows(diff, view if view.by == by else View(by))
     return {"global": diff.overall, "median_2d": diff.median_2d, **groupings, "warnings": list(diff.warnings)}

@@ -27,6 +27,7 @@ _TITLES: Mapping[GroupBy, str] = {
     "tensor": "tensor",
     "module": "module type",
     "layer": "layer",
+    "layer,module": "layer, module type",
     "block": "block",
     "tower": "tower",
     "group": "group",

@@ -19,6 +19,7 @@ Row = dict[str, Any]
 LIST_KEYS: Mapping[GroupBy, str] = {
     "module": "modules",
     "layer": "layers",
+    "layer,module": "layer_modules",
     "block": "blocks",
     "tower": "towers",
     "group": "groups",
@@ -202,8 +203,7 @@ def flatten(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def labels(members: Sequence[Mapping[str, Any]], by: GroupBy) -> list[str]:
     """Names of the members of a grouping on the screen."""
-    if by == "layer":
-        towers = {row["tower"] for row in members}
-        return [f"{row['tower']} {row['layer']}" if len(towers) > 1 else str(row["layer"]) for row in members]
-    (key,) = LABEL_KEYS[by]
-    return [safe(str(row[key])) or '""' for row in members]
+    keys = LABEL_KEYS[by]
+    if "layer" in keys and len({row["tower"] for row in members}) == 1:
+        keys = keys[1:]
+    return [safe(" ".join(str(row[key]) for key in keys)) or '""' for row in members]

@@ -87,6 +87,13 @@ class RunFile:
 
         return diff_html(self.load())
 
+    @property
+    def plot(self) -> Any:
+        """Its pictures: a :class:`~ckptdiff.page.pictures.Pictures`, which has distributions too."""
+        from ckptdiff.page.pictures import Pictures
+
+        return Pictures.of_run_file(self)
+
     def load(self) -> Diff:
         """The result of the run, equal to what was written."""
         with self._guard():

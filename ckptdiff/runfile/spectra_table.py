@@ -24,6 +24,17 @@ SPECTRUM_LISTS: Final = {
 """What a group under ``/spectra`` may hold, shape (n,), or (matrices, n) for a tensor of several matrices."""
 
 _PREFIX, _FIGURES = "spectral_", "figures"
+_NEW_FIGURES = (
+    "topp_energy",
+    "dg_rank",
+    "dg_energy",
+    "spectral_drift",
+    "principal_not_low_abs",
+    "low_coverage_abs",
+    "top_subspace_rotation_left",
+    "top_subspace_rotation_right",
+)
+"""Spectral figures that run files of 0.1.0 lack."""
 _TEXT = h5py.string_dtype()
 _TEXTS = {"method": "how the spectrum was found: randomized, exact, or empty", "reason": "why figures are missing"}
 _COUNTS = {"matrices": "matrices the tensor is made of", "rank": "singular values of d that are known"}
@@ -72,7 +83,13 @@ def read_spectra(file: Any) -> Spectra | None:
     tensors = file["tensors"]
     methods, reasons = (tuple(texts_of_tensors(tensors, _PREFIX + key)) for key in _TEXTS)
     matrices, ranks = (numbers_of_tensors(tensors, _PREFIX + key, np.uint64).astype(np.int64) for key in _COUNTS)
-    columns = {key: numbers_of_tensors(tensors, _PREFIX + key, np.float64) for key in SPECTRAL_KEYS}
+    columns = {
+        key: numbers_of_tensors(tensors, _PREFIX + key, np.float64)
+        if _PREFIX + key in tensors or figure.key not in _NEW_FIGURES
+        else np.full(len(methods), np.nan)
+        for figure in SPECTRAL_FIGURES
+        for _, key in spectral_keys(figure)
+    }
     several = [row for row in np.flatnonzero(matrices > 1).tolist() if methods[row]]
     names = [unescape(name) for name in texts_of_tensors(tensors, "name")] if several else []
     groups = {row: file["spectra"][escape_name(names[row])] for row in several}

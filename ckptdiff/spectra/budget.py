@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ckptdiff.linalg.angles import angle_rank
+from ckptdiff.linalg.angles import compared_rank
 from ckptdiff.measure.thresholds import RHO, principal_rank
 from ckptdiff.memory import SPECTRA_MEMORY, default_bound, room_to_grow
 from ckptdiff.options import Options, SpectraMode, SpectraOptions, default_threads
@@ -40,7 +40,7 @@ class WorkSpace:
         """Bytes of exact mode."""
         short = view.short
         squares = 8 * short * short * ((6 if together else 4) + self.solver)
-        vectors = 6 * 8 * short * (principal_rank(RHO[-1], short) + angle_rank(short) + 2)
+        vectors = 6 * 8 * short * (principal_rank(RHO[-1], short) + compared_rank(short) + 2)
         return squares + vectors + self._panels(view, 8)
 
     def least(self, mode: SpectraMode) -> int:

@@ -10,9 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.figures.catalogue import flat_key
-from ckptdiff.figures.spectral import ENERGY_RANKS, RANK_TAU
-from ckptdiff.linalg.angles import Angles, angle_rank, angles_work, principal_angles
-from ckptdiff.linalg.exact import SideSpectrum, effective_rank, nss, numerical_rank, side_spectrum, side_work
+from ckptdiff.figures.spectral import ENERGY_RANKS, RANK_TAU, TOP_P
+from ckptdiff.linalg.angles import Angles, angle_rank, angles_work, compared_rank, principal_angles
+from ckptdiff.linalg.exact import (
+    SideSpectrum,
+    effective_rank,
+    hard_threshold,
+    nss,
+    numerical_rank,
+    side_spectrum,
+    side_work,
+)
 from ckptdiff.linalg.krylov import (
     KrylovOptions,
     direct_values,
@@ -21,11 +29,11 @@ from ckptdiff.linalg.krylov import (
     krylov_values,
     krylov_work,
 )
-from ckptdiff.linalg.principal import Principal, principal, principal_work
+from ckptdiff.linalg.principal import SMALLEST_GAP, Principal, principal, principal_work
 from ckptdiff.linalg.stages import PanelSource, Side, Stage, run_together
 from ckptdiff.linalg.survey import SURVEY_WORK, Survey
 from ckptdiff.measure.rounding_null import change_chances
-from ckptdiff.measure.thresholds import RHO, principal_rank
+from ckptdiff.measure.thresholds import RHO, exactly, principal_rank
 from ckptdiff.options import SpectraOptions
 from ckptdiff.spectra.matrices import MatrixView
 
@@ -68,7 +76,7 @@ def measure_randomized(
         leading = krylov_values(short, ENERGY_RANKS, source.dtype, krylov, library)
     stage = principal(source, known, RHO, _chances(known, off_grid), error=_RANDOMIZED_ERROR)
     found, (base, subspaces) = run_together(source, leading, stage)
-    figures, reasons = _principal_figures(subspaces, view.wide)
+    figures, reasons = _principal_figures(known, subspaces, view.wide)
     figures |= _energies(found.lower, found.upper, known.delta_norm**2)
     values = {"delta": np.sqrt(found.lower), "base": np.sqrt(np.maximum(base[: ENERGY_RANKS[-1]], 0.0))}
     return MatrixSpectra("randomized", figures, values, reasons)
@@ -104,22 +112,30 @@ def measure_exact(
         source, known, RHO, _chances(known, off_grid), error=_EXACT_ERROR, eigenpairs=base.eigenpairs
     )
     (_, subspaces), angles = run_together(source, principal_stage, _angles(source, base, tuned))
-    figures, reasons = _principal_figures(subspaces, view.wide)
+    figures, reasons = _principal_figures(known, subspaces, view.wide)
     squares = delta.values**2
     figures |= _energies(squares, {k: float(squares[:k].sum()) for k in ENERGY_RANKS}, float(squares.sum()))
-    figures |= {"effective_rank": effective_rank(delta.values), "nss": nss(base.values, tuned.values)}
+    figures |= _all_values(delta.values, source.long) | _drift(base.values, tuned.values, known)
     for tau in RANK_TAU:
         fewest, most = numerical_rank(delta.values, tau)
         figures[flat_key("numerical_rank", tau)] = fewest
         figures[flat_key("numerical_rank_high", tau)] = most
         figures[flat_key("numerical_rank_frac", tau)] = fewest / source.short
     values = {"delta": delta.values, "base": base.values, "tuned": tuned.values}
-    if angles is None:
-        return MatrixSpectra("exact", figures, values, (*reasons, "no principal angles: no subspaces to compare"))
-    left, right = (angles.short, angles.long) if view.wide else (angles.long, angles.short)
-    for name, found in (("left", left), ("right", right)):
-        values[f"angles_{name}"] = found
-        figures |= {f"angle_{name}": float(found[-1]), f"angle_{name}_mean": float(found.mean())}
+    sides = ("right", "left") if view.wide else ("left", "right")
+    if angles is None or not angles.long.size:
+        reasons = (*reasons, "no principal angles: no subspaces to compare")
+    else:
+        for name, found in zip(sides, (angles.long, angles.short), strict=True):
+            values[f"angles_{name}"] = found
+            figures |= {f"angle_{name}": float(found[-1]), f"angle_{name}_mean": float(found.mean())}
+    for subspace in subspaces:
+        turned = None if angles is None else angles.rotations.get(subspace.rank)
+        if turned is not None:
+            keys = (flat_key(f"top_subspace_rotation_{name}", subspace.rho) for name in sides)
+            figures |= dict(zip(keys, turned, strict=True))
+        elif not subspace.reason:
+            reasons = (*reasons, f"no rotation at rho {subspace.rho:g}: no gap in the tuned side's spectrum, or noise")
     return MatrixSpectra("exact", figures, values, reasons)
 
 
@@ -146,22 +162,55 @@ def _sides(source: PanelSource, together: bool) -> list[SideSpectrum]:
 
 def _wanted_sides(short: int) -> Sequence[tuple[Side, int]]:
     """The sides, and how many leading vectors of each."""
-    angles = angle_rank(short)
-    vectors = min(max(principal_rank(RHO[-1], short), angles) + 1, short)
-    return ("delta", 0), ("base", vectors), ("tuned", min(angles + 1, short))
+    vectors = min(compared_rank(short) + 1, short)
+    return ("delta", 0), ("base", vectors), ("tuned", vectors)
 
 
 def _angles(source: PanelSource, base: SideSpectrum, tuned: SideSpectrum) -> Stage[Angles | None]:
-    count = angle_rank(source.short)
-    defined = count > 0 and all(
-        side.values[0] > 0 and side.values[count - 1] > _ANGLE_NOISE * side.values[0] for side in (base, tuned)
-    )
-    if not defined:
+    """Angles and rotations between the leading subspaces of both sides, as far as these are defined."""
+    sides = (base.values, tuned.values)
+    angles = angle_rank(source.short)
+    if not (angles and all(_has_directions(values, angles) for values in sides)):
+        angles = 0
+    ranks = {principal_rank(rho, source.short) for rho in RHO}
+    ranks = {k for k in ranks if all(_has_directions(values, k) and _has_gap(values, k) for values in sides)}
+    count = max((angles, *ranks))
+    if not count:
         return None
     assert base.eigenpairs is not None
     assert tuned.eigenpairs is not None
     ours, theirs = base.eigenpairs[1][:, :count], tuned.eigenpairs[1][:, :count]
-    return (yield from principal_angles(ours, theirs, source.library))
+    return (yield from principal_angles(ours, theirs, source.library, ranks=sorted(ranks), angles=angles))
+
+
+def _has_directions(values: Floats, count: int) -> bool:
+    """Whether so many leading singular vectors are no noise."""
+    return bool(values[0] > 0 and values[count - 1] > _ANGLE_NOISE * values[0])
+
+
+def _has_gap(values: Floats, count: int) -> bool:
+    """Whether the space that they span is defined."""
+    following = values[count] if count < values.size else 0.0
+    return bool(values[count - 1] ** 2 - following**2 >= SMALLEST_GAP[8] * values[0] ** 2)
+
+
+def _all_values(values: Floats, long: int) -> dict[str, float]:
+    """Figures of all singular values of an update, largest first."""
+    shares = np.cumsum(values**2) / np.sum(values**2)
+    figures = {"effective_rank": effective_rank(values)}
+    for p in TOP_P:
+        figures[flat_key("topp_energy", p)] = float(shares[math.ceil(exactly(p) / 100 * values.size) - 1])
+    threshold = hard_threshold(values, long)
+    if not math.isnan(threshold):
+        rank = int(np.count_nonzero(values > threshold))
+        figures |= {"dg_rank": rank, "dg_energy": float(shares[rank - 1]) if rank else 0.0}
+    return figures
+
+
+def _drift(base: Floats, tuned: Floats, known: Survey) -> dict[str, float]:
+    """How far the base's singular values moved, by their norm and by that of the update."""
+    moved = nss(base, tuned)
+    return {"nss": moved, "spectral_drift": moved * known.base_norm / known.delta_norm}
 
 
 def _energies(squares: Floats, upper: Mapping[int, float], total: float) -> dict[str, float]:
@@ -175,8 +224,10 @@ def _energies(squares: Floats, upper: Mapping[int, float], total: float) -> dict
     return figures
 
 
-def _principal_figures(found: Sequence[Principal], wide: bool) -> tuple[dict[str, float], tuple[str, ...]]:
-    figures: dict[str, float] = {}
+def _principal_figures(
+    known: Survey, found: Sequence[Principal], wide: bool
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    figures = {flat_key("low_coverage_abs", rho): known.low_coverage_above(rho) for rho in RHO}
     reasons = []
     for figure in found:
         left, right = figure.energy_long, figure.energy_short
@@ -191,6 +242,7 @@ def _principal_figures(found: Sequence[Principal], wide: bool) -> tuple[dict[str
             "principal_coverage_null": figure.null,
             "principal_coverage_abs": figure.coverage_above,
             "principal_not_low": figure.not_low,
+            "principal_not_low_abs": figure.not_low_above,
         }
         figures |= {flat_key(key, figure.rho): value for key, value in cells.items()}
         if figure.reason:

@@ -363,7 +363,7 @@ def test_parts_in_several_files(tmp_path: Path) -> None:
 def test_packed_codes_that_are_compared_as_such_are_said(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save(tmp_path, {**tensors, "b.position_ids": torch.zeros(3, dtype=torch.int64)}))
     (warning,) = pair(checkpoint, checkpoint).warnings
-    assert warning == "1 tensors hold packed codes: compared as raw codes, unscaled"
+    assert warning == "1 tensor holds packed codes: compared as raw codes, unscaled"
 
 
 @pytest.mark.parametrize("method", ["fbgemm_fp8", "fp8"])

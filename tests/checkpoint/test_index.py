@@ -163,7 +163,7 @@ class TestWarnings:
     def test_tensors_that_the_index_leaves_out_are_kept(self, folder):
         tensors, warnings = self.warnings(folder, {"a": "one.safetensors", "c": "two.safetensors"})
         assert tensors == ["a", "b", "c"]
-        assert "leaves out 1 tensors that its shards hold: b" in warnings
+        assert "leaves out 1 tensor that its shards hold: b" in warnings
 
     def test_shards_that_the_index_leaves_out_are_not_read(self, folder):
         (folder / "two.safetensors").write_bytes(b"damaged")

@@ -351,7 +351,7 @@ class TestScales:
     )
     def test_one_warning_for_the_checkpoint(self, tensors):
         pairing = pair(checkpoint(tensors), checkpoint(tensors))
-        assert pairing.warnings == ("1 fp8 tensors have scales beside them: compared as raw codes, unscaled",)
+        assert pairing.warnings == ("1 fp8 tensor has scales beside it: compared as raw codes, unscaled",)
 
     @pytest.mark.parametrize(
         "tensors",

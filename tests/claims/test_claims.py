@@ -24,6 +24,8 @@ SHAPE = (240, 160)
 CLAIMS = (
     "do not change",
     "is small",
+    "across layers",
+    "feed-forward",
     "full-rank",
     "concentrated",
     "principal subspaces",
@@ -72,6 +74,41 @@ def test_sparsity_is_held_against_rounding_too(tmp_path: Path, step: Any, outcom
     assert (sparse.outcome, sparse.null, sparse.beyond) == ("shown", 0.5, outcome)
     assert sparse.rounding == diff.overall["unchanged_null"]
     assert f"noise of this size, rounded, would leave {percent(sparse.rounding)}" in sparse.sentence
+
+
+def test_where_it_moves_is_held_against_noise(tmp_path: Path) -> None:
+    """In float32, so that noise of one size has the norm that it is said to have."""
+    rng = np.random.default_rng(0)
+    shape, scales = (200, 150), {"self_attn.q_proj": 0.02, "mlp.up_proj": 0.01}
+    base = {
+        f"model.layers.{i}.{name}.weight": scale * (1 + i) * rng.standard_normal(shape)
+        for i in range(4)
+        for name, scale in scales.items()
+    }
+
+    def spread_and_block(factor: Callable[[str], float]) -> list[Any]:
+        tuned = {name: side + factor(name) * 1e-4 * rng.standard_normal(shape) for name, side in base.items()}
+        for path, side in (("base", base), ("tuned", tuned)):
+            save_file({name: w.astype(np.float32) for name, w in side.items()}, tmp_path / f"{path}.safetensors")
+        paths = (tmp_path / f"{path}.safetensors" for path in ("base", "tuned"))
+        return judge_claims(ckptdiff.diff(*paths, compare="stored", mask="none", spectra="randomized"))[2:4]
+
+    layers, block = spread_and_block(lambda name: 1.0)
+    known = 1 / np.arange(1, 5)
+    assert (
+        layers.value == pytest.approx(layers.rounding, rel=0.02) == pytest.approx(known.std() / known.mean(), rel=0.02)
+    )
+    assert (layers.outcome, layers.beyond) == ("shown", "no more than chance")
+    assert block.value == pytest.approx(block.rounding, rel=0.02) == pytest.approx(2 * block.null, rel=0.02)
+    assert (block.outcome, block.beyond) == ("shown", "no more than chance")
+    layers, block = spread_and_block(lambda name: 0.1 if "mlp" in name else 1.0 + float(name.split(".")[2]))
+    assert (layers.outcome, layers.beyond) == ("shown", "shown")
+    assert (block.outcome, block.beyond) == ("not shown", "not shown")
+    layers, block = spread_and_block(lambda name: float("layers.2.mlp" in name))
+    assert layers.value == pytest.approx(3**0.5)  # one of four has it all
+    assert (layers.outcome, layers.beyond) == ("not shown", "not shown")
+    assert (block.outcome, block.beyond, block.null) == ("shown", "shown", 0.0)
+    assert "relative norms of the 4 layers" in layers.sentence and "attention by 0 %" in block.sentence
 
 
 def test_rounded_noise_shows_nothing_but_sparsity(tmp_path: Path) -> None:

@@ -120,6 +120,8 @@ def test_members_are_known_before_the_run(diff: Diff, key: str) -> None:
         "blocks.ffn",
         "towers.language",
         "tensors.model.norm.weight",
+        "layer_modules.1.up_proj",
+        "layer_modules.language.1.up_proj",
     ):
         Check.parse(f"{member}.{key}<1").require_member(diff.tensors)
     for member in (
@@ -134,3 +136,13 @@ def test_members_are_known_before_the_run(diff: Diff, key: str) -> None:
         with pytest.raises(OptionError, match="nothing of that name"):
             Check.parse(f"{member}.{key}<1").require_member(diff.tensors)
     Check.parse(f"global.{key}<1").require_member(diff.tensors)
+    for member, nearest in (
+        ("modules.qproj", "modules.q_proj"),
+        ("layer_modules.1.upproj", "layer_modules.1.up_proj"),
+        ("tensors.model.layers.0.mlp.up_proj", "tensors.model.layers.0.mlp.up_proj.weight"),
+        ("modules.zzz", ""),
+    ):
+        with pytest.raises(OptionError) as caught:
+            Check.parse(f"{member}.{key}<1").require_member(diff.tensors)
+        hint = str(caught.value.hint or "nearest: ")
+        assert nearest in hint.removeprefix("nearest: ").split(", ")

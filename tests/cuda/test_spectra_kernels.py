@@ -85,15 +85,14 @@ def singles(side: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("real", [np.float32, np.float64])
 def test_magnitudes(libraries: Any, real: Any) -> None:
     _, base, delta = entries(real)
-    counts = np.zeros(2 * (1 << 15) + 1, np.int64)
+    counts = np.zeros((3, 1 << 15), np.int64)
     threshold = np.float32(1e-5)
     for _ in range(2):
         args = [[base], [delta], np.uint64(base.size), threshold.view(np.uint32), [counts]]
         launch(libraries(*BF16), "magnitudes", real, args)
     bins, sizes = singles(base).view(np.uint32) >> 16, singles(delta)
-    np.testing.assert_array_equal(counts[: 1 << 15], 2 * np.bincount(bins, minlength=1 << 15))
-    np.testing.assert_array_equal(counts[1 << 15 : -1], 2 * np.bincount(bins[sizes > 0], minlength=1 << 15))
-    assert counts[-1] == 2 * np.count_nonzero(sizes > threshold)
+    for found, chosen in zip(counts, (sizes >= 0, sizes > 0, sizes > threshold), strict=True):
+        np.testing.assert_array_equal(found, 2 * np.bincount(bins[chosen], minlength=1 << 15))
 
 
 @pytest.mark.parametrize("real", [np.float32, np.float64])
@@ -102,20 +101,17 @@ def test_scores(libraries: Any, real: Any, shift: int, bins: int) -> None:
     scores, base, delta = entries(real)
     start = int(np.float32(0.8).view(np.uint32)) >> shift if shift < 16 else 0
     chances = np.random.default_rng(2).integers(0, (1 << 31) + 1, 1 << 15).astype(np.uint32)
-    low, threshold, counts = np.uint32(0x3C80), np.float32(1e-5), np.zeros((bins + 1, 6), np.int64)
+    low, threshold, counts = np.uint32(0x3C80), np.float32(1e-5), np.zeros((bins + 1, 8), np.int64)
     window = [np.uint32(shift), np.uint32(start), np.uint32(bins), low, threshold.view(np.uint32)]
     args = [[scores], [base], [delta], np.uint64(base.size), *window, [chances], [counts]]
     launch(libraries(*BF16), "scores", real, args, seed=shift)
     places = (singles(scores).view(np.uint32) >> shift).astype(np.int64) - start
     inside = places >= 0
     places, weights, sizes = np.minimum(places, bins), singles(base).view(np.uint32) >> 16, singles(delta)
-    changed = sizes > 0
+    changed, above, beyond, tied = sizes > 0, sizes > threshold, weights > low, weights == low
     fields = (
         np.ones(base.size, np.int64),
-        changed,
-        sizes > threshold,
-        changed & (weights > low),
-        changed & (weights == low),
+        *(changed, above, changed & beyond, above & beyond, changed & tied, above & tied),
         chances[weights],
     )
     for column, field in enumerate(fields):

@@ -8,8 +8,8 @@ from ckptdiff.measure.thresholds import EPS, ETA, RHO, TAU, P
 
 # The keys of the output contract, in its order.
 CONTRACT = """unchanged_bitwise unchanged_null unchanged_stored absorbed_energy unchanged_eta unchanged_abs
-    unchanged_rel changed delta_norm base_norm tuned_norm rel_norm delta_energy_share cosine l1 mean max_abs
-    coord_energy low_coverage low_coverage_null nonfinite_base nonfinite_tuned"""
+    unchanged_rel changed patch_bytes dense_bytes delta_norm base_norm tuned_norm rel_norm delta_energy_share
+    cosine l1 mean max_abs coord_energy low_coverage low_coverage_null nonfinite_base nonfinite_tuned"""
 
 
 def test_figures_are_those_of_the_output_contract() -> None:

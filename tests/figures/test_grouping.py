@@ -16,10 +16,25 @@ from ckptdiff.measure.thresholds import RHO, P
 
 def columns_of(rows: list[dict[str, float]]) -> dict[str, np.ndarray]:
     undefined = {"uint64": 0, "float64": math.nan}
-    return {
+    columns = {
         column.name: np.array([row.get(column.name, undefined[column.dtype]) for row in rows], column.dtype)
         for column in COLUMNS
     }
+    return {**columns, "value_bytes": np.array([row.get("value_bytes", math.nan) for row in rows])}
+
+
+def test_bytes_of_an_update() -> None:
+    """A coordinate that changed takes an index and a value; what changed as stored, not after the cast, is counted."""
+    few = {"numel": 10, "valued": 1, "unchanged_bitwise": 7, "value_bytes": 2.0}
+    cast = {**few, "wide": 1, "unchanged_stored": 4, "value_bytes": 4.0}
+    many = {**few, "numel": (1 << 31) + 1, "unchanged_bitwise": 1 << 31}
+    long = {**few, "numel": 1 << 31, "unchanged_bitwise": (1 << 31) - 1}
+    unknown = {**few, "value_bytes": math.nan}
+    rows = [few, cast, many, long, unknown, {**few, "valued": 0}]
+    figures = grouped([*rows, few, cast, few, unknown], [*range(6), 6, 6, 7, 7], 8)
+    found = [(row["patch_bytes"], row["dense_bytes"]) for row in figures]
+    expected = [(3 * 6, 20), (6 * 8, 40), (2 + 8, (1 << 32) + 2), (2 + 4, 1 << 32), (None, None), (None, None)]
+    assert found == [*expected, (18 + 48, 60), (None, None)]
 
 
 def measured(base: np.ndarray, tuned: np.ndarray) -> dict[str, float]:

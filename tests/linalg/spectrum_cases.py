@@ -90,4 +90,6 @@ def principal_figures(weights: Floats, delta: Floats, rho: float) -> dict[str, f
         "coverage": np.sum(changed & top) / np.sum(changed),
         "coverage_above": np.sum(above & top) / np.sum(above),
         "not_low": np.sum((changed & top) * not_low) / np.sum(changed),
+        "not_low_above": np.sum((above & top) * not_low) / np.sum(above),
+        "low_above": np.sum(above * (1.0 - not_low)) / np.sum(above),
     }

@@ -6,8 +6,8 @@ import scipy.linalg
 from array_libraries import Made
 from spectrum_cases import base, singular_values, update
 
-from ckptdiff.linalg.angles import angle_rank, principal_angles
-from ckptdiff.linalg.exact import effective_rank, nss, numerical_rank, side_spectrum
+from ckptdiff.linalg.angles import angle_rank, compared_rank, principal_angles
+from ckptdiff.linalg.exact import effective_rank, hard_threshold, nss, numerical_rank, side_spectrum
 from ckptdiff.linalg.stages import ArrayPanels, run_together
 
 KINDS = ("flat", "s1", "power", "exponential", "low rank", "deficient")
@@ -63,6 +63,38 @@ def test_angles(shape: tuple[int, int], scale: float, on_library: Made) -> None:
     assert np.allclose(found.short, short, rtol=1e-6, atol=1e-7 * short.max())
 
 
-def test_no_angles_for_a_single_column() -> None:
-    assert angle_rank(1) == 0
-    assert angle_rank(2000) == 512
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+@pytest.mark.parametrize("shape", [(400, 150), (120, 120), (30, 1)], ids=str)
+def test_rotations_of_leading_parts(shape: tuple[int, int], scale: float, on_library: Made) -> None:
+    """Whatever is compared beside them: angles of fewer vectors, or of none."""
+    weights, delta = base(*shape, seed=4).astype(np.float64), scale * update("s1", *shape, seed=5)
+    source, count = on_library(weights, delta, 70), max(shape[1] // 2, 1)
+    sides = (side_spectrum(side, shape[1], count, source.library) for side in ("base", "tuned"))
+    vectors = [found.eigenpairs[1] for found in run_together(source, *sides)]
+    ranks = sorted({max(1, int(rho * shape[1])) for rho in (0.01, 0.1, 0.2)})
+    few = shape[1] // 3
+    (found,) = run_together(source, principal_angles(*vectors, source.library, ranks=ranks, angles=few))
+    first, second = (np.linalg.svd(matrix, full_matrices=False) for matrix in (weights, weights + delta))
+    for k in ranks:
+        long = np.sin(scipy.linalg.subspace_angles(first[0][:, :k], second[0][:, :k])).mean()
+        short = np.sin(scipy.linalg.subspace_angles(first[2][:k].T, second[2][:k].T)).mean()
+        assert found.rotations[k] == pytest.approx((long, short), rel=1e-6, abs=1e-13)
+    assert found.long.size == found.short.size == few
+    if few:
+        assert np.allclose(found.long, scipy.linalg.subspace_angles(first[0][:, :few], second[0][:, :few])[::-1])
+        assert np.allclose(found.short, scipy.linalg.subspace_angles(first[2][:few].T, second[2][:few].T)[::-1])
+
+
+def test_how_many_vectors_are_compared() -> None:
+    assert [angle_rank(short) for short in (1, 2, 700, 2000)] == [0, 1, 350, 512]
+    assert [compared_rank(short) for short in (1, 2, 700, 2000, 4096)] == [1, 1, 350, 512, 819]
+
+
+def test_the_threshold_of_noise_is_that_of_the_papers_table() -> None:
+    """Donoho and Gavish 2014, Table IV, whose cubic is good to 0.02; noise alone has nothing above it."""
+    rng = np.random.default_rng(0)
+    for shape, coefficient in (((2000, 100), 1.5194), ((400, 200), 2.1711), ((300, 300), 2.8582)):
+        values = np.linalg.svd(rng.standard_normal(shape), compute_uv=False)
+        assert hard_threshold(values, shape[0]) == pytest.approx(coefficient * np.median(values), rel=0.02)
+        assert values[0] < hard_threshold(values, shape[0])
+    assert np.isnan(hard_threshold(np.array([1.0, 1e-13, 0.0]), 3))

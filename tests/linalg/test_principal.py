@@ -16,7 +16,7 @@ from ckptdiff.measure.rounding_null import change_chances
 from ckptdiff.measure.thresholds import principal_rank
 
 RHO = (0.01, 0.05, 0.1, 0.2)
-FIGURES = ("energy", "energy_long", "energy_short", "coverage", "coverage_above", "not_low")
+FIGURES = ("energy", "energy_long", "energy_short", "coverage", "coverage_above", "not_low", "not_low_above")
 
 
 def sparse_update(weights: np.ndarray, scale: float, seed: int) -> np.ndarray:
@@ -150,6 +150,10 @@ def test_survey_counts_and_sums(on_library: Made) -> None:
     assert known.delta_norm == pytest.approx(np.linalg.norm(delta.astype(np.float64)), rel=1e-12)
     assert known.support == np.count_nonzero(delta)
     assert known.above == np.count_nonzero(np.abs(delta) > 1e-5)
+    for rho in RHO:
+        assert known.low_coverage_above(rho) == pytest.approx(principal_figures(weights, delta, rho)["low_above"])
+    (still,) = run_together(made := on_library(weights, np.zeros_like(delta), 17), survey(made.library))
+    assert np.isnan(still.low_coverage_above(0.1))
     finite = slice(FORMATS["bf16"].infinite)
     total = np.sum(known.weights[finite] * FORMATS["bf16"].values()[finite])
     assert total == pytest.approx(np.abs(weights).sum(), rel=1e-5)

@@ -68,6 +68,9 @@ def expected(
     ):
         for key, share in zip(("o1", "o2", "jaccard"), shares(one, two, shared), strict=True):
             row[key + suffix] = share
+        row["zero_jaccard" + suffix] = shares(numel - one, numel - two, numel - one - two + shared)[2]
+    left_out = sum(int((~a[name] & ~b[name]).sum()) for name in names)
+    assert row["zero_jaccard"] == left_out / sum(int((~a[name] | ~b[name]).sum()) for name in names)
     return row
 
 
@@ -133,6 +136,8 @@ def test_an_empty_mask_has_no_overlap_to_speak_of(updates: Updates) -> None:
     row = next(row for row in found.grouped(found.pairs[0], "module") if row["module_type"] == "norm")
     assert row["masked_1"] == 0 < row["masked_2"]
     assert all(row[key] is None for key in row if key.startswith(("o1", "o2", "jaccard")))
+    # All that the second mask leaves out the first does too.
+    assert row["zero_jaccard"] == row["zero_jaccard_independent"] == (row["numel"] - row["masked_2"]) / row["numel"]
 
 
 def test_masks_of_other_rules_need_the_base_for_the_conditional_baseline(updates: Updates, tmp_path: Path) -> None:
@@ -291,7 +296,7 @@ def test_the_command_prints_each_format(updates: Updates, invoke: Callable, caps
     assert document["schema"] == "ckptdiff.overlap/1"
     assert [run["mask_rule"] for run in document["runs"]] == ["bitwise"] * 3
     assert set(document["pairs"][2]) == {
-        *("first", "second", "global", "modules", "layers", "blocks", "towers", "tensors")
+        *("first", "second", "global", "modules", "layers", "layer_modules", "blocks", "towers", "tensors")
     }
     assert document["pairs"][2]["global"] == pytest.approx(expected(updates, 1, 2, FLOATING, by_octaves), rel=1e-12)
 
@@ -304,6 +309,8 @@ def test_the_command_prints_each_format(updates: Updates, invoke: Callable, caps
     ]
     assert float(rows[5]["o1"]) == pytest.approx(document["pairs"][2]["layers"][1]["o1"])
 
+    assert invoke("overlap", runs[0], runs[1], "--by", "layer,module") == 0
+    assert "0 q_proj" in capsys.readouterr().out
     assert invoke("overlap", runs[0], runs[1]) == 0
     table = capsys.readouterr().out
     assert table.splitlines()[1].split()[:1] == ["block"]

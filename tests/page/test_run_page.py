@@ -22,7 +22,7 @@ from ckptdiff.cli import main
 from ckptdiff.figures.result import Diff
 from ckptdiff.page import read_run, run_page
 from ckptdiff.report.as_json import document
-from ckptdiff.report.text import percent
+from ckptdiff.report.text import percent, size
 from ckptdiff.runfile.reader import RunFile
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -100,6 +100,8 @@ def test_each_headline_figure_stands_beside_its_null(page: Page, diff: Diff) -> 
     ]
     low, null = (whole[key]["0.1"] for key in ("low_coverage", "low_coverage_null"))
     assert rows["changes on the 10 % smallest weights"][:2] == [percent(low), percent(null)]
+    patch = [size(whole[key]) for key in ("patch_bytes", "dense_bytes")]
+    assert rows["the update as a patch of indices and values"][:2] == patch
     assert rows["median matrix: energy in 16 singular values"][1] != "n/a"
 
 
@@ -149,7 +151,11 @@ def test_400_tensors_are_below_a_megabyte_and_a_half(make_run, make_diff, tmp_pa
     assert len(page.cells["tensors"]) == len(page.document()["tensors"]) + 1 == len(diff.tensors) + 1
     found, exact = page.document()["tensors"][2], document(diff)["tensors"][2]
     assert found["spectral"]["stable_rank"] == pytest.approx(exact["spectral"]["stable_rank"], rel=1e-8)
-    assert "rounded to nine digits" in page.source
+    assert (
+        "rounded to nine digits" in page.source and "tensors lack those of spectra that it does not show" in page.source
+    )
+    assert found["spectral"].keys() < exact["spectral"].keys()
+    assert page.document()["median_2d"]["spectral"].keys() == document(diff)["median_2d"]["spectral"].keys()
 
 
 @pytest.mark.parametrize(

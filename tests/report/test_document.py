@@ -20,7 +20,7 @@ _KEYS = [
     *("only_in_base", "only_in_tuned", "aliased", "mismatched", "suggested_map"),
 ]
 _METRICS = {
-    *("unchanged_null", "absorbed_energy"),
+    *("unchanged_null", "absorbed_energy", "patch_bytes", "dense_bytes"),
     *("unchanged_bitwise", "unchanged_stored", "unchanged_eta", "unchanged_abs", "unchanged_rel", "changed"),
     *("delta_norm", "base_norm", "tuned_norm", "rel_norm", "delta_energy_share", "cosine", "l1", "mean", "max_abs"),
     *("coord_energy", "low_coverage", "low_coverage_null", "nonfinite_base", "nonfinite_tuned"),
@@ -38,6 +38,8 @@ def test_keys_of_the_contract(diff: Diff) -> None:
     assert set(result["towers"][0]) == _METRICS | {"tower", "tensors", "numel"}
     tensor = _METRICS | {"name", "shape", "dtype_base", "dtype_tuned", "compare", "numel", "tower", "layer"}
     assert set(result["tensors"][0]) == tensor | {"module_type", "block"}
+    cells = document(diff, View("layer,module"))["layer_modules"]
+    assert set(cells[0]) == _METRICS | {"tower", "layer", "module_type", "tensors", "numel"}
     assert list(result["global"]["unchanged_abs"]) == ["0", "1e-08", "1e-07", "1e-06", "1e-05", "0.0001"]
     assert list(result["global"]["low_coverage"]) == ["0.01", "0.05", "0.1", "0.2"]
 

@@ -94,6 +94,63 @@ def test_left_and_right_are_those_of_the_stored_matrix(pair: tuple[Path, Path], 
     assert found["principal_energy_right"]["0.1"] == pytest.approx(np.sum((delta @ right[:k].T) ** 2) / total)
 
 
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.down_proj.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_what_the_papers_script_prints(pair: tuple[Path, Path], sides: Sides, name: str) -> None:
+    """Of a wide matrix and of a tall one, against NumPy's decompositions and sorts."""
+    diff = ckptdiff.diff(*pair, spectra="exact")
+    found = spectral(diff)[name]
+    base, tuned, delta = sides[0][name].astype(np.float64), sides[1][name].astype(np.float64), delta_of(sides, name)
+    (left, values, right), (left1, values1, right1) = (
+        np.linalg.svd(side, full_matrices=False) for side in (base, tuned)
+    )
+    short = np.linalg.svd(delta, compute_uv=False)
+    energies = np.cumsum(short**2) / np.sum(short**2)
+    for p in (1, 5, 10):
+        assert found["topp_energy"][str(p)] == pytest.approx(energies[-(-p * 64 // 100) - 1], rel=1e-9)
+    drift = np.linalg.norm(values1 - values) / np.linalg.norm(delta)
+    assert found["spectral_drift"] == pytest.approx(drift, rel=1e-7)
+    b = min(delta.shape) / max(delta.shape)
+    above = short > (0.56 * b**3 - 0.95 * b**2 + 1.82 * b + 1.43) * np.median(short)
+    assert found["dg_rank"] == above.sum() > 0
+    assert found["dg_energy"] == pytest.approx(np.sum(short[above] ** 2) / np.sum(short**2), rel=1e-9)
+    low, large = np.sort(np.abs(base), axis=None), np.abs(delta) > 1e-5
+    for rho, k in ((0.01, 1), (0.05, 3), (0.1, 6), (0.2, 12)):
+        for side, (one, other) in {"left": (left, left1), "right": (right.T, right1.T)}.items():
+            cosines = np.linalg.svd(one[:, :k].T @ other[:, :k], compute_uv=False)
+            sine = np.sqrt(np.clip(1 - cosines**2, 0, None)).mean()
+            assert found[f"top_subspace_rotation_{side}"][f"{rho:g}"] == pytest.approx(sine, rel=1e-5)
+        count = -(-round(rho * 100) * base.size // 100)
+        below, tied = np.abs(base) < low[count - 1], np.abs(base) == low[count - 1]
+        part = (count - below.sum()) / tied.sum()
+        expected = ((large & below).sum() + part * (large & tied).sum()) / large.sum()
+        assert found["low_coverage_abs"][f"{rho:g}"] == pytest.approx(expected, rel=1e-12)
+        assert found["principal_not_low_abs"][f"{rho:g}"] <= found["principal_coverage_abs"][f"{rho:g}"] + 1e-12
+    randomized = spectral(ckptdiff.diff(*pair, spectra="randomized"))[name]
+    assert randomized["low_coverage_abs"] == found["low_coverage_abs"]
+    assert randomized["dg_rank"] is None and randomized["topp_energy"]["5"] is None
+
+
+def test_no_rotation_without_a_subspace(tmp_path: Path) -> None:
+    """Neither of what has equal singular values, nor of what is noise."""
+    flat, moved = np.eye(40, 30), np.eye(40, 30) + 0.01 * np.random.default_rng(0).standard_normal((40, 30))
+    found = found_between(
+        tmp_path, flat.astype(np.float32), moved.astype(np.float32), compare="stored", spectra="exact"
+    )
+    assert set(found["top_subspace_rotation_left"].values()) == {None}
+    assert found["angle_left"] is not None
+    thin = np.outer(np.arange(1.0, 41), np.ones(30))
+    thick = thin + 0.1 * np.random.default_rng(0).standard_normal((40, 30))
+    found = found_between(
+        tmp_path, thin.astype(np.float32), thick.astype(np.float32), compare="stored", spectra="exact"
+    )
+    known = [found["top_subspace_rotation_right"][rho] is not None for rho in ("0.01", "0.05", "0.1", "0.2")]
+    assert known == [True, True, False, False]  # of one vector, and of three and more
+    assert found["angle_right"] is None and "no principal angles" in found["reason"]
+    found = found_between(tmp_path, (thick + moved).astype(np.float32), flat.astype(np.float32), spectra="exact")
+    assert set(found["top_subspace_rotation_left"].values()) == {None}
+    assert "no rotation at rho 0.2: no gap in the tuned side's spectrum" in found["reason"]
+
+
 def test_slices_of_experts_and_convolutions(pair: tuple[Path, Path], sides: Sides) -> None:
     diff = ckptdiff.diff(*pair, spectra="exact")
     found = spectral(diff)
@@ -177,6 +234,25 @@ def test_run_file_keeps_spectra(pair: tuple[Path, Path], tmp_path: Path) -> None
         lists = run.spectra["model.layers.0.mlp.experts.gate_up_proj"]
         assert lists["delta"].shape == (3, 48)
         assert run.spectra["model.row"].keys() == {"delta", "base", "tuned"}
+
+
+def test_a_run_file_of_0_1_0_lacks_some_figures(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    path, name = tmp_path / "run.h5", "model.layers.0.mlp.down_proj.weight"
+    known = spectral(ckptdiff.diff(*pair, spectra="exact", out=path))[name]
+    new = {"dg_rank", "dg_energy", "spectral_drift", "topp_energy", "principal_not_low_abs", "low_coverage_abs"}
+    new |= {"top_subspace_rotation_left", "top_subspace_rotation_right"}
+    with h5py.File(path, "r+") as file:
+        for column in list(file["tensors"]):
+            if column.startswith(tuple(f"spectral_{key}" for key in new)):
+                del file["tensors"][column]
+    with ckptdiff.RunFile(path) as run:
+        older = spectral(run.load())[name]
+    assert {key for key in known if older[key] != known[key]} == new
+    assert older["dg_rank"] is None and set(older["topp_energy"].values()) == {None}
+    with h5py.File(path, "r+") as file:
+        del file["tensors/spectral_nss"]
+    with pytest.raises(ckptdiff.RunFileError, match="spectral_nss"), ckptdiff.RunFile(path) as run:
+        run.load()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from ckptdiff.measure.kernels.tiles import Array
 
 
 @kernel
-def count_magnitudes(base: Array, delta: Array, threshold: Any, counts: Array) -> int:
+def count_magnitudes(base: Array, delta: Array, threshold: Any, counts: Array) -> None:
     """Count entries by the leading 15 magnitude bits of the base.
 
     Parameters
@@ -20,15 +20,9 @@ def count_magnitudes(base: Array, delta: Array, threshold: Any, counts: Array) -
         Codes of float32 values.
     delta : float32 array of the same shape
     threshold : float32
-    counts : int64 array, shape (2, 32768)
-        Added to: all entries, and those with delta != 0.
-
-    Returns
-    -------
-    int
-        Entries with |delta| > threshold.
+    counts : int64 array, shape (3, 32768)
+        Added to: all entries, those with delta != 0, and those with |delta| > threshold.
     """
-    above = 0
     for i in range(base.shape[0]):
         for j in range(base.shape[1]):
             code = (base[i, j] >> np.uint32(16)) & np.uint32(0x7FFF)
@@ -36,8 +30,7 @@ def count_magnitudes(base: Array, delta: Array, threshold: Any, counts: Array) -
             d = delta[i, j]
             if d != 0:
                 counts[1, code] += 1
-                above += abs(d) > threshold
-    return above
+                counts[2, code] += abs(d) > threshold
 
 
 @kernel
@@ -60,9 +53,10 @@ def count_scores(
     low : (uint32, float64)
         Magnitude of the base at which the smallest end, and which share of the entries there is not among them.
     threshold : float32
-    counts : float64 array, shape (bins + 1, 5)
-        Entries, changed ones, changed above the threshold, changed and not among the smallest, and sum of chances, by
-        bin of the score; the last row takes what lies above all bins, and what lies below is left out.
+    counts : float64 array, shape (bins + 1, 6)
+        By bin of the score: entries, changed ones, changed above the threshold, both of these where the base is not
+        among the smallest, and sum of chances. The last row takes what lies above all bins; what lies below is left
+        out.
     """
     last = np.uint32(counts.shape[0] - 1)
     shift, start = window
@@ -75,12 +69,13 @@ def count_scores(
             bin_ = min(code - start, last)
             magnitude = (base[i, j] >> np.uint32(16)) & np.uint32(0x7FFF)
             counts[bin_, 0] += 1.0
-            counts[bin_, 4] += chances[magnitude]
+            counts[bin_, 5] += chances[magnitude]
             d = delta[i, j]
             if d != 0:
                 counts[bin_, 1] += 1.0
-                counts[bin_, 2] += abs(d) > threshold
-                if magnitude > low_cut:
-                    counts[bin_, 3] += 1.0
-                elif magnitude == low_cut:
-                    counts[bin_, 3] += not_low
+                above = abs(d) > threshold
+                counts[bin_, 2] += above
+                if magnitude >= low_cut:
+                    part = 1.0 if magnitude > low_cut else not_low
+                    counts[bin_, 3] += part
+                    counts[bin_, 4] += part if above else 0.0

@@ -106,7 +106,7 @@ static void run_spectra(Panel panel, Magnitudes magnitudes, Scores scores, u64 r
     const u64 numel = rows * columns;
     const std::vector<u8> base = random_codes(numel, BASE::BITS), tuned = random_codes(numel, TUNED::BITS);
     std::vector<Real> weights(numel), deltas(numel);
-    std::vector<u64> sizes(2 * BINS + 1), places(9 * SCORE_FIELDS);
+    std::vector<u64> sizes(3 * BINS), places(9 * SCORE_FIELDS);
     const std::vector<u32> chances(BINS, 1);
     const auto launch = [&](auto body) { on_host::launch(blocks, THREADS, (u32)numel, body); };
     for (u32 turned = 0; turned < 2; ++turned)
