@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.errors import PatchError, first_few
-from ckptdiff.patch.blocks import DamagedBlockError, Steps, apply_block, read_block
+from ckptdiff.patch.coded_block import DamagedBlockError, Steps, apply_block, read_block
 from ckptdiff.patch.delta import BLOCK_CODES, TensorDelta
 from ckptdiff.patch.delta_file import DeltaFile
 from ckptdiff.patch.digests import TensorDigest, digest_of
@@ -38,7 +38,7 @@ def check_links(links: Sequence[DeltaFile]) -> None:
             if name in left and name in taken and taken[name].before in (None, left[name].after):
                 continue
             hint = None
-            if any(link is not before and _leads_to(link, after) for link in links):
+            if any(_leads_to(first, second) for first in links for second in links if first is not second):
                 hint = "give the patches in the order in which they were made"
             raise PatchError(
                 "the patch does not follow the one before it",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from ckptdiff.checkpoint import DTYPES
-from ckptdiff.patch.blocks import Coding
+from ckptdiff.patch.coded_block import Coding
 
 __all__ = ["BLOCK_CODES", "Blob", "Delta", "TensorDelta", "TunedFile"]
 

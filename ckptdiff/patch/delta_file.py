@@ -3,7 +3,7 @@
 | bytes | what |
 |---|---|
 | 8 | ``CKPTDLT1`` |
-| ... | coded blocks (``blocks.py``) and, as zlib streams, the headers and the index of the tuned side's files |
+| ... | coded blocks (``coded_block.py``) and, as zlib streams, the headers and the index of the tuned side's files |
 | ... | the index, a zlib stream of JSON in UTF-8 |
 | 64 | ``CKPTDLT1``; offset, stored size and size of the index (uint64, little-endian); SHA-256 of its stored bytes |
 
@@ -33,7 +33,7 @@ from ckptdiff.errors import CheckpointError, PatchError
 from ckptdiff.files.staged import StagedFile
 from ckptdiff.patch.delta import BLOCK_CODES, Blob, Delta, TensorDelta, TunedFile
 
-__all__ = ["SIGNATURE", "DeltaFile", "open_delta", "write_blob", "write_index"]
+__all__ = ["SIGNATURE", "DeltaFile", "is_delta", "open_delta", "write_blob", "write_index"]
 
 SIGNATURE = b"CKPTDLT1"
 LEVEL = 6
@@ -163,6 +163,13 @@ class DeltaFile:
             raise self.damaged(f"the index of the patch {error.problem}", error.expected, error.found) from error
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise self.damaged("the index of the patch says what cannot be", "what ckptdiff writes", error) from error
+
+
+def is_delta(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as an exact delta does; raises CheckpointError if it cannot be read."""
+    name = os.fspath(path)
+    with open_regular(name) as (descriptor, status):
+        return read_bytes(descriptor, min(len(SIGNATURE), status.st_size), 0, name) == SIGNATURE
 
 
 @contextmanager

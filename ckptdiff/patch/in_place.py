@@ -9,7 +9,7 @@ from pathlib import Path
 from ckptdiff.errors import PatchError
 from ckptdiff.events import Listener, stage
 from ckptdiff.files.staged import sync_folder, write_whole
-from ckptdiff.patch.apply import AppliedDelta, PathLike, applied, folder_of, open_chain, write_side_index
+from ckptdiff.patch.applying import AppliedDelta, PathLike, applied, folder_of, open_chain, write_side_index
 from ckptdiff.patch.chain import Chain
 from ckptdiff.patch.making import Making, kind_of
 from ckptdiff.patch.spans import threads_for
@@ -25,8 +25,9 @@ def apply_in_place(
 ) -> AppliedDelta:
     """Apply patches to a checkpoint where it lies, file by file; the same call goes on where a killed one stopped.
 
-    Each file is written beside its old self and takes its name when its digests are right, so no file is ever half new.
-    A journal in the folder says which patches are being applied, until all files are new.
+    All digests are checked before the first file changes. Then each file is written beside its old self and takes its
+    name when it is complete, so none is ever half new; a journal in the folder says which patches are being applied,
+    until all files are new.
 
     Raises
     ------
@@ -38,15 +39,17 @@ def apply_in_place(
         link = chain.links[-1]
         folder, files = folder_of(chain.base), link.delta.files
         places = _places(chain)
-        journal = folder / JOURNAL
-        begun = _begun(journal, chain)
-        if begun is None:
-            begun = {place: _stamp(folder / place) for place in places}
-            record = {"patches": [one.identity for one in chain.links], "files": begun}
-            write_whole(journal, json.dumps(record).encode())
-        done = [one for one, place in enumerate(places) if _stamp(folder / place) != begun[place]]
-        with stage(listener, "patching", sum(one.size for one in files), "bytes") as told:
+        journal, now = folder / JOURNAL, {place: _stamp(folder / place) for place in places}
+        begun = _begun(journal, chain, now)
+        done = [one for one, place in enumerate(places) if now[place] != begun.get(place, now[place])]
+        total = sum(one.size for one in files)
+        with stage(listener, "patching", total if begun else 2 * total, "bytes") as told:
             making = Making(chain, threads_for(threads), told)
+            if not begun:
+                for one in range(len(files)):
+                    making.check(one)
+                record = {"patches": [one.identity for one in chain.links], "files": now}
+                write_whole(journal, json.dumps(record).encode())
             # Files that were written before a kill; nobody may have put others there meanwhile.
             making.compare(chain.base, [name for name, one in chain.tensors.items() if one.file in done])
             for one, place in enumerate(places):
@@ -88,21 +91,23 @@ def _stamp(path: Path) -> list[int]:
     return [status.st_dev, status.st_ino, status.st_mtime_ns]
 
 
-def _begun(journal: Path, chain: Chain) -> dict[str, list[int]] | None:
-    """The files as they were when these patches were begun to be applied here, if they were."""
+def _begun(journal: Path, chain: Chain, now: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The files as they were when these patches were begun to be applied here; nothing if none has changed yet."""
     try:
         record = json.loads(journal.read_text())
-        patches, files = record["patches"], record["files"]
+        patches, files = record["patches"], dict(record["files"])
     except FileNotFoundError:
-        return None
+        return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PatchError(
             "the journal of a patch that was begun here cannot be read", file=journal, found=error
         ) from error
-    if patches != [one.identity for one in chain.links] or len(files) != len(chain.links[-1].delta.files):
+    if files == now:
+        return {}
+    if patches != [one.identity for one in chain.links] or files.keys() != now.keys():
         raise PatchError(
             "other patches are being applied here, or were when they were killed",
             file=journal,
             hint="apply those again, which goes on where they stopped",
         )
-    return dict(files)
+    return files

@@ -20,7 +20,7 @@ from ckptdiff.checkpoint.regular_file import open_regular, read_bytes, read_whol
 from ckptdiff.errors import CheckpointError
 from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.files.staged import StagedFile
-from ckptdiff.patch.blocks import Coding, code_block, code_whole
+from ckptdiff.patch.coded_block import Coding, code_block, code_whole
 from ckptdiff.patch.delta import BLOCK_CODES, Delta, TensorDelta, TunedFile
 from ckptdiff.patch.delta_file import SIGNATURE, write_blob, write_index
 from ckptdiff.patch.digests import TensorDigest, digest_of, require_xxhash

@@ -14,7 +14,7 @@ from ckptdiff.checkpoint import TensorInfo
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.events import Listener, ignore
 from ckptdiff.in_order import Task, in_order
-from ckptdiff.patch.blocks import Coding
+from ckptdiff.patch.coded_block import Coding
 from ckptdiff.patch.delta import BLOCK_CODES
 from ckptdiff.run.warm_up import Uses, load
 

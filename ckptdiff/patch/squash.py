@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from ckptdiff.errors import OptionError
 from ckptdiff.events import Listener, stage
 from ckptdiff.files.staged import StagedFile
-from ckptdiff.patch.blocks import Coding, Steps, apply_block, code_steps, code_whole
 from ckptdiff.patch.chain import change_of, check_links
+from ckptdiff.patch.coded_block import Coding, Steps, apply_block, code_steps, code_whole
 from ckptdiff.patch.delta import BLOCK_CODES, Blob, Delta, TensorDelta
 from ckptdiff.patch.delta_file import SIGNATURE, DeltaFile, open_delta, write_blob, write_index
 from ckptdiff.patch.spans import load_kernels

@@ -292,7 +292,7 @@ def _read_box() -> None:
 
 
 def _code_block() -> None:
-    from ckptdiff.patch.blocks import Coding, apply_block, code_block, read_block
+    from ckptdiff.patch.coded_block import Coding, apply_block, code_block, read_block
 
     base, tuned, coding = np.zeros(2, np.uint8), np.full(2, 7, np.uint8), Coding(1, True)
     coded, _ = code_block(base, tuned, coding)
