@@ -96,7 +96,7 @@ _HOME = {
     "parse_size": "ckptdiff.options",
 }
 
-_ROOMS = ("claims", "exports", "lora", "overlap", "retrain", "spectra", "track")
+_ROOMS = ("claims", "exports", "lora", "overlap", "patch", "retrain", "spectra", "track")
 """Packages that ``import ckptdiff`` alone reaches."""
 
 

@@ -14,7 +14,7 @@ COMMANDS = {
     "report": "Write a run file's pictures and tables as one HTML file.",
     "inspect": "List the tensors of a checkpoint.",
     "mask": "List the masks of a run file, export them, or combine those of several.",
-    "patch": "Apply a sparse patch to a checkpoint.",
+    "patch": "Make, apply, verify and join exact weight deltas.",
     "track": "Follow an update through the checkpoints of a training run.",
     "overlap": "Compare the masks of several runs with each other and with chance.",
     "spectra": "Add spectra to a run file, or plot them.",

@@ -47,8 +47,8 @@ Use: TypeAlias = tuple[str, ...]
 """A call of kernels, as words that another process can be given.
 
 "alike", "alone" or "refine" with the formats of base, tuned side and comparison; "row"; "mask" with the bytes
-of a chunk; "panel" with the stored format and that of the comparison; "scores"; "decoded"; "track" with that of the
-comparison.
+of a chunk; "panel" with the stored format and that of the comparison; "scores"; "decoded"; "boxes"; "delta"; "track"
+with that of the comparison.
 """
 
 _AT_ONCE = 2
@@ -142,7 +142,13 @@ def make_call(worker: Backend | None, use: Use) -> None:
         compress_chunk(np.arange(size).astype(np.uint8), size)
         return
     if not words:
-        {"row": _fill_row, "scores": _count_scores, "decoded": _decode_weight, "boxes": _read_box}[kind]()
+        {
+            "row": _fill_row,
+            "scores": _count_scores,
+            "decoded": _decode_weight,
+            "boxes": _read_box,
+            "delta": _code_block,
+        }[kind]()
         return
     formats = [FORMATS[name] for name in words]
     if kind == "panel":
@@ -283,6 +289,14 @@ def _read_box() -> None:
 
     with Path(os.devnull).open("rb") as nothing:
         read_box(nothing.fileno(), 0, 1, np.zeros((1, 1), np.uint8))
+
+
+def _code_block() -> None:
+    from ckptdiff.patch.coded_block import Coding, apply_block, code_block, read_block
+
+    base, tuned, coding = np.zeros(2, np.uint8), np.full(2, 7, np.uint8), Coding(1, True)
+    coded, _ = code_block(base, tuned, coding)
+    apply_block(base, read_block(coded, 2, coding), coding)
 
 
 def _follow(compare: Format) -> None:

@@ -1,0 +1,25 @@
+"""Exact weight deltas: make one of two checkpoints, apply a chain of them, verify, join, and tell what is in one."""
+
+from ckptdiff.patch.applying import AppliedDelta, apply, verify
+from ckptdiff.patch.contents import PatchContents, contents_of
+from ckptdiff.patch.delta import Delta, TensorDelta
+from ckptdiff.patch.delta_file import is_delta, open_delta
+from ckptdiff.patch.in_place import apply_in_place
+from ckptdiff.patch.make import Made, make
+from ckptdiff.patch.squash import squash
+
+__all__ = [
+    "AppliedDelta",
+    "Delta",
+    "Made",
+    "PatchContents",
+    "TensorDelta",
+    "apply",
+    "apply_in_place",
+    "contents_of",
+    "is_delta",
+    "make",
+    "open_delta",
+    "squash",
+    "verify",
+]

@@ -1,0 +1,277 @@
+"""Make an exact weight delta of two checkpoints, in one pass over their bytes."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from ckptdiff.checkpoint.index import MAX_INDEX_BYTES
+from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
+from ckptdiff.checkpoint.regular_file import open_regular, read_bytes, read_whole
+from ckptdiff.errors import CheckpointError
+from ckptdiff.events import Listener, Stage, stage
+from ckptdiff.files.staged import StagedFile
+from ckptdiff.patch.coded_block import Coding, code_block, code_whole
+from ckptdiff.patch.delta import BLOCK_CODES, Delta, TensorDelta, TunedFile
+from ckptdiff.patch.delta_file import SIGNATURE, write_blob, write_index
+from ckptdiff.patch.digests import TensorDigest, digest_of, require_xxhash
+from ckptdiff.patch.spans import Piece, in_pieces, load_kernels, read_block_of, threads_for, work_in_order
+from ckptdiff.runfile.check_target import check_new
+
+__all__ = ["Made", "make"]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A delta that was written.
+
+    Attributes
+    ----------
+    delta : Delta
+        What its index says.
+    size : int
+        Its bytes.
+    warnings : tuple of str
+    """
+
+    delta: Delta
+    size: int
+    warnings: tuple[str, ...]
+
+
+def make(
+    base: str | os.PathLike[str],
+    tuned: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    threads: int = 0,
+    listener: Listener | None = None,
+) -> Made:
+    """Write what makes `tuned` of `base`, to the last bit of every file.
+
+    Tensors are paired by their names. Of those that have one dtype and shape on both sides, changed codes are kept, and
+    by how many steps each; new ones and those of another dtype or shape are kept whole.
+
+    Parameters
+    ----------
+    base, tuned : path-like
+        Checkpoints, as `open_checkpoint` takes them.
+    target : path-like
+        The delta to write; it must not exist.
+    threads : int
+        0 stands for one per core.
+    listener : callable, optional
+        Told of the stage "making the patch", in bytes.
+
+    Raises
+    ------
+    CheckpointError
+        A side cannot be read, or changes while it is read.
+    OptionError
+        xxhash is missing.
+    RunFileError
+        The target exists or cannot be written.
+
+    Examples
+    --------
+    >>> from ckptdiff import patch
+    >>> made = patch.make("fixtures/llama/base", "fixtures/llama/tuned", "update.ckptdelta")
+    >>> patch.apply("fixtures/llama/base", ["update.ckptdelta"], "again").tensors == len(made.delta.tensors)
+    True
+    """
+    require_xxhash()
+    target = Path(target)
+    sides = open_checkpoint(base), open_checkpoint(tuned)
+    check_new(target)
+    load_kernels(listener)
+    layout = _Layout(sides[1], Path(tuned))
+    total = sum(tensor.nbytes for side in sides for tensor in side.tensors.values())
+    with StagedFile(target) as staged, open_shards("pread") as shards:
+        with stage(listener, "making the patch", total, "bytes") as told:
+            made = _Making(sides, shards, layout, staged, told, threads_for(threads)).run()
+        shards.check()
+        staged.commit()
+    return Made(made, staged.tell(), tuple(warning for side in sides for warning in side.warnings))
+
+
+class _Layout:
+    """The files of the tuned side, and its tensors in the order of their bytes."""
+
+    def __init__(self, checkpoint: Checkpoint, path: Path) -> None:
+        self.single = checkpoint.index is None and not path.is_dir()
+        self.folder = Path(checkpoint.index.path if checkpoint.index else checkpoint.shards[0].path).parent
+        if checkpoint.index is not None and len(checkpoint.index.shard_paths) != len(checkpoint.shards):
+            raise CheckpointError(
+                "the index gives one file two names",
+                file=checkpoint.index.path,
+                expected=f"{len(checkpoint.index.shard_paths)} files",
+                found=f"{len(checkpoint.shards)}",
+            )
+        self.index = checkpoint.index
+        of_shard: dict[str, list[TensorInfo]] = {shard.path: [] for shard in checkpoint.shards}
+        for tensor in checkpoint.tensors.values():
+            of_shard[tensor.shard.path].append(tensor)
+        self.shards = checkpoint.shards
+        self.tensors: list[tuple[int, TensorInfo]] = []
+        self.header_sizes = []
+        for file, shard in enumerate(self.shards):
+            held = sorted(of_shard[shard.path], key=lambda tensor: (tensor.start, tensor.stop, tensor.name))
+            self.tensors += [(file, tensor) for tensor in held]
+            self.header_sizes.append(held[0].start if held else shard.size)
+
+    def name(self, path: str) -> str:
+        return Path(path).relative_to(self.folder).as_posix()
+
+
+_Coded: TypeAlias = list[tuple[Piece, bytes, int]]
+
+
+class _Making:
+    """One delta on its way into a file."""
+
+    def __init__(
+        self,
+        sides: tuple[Checkpoint, Checkpoint],
+        shards: OpenShards,
+        layout: _Layout,
+        staged: StagedFile,
+        told: Stage,
+        threads: int,
+    ) -> None:
+        self._base, self._tuned = sides
+        self._shards, self._layout, self._staged, self._told, self._threads = shards, layout, staged, told, threads
+        self._stop = threading.Event()
+        self._rooms = threading.local()
+        self._digests: dict[str, tuple[TensorDigest, TensorDigest]] = {}
+        self._found: dict[str, tuple[str | None, str]] = {}
+
+    def run(self) -> Delta:
+        self._staged.write(SIGNATURE)
+        files = self._files()
+        index = None
+        if self._layout.index is not None:
+            path = self._layout.index.path
+            index = Path(path).name, write_blob(self._staged, read_whole(path, MAX_INDEX_BYTES))
+        tensors = self._tensors()
+        delta = Delta(
+            made_by=f"ckptdiff {version('ckptdiff')}",
+            base=self._base.path,
+            tuned=self._tuned.path,
+            base_files=tuple((Path(shard.path).name, shard.size, shard.header_sha256) for shard in self._base.shards),
+            single=self._layout.single,
+            files=files,
+            index=index,
+            tensors=tensors,
+        )
+        write_index(self._staged, delta)
+        return delta
+
+    def _files(self) -> tuple[TunedFile, ...]:
+        found = []
+        for shard, size in zip(self._layout.shards, self._layout.header_sizes, strict=True):
+            with open_regular(shard.path) as (descriptor, _):
+                header = read_bytes(descriptor, size, 0, shard.path)
+            found.append(TunedFile(self._layout.name(shard.path), shard.size, write_blob(self._staged, header)))
+        return tuple(found)
+
+    def _partner(self, tensor: TensorInfo) -> TensorInfo | None:
+        """What the base has of a tensor's name, if steps lead from the one to the other."""
+        base = self._base.tensors.get(tensor.name)
+        return base if base is not None and (base.dtype, base.shape) == (tensor.dtype, tensor.shape) else None
+
+    def _tensors(self) -> dict[str, TensorDelta]:
+        started: dict[str, TensorDelta] = {}
+        for file, stored in self._layout.tensors:
+            whole = self._partner(stored) is None
+            started[stored.name] = TensorDelta(
+                stored.name,
+                "whole" if whole else "same",
+                stored.dtype,
+                stored.shape,
+                file,
+                None,
+                "",
+                0,
+                replaces=whole and stored.name in self._base.tensors,
+            )
+        codes = ((name, one.codes) for name, one in started.items())
+        results = work_in_order(in_pieces(codes), self._coded, self._threads, self._stop, self._told.again)
+        sizes: list[int] = []
+        changed = 0
+        for coded in results:
+            for (name, place), data, count in coded:
+                tensor = started[name]
+                if place == 0:
+                    sizes, changed = [], 0
+                    started[name] = tensor = replace(tensor, offset=self._staged.tell())
+                self._staged.write(data)
+                sizes.append(len(data))
+                changed += count
+                block = min(BLOCK_CODES, tensor.codes) * tensor.coding.width
+                self._told.more(block if tensor.state == "whole" else 2 * block, name)
+                if place == max(tensor.blocks, 1) - 1:
+                    started[name] = self._done(tensor, sizes, changed)
+            self._staged.check()
+        lost = {
+            name: TensorDelta(name, "lost", tensor.dtype, tensor.shape, -1, None, None, 0)
+            for name, tensor in self._base.tensors.items()
+            if name not in started
+        }
+        return started | lost
+
+    def _done(self, tensor: TensorDelta, sizes: Sequence[int], changed: int) -> TensorDelta:
+        before, after = self._found.pop(tensor.name)
+        if tensor.state == "whole":
+            return replace(tensor, after=after, changed=tensor.codes, sizes=tuple(sizes[: tensor.blocks]))
+        if not changed:
+            return replace(tensor, before=before, after=after, offset=0)
+        return replace(
+            tensor, state="changed", before=before, after=after, changed=changed, sizes=tuple(sizes[: tensor.blocks])
+        )
+
+    def _coded(self, pieces: Sequence[Piece]) -> _Coded:
+        return list(self._coded_pieces(pieces))
+
+    def _coded_pieces(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, bytes, int]]:
+        for name, place in pieces:
+            tensor = self._tuned.tensors[name]
+            base, coding = self._partner(tensor), Coding.of(tensor.dtype)
+            buffers = self._buffers(min(BLOCK_CODES * coding.width, tensor.nbytes))
+            after = read_block_of(self._shards, tensor, coding, place, buffers[1])
+            before = None if base is None else read_block_of(self._shards, base, coding, place, buffers[0])
+            self._digest(tensor, place, before, after)
+            if before is None:
+                coded = (code_whole(after), after.size // coding.width) if after.size else (b"", 0)
+            else:
+                coded = code_block(before, after, coding)
+            yield (name, place), *coded
+
+    def _digest(self, tensor: TensorInfo, place: int, before: object, after: object) -> None:
+        name = tensor.name
+        coding = Coding.of(tensor.dtype)
+        last = max(-(-tensor.nbytes // (BLOCK_CODES * coding.width)), 1) - 1
+        if not last:
+            self._found[name] = None if before is None else digest_of(before), digest_of(after)
+            return
+        both = self._digests.setdefault(name, (TensorDigest(self._stop), TensorDigest(self._stop)))
+        both[1].add(place, after)
+        if before is not None:
+            both[0].add(place, before)
+        if place == last:
+            del self._digests[name]
+            self._found[name] = None if before is None else both[0].value(), both[1].value()
+
+    def _buffers(self, size: int) -> list[NDArray[np.uint8]]:
+        found = getattr(self._rooms, "found", None)
+        if found is None or found[0].size < size:
+            found = self._rooms.found = [np.empty(size, np.uint8) for _ in range(2)]
+        return found

@@ -1,0 +1,108 @@
+"""Write the files of a result, each block made by one of several threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from ckptdiff.checkpoint import Checkpoint
+from ckptdiff.checkpoint.open_shards import open_shards
+from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
+from ckptdiff.errors import PatchError
+from ckptdiff.events import Stage
+from ckptdiff.files.staged import StagedFile
+from ckptdiff.patch.chain import Chain
+from ckptdiff.patch.delta import TunedFile
+from ckptdiff.patch.digests import digests_of
+from ckptdiff.patch.spans import in_pieces, work_in_order
+
+__all__ = ["Making", "kind_of"]
+
+
+class Making:
+    """Writes the files of a result, each block made by one of several threads."""
+
+    def __init__(self, chain: Chain, threads: int, told: Stage) -> None:
+        self._chain, self._threads, self._told = chain, threads, told
+        self._link = chain.links[-1]
+        self._held: list[list[tuple[str, int]]] = [[] for _ in self._link.delta.files]
+        for name, tensor in chain.tensors.items():
+            self._held[tensor.file].append((name, tensor.codes))
+
+    def file(self, one: TunedFile, target: Path) -> None:
+        """Write a file whole, and let it take its name."""
+        place = self._link.delta.files.index(one)
+        with StagedFile(target) as staged:
+            header = self._link.blob(one.header)
+            staged.write(header)
+            self._told.more(len(header), one.name)
+            self._blocks(place, staged)
+            staged.check()
+            self._require_header(place, header, one)
+            staged.commit()
+
+    def check(self, place: int) -> None:
+        """Make the blocks of a file, and write them nowhere."""
+        one = self._link.delta.files[place]
+        header = self._link.blob(one.header)
+        self._require_header(place, header, one)
+        self._told.more(len(header), one.name)
+        self._blocks(place, None)
+
+    def compare(self, side: Checkpoint, names: Iterable[str]) -> None:
+        """Compare tensors of a checkpoint that is there with what they become."""
+        tensors = self._chain.tensors
+        missing = [name for name in names if kind_of(side, name) != (tensors[name].dtype, tensors[name].shape)]
+        for name, found in digests_of(side, [name for name in names if name not in missing], self._threads, self._told):
+            if found != tensors[name].after:
+                raise _not_the_result(side, name, f"digest {tensors[name].after}", found)
+        if missing:
+            expected = f"{tensors[missing[0]].dtype} {list(tensors[missing[0]].shape)}"
+            raise _not_the_result(side, missing[0], expected, kind_of(side, missing[0]) or "no such tensor")
+
+    def _blocks(self, place: int, staged: StagedFile | None) -> None:
+        with open_shards("pread") as shards:
+            results = work_in_order(
+                in_pieces(self._held[place]),
+                lambda pieces: self._chain.made(shards, pieces),
+                self._threads,
+                self._chain.stop,
+                self._told.again,
+            )
+            for made in results:
+                for (name, _), codes in made:
+                    if staged is not None:
+                        staged.write(codes.data)
+                        staged.check()
+                    self._told.more(codes.nbytes, name)
+
+    def _require_header(self, place: int, header: bytes, one: TunedFile) -> None:
+        """The header that goes into the file has to say what the index says of its tensors."""
+        try:
+            entries = parse_object(header[8:])
+        except JsonProblemError:
+            entries = {}
+        entries.pop("__metadata__", None)
+        at, right = 0, int.from_bytes(header[:8], "little") == len(header) - 8
+        for name, _ in self._held[place]:
+            tensor = self._chain.tensors[name]
+            offsets = [at, at + tensor.nbytes]
+            said = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+            right = right and entries.pop(name, None) == said
+            at = offsets[1]
+        if entries or not right:
+            raise self._link.damaged(
+                "a header in the patch is not that of its tensors", "the tensors of its index", one.name
+            )
+
+
+def kind_of(side: Checkpoint, name: str) -> tuple[str, tuple[int, ...]] | None:
+    """Dtype and shape of a tensor, if a checkpoint has it."""
+    tensor = side.tensors.get(name)
+    return None if tensor is None else (tensor.dtype, tensor.shape)
+
+
+def _not_the_result(side: Checkpoint, name: str, expected: object, found: object) -> PatchError:
+    return PatchError(
+        "not what the patches make of the base", file=side.path, tensor=name, expected=expected, found=found
+    )

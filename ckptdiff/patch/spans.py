@@ -1,0 +1,83 @@
+"""Cut tensors into what one thread takes at a time: a block of a large one, or many small ones."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptdiff.checkpoint import TensorInfo
+from ckptdiff.checkpoint.open_shards import OpenShards
+from ckptdiff.events import Listener, ignore
+from ckptdiff.in_order import Task, in_order
+from ckptdiff.patch.coded_block import Coding
+from ckptdiff.patch.delta import BLOCK_CODES
+from ckptdiff.run.warm_up import Uses, load
+
+__all__ = ["Piece", "in_pieces", "load_kernels", "read_block_of", "threads_for", "work_in_order"]
+
+Result = TypeVar("Result")
+Piece = tuple[str, int]
+"""A tensor and which of its blocks."""
+_MOST_TENSORS = 256
+"""Small tensors that are taken at a time."""
+
+
+def in_pieces(tensors: Iterable[tuple[str, int]]) -> Iterator[list[Piece]]:
+    """Blocks in the order of their tensors, given with how many codes each has; small tensors together.
+
+    Yields
+    ------
+    list of (str, int)
+        What one thread takes. A tensor without codes has one block, which is empty.
+    """
+    small: list[Piece] = []
+    held = 0
+    for name, codes in tensors:
+        if small and (held + codes > BLOCK_CODES or len(small) == _MOST_TENSORS):
+            yield small
+            small, held = [], 0
+        if codes > BLOCK_CODES:
+            for place in range(-(-codes // BLOCK_CODES)):
+                yield [(name, place)]
+        else:
+            small.append((name, 0))
+            held += codes
+    if small:
+        yield small
+
+
+def load_kernels(listener: Listener | None) -> None:
+    """Load the kernels of this package, or have them compiled, which the listener is told of."""
+    load(None, Uses((("delta",),)), listener or ignore)
+
+
+def threads_for(asked: int) -> int:
+    """How many threads work, given what was asked for; 0 stands for one per core."""
+    return asked or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else asked or os.cpu_count() or 1
+
+
+def work_in_order(
+    pieces: Iterable[list[Piece]],
+    work: Callable[[Sequence[Piece]], Result],
+    threads: int,
+    stop: threading.Event,
+    idle: Callable[[], None],
+) -> Iterator[Result]:
+    """Do the work on all pieces in several threads, and give back its results in their order."""
+    tasks = (Task(lambda some=some: work(some), 1, 1) for some in pieces)  # type: ignore[misc]
+    return in_order(tasks, threads, stop.set, idle, ahead=2)
+
+
+def read_block_of(
+    shards: OpenShards, tensor: TensorInfo, coding: Coding, place: int, buffer: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
+    """Stored bytes of one block of a tensor, in the buffer; read-only."""
+    start = tensor.start + place * BLOCK_CODES * coding.width
+    stop = min(start + BLOCK_CODES * coding.width, tensor.stop)
+    with shards[tensor.shard].window(tensor, start, stop, buffer) as data:
+        return data
