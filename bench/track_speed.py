@@ -1,4 +1,4 @@
-"""Time of `track` over a base and five checkpoints, beside the time of reading the six once.
+"""Time of `track` over a base and five checkpoints, with and without --gram, beside the time of reading the six once.
 
     python bench/track_speed.py --size 1GiB
 
@@ -42,7 +42,7 @@ def main() -> None:
     threads = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         checkpoints = make(Path(folder), parse_size(given.size))
-        check(*checkpoints[:2], track(checkpoints[0], checkpoints[1:]).overall())
+        check(*checkpoints[:2], track(checkpoints[0], checkpoints[1:], gram=True).overall())
         shards = [shard for path in checkpoints for shard in sorted(path.glob("*.safetensors"))]
         work: dict[str, Callable[[], object]] = {
             "read once, 1 thread": partial(read, shards, 1),
@@ -50,6 +50,7 @@ def main() -> None:
             f"read limit, {threads} threads": partial(read_limit, checkpoints, threads),
             f"read into memory, {threads} threads": partial(read_whole, shards, threads),
             "load with safetensors": partial(load, shards),
+            f"track --gram, {threads} threads": lambda: track(checkpoints[0], checkpoints[1:], gram=True),
             f"track, {threads} threads": lambda: track(checkpoints[0], checkpoints[1:]),
         }
         times: dict[str, list[float]] = {name: [] for name in work}
@@ -119,6 +120,9 @@ def check(base: Path, tuned: Path, rows: list[dict[str, int]]) -> None:
     found = [(row["support"], row["touched"], row["reverted"], row["churned"]) for row in rows]
     assert found == expected, (found, expected)
     assert np.isclose(rows[0]["rel_norm"], diff.overall["rel_norm"], rtol=1e-6)
+    # There and back again, on one line.
+    assert [row["step_cosine"] and round(row["step_cosine"], 9) for row in rows] == [None, -1, -1, None, None]
+    assert all(np.isclose(row[key], 1.0) for row in rows[1:] for key in ("rank1_share", "line_r2"))
 
 
 if __name__ == "__main__":

@@ -291,9 +291,9 @@ def _follow(compare: Format) -> None:
 
     code = max(compare.code_dtype, np.dtype(np.uint16))
     nothing, files, tables = np.empty((0, 3), np.int64), np.zeros((1, 2, 5), np.int64), np.zeros((2, 0), code)
-    found = np.zeros((0, 1, len(Flow)), np.int64), np.zeros((0, 2))
+    found = np.zeros((0, 1, len(Flow)), np.int64), np.zeros((0, 2)), np.zeros((0, 0, 1))
     magnitude = code.type(compare.magnitude)
-    follow_spans(nothing, files, tables, facts_of(compare).values, magnitude, new_rooms(code, 2), *found)
+    follow_spans(nothing, files, tables, facts_of(compare).values, magnitude, new_rooms(code, 2, 0), *found, 1)
 
 
 def _two_coordinates(base: Format, tuned: Format) -> InMemory:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import locate_all
 from ckptdiff.figures.members import LABEL_KEYS, members_of
+from ckptdiff.track.geometry import GRAM_FIGURES, gram_matrix, gram_rows, step_cosines
 
 COUNTS = {
     "support": "coordinates that differ from the base",
@@ -24,7 +25,7 @@ COUNTS = {
 """Counts of a step. Whatever moved since the step before is touched, returned, reverted or churned."""
 
 TRACK_FIGURES = ("numel", *COUNTS, "support_fraction", "union_fraction", "rel_norm")
-"""Keys of a row."""
+"""Keys of a row, before those that were asked for."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -50,6 +51,9 @@ class Track:
         Frobenius norms of W - W0.
     warnings : tuple of str
         What was left out.
+    products : float64 array, shape (tensors, pairs), optional
+        Inner products of the updates W - W0 of each two steps, the lower triangle of the Gram matrix row by row:
+        (0, 0), (1, 0), (1, 1), (2, 0), ...
 
     Examples
     --------
@@ -68,18 +72,37 @@ class Track:
     base_norms: NDArray[np.float64]
     delta_norms: NDArray[np.float64]
     warnings: tuple[str, ...] = ()
+    products: NDArray[np.float64] | None = None
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Keys of a row."""
+        return (*TRACK_FIGURES, *([] if self.products is None else GRAM_FIGURES))
+
+    def gram(self, tensors: Sequence[int] | None = None) -> NDArray[np.float64]:
+        """Gram matrix of the updates of all steps, shape (steps, steps), of some tensors together, or of all.
+
+        Needs :attr:`products`.
+        """
+        assert self.products is not None
+        chosen = self.products if tensors is None else self.products[list(tensors)]
+        return gram_matrix(chosen.sum(axis=0))
 
     def overall(self) -> list[dict[str, Any]]:
-        """Figures of all tensors together, a row of :data:`TRACK_FIGURES` for each step; None where undefined."""
+        """Figures of all tensors together, a row of :attr:`figures` for each step; None where undefined."""
         return self.of_group(range(len(self.names)))
 
     def grouped(self, by: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
         """Label and rows, one per step, of each "tensor", "module", "layer" or "block"."""
+        return [(label, self.of_group(rows)) for label, rows in self.members(by)]
+
+    def members(self, by: str) -> list[tuple[dict[str, Any], list[int]]]:
+        """Label of each "tensor", "module", "layer" or "block", and the places of its tensors in :attr:`names`."""
         if by == "tensor":
-            return [({"name": name}, self.of_group([row])) for row, name in enumerate(self.names)]
+            return [({"name": name}, [row]) for row, name in enumerate(self.names)]
         places = locate_all(dict(zip(self.names, self.shapes, strict=True))).values()
         return [
-            (dict(zip(LABEL_KEYS[by], label, strict=True)), self.of_group(rows))
+            (dict(zip(LABEL_KEYS[by], label, strict=True)), rows)
             for label, rows in members_of(by, enumerate(places)).items()
         ]
 
@@ -90,23 +113,44 @@ class Track:
         return track_html(self)
 
     def as_json(self) -> dict[str, Any]:
-        """All of it as one object of plain JSON values (schema "ckptdiff.track/1")."""
-        groups = {
-            f"{by}s": [{**label, "steps": rows} for label, rows in self.grouped(by)]
-            for by in ("tensor", "module", "layer", "block")
-        }
+        """All of it as one object of plain JSON values (schema "ckptdiff.track/1").
+
+        The Gram matrix and the cosines between steps are those of everything, of layers and of module types.
+        """
+        groups: dict[str, Any] = {}
+        for by in ("tensor", "module", "layer", "block"):
+            described = {} if by in ("tensor", "block") else None
+            groups[f"{by}s"] = [
+                {**label, "steps": self.of_group(rows), **(self._matrices(rows) if described is None else described)}
+                for label, rows in self.members(by)
+            ]
         return {
             "schema": "ckptdiff.track/1",
             "base": self.base,
             "steps": list(self.steps),
             "compare": self.compare,
             "global": self.overall(),
+            **self._matrices(range(len(self.names))),
             **groups,
             "warnings": list(self.warnings),
         }
 
+    def _matrices(self, rows: Sequence[int]) -> dict[str, Any]:
+        if self.products is None:
+            return {}
+        gram = self.gram(rows)
+        return {"gram": _nullable(gram), "step_cosines": _nullable(step_cosines(gram))}
+
     def of_group(self, tensors: Sequence[int]) -> list[dict[str, Any]]:
         """Figures of some tensors together, by their places in :attr:`names`: a row for each step."""
+        rows = self.counts_of(tensors)
+        if self.products is None:
+            return rows
+        added = gram_rows(self.gram(tensors), math.hypot(*self.base_norms[list(tensors)]))
+        return [row | more for row, more in zip(rows, added, strict=True)]
+
+    def counts_of(self, tensors: Sequence[int]) -> list[dict[str, Any]]:
+        """:data:`TRACK_FIGURES` of some tensors together, a row for each step."""
         chosen = list(tensors)
         numel = sum(math.prod(self.shapes[row]) for row in chosen)
         base_norm = math.hypot(*self.base_norms[chosen])
@@ -131,3 +175,7 @@ class Track:
                 }
             )
         return rows
+
+
+def _nullable(matrix: NDArray[np.float64]) -> list[list[float | None]]:
+    return [[value if math.isfinite(value) else None for value in row] for row in matrix.tolist()]

@@ -1,0 +1,99 @@
+"""Make figures of the Gram matrix of a trajectory: how long its steps are, where they lead, and how straight it is.
+
+G holds the inner products of the updates D_t = W_t - W_0 of all steps t. Beside each figure that a path without any
+direction has too stands that of a random walk with steps of the same lengths, whose Gram matrix is known: in so many
+dimensions its steps are orthogonal, so that <D_s, D_t> is the sum of the squared lengths of the steps that both have
+taken.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+GRAM_FIGURES = ("step_rel_norm", "step_cosine", "rank1_share", "rank1_share_null", "line_r2", "line_r2_null")
+"""Keys that a Gram matrix adds to the row of a step."""
+_ROUNDING = 64 * float(np.finfo(np.float64).eps)
+"""A squared step length below this share of what it is the difference of is none."""
+
+
+def gram_matrix(pairs: Floats) -> Floats:
+    """The symmetric matrix, shape (steps, steps), of its lower triangle row by row, shape (pairs,)."""
+    steps = (math.isqrt(8 * len(pairs) + 1) - 1) // 2
+    gram = np.zeros((steps, steps))
+    gram[np.tril_indices(steps)] = pairs
+    return gram + np.tril(gram, -1).T
+
+
+def steps_gram(gram: Floats) -> Floats:
+    """Inner products of the single steps W_t - W_{t-1}, shape (steps, steps): second differences of G."""
+    padded = np.pad(gram, ((1, 0), (1, 0)))
+    found = np.diff(np.diff(padded, axis=0), axis=1)
+    ends = np.diag(padded)
+    lost = np.diag(found) <= _ROUNDING * (ends[1:] + ends[:-1])
+    found[lost], found[:, lost] = 0.0, 0.0
+    return found
+
+
+def step_cosines(gram: Floats) -> Floats:
+    """Cosines between the single steps, shape (steps, steps); NaN for a step that moved nothing."""
+    steps = steps_gram(gram)
+    lengths = np.sqrt(np.diag(steps))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.clip(steps / lengths / lengths[:, np.newaxis], -1.0, 1.0)
+
+
+def random_walk(gram: Floats) -> Floats:
+    """Gram matrix of a random walk whose steps have the same lengths."""
+    gone = np.cumsum(np.diag(steps_gram(gram)))
+    return np.minimum(gone, gone[:, np.newaxis])
+
+
+def rank1_share(gram: Floats) -> float:
+    """Share of sum ||D_t||^2 that the best single direction holds: lambda_1(G) / tr G (arXiv 2605.21468); NaN if none.
+
+    It is 1 if every update is the same direction times a number.
+    """
+    return _largest_share(gram)
+
+
+def line_r2(gram: Floats) -> float:
+    """R^2 of the straight line that is nearest to the points W_0 to W_t: lambda_1 / tr of their centred Gram matrix.
+
+    It tells a straight path from one that bends, as arXiv 2604.11446 finds it to (and 2605.21468 does not).
+    """
+    points = np.pad(gram, ((1, 0), (1, 0)))
+    centred = points - points.mean(axis=0)
+    return _largest_share(centred - centred.mean(axis=1, keepdims=True))
+
+
+def _largest_share(gram: Floats) -> float:
+    total = float(np.trace(gram))
+    return min(float(np.linalg.eigvalsh(gram)[-1]) / total, 1.0) if total > 0 else math.nan
+
+
+def gram_rows(gram: Floats, base_norm: float) -> list[dict[str, Any]]:
+    """:data:`GRAM_FIGURES` of each step, those of the path up to that step; None where undefined.
+
+    One step is a straight line of rank 1, whatever it is, so that it has no such figure.
+    """
+    undefined: dict[str, Any] = dict.fromkeys(GRAM_FIGURES)
+    if not np.isfinite(gram).all():
+        return [undefined for _ in gram]
+    lengths, cosines, walk = np.sqrt(np.diag(steps_gram(gram))), step_cosines(gram), random_walk(gram)
+    rows = []
+    for step, length in enumerate(lengths.tolist()):
+        found = dict(undefined)
+        found["step_rel_norm"] = length / base_norm if 0 < base_norm < math.inf else math.nan
+        if step:
+            path = slice(step + 1)
+            found["step_cosine"] = float(cosines[step, step - 1])
+            for key, figure in (("rank1_share", rank1_share), ("line_r2", line_r2)):
+                found |= {key: figure(gram[path, path]), f"{key}_null": figure(walk[path, path])}
+        rows.append({key: None if value is None or math.isnan(value) else value for key, value in found.items()})
+    return rows
