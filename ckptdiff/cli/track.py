@@ -17,7 +17,7 @@ from ckptdiff.cli.target import ReportTarget, files_of, output_option
 from ckptdiff.cli.view import format_option, verbosity, write_rows
 from ckptdiff.errors import OptionError
 from ckptdiff.figures.members import LABEL_KEYS
-from ckptdiff.report.text import dumps, percent, quantity, safe
+from ckptdiff.report.text import dumps, number, percent, quantity, safe
 from ckptdiff.runfile.schema import HDF5_SIGNATURE
 
 if TYPE_CHECKING:
@@ -34,6 +34,11 @@ _MEANINGS = {
     "churned": "churned: was in the support, and has another value.",
     "union": "union: part that ever differed.",
     "update": "update: norm of d / norm of the base.",
+    "length": "length: norm of W less W one step ago / norm of the base.",
+    "turn": "turn: cosine between this step and the one before.",
+    "rank 1": "rank 1: part of the path so far that lies in its best single direction.",
+    "line": "line: R² of the straight line nearest to the path so far.",
+    "walk": "walk: the same of a random walk with steps of these lengths.",
 }
 
 
@@ -55,6 +60,12 @@ _MEANINGS = {
 )
 @click.option(
     "--exclude", multiple=True, metavar="GLOB", show_default="none", help="Leave out names that match. Repeatable."
+)
+@click.option(
+    "--gram",
+    is_flag=True,
+    show_default="off",
+    help="Also tell which way the update went: cosines between steps, and how straight its path is.",
 )
 @threads_option
 @format_option
@@ -85,15 +96,13 @@ def track(base: str, steps: tuple[str, ...], **given: Any) -> int:
             if kept_in is not None:
                 stream.write(f"pictures: ckptdiff report {safe(shlex.quote(kept_in))}\n")
         else:
-            from ckptdiff.track.result import TRACK_FIGURES
-
             rows = [
                 {"step": step, "path": found.steps[step], **label, **row}
                 for label, rows in _grouped(found, given["by"])
                 for step, row in enumerate(rows)
             ]
             write_rows(
-                stream, given["format"], rows, ("step", "path", *LABEL_KEYS.get(given["by"], ()), *TRACK_FIGURES), {}
+                stream, given["format"], rows, ("step", "path", *LABEL_KEYS.get(given["by"], ()), *found.figures), {}
             )
     return OK
 
@@ -120,6 +129,7 @@ def _found(base: str, steps: tuple[str, ...], out: Path | None, given: dict[str,
             compare=compare,
             include=given["include"],
             exclude=given["exclude"],
+            gram=given["gram"],
             threads=given["threads"],
             listener=tell,
         )
@@ -131,7 +141,7 @@ def _found(base: str, steps: tuple[str, ...], out: Path | None, given: dict[str,
 def _refuse_options(path: str) -> None:
     """A track file says what it says: nothing is read or chosen again."""
     context = click.get_current_context()
-    for name in ("out", "compare", "include", "exclude"):
+    for name in ("out", "compare", "include", "exclude", "gram"):
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise OptionError(
                 f"--{name} means nothing for a track file, which is only printed again",
@@ -164,6 +174,8 @@ def _write_tables(stream: TextIO, found: Track, by: str) -> None:
             *([f"{safe(' '.join(map(str, label.values())))}"] if label else []),
             *table_lines(_columns(found, rows), screen),
             "",
+            *(table_lines(columns, screen) if (columns := _direction_columns(found, rows)) else []),
+            *([""] if columns else []),
         ]
     shares = {
         "differs from the base": [row["support_fraction"] or 0.0 for row in overall],
@@ -171,7 +183,8 @@ def _write_tables(stream: TextIO, found: Track, by: str) -> None:
     }
     if lines[-1] == "":
         lines.pop()
-    lines += [*legend_lines(_MEANINGS, [_columns(found, overall)], screen), ""]
+    tables = [_columns(found, overall), _direction_columns(found, overall)]
+    lines += [*legend_lines(_MEANINGS, [columns for columns in tables if columns], screen), ""]
     if len(overall) > 1:  # one step is a line from zero, which shows nothing
         lines += plot_lines({name: [0.0, *values] for name, values in shares.items()}, screen)
     stream.write("\n".join(lines).rstrip() + "\n")
@@ -194,6 +207,28 @@ def _columns(found: Track, rows: list[dict[str, Any]]) -> list[Column]:
         ),
         Column("union", [percent(row["union_fraction"]) for row in rows]),
         Column("update", [percent(row["rel_norm"]) for row in rows]),
+    ]
+
+
+def _direction_columns(found: Track, rows: list[dict[str, Any]]) -> list[Column]:
+    """Columns of a second table, of which way the update went; none if that was not measured."""
+    from ckptdiff.report.screen import Column
+
+    if found.products is None:
+        return []
+    return [
+        Column("step", [safe(name) for name in _labels(found.steps)], left=True),
+        Column("length", [percent(row["step_rel_norm"]) for row in rows], style="bold"),
+        Column("turn", [number(row["step_cosine"]) for row in rows], style="bold"),
+        *(
+            Column(title, [percent(row[key]) for row in rows], style=style, rank=rank)
+            for title, key, style, rank in (
+                ("rank 1", "rank1_share", "bold", 0),
+                ("walk", "rank1_share_null", "dim", 1),
+                ("line", "line_r2", "bold", 0),
+                ("walk", "line_r2_null", "dim", 1),
+            )
+        ),
     ]
 
 

@@ -1,7 +1,7 @@
 """Keep sixty-four differences in registers, as float64, and multiply them with others.
 
-Products of differences that float32 holds are exact in float64, so that their sums have the same digits with and without
-instructions that multiply and add at once.
+Products of differences that float32 holds are exact in float64, so that their sums have the same digits whether or not
+a processor multiplies and adds at once.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@
     /tensors/base_norm              [tensors]
     /tensors/delta_norm             [steps, tensors]
     /tensors/support, touched, ...  [steps, tensors]
+    /tensors/products               [tensors, steps * (steps + 1) / 2], with --gram
 """
 
 from __future__ import annotations
@@ -73,6 +74,9 @@ def save_track(track: Track, target: str | os.PathLike[str]) -> None:
             for key in _COUNTED:
                 tensors[key] = track.counts[key].astype(np.uint64)
                 tensors[key].attrs["long_name"] = COUNTS[key]
+            if track.products is not None:
+                tensors["products"] = track.products
+                tensors["products"].attrs["long_name"] = "inner products of W - W0, the lower triangle row by row"
         staged.commit()
 
 
@@ -156,6 +160,12 @@ def _read(file: Any) -> Track:
         if values.shape != (len(known["steps"]), len(names)):
             expected = f"{len(known['steps'])} x {len(names)} values in /tensors/{key}: steps x tensors"
             raise WrongTypeError(expected, f"shape {values.shape}")
+    products = None
+    if "products" in tensors:
+        products = numbers_of(tensors["products"], np.float64)
+        wanted = len(names), len(known["steps"]) * (len(known["steps"]) + 1) // 2
+        if products.shape != wanted:
+            raise WrongTypeError(f"{wanted[0]} x {wanted[1]} values in /tensors/products", f"shape {products.shape}")
     track = Track(
         base=known["base"],
         steps=tuple(known["steps"]),
@@ -167,6 +177,7 @@ def _read(file: Any) -> Track:
         base_norms=numbers_of_tensors(tensors, "base_norm", np.float64),
         delta_norms=figures["delta_norm"],
         warnings=tuple(known["warnings"]),
+        products=products,
     )
     _require_possible(track)
     return track
@@ -176,8 +187,8 @@ def _require_possible(track: Track) -> None:
     """Refuse counts that no tensors of these shapes have."""
     if len(track.shapes) != len(track.names) or any(size < 0 for shape in track.shapes for size in shape):
         raise WrongTypeError("a shape of each tensor in /tensors/shape", f"{len(track.shapes)} of {len(track.names)}")
-    for _, rows in track.grouped("tensor"):
-        for row in rows:
+    for tensor in range(len(track.names)):
+        for row in track.counts_of([tensor]):
             counts = [row[key] for key in COUNTS]
             if min(counts) < 0 or max(counts) > row["numel"]:
                 raise WrongTypeError(f"counts from 0 to {row['numel']} in /tensors", ", ".join(map(str, counts)))

@@ -22,7 +22,7 @@ from ckptdiff.measure.kernels.tiles import facts_of
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.options import Compare, as_tuple, check_threads, default_threads
 from ckptdiff.run.warm_up import Uses, load
-from ckptdiff.track.kernels.products import TRACK_TILE, is_sampled
+from ckptdiff.track.kernels.products import TRACK_TILE, in_sample
 from ckptdiff.track.kernels.trajectory import Flow, Rooms, follow_spans, new_rooms
 from ckptdiff.track.plan import Followed, plan_track
 from ckptdiff.track.result import Track
@@ -184,11 +184,9 @@ def follow_all(
 
 def _scale(numel: int, every: int) -> float:
     """How many coordinates of a tensor stand behind one that is sampled."""
-    tiles = -(-numel // TRACK_TILE)
-    sampled = sum(
-        min(TRACK_TILE, numel - tile * TRACK_TILE) for tile in range(tiles) if is_sampled.py_func(tile, every)
-    )
-    return numel / sampled if sampled else 1.0
+    firsts = np.arange(0, numel, TRACK_TILE)
+    sampled = np.minimum(numel - firsts[in_sample(firsts // TRACK_TILE, every)], TRACK_TILE).sum()
+    return float(numel / sampled) if sampled else 1.0
 
 
 def _execute(

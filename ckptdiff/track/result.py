@@ -117,13 +117,13 @@ class Track:
 
         The Gram matrix and the cosines between steps are those of everything, of layers and of module types.
         """
-        groups: dict[str, Any] = {}
-        for by in ("tensor", "module", "layer", "block"):
-            described = {} if by in ("tensor", "block") else None
-            groups[f"{by}s"] = [
-                {**label, "steps": self.of_group(rows), **(self._matrices(rows) if described is None else described)}
+        groups = {
+            f"{by}s": [
+                {**label, "steps": self.of_group(rows), **(self._matrices(rows) if by in ("module", "layer") else {})}
                 for label, rows in self.members(by)
             ]
+            for by in ("tensor", "module", "layer", "block")
+        }
         return {
             "schema": "ckptdiff.track/1",
             "base": self.base,

@@ -48,10 +48,13 @@ def _value_of(code: Any, values: Any) -> Any:
     return lambda code, values: chosen(code, values)
 
 
-@helper
-def is_sampled(tile: int, every: int) -> bool:
+def in_sample(tile: Any, every: int) -> Any:
     """Whether a tile of a tensor, by its number, is the one of its group of so many that is multiplied."""
-    return bool(tile % every == tile // every * _TURN % every)
+    return tile % every == tile // every * _TURN % every
+
+
+is_sampled = helper(in_sample)
+"""The same in compiled code."""
 
 
 @helper
@@ -89,9 +92,7 @@ def multiply_exactly(start: int, stop: int, values: Array, codes: Array, deltas:
 
 
 @helper
-def multiply_piece(
-    first: int, n: int, every: int, values: Array, codes: Array, deltas: Array, products: Array
-) -> None:
+def multiply_piece(first: int, n: int, every: int, values: Array, codes: Array, deltas: Array, products: Array) -> None:
     """Write the products of a piece, which begins at coordinate ``first`` of its tensor.
 
     Parameters
