@@ -124,7 +124,7 @@ class TrackCallback(TrainerCallback):  # type: ignore[misc]
         if self._running is None and self._waiting is not None:
             (step, checkpoints), self._waiting = self._waiting, None
             words = ["track", self._base, *checkpoints, *self._options, "--format", "csv", "--no-progress"]
-            rows, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+            rows, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  (the process writes them)
             command = [*python_command(_MAIN), *words]
             try:
                 process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=rows, stderr=errors)

@@ -60,7 +60,7 @@ class _Found:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Totals:
+class FollowedSums:
     """Counts and sums of all tensors."""
 
     counts: NDArray[np.int64]
@@ -155,14 +155,14 @@ def sample_warning(count: int, of_what: str) -> str:
 
 def follow_all(
     tensors: Sequence[Followed], threads: int, tell: Listener, *, kinds: int, name: str = "following"
-) -> Totals:
+) -> FollowedSums:
     """Follow tensors through all their sides, and make so many kinds of products: none, 1, or 2.
 
     Tells of the stages "compiling" and `name`.
     """
     steps = len(tensors[0].sides) - 1
     every = SAMPLED if steps > MOST_STEPS else 1
-    totals = Totals(
+    totals = FollowedSums(
         np.zeros((len(tensors), steps, len(Flow)), np.int64),
         np.zeros((len(tensors), 1 + steps)),
         np.zeros((len(tensors), kinds, steps * (steps + 1) // 2)),

@@ -97,3 +97,8 @@ def gram_rows(gram: Floats, base_norm: float) -> list[dict[str, Any]]:
                 found |= {key: figure(gram[path, path]), f"{key}_null": figure(walk[path, path])}
         rows.append({key: None if value is None or math.isnan(value) else value for key, value in found.items()})
     return rows
+
+
+def nullable(matrix: Floats) -> list[list[float | None]]:
+    """Rows of a matrix as plain values, None where undefined."""
+    return [[value if math.isfinite(value) else None for value in row] for row in matrix.tolist()]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import locate_all
 from ckptdiff.figures.members import LABEL_KEYS, members_of
-from ckptdiff.track.geometry import GRAM_FIGURES, gram_matrix, gram_rows, step_cosines
+from ckptdiff.track.geometry import GRAM_FIGURES, gram_matrix, gram_rows, nullable, step_cosines
 
 COUNTS = {
     "support": "coordinates that differ from the base",
@@ -139,7 +139,7 @@ class Track:
         if self.products is None:
             return {}
         gram = self.gram(rows)
-        return {"gram": _nullable(gram), "step_cosines": _nullable(step_cosines(gram))}
+        return {"gram": nullable(gram), "step_cosines": nullable(step_cosines(gram))}
 
     def of_group(self, tensors: Sequence[int]) -> list[dict[str, Any]]:
         """Figures of some tensors together, by their places in :attr:`names`: a row for each step."""
@@ -175,7 +175,3 @@ class Track:
                 }
             )
         return rows
-
-
-def _nullable(matrix: NDArray[np.float64]) -> list[list[float | None]]:
-    return [[value if math.isfinite(value) else None for value in row] for row in matrix.tolist()]

@@ -1,0 +1,45 @@
+"""The section of a track's page that tells which way the update went."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from ckptdiff.page.heatmap import Row
+from ckptdiff.page.markup import Html, left_out, section, tag
+from ckptdiff.page.step_pictures import step_lines, step_matrix
+from ckptdiff.report.text import number, percent
+from ckptdiff.track.geometry import nullable, step_cosines
+from ckptdiff.track.result import Track
+
+_STRAIGHT = {
+    "rank 1": "rank1_share",
+    "rank 1, random walk": "rank1_share_null",
+    "line": "line_r2",
+    "line, random walk": "line_r2_null",
+}
+
+
+def direction_section(track: Track, steps: Sequence[Row]) -> Html:
+    """Which way the update went, of a track with the products of its steps and its overall figures."""
+    title = "Which way the update went"
+    if len(steps) < 2:
+        return section("direction", title, left_out("a track of one step has no other to compare its direction with."))
+    last = steps[-1]
+    turns = [row["step_cosine"] for row in steps if row["step_cosine"] is not None]
+    said = "No two steps in a row moved anything."
+    if turns:
+        said = f"The median step has a cosine of {number(statistics.median(turns))} with the one before. Steps of a "
+        said += "random walk have 0, and where rounding moves the same weights to and fro it is less."
+    path = f"The best single direction holds {percent(last['rank1_share'])} of the path, and "
+    path += f"{percent(last['rank1_share_null'])} of a random walk with steps of these lengths; the nearest straight "
+    path += f"line has an R² of {percent(last['line_r2'])}, and {percent(last['line_r2_null'])}."
+    lengths, gone = {"step": "step_rel_norm"}, sum(row["step_rel_norm"] or 0.0 for row in steps)
+    away = f"All steps together are {percent(gone)} of the norm of the base long, and end {percent(last['rel_norm'])} "
+    away += "away from it."
+    pictures = (
+        step_matrix("Cosines between steps", nullable(step_cosines(track.gram())), said, signed=True),
+        step_lines("How straight the path is", "of the path so far, %", _STRAIGHT, steps, path, None),
+        step_lines("Length of each step", "norm of the step / norm of the base, %", lengths, steps, away, None),
+    )
+    return section("direction", title, tag("div", *pictures, class_="figures"))
