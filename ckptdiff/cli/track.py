@@ -38,6 +38,9 @@ _MEANINGS = {
     "turn": "turn: cosine between this step and the one before.",
     "rank 1": "rank 1: part of the path so far that lies in its best single direction.",
     "line": "line: R² of the straight line nearest to the path so far.",
+    "left": "left: overlap of the leading 16 left singular vectors of the update with those of one step ago.",
+    "right": "right: of the right ones.",
+    "chance": "chance: overlap of random subspaces.",
     "walk": "walk: the same of a random walk with steps of these lengths.",
 }
 
@@ -66,6 +69,12 @@ _MEANINGS = {
     is_flag=True,
     show_default="off",
     help="Also tell which way the update went: cosines between steps, and how straight its path is.",
+)
+@click.option(
+    "--spectra",
+    is_flag=True,
+    show_default="off",
+    help="Also tell how far the leading singular subspaces of each matrix's update stay the same.",
 )
 @threads_option
 @format_option
@@ -130,6 +139,7 @@ def _found(base: str, steps: tuple[str, ...], out: Path | None, given: dict[str,
             include=given["include"],
             exclude=given["exclude"],
             gram=given["gram"],
+            spectra=given["spectra"],
             threads=given["threads"],
             listener=tell,
         )
@@ -141,7 +151,7 @@ def _found(base: str, steps: tuple[str, ...], out: Path | None, given: dict[str,
 def _refuse_options(path: str) -> None:
     """A track file says what it says: nothing is read or chosen again."""
     context = click.get_current_context()
-    for name in ("out", "compare", "include", "exclude", "gram"):
+    for name in ("out", "compare", "include", "exclude", "gram", "spectra"):
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise OptionError(
                 f"--{name} means nothing for a track file, which is only printed again",
@@ -214,22 +224,20 @@ def _direction_columns(found: Track, rows: list[dict[str, Any]]) -> list[Column]
     """Columns of a second table, of which way the update went; none if that was not measured."""
     from ckptdiff.report.screen import Column
 
-    if found.products is None:
-        return []
-    return [
-        Column("step", [safe(name) for name in _labels(found.steps)], left=True),
-        Column("length", [percent(row["step_rel_norm"]) for row in rows], style="bold"),
-        Column("turn", [number(row["step_cosine"]) for row in rows], style="bold"),
-        *(
-            Column(title, [percent(row[key]) for row in rows], style=style, rank=rank)
-            for title, key, style, rank in (
-                ("rank 1", "rank1_share", "bold", 0),
-                ("walk", "rank1_share_null", "dim", 1),
-                ("line", "line_r2", "bold", 0),
-                ("walk", "line_r2_null", "dim", 1),
-            )
-        ),
-    ]
+    columns: list[Column] = []
+    if found.products is not None:
+        columns += [
+            Column("length", [percent(row["step_rel_norm"]) for row in rows], style="bold"),
+            Column("turn", [number(row["step_cosine"]) for row in rows], style="bold"),
+        ]
+    titles = {"rank1_share": "rank 1", "line_r2": "line"} if columns else {}
+    titles |= {} if found.locking is None else {"left_overlap": "left", "right_overlap": "right"}
+    for key, title in titles.items():
+        null = "chance" if key.endswith("overlap") else "walk"
+        columns.append(Column(title, [percent(row[key]) for row in rows], style="bold"))
+        columns.append(Column(null, [percent(row[f"{key}_null"]) for row in rows], style="dim", rank=1))
+    labels = [safe(name) for name in _labels(found.steps)]
+    return [Column("step", labels, left=True), *columns] if columns else []
 
 
 def _labels(paths: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from ckptdiff.checkpoint.open_shard import failed_once
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.events import Listener, Stage, ignore, stage
 from ckptdiff.in_order import Task, in_order
+from ckptdiff.linalg.blas import require_scipy
 from ckptdiff.measure.kernels.tiles import facts_of
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.options import Compare, as_tuple, check_threads, default_threads
@@ -80,6 +81,7 @@ def track(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     gram: bool = False,
+    spectra: bool = False,
     threads: int = 0,
     listener: Listener | None = None,
 ) -> Track:
@@ -100,6 +102,9 @@ def track(
     gram : bool
         Also sum up the products of the updates W - W0 of each two steps, in float64: which way the update went. Above
         twelve steps they are estimated from one tile of 8,192 coordinates in sixteen, and a warning says so.
+    spectra : bool
+        Also read every matrix again, for the leading singular subspaces of its updates and what those of each two steps
+        have in common.
     threads : int
         0 stands for one per available core.
     listener : callable, optional
@@ -113,7 +118,7 @@ def track(
     Raises
     ------
     OptionError
-        No step, a single string for several, or a number of threads out of range.
+        No step, a single string for several, a number of threads out of range, or spectra without SciPy.
     CheckpointError
         A checkpoint that cannot be read, or changes while it is read.
     PairingError
@@ -131,8 +136,14 @@ def track(
     tell = listener or ignore
     plan = plan_track(base, steps, compare=compare, include=include, exclude=exclude, tell=tell)
     tensors = plan.tensors
-    found = follow_all(tensors, threads or default_threads(), tell, kinds=int(gram))
+    if spectra:
+        from ckptdiff.track.locking import measure_locking
+
+        require_scipy()
+    threads = threads or default_threads()
+    found = follow_all(tensors, threads, tell, kinds=int(gram))
     norms = np.sqrt(found.squares)
+    locking = measure_locking(tensors, norms[:, 1:].T, threads, tell) if spectra else None
     return Track(
         base=plan.base.path,
         steps=tuple(step.path for step in plan.steps),
@@ -144,6 +155,7 @@ def track(
         delta_norms=norms[:, 1:].T,
         warnings=(*plan.warnings, *([sample_warning(len(steps), "steps")] if gram and len(steps) > MOST_STEPS else [])),
         products=found.products[:, 0] if gram else None,
+        locking=locking,
     )
 
 

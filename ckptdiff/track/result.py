@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint import locate_all
 from ckptdiff.figures.members import LABEL_KEYS, members_of
 from ckptdiff.track.geometry import GRAM_FIGURES, gram_matrix, gram_rows, nullable, step_cosines
+from ckptdiff.track.subspaces import LOCKING_FIGURES, Locking
 
 COUNTS = {
     "support": "coordinates that differ from the base",
@@ -54,6 +55,8 @@ class Track:
     products : float64 array, shape (tensors, pairs), optional
         Inner products of the updates W - W0 of each two steps, the lower triangle of the Gram matrix row by row:
         (0, 0), (1, 0), (1, 1), (2, 0), ...
+    locking : Locking, optional
+        Overlaps of the leading singular subspaces of these updates.
 
     Examples
     --------
@@ -73,11 +76,13 @@ class Track:
     delta_norms: NDArray[np.float64]
     warnings: tuple[str, ...] = ()
     products: NDArray[np.float64] | None = None
+    locking: Locking | None = None
 
     @property
     def figures(self) -> tuple[str, ...]:
         """Keys of a row."""
-        return (*TRACK_FIGURES, *([] if self.products is None else GRAM_FIGURES))
+        gram, locking = () if self.products is None else GRAM_FIGURES, () if self.locking is None else LOCKING_FIGURES
+        return (*TRACK_FIGURES, *gram, *locking)
 
     def gram(self, tensors: Sequence[int] | None = None) -> NDArray[np.float64]:
         """Gram matrix of the updates of all steps, shape (steps, steps), of some tensors together, or of all.
@@ -115,7 +120,7 @@ class Track:
     def as_json(self) -> dict[str, Any]:
         """All of it as one object of plain JSON values (schema "ckptdiff.track/1").
 
-        The Gram matrix and the cosines between steps are those of everything, of layers and of module types.
+        Figures of each two steps are those of everything, of layers and of module types.
         """
         groups = {
             f"{by}s": [
@@ -136,18 +141,24 @@ class Track:
         }
 
     def _matrices(self, rows: Sequence[int]) -> dict[str, Any]:
-        if self.products is None:
-            return {}
-        gram = self.gram(rows)
-        return {"gram": nullable(gram), "step_cosines": nullable(step_cosines(gram))}
+        found = {}
+        if self.products is not None:
+            gram = self.gram(rows)
+            found = {"gram": nullable(gram), "step_cosines": nullable(step_cosines(gram))}
+        if self.locking is not None:
+            for key in ("left_overlap", "right_overlap"):
+                found[f"{key}s"] = nullable(self.locking.matrix(key, rows, len(self.steps)))
+        return found
 
     def of_group(self, tensors: Sequence[int]) -> list[dict[str, Any]]:
         """Figures of some tensors together, by their places in :attr:`names`: a row for each step."""
         rows = self.counts_of(tensors)
-        if self.products is None:
-            return rows
-        added = gram_rows(self.gram(tensors), math.hypot(*self.base_norms[list(tensors)]))
-        return [row | more for row, more in zip(rows, added, strict=True)]
+        if self.products is not None:
+            added = gram_rows(self.gram(tensors), math.hypot(*self.base_norms[list(tensors)]))
+            rows = [row | more for row, more in zip(rows, added, strict=True)]
+        if self.locking is not None:
+            rows = [row | more for row, more in zip(rows, self.locking.rows(tensors, len(rows)), strict=True)]
+        return rows
 
     def counts_of(self, tensors: Sequence[int]) -> list[dict[str, Any]]:
         """:data:`TRACK_FIGURES` of some tensors together, a row for each step."""
