@@ -1,4 +1,4 @@
-"""The section of a track's page that tells which way the update went."""
+"""The sections of a track's page that tell which way the update went, and how far its subspaces stay the same."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ckptdiff.page.step_pictures import step_lines, step_matrix
 from ckptdiff.report.text import number, percent
 from ckptdiff.track.geometry import nullable, step_cosines
 from ckptdiff.track.result import Track
+from ckptdiff.track.subspaces import LOCKING_FIGURES
 
 _STRAIGHT = {
     "rank 1": "rank1_share",
@@ -43,3 +44,30 @@ def direction_section(track: Track, steps: Sequence[Row]) -> Html:
         step_lines("Length of each step", "norm of the step / norm of the base, %", lengths, steps, away, None),
     )
     return section("direction", title, tag("div", *pictures, class_="figures"))
+
+
+def locking_section(track: Track, steps: Sequence[Row]) -> Html:
+    """How far the leading singular subspaces of the update stay the same, of a track that has them."""
+    assert track.locking is not None
+    title, last = "Spectra", steps[-1]
+    if len(steps) < 2 or last["left_overlap"] is None:
+        return section("spectra", title, left_out("no matrix has an update at each of two steps in a row."))
+    found = {key: percent(last[key]) for key in LOCKING_FIGURES}
+    said = (
+        f"The leading left subspace of the median matrix's update overlaps by {found['left_overlap']} with that of one "
+    )
+    said += (
+        f"step ago, the right one by {found['right_overlap']}; random subspaces would by {found['left_overlap_null']} "
+    )
+    said += (
+        f"and {found['right_overlap_null']}. An update holds its earlier steps, so that a random walk's overlaps grow."
+    )
+    keys = {"left": "left_overlap", "left, chance": "left_overlap_null"}
+    keys |= {"right": "right_overlap", "right, chance": "right_overlap_null"}
+    everything = range(len(track.names))
+    pictures = [step_lines("Overlap with the step before", "of the leading subspace, %", keys, steps, said, None)]
+    for side in ("left", "right"):
+        overlaps = track.locking.matrix(f"{side}_overlap", everything, len(steps))
+        meant = f"Overlap of the leading {side} subspaces of the updates of each two steps, of the median matrix."
+        pictures.append(step_matrix(f"{side.title()} subspaces", nullable(overlaps), meant, signed=False))
+    return section("spectra", title, tag("div", *pictures, class_="figures"))

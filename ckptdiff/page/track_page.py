@@ -9,7 +9,7 @@ from typing import Any
 from ckptdiff.checkpoint import locate_all
 from ckptdiff.errors import plural
 from ckptdiff.page.assemble import MOST_ROWS, group_row, whole_page
-from ckptdiff.page.direction import direction_section
+from ckptdiff.page.direction import direction_section, locking_section
 from ckptdiff.page.heatmap import Cell, CellFigure, Grid, Row, heatmaps
 from ckptdiff.page.markup import Html, exact, joined, left_out, section, table, tag
 from ckptdiff.page.step_pictures import BOTTOM, LEFT, RIGHT, TOP, WIDTH, step_axis, step_lines
@@ -32,6 +32,13 @@ _FIGURES = (
     ),
     CellFigure("union", "part of the values that has ever differed", lambda row: row["union_fraction"]),
     CellFigure("relative update", "norm of d / norm of the base at the last step", lambda row: row["rel_norm"]),
+    CellFigure("rank 1", "part of the path that lies in its best single direction", lambda row: row.get("rank1_share")),
+    CellFigure("line", "R² of the straight line nearest to the path", lambda row: row.get("line_r2")),
+    CellFigure(
+        "left overlap",
+        "overlap of the leading left subspaces of the last update and of the one before; the median matrix of the cell",
+        lambda row: row.get("left_overlap"),
+    ),
 )
 
 
@@ -39,11 +46,8 @@ def track_page(track: Track, path: str) -> Iterator[str]:
     """Yield the page of a track file."""
     grid, cells = _cells(track)
     steps = track.overall()
-    none = {"distributions": "Distributions", "spectra": "Spectra"}
-    missing = [
-        section(name, title, left_out("track files hold none; ckptdiff diff measures them for a pair."))
-        for name, title in none.items()
-    ]
+    none = left_out("track files hold none; ckptdiff diff measures them for a pair.")
+    unmeasured = section("spectra", "Spectra", left_out("not measured; ckptdiff track --spectra measures them."))
     sections = [
         _coverage(track, steps),
         _provenance(track, path),
@@ -51,12 +55,11 @@ def track_page(track: Track, path: str) -> Iterator[str]:
         section("growth", "Growth of the update", *_growth(steps)),
         *([] if track.products is None else [direction_section(track, steps)]),
         section("heatmap", "Module types and layers, at the last step", heatmaps(grid, [("", cells)], _FIGURES, {})),
-        *missing,
+        section("distributions", "Distributions", none),
+        unmeasured if track.locking is None else locking_section(track, steps),
         _tensors(track, grid, cells),
     ]
-    said = track.as_json()
-    if len(track.names) > MOST_ROWS:
-        del said["tensors"]
+    said = track.as_json(tensors=len(track.names) <= MOST_ROWS)
     return whole_page(f"{side_name(track.base)}, {plural(len(steps), 'step')}", sections, said)
 
 
@@ -73,7 +76,7 @@ def _cells(track: Track) -> tuple[Grid, dict[Cell, Row]]:
     grid = Grid.of(places)
 
     def of_groups(members: list[list[int]]) -> list[Row]:
-        return [{**track.of_group(rows)[-1], "tensors": len(rows)} for rows in members]
+        return [{**track.last_of_group(rows), "tensors": len(rows)} for rows in members]
 
     return grid, grid.cells(places, of_groups)
 
@@ -90,6 +93,7 @@ def _provenance(track: Track, path: str) -> Html:
     words = ["ckptdiff", "track", track.base, *track.steps]
     words += [] if track.compare == "bf16" else ["--compare", track.compare]
     words += [] if track.products is None else ["--gram"]
+    words += [] if track.locking is None else ["--spectra"]
     parts = [
         table(("step", "path"), lines, left=2),
         tag(
@@ -192,7 +196,7 @@ def _tensors(track: Track, grid: Grid, cells: Mapping[Cell, Row]) -> Html:
     else:
         head, note = ("tensor", "shape"), []
         lines = [
-            (name, shape_text(shape), *(spell(track.of_group([at])[-1]) for spell in columns.values()))
+            (name, shape_text(shape), *(spell(track.counts_of([at])[-1]) for spell in columns.values()))
             for at, (name, shape) in enumerate(zip(track.names, track.shapes, strict=True))
         ]
     return section("tensors", "All tensors, at the last step", *note, table((*head, *columns), lines, name="rows"))

@@ -77,26 +77,21 @@ def _largest_share(gram: Floats) -> float:
     return min(float(np.linalg.eigvalsh(gram)[-1]) / total, 1.0) if total > 0 else math.nan
 
 
-def gram_rows(gram: Floats, base_norm: float) -> list[dict[str, Any]]:
-    """:data:`GRAM_FIGURES` of each step, those of the path up to that step; None where undefined.
+def gram_row(gram: Floats, base_norm: float) -> dict[str, Any]:
+    """:data:`GRAM_FIGURES` of the last step, and of the path up to it; None where undefined.
 
     One step is a straight line of rank 1, whatever it is, so that it has no such figure.
     """
-    undefined: dict[str, Any] = dict.fromkeys(GRAM_FIGURES)
-    if not np.isfinite(gram).all():
-        return [undefined for _ in gram]
-    lengths, cosines, walk = np.sqrt(np.diag(steps_gram(gram))), step_cosines(gram), random_walk(gram)
-    rows = []
-    for step, length in enumerate(lengths.tolist()):
-        found = dict(undefined)
-        found["step_rel_norm"] = length / base_norm if 0 < base_norm < math.inf else math.nan
-        if step:
-            path = slice(step + 1)
-            found["step_cosine"] = float(cosines[step, step - 1])
+    found: dict[str, float] = dict.fromkeys(GRAM_FIGURES, math.nan)
+    if np.isfinite(gram).all():
+        if 0 < base_norm < math.inf:
+            found["step_rel_norm"] = math.sqrt(steps_gram(gram)[-1, -1]) / base_norm
+        if len(gram) > 1:
+            found["step_cosine"] = float(step_cosines(gram)[-1, -2])
+            walk = random_walk(gram)
             for key, figure in (("rank1_share", rank1_share), ("line_r2", line_r2)):
-                found |= {key: figure(gram[path, path]), f"{key}_null": figure(walk[path, path])}
-        rows.append({key: None if value is None or math.isnan(value) else value for key, value in found.items()})
-    return rows
+                found |= {key: figure(gram), f"{key}_null": figure(walk)}
+    return {key: None if math.isnan(value) else value for key, value in found.items()}
 
 
 def nullable(matrix: Floats) -> list[list[float | None]]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import locate_all
 from ckptdiff.figures.members import LABEL_KEYS, members_of
-from ckptdiff.track.geometry import GRAM_FIGURES, gram_matrix, gram_rows, nullable, step_cosines
+from ckptdiff.track.geometry import GRAM_FIGURES, gram_matrix, gram_row, nullable, step_cosines
 from ckptdiff.track.subspaces import LOCKING_FIGURES, Locking
 
 COUNTS = {
@@ -117,8 +117,8 @@ class Track:
 
         return track_html(self)
 
-    def as_json(self) -> dict[str, Any]:
-        """All of it as one object of plain JSON values (schema "ckptdiff.track/1").
+    def as_json(self, *, tensors: bool = True) -> dict[str, Any]:
+        """All of it as one object of plain JSON values (schema "ckptdiff.track/1"), or all but single tensors.
 
         Figures of each two steps are those of everything, of layers and of module types.
         """
@@ -127,7 +127,7 @@ class Track:
                 {**label, "steps": self.of_group(rows), **(self._matrices(rows) if by in ("module", "layer") else {})}
                 for label, rows in self.members(by)
             ]
-            for by in ("tensor", "module", "layer", "block")
+            for by in (*(["tensor"] if tensors else []), "module", "layer", "block")
         }
         return {
             "schema": "ckptdiff.track/1",
@@ -152,13 +152,18 @@ class Track:
 
     def of_group(self, tensors: Sequence[int]) -> list[dict[str, Any]]:
         """Figures of some tensors together, by their places in :attr:`names`: a row for each step."""
-        rows = self.counts_of(tensors)
+        return [row | self._directions(tensors, step) for step, row in enumerate(self.counts_of(tensors))]
+
+    def last_of_group(self, tensors: Sequence[int]) -> dict[str, Any]:
+        """The row of the last step alone."""
+        return self.counts_of(tensors)[-1] | self._directions(tensors, len(self.steps) - 1)
+
+    def _directions(self, tensors: Sequence[int], step: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         if self.products is not None:
-            added = gram_rows(self.gram(tensors), math.hypot(*self.base_norms[list(tensors)]))
-            rows = [row | more for row, more in zip(rows, added, strict=True)]
-        if self.locking is not None:
-            rows = [row | more for row, more in zip(rows, self.locking.rows(tensors, len(rows)), strict=True)]
-        return rows
+            path = slice(step + 1)
+            found |= gram_row(self.gram(tensors)[path, path], math.hypot(*self.base_norms[list(tensors)]))
+        return found if self.locking is None else found | self.locking.row(tensors, step)
 
     def counts_of(self, tensors: Sequence[int]) -> list[dict[str, Any]]:
         """:data:`TRACK_FIGURES` of some tensors together, a row for each step."""

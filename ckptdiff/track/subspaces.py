@@ -36,14 +36,13 @@ class Locking:
     right_overlap: Floats
     right_overlap_null: Floats
 
-    def rows(self, tensors: Sequence[int], steps: int) -> list[dict[str, Any]]:
-        """:data:`LOCKING_FIGURES` of each step beside the one before, medians over tensors; None where undefined."""
-        rows: list[dict[str, Any]] = [dict.fromkeys(LOCKING_FIGURES)]
-        for pair, (later, earlier) in enumerate(step_pairs(steps)):
-            if earlier == later - 1:
-                medians = {key: median_of(getattr(self, key)[list(tensors), pair]) for key in LOCKING_FIGURES}
-                rows.append({key: None if math.isnan(value) else value for key, value in medians.items()})
-        return rows
+    def row(self, tensors: Sequence[int], step: int) -> dict[str, Any]:
+        """:data:`LOCKING_FIGURES` of a step beside the one before, medians over tensors; None where undefined."""
+        if step == 0:
+            return dict.fromkeys(LOCKING_FIGURES)
+        pair = step * (step + 1) // 2 - 1
+        medians = {key: median_of(getattr(self, key)[list(tensors), pair]) for key in LOCKING_FIGURES}
+        return {key: None if math.isnan(value) else value for key, value in medians.items()}
 
     def matrix(self, key: str, tensors: Sequence[int], steps: int) -> Floats:
         """Medians over tensors of one of :data:`LOCKING_FIGURES`, shape (steps, steps), NaN where undefined."""
