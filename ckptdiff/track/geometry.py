@@ -42,6 +42,8 @@ def steps_gram(gram: Floats) -> Floats:
 
 def step_cosines(gram: Floats) -> Floats:
     """Cosines between the single steps, shape (steps, steps); NaN for a step that moved nothing."""
+    if not np.isfinite(gram).all():
+        return np.full_like(gram, np.nan)
     steps = steps_gram(gram)
     lengths = np.sqrt(np.diag(steps))
     with np.errstate(invalid="ignore", divide="ignore"):
