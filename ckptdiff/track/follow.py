@@ -22,7 +22,7 @@ from ckptdiff.linalg.blas import require_scipy
 from ckptdiff.measure.kernels.tiles import facts_of
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.options import Compare, as_tuple, check_threads, default_threads
-from ckptdiff.run.warm_up import Uses, load
+from ckptdiff.run.warm_up import Use, Uses, load
 from ckptdiff.track.kernels.products import TRACK_TILE, in_sample
 from ckptdiff.track.kernels.trajectory import Flow, Rooms, follow_spans, new_rooms
 from ckptdiff.track.plan import Followed, plan_track
@@ -109,7 +109,7 @@ def track(
         0 stands for one per available core.
     listener : callable, optional
         Told of the stages "looking for ties", if a step lacks a head of the base, "compiling", if kernels are
-        missing, and "following", in bytes.
+        missing, and "following", in bytes, and then "spectra".
 
     Returns
     -------
@@ -136,12 +136,13 @@ def track(
     tell = listener or ignore
     plan = plan_track(base, steps, compare=compare, include=include, exclude=exclude, tell=tell)
     tensors = plan.tensors
+    threads, later = threads or default_threads(), list[Use]()
     if spectra:
-        from ckptdiff.track.locking import measure_locking
+        from ckptdiff.track.locking import locking_uses, measure_locking
 
         require_scipy()
-    threads = threads or default_threads()
-    found = follow_all(tensors, threads, tell, kinds=int(gram))
+        later = locking_uses(tensors)
+    found = follow_all(tensors, threads, tell, kinds=int(gram), later=later)
     norms = np.sqrt(found.squares)
     locking = measure_locking(tensors, norms[:, 1:].T, threads, tell) if spectra else None
     return Track(
@@ -166,11 +167,17 @@ def sample_warning(count: int, of_what: str) -> str:
 
 
 def follow_all(
-    tensors: Sequence[Followed], threads: int, tell: Listener, *, kinds: int, name: str = "following"
+    tensors: Sequence[Followed],
+    threads: int,
+    tell: Listener,
+    *,
+    kinds: int,
+    name: str = "following",
+    later: Sequence[Use] = (),
 ) -> FollowedSums:
     """Follow tensors through all their sides, and make so many kinds of products: none, 1, or 2.
 
-    Tells of the stages "compiling" and `name`.
+    Tells of the stages "compiling", also of kernels that are called later, and `name`.
     """
     steps = len(tensors[0].sides) - 1
     every = SAMPLED if steps > MOST_STEPS else 1
@@ -179,7 +186,7 @@ def follow_all(
         np.zeros((len(tensors), 1 + steps)),
         np.zeros((len(tensors), kinds, steps * (steps + 1) // 2)),
     )
-    load(None, Uses(tuple(sorted({("track", followed.compare.name) for followed in tensors}))), tell)
+    load(None, Uses((*sorted({("track", followed.compare.name) for followed in tensors}), *later)), tell)
     nbytes = sum(side.nbytes for followed in tensors for side in followed.sides)
     with open_shards("pread") as shards, stage(tell, name, nbytes, "bytes") as told:
         for found in _execute(tensors, shards, threads, told, kinds, every):

@@ -16,13 +16,12 @@ from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.events import Listener, stage
 from ckptdiff.formats import stored_format
 from ckptdiff.in_order import Task, in_order
-from ckptdiff.linalg.blas import require_scipy
 from ckptdiff.linalg.stages import run_together
 from ckptdiff.linalg.threads import one_blas_thread, product_threads
 from ckptdiff.lora.factors import factorize, update_norm
 from ckptdiff.memory import resident
 from ckptdiff.options import Options, SpectraOptions
-from ckptdiff.run.warm_up import Uses, load
+from ckptdiff.run.warm_up import Use
 from ckptdiff.spectra.budget import Budget, cache_bytes
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.panels import StoredPanels
@@ -38,21 +37,22 @@ _SAFE = (1e-12, 1e12)
 """Norms whose squares and fourth powers float32 can add up."""
 
 
+def locking_uses(tensors: Sequence[Followed]) -> list[Use]:
+    """The kernels that it will call."""
+    return sorted({("panel", stored_format(dtype).name, f.compare.name) for f in tensors for dtype in f.dtypes})
+
+
 def measure_locking(tensors: Sequence[Followed], norms: Floats, threads: int, tell: Listener) -> Locking:
     """Find the leading subspaces of every matrix at every step, and what they have in common.
 
-    `norms` are those of the updates, shape (steps, tensors). Tells of the stages "compiling" and "spectra". Raises
-    OptionError if SciPy is missing.
+    `norms` are those of the updates, shape (steps, tensors). Tells of the stage "spectra".
     """
-    require_scipy()
     jobs = [
         _Job(row, followed, view, all(_SAFE[0] < norm < _SAFE[1] for norm in norms[:, row].tolist() if norm))
         for row, followed in enumerate(tensors)
         for view in matrices_of(followed.sides[0].name, followed.sides[0].shape)
         if view.short > 1
     ]
-    kinds = {("panel", stored_format(dtype).name, f.compare.name) for f in tensors for dtype in f.dtypes}
-    load(None, Uses(tuple(sorted(kinds))), tell)
     steps, size = len(norms), sum(job.size for job in jobs)
     found = np.full((len(LOCKING_FIGURES), len(tensors), len(step_pairs(steps))), np.nan)
     with open_shards("pread") as shards, stage(tell, "spectra") as told, one_blas_thread():
