@@ -144,7 +144,7 @@ class Overlap:
             return {}
         own, other = (run * (run + 1) // 2 + run for run in (pair.first, pair.second))
         both = pair.second * (pair.second + 1) // 2 + pair.first
-        known = self.products[rows][~np.isnan(self.products[rows][:, 0, both])]
+        known = self.products[rows][~np.isnan(self.products[rows, 0, own])]
         sums, squares = known[:, 0].sum(axis=0), known[:, 1].sum(axis=0)
         lengths = math.sqrt(sums[own]) * math.sqrt(sums[other])
         defined = 0 < lengths < math.inf

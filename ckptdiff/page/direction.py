@@ -49,19 +49,13 @@ def direction_section(track: Track, steps: Sequence[Row]) -> Html:
 def locking_section(track: Track, steps: Sequence[Row]) -> Html:
     """How far the leading singular subspaces of the update stay the same, of a track that has them."""
     assert track.locking is not None
-    title, last = "Spectra", steps[-1]
-    if len(steps) < 2 or last["left_overlap"] is None:
+    title = "Spectra"
+    if all(row["left_overlap"] is None for row in steps):
         return section("spectra", title, left_out("no matrix has an update at each of two steps in a row."))
-    found = {key: percent(last[key]) for key in LOCKING_FIGURES}
-    said = (
-        f"The leading left subspace of the median matrix's update overlaps by {found['left_overlap']} with that of one "
-    )
-    said += (
-        f"step ago, the right one by {found['right_overlap']}; random subspaces would by {found['left_overlap_null']} "
-    )
-    said += (
-        f"and {found['right_overlap_null']}. An update holds its earlier steps, so that a random walk's overlaps grow."
-    )
+    left, left_null, right, right_null = (percent(steps[-1][key]) for key in LOCKING_FIGURES)
+    said = "The leading left subspaces of the median matrix's update at the last step and the one before share "
+    said += f"{left} (random ones {left_null}), the right ones {right} ({right_null}). An update holds its earlier "
+    said += "steps, so that those of a random walk share more and more too."
     keys = {"left": "left_overlap", "left, chance": "left_overlap_null"}
     keys |= {"right": "right_overlap", "right, chance": "right_overlap_null"}
     everything = range(len(track.names))

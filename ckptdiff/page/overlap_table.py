@@ -50,10 +50,8 @@ def _pair(overlap: Overlap, pair: PairCounts) -> list[Html]:
     if whole["o1_conditional"] is not None:
         said += f", among weights of the same size {percent(whole['o1_conditional'])}"
     if overlap.products is not None:
-        said += (
-            f". The cosine between the updates is {number(whole['cosine'])}; with random signs it would be 0, give or "
-        )
-        said += f"take {number(whole['cosine_null_sd'])}"
+        said += f". The cosine between the updates is {number(whole['cosine'])}; with random signs it would be 0, give "
+        said += f"or take {number(whole['cosine_null_sd'])}"
     places = [facts if facts.compare != "bitwise" else None for facts in overlap.tensors]
     grid = Grid.of([place for place in places if place is not None])
 

@@ -38,14 +38,16 @@ def step_lines(
     marks = [*shares_axis(y, LEFT, RIGHT, upright), *step_axis(x)]
     entries: list[tuple[str, str, str]] = []
     measured = [name for name, key in keys.items() if not key.endswith("_null")]
+    color_of = iter(SERIES)
+    stroke = SERIES[0]
     for name, key in keys.items():
         null = name not in measured
-        stroke = SERIES[(len([entry for entry in entries if entry[0] == "dot"]) - null) % len(SERIES)]
+        stroke = stroke if null else next(color_of)
         entries.append(("dashes" if null else "dot", stroke, name))
         values = [base, *(row[key] for row in steps)]
         known = [(x.at(at), y.at(value), value, at) for at, value in enumerate(values) if value is not None]
         points = " ".join(f"{across:.1f},{up:.1f}" for across, up, _, _ in known)
-        below = len(keys) == 2 and name == measured[0] and len(measured) == 2  # the other one, where both are one
+        below = len(measured) == len(keys) == 2 and name == measured[0]  # the other one, where both are one
         look = {"stroke_width": 6 if below else 2, "stroke_dasharray": "4 3" if null else None}
         marks.append(tag("polyline", points=points, fill="none", stroke=stroke, **look))
         marks += [

@@ -48,7 +48,7 @@ def measure_locking(tensors: Sequence[Followed], norms: Floats, threads: int, te
     `norms` are those of the updates, shape (steps, tensors). Tells of the stage "spectra".
     """
     jobs = [
-        _Job(row, followed, view, all(_SAFE[0] < norm < _SAFE[1] for norm in norms[:, row].tolist() if norm))
+        _Job(row, followed, view, _narrow(followed, norms[:, row].tolist()))
         for row, followed in enumerate(tensors)
         for view in matrices_of(followed.sides[0].name, followed.sides[0].shape)
         if view.short > 1
@@ -70,6 +70,10 @@ def measure_locking(tensors: Sequence[Followed], norms: Floats, threads: int, te
     return Locking(**dict(zip(LOCKING_FIGURES, found, strict=True)))
 
 
+def _narrow(followed: Followed, norms: Sequence[float]) -> bool:
+    return followed.compare.bits <= 32 and all(_SAFE[0] < norm < _SAFE[1] for norm in norms if norm)
+
+
 @dataclass(frozen=True, slots=True)
 class _Job:
     """A matrix through all steps."""
@@ -78,7 +82,7 @@ class _Job:
     followed: Followed
     view: MatrixView
     narrow: bool
-    """Whether float32 holds the squares of its updates."""
+    """Whether float32 holds its updates and their squares."""
 
     @property
     def size(self) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import locate_all
+from ckptdiff.errors import OptionError
 from ckptdiff.figures.members import LABEL_KEYS, members_of
 from ckptdiff.track.geometry import GRAM_FIGURES, gram_matrix, gram_row, nullable, step_cosines
 from ckptdiff.track.subspaces import LOCKING_FIGURES, Locking
@@ -87,9 +88,10 @@ class Track:
     def gram(self, tensors: Sequence[int] | None = None) -> NDArray[np.float64]:
         """Gram matrix of the updates of all steps, shape (steps, steps), of some tensors together, or of all.
 
-        Needs :attr:`products`.
+        Raises OptionError if :attr:`products` were not measured.
         """
-        assert self.products is not None
+        if self.products is None:
+            raise OptionError("the track has no products of its steps", hint="track(..., gram=True) sums them up")
         chosen = self.products if tensors is None else self.products[list(tensors)]
         return gram_matrix(chosen.sum(axis=0))
 

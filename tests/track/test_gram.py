@@ -54,6 +54,8 @@ def test_products_of_every_two_steps(any_trajectory: Trajectory, compare: str) -
     found = track(any_trajectory.paths[0], any_trajectory.paths[1:], compare=compare, gram=True)
     plain = track(any_trajectory.paths[0], any_trajectory.paths[1:], compare=compare)
     assert np.array_equal(found.delta_norms, plain.delta_norms) and plain.products is None
+    with pytest.raises(OptionError, match="no products"):
+        plain.gram()
     for row, name in enumerate(found.names):
         deltas = updates(any_trajectory, [name], compare)
         scale = max((deltas**2).sum(), 1e-300)
@@ -267,6 +269,20 @@ def test_subspaces_that_a_krylov_space_finds(tmp_path: Path) -> None:
     found = track(paths[0], paths[1:], compare="stored", spectra=True)
     wanted = overlap_of(sides[2].astype(float) - base, sides[1].astype(float) - base, 16)
     assert (found.locking.left_overlap[0, 0], found.locking.right_overlap[0, 0]) == pytest.approx(wanted, rel=1e-3)
+
+
+def test_updates_that_float32_does_not_hold(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    base, one, two = (rng.standard_normal((40, 30)) for _ in range(3))
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    sides = [base, base + 1e-10 * one, base + 1e-10 * (one + two)]
+    for path, values in zip(paths, sides, strict=True):
+        save_file({"w.weight": values}, path)
+    found = track(paths[0], paths[1:], compare="stored", gram=True, spectra=True)
+    left, right = overlap_of(sides[2] - base, sides[1] - base, 15)
+    assert (found.locking.left_overlap[0, 0], found.locking.right_overlap[0, 0]) == pytest.approx((left, right))
+    deltas = np.array([side.ravel() - base.ravel() for side in sides[1:]])
+    assert found.gram() == pytest.approx(deltas @ deltas.T)
 
 
 def test_a_track_file_keeps_them_and_older_ones_have_none(trajectory: Trajectory, tmp_path: Path) -> None:
