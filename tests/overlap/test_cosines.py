@@ -83,6 +83,14 @@ def test_random_signs_stay_within_the_null(tmp_path: Path) -> None:
     assert spread == pytest.approx(cosines.std(), rel=0.05)
 
 
+def test_many_runs_are_estimated_from_a_sample(updates: Updates) -> None:
+    found = overlap([*[updates.run(0)] * 12, updates.run(2)], values=True)
+    assert any("one tile of 8,192 coordinates in 16" in words and "13 runs" in words for words in found.warnings)
+    assert found.overall(found.pairs[0])["cosine"] == pytest.approx(1.0)
+    row = found.overall(found.pairs[11])
+    assert row["cosine"] == pytest.approx(cosine(updates, 0, 2, FLOATING)["cosine"], abs=0.02)
+
+
 def test_the_command(updates: Updates, invoke: Callable[..., int], capsys: pytest.CaptureFixture) -> None:
     runs = [updates.run(0), updates.run(2)]
     assert invoke("overlap", *runs, "--values", "--no-progress") == 0
