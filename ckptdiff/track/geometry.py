@@ -32,12 +32,20 @@ def gram_matrix(pairs: Floats) -> Floats:
 
 def steps_gram(gram: Floats) -> Floats:
     """Inner products of the single steps W_t - W_{t-1}, shape (steps, steps): second differences of G."""
-    padded = np.pad(gram, ((1, 0), (1, 0)))
-    found = np.diff(np.diff(padded, axis=0), axis=1)
-    ends = np.diag(padded)
-    lost = np.diag(found) <= _ROUNDING * (ends[1:] + ends[:-1])
+    points = _with_base(gram)
+    found = points[1:] - points[:-1]
+    found = found[:, 1:] - found[:, :-1]
+    ends = points.diagonal()
+    lost = found.diagonal() <= _ROUNDING * (ends[1:] + ends[:-1])
     found[lost], found[:, lost] = 0.0, 0.0
     return found
+
+
+def _with_base(gram: Floats) -> Floats:
+    """The same with W_0, whose update is zero, before the steps."""
+    points = np.zeros((len(gram) + 1, len(gram) + 1))
+    points[1:, 1:] = gram
+    return points
 
 
 def step_cosines(gram: Floats) -> Floats:
@@ -45,15 +53,16 @@ def step_cosines(gram: Floats) -> Floats:
     if not np.isfinite(gram).all():
         return np.full_like(gram, np.nan)
     steps = steps_gram(gram)
-    lengths = np.sqrt(np.diag(steps))
+    lengths = np.sqrt(steps.diagonal())
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.clip(steps / lengths / lengths[:, np.newaxis], -1.0, 1.0)
 
 
 def random_walk(gram: Floats) -> Floats:
     """Gram matrix of a random walk whose steps have the same lengths."""
-    gone = np.cumsum(np.diag(steps_gram(gram)))
-    return np.minimum(gone, gone[:, np.newaxis])
+    gone = steps_gram(gram).diagonal().cumsum()
+    walk: Floats = np.minimum(gone, gone[:, np.newaxis])
+    return walk
 
 
 def rank1_share(gram: Floats) -> float:
@@ -69,13 +78,13 @@ def line_r2(gram: Floats) -> float:
 
     It tells a straight path from one that bends, as arXiv 2604.11446 finds it to (and 2605.21468 does not).
     """
-    points = np.pad(gram, ((1, 0), (1, 0)))
+    points = _with_base(gram)
     centred = points - points.mean(axis=0)
     return _largest_share(centred - centred.mean(axis=1, keepdims=True))
 
 
 def _largest_share(gram: Floats) -> float:
-    total = float(np.trace(gram))
+    total = float(gram.trace())
     return min(float(np.linalg.eigvalsh(gram)[-1]) / total, 1.0) if total > 0 else math.nan
 
 
