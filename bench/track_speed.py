@@ -1,10 +1,11 @@
-"""Time of `track` over a base and five checkpoints, beside the time of reading the six once.
+"""Time of `track` over a base and five checkpoints, with and without --gram, beside the time of reading the six once.
 
     python bench/track_speed.py --size 1GiB
 
 The steps go back and forth between a tuned checkpoint and the base, so that every counter has something to count; the
-counts are checked. Medians over rounds, files in the page cache. Each round has an order of its own: whatever comes
-after a reader that frees gigabytes is slower for it.
+counts are checked. With --moved all of them are the tuned one, so that --gram has all products to make. Medians over
+rounds, files in the page cache. Each round has an order of its own: whatever comes after a reader that frees gigabytes
+is slower for it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from make_pair import make_pair, parse_size
@@ -38,11 +40,14 @@ def main() -> None:
     parser.add_argument("--size", default="1GiB", help="bytes of each checkpoint")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--folder", type=Path, help="where to write them; a temporary folder by default")
+    parser.add_argument("--moved", action="store_true", help="let every step differ from the base")
     given = parser.parse_args()
+    steps = STEPS[:1] * len(STEPS) if given.moved else STEPS
     threads = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        checkpoints = make(Path(folder), parse_size(given.size))
-        check(*checkpoints[:2], track(checkpoints[0], checkpoints[1:]).overall())
+        checkpoints = make(Path(folder), parse_size(given.size), steps)
+        found = track(checkpoints[0], checkpoints[1:], gram=True)
+        check(*checkpoints[:2], found.overall(), steps)
         shards = [shard for path in checkpoints for shard in sorted(path.glob("*.safetensors"))]
         work: dict[str, Callable[[], object]] = {
             "read once, 1 thread": partial(read, shards, 1),
@@ -50,6 +55,7 @@ def main() -> None:
             f"read limit, {threads} threads": partial(read_limit, checkpoints, threads),
             f"read into memory, {threads} threads": partial(read_whole, shards, threads),
             "load with safetensors": partial(load, shards),
+            f"track --gram, {threads} threads": lambda: track(checkpoints[0], checkpoints[1:], gram=True),
             f"track, {threads} threads": lambda: track(checkpoints[0], checkpoints[1:]),
         }
         times: dict[str, list[float]] = {name: [] for name in work}
@@ -59,23 +65,24 @@ def main() -> None:
                 start = time.perf_counter()
                 work[name]()
                 times[name].append(time.perf_counter() - start)
-    size = (1 + len(STEPS)) * parse_size(given.size)
+    size = (1 + len(steps)) * parse_size(given.size)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     for name, seconds in medians.items():
         print(f"{name:<30}{seconds:8.3f} s{size / seconds / 1e9:8.2f} GB/s")
-    *others, ours = medians.values()
+    *others, with_gram, ours = medians.values()
     for name, seconds in zip(medians, others, strict=False):
         print(f"track / {name}: {ours / seconds:.2f}")
+    print(f"track --gram / track: {with_gram / ours:.2f}")
 
 
-def make(folder: Path, size: int) -> list[Path]:
-    """A base and five steps, each with files of its own."""
+def make(folder: Path, size: int, steps: Sequence[str]) -> list[Path]:
+    """A base and its steps, each with files of its own."""
     make_pair(size, folder)
-    steps = []
-    for number, source in enumerate(STEPS):
-        steps.append(folder / f"step{number}")
-        shutil.copytree(folder / source, steps[-1])
-    return [folder / "base", *steps]
+    made = [folder / "base"]
+    for number, source in enumerate(steps):
+        made.append(folder / f"step{number}")
+        shutil.copytree(folder / source, made[-1])
+    return made
 
 
 def read(shards: list[Path], threads: int) -> None:
@@ -105,20 +112,20 @@ def read_file(path: Path) -> None:
             pass
 
 
-def check(base: Path, tuned: Path, rows: list[dict[str, int]]) -> None:
-    """What the back and forth must count, from a diff."""
+def check(base: Path, tuned: Path, rows: list[dict[str, Any]], steps: Sequence[str]) -> None:
+    """What the back and forth must count, from a diff; it never leaves one line."""
     diff = ckptdiff.diff(base, tuned)
     changed = int(diff.columns["numel"].sum() - diff.columns["unchanged_bitwise"].sum())
-    expected = [
-        (changed, changed, 0, 0),
-        (0, 0, changed, 0),
-        (changed, 0, 0, 0),
-        (changed, 0, 0, 0),
-        (0, 0, changed, 0),
-    ]
-    found = [(row["support"], row["touched"], row["reverted"], row["churned"]) for row in rows]
-    assert found == expected, (found, expected)
+    before, ever, turned = 0, 0, None
+    for source, row in zip(steps, rows, strict=True):
+        now = changed if source == "tuned" else 0
+        counts = (row["support"], row["touched"], row["reverted"], row["churned"])
+        assert counts == (now, max(now - ever, 0), max(before - now, 0), 0), (counts, source)
+        turn = row["step_cosine"] if row["step_cosine"] is None else round(row["step_cosine"], 9)
+        assert turn == (-1 if now != before and turned else None), (turn, source)
+        before, ever, turned = now, max(now, ever), now != before
     assert np.isclose(rows[0]["rel_norm"], diff.overall["rel_norm"], rtol=1e-6)
+    assert all(np.isclose(row[key], 1.0) for row in rows[1:] for key in ("rank1_share", "line_r2"))
 
 
 if __name__ == "__main__":

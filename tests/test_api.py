@@ -72,6 +72,7 @@ PUBLIC = {
         "MatchReport",
         "PackedMask",
         "ParameterMasks",
+        "TrackCallback",
         "freeze_outside",
         "load_masks",
         "mask_gradients",

@@ -17,8 +17,12 @@ from ckptdiff.cli.group import COMMANDS
 from ckptdiff.cli.group import ckptdiff as group
 from ckptdiff.figures.catalogue import COLUMNS, FIGURES
 from ckptdiff.figures.spectral import SPECTRAL_FIGURES
+from ckptdiff.overlap.figures import COSINE_FIGURES
 from ckptdiff.runfile import schema
 from ckptdiff.track import file as track_file
+from ckptdiff.track.geometry import GRAM_FIGURES
+from ckptdiff.track.result import COUNTS
+from ckptdiff.track.subspaces import LOCKING_FIGURES
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "bench/GPU.md"]
@@ -152,6 +156,11 @@ def rows_of(page: str) -> set[str]:
 
 def test_every_figure_has_its_row() -> None:
     assert rows_of("docs/figures.md") == {figure.key for figure in (*FIGURES, *SPECTRAL_FIGURES)}
+
+
+def test_every_figure_of_several_runs_has_its_row() -> None:
+    page = text_of("docs/several-runs.md")
+    assert [key for key in (*COUNTS, *GRAM_FIGURES, *LOCKING_FIGURES, *COSINE_FIGURES) if f"`{key}`" not in page] == []
 
 
 def test_every_column_has_its_row() -> None:

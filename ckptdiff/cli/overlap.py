@@ -14,7 +14,7 @@ from ckptdiff.cli.target import ReportTarget, output_option
 from ckptdiff.cli.view import format_option, verbosity, write_rows
 from ckptdiff.errors import plural
 from ckptdiff.figures.members import GROUPINGS, LABEL_KEYS
-from ckptdiff.report.text import dumps, percent, quantity, safe
+from ckptdiff.report.text import dumps, number, percent, quantity, safe
 
 if TYPE_CHECKING:
     from ckptdiff.figures.members import GroupBy
@@ -27,6 +27,8 @@ _MEANINGS = {
     "chance": "chance: of independent masks.",
     "by tensor": "by tensor: independent within each tensor.",
     "by size": "by size: independent among weights of the same magnitude.",
+    "cosine": "cosine: between the two updates, as vectors of all values.",
+    "signs": "signs: how far from 0 the cosine would be if the sign of each change were tossed (standard deviation).",
 }
 _CHANCES = (("independent", "chance"), ("stratified", "by tensor"), ("conditional", "by size"))
 _COUNTS = ("numel", "masked_1", "masked_2", "masked_both")
@@ -47,6 +49,20 @@ _COUNTS = ("numel", "masked_1", "masked_2", "masked_both")
     show_default="the histograms of the runs, if their masks are bitwise",
     help="Read this base checkpoint for the baseline that is conditional on the magnitude of weights.",
 )
+@click.option(
+    "--values",
+    is_flag=True,
+    show_default="off",
+    help="Also read the checkpoints, for the cosine between the updates of each two runs.",
+)
+@click.option(
+    "--tuned",
+    multiple=True,
+    type=click.Path(),
+    metavar="PATH",
+    show_default="where the runs found them",
+    help="Where a tuned checkpoint is now, for --values: one for each run, in their order.",
+)
 @click.option("--force", is_flag=True, show_default="off", help="Compare runs of different bases too.")
 @threads_option
 @format_option
@@ -59,14 +75,23 @@ def overlap(runs: tuple[str, ...], **given: Any) -> int:
     o1 is the share of the first mask that is in the second, o2 the reverse, Jaccard their intersection over their
     union, outside the same of what the masks leave out. Beside each stand three kinds of chance: masks that are
     independent everywhere, independent within each tensor, and independent among weights of the same magnitude, since
-    updates meet on small weights by rounding alone.
+    updates meet on small weights by rounding alone. With --values, the cosine tells whether both move the weights the
+    same way.
     """
     target = ReportTarget.choose(given["output"], binary=False, kept=map(Path, runs))
     from ckptdiff.overlap import overlap as count_overlap
-    from ckptdiff.overlap.figures import OVERLAP_FIGURES
+    from ckptdiff.overlap.figures import COSINE_FIGURES, OVERLAP_FIGURES
 
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
-        found = count_overlap(runs, base=given["base"], force=given["force"], threads=given["threads"], listener=tell)
+        found = count_overlap(
+            runs,
+            base=given["base"],
+            values=given["values"],
+            tuned=given["tuned"],
+            force=given["force"],
+            threads=given["threads"],
+            listener=tell,
+        )
     if not given["quiet"]:
         warn(found.warnings)
     elif target.is_stdout:
@@ -79,6 +104,7 @@ def overlap(runs: tuple[str, ...], **given: Any) -> int:
             stream.write(dumps(found.as_json()) + "\n")
         else:
             keys = ("first", "second", *LABEL_KEYS[given["by"]], *_COUNTS, *OVERLAP_FIGURES)
+            keys += COSINE_FIGURES if given["values"] else ()
             rows = [
                 {"first": found.runs[pair.first], "second": found.runs[pair.second], **row}
                 for pair in found.pairs
@@ -112,6 +138,9 @@ def _write_table(stream: TextIO, found: Overlap, pair: PairCounts, by: GroupBy) 
             known = any(row[f"{figure}_{baseline}"] is not None for row in rows)
             cells = [percent(row[f"{figure}_{baseline}"]) if known else "" for row in rows]
             columns.append(Column(short, cells, style="dim", rank=rank or int(baseline != "independent")))
+    if found.products is not None:
+        columns.append(Column("cosine", [number(row["cosine"]) for row in rows], style="bold"))
+        columns.append(Column("signs", [number(row["cosine_null_sd"]) for row in rows], style="dim", rank=1))
     runs = [f"{safe(found.runs[run])} ({safe(found.rules[run])})" for run in (pair.first, pair.second)]
     screen = screen_of(stream)
     lines = [

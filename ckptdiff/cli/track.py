@@ -17,7 +17,7 @@ from ckptdiff.cli.target import ReportTarget, files_of, output_option
 from ckptdiff.cli.view import format_option, verbosity, write_rows
 from ckptdiff.errors import OptionError
 from ckptdiff.figures.members import LABEL_KEYS
-from ckptdiff.report.text import dumps, percent, quantity, safe
+from ckptdiff.report.text import dumps, number, percent, quantity, safe
 from ckptdiff.runfile.schema import HDF5_SIGNATURE
 
 if TYPE_CHECKING:
@@ -34,6 +34,14 @@ _MEANINGS = {
     "churned": "churned: was in the support, and has another value.",
     "union": "union: part that ever differed.",
     "update": "update: norm of d / norm of the base.",
+    "length": "length: norm of W less W one step ago / norm of the base.",
+    "turn": "turn: cosine between this step and the one before.",
+    "rank 1": "rank 1: part of the path so far that lies in its best single direction.",
+    "line": "line: R² of the straight line nearest to the path so far.",
+    "left": "left: overlap of the leading 16 left singular vectors of the update with those of one step ago.",
+    "right": "right: of the right ones.",
+    "chance": "chance: overlap of random subspaces.",
+    "walk": "walk: the same of a random walk with steps of these lengths.",
 }
 
 
@@ -55,6 +63,18 @@ _MEANINGS = {
 )
 @click.option(
     "--exclude", multiple=True, metavar="GLOB", show_default="none", help="Leave out names that match. Repeatable."
+)
+@click.option(
+    "--gram",
+    is_flag=True,
+    show_default="off",
+    help="Also tell which way the update went: cosines between steps, and how straight its path is.",
+)
+@click.option(
+    "--spectra",
+    is_flag=True,
+    show_default="off",
+    help="Also tell how far the leading singular subspaces of each matrix's update stay the same.",
 )
 @threads_option
 @format_option
@@ -85,15 +105,13 @@ def track(base: str, steps: tuple[str, ...], **given: Any) -> int:
             if kept_in is not None:
                 stream.write(f"pictures: ckptdiff report {safe(shlex.quote(kept_in))}\n")
         else:
-            from ckptdiff.track.result import TRACK_FIGURES
-
             rows = [
                 {"step": step, "path": found.steps[step], **label, **row}
                 for label, rows in _grouped(found, given["by"])
                 for step, row in enumerate(rows)
             ]
             write_rows(
-                stream, given["format"], rows, ("step", "path", *LABEL_KEYS.get(given["by"], ()), *TRACK_FIGURES), {}
+                stream, given["format"], rows, ("step", "path", *LABEL_KEYS.get(given["by"], ()), *found.figures), {}
             )
     return OK
 
@@ -120,6 +138,8 @@ def _found(base: str, steps: tuple[str, ...], out: Path | None, given: dict[str,
             compare=compare,
             include=given["include"],
             exclude=given["exclude"],
+            gram=given["gram"],
+            spectra=given["spectra"],
             threads=given["threads"],
             listener=tell,
         )
@@ -131,7 +151,7 @@ def _found(base: str, steps: tuple[str, ...], out: Path | None, given: dict[str,
 def _refuse_options(path: str) -> None:
     """A track file says what it says: nothing is read or chosen again."""
     context = click.get_current_context()
-    for name in ("out", "compare", "include", "exclude"):
+    for name in ("out", "compare", "include", "exclude", "gram", "spectra"):
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise OptionError(
                 f"--{name} means nothing for a track file, which is only printed again",
@@ -164,6 +184,8 @@ def _write_tables(stream: TextIO, found: Track, by: str) -> None:
             *([f"{safe(' '.join(map(str, label.values())))}"] if label else []),
             *table_lines(_columns(found, rows), screen),
             "",
+            *(table_lines(columns, screen) if (columns := _direction_columns(found, rows)) else []),
+            *([""] if columns else []),
         ]
     shares = {
         "differs from the base": [row["support_fraction"] or 0.0 for row in overall],
@@ -171,7 +193,8 @@ def _write_tables(stream: TextIO, found: Track, by: str) -> None:
     }
     if lines[-1] == "":
         lines.pop()
-    lines += [*legend_lines(_MEANINGS, [_columns(found, overall)], screen), ""]
+    tables = [_columns(found, overall), _direction_columns(found, overall)]
+    lines += [*legend_lines(_MEANINGS, [columns for columns in tables if columns], screen), ""]
     if len(overall) > 1:  # one step is a line from zero, which shows nothing
         lines += plot_lines({name: [0.0, *values] for name, values in shares.items()}, screen)
     stream.write("\n".join(lines).rstrip() + "\n")
@@ -195,6 +218,26 @@ def _columns(found: Track, rows: list[dict[str, Any]]) -> list[Column]:
         Column("union", [percent(row["union_fraction"]) for row in rows]),
         Column("update", [percent(row["rel_norm"]) for row in rows]),
     ]
+
+
+def _direction_columns(found: Track, rows: list[dict[str, Any]]) -> list[Column]:
+    """Columns of a second table, of which way the update went; none if that was not measured."""
+    from ckptdiff.report.screen import Column
+
+    columns: list[Column] = []
+    if found.products is not None:
+        columns += [
+            Column("length", [percent(row["step_rel_norm"]) for row in rows], style="bold"),
+            Column("turn", [number(row["step_cosine"]) for row in rows], style="bold"),
+        ]
+    titles = {"rank1_share": "rank 1", "line_r2": "line"} if columns else {}
+    titles |= {} if found.locking is None else {"left_overlap": "left", "right_overlap": "right"}
+    for key, title in titles.items():
+        null = "chance" if key.endswith("overlap") else "walk"
+        columns.append(Column(title, [percent(row[key]) for row in rows], style="bold"))
+        columns.append(Column(null, [percent(row[f"{key}_null"]) for row in rows], style="dim", rank=1))
+    labels = [safe(name) for name in _labels(found.steps)]
+    return [Column("step", labels, left=True), *columns] if columns else []
 
 
 def _labels(paths: Sequence[str]) -> list[str]:

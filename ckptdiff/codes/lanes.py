@@ -53,10 +53,10 @@ def _filled(vector: ir.VectorType, value: int) -> ir.Constant:
 
 def _everywhere(builder: Any, value: Any, vector: ir.VectorType) -> Any:
     """The same value in all lanes."""
-    return _part(builder, builder.insert_element(_filled(vector, 0), value, ir.IntType(32)(0)), [0] * vector.count)
+    return part_of(builder, builder.insert_element(_filled(vector, 0), value, ir.IntType(32)(0)), [0] * vector.count)
 
 
-def _part(builder: Any, vector: Any, lanes: Sequence[int]) -> Any:
+def part_of(builder: Any, vector: Any, lanes: Sequence[int]) -> Any:
     """Some lanes of a vector."""
     order = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), list(lanes))
     return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), order)
@@ -193,7 +193,7 @@ def pack_lanes(typing: Any, codes: Any, word: Any, packed: Any, at: Any) -> Any:
             compress = ir.Function(builder.module, ir.FunctionType(part, [part, flags, part]), name)
         for first in range(0, LANES, count):
             bits = builder.trunc(builder.lshr(word, word.type(first)), ir.IntType(count))
-            some = _part(builder, codes, range(first, first + count))
+            some = part_of(builder, codes, range(first, first + count))
             dense = builder.call(compress, [some, builder.bitcast(bits, flags), ir.Constant(part, ir.Undefined)])
             builder.store(dense, builder.bitcast(builder.gep(data, [at]), part.as_pointer())).align = code.width // 8
             at = builder.add(at, builder.zext(builder.ctpop(bits), at.type))
@@ -235,7 +235,7 @@ def any_lowest(typing: Any, codes: Any) -> Any:
     return types.boolean(codes), generate
 
 
-def _values(builder: Any, codes: Any) -> list[Any]:
+def values_of_codes(builder: Any, codes: Any) -> list[Any]:
     """Values of codes, in two vectors: float32 of bfloat16, float64 of float32 and float64."""
     width = codes.type.element.width
     if width == 16:  # two codes to a word: each is the upper half of a float32
@@ -248,7 +248,7 @@ def _values(builder: Any, codes: Any) -> list[Any]:
         wide = builder.fpext(builder.bitcast(codes, ir.VectorType(ir.FloatType(), LANES)), doubles)
     else:
         wide = builder.bitcast(codes, doubles)
-    return [_part(builder, wide, range(SUMS)), _part(builder, wide, range(SUMS, LANES))]
+    return [part_of(builder, wide, range(SUMS)), part_of(builder, wide, range(SUMS, LANES))]
 
 
 @intrinsic
@@ -262,7 +262,7 @@ def add_squares(typing: Any, sums: Any, row: Any, base: Any, codes: Any) -> Any:
         address = builder.bitcast(address, reals.as_pointer())
         total = builder.load(address)
         total.align = signature.args[0].dtype.bitwidth // 8
-        for left, right in zip(_values(builder, args[2]), _values(builder, args[3]), strict=True):
+        for left, right in zip(values_of_codes(builder, args[2]), values_of_codes(builder, args[3]), strict=True):
             delta = builder.fsub(right, left)
             square = builder.fmul(delta, delta, flags=("contract",))
             total = builder.fadd(total, square, flags=("contract",))

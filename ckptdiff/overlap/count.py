@@ -20,7 +20,7 @@ from ckptdiff.checkpoint.pairs import first_rows
 from ckptdiff.checkpoint.side_weights import weights_of
 from ckptdiff.checkpoint.weights import Source
 from ckptdiff.errors import MaskError, OptionError, first_few, plural
-from ckptdiff.events import Listener, Stage, stage
+from ckptdiff.events import Listener, Stage, ignore, stage
 from ckptdiff.figures.result import Diff, TensorFacts
 from ckptdiff.formats import stored_format
 from ckptdiff.in_order import Task, in_order
@@ -41,6 +41,8 @@ def overlap(
     paths: Sequence[str | os.PathLike[str]],
     *,
     base: str | os.PathLike[str] | None = None,
+    values: bool = False,
+    tuned: Sequence[str | os.PathLike[str]] = (),
     force: bool = False,
     threads: int = 0,
     listener: Listener | None = None,
@@ -55,12 +57,17 @@ def overlap(
         The base checkpoint, read for the baseline that is conditional on the magnitude of the base weight. Without it,
         that baseline comes from the histograms of the run files, by powers of two, if all masks are bitwise; masks of
         other rules have none.
+    values : bool
+        Also read all checkpoints of the runs, for the cosine between each two updates.
+    tuned : sequence of path-like
+        Where the tuned checkpoints of the runs are now, in the order of the runs, by default where they were. They are
+        only read for values.
     force : bool
         Also lay runs of different bases on top of each other.
     threads : int
         0 stands for one per available core.
     listener : callable, optional
-        Told of the stage "overlap".
+        Told of the stage "overlap", and of "values" if they are read.
 
     Returns
     -------
@@ -75,7 +82,10 @@ def overlap(
     RunFileError
         A run file without masks, or one that cannot be read.
     CheckpointError
-        `base` is not the base of the first run: its shards have other headers, or a tensor another norm.
+        `base` is not the base of the first run: its shards have other headers, or a tensor another norm. Or the values
+        of a checkpoint are not those that its run compared.
+    PairingError
+        Values are wanted, and no common tensor is one whole stored tensor in all checkpoints.
 
     Examples
     --------
@@ -96,11 +106,18 @@ def overlap(
         tensors, left_out = common_tensors(runs, diffs)
         weights = None
         if base is not None:
-            values = diffs[0].options.get("values", "codes")
-            weights = weights_of(open_side(runs[0], "base", base), values).named
+            encoded = diffs[0].options.get("values", "codes")
+            weights = weights_of(open_side(runs[0], "base", base), encoded).named
             lacking = [facts.name for facts in tensors if facts.name not in weights]
             if lacking:
                 left_out.append(f"no chance by size where the base stores an embedding alone: {first_few(lacking)}")
+        products = None
+        if values:
+            from ckptdiff.overlap.cosines import update_products
+
+            asked = base, as_tuple("tuned", tuned), threads or default_threads(), listener or ignore
+            products, unread = update_products(runs, diffs, tensors, *asked)
+            left_out += unread
         shards = stack.enter_context(open_shards("pread"))
         counting = _Counting(runs, weights, known_norms(diffs[0], "base"), shards)
         with stage(listener, "overlap", sum(_readings(facts, weights) for facts in tensors)) as told:
@@ -111,6 +128,7 @@ def overlap(
             tensors=tuple(tensors),
             pairs=pairs,
             warnings=(*warnings, *left_out),
+            products=products,
         )
 
 

@@ -21,6 +21,8 @@ OVERLAP_FIGURES = tuple(
     for suffix in ("", *(f"_{b}" for b in _BASELINES))
 )
 """Every figure, each followed by its three baselines; ``zero_jaccard`` is that of what the masks leave out."""
+COSINE_FIGURES = ("cosine", "cosine_null_sd")
+"""The cosine between two updates, and its standard deviation, around 0, if the sign of each change were tossed."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -60,6 +62,9 @@ class Overlap:
     pairs : tuple of PairCounts
         In the order (0, 1), (0, 2), ..., (1, 2), ...
     warnings : tuple of str
+    products : float64 array, shape (tensors, 2, pairs), optional
+        Sums of the products of each two updates, and of the squares of these products, of runs (0, 0), (1, 0), (1, 1),
+        (2, 0), ...; NaN for a tensor that was not read.
 
     Examples
     --------
@@ -74,9 +79,13 @@ class Overlap:
     tensors: tuple[TensorFacts, ...]
     pairs: tuple[PairCounts, ...]
     warnings: tuple[str, ...] = ()
+    products: NDArray[np.float64] | None = None
 
     def overall(self, pair: PairCounts) -> dict[str, Any]:
-        """Figures of a pair over all floating tensors: counts, then `OVERLAP_FIGURES`, None where a mask is empty."""
+        """Figures of a pair over all floating tensors, None where a mask is empty.
+
+        Counts, then `OVERLAP_FIGURES`, then `COSINE_FIGURES` if there are :attr:`products`.
+        """
         return self.of_group(pair, self._valued())
 
     def grouped(self, pair: PairCounts, by: str) -> list[dict[str, Any]]:
@@ -135,7 +144,21 @@ class Overlap:
             **counts,
             **_figures({"o1": one, "o2": two}, "jaccard", one, two, (both, *chances)),
             **_figures({}, "zero_jaccard", total - one, total - two, outside),
+            **self._cosine(pair, rows),
         }
+
+    def _cosine(self, pair: PairCounts, rows: Sequence[int]) -> dict[str, float | None]:
+        """<a, b> / (|a| |b|) and sqrt(sum a_k^2 b_k^2) / (|a| |b|), the spread of the former under random signs."""
+        if self.products is None:
+            return {}
+        own, other = (run * (run + 1) // 2 + run for run in (pair.first, pair.second))
+        both = pair.second * (pair.second + 1) // 2 + pair.first
+        known = self.products[rows][~np.isnan(self.products[rows, 0, own])]
+        sums, squares = known[:, 0].sum(axis=0), known[:, 1].sum(axis=0)
+        lengths = math.sqrt(sums[own]) * math.sqrt(sums[other])
+        defined = 0 < lengths < math.inf
+        cosine = min(max(float(sums[both]) / lengths, -1.0), 1.0) if defined else None
+        return {"cosine": cosine, "cosine_null_sd": math.sqrt(squares[both]) / lengths if defined else None}
 
 
 def _figures(

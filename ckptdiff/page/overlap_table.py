@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptdiff.page.heatmap import CellFigure, Grid, Row, heatmaps
 from ckptdiff.page.markup import Html, left_out, section, table, tag
-from ckptdiff.report.text import NOT_AVAILABLE, percent, quantity
+from ckptdiff.report.text import NOT_AVAILABLE, number, percent, quantity
 
 if TYPE_CHECKING:  # it brings compiled kernels, which most pages need not wait for
     from ckptdiff.overlap import Overlap, PairCounts
@@ -33,12 +33,14 @@ def _pair(overlap: Overlap, pair: PairCounts) -> list[Html]:
     for figure, shown in _SHARES.items():
         titles += [shown.format(one, two), *_CHANCES.values()]
         keys += [figure, *(f"{figure}_{kind}" for kind in _CHANCES)]
+    cosines = {} if overlap.products is None else {"cosine": "cosine", "random signs": "cosine_null_sd"}
     lines = [
         (
             row["block"],
             quantity(row["numel"]),
             *(_part(row, key) for key in ("masked_1", "masked_2")),
             *(percent(row[key]) for key in keys),
+            *(number(row[key]) for key in cosines.values()),
         )
         for row in [*overlap.grouped(pair, "block"), {**whole, "block": "all"}]
     ]
@@ -47,6 +49,9 @@ def _pair(overlap: Overlap, pair: PairCounts) -> list[Html]:
     said += f"tensor {percent(whole['o1_stratified'])}"
     if whole["o1_conditional"] is not None:
         said += f", among weights of the same size {percent(whole['o1_conditional'])}"
+    if overlap.products is not None:
+        said += f". The cosine between the updates is {number(whole['cosine'])}; with random signs it would be 0, give "
+        said += f"or take {number(whole['cosine_null_sd'])}"
     places = [facts if facts.compare != "bitwise" else None for facts in overlap.tensors]
     grid = Grid.of([place for place in places if place is not None])
 
@@ -56,7 +61,7 @@ def _pair(overlap: Overlap, pair: PairCounts) -> list[Html]:
     names = f"{one}: {overlap.runs[pair.first]}; {two}: {overlap.runs[pair.second]}"
     return [
         tag("p", names),
-        table(titles, lines),
+        table([*titles, *cosines], lines),
         tag("p", said, "."),
         heatmaps(grid, [("", grid.cells(places, of_groups))], (_JACCARD,), {}),
     ]

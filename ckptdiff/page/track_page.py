@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,15 +9,15 @@ from typing import Any
 from ckptdiff.checkpoint import locate_all
 from ckptdiff.errors import plural
 from ckptdiff.page.assemble import MOST_ROWS, group_row, whole_page
+from ckptdiff.page.direction import direction_section, locking_section
 from ckptdiff.page.heatmap import Cell, CellFigure, Grid, Row, heatmaps
 from ckptdiff.page.markup import Html, exact, joined, left_out, section, table, tag
-from ckptdiff.page.svg import SERIES, Axis, legend, line, picture, shares_axis, word
+from ckptdiff.page.step_pictures import BOTTOM, LEFT, RIGHT, TOP, WIDTH, step_axis, step_lines
+from ckptdiff.page.svg import Axis, legend, picture, shares_axis
 from ckptdiff.report.summary import side_name
 from ckptdiff.report.text import percent, quantity, shape_text
 from ckptdiff.track.result import Track
 
-_WIDTH = 370
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 362.0, 26.0, 172.0
 _MOVED = {"touched": "new", "churned": "churned", "reverted": "reverted", "returned": "returned"}
 """What moved in a step, by the key of its count, with its title."""
 _MOVED_COLORS = ("#1b4f8f", "#7aa9d6", "#b96c1c", "#f0c48b")
@@ -33,6 +32,13 @@ _FIGURES = (
     ),
     CellFigure("union", "part of the values that has ever differed", lambda row: row["union_fraction"]),
     CellFigure("relative update", "norm of d / norm of the base at the last step", lambda row: row["rel_norm"]),
+    CellFigure("rank 1", "part of the path that lies in its best single direction", lambda row: row.get("rank1_share")),
+    CellFigure("line", "R² of the straight line nearest to the path", lambda row: row.get("line_r2")),
+    CellFigure(
+        "left overlap",
+        "overlap of the leading left subspaces of the last update and of the one before; the median matrix of the cell",
+        lambda row: row.get("left_overlap"),
+    ),
 )
 
 
@@ -40,23 +46,20 @@ def track_page(track: Track, path: str) -> Iterator[str]:
     """Yield the page of a track file."""
     grid, cells = _cells(track)
     steps = track.overall()
-    none = {"distributions": "Distributions", "spectra": "Spectra"}
-    missing = [
-        section(name, title, left_out("track files hold none; ckptdiff diff measures them for a pair."))
-        for name, title in none.items()
-    ]
+    none = left_out("track files hold none; ckptdiff diff measures them for a pair.")
+    unmeasured = section("spectra", "Spectra", left_out("not measured; ckptdiff track --spectra measures them."))
     sections = [
         _coverage(track, steps),
         _provenance(track, path),
         section("headline", "Step by step", _step_table(track, steps), tag("p", _MEANINGS)),
         section("growth", "Growth of the update", *_growth(steps)),
+        *([] if track.products is None else [direction_section(track, steps)]),
         section("heatmap", "Module types and layers, at the last step", heatmaps(grid, [("", cells)], _FIGURES, {})),
-        *missing,
+        section("distributions", "Distributions", none),
+        unmeasured if track.locking is None else locking_section(track, steps),
         _tensors(track, grid, cells),
     ]
-    said = track.as_json()
-    if len(track.names) > MOST_ROWS:
-        del said["tensors"]
+    said = track.as_json(tensors=len(track.names) <= MOST_ROWS)
     return whole_page(f"{side_name(track.base)}, {plural(len(steps), 'step')}", sections, said)
 
 
@@ -73,7 +76,7 @@ def _cells(track: Track) -> tuple[Grid, dict[Cell, Row]]:
     grid = Grid.of(places)
 
     def of_groups(members: list[list[int]]) -> list[Row]:
-        return [{**track.of_group(rows)[-1], "tensors": len(rows)} for rows in members]
+        return [{**track.last_of_group(rows), "tensors": len(rows)} for rows in members]
 
     return grid, grid.cells(places, of_groups)
 
@@ -89,6 +92,8 @@ def _provenance(track: Track, path: str) -> Html:
     lines = [("base", track.base), *((at, step) for at, step in enumerate(track.steps, 1))]
     words = ["ckptdiff", "track", track.base, *track.steps]
     words += [] if track.compare == "bf16" else ["--compare", track.compare]
+    words += [] if track.products is None else ["--gram"]
+    words += [] if track.locking is None else ["--spectra"]
     parts = [
         table(("step", "path"), lines, left=2),
         tag(
@@ -129,7 +134,7 @@ def _growth(steps: Sequence[Row]) -> list[Html]:
     return [
         tag(
             "div",
-            _lines(
+            step_lines(
                 "Support and union",
                 "of all values, %",
                 {"union": "union_fraction", "support": "support_fraction"},
@@ -137,40 +142,19 @@ def _growth(steps: Sequence[Row]) -> list[Html]:
                 grown,
             ),
             _bars("What moved in each step", steps, f"Of all that moved: {shares}."),
-            _lines("Relative update", "norm of d / norm of the base, %", {"update": "rel_norm"}, steps, norms),
+            step_lines("Relative update", "norm of d / norm of the base, %", {"update": "rel_norm"}, steps, norms),
             class_="figures",
         )
     ]
 
 
-def _lines(title: str, upright: str, keys: Mapping[str, str], steps: Sequence[Row], said: str) -> Html:
-    x = Axis(0, len(steps), _LEFT, _RIGHT)
-    top = max((row[key] or 0.0 for key in keys.values() for row in steps), default=0.0)
-    y = Axis(0.0, top * 1.05 or 1.0, _BOTTOM, _TOP)
-    marks = [*shares_axis(y, _LEFT, _RIGHT, upright), *_steps(x)]
-    for color, (name, key) in zip(SERIES, keys.items(), strict=False):
-        values = [0.0, *(row[key] for row in steps)]
-        known = [(x.at(at), y.at(value), value, at) for at, value in enumerate(values) if value is not None]
-        points = " ".join(f"{across:.1f},{up:.1f}" for across, up, _, _ in known)
-        wide = len(keys) > 1 and name == next(iter(keys))  # below the other, where both are one
-        marks.append(tag("polyline", points=points, fill="none", stroke=color, stroke_width=6 if wide else 2))
-        marks += [
-            tag("circle", tag("title", f"{name}, step {at}: {percent(value)}"), cx=across, cy=up, r=3, fill=color)
-            for across, up, value, at in known
-        ]
-    if len(keys) > 1:
-        marks += legend(_LEFT, _BOTTOM + 50, [("dot", color, name) for color, name in zip(SERIES, keys, strict=False)])
-    height = _BOTTOM + 40 + (16 * len(keys) if len(keys) > 1 else 0)
-    return tag("figure", tag("h3", title), picture(_WIDTH, height, title, *marks), tag("figcaption", said))
-
-
 def _bars(title: str, steps: Sequence[Row], said: str) -> Html:
     numel = steps[0]["numel"] or 1
-    x = Axis(0, len(steps), _LEFT, _RIGHT)
+    x = Axis(0, len(steps), LEFT, RIGHT)
     top = max(sum(row[key] for key in _MOVED) for row in steps) / numel
-    y = Axis(0.0, top * 1.05 or 1.0, _BOTTOM, _TOP)
-    marks = [*shares_axis(y, _LEFT, _RIGHT, "of all values, %"), *_steps(x)]
-    width = min(0.8 * (_RIGHT - _LEFT) / len(steps), 40.0)
+    y = Axis(0.0, top * 1.05 or 1.0, BOTTOM, TOP)
+    marks = [*shares_axis(y, LEFT, RIGHT, "of all values, %"), *step_axis(x)]
+    width = min(0.8 * (RIGHT - LEFT) / len(steps), 40.0)
     for at, row in enumerate(steps, 1):
         below = 0.0
         for color, (key, name) in zip(_MOVED_COLORS, _MOVED.items(), strict=True):
@@ -191,18 +175,8 @@ def _bars(title: str, steps: Sequence[Row], said: str) -> Html:
                 )
             below += share
     entries = [("bar", color, name) for color, name in zip(_MOVED_COLORS, _MOVED.values(), strict=True)]
-    marks += legend(_LEFT, _BOTTOM + 50, entries)
-    return tag(
-        "figure", tag("h3", title), picture(_WIDTH, _BOTTOM + 40 + 16 * 4, title, *marks), tag("figcaption", said)
-    )
-
-
-def _steps(x: Axis) -> list[Html]:
-    """An axis of steps, of which 0 is the base."""
-    marks = [line(x.start, _BOTTOM, x.end, _BOTTOM, stroke_opacity=0.6)]
-    every = max(1, math.ceil(x.high / 10))
-    marks += [word(x.at(at), _BOTTOM + 16, at, "middle") for at in range(0, int(x.high) + 1, every)]
-    return [*marks, word((x.start + x.end) / 2, _BOTTOM + 32, "step; 0 is the base", "middle")]
+    marks += legend(LEFT, BOTTOM + 50, entries)
+    return tag("figure", tag("h3", title), picture(WIDTH, BOTTOM + 40 + 16 * 4, title, *marks), tag("figcaption", said))
 
 
 def _tensors(track: Track, grid: Grid, cells: Mapping[Cell, Row]) -> Html:
@@ -222,7 +196,7 @@ def _tensors(track: Track, grid: Grid, cells: Mapping[Cell, Row]) -> Html:
     else:
         head, note = ("tensor", "shape"), []
         lines = [
-            (name, shape_text(shape), *(spell(track.of_group([at])[-1]) for spell in columns.values()))
+            (name, shape_text(shape), *(spell(track.counts_of([at])[-1]) for spell in columns.values()))
             for at, (name, shape) in enumerate(zip(track.names, track.shapes, strict=True))
         ]
     return section("tensors", "All tensors, at the last step", *note, table((*head, *columns), lines, name="rows"))

@@ -27,6 +27,7 @@ from ckptdiff.retrain.sgd import MaskedSGD
 
 if TYPE_CHECKING:
     from ckptdiff.retrain.callback import MaskCallback
+    from ckptdiff.retrain.track_callback import TrackCallback
 
 __all__ = [
     "Freezing",
@@ -36,6 +37,7 @@ __all__ = [
     "MatchReport",
     "PackedMask",
     "ParameterMasks",
+    "TrackCallback",
     "freeze_outside",
     "load_masks",
     "mask_gradients",
@@ -47,4 +49,8 @@ def __getattr__(name: str) -> Any:
         from ckptdiff.retrain.callback import MaskCallback
 
         return MaskCallback
+    if name == "TrackCallback":
+        from ckptdiff.retrain.track_callback import TrackCallback
+
+        return TrackCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

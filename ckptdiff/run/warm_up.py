@@ -204,16 +204,20 @@ def compile_apart(missing: Sequence[Use], told: Stage | None = None) -> None:
 
 
 def _start(use: Use) -> subprocess.Popen[bytes]:
-    # The same packages, and none from a working directory, which may not be the one it was when this process took its
-    # own. Docstrings are part of what the cache knows a kernel by.
-    paths = [path for path in sys.path if isinstance(path, str) and Path(path).is_absolute()]
-    code = (
-        f"import sys; sys.path[:] = {[*paths, str(_HOME)]!r}\n"
-        f"from ckptdiff.run.warm_up import compile_for; compile_for({use!r})"
-    )
-    command = [sys.executable, "-I", *["-O"] * sys.flags.optimize, "-c", code]
     nowhere = subprocess.DEVNULL
+    command = python_command(f"from ckptdiff.run.warm_up import compile_for; compile_for({use!r})")
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere)
+
+
+def python_command(code: str) -> list[str]:
+    """A command that runs code with the packages of this process, and with none from a working directory.
+
+    That may not be the one it was when this process took its own.
+    """
+    paths = [path for path in sys.path if isinstance(path, str) and Path(path).is_absolute()]
+    # Docstrings are part of what the cache knows a kernel by.
+    flags = ["-I", *["-O"] * sys.flags.optimize]
+    return [sys.executable, *flags, "-c", f"import sys; sys.path[:] = {[*paths, str(_HOME)]!r}\n{code}"]
 
 
 def compile_for(use: Use) -> None:
@@ -305,9 +309,9 @@ def _follow(compare: Format) -> None:
 
     code = max(compare.code_dtype, np.dtype(np.uint16))
     nothing, files, tables = np.empty((0, 3), np.int64), np.zeros((1, 2, 5), np.int64), np.zeros((2, 0), code)
-    found = np.zeros((0, 1, len(Flow)), np.int64), np.zeros((0, 2))
+    found = np.zeros((0, 1, len(Flow)), np.int64), np.zeros((0, 2)), np.zeros((0, 0, 1))
     magnitude = code.type(compare.magnitude)
-    follow_spans(nothing, files, tables, facts_of(compare).values, magnitude, new_rooms(code, 2), *found)
+    follow_spans(nothing, files, tables, facts_of(compare).values, magnitude, new_rooms(code, 2, 0), *found, 1)
 
 
 def _two_coordinates(base: Format, tuned: Format) -> InMemory:

@@ -9,6 +9,8 @@
     /tensors/base_norm              [tensors]
     /tensors/delta_norm             [steps, tensors]
     /tensors/support, touched, ...  [steps, tensors]
+    /tensors/products               [tensors, steps * (steps + 1) / 2], with --gram
+    /tensors/left_overlap, ...      [tensors, steps * (steps - 1) / 2], with --spectra
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from ckptdiff.runfile.tables import numbers_of_tensors, texts_of_tensors
 from ckptdiff.runfile.typed import Spec, WrongTypeError, json_of, numbers_of, parse_json
 from ckptdiff.track.kernels.trajectory import Flow
 from ckptdiff.track.result import COUNTS, Track
+from ckptdiff.track.subspaces import LOCKING_FIGURES, Locking
 
 _VERSION = 1
 _HINT = "ckptdiff track BASE STEP... -o TRACK.h5 makes one"
@@ -73,6 +76,12 @@ def save_track(track: Track, target: str | os.PathLike[str]) -> None:
             for key in _COUNTED:
                 tensors[key] = track.counts[key].astype(np.uint64)
                 tensors[key].attrs["long_name"] = COUNTS[key]
+            if track.locking is not None:
+                for key in LOCKING_FIGURES:
+                    tensors[key] = getattr(track.locking, key)
+            if track.products is not None:
+                tensors["products"] = track.products
+                tensors["products"].attrs["long_name"] = "inner products of W - W0, the lower triangle row by row"
         staged.commit()
 
 
@@ -156,6 +165,13 @@ def _read(file: Any) -> Track:
         if values.shape != (len(known["steps"]), len(names)):
             expected = f"{len(known['steps'])} x {len(names)} values in /tensors/{key}: steps x tensors"
             raise WrongTypeError(expected, f"shape {values.shape}")
+    pairs = len(known["steps"]) * (len(known["steps"]) - 1) // 2
+    wanted = {"products": pairs + len(known["steps"]), **dict.fromkeys(LOCKING_FIGURES, pairs)}
+    optional = {key: numbers_of(tensors[key], np.float64) for key in wanted if key in tensors}
+    for key, values in optional.items():
+        if values.shape != (len(names), wanted[key]):
+            raise WrongTypeError(f"{len(names)} x {wanted[key]} values in /tensors/{key}", f"shape {values.shape}")
+    locking = Locking(**{key: optional[key] for key in LOCKING_FIGURES}) if LOCKING_FIGURES[0] in optional else None
     track = Track(
         base=known["base"],
         steps=tuple(known["steps"]),
@@ -167,6 +183,8 @@ def _read(file: Any) -> Track:
         base_norms=numbers_of_tensors(tensors, "base_norm", np.float64),
         delta_norms=figures["delta_norm"],
         warnings=tuple(known["warnings"]),
+        products=optional.get("products"),
+        locking=locking,
     )
     _require_possible(track)
     return track
@@ -176,8 +194,8 @@ def _require_possible(track: Track) -> None:
     """Refuse counts that no tensors of these shapes have."""
     if len(track.shapes) != len(track.names) or any(size < 0 for shape in track.shapes for size in shape):
         raise WrongTypeError("a shape of each tensor in /tensors/shape", f"{len(track.shapes)} of {len(track.names)}")
-    for _, rows in track.grouped("tensor"):
-        for row in rows:
+    for tensor in range(len(track.names)):
+        for row in track.counts_of([tensor]):
             counts = [row[key] for key in COUNTS]
             if min(counts) < 0 or max(counts) > row["numel"]:
                 raise WrongTypeError(f"counts from 0 to {row['numel']} in /tensors", ", ".join(map(str, counts)))

@@ -16,6 +16,7 @@ from ckptdiff.figures.result import Diff
 from ckptdiff.page import read_run, run_page
 from ckptdiff.page.track_page import track_page
 from ckptdiff.track import Track
+from ckptdiff.track.subspaces import Locking
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("chromium")]
 
@@ -71,7 +72,10 @@ def pages(make_run, make_diff, make_facts, diff: Diff, troubled_diff: Diff, tmp_
     norms = np.ones((3, 2))
     shapes = ((16, 8), (8, 8))
     names = ("model.layers.0.mlp.up_proj.weight", HOSTILE)
-    track = Track("base", ("a", "b", "c"), "bf16", names, shapes, counts, norms[0], norms, (HOSTILE,))
+    products = np.tile([1.0, 1.0, 3.0, -0.5, 1.0, 2.0], (2, 1))
+    locking = Locking(*np.linspace(0, 1, 24).reshape(4, 2, 3))
+    known = "base", ("a", "b", "c"), "bf16", names, shapes, counts, norms[0], norms, (HOSTILE,)
+    track = Track(*known, products, locking)
     written = {
         "run": run_page([runs["run"]]),
         "special": run_page([runs["special"]]),

@@ -238,6 +238,8 @@ sys.exit(main())
         ("spectra.stage", ["diff", "base", "tuned", "--spectra", "randomized", "--compare", "stored"]),
         ("lora.extract", ["lora", "base", "tuned", "-o", "adapter", "--rank", "2"]),
         ("track.follow", ["track", "base", "tuned"]),
+        ("track.follow", ["track", "base", "tuned", "tuned", "--gram", "--spectra"]),
+        ("track.follow", ["overlap", "run.h5", "run.h5", "--values"]),
         ("overlap.combine", ["mask", "combine", "--union", "run.h5", "run.h5", "-o", "both.h5"]),
     ],
 )

@@ -10,11 +10,9 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
-from ckptdiff.codes.bfloat16 import bf16_to_f32
-from ckptdiff.codes.bits import bits_float, population
+from ckptdiff.codes.bits import population
+from ckptdiff.codes.differences import PRODUCT_SUMS
 from ckptdiff.codes.fetch import Side, fetch
 from ckptdiff.codes.lanes import (
     LANES,
@@ -31,6 +29,7 @@ from ckptdiff.codes.lanes import (
 from ckptdiff.jit import helper, kernel
 from ckptdiff.measure.kernels.stored import Cast, decode
 from ckptdiff.measure.kernels.tiles import Array
+from ckptdiff.track.kernels.products import TRACK_TILE, multiply_piece, value_of
 
 PIECES_BYTES = 3 << 20
 """Bytes of a piece of all checkpoints together: about the caches of a core."""
@@ -38,8 +37,6 @@ LARGEST, SMALLEST = 1 << 18, 1 << 14
 """Coordinates of a piece. A read costs a microsecond beside its bytes, so short ones are slower than a lower cache."""
 ITEMSIZE, CAST = 3, 4
 """Columns of files, after those of their run."""
-TRACK_TILE = 1 << 13
-"""Coordinates whose squares are summed in float32 before they are added in float64: 256 in each sum."""
 _WIDEST = 8
 
 NO_CAST = int(Cast.NONE)
@@ -77,10 +74,14 @@ class Rooms(NamedTuple):
     """Counters of a piece."""
     piece_squares: Array
     """Sums of squares of a piece, in float64."""
+    deltas: Array
+    """Differences from the base at sixty-four coordinates, in float64; shape (steps, LANES)."""
+    products: Array
+    """Sums of products of a piece; shape (kinds, pairs, PRODUCT_SUMS)."""
 
 
-def new_rooms(code: np.dtype[Any], sides: int) -> Rooms:
-    """Work space for so many checkpoints."""
+def new_rooms(code: np.dtype[Any], sides: int, kinds: int) -> Rooms:
+    """Work space for so many checkpoints and kinds of products."""
     piece = LARGEST
     while piece > SMALLEST and sides * piece * code.itemsize > PIECES_BYTES:
         piece //= 2
@@ -91,30 +92,9 @@ def new_rooms(code: np.dtype[Any], sides: int) -> Rooms:
         squares=aligned((sides, SUMS), np.float32 if code.itemsize == 2 else np.float64),
         piece_flows=np.zeros((sides, len(Flow)), np.int64),
         piece_squares=aligned((sides, SUMS), np.float64),
+        deltas=aligned((sides - 1, LANES), np.float64),
+        products=aligned((kinds, sides * (sides - 1) // 2, PRODUCT_SUMS), np.float64),
     )
-
-
-@helper
-def value16(code: Any, values: Array) -> Any:
-    """Value of a 16-bit code: of bfloat16, or by table, shape (65536,)."""
-    return bits_float(bf16_to_f32(code)) if values.size == 0 else values[code]
-
-
-@helper
-def value_wide(code: Any, values: Array) -> Any:
-    """Value of a code of float32 or float64; the table has shape (0,)."""
-    return bits_float(code)
-
-
-def value_of(code: Any, values: Array) -> Any:
-    """Value of a code; the table has shape (0,) or (65536,)."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(value_of, jit_options={"nogil": True}, inline="never", strict=False)
-def _value_of(code: Any, values: Any) -> Any:
-    chosen = value16 if code == types.uint16 else value_wide
-    return lambda code, values: chosen(code, values)
 
 
 @helper
@@ -236,6 +216,8 @@ def follow_spans(
     rooms: Rooms,
     counts: Array,
     sums: Array,
+    products: Array,
+    every: int,
 ) -> int:
     """Follow spans of tensors of the same dtypes through all checkpoints.
 
@@ -256,6 +238,11 @@ def follow_spans(
         Added to; columns are those of :class:`Flow`.
     sums : float64 array, shape (spans, 1 + steps)
         Added to: sum of W0^2, then of (W - W0)^2 at each step.
+    products : float64 array, shape (spans, kinds, pairs)
+        Added to: sums of (W - W0)(W' - W0) of each step with itself and those before it, and, of two kinds, sums of the
+        squares of these products. None are made for no kind.
+    every : int
+        Of so many tiles of a tensor one is multiplied.
 
     Returns
     -------
@@ -273,4 +260,10 @@ def follow_spans(
             counts[i] += rooms.piece_flows[1:]
             for side in range(sums.shape[1]):
                 sums[i, side] += sum_piece(side, end - start, values, rooms)
+            if products.shape[1] > 0 and rooms.piece_flows.any():
+                multiply_piece(start, end - start, every, values, rooms.codes, rooms.deltas, rooms.products)
+                for kind in range(products.shape[1]):
+                    for pair in range(products.shape[2]):
+                        for part in rooms.products[kind, pair]:
+                            products[i, kind, pair] += part
     return len(spans)
