@@ -53,7 +53,7 @@ class FakeEngine:
                     for index in range(-(-math.prod(facts.shape) // (1 << 20))):
                         first = min(max(changed - (index << 20), 0), 1 << 20)
                         bits = (1 << first) - 1
-                        writer.add_mask_chunk(facts.name, facts.shape, index, bits.to_bytes(size, "little"), 1)
+                        writer.add_mask_chunks(facts.name, facts.shape, index, [(bits.to_bytes(size, "little"), 1)])
                 writer.add_histograms(HistogramRows.empty(len(self.diff.tensors)))
                 writer.finish(self.diff)
         tell(Finished(self.diff, 0.1))

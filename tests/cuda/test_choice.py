@@ -7,17 +7,20 @@ import platform
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from host_gpu import HostGpu
 
 import ckptdiff
+from ckptdiff.cli import main
 from ckptdiff.errors import DeviceError, OptionError, PlanError
 from ckptdiff.measure.cuda import choice
 from ckptdiff.measure.cuda.gpu import failure
 from ckptdiff.options import Options
-from ckptdiff.run import devices
 from ckptdiff.run.devices import open_device
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
 @pytest.fixture
@@ -73,6 +76,70 @@ def test_a_gpu_that_is_not_there_is_named(cupy_installed):
     cupy_installed.cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(getDeviceCount=lambda: 2))
     error = refused("cuda:2")
     assert (error.expected, error.found) == ("cuda:0 to cuda:1", "cuda:2")
+    assert "CUDA_VISIBLE_DEVICES" in error.hint
+
+
+def no_package(module, monkeypatch):
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+
+
+def no_driver(module, monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(choice.ctypes, "CDLL", missing)
+
+
+def answers(count):
+    """CuPy is there, and its runtime says how many GPUs there are, or what is wrong."""
+
+    def prepare(module, monkeypatch):
+        def devices():
+            if isinstance(count, str):
+                raise RuntimeError(count)
+            return count
+
+        module.cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(getDeviceCount=devices))
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    ("prepare", "problem", "hint", "found"),
+    [
+        (no_package, "CuPy is not installed", "pip install 'ckptdiff[cuda13]'", False),
+        (no_driver, "there is no NVIDIA driver on this machine", "install the driver", False),
+        (
+            answers("cudaErrorInsufficientDriver: CUDA driver version is"),
+            "InsufficientDriver",
+            "update the NVIDIA",
+            False,
+        ),
+        (
+            answers("cudaErrorNoDevice: no CUDA-capable device is detected"),
+            "NoDevice",
+            "whether nvidia-smi lists a GPU",
+            False,
+        ),
+        (answers(0), "there is no such GPU", "what nvidia-smi lists", False),
+        (answers(3), "there is no such GPU", "what nvidia-smi lists", True),
+    ],
+    ids=["no CuPy", "no driver", "old driver", "no device", "none visible", "no device of that number"],
+)
+def test_what_a_user_reads_without_a_gpu(cupy_installed, monkeypatch, capsys, tmp_path, prepare, problem, hint, found):
+    """Asked for, it is an error that says what to do; on its own accord the processor measures, and a note says so."""
+    prepare(cupy_installed, monkeypatch)
+    sides, out = [str(FIXTURES / "tied" / side) for side in ("base", "tuned")], tmp_path / "run.h5"
+    command = ["diff", *sides, "-o", str(out), "--no-progress"]
+    assert main([*command, "--device", "cuda:3"]) == 2
+    printed, told = capsys.readouterr()
+    assert printed == "" and told.startswith("ckptdiff: error: ") and problem in told and hint in told
+    assert list(tmp_path.iterdir()) == []
+    if found:  # another one
+        return
+    assert main([*command, "-v", "-O", os.devnull]) == 0
+    told = capsys.readouterr().err
+    assert "device cpu (no GPU: " in told and problem in told and out.exists()
 
 
 @pytest.mark.parametrize(
@@ -91,6 +158,8 @@ def test_a_gpu_that_is_not_there_is_named(cupy_installed):
         ("cudaErrorNoDevice: no CUDA-capable device is detected", "nvidia-smi"),
         ("cudaErrorInvalidDevice: invalid device ordinal", "CUDA_VISIBLE_DEVICES"),
         ("cudaErrorDevicesUnavailable: CUDA-capable device(s) is/are busy or unavailable", "another process"),
+        ("cudaErrorSystemDriverMismatch: system has unsupported display driver / cuda driver combination", "driver"),
+        ("cudaErrorUnknown: unknown error", "dmesg"),
         ("cudaErrorSystemNotReady: system not yet initialized", "fabric manager"),
         ("CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure", "run it again"),
         ("cudaErrorIllegalAddress: an illegal memory access was encountered", "run it again"),
@@ -198,9 +267,8 @@ def test_unknown_devices_are_refused(name):
 
 def test_a_run_on_a_missing_gpu_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
-    fixture = devices.__file__.replace("ckptdiff/run/devices.py", "fixtures/tied/")
     with pytest.raises(DeviceError):
-        ckptdiff.diff(fixture + "base", fixture + "tuned", out=tmp_path / "run.h5", device="cuda:0")
+        ckptdiff.diff(FIXTURES / "tied/base", FIXTURES / "tied/tuned", out=tmp_path / "run.h5", device="cuda:0")
     assert list(tmp_path.iterdir()) == []
 
 
