@@ -2,11 +2,13 @@
 
 import errno
 import importlib.util
+import json
 import os
 import platform
 import subprocess
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from ckptdiff.cli import main
 from ckptdiff.errors import DeviceError, OptionError, PlanError
 from ckptdiff.measure.cuda import choice
 from ckptdiff.measure.cuda.gpu import failure
+from ckptdiff.measure.cuda.slots import Room
 from ckptdiff.options import Options
 from ckptdiff.run.devices import open_device
 
@@ -30,8 +33,18 @@ def cupy_installed(monkeypatch):
     module.__spec__ = types.SimpleNamespace(name="cupy")
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setattr(choice, "cupy_packages", lambda: ["cupy-cuda13x 14.2.0"])
-    monkeypatch.setattr(choice.ctypes, "CDLL", lambda name: None)
+    driver_is(monkeypatch, lambda: None)
     return module
+
+
+def driver_is(monkeypatch, answer):
+    """What loading the driver gives; other libraries are loaded."""
+    real = choice.ctypes.CDLL
+    monkeypatch.setattr(
+        choice.ctypes,
+        "CDLL",
+        lambda name, *how, **more: answer() if name == "libcuda.so.1" else real(name, *how, **more),
+    )
 
 
 def refused(device="cuda"):
@@ -55,10 +68,7 @@ def test_two_cupy_packages_are_refused(cupy_installed, monkeypatch):
 
 
 def test_without_a_driver_nothing_is_imported(cupy_installed, monkeypatch):
-    def missing(name):
-        raise OSError(name)
-
-    monkeypatch.setattr(choice.ctypes, "CDLL", missing)
+    no_driver(cupy_installed, monkeypatch)
     assert "no NVIDIA driver" in refused().problem
 
 
@@ -84,10 +94,10 @@ def no_package(module, monkeypatch):
 
 
 def no_driver(module, monkeypatch):
-    def missing(name):
-        raise OSError(name)
+    def missing():
+        raise OSError("libcuda.so.1: cannot open shared object file")
 
-    monkeypatch.setattr(choice.ctypes, "CDLL", missing)
+    driver_is(monkeypatch, missing)
 
 
 def answers(count):
@@ -234,6 +244,43 @@ def test_auto_takes_a_gpu_on_which_a_kernel_ran(gpu_found):
 
 def test_gpu_memory_bounds_the_threads(gpu_found):
     assert open_device(Options(threads=4, gpu_memory=60 << 20)).threads == 2
+
+
+def test_what_a_dry_run_projects_is_kept(libraries, monkeypatch, capsys, tmp_path):
+    held, peak = [0], [0]
+
+    def freed(size):
+        held[0] -= size
+
+    class Counting(Reachable):
+        def __init__(self, index):
+            super().__init__(libraries, processors=1)
+
+        def empty(self, size):
+            memory = super().empty(size)
+            weakref.finalize(memory, freed, size)
+            held[0] += size
+            peak[0] = max(peak[0], held[0])
+            return memory
+
+    monkeypatch.setattr("ckptdiff.measure.cuda.choice.find_gpu", Counting)
+    monkeypatch.setattr("ckptdiff.measure.cuda.gpu.CupyGpu", Counting)
+    sides = [str(FIXTURES / "moe" / side) for side in ("base", "tuned")]
+    command = ["diff", *sides, "--no-progress", "--device", "cuda", "--gpu-memory", "150M", "--threads", "2"]
+    plans = []
+    for how in ("json", "table"):
+        assert main([*command, "--dry-run", "--format", how]) == 0
+        plans.append(capsys.readouterr().out)
+    plan = json.loads(plans[0])
+    assert (plan["device"], plan["threads"], plan["gpu_memory"]) == ("cuda:0", 2, 150 << 20)
+    assert plan["projected_gpu_memory"] == 2 * Room(2 << 20, 16).gpu_bytes <= plan["gpu_memory"]
+    assert "on cuda:0, 109 MiB of its memory at most, of 150 MiB allowed\n" in plans[1]
+    peak[0] = held[0]
+    assert main([*command, "-o", str(tmp_path / "run.h5"), "-O", os.devnull]) == 0
+    assert Room.smallest().gpu_bytes < peak[0] <= plan["projected_gpu_memory"]
+    assert main(["diff", *sides, "--device", "cpu", "--dry-run", "--format", "json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["device"], plan["projected_gpu_memory"], plan["gpu_memory"]) == ("cpu", 0, 0)
 
 
 def test_auto_leaves_a_gpu_that_is_full(gpu_found, monkeypatch):
