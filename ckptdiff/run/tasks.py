@@ -26,7 +26,7 @@ class Grain:
 
 
 GRAIN = Grain()
-"""That of every run, unless it is told another."""
+"""That of the processor."""
 
 
 _MEASUREMENT = 8 * BINS * 6 + (1 << 17)

@@ -107,11 +107,11 @@ class Flight:
     totals: GroupTotals
     tiles: int = 0
     sides: tuple[int, int] = (0, 0)
-    """Where those begin in what goes up."""
+    """Where base and tuned side begin in what goes up."""
     ends: tuple[int, int] = (0, 0)
-    """Where they end: the last one is the end of all that goes up."""
+    """Where they end, the tuned side at the end of all."""
     masks: list[slice] = field(default_factory=list)
-    """Where that of each part comes down."""
+    """Where the mask of each part lies in what comes down."""
 
 
 class Pipeline:
