@@ -72,6 +72,8 @@ class FakeEngine:
             decoding_note="",
             spectra=None,
             chunk_bytes=1 << 21,
+            device=SimpleNamespace(name="cpu", gpu_memory=0),
+            projected_gpu_memory=0,
             projected_memory=300 << 20,
             max_memory=options.max_memory or DEFAULT_MEMORY,
             io="mmap",
