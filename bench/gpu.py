@@ -137,6 +137,7 @@ def kernel_rows(gpu: Gpu, size: int, rounds: int) -> Rows:
     rng = np.random.default_rng(0)
     usual = make_sides(size)
     third = np.full(size // 2, 0x3CA4, np.uint16)  # 0.02
+    single = np.full(size // 4, 0x3CA3D70A, np.uint32)
     count = min(size // 4, TILED)
     weights = (rng.standard_normal(count) * 0.02).astype(np.float32)
 
@@ -153,7 +154,9 @@ def kernel_rows(gpu: Gpu, size: int, rounds: int) -> Rows:
         ("bf16, base constant, all changed", BF16, third, usual[0]),
         ("bf16, base constant, all changed alike", BF16, third, third + np.uint16(1)),
         ("bf16, base zero, all changed", BF16, np.zeros_like(third), usual[0]),
+        ("bf16, base constant outside the window, all changed", BF16, np.full_like(third, 0x4348), usual[0]),
         ("f32, a tenth changed", F32, large(singles, np.uint32), large(singles + tenth, np.uint32)),
+        ("f32, base constant, all changed alike", F32, single, single + np.uint32(0x12345)),
         ("f16, a tenth changed", F16, large(halves, np.uint16), large(halves + tenth, np.uint16)),
         ("e4m3, all changed", E4M3, large(bytes_, np.uint8), large(bytes_ + np.uint8(1), np.uint8)),
         ("e5m2, all changed", E5M2, large(bytes_, np.uint8), large(bytes_ + np.uint8(1), np.uint8)),
@@ -163,7 +166,7 @@ def kernel_rows(gpu: Gpu, size: int, rounds: int) -> Rows:
         yield {"scan kernel over": what, "GB/s": kernel_rate(gpu, format, base, tuned, rounds)}
 
 
-def read_rates(folder: Path, base: np.ndarray, rounds: int, piece: int = 4 << 20) -> dict[str, float]:
+def read_rates(folder: Path, base: np.ndarray, rounds: int, piece: int = Room().side) -> dict[str, float]:
     """GB/s of one thread that fills a buffer, as the pipeline fills pinned memory, with what is in the page cache."""
     path, piece = folder / "side", min(piece, base.nbytes)
     path.write_bytes(base.tobytes())

@@ -26,7 +26,7 @@ FOLDER = "CKPTDIFF_HOST_DEVICE"
 """Names the folder of built kernels to the processes that pytest starts."""
 THREADS = 64
 """Threads of a block, fewer than on a GPU: each is a fiber."""
-MEMORY = 192 << 20
+MEMORY = 400 << 20
 
 
 def install(folder: Path) -> None:

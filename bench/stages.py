@@ -59,9 +59,9 @@ def drain(plan: Plan) -> None:
             pass
 
 
-def stored(mask: np.ndarray, chunk_bytes: int) -> tuple[bytes, int]:
+def stored(mask: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> list[tuple[bytes, int]]:
     """Stand in for compression."""
-    return b"", 0
+    return [(b"", 0)] * len(starts)
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
         masked = prepare(given.base, given.tuned, out=out, options=Options(threads=given.threads))
 
         def without_compression() -> None:
-            with mock.patch.object(worker, "compress_chunk", stored):
+            with mock.patch.object(worker, "compress_parts", stored):
                 drain(masked)
 
         stages: dict[str, Callable[[], object]] = {

@@ -39,6 +39,11 @@ struct Record {
     u64 kept[KEPT];        // what the sides have in common besides values, if one of them is codes with scales
 };
 
+// A bin that is not empty. Its count is in halves, so that nothing is left between two of them.
+struct Bin {
+    u32 place, low, high;
+};
+
 // Magnitudes are bit patterns of the type of d, rounded down: comparing those compares the values.
 struct ScanSettings {
     u64 thresholds[LIMITS]; // all ones where there are fewer

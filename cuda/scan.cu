@@ -76,12 +76,19 @@ __device__ inline void measure_delta(const Coordinate& c, const ScanSettings& se
     atomicAdd(&hot.above[above], 1u);
     atomicAdd(&hot.ulp[floor_log2(c.distance())], 1u);
     const u32 bin = (u32)(c.size >> (sizeof(Bits) * 8 - 16));
-    count_bin(hot.deltas, HOT_DELTA, rows + DELTAS * BINS, bin);
+    if (!count_bin(hot.deltas, HOT_DELTA, bin)) atomicAdd(&rows[DELTAS * BINS + bin], 1ull);
     const u64 low = c.size & 0xffff;
     if (sizeof(Bits) == 4 && low) {
         atomicAdd(&rows[LOW_BITS * BINS + bin], low);
         atomicAdd(&rows[LOW_SQUARES * BINS + bin], low * low);
     }
+}
+
+// Count the weight of a coordinate that is not zero.
+__device__ inline void measure_weight(u32 bin, bool changed, Hot& hot, u64* rows) {
+    if (count_bin(changed ? hot.changed : hot.unchanged, COMPARE::HOT, bin)) return;
+    atomicAdd(&rows[WEIGHTS * BINS + bin], 1ull);
+    if (changed) atomicAdd(&rows[CHANGED_WEIGHTS * BINS + bin], 1ull);
 }
 
 // Returns whether the coordinate belongs to the mask.
@@ -94,12 +101,15 @@ __device__ inline bool measure(BASE::Code x, TUNED::Code y, const ScanSettings& 
     own.counts += (u64)off_grid(x, c.a) << 16 * OFF_GRID;
     measure_stored(x, y, c.changed, own);
     const u32 bin = c.weight_bin();
-    if (bin == 0) ++own.zeros;
-    else count_bin(hot.weights, COMPARE::HOT, rows + WEIGHTS * BINS, bin);
+    if (bin == 0) {
+        ++own.zeros;
+        if (c.changed) atomicAdd(&hot.changed_zeros, 1u);
+    } else {
+        measure_weight(bin, c.changed, hot, rows);
+    }
     if (!c.finite) atomicAdd(&hot.counts[NONFINITE_DELTA], 1u);
     else if (WIDE) own.sums[BASE_SQUARE] += (double)c.v * (double)c.v;
     if (!c.changed) return false;
-    atomicAdd(&rows[CHANGED_WEIGHTS * BINS + bin], 1ull);
     if (c.finite) measure_delta(c, settings, own, hot, rows);
     else atomicAdd(&rows[LOST_WEIGHTS * BINS + bin], 1ull);
     return chosen(c, settings);
@@ -107,7 +117,8 @@ __device__ inline bool measure(BASE::Code x, TUNED::Code y, const ScanSettings& 
 
 // Add what the block found to a record and its histograms, and forget it; all threads are done counting.
 __device__ inline void hand_over(Own& own, Hot& hot, Record* record, u64* rows) {
-    flush(hot.weights, WINDOW, rows + WEIGHTS * BINS + COMPARE::HOT);
+    flush_weights(hot, rows + WEIGHTS * BINS + COMPARE::HOT, rows + CHANGED_WEIGHTS * BINS + COMPARE::HOT);
+    flush(&hot.changed_zeros, 1, rows + CHANGED_WEIGHTS * BINS);
     flush(hot.deltas, WINDOW, rows + DELTAS * BINS + HOT_DELTA);
     flush(hot.counts, COUNTS, record->counts);
     flush(hot.ulp, 64, record->ulp);

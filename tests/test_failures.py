@@ -99,7 +99,7 @@ def start(function: str, call: int, *arguments: str | Path) -> subprocess.Popen[
     return stopped_at(function, call, "diff", *arguments, "-O", os.devnull, "--no-progress")
 
 
-WRITING = "ckptdiff.runfile.writer:RunFileWriter.add_mask_chunk"
+WRITING = "ckptdiff.runfile.writer:RunFileWriter.add_mask_chunks"
 STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
 
 
@@ -110,7 +110,7 @@ STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGK
 )
 def test_a_stopped_run_leaves_the_target_as_it_was(large: Pair, out: Path, signum: int) -> None:
     before = state(out)
-    process = start(WRITING, 60, *large, "-o", out, "--mask", "bitwise")
+    process = start(WRITING, 12, *large, "-o", out, "--mask", "bitwise")
     (staged,) = set(out.parent.iterdir()) - {out}
     assert staged.stat().st_size > 1 << 20
     process.send_signal(signum)
@@ -220,7 +220,7 @@ def test_an_error_that_takes_the_place_of_a_signal(
         signal.raise_signal(signal.SIGINT)
         raise RuntimeError("unable to write")
 
-    monkeypatch.setattr(RunFileWriter, "add_mask_chunk", lost)
+    monkeypatch.setattr(RunFileWriter, "add_mask_chunks", lost)
     before = sorted(tmp_path.iterdir())
     code = main(["diff", *map(str, small), "-o", str(tmp_path / "run.h5"), "--no-progress"])
     assert (code, capsys.readouterr()) == (130, ("", "ckptdiff: interrupted\n"))
@@ -319,14 +319,14 @@ def test_an_error_in_a_thread_ends_the_run(small: Pair, out: Path, monkeypatch: 
 
     calls: list[int] = []
 
-    def broken(packed: Any, size: int) -> Any:
+    def broken(*given: Any) -> Any:
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == 2:
             raise ZeroDivisionError("of the test")
-        return real(packed, size)
+        return real(*given)
 
-    real = worker.compress_chunk
-    monkeypatch.setattr(worker, "compress_chunk", broken)
+    real = worker.compress_parts
+    monkeypatch.setattr(worker, "compress_parts", broken)
     before = state(out)
     with pytest.raises(ZeroDivisionError, match="of the test"):
         run(*map(str, small), out=out, options=Options(threads=3))

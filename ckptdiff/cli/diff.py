@@ -184,6 +184,9 @@ def _print_plan(base: str, tuned: str, out: Path | None, options: Options, reque
         "chunk_bytes": plan.chunk_bytes,
         "projected_memory": plan.projected_memory,
         "max_memory": plan.max_memory,
+        "device": plan.device.name,
+        "projected_gpu_memory": plan.projected_gpu_memory,
+        "gpu_memory": plan.device.gpu_memory,
         "spectra": None if plan.spectra is None else asdict(plan.spectra),
     }
     if request.silent:
@@ -203,6 +206,8 @@ def _print_plan(base: str, tuned: str, out: Path | None, options: Options, reque
             f"threads   {plan.threads}, chunks of {binary_size(plan.chunk_bytes)}",
             f"memory    {binary_size(plan.projected_memory)} at most, of {binary_size(plan.max_memory)} allowed",
         ]
+        if plan.device.gpu_memory:
+            lines.append(_on_gpu(plan.device.name, plan.projected_gpu_memory, plan.device.gpu_memory))
         if plan.spectra is not None:
             too_large = (
                 f", {plan.spectra.too_large:,} of them too large for this memory" if plan.spectra.too_large else ""
@@ -210,13 +215,15 @@ def _print_plan(base: str, tuned: str, out: Path | None, options: Options, reque
             matrices = plural(plan.spectra.matrices, "matrix", "matrices")
             lines.append(f"spectra   {plan.spectra.mode}, of {matrices}{too_large}")
             if plan.spectra.gpu_memory:
-                sizes = (binary_size(b) for b in (plan.spectra.projected_gpu_memory, plan.spectra.gpu_memory))
-                lines.append(
-                    "          on {}, {} of its memory at most, of {} allowed".format(plan.spectra.device, *sizes)
-                )
+                spectra = plan.spectra
+                lines.append(_on_gpu(spectra.device, spectra.projected_gpu_memory, spectra.gpu_memory))
         lines += [f"note      {note}" for note in (plan.threads_note, plan.decoding_note) if note]
         lines += [f"warning: {safe(warning)}" for warning in plan.diff.warnings]
         stream.write("\n".join(lines) + "\n")
+
+
+def _on_gpu(name: str, projected: int, allowed: int) -> str:
+    return f"          on {name}, {binary_size(projected)} of its memory at most, of {binary_size(allowed)} allowed"
 
 
 class _LiveReport:

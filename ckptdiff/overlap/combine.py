@@ -133,7 +133,7 @@ def _write_mask(writer: RunFileWriter, operation: Operation, masks: Sequence[Mas
     for index, pieces in enumerate(zip(*(mask.iter_packed(MASK_CHUNK) for mask in masks), strict=True)):
         bits: Bits = reduce(_OPERATORS[operation], pieces)
         count += int(np.bitwise_count(bits).sum(dtype=np.int64))
-        writer.add_mask_chunk(name, shape, index, *compress_chunk(bits, mask_chunk_bytes(numel)))
+        writer.add_mask_chunks(name, shape, index, [compress_chunk(bits, mask_chunk_bytes(numel))])
         told.more(1, name)
     return count
 

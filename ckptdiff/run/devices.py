@@ -9,8 +9,9 @@ from ckptdiff.errors import DeviceError, PlanError
 from ckptdiff.events import Listener
 from ckptdiff.measure.backend import Backend
 from ckptdiff.measure.partial import BLOCK
-from ckptdiff.memory import resident
+from ckptdiff.memory import resident, room_to_grow
 from ckptdiff.options import Options, default_threads
+from ckptdiff.run.tasks import GRAIN, Grain
 from ckptdiff.run.warm_up import Uses, load, make_call
 
 
@@ -31,6 +32,12 @@ class Device:
     """Most threads it can serve; 0 for any number."""
     overhead: int = 0
     """Bytes of host memory that its driver and libraries took."""
+    grain: Grain = GRAIN
+    """How large tasks are, unless a run is told."""
+    gpu_bytes: int = 0
+    """Bytes of GPU memory that a thread takes."""
+    gpu_memory: int = 0
+    """Those that all threads may take together."""
     compiled_apart: bool = False
     """Whether another process can compile its kernels for it."""
     note: str = ""
@@ -77,12 +84,26 @@ def _open_gpu(options: Options) -> Device:
     index = int(options.device.partition(":")[2] or 0)
     gpu = find_gpu(index)
     free, _ = gpu.free_memory()
-    room, threads = fit_room(options.gpu_memory or free // 2, options.threads or default_threads())
+    allowed, held = options.gpu_memory or free // 2, resident()
+    on_host = (options.max_memory - held if options.max_memory else room_to_grow(held)) // 2
+    room, threads = fit_room(allowed, on_host, options.threads or default_threads())
     wrong = wrong_figures(CudaBackend(gpu, Room.smallest()))
+    gpu.release()  # what was small is of no use to the threads
     if wrong:
         raise DeviceError("the GPU computes wrong figures", found=wrong, hint="--device cpu, and report this")
 
     def worker() -> Backend:
         return CudaBackend(CupyGpu(index), room)  # in the thread that will use it
 
-    return Device(gpu.name, worker, True, True, lambda numel: room.host_bytes, threads, resident() - before)
+    return Device(
+        gpu.name,
+        worker,
+        batches=True,
+        decodes=True,
+        scratch=lambda numel: room.host_bytes,
+        threads=threads,
+        overhead=resident() - before,
+        grain=Grain(blocks=room.task_blocks),
+        gpu_bytes=room.gpu_bytes,
+        gpu_memory=allowed,
+    )

@@ -24,7 +24,7 @@ from ckptdiff.figures.spectral import Spectra
 from ckptdiff.options import Options
 from ckptdiff.run.planning import Plan, prepare
 from ckptdiff.run.schedule import execute
-from ckptdiff.run.tasks import GRAIN, Grain
+from ckptdiff.run.tasks import Grain
 from ckptdiff.run.worker import Result
 from ckptdiff.runfile.writer import RunFileWriter
 
@@ -37,7 +37,7 @@ def run(
     options: Options | None = None,
     listener: Listener | None = None,
     title: str | None = None,
-    grain: Grain = GRAIN,
+    grain: Grain | None = None,
 ) -> Diff:
     """Compare two checkpoints; ``listener`` is called with every event, in this thread.
 
@@ -109,9 +109,9 @@ def _run_file(plan: Plan, out: Path | None, title: str | None) -> Iterator[RunFi
 def _write_masks(writer: RunFileWriter, plan: Plan, result: Result) -> None:
     if not plan.want_masks:
         return
-    for chunk in result.chunks:
-        pair = plan.pairs[chunk.tensor]
-        writer.add_mask_chunk(pair.name, pair.shape, chunk.index, chunk.payload, chunk.filter_mask)
+    for found in result.masks:
+        pair = plan.pairs[found.tensor]
+        writer.add_mask_chunks(pair.name, pair.shape, found.first, found.chunks)
     for index in result.tensors:
         if not plan.loads[index].numel:
             writer.begin_mask(plan.pairs[index].name, plan.pairs[index].shape)

@@ -142,6 +142,11 @@ class Plan:
         return max(self.memory.projected, spectra, peak_resident())
 
     @property
+    def projected_gpu_memory(self) -> int:
+        """Projected GPU memory of the coordinate pass, in bytes; 0 if the processor makes it."""
+        return self.threads * self.device.gpu_bytes
+
+    @property
     def max_memory(self) -> int:
         """The bound it was fitted into, in bytes."""
         spectra = self.spectra.max_memory if self.spectra else 0
@@ -193,7 +198,7 @@ def prepare(
     options: Options | None = None,
     tell: Listener = ignore,
     read_data: bool = True,
-    grain: Grain = GRAIN,
+    grain: Grain | None = None,
 ) -> Plan:
     """Make the plan of a run. Reads headers and indexes, and no data but heads that one side lacks, and samples.
 
@@ -211,6 +216,7 @@ def prepare(
         tells which are tied, fewer rules are proposed, and nothing is said of halves that look swapped. The pairs are
         the same.
     grain : Grain, optional
+        By default that of the device.
 
     Raises
     ------
@@ -228,6 +234,7 @@ def prepare(
         check_target(out, [(shard.path, shard.device, shard.inode) for side in sides for shard in side.shards])
     pairing = _paired(*sides, options, tell, read_data)
     device = open_device(options)
+    grain = grain or device.grain
     want_masks = out is not None and options.mask.kind != "none"
     # Reads into a cached buffer cost less than mapping pages and dropping them again, and report a lost page.
     io = "pread" if options.io == "auto" else options.io

@@ -26,7 +26,7 @@ class Grain:
 
 
 GRAIN = Grain()
-"""That of every run, unless it is told another."""
+"""That of the processor."""
 
 
 _MEASUREMENT = 8 * BINS * 6 + (1 << 17)
@@ -36,7 +36,7 @@ _MEASUREMENTS = 2
 _MASK_BLOCK = BLOCK // 8
 """Bytes of the mask of a block."""
 _COMPRESSING = 4 * _MASK_BLOCK
-"""Bytes that it takes to compress a chunk of mask."""
+"""Bytes that it takes to compress a chunk of mask, beside a stream as large as the whole mask of the span."""
 _TILES = 8 << 20
 """Bytes of the buffers that kernels use for a tile, with what a thread's stack and allocator keep."""
 _ROW = 3 << 10
@@ -175,7 +175,7 @@ def fit_memory(
     block = max((load.block_bytes for load in loads), default=0)
     scratch = max((load.scratch for load in loads), default=0)
     mask = grain.blocks * _MASK_BLOCK
-    per_thread = block + scratch + _MEASUREMENTS * _MEASUREMENT + mask + _COMPRESSING + _TILES
+    per_thread = block + scratch + _MEASUREMENTS * _MEASUREMENT + 2 * mask + _COMPRESSING + _TILES
     waiting = _MEASUREMENT + (mask if masks else 0)
     results = len(loads) * _ROW + (_RUN_FILE if masks else _FIGURES)
     threads = max(threads, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,17 +24,16 @@ from ckptdiff.run.tasks import Span
 from ckptdiff.runfile.compress import compress_chunk, compress_parts
 from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes
 
-__all__ = ["Chunk", "Result", "Worker"]
+__all__ = ["MaskChunks", "Result", "Worker"]
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """One compressed mask chunk of a tensor, as the run file stores it."""
+class MaskChunks:
+    """Consecutive chunks of the mask of a tensor, as the run file stores them: payload and filter mask of each."""
 
     tensor: int
-    index: int
-    payload: bytes
-    filter_mask: int
+    first: int
+    chunks: list[tuple[bytes, int]]
 
 
 @dataclass(slots=True)
@@ -50,8 +48,8 @@ class Result:
         Of a part of a large tensor.
     found : Partial, Refined or None
         To be merged with the other spans of the tensor; None once it is.
-    chunks : list of Chunk
-        Mask chunks, in order.
+    masks : list of MaskChunks
+        In order.
     compared, unchanged : int
         Floating coordinates that were seen for the first time, and those of them that did not change.
     records : Records or None
@@ -65,7 +63,7 @@ class Result:
     tensors: range
     span: Span | None = None
     found: Partial | Refined | None = None
-    chunks: list[Chunk] = field(default_factory=list)
+    masks: list[MaskChunks] = field(default_factory=list)
     compared: int = 0
     unchanged: int = 0
     records: Records | None = None
@@ -97,25 +95,25 @@ class Worker:
     def measure(self, tensors: range, alike: bool) -> Result:
         """Measure whole tensor pairs: in one call those of the same formats, then one by one what is not complete."""
         plan, records = self._plan, empty_records(len(tensors))
-        chunks = self._scan_alike(tensors, records) if alike else []
+        masks = self._scan_alike(tensors, records) if alike else []
         for row in np.flatnonzero(~records.complete).tolist():
             index = tensors[row]
             # What was scanned alike has its mask already.
             measurement = plan.measurement(index, plan.want_masks and not alike)
             while measurement.next is not None:
                 found, made = self._pass(measurement, Span(index, 0, plan.loads[index].blocks))
-                chunks += made
+                masks += made
                 self._spare.extend(measurement.take(found))
             put_row(records, row, measurement.row)
         counted = plan.coordinates(tensors)
         compared = int(counted.numel[counted.valued].sum())
         changed = int(records.counts[counted.valued, Count.CHANGED].sum())
-        return self._with_kept(Result(tensors, None, None, chunks, compared, compared - changed, records))
+        return self._with_kept(Result(tensors, None, None, masks, compared, compared - changed, records))
 
     def pass_over(self, measurement: Measurement, span: Span) -> Result:
         """Carry out the pass at hand over a part of a tensor pair."""
-        found, chunks = self._pass(measurement, span)
-        result = Result(range(span.tensor, span.tensor + 1), span, found, chunks)
+        found, masks = self._pass(measurement, span)
+        result = Result(range(span.tensor, span.tensor + 1), span, found, masks)
         if measurement.next is measurement.first and isinstance(measurement, FloatMeasurement):
             assert isinstance(found, Partial)
             result.compared, result.unchanged = found.numel, found.numel - int(found.counts[Count.CHANGED])
@@ -126,7 +124,7 @@ class Worker:
         result.kept, self._kept, result.odd = self._kept, {}, self._rooms.take_odd()
         return result
 
-    def _scan_alike(self, tensors: range, records: Records) -> list[Chunk]:
+    def _scan_alike(self, tensors: range, records: Records) -> list[MaskChunks]:
         """Fill the rows of small tensor pairs of the same formats, as far as one scan tells."""
         plan, pairs = self._plan, self._plan.pairs[tensors.start : tensors.stop]
         model, backend = plan.measurement(tensors.start, plan.want_masks), self._backend
@@ -137,9 +135,9 @@ class Worker:
             span = Span(tensors[done], 0, 1)
             ShardSource(self._shards, pairs[done], span, self._rooms, self._stop).fail(0, pairs[done].base.numel)
         payloads = compress_parts(masks, starts, -(-small.numel // 8)) if model.next.want_mask else []
-        return [Chunk(index, 0, *payload) for index, payload in zip(tensors, payloads, strict=False)]
+        return [MaskChunks(index, 0, [payload]) for index, payload in zip(tensors, payloads, strict=False)]
 
-    def _pass(self, measurement: Measurement, span: Span) -> tuple[Partial | Refined, list[Chunk]]:
+    def _pass(self, measurement: Measurement, span: Span) -> tuple[Partial | Refined, list[MaskChunks]]:
         todo, pair = measurement.next, self._plan.pairs[span.tensor]
         assert todo is not None
         # What both sides have in common is counted by the pass that sees all of it first.
@@ -158,7 +156,10 @@ class Worker:
             mask = self._backend.scan(todo, source, partial, measurement.first_tie(span.first))
         if source.kept is not None:
             self._kept[span.tensor] = source.kept
-        return partial, [] if mask is None else list(_compressed(mask, span, pair))
+        if mask is None:
+            return partial, []
+        masks = _compressed(mask, span, pair)
+        return partial, [masks] if masks.chunks else []
 
     def _blank(self) -> Partial:
         """Nothing seen yet."""
@@ -170,13 +171,14 @@ class Worker:
         return partial
 
 
-def _compressed(mask: NDArray[np.uint8], span: Span, pair: TensorPair) -> Iterator[Chunk]:
+def _compressed(mask: NDArray[np.uint8], span: Span, pair: TensorPair) -> MaskChunks:
     """Compress the mask of a span, a chunk for each of its blocks; behind the last there may be rows of one side."""
     numel = math.prod(pair.shape)
-    size, chunks = mask_chunk_bytes(numel), -(-numel // BLOCK)
-    for start in range(0, mask.size, MASK_CHUNK):
-        index = span.first + start // MASK_CHUNK
-        yield Chunk(span.tensor, index, *compress_chunk(mask[start : start + MASK_CHUNK], size))
+    size, whole = mask_chunk_bytes(numel), mask.size // MASK_CHUNK
+    starts = MASK_CHUNK * np.arange(whole)
+    chunks = compress_parts(mask, starts, np.full(whole, MASK_CHUNK)) if whole else []
+    if mask.size % MASK_CHUNK:
+        chunks.append(compress_chunk(mask[whole * MASK_CHUNK :], size))
     if span.stop * BLOCK >= pair.base.numel:
-        for index in range(span.stop, chunks):
-            yield Chunk(span.tensor, index, *compress_chunk(np.zeros(1, np.uint8), size))
+        chunks += [compress_chunk(np.zeros(1, np.uint8), size) for _ in range(span.stop, -(-numel // BLOCK))]
+    return MaskChunks(span.tensor, span.first, chunks)

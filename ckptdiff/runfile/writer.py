@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,7 +84,7 @@ class RunFileWriter:
     def begin_mask(self, name: str, shape: tuple[int, ...]) -> None:
         """Make the dataset of a mask: for a tensor without coordinates, this is all.
 
-        :meth:`add_mask_chunk` calls it by itself. Raises ValueError if the mask exists, or the rule is ``none``.
+        :meth:`add_mask_chunks` calls it by itself. Raises ValueError if the mask exists, or the rule is ``none``.
         """
         if name in self._masked or self._rule.kind == "none":
             raise ValueError(f"no mask expected for {name!r} under {self._rule}")
@@ -100,17 +100,20 @@ class RunFileWriter:
             self._open[name] = _OpenMask(h5d.open(self._masks.id, link), blank.chunk, blank.chunks)
         self._staged.check()
 
-    def add_mask_chunk(self, name: str, shape: tuple[int, ...], index: int, payload: bytes, filter_mask: int) -> None:
-        """Add one chunk of a mask, as :func:`~ckptdiff.runfile.compress.compress_chunk` returned it.
+    def add_mask_chunks(
+        self, name: str, shape: tuple[int, ...], first: int, chunks: Sequence[tuple[bytes, int]]
+    ) -> None:
+        """Add consecutive chunks of a mask, each as :func:`~ckptdiff.runfile.compress.compress_chunk` returned it.
 
-        It starts at coordinate ``index << 20``. Chunks may come in any order; raises ValueError if there is no such
-        chunk, or it was added before.
+        They start at coordinate ``first << 20``. They may come in any order; raises ValueError if there is no such
+        chunk, or one was added before.
         """
         if name not in self._open:
             self.begin_mask(name, shape)
         mask = self._open[name]
-        mask.take(index)
-        mask.dataset.write_direct_chunk((index * mask.chunk,), payload, filter_mask)
+        for index, (payload, filter_mask) in enumerate(chunks, first):
+            mask.take(index)
+            mask.dataset.write_direct_chunk((index * mask.chunk,), payload, filter_mask)
         if not mask.missing:
             del self._open[name]
         self._staged.check()

@@ -53,7 +53,7 @@ class FakeEngine:
                     for index in range(-(-math.prod(facts.shape) // (1 << 20))):
                         first = min(max(changed - (index << 20), 0), 1 << 20)
                         bits = (1 << first) - 1
-                        writer.add_mask_chunk(facts.name, facts.shape, index, bits.to_bytes(size, "little"), 1)
+                        writer.add_mask_chunks(facts.name, facts.shape, index, [(bits.to_bytes(size, "little"), 1)])
                 writer.add_histograms(HistogramRows.empty(len(self.diff.tensors)))
                 writer.finish(self.diff)
         tell(Finished(self.diff, 0.1))
@@ -72,6 +72,8 @@ class FakeEngine:
             decoding_note="",
             spectra=None,
             chunk_bytes=1 << 21,
+            device=SimpleNamespace(name="cpu", gpu_memory=0),
+            projected_gpu_memory=0,
             projected_memory=300 << 20,
             max_memory=options.max_memory or DEFAULT_MEMORY,
             io="mmap",

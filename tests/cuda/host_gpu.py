@@ -24,6 +24,12 @@ class Memory:
         return Memory(self.held[part])
 
 
+class Event:
+    """What was recorded last; nothing yet."""
+
+    happened: list[bool]
+
+
 class HostGpu:
     """What is queued runs when somebody waits for it, chosen by a seed: a missing wait gives wrong bytes.
 
@@ -70,7 +76,7 @@ class HostGpu:
         return memory
 
     def _bytes(self, size: int) -> np.ndarray:
-        return np.frombuffer(bytearray(self._noise.bytes(size)), np.uint8)
+        return np.resize(np.frombuffer(self._noise.bytes(min(size, 1_000_003)), np.uint8), size)
 
     def _account(self, size: int) -> None:
         self._free += size
@@ -100,16 +106,18 @@ class HostGpu:
         self.launched.append(kernel)
         stream.append(run)
 
-    def record(self, stream: Stream) -> list[bool]:
-        event = [False]
-        stream.append(lambda: event.__setitem__(0, True))
+    def record(self, stream: Stream, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.happened = happened = [False]
+        stream.append(lambda: happened.__setitem__(0, True))
         return event
 
-    def wait(self, stream: Stream, event: list[bool]) -> None:
-        stream.append(event)
+    def wait(self, stream: Stream, event: Event) -> None:
+        stream.append(event.happened)  # and not what is recorded into it later
 
-    def synchronize(self, event: list[bool]) -> None:
-        self._work_until(lambda: event[0])
+    def synchronize(self, event: Event) -> None:
+        happened = event.happened
+        self._work_until(lambda: happened[0])
 
     def finish(self, stream: Stream) -> None:
         self._work_until(lambda: not stream)
@@ -126,6 +134,9 @@ class HostGpu:
             action = self._random.choice(ready).pop(0)
             if callable(action):
                 action()
+
+    def release(self) -> None:
+        """Nothing is kept."""
 
     def free_memory(self) -> tuple[int, int]:
         return self._free, self._free

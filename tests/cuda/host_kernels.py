@@ -98,8 +98,8 @@ class Library:
             self._library.set_flush_to_zero(ctypes.c_bool(False))
 
     def sizes(self) -> list[int]:
-        """Bytes of Tile, Record, ScanSettings, Search, CodeBox and Codes."""
-        return list((ctypes.c_uint * 6).in_dll(self._library, "layout_sizes"))
+        """Bytes of Tile, Record, ScanSettings, Search, CodeBox, Codes and Bin."""
+        return list((ctypes.c_uint * 7).in_dll(self._library, "layout_sizes"))
 
 
 def _by_value(argument: Any) -> np.ndarray:

@@ -2,22 +2,28 @@
 
 import errno
 import importlib.util
+import json
 import os
 import platform
 import subprocess
 import sys
 import types
+import weakref
+from pathlib import Path
 
 import pytest
 from host_gpu import HostGpu
 
 import ckptdiff
+from ckptdiff.cli import main
 from ckptdiff.errors import DeviceError, OptionError, PlanError
 from ckptdiff.measure.cuda import choice
 from ckptdiff.measure.cuda.gpu import failure
+from ckptdiff.measure.cuda.slots import Room
 from ckptdiff.options import Options
-from ckptdiff.run import devices
 from ckptdiff.run.devices import open_device
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 
 @pytest.fixture
@@ -27,8 +33,18 @@ def cupy_installed(monkeypatch):
     module.__spec__ = types.SimpleNamespace(name="cupy")
     monkeypatch.setitem(sys.modules, "cupy", module)
     monkeypatch.setattr(choice, "cupy_packages", lambda: ["cupy-cuda13x 14.2.0"])
-    monkeypatch.setattr(choice.ctypes, "CDLL", lambda name: None)
+    driver_is(monkeypatch, lambda: None)
     return module
+
+
+def driver_is(monkeypatch, answer):
+    """What loading the driver gives; other libraries are loaded."""
+    real = choice.ctypes.CDLL
+    monkeypatch.setattr(
+        choice.ctypes,
+        "CDLL",
+        lambda name, *how, **more: answer() if name == "libcuda.so.1" else real(name, *how, **more),
+    )
 
 
 def refused(device="cuda"):
@@ -52,10 +68,7 @@ def test_two_cupy_packages_are_refused(cupy_installed, monkeypatch):
 
 
 def test_without_a_driver_nothing_is_imported(cupy_installed, monkeypatch):
-    def missing(name):
-        raise OSError(name)
-
-    monkeypatch.setattr(choice.ctypes, "CDLL", missing)
+    no_driver(cupy_installed, monkeypatch)
     assert "no NVIDIA driver" in refused().problem
 
 
@@ -73,6 +86,70 @@ def test_a_gpu_that_is_not_there_is_named(cupy_installed):
     cupy_installed.cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(getDeviceCount=lambda: 2))
     error = refused("cuda:2")
     assert (error.expected, error.found) == ("cuda:0 to cuda:1", "cuda:2")
+    assert "CUDA_VISIBLE_DEVICES" in error.hint
+
+
+def no_package(module, monkeypatch):
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+
+
+def no_driver(module, monkeypatch):
+    def missing():
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    driver_is(monkeypatch, missing)
+
+
+def answers(count):
+    """CuPy is there, and its runtime says how many GPUs there are, or what is wrong."""
+
+    def prepare(module, monkeypatch):
+        def devices():
+            if isinstance(count, str):
+                raise RuntimeError(count)
+            return count
+
+        module.cuda = types.SimpleNamespace(runtime=types.SimpleNamespace(getDeviceCount=devices))
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    ("prepare", "problem", "hint", "found"),
+    [
+        (no_package, "CuPy is not installed", "pip install 'ckptdiff[cuda13]'", False),
+        (no_driver, "there is no NVIDIA driver on this machine", "install the driver", False),
+        (
+            answers("cudaErrorInsufficientDriver: CUDA driver version is"),
+            "InsufficientDriver",
+            "update the NVIDIA",
+            False,
+        ),
+        (
+            answers("cudaErrorNoDevice: no CUDA-capable device is detected"),
+            "NoDevice",
+            "whether nvidia-smi lists a GPU",
+            False,
+        ),
+        (answers(0), "there is no such GPU", "what nvidia-smi lists", False),
+        (answers(3), "there is no such GPU", "what nvidia-smi lists", True),
+    ],
+    ids=["no CuPy", "no driver", "old driver", "no device", "none visible", "no device of that number"],
+)
+def test_what_a_user_reads_without_a_gpu(cupy_installed, monkeypatch, capsys, tmp_path, prepare, problem, hint, found):
+    """Asked for, it is an error that says what to do; on its own accord the processor measures, and a note says so."""
+    prepare(cupy_installed, monkeypatch)
+    sides, out = [str(FIXTURES / "tied" / side) for side in ("base", "tuned")], tmp_path / "run.h5"
+    command = ["diff", *sides, "-o", str(out), "--no-progress"]
+    assert main([*command, "--device", "cuda:3"]) == 2
+    printed, told = capsys.readouterr()
+    assert printed == "" and told.startswith("ckptdiff: error: ") and problem in told and hint in told
+    assert list(tmp_path.iterdir()) == []
+    if found:  # another one
+        return
+    assert main([*command, "-v", "-O", os.devnull]) == 0
+    told = capsys.readouterr().err
+    assert "device cpu (no GPU: " in told and problem in told and out.exists()
 
 
 @pytest.mark.parametrize(
@@ -91,6 +168,8 @@ def test_a_gpu_that_is_not_there_is_named(cupy_installed):
         ("cudaErrorNoDevice: no CUDA-capable device is detected", "nvidia-smi"),
         ("cudaErrorInvalidDevice: invalid device ordinal", "CUDA_VISIBLE_DEVICES"),
         ("cudaErrorDevicesUnavailable: CUDA-capable device(s) is/are busy or unavailable", "another process"),
+        ("cudaErrorSystemDriverMismatch: system has unsupported display driver / cuda driver combination", "driver"),
+        ("cudaErrorUnknown: unknown error", "dmesg"),
         ("cudaErrorSystemNotReady: system not yet initialized", "fabric manager"),
         ("CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure", "run it again"),
         ("cudaErrorIllegalAddress: an illegal memory access was encountered", "run it again"),
@@ -167,6 +246,43 @@ def test_gpu_memory_bounds_the_threads(gpu_found):
     assert open_device(Options(threads=4, gpu_memory=60 << 20)).threads == 2
 
 
+def test_what_a_dry_run_projects_is_kept(libraries, monkeypatch, capsys, tmp_path):
+    held, peak = [0], [0]
+
+    def freed(size):
+        held[0] -= size
+
+    class Counting(Reachable):
+        def __init__(self, index):
+            super().__init__(libraries, processors=1)
+
+        def empty(self, size):
+            memory = super().empty(size)
+            weakref.finalize(memory, freed, size)
+            held[0] += size
+            peak[0] = max(peak[0], held[0])
+            return memory
+
+    monkeypatch.setattr("ckptdiff.measure.cuda.choice.find_gpu", Counting)
+    monkeypatch.setattr("ckptdiff.measure.cuda.gpu.CupyGpu", Counting)
+    sides = [str(FIXTURES / "moe" / side) for side in ("base", "tuned")]
+    command = ["diff", *sides, "--no-progress", "--device", "cuda", "--gpu-memory", "150M", "--threads", "2"]
+    plans = []
+    for how in ("json", "table"):
+        assert main([*command, "--dry-run", "--format", how]) == 0
+        plans.append(capsys.readouterr().out)
+    plan = json.loads(plans[0])
+    assert (plan["device"], plan["threads"], plan["gpu_memory"]) == ("cuda:0", 2, 150 << 20)
+    assert plan["projected_gpu_memory"] == 2 * Room(2 << 20, 16).gpu_bytes <= plan["gpu_memory"]
+    assert "on cuda:0, 109 MiB of its memory at most, of 150 MiB allowed\n" in plans[1]
+    peak[0] = held[0]
+    assert main([*command, "-o", str(tmp_path / "run.h5"), "-O", os.devnull]) == 0
+    assert Room.smallest().gpu_bytes < peak[0] <= plan["projected_gpu_memory"]
+    assert main(["diff", *sides, "--device", "cpu", "--dry-run", "--format", "json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["device"], plan["projected_gpu_memory"], plan["gpu_memory"]) == ("cpu", 0, 0)
+
+
 def test_auto_leaves_a_gpu_that_is_full(gpu_found, monkeypatch):
     monkeypatch.setattr(Reachable, "free_memory", lambda self: (1 << 20, 1 << 30))
     assert "GPU memory" in open_device(Options()).note
@@ -198,9 +314,8 @@ def test_unknown_devices_are_refused(name):
 
 def test_a_run_on_a_missing_gpu_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
-    fixture = devices.__file__.replace("ckptdiff/run/devices.py", "fixtures/tied/")
     with pytest.raises(DeviceError):
-        ckptdiff.diff(fixture + "base", fixture + "tuned", out=tmp_path / "run.h5", device="cuda:0")
+        ckptdiff.diff(FIXTURES / "tied/base", FIXTURES / "tied/tuned", out=tmp_path / "run.h5", device="cuda:0")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -100,6 +100,31 @@ def test_memory_that_cannot_be_page_locked_is_a_memory_error(cupy):
         gpu.pinned(5 << 20)
 
 
+def test_an_event_is_used_again(cupy):
+    made = []
+
+    class Event:
+        def __init__(self, **how):
+            assert how == {"block": True, "disable_timing": True}  # who waits for it leaves the processor to others
+            made.append(self)
+
+        def record(self, stream):
+            cupy.note("record", stream)
+
+    cupy.cuda.Event = Event
+    gpu, stream = CupyGpu(), object()
+    first = gpu.record(stream)
+    assert gpu.record(stream, first) is first and gpu.record(stream) is not first
+    assert len(made) == 2 and cupy.calls[1:] == [("record", stream)] * 3
+
+
+def test_memory_that_cupy_keeps_is_given_back(cupy):
+    pool = types.SimpleNamespace(free_all_blocks=lambda: cupy.note("free"))
+    cupy.get_default_memory_pool = lambda: pool
+    CupyGpu().release()
+    assert cupy.calls[1:] == [("free",)]
+
+
 @pytest.mark.parametrize("what", ["load", "launch scan"])
 def test_memory_that_runs_out_in_mid_run_is_an_error_that_says_what_to_do(cupy, what):
     cupy.errors[what] = RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory")
@@ -124,7 +149,7 @@ def test_cupy_has_what_the_backend_calls():
     cupy = pytest.importorskip("cupy", reason="CuPy is missing")
     cuda = cupy.cuda
     called = {
-        cupy: ("empty", "uint8"),
+        cupy: ("empty", "get_default_memory_pool", "uint8"),
         cuda: ("Device", "Event", "MemoryPointer", "Module", "PinnedMemory", "PinnedMemoryPointer", "Stream"),
         cuda.MemoryPointer: ("copy_from_host_async", "copy_to_host_async", "memset_async"),
         cuda.Stream: ("wait_event", "synchronize"),

@@ -11,6 +11,7 @@ from kernel_runs import UNTOUCHED, nonzero, padded, run_refine, run_scan, tiles_
 from ckptdiff.formats import FORMATS
 from ckptdiff.measure.cuda.coded_side import CODE_BOX, CODES
 from ckptdiff.measure.cuda.layout import (
+    BIN,
     DEVICE_TILE,
     RECORD,
     ROWS,
@@ -61,7 +62,7 @@ def sample(names, n, kind, seed=0):
 
 
 def test_records_are_laid_out_alike(libraries):
-    sizes = [record.itemsize for record in (TILE_RECORD, RECORD, SCAN_SETTINGS, SEARCH, CODE_BOX, CODES)]
+    sizes = [record.itemsize for record in (TILE_RECORD, RECORD, SCAN_SETTINGS, SEARCH, CODE_BOX, CODES, BIN)]
     assert libraries(*TESTED[0]).sizes() == sizes
 
 
@@ -233,8 +234,8 @@ def test_harvest_finds_every_bin_in_use(libraries):
     rng = np.random.default_rng(1)
     rows = np.where(rng.random(100_003) < 0.1, rng.integers(1, 1 << 60, 100_003), 0).astype(np.uint64)
     rows[[0, -1]] = 1, 2
-    places, counts, found = np.zeros(rows.size, np.uint32), np.zeros(rows.size, np.uint64), np.zeros(1, np.uint32)
-    libraries(*TESTED[0]).launch("harvest", 3, [rows, np.uint64(rows.size), places, counts, [found]])
-    order = np.argsort(places[: found[0]])
-    np.testing.assert_array_equal(places[order], np.flatnonzero(rows))
-    np.testing.assert_array_equal(counts[order], rows[rows > 0])
+    used, found = np.zeros(rows.size, BIN), np.zeros(1, np.uint32)
+    libraries(*TESTED[0]).launch("harvest", 3, [rows, np.uint64(rows.size), used, [found]])
+    used = np.sort(used[: found[0]], order="place")
+    np.testing.assert_array_equal(used["place"], np.flatnonzero(rows))
+    np.testing.assert_array_equal(used["count"], rows[rows > 0])

@@ -15,8 +15,8 @@ from ckptdiff.formats import FORMATS
 from ckptdiff.measure.cpu import CpuBackend
 from ckptdiff.measure.cuda.backend import CudaBackend
 from ckptdiff.measure.cuda.batch import groups
-from ckptdiff.measure.cuda.layout import ROWS
-from ckptdiff.measure.cuda.slots import ALIGN, MOST_ENTRIES, Room, fit_room
+from ckptdiff.measure.cuda.layout import ROWS, scan_settings
+from ckptdiff.measure.cuda.slots import ALIGN, ENTRIES, MOST_ENTRIES, Room, fit_room
 from ckptdiff.measure.partial import BINS, Partial, Rule, Scan
 from ckptdiff.measure.records import empty_records
 from ckptdiff.measure.reference import ReferenceBackend
@@ -62,6 +62,26 @@ def test_a_scan_without_mask_brings_none_home(libraries):
     worker = CudaBackend(gpu, SMALL)
     check(worker, Scan(F32, BF16, BF16, EPS, 1e-3, Rule.ABOVE, 1e-5), *sides(F32, BF16, 200_000))
     assert gpu.launched == ["scan"] * 4 + ["harvest"]
+
+
+def test_more_bins_than_come_home_at_once(libraries):
+    gpu = HostGpu(libraries)
+    scan = Scan(F32, F32, F32, EPS, 1e-3, Rule.ABOVE, 1e-5, want_mask=True)
+    base, tuned = sides(F32, F32, 200_003, kind="wild")
+    seen = Partial()
+    ReferenceBackend().scan(scan, source(base, tuned), seen)
+    used = np.count_nonzero(seen.weights) + np.count_nonzero(seen.deltas)
+    assert used > 2 * ENTRIES  # in three parts, the last of them short
+    check(CudaBackend(gpu, SMALL), scan, base, tuned)
+
+
+def test_settings_are_made_once_a_scan(libraries):
+    worker = CudaBackend(HostGpu(libraries, processors=1), SMALL)
+    scan = Scan(BF16, BF16, BF16, (0.0, 0.3), 1e-3, Rule.ABOVE, 0.125)  # of this test alone
+    before = scan_settings.cache_info().misses
+    for n in (70_000, 9, 300_000):
+        check(worker, scan, *sides(BF16, BF16, n))
+    assert scan_settings.cache_info().misses == before + 1
 
 
 def test_an_empty_tensor_leaves_nothing(libraries):
@@ -192,11 +212,11 @@ def test_a_worker_takes_as_much_as_its_room_says(libraries, room):
     gpu = Counting(libraries)
     worker = CudaBackend(gpu, room)
     assert gpu.locked == [room.host_bytes]
-    assert gpu.on_gpu <= room.gpu_bytes + 8
+    assert gpu.on_gpu == room.gpu_bytes
     pipeline = worker._pipeline
-    parts = [*pipeline._host_bins, *(totals.host_summary for totals in pipeline._totals)]
+    parts = [totals._host for totals in pipeline._totals]
     for slot in pipeline._slots:
-        parts += [*slot.host_sides, slot.host_tiles, slot.host_mask, slot.host_sums]
+        parts += [slot.host_up, slot.host_down]
     starts = [part.ctypes.data - gpu.block.ctypes.data for part in parts]
     assert all(start % ALIGN == 0 for start in starts)
     ends = [start + -(-part.size // ALIGN) * ALIGN for start, part in zip(starts, parts, strict=True)]
@@ -205,13 +225,26 @@ def test_a_worker_takes_as_much_as_its_room_says(libraries, room):
 
 
 def test_room_is_fitted_to_memory_and_threads():
-    assert fit_room(1 << 40, 16) == (Room(), 16)
-    room, threads = fit_room(400 << 20, 8)
+    plenty = 1 << 40
+    assert fit_room(plenty, plenty, 16) == (Room(), 16)
+    room, threads = fit_room(400 << 20, plenty, 8)
     assert threads == 8 and room.side < Room().side and 8 * room.gpu_bytes <= 400 << 20
-    room, threads = fit_room(2 * Room.smallest().gpu_bytes, 8)
+    room, threads = fit_room(2 * Room.smallest().gpu_bytes, plenty, 8)
     assert (room, threads) == (Room.smallest(), 2)
     with pytest.raises(PlanError, match="GPU memory"):
-        fit_room(Room.smallest().gpu_bytes - 1, 1)
+        fit_room(Room.smallest().gpu_bytes - 1, plenty, 1)
+
+
+def test_room_is_fitted_to_host_memory_while_launches_are_worth_it():
+    plenty = 1 << 40
+    room, threads = fit_room(plenty, 8 * 40 << 20, 8)
+    assert threads == 8 and room == Room(8 << 20) and 8 * room.host_bytes <= 8 * 40 << 20
+    assert fit_room(plenty, -1, 8) == (Room(4 << 20), 8)
+
+
+def test_a_task_is_four_launches():
+    assert (Room().task_blocks, Room().coordinates(16)) == (32, 8 << 20)
+    assert (Room(4 << 20).task_blocks, Room.smallest().task_blocks) == (8, 8)
 
 
 def test_a_read_that_fails_is_reported_and_leaves_nothing_under_way(libraries, tmp_path):
@@ -257,12 +290,12 @@ def failing(libraries, monkeypatch):
 
 
 CALLS = {
-    "upload": (1, 7),
+    "upload": (0, 1, 2),
     "clear": (1,),
     "launch": (0, 2, 4),
     "record": (0, 5),
     "wait": (3,),
-    "download": (1, 9),
+    "download": (1, 4),
     "synchronize": (0, 3),
 }
 """Methods of a device, and which of their calls fail: in the first launch, with one under way, and with two."""
@@ -319,7 +352,7 @@ def test_a_pass_that_is_given_up_leaves_nothing_under_way(libraries):
     worker = CudaBackend(gpu, SMALL)
     scan = Scan(BF16, BF16, BF16, EPS)
     jobs = worker._jobs(scan, source(*sides(BF16, BF16, 5 << 17)))
-    landings = worker._pipeline.carry_out(worker._scan_work(scan, 0), jobs)
+    landings = worker._pipeline.carry_out(worker._scan_work(scan), jobs)
     next(landings)
     gpu.record(worker._pipeline.up)
     landings.close()

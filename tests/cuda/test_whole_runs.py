@@ -180,6 +180,31 @@ def moved(sides: list[Sample], rng) -> None:
         sides[1].tensors[name] = torch.where(kept, ours, theirs).view(tensor.dtype).reshape(tensor.shape)
 
 
+@pytest.mark.parametrize("left", ["half", "nothing"])
+def test_memory_that_others_take_while_a_run_is_under_way(libraries, tmp_path, monkeypatch, caplog, left):
+    """Threads make do with less, to the same figures; where they cannot, the run ends, and leaves no run file."""
+    room = Room(1 << 20, 4)
+    memory = {"half": room.gpu_bytes - 1, "nothing": 1 << 20}[left]
+    workers = []
+
+    def worker():
+        workers.append(CudaBackend(HostGpu(libraries, processors=1, memory=memory if workers else 1 << 40), room))
+        return workers[-1]
+
+    device = Device("cuda:0", worker, batches=True, decodes=True)
+    real = planning.open_device
+    monkeypatch.setattr(planning, "open_device", lambda options: device if options.device != "cpu" else real(options))
+    sides = FIXTURES / "moe" / "base", FIXTURES / "moe" / "tuned"
+    if left == "half":
+        run_both(*sides, tmp_path, mask="bitwise", threads=2)
+        assert "MiB of GPU memory are not free" in caplog.text
+        return
+    with pytest.raises(DeviceError, match="too little free GPU memory") as caught:
+        ckptdiff.diff(*sides, out=tmp_path / "run.h5", device="cuda")
+    assert "nvidia-smi" in caught.value.hint and caught.value.expected
+    assert list(tmp_path.iterdir()) == [] and len(workers) == 1
+
+
 def test_a_gpu_lost_in_mid_run_leaves_no_run_file(libraries, tmp_path, monkeypatch):
     class Lost(HostGpu):
         def synchronize(self, event):

@@ -57,7 +57,7 @@ def add_mask(writer: RunFileWriter, name: str, mask: np.ndarray) -> None:
         writer.begin_mask(name, mask.shape)
     for index in range(math.ceil(packed.size / MASK_CHUNK)):
         piece = packed[index * MASK_CHUNK : (index + 1) * MASK_CHUNK]
-        writer.add_mask_chunk(name, mask.shape, index, *compress_chunk(piece, chunk))
+        writer.add_mask_chunks(name, mask.shape, index, [compress_chunk(piece, chunk)])
 
 
 def random_rows(rng: np.random.Generator, count: int) -> HistogramRows:

@@ -48,7 +48,7 @@ PREAMBLE = """
     def write():
         with RunFileWriter(target, rule=MaskRule("bitwise"), compare="bf16", paged=PAGED) as writer:
             for name in names:
-                writer.add_mask_chunk(name, shape, 0, payload, 1)
+                writer.add_mask_chunks(name, shape, 0, [(payload, 1)])
                 writer.add_histograms(HistogramRows.empty(1))
             writer.finish(diff)
 
@@ -183,7 +183,7 @@ def test_a_killed_run_leaves_the_target_alone(tmp_path: Path) -> None:
     code = """
         with RunFileWriter(target, rule=MaskRule("bitwise"), compare="bf16") as writer:
             for name in names:
-                writer.add_mask_chunk(name, shape, 0, payload, 1)
+                writer.add_mask_chunks(name, shape, 0, [(payload, 1)])
             print("written", flush=True)
             signal.pause()
         """

@@ -167,7 +167,7 @@ def test_chunks_of_several_masks_may_come_in_any_order(
     with RunFileWriter(tmp_path / "run.h5", rule=RULE, compare="bf16") as writer:
         for name, index in order:
             packed = np.packbits(masks[name], bitorder="little")[int(index) * 131072 :][:131072]
-            writer.add_mask_chunk(name, (3, 1 << 20), int(index), packed.tobytes(), 1)
+            writer.add_mask_chunks(name, (3, 1 << 20), int(index), [(packed.tobytes(), 1)])
         writer.add_histograms(HistogramRows.empty(2))
         writer.finish(counted(diff, masks))
     with h5py.File(tmp_path / "run.h5") as file:
@@ -184,12 +184,12 @@ def test_wrong_use_is_refused(tmp_path: Path, make_diff: Callable, make_facts: C
     diff = make_diff(tensors=[(make_facts("w", shape), 0.5)])
     zeros = bytes(131072)
     with start(tmp_path) as writer, pytest.raises(ValueError, match="out of range"):
-        writer.add_mask_chunk("w", shape, 2, zeros, 1)
+        writer.add_mask_chunks("w", shape, 2, [(zeros, 1)])
     with start(tmp_path) as writer, pytest.raises(ValueError, match="added before"):
-        writer.add_mask_chunk("w", shape, 0, zeros, 1)
-        writer.add_mask_chunk("w", shape, 0, zeros, 1)
+        writer.add_mask_chunks("w", shape, 0, [(zeros, 1)])
+        writer.add_mask_chunks("w", shape, 0, [(zeros, 1)])
     with start(tmp_path) as writer, pytest.raises(ValueError, match="chunks are missing in the masks of w"):
-        writer.add_mask_chunk("w", shape, 0, zeros, 1)
+        writer.add_mask_chunks("w", shape, 0, [(zeros, 1)])
         writer.add_histograms(HistogramRows.empty(1))
         writer.finish(diff)
     with start(tmp_path) as writer, pytest.raises(ValueError, match="not those of the compared tensors: w"):

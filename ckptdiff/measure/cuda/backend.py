@@ -25,8 +25,8 @@ from ckptdiff.measure.cuda.layout import (
     scan_settings,
     search_settings,
 )
-from ckptdiff.measure.cuda.pipeline import Launch, LaunchWork, Part, Pipeline
-from ckptdiff.measure.cuda.slots import GroupTotals, Room, Slot
+from ckptdiff.measure.cuda.pipeline import Flight, Launch, LaunchWork, Part, Pipeline
+from ckptdiff.measure.cuda.slots import Room
 from ckptdiff.measure.partial import BINS, Partial, Refined, Rule, Scan, Targets
 from ckptdiff.measure.ranks import ranks_of
 from ckptdiff.measure.records import Records
@@ -49,7 +49,6 @@ class CudaBackend:
     def __init__(self, gpu: Gpu, room: Room) -> None:
         self._gpu = gpu
         self._pipeline = open_pipeline(gpu, room)
-        self._next_tie = gpu.empty(8)
         self._mask = np.zeros(0, np.uint8)
         self._small = Partial()
 
@@ -57,9 +56,8 @@ class CudaBackend:
         """Measure a span of blocks; see :meth:`ckptdiff.measure.cpu.CpuBackend.scan`."""
         partial.open_blocks(0, len(scan.thresholds))
         mask = self._room_for_mask(source.numel if scan.want_mask else 0)
-        work = self._scan_work(scan, first_tie)
         sums, written = [], 0
-        with closing(self._pipeline.carry_out(work, self._jobs(scan, source))) as landings:
+        with closing(self._pipeline.carry_out(self._scan_work(scan), self._jobs(scan, source, first_tie))) as landings:
             for landed in landings:
                 sums.append(landed.sums[0].copy())
                 for bits in landed.masks:
@@ -88,7 +86,7 @@ class CudaBackend:
         group, sums, at = next(waiting), list[NDArray[np.float64]](), 0
         try:
             all_jobs = (job for one in jobs for job in one.jobs)
-            with closing(self._pipeline.carry_out(self._scan_work(scan, 0), all_jobs)) as landings:
+            with closing(self._pipeline.carry_out(self._scan_work(scan), all_jobs)) as landings:
                 for landed in landings:
                     for part, bits in zip(landed.job.parts, landed.masks, strict=False):
                         first = int(starts[group.rows[part.record]]) + (0 if landed.job.opens else at)
@@ -112,18 +110,18 @@ class CudaBackend:
                 if landed.job.closes:
                     add_refined(targets, source.numel, landed.records[0], np.concatenate(sums), landed.bins, refined)
 
-    def _scan_work(self, scan: Scan, first_tie: int) -> LaunchWork:
+    def _scan_work(self, scan: Scan) -> LaunchWork:
         settings, formats, gpu, run = scan_settings(scan), scan.formats, self._gpu, self._pipeline.run
 
-        def launch(slot: Slot, totals: GroupTotals, bins: Any, tiles: int, job: Launch) -> None:
-            blocks, count = min(tiles, 2 * gpu.processors), np.uint32(tiles)
-            sides = self._values(formats, slot, totals, job)
-            mask = slot.mask if scan.want_mask else None
-            given = [slot.tiles, count, settings, *sides, mask]
-            gpu.launch(formats, "scan", blocks, [*given, slot.sums, totals.records, bins], run)
+        def launch(flight: Flight, bins: Any) -> None:
+            slot, totals, job = flight.slot, flight.totals, flight.job
+            blocks, count = min(flight.tiles, 2 * gpu.processors), np.uint32(flight.tiles)
+            mask = slot.down if scan.want_mask else None
+            given = [slot.up, count, settings, *self._values(formats, flight), mask]
+            gpu.launch(formats, "scan", blocks, [*given, slot.down, totals.records, bins], run)
             if scan.rule == Rule.TOP and scan.ties:
-                begins = np.uint32(job.opens), np.uint64(first_tie)
-                ordinals = [slot.sums, count, *begins, slot.first_ties, self._next_tie]
+                begins = np.uint32(job.opens), np.uint64(job.first_tie)
+                ordinals = [slot.down, count, *begins, slot.first_ties, self._pipeline.next_tie]
                 gpu.launch(formats, "place_ties", 1, ordinals, run)
                 gpu.launch(formats, "take_ties", blocks, [*given, slot.first_ties, totals.records], run)
 
@@ -133,29 +131,29 @@ class CudaBackend:
         settings = search_settings(scan.compare, targets)
         formats, gpu, run = scan.formats, self._gpu, self._pipeline.run
 
-        def launch(slot: Slot, totals: GroupTotals, bins: Any, tiles: int, job: Launch) -> None:
-            sides = self._values(formats, slot, totals, job)
-            given = [slot.tiles, np.uint32(tiles), settings, *sides]
-            blocks = min(tiles, 2 * gpu.processors)
-            gpu.launch(formats, "refine", blocks, [*given, slot.sums, totals.records, bins], run)
+        def launch(flight: Flight, bins: Any) -> None:
+            slot, count = flight.slot, flight.tiles
+            given = [slot.up, np.uint32(count), settings, *self._values(formats, flight)]
+            blocks = min(count, 2 * gpu.processors)
+            gpu.launch(formats, "refine", blocks, [*given, slot.down, flight.totals.records, bins], run)
 
         rows = len(targets.deltas) + 2 * len(targets.weights)
         return LaunchWork(formats, launch, rows * REFINE_BINS, False)
 
-    def _values(self, formats: Formats, slot: Slot, totals: GroupTotals, job: Launch) -> tuple[Buffer, Buffer]:
-        """Both sides as values, once codes with scales are decoded."""
-        stored = slot.sides[0], slot.sides[0 if job.shared else 1]
-        (part, *_), (base, tuned) = job.parts, job.coded
+    def _values(self, formats: Formats, flight: Flight) -> tuple[Buffer, Buffer]:
+        """Both sides as values, once codes with scales are decoded; places of tiles count from what is returned."""
+        (part, *_), (base, tuned), up = flight.job.parts, flight.job.coded, flight.slot.up
         if part.coded is None:
-            return stored
+            return up, up
         room = self._pipeline.values
         decoded = room[0] if base else None, room[1] if tuned else None
         blocks = -(-part.numel // _DECODED)
-        given = [*stored, *decoded, np.uint32(part.coded.counts), totals.records]
+        stored = [up[place:] for place in flight.sides]
+        given = [*stored, *decoded, np.uint32(part.coded.counts), flight.totals.records]
         self._gpu.launch(formats, "decode", blocks, given, self._pipeline.run)
-        return room[0] if base else stored[0], room[1] if tuned else stored[1]
+        return room[0] if base else up, room[1] if tuned else up
 
-    def _jobs(self, scan: Scan, source: Source) -> Iterator[Launch]:
+    def _jobs(self, scan: Scan, source: Source, first_tie: int = 0) -> Iterator[Launch]:
         """One group: the span, cut into launches."""
         room = self._pipeline.room
         for window in source.windows():
@@ -169,7 +167,7 @@ class CudaBackend:
                 else:
                     read, shared = bind(coded.read, first, stop), False
                 part = Part(0, stop - first, read, shared, coded)
-                yield Launch((part,), opens=first == 0, closes=stop == source.numel)
+                yield Launch((part,), opens=first == 0, closes=stop == source.numel, first_tie=first_tie)
 
     def _room_for_mask(self, numel: int) -> NDArray[np.uint8]:
         size = -(-numel // 8)

@@ -45,7 +45,12 @@ def find_gpu(index: int) -> CupyGpu:
     except (ImportError, RuntimeError, OSError) as error:
         raise failure(error, ", ".join(packages)) from error
     if index >= count:
-        raise DeviceError("there is no such GPU", expected=f"cuda:0 to cuda:{count - 1}", found=f"cuda:{index}")
+        raise DeviceError(
+            "there is no such GPU",
+            expected=f"cuda:0 to cuda:{count - 1}" if count else "one that CUDA sees",
+            found=f"cuda:{index}",
+            hint="see what nvidia-smi lists, and what CUDA_VISIBLE_DEVICES allows; or --device cpu",
+        )
     return CupyGpu(index)
 
 

@@ -52,8 +52,8 @@ class Gpu(Protocol):
     def launch(self, formats: Formats, kernel: str, blocks: int, args: Sequence[Any], stream: Stream) -> None:
         """Queue a kernel. Buffers go by address, None as a null pointer, NumPy scalars and arrays of one by value."""
 
-    def record(self, stream: Stream) -> Event:
-        """What happens once all that is queued so far is done."""
+    def record(self, stream: Stream, event: Event | None = None) -> Event:
+        """What happens once all that is queued so far is done: an event that is given, from now on, else a new one."""
 
     def wait(self, stream: Stream, event: Event) -> None:
         """Let what is queued from now on wait for an event of another stream."""
@@ -194,9 +194,10 @@ class CupyGpu:
         self._function(formats, kernel)((blocks,), (threads,), tuple(args), 0, stream)
 
     @_reported
-    def record(self, stream: Stream) -> Event:
+    def record(self, stream: Stream, event: Event | None = None) -> Event:
         """Record an event that is waited for without spinning."""
-        event = self.cupy.cuda.Event(block=True, disable_timing=True)
+        if event is None:
+            event = self.cupy.cuda.Event(block=True, disable_timing=True)
         event.record(stream)
         return event
 
@@ -221,8 +222,15 @@ class CupyGpu:
         free, total = self.cupy.cuda.runtime.memGetInfo()
         return int(free), int(total)
 
+    @_reported
+    def release(self) -> None:
+        """Give memory back that CuPy keeps for whoever asks next."""
+        self.cupy.get_default_memory_pool().free_all_blocks()
+
     def _function(self, formats: Formats, kernel: str) -> Any:
         key = (self.index, formats)
+        if functions := self._modules.get(key):
+            return functions[kernel]
         with self._compiling:
             if key not in self._modules:
                 architecture = architecture_for(int(self.properties["major"]), int(self.properties["minor"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,9 @@ RECORD = np.dtype(
 )
 """Figures of one tensor pair that are not in histograms."""
 
+BIN = np.dtype([("place", "u4"), ("count", "<u8")])
+"""A bin that is not empty."""
+
 SCAN_SETTINGS = np.dtype(
     [
         ("thresholds", "u8", LIMITS),
@@ -92,8 +96,9 @@ SEARCH = np.dtype(
 )
 
 
+@lru_cache
 def scan_settings(scan: Scan) -> NDArray[Any]:
-    """What the kernels need to know of a scan, shape (1,)."""
+    """What the kernels need to know of a scan, shape (1,); made once for all spans that it passes over."""
     settings = np.zeros(1, SCAN_SETTINGS)
     cut = magnitude_bits(scan.cut, scan.compare)
     exact = magnitude_value(cut, scan.compare) == scan.cut
@@ -107,8 +112,9 @@ def scan_settings(scan: Scan) -> NDArray[Any]:
     return settings
 
 
+@lru_cache
 def search_settings(compare: Format, targets: Targets) -> NDArray[Any]:
-    """What the kernels need to know of a further pass, shape (1,)."""
+    """What the kernels need to know of a further pass, shape (1,); made once for all spans."""
     search = np.zeros(1, SEARCH)
     search["thresholds"] = _padded(_ascending(targets.thresholds, compare), LIMITS)
     search["tails"] = _padded([magnitude_bits(tail, compare) for tail in targets.tails], TAILS)

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from ckptdiff.formats import Formats
 from ckptdiff.measure.cuda.coded_side import size_of
 from ckptdiff.measure.cuda.gpu import Gpu
 from ckptdiff.measure.cuda.layout import DEVICE_TILE, RECORD, TILE_RECORD
-from ckptdiff.measure.cuda.slots import ALIGN, ENTRIES, SLOTS, GroupTotals, HostBlock, Room, Slot
+from ckptdiff.measure.cuda.slots import ORDINAL, SLOTS, GroupTotals, HostBlock, Room, Slot, aligned
 from ckptdiff.measure.partial import Sum
 from ckptdiff.measure.source import Coded
 
@@ -50,6 +51,8 @@ class Launch:
     parts: tuple[Part, ...]
     opens: bool = True
     closes: bool = True
+    first_tie: int = 0
+    """Of one that opens a group: how many ties lie before it."""
 
     @property
     def shared(self) -> bool:
@@ -61,6 +64,11 @@ class Launch:
         """Which sides go up as codes with scales; a tensor of which one does goes alone."""
         coded = self.parts[0].coded
         return (False, False) if coded is None else coded.sides
+
+    @property
+    def records(self) -> int:
+        """Tensor pairs of its group, up to its last."""
+        return 1 + self.parts[-1].record
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,7 @@ class Landed:
     records: NDArray[Any]
     """Of each tensor pair of the group, if the job closes it; else empty."""
     bins: Bins
-    """The bins of the group that are not empty."""
+    """The bins of the group that are not empty: places and counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,21 +91,27 @@ class LaunchWork:
     """What to do with each launch."""
 
     formats: Formats
-    launch: Callable[[Slot, GroupTotals, Any, int, Launch], None]
-    """Queues the kernels of one launch, given the slot, the totals, the bins, the number of tiles, and the job."""
+    launch: Callable[[Flight, Any], None]
+    """Queues the kernels of one launch, given the bins."""
     bins: int
     """Bins of one tensor pair."""
     want_mask: bool
 
 
 @dataclass(slots=True)
-class _Flight:
+class Flight:
     """A job under way."""
 
     job: Launch
     slot: Slot
     totals: GroupTotals
-    tiles: NDArray[Any]
+    tiles: int = 0
+    sides: tuple[int, int] = (0, 0)
+    """Where base and tuned side begin in what goes up."""
+    ends: tuple[int, int] = (0, 0)
+    """Where they end, the tuned side at the end of all."""
+    masks: list[slice] = field(default_factory=list)
+    """Where the mask of each part lies in what comes down."""
 
 
 class Pipeline:
@@ -112,7 +126,8 @@ class Pipeline:
         self._bins = gpu.empty(room.bins * 8)
         self.values = gpu.empty(room.side_bytes), gpu.empty(room.side_bytes)
         """What codes of either side are decoded to; like the bins, it is touched by the run stream alone."""
-        self._host_bins = block.take(ENTRIES * 4), block.take(ENTRIES * 8)
+        self.next_tie = gpu.empty(ORDINAL)
+        """Where the ties of the next launch begin; the same."""
 
     def carry_out(self, work: LaunchWork, jobs: Iterable[Launch]) -> Generator[Landed, None, None]:
         """Launch job after job, each read before the next is asked for; yield what comes of each, in order.
@@ -120,14 +135,14 @@ class Pipeline:
         However that ends, by an error, an interrupt or a generator that is closed, nothing is left under way: buffers
         may go to someone whose work waits for none of these streams.
         """
-        under_way: deque[_Flight] = deque()
+        under_way: deque[Flight] = deque()
         group = -1
         try:
             for index, job in enumerate(jobs):
                 if len(under_way) == SLOTS:
                     yield self._land(under_way.popleft(), work)
                 group += job.opens
-                flight = _Flight(job, self._slots[index % SLOTS], self._totals[group % SLOTS], np.zeros(0, TILE_RECORD))
+                flight = Flight(job, self._slots[index % SLOTS], self._totals[group % SLOTS])
                 self._read(flight, work)
                 self._queue(flight, work)
                 under_way.append(flight)
@@ -143,87 +158,87 @@ class Pipeline:
             with suppress(Exception):
                 self.gpu.finish(stream)
 
-    def _read(self, flight: _Flight, work: LaunchWork) -> None:
-        """Read the parts of a job into its slot, and note its tiles."""
-        slot = flight.slot
-        base_bits, tuned_bits = work.formats[0].bits, work.formats[1].bits
-        at = [0, 0, 0]
-        coded = flight.job.coded
-        tiles = []
-        for part in flight.job.parts:
-            sizes = [part.numel * base_bits // 8, part.numel * tuned_bits // 8, -(-part.numel // 8)]
-            base, tuned = (
-                slot.host_sides[side] if coded[side] else slot.host_sides[side][at[side] : at[side] + sizes[side]]
-                for side in (0, 1)
-            )
-            part.read(*((base,) if part.shared else (base, tuned)))
-            starts = np.arange(0, part.numel, DEVICE_TILE, dtype=np.uint64)
-            own = np.zeros(starts.size, TILE_RECORD)
-            own["base"], own["tuned"] = at[0] + starts * base_bits // 8, at[1] + starts * tuned_bits // 8
-            own["mask"], own["record"] = at[2] + starts // 8, part.record
-            own["numel"] = np.minimum(part.numel - starts, DEVICE_TILE)
-            tiles.append(own)
-            at = [place + -(-size // ALIGN) * ALIGN for place, size in zip(at, sizes, strict=True)]
-        flight.tiles = slot.host_tiles[: sum(own.nbytes for own in tiles)].view(TILE_RECORD)
-        np.concatenate(tiles, out=flight.tiles)
+    def _read(self, flight: Flight, work: LaunchWork) -> None:
+        """Read the parts of a job into its slot, behind their tiles: all of the base, then all of the tuned side."""
+        job, room, host = flight.job, self.room, flight.slot.host_up
+        bits, coded = (work.formats[0].bits, work.formats[1].bits), job.coded
+        base = room.tiles_bytes
+        # Codes with scales are given all the room of a side, since only whoever reads them knows how many come.
+        whole = room.side_bytes if coded[0] else sum(aligned(part.numel * bits[0] // 8) for part in job.parts)
+        tuned = base if job.shared else base + whole
+        flight.sides, mask, stop = (base, tuned), room.sums_bytes, 0
+        for part in job.parts:
+            sizes = [room.side_bytes if coded[side] else part.numel * bits[side] // 8 for side in (0, 1)]
+            held = host[base : base + sizes[0]], host[tuned : tuned + sizes[1]]
+            part.read(*held[: 1 if job.shared else 2])
+            used = [size_of(held[side]) if coded[side] else sizes[side] for side in (0, 1)]
+            flight.ends = base + used[0], tuned + used[1]
+            # Of a side that is decoded the kernels see the values.
+            at = 0 if coded[0] else base, 0 if coded[1] else tuned, mask
+            own = _tiles_of(part.numel, bits, at)
+            first, stop = stop, stop + own.size
+            tiles = host[first * TILE_RECORD.itemsize : stop * TILE_RECORD.itemsize].view(TILE_RECORD)
+            tiles[:] = own
+            if part.record:
+                tiles["record"] = part.record
+            flight.masks.append(slice(mask, mask + -(-part.numel // 8)))
+            base, tuned, mask = base + aligned(sizes[0]), tuned + aligned(sizes[1]), aligned(flight.masks[-1].stop)
+        flight.tiles = stop
 
-    def _queue(self, flight: _Flight, work: LaunchWork) -> None:
-        gpu, slot, job, totals, tiles = self.gpu, flight.slot, flight.job, flight.totals, flight.tiles
-        for side, (host, there) in enumerate(zip(slot.host_sides, slot.sides, strict=True)):
-            if side == 0 or not job.shared:
-                end = _end(tiles, ("base", "tuned")[side], work.formats[side].bits)
-                gpu.upload(there, host[: size_of(host) if job.coded[side] else end], self.up)
-        gpu.upload(slot.tiles, slot.host_tiles[: tiles.nbytes], self.up)
-        records = 1 + max(part.record for part in job.parts)
+    def _queue(self, flight: Flight, work: LaunchWork) -> None:
+        gpu, slot, job, totals = self.gpu, flight.slot, flight.job, flight.totals
+        if job.coded[0]:  # and what is not used of its room stays here
+            gpu.upload(slot.up, slot.host_up[: flight.ends[0]], self.up)
+            start, stop = flight.sides[1], flight.ends[1]
+            gpu.upload(slot.up[start:], slot.host_up[start:stop], self.up)
+        else:
+            gpu.upload(slot.up, slot.host_up[: flight.ends[1]], self.up)
+        slot.sent = gpu.record(self.up, slot.sent)
         if job.opens:
             gpu.clear(totals.summary, self.run)
-            gpu.clear(self._bins[: records * work.bins * 8], self.run)
-        gpu.wait(self.run, gpu.record(self.up))
-        work.launch(slot, totals, self._bins, tiles.size, job)
+            gpu.clear(self._bins[: job.records * work.bins * 8], self.run)
+        gpu.wait(self.run, slot.sent)
+        work.launch(flight, self._bins)
         if job.closes:
-            found = [totals.places, totals.counts, totals.found]
-            size = np.uint64(records * work.bins)
+            found = [totals.bins, totals.found]
+            size = np.uint64(job.records * work.bins)
             gpu.launch(work.formats, "harvest", 2 * gpu.processors, [self._bins, size, *found], self.run)
-        gpu.wait(self.down, gpu.record(self.run))
-        if work.want_mask:
-            gpu.download(slot.host_mask[: _end(tiles, "mask", 1)], slot.mask, self.down)
-        gpu.download(slot.host_sums[: tiles.size * 8 * len(Sum)], slot.sums, self.down)
+        slot.ran = gpu.record(self.run, slot.ran)
+        gpu.wait(self.down, slot.ran)
+        end = flight.masks[-1].stop if work.want_mask else flight.tiles * 8 * len(Sum)
+        gpu.download(slot.host_down[:end], slot.down, self.down)
         if job.closes:
-            gpu.download(totals.host_summary, totals.summary, self.down)
-        slot.done = gpu.record(self.down)
+            totals.bring_home(gpu, self.down)
+        slot.done = gpu.record(self.down, slot.done)
 
-    def _land(self, flight: _Flight, work: LaunchWork) -> Landed:
+    def _land(self, flight: Flight, work: LaunchWork) -> Landed:
         """Wait for a job, and read what it left on the host."""
         self.gpu.synchronize(flight.slot.done)
-        tiles, job = flight.tiles, flight.job
-        sums = flight.slot.host_sums[: tiles.size * 8 * len(Sum)].view(np.float64).reshape(-1, len(Sum))
-        masks, of_parts, first = [], [], 0
+        job, down = flight.job, flight.slot.host_down
+        sums = down[: flight.tiles * 8 * len(Sum)].view(np.float64).reshape(-1, len(Sum))
+        masks = [down[mask] for mask in flight.masks] if work.want_mask else []
+        of_parts, stop = [], 0
         for part in job.parts:
-            stop = first + -(-part.numel // DEVICE_TILE)
+            first, stop = stop, stop + -(-part.numel // DEVICE_TILE)
             of_parts.append(sums[first:stop])
-            if work.want_mask:
-                start = int(tiles["mask"][first])
-                masks.append(flight.slot.host_mask[start : start + -(-part.numel // 8)])
-            first = stop
         if not job.closes:
-            nothing = np.zeros(0, np.uint32), np.zeros(0, np.uint64)
-            return Landed(job, masks, of_parts, np.zeros(0, RECORD), nothing)
-        found, records = flight.totals.home(1 + max(part.record for part in job.parts))
-        return Landed(job, masks, of_parts, records, self._bring_home(flight.totals, found))
-
-    def _bring_home(self, totals: GroupTotals, found: int) -> Bins:
-        """The bins that are not empty: how many there are is known only now."""
-        places, counts = np.empty(found, np.uint32), np.empty(found, np.uint64)
-        for start in range(0, found, ENTRIES):
-            stop = min(start + ENTRIES, found)
-            hosts = self._host_bins[0][: (stop - start) * 4], self._host_bins[1][: (stop - start) * 8]
-            self.gpu.download(hosts[0], totals.places[start * 4 : stop * 4], self.down)
-            self.gpu.download(hosts[1], totals.counts[start * 8 : stop * 8], self.down)
-            self.gpu.synchronize(self.gpu.record(self.down))
-            places[start:stop], counts[start:stop] = hosts[0].view(np.uint32), hosts[1].view(np.uint64)
-        return places, counts
+            return Landed(job, masks, of_parts, np.zeros(0, RECORD), _NO_BINS)
+        # How many bins are not empty is known only now.
+        records, bins, more = flight.totals.home(job.records)
+        if more:
+            bins = flight.totals.more(self.gpu, self.down, bins.size + more)
+        return Landed(job, masks, of_parts, records, (bins["place"], bins["count"]))
 
 
-def _end(tiles: NDArray[Any], field: str, bits: int) -> int:
-    """Where the bytes of the last tile end."""
-    return int(tiles[field][-1]) + -(-int(tiles["numel"][-1]) * bits // 8)
+_NO_BINS = np.zeros(0, np.uint32), np.zeros(0, np.uint64)
+
+
+@lru_cache
+def _tiles_of(numel: int, bits: tuple[int, int], at: tuple[int, int, int]) -> NDArray[Any]:
+    """Tiles of a part whose sides and mask begin at some bytes: launches of a large tensor have the same."""
+    starts = np.arange(0, numel, DEVICE_TILE, dtype=np.uint64)
+    tiles = np.zeros(starts.size, TILE_RECORD)
+    for name, place, each in zip(("base", "tuned", "mask"), at, (*bits, 1), strict=True):
+        tiles[name] = place + starts * each // 8
+    tiles["numel"] = np.minimum(numel - starts, DEVICE_TILE)
+    return tiles

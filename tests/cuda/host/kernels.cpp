@@ -27,6 +27,6 @@ LAUNCHER(scores_float64)
 
 extern "C" {
 void set_flush_to_zero(bool flush) { on_host::flush_to_zero = flush; }
-extern const unsigned layout_sizes[] = {sizeof(Tile), sizeof(Record), sizeof(ScanSettings),
-                                        sizeof(Search), sizeof(CodeBox), sizeof(Codes)};
+extern const unsigned layout_sizes[] = {sizeof(Tile),    sizeof(Record), sizeof(ScanSettings), sizeof(Search),
+                                        sizeof(CodeBox), sizeof(Codes),  sizeof(Bin)};
 }

@@ -55,8 +55,8 @@ static void run(u32 numel, u32 blocks) {
     const u32 count = (u32)tiles.size();
     std::vector<u8> mask(padded / 8);
     std::vector<double> sums(count * SUMS), tails(count * SUMS);
-    std::vector<u64> rows(ROWS * BINS), low(3 * LOW_BINS), firsts(count), counts(ROWS * BINS);
-    std::vector<u32> places(ROWS * BINS);
+    std::vector<u64> rows(ROWS * BINS), low(3 * LOW_BINS), firsts(count);
+    std::vector<Bin> used(ROWS * BINS);
     Record record = {};
     u64 next = 0;
     u32 found = 0;
@@ -92,7 +92,7 @@ static void run(u32 numel, u32 blocks) {
                low.data());
     });
     on_host::launch(blocks, THREADS, numel,
-                    [&] { harvest(rows.data(), rows.size(), places.data(), counts.data(), &found); });
+                    [&] { harvest(rows.data(), rows.size(), used.data(), &found); });
 }
 
 static std::vector<u8> random_codes(u64 numel, u32 bits) {
