@@ -151,7 +151,7 @@ class Worker:
             refined = Refined.empty(todo)
             self._backend.refine(measurement.scan, todo, source, refined)
             return refined, []
-        partial = self._blank()
+        partial = self.blank()
         if isinstance(todo, BitScan):
             mask = scan_bits(todo, source, partial)
         else:
@@ -160,7 +160,7 @@ class Worker:
             self._kept[span.tensor] = source.kept
         return partial, [] if mask is None else list(_compressed(mask, span, pair))
 
-    def _blank(self) -> Partial:
+    def blank(self) -> Partial:
         """Nothing seen yet."""
         try:
             partial = self._spare.pop()
