@@ -126,7 +126,7 @@ def test_no_error_is_raised_that_the_tree_lacks():
 def test_the_keywords_of_diff_are_the_options():
     given = signature(ckptdiff.diff).parameters
     options = {field.name: field.default for field in fields(ckptdiff.Options)}
-    own = ["base", "tuned", "out", "listener", "title"]
+    own = ["base", "tuned", "out", "listener", "title", "resume"]
     assert set(given) == {*options, *own}
     assert {given[name].kind for name in given if name not in own[:2]} == {Parameter.KEYWORD_ONLY}
     # A mask rule may be given as text.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -92,6 +92,8 @@ def run_plan(
         if writer is not None:
             with stage(tell, "writing"):
                 writer.finish(diff)
+                if work is not None:
+                    work.remove()
     tell(Finished(diff, seconds))
     return diff
 
@@ -107,16 +109,13 @@ def _introduce(plan: Plan, tell: Listener) -> None:
     tell(Started(plan.tensors, plan.total_bytes, plan.diff))
 
 
-@contextmanager
-def _unfinished(plan: Plan, out: Path | None, tell: Listener) -> Iterator[Unfinished | None]:
+def _unfinished(plan: Plan, out: Path | None, tell: Listener) -> AbstractContextManager[Unfinished | None]:
     """What is done of a run file, if that is kept."""
     if out is None:
-        yield None
-        return
+        return nullcontext()
     gpu, spectra = plan.spectra_gpu, plan.options.spectra
     devices = plan.device.name if gpu is None else f"{plan.device.name}, {gpu.name}"
-    with resumable(out, lambda: belonging("diff", plan.diff, devices, spectra), tell, plan.saving) as unfinished:
-        yield unfinished
+    return resumable(out, lambda: belonging("diff", plan.diff, devices, spectra), tell, plan.saving)
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,23 +50,19 @@ def belonging(command: str, diff: Diff, device: str, spectra: SpectraOptions | N
     return found
 
 
-@contextmanager
 def resumable(
     target: Path, belongs: Callable[[], Mapping[str, str]], tell: Listener, saving: Saving | None
-) -> Iterator[Unfinished | None]:
-    """Keep what is done within the block beside its output, and hand out what an earlier command kept.
+) -> AbstractContextManager[Unfinished | None]:
+    """Keep what is done beside its output, and hand out what an earlier command kept.
 
-    The output is in place at the end of the block. Without `saving` nothing is kept, and a note says if something was.
+    Without `saving` nothing is kept, and a note says if something was.
     """
-    if saving is None:
-        if is_unfinished(target):
-            text = f"{folder_of(target)} holds what an unfinished run has done: --resume goes on from there"
-            tell(Note(text, warning=True))
-        yield None
-        return
-    with Unfinished(target, belongs(), lambda text: tell(Note(text, warning=True)), saving) as unfinished:
-        yield unfinished
-        unfinished.remove()
+    if saving is not None:
+        return Unfinished(target, belongs(), lambda text: tell(Note(text, warning=True)), saving)
+    if is_unfinished(target):
+        text = f"{folder_of(target)} holds what an unfinished run has done: --resume goes on from there"
+        tell(Note(text, warning=True))
+    return nullcontext()
 
 
 def _of_code() -> str:

@@ -130,6 +130,8 @@ def add_spectra(
             told = Stage(tell, "writing")
             write_spectra(file, measured)
         staged.commit()
+        if unfinished is not None:
+            unfinished.remove()
         told.end()
     return replace(diff, spectra=measured)
 
