@@ -70,7 +70,7 @@ class Unfinished:
     def __init__(
         self, target: Path, belongs: Mapping[str, str], say: Callable[[str], None], saving: Saving = SAVING
     ) -> None:
-        self.folder = folder_of(target)
+        self._target, self.folder = target, folder_of(target)
         self._belongs, self._say, self._saving = dict(belongs), say, saving
         self._text = json.dumps(self._belongs, indent=1, sort_keys=True).encode()
         self._of = digest_of([self._text]).hex()
@@ -81,7 +81,7 @@ class Unfinished:
         self._damaged: list[str] = []
         self._written = 0
         self._descriptor = -1
-        self._over = self._removed = False
+        self._locked = self._over = self._removed = False
 
     def __enter__(self) -> Unfinished:
         try:
@@ -91,13 +91,15 @@ class Unfinished:
             _open[self] = None
             self._require_same_work()
             self._list()
-        except OSError as error:
+            return self
+        except BaseException as error:
+            # Nobody leaves what was not entered.
+            if self._descriptor >= 0 and not is_unfinished(self._target):
+                self.remove()
             self._close()
-            raise RunFileError(f"cannot use the folder of --resume: {error.strerror}", file=self.folder) from error
-        except BaseException:
-            self._close()
+            if isinstance(error, OSError):
+                raise RunFileError(f"cannot use the folder of --resume: {error.strerror}", file=self.folder) from error
             raise
-        return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
@@ -192,26 +194,23 @@ class Unfinished:
             except OSError:
                 if self._descriptor < 0:
                     raise
-                # No locks on this file system. Two runs at once would do the same twice, and disturb no file.
+                # No locks on this file system. Of two runs at once the first to end removes the folder.
                 return
             with suppress(FileNotFoundError):
                 if os.path.samestat(path.stat(), os.fstat(self._descriptor)):
+                    self._locked = True
                     return
             os.close(self._descriptor)  # locked, and no longer the file of that name
             self._descriptor = -1
 
     def _require_ours(self) -> None:
         strange = sorted(path.name for path in self.folder.iterdir() if not _OURS.fullmatch(path.name))
-        if strange:
+        if strange and not (self.folder / _BELONGS).exists():
             raise self._not_ours(first_few(strange))
 
     def _require_same_work(self) -> None:
         path = self.folder / _BELONGS
-        try:
-            known = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            if self._files(_DONE):
-                raise self._not_ours(f"no {_BELONGS}") from None
+        if not self._files(_DONE):
             temporary = path.with_suffix(TEMPORARY)
             with temporary.open("wb") as file:
                 file.write(self._text)
@@ -219,8 +218,12 @@ class Unfinished:
                 os.fsync(file.fileno())
             temporary.rename(path)
             return
+        try:
+            known = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise self._not_ours(f"no {_BELONGS}") from None
         except ValueError:
-            raise self._not_ours(f"a {_BELONGS} that is damaged") from None
+            known = None
         if not isinstance(known, dict):
             raise self._not_ours(f"a {_BELONGS} that is damaged")
         differ = [key for key in {**known, **self._belongs} if known.get(key) != self._belongs.get(key)]
@@ -242,7 +245,7 @@ class Unfinished:
         )
 
     def _list(self) -> None:
-        for path in self._files(TEMPORARY):
+        for path in self._files(TEMPORARY) if self._locked else ():
             path.unlink(missing_ok=True)
         for path in self._files(_DONE):
             self._written = max(self._written, int(path.name[:8]) + 1 if path.name[:8].isdecimal() else 0)

@@ -170,14 +170,28 @@ def test_a_folder_that_does_not_say_whose_it_is(text: str, tmp_path: Path) -> No
     assert len(files(tmp_path)) == 1
 
 
+def test_work_of_another_run_that_kept_nothing_is_no_hindrance(tmp_path: Path) -> None:
+    put(tmp_path, {"a": b"a"})
+    files(tmp_path)[0].unlink()  # as if it had been killed before
+    with opened(tmp_path, version="2") as unfinished:
+        unfinished.keep("b", [b"b"])
+    with opened(tmp_path, version="2") as unfinished:
+        assert (unfinished.find("a"), unfinished.find("b")) == (None, b"b")
+
+
 def test_what_others_put_there_meanwhile_stays(tmp_path: Path) -> None:
     said: list[str] = []
+    put(tmp_path, {"a": b"a"})
+    (tmp_path / "run.h5.part" / ".DS_Store").touch()
+    with opened(tmp_path, said=said) as unfinished:
+        assert unfinished.find("a") == b"a"
+    (tmp_path / "run.h5.part" / ".DS_Store").unlink()
     with opened(tmp_path, said=said) as unfinished:
         unfinished.keep("a", [b"a"])
         strange = unfinished.folder / "notes.txt"
         strange.write_text("mine")
         unfinished.remove()
-    assert list(strange.parent.iterdir()) == [strange] and "stays" in said[0]
+    assert list(strange.parent.iterdir()) == [strange] and len(said) == 1 and "stays" in said[0]
 
 
 @pytest.mark.parametrize("left", [[], ["lock"], ["lock", "belongs.tmp"], ["lock", "00000000-0123abcd.tmp"]])
@@ -233,6 +247,18 @@ def test_a_full_disk_keeps_what_was_written(tmp_path: Path) -> None:
     assert said == [f"what is done is kept in {tmp_path / 'run.h5.part'}: the same command goes on from there"]
     with opened(tmp_path) as unfinished:
         assert (unfinished.find("a"), unfinished.find("b")) == (b"a", None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a full disk looks like from inside, on Linux")
+def test_a_disk_that_is_full_from_the_first(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        with pytest.raises(RunFileError, match="cannot use the folder of --resume: File too large"):
+            opened(tmp_path).__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_written_once_it_is_left(tmp_path: Path) -> None:
