@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ from ckptdiff.options import SpectraOptions
 _LIBRARIES = "numpy", "numba", "scipy", "cupy-cuda12x", "cupy-cuda13x"
 """Of another version they may give other digits."""
 _OPTIONS = {"values": "--values", "renames": "--map", "include": "--include", "exclude": "--exclude"}
+_PAIRED = attrgetter(
+    "name", "shape", "dtype_base", "dtype_tuned", "compare", "tuned_name", "same_bytes", "pieces", "rows", "untied"
+)
+"""What of a tensor pair is measured; groups are only reported."""
 
 
 def belonging(command: str, diff: Diff, device: str, spectra: SpectraOptions | None) -> dict[str, str]:
@@ -46,7 +51,7 @@ def belonging(command: str, diff: Diff, device: str, spectra: SpectraOptions | N
         shards = [(shard["header_sha256"], shard["size"], shard["mtime_ns"]) for shard in facts["shards"]]
         found[side] = f"{plural(len(shards), 'file')}, {_digest(repr(shards))}"
     columns = "".join(f"{name}{_digest(diff.columns[name].tobytes())}" for name in sorted(diff.columns))
-    found["tensors"] = f"{len(diff.tensors):,}, {_digest(repr(diff.tensors) + columns)}"
+    found["tensors"] = f"{len(diff.tensors):,}, {_digest(repr(list(map(_PAIRED, diff.tensors))) + columns)}"
     return found
 
 
