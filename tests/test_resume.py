@@ -22,7 +22,7 @@ from stopped_process import ended, go_on, stopped_at
 
 import ckptdiff
 from ckptdiff.cli import main
-from ckptdiff.errors import OptionError, RunFileError
+from ckptdiff.errors import ChangedFileError, OptionError, RunFileError
 from ckptdiff.events import Event, Note, StageBegun, StageProgress, TensorsDone
 from ckptdiff.figures.spectral import SPECTRAL_KEYS
 from ckptdiff.files.packed_entry import unpack
@@ -226,6 +226,7 @@ def test_spectra_of_another_run_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFileError, match="belongs to another run") as caught:
         add_spectra(out, "exact", resume=True)
     assert "exact" in str(caught.value.found)
+    assert main(["spectra", "add", str(out), "--seed", "4", "--resume"]) == 2
     ckptdiff.diff(*of("tied"), out=out, compare="stored")
     with pytest.raises(RunFileError, match="belongs to another run") as caught:
         add_spectra(out, resume=True)
@@ -273,6 +274,26 @@ def test_another_run_is_refused_by_what_differs(change: str, copied: tuple[str, 
         run(*copied, out=out, options=options, saving=AT_ONCE)
     assert caught.value.file == str(part) and expected in str(caught.value.found)
     assert {path.name: path.read_bytes() for path in part.iterdir()} == before and not out.exists()
+
+
+def test_what_was_read_of_a_changed_file_is_not_kept(copied: tuple[str, str], tmp_path: Path) -> None:
+    """Not even if the file is as it was when the run goes on."""
+    out, shard = tmp_path / "run.h5", Path(copied[1])
+    stored, times = shard.read_bytes(), shard.stat()
+    keep = Unfinished.keep
+
+    def change(self: Unfinished, key: str, parts: list[bytes]) -> None:
+        shard.write_bytes(stored[:-2] + b"\x80\x3f")
+        keep(self, key, parts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Unfinished, "keep", change)
+        with pytest.raises(ChangedFileError):
+            run(*copied, out=out, saving=AT_ONCE)
+    assert [path.name for path in tmp_path.iterdir()] == ["pair"]
+    shard.write_bytes(stored)
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    run(*copied, out=out, saving=AT_ONCE)
 
 
 def test_another_version_is_refused(copied: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

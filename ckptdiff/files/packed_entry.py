@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,12 +26,13 @@ class Entry(NamedTuple):
 
 def pack(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], payloads: Sequence[bytes] = ()) -> list[bytes]:
     """Pack an entry; counts take the fewest bytes that hold all of an array."""
-    described, parts = [], []
+    shapes, parts = [], []
     for name, values in arrays.items():
         stored = np.ascontiguousarray(values, _narrow(values))
-        described.append((name, values.dtype.str, stored.dtype.str, values.shape))
+        shapes.append((name, values.dtype.str, stored.dtype.str, values.shape))
         parts.append(stored.tobytes())
-    text = json.dumps({"facts": facts, "arrays": described, "payloads": list(map(len, payloads))}).encode()
+    described = {"facts": facts, "arrays": shapes, "payloads": list(map(len, payloads))}
+    text = json.dumps(described, default=index).encode()  # NumPy's integers are no int
     return [_LENGTH.pack(len(text)), text, *parts, *payloads]
 
 

@@ -59,6 +59,8 @@ class Unfinished:
     say : callable
         Told in words what is damaged, and on leaving what stays; in the thread that enters, ticks and leaves.
     saving : Saving, optional
+    check : callable, optional
+        Called before entries are written, in any thread; they are dropped if it raises: an input has changed meanwhile.
 
     Raises
     ------
@@ -68,14 +70,19 @@ class Unfinished:
     """
 
     def __init__(
-        self, target: Path, belongs: Mapping[str, str], say: Callable[[str], None], saving: Saving = SAVING
+        self,
+        target: Path,
+        belongs: Mapping[str, str],
+        say: Callable[[str], None],
+        saving: Saving = SAVING,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._target, self.folder = target, folder_of(target)
-        self._belongs, self._say, self._saving = dict(belongs), say, saving
+        self._belongs, self._say, self._saving, self._check = dict(belongs), say, saving, check
         self._text = json.dumps(self._belongs, indent=1, sort_keys=True).encode()
         self._of = digest_of([self._text]).hex()
         self._known: dict[str, Place] = {}
-        self._lock = threading.Lock()
+        self._lock, self._writing = threading.Lock(), threading.Lock()
         self._waiting: list[tuple[str, Sequence[bytes]]] = []
         self._size, self._since = 0, 0.0
         self._damaged: list[str] = []
@@ -148,16 +155,18 @@ class Unfinished:
 
     def save(self) -> None:
         """Write what waits."""
-        with self._lock:
-            waiting, self._waiting, self._size = self._waiting, [], 0
-            number, self._written = self._written, self._written + bool(waiting)
-        if not waiting or self._over:
-            return
-        try:
-            write_entries(self.folder / f"{number:08}-{secrets.token_hex(4)}{_DONE}", self._of, waiting)
-        except OSError as error:
-            self._over = True
-            raise self._not_written(error) from error
+        with self._writing:  # one at a time: on a slow disk the others wait, and hold no more in memory
+            with self._lock:
+                waiting, self._waiting, self._size = self._waiting, [], 0
+            if not waiting or self._over:
+                return
+            self._check()
+            try:
+                write_entries(self.folder / f"{self._written:08}-{secrets.token_hex(4)}{_DONE}", self._of, waiting)
+            except OSError as error:
+                self._over = True
+                raise self._not_written(error) from error
+            self._written += 1
 
     def remove(self) -> None:
         """Remove the folder, but for what others have put there: the output is in place."""

@@ -70,7 +70,11 @@ def run_plan(
     started = datetime.now(UTC) - timedelta(seconds=time.perf_counter() - begun)
     _introduce(plan, tell)
     results = _Results(plan, tell)
-    with open_shards(plan.io) as shards, _unfinished(plan, out, tell) as work, _run_file(plan, out, title) as writer:
+    with (
+        open_shards(plan.io) as shards,
+        _unfinished(plan, out, shards, tell) as work,
+        _run_file(plan, out, title) as writer,
+    ):
         kept = None if work is None else KeptResults(work)
         with stage(tell, "comparing", plan.total_bytes, "bytes", kept.nbytes(plan) if kept else 0) as told:
             for result in execute(plan, shards, told.again, kept):
@@ -109,13 +113,15 @@ def _introduce(plan: Plan, tell: Listener) -> None:
     tell(Started(plan.tensors, plan.total_bytes, plan.diff))
 
 
-def _unfinished(plan: Plan, out: Path | None, tell: Listener) -> AbstractContextManager[Unfinished | None]:
+def _unfinished(
+    plan: Plan, out: Path | None, shards: OpenShards, tell: Listener
+) -> AbstractContextManager[Unfinished | None]:
     """What is done of a run file, if that is kept."""
     if out is None:
         return nullcontext()
     gpu, spectra = plan.spectra_gpu, plan.options.spectra
     devices = plan.device.name if gpu is None else f"{plan.device.name}, {gpu.name}"
-    return resumable(out, lambda: belonging("diff", plan.diff, devices, spectra), tell, plan.saving)
+    return resumable(out, lambda: belonging("diff", plan.diff, devices, spectra), shards, tell, plan.saving)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ckptdiff
+from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.errors import plural
 from ckptdiff.events import Listener, Note
 from ckptdiff.figures.result import SIDES, Diff
@@ -56,14 +57,19 @@ def belonging(command: str, diff: Diff, device: str, spectra: SpectraOptions | N
 
 
 def resumable(
-    target: Path, belongs: Callable[[], Mapping[str, str]], tell: Listener, saving: Saving | None
+    target: Path,
+    belongs: Callable[[], Mapping[str, str]],
+    shards: OpenShards,
+    tell: Listener,
+    saving: Saving | None,
 ) -> AbstractContextManager[Unfinished | None]:
     """Keep what is done beside its output, and hand out what an earlier command kept.
 
-    Without `saving` nothing is kept, and a note says if something was.
+    What was read of shards that change meanwhile is not kept. Without `saving` nothing is, and a note says if something
+    was.
     """
     if saving is not None:
-        return Unfinished(target, belongs(), lambda text: tell(Note(text, warning=True)), saving)
+        return Unfinished(target, belongs(), lambda text: tell(Note(text, warning=True)), saving, shards.check)
     if is_unfinished(target):
         text = f"{folder_of(target)} holds what an unfinished run has done: --resume goes on from there"
         tell(Note(text, warning=True))

@@ -108,19 +108,20 @@ def add_spectra(
     )
     tell = listener or ignore
     gpu = open_spectra_gpu(options, spectra.mode, tell)
-    device = "cpu" if gpu is None else gpu.name
-    work = resumable(
-        Path(path), lambda: belonging("spectra add", diff, device, spectra), tell, SAVING if resume else None
-    )
-    with work as unfinished, StagedFile(Path(path)) as staged:
+    saving, name = SAVING if resume else None, "cpu" if gpu is None else gpu.name
+    with (
+        open_shards("pread") as shards,
+        resumable(Path(path), lambda: belonging("spectra add", diff, name, spectra), shards, tell, saving) as work,
+        StagedFile(Path(path)) as staged,
+    ):
         _copy(Path(path), staged, tell)
-        with open_shards("pread") as shards, h5py.File(staged, "r+") as file:
+        with h5py.File(staged, "r+") as file:
             if base:
                 _require_values(shards, diff, "base", [pair.base for pair in pairs], tell)
             if tuned:
                 _require_values(shards, diff, "tuned", [pair.tuned for pair in pairs], tell)
             table = SpectraTable(spectra.mode, len(diff.tensors))
-            for found in measure_spectra(pairs, diff, shards, options, tell, gpu, unfinished):
+            for found in measure_spectra(pairs, diff, shards, options, tell, gpu, work):
                 table.take(found)
                 if found.method:
                     add_spectrum(file, diff.tensors[found.index].name, found.method, found.lists)
@@ -130,8 +131,8 @@ def add_spectra(
             told = Stage(tell, "writing")
             write_spectra(file, measured)
         staged.commit()
-        if unfinished is not None:
-            unfinished.remove()
+        if work is not None:
+            work.remove()
         told.end()
     return replace(diff, spectra=measured)
 

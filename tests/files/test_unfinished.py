@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays, scalar_dtypes
 
-from ckptdiff.errors import RunFileError
+from ckptdiff.errors import ChangedFileError, RunFileError
 from ckptdiff.files.packed_entry import pack, unpack
 from ckptdiff.files.unfinished import Saving, Unfinished, is_unfinished
 
@@ -261,6 +261,23 @@ def test_a_disk_that_is_full_from_the_first(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_was_read_of_a_changed_input_is_dropped(tmp_path: Path) -> None:
+    changed: list[str] = []
+
+    def check() -> None:
+        if changed:
+            raise ChangedFileError("changed", file=changed[0])
+
+    unfinished = Unfinished(tmp_path / "run.h5", BELONGS, [].append, Saving(2, math.inf), check)
+    with pytest.raises(ChangedFileError), unfinished:
+        unfinished.keep("a", [b"aa"])
+        unfinished.keep("b", [b"b"])
+        changed.append("shard")
+        unfinished.keep("c", [b"c"])
+    with opened(tmp_path) as unfinished:
+        assert [unfinished.find(key) for key in "abc"] == [b"aa", None, None]
+
+
 def test_nothing_is_written_once_it_is_left(tmp_path: Path) -> None:
     with opened(tmp_path) as unfinished:
         unfinished.keep("a", [b"a"])
@@ -291,6 +308,11 @@ def test_entries_come_out_as_they_went_in(
 def test_counts_of_any_size(values: np.ndarray) -> None:
     (found,) = unpack(b"".join(pack({}, {"counts": values}))).arrays.values()
     assert found.dtype == values.dtype and np.array_equal(found, values)
+
+
+def test_integers_of_numpy_are_facts_too() -> None:
+    facts = {"values": np.int64(2**40), "codes": [np.uint8(3), None]}
+    assert unpack(b"".join(pack(facts, {}))).facts == {"values": 2**40, "codes": [3, None]}
 
 
 def test_small_counts_take_few_bytes() -> None:
