@@ -469,11 +469,11 @@ for first in range(1, calls, int(every)):
 
 @pytest.mark.slow
 def test_killed_at_any_call_and_resumed(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED, *of("tied"), str(tmp_path), "2"]
+    command = [sys.executable, "-c", KILLED, *of("tied"), str(tmp_path), "3"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     rounds = [line.split()[1:] for line in done.stdout.splitlines()]
-    assert len(rounds) >= 10 and sum(codes.count("-9") for codes in rounds) > len(rounds) // 2
+    assert len(rounds) >= 8 and sum(codes.count("-9") for codes in rounds) > len(rounds) // 2
     expected = contents(tmp_path / "whole" / "run.h5")
     folders = [path for path in tmp_path.iterdir() if path.name.isdecimal()]
     assert len(folders) == len(rounds)
