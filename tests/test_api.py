@@ -132,7 +132,7 @@ def test_the_keywords_of_diff_are_the_options():
     # A mask rule may be given as text.
     assert {name: str(given[name].default) for name in options} == {name: str(value) for name, value in options.items()}
     assert ckptdiff.MaskRule.parse(given["mask"].default) == options["mask"]
-    assert [given[name].default for name in own] == [Parameter.empty, Parameter.empty, None, None, None]
+    assert [given[name].default for name in own] == [Parameter.empty, Parameter.empty, None, None, None, False]
 
 
 @pytest.mark.parametrize("room", PUBLIC)

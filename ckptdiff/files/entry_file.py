@@ -20,7 +20,7 @@ _MAGIC = b"ckptdone"
 _HEAD = struct.Struct("<8sI16s")
 
 
-class Place(NamedTuple):
+class EntryPlace(NamedTuple):
     """Where an entry is."""
 
     path: Path
@@ -41,7 +41,7 @@ def write_entries(path: Path, of: str, entries: Sequence[tuple[str, Sequence[byt
     temporary.rename(path)
 
 
-def places_of(path: Path, of: str) -> dict[str, Place]:
+def places_of(path: Path, of: str) -> dict[str, EntryPlace]:
     """Where the entries of a file are, by key.
 
     Raises ValueError, in a word or two, if the file is not whole or belongs to something else, and OSError.
@@ -58,14 +58,14 @@ def places_of(path: Path, of: str) -> dict[str, Place]:
         raise ValueError("of another run")
     places, offset = {}, _HEAD.size + length
     for key, nbytes, hexadecimal in found["entries"]:
-        places[key] = Place(path, offset, nbytes, bytes.fromhex(hexadecimal))
+        places[key] = EntryPlace(path, offset, nbytes, bytes.fromhex(hexadecimal))
         offset += nbytes
     if size != offset:
         raise ValueError("cut short")
     return places
 
 
-def read_entry(place: Place) -> bytes | None:
+def read_entry(place: EntryPlace) -> bytes | None:
     """The bytes of an entry, None if they are not what was written; raises as the system does."""
     with place.path.open("rb") as file:
         file.seek(place.offset)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 _LENGTH = struct.Struct("<I")
 
 
-class Entry(NamedTuple):
+class Unpacked(NamedTuple):
     """What was packed."""
 
     facts: dict[str, Any]
@@ -36,7 +36,7 @@ def pack(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], payloads:
     return [_LENGTH.pack(len(text)), text, *parts, *payloads]
 
 
-def unpack(data: bytes) -> Entry:
+def unpack(data: bytes) -> Unpacked:
     """Take out what :func:`pack` made; arrays are new ones, and may be written to."""
     (length,) = _LENGTH.unpack_from(data)
     offset = _LENGTH.size + length
@@ -50,7 +50,7 @@ def unpack(data: bytes) -> Entry:
     for size in described["payloads"]:
         payloads.append(data[offset : offset + size])
         offset += size
-    return Entry(described["facts"], arrays, payloads)
+    return Unpacked(described["facts"], arrays, payloads)
 
 
 def _narrow(values: NDArray[Any]) -> np.dtype[Any]:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptdiff.errors import CkptdiffError, RunFileError, first_few
-from ckptdiff.files.entry_file import TEMPORARY, Place, digest_of, places_of, read_entry, write_entries
+from ckptdiff.files.entry_file import TEMPORARY, EntryPlace, digest_of, places_of, read_entry, write_entries
 
 _DONE, _BELONGS, _LOCK = ".done", "belongs.json", "lock"
 _OURS = re.compile(rf"\d{{8}}-[0-9a-f]{{8}}(\{_DONE}|\{TEMPORARY})|belongs(\.json|\{TEMPORARY})|lock")
@@ -81,7 +81,7 @@ class Unfinished:
         self._belongs, self._say, self._saving, self._check = dict(belongs), say, saving, check
         self._text = json.dumps(self._belongs, indent=1, sort_keys=True).encode()
         self._of = digest_of([self._text]).hex()
-        self._known: dict[str, Place] = {}
+        self._known: dict[str, EntryPlace] = {}
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._waiting: list[tuple[str, Sequence[bytes]]] = []
         self._size, self._since = 0, 0.0

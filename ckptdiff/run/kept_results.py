@@ -7,7 +7,7 @@ from dataclasses import astuple
 from typing import Any
 
 from ckptdiff.checkpoint.kept import Kept
-from ckptdiff.files.packed_entry import Entry, pack, unpack
+from ckptdiff.files.packed_entry import Unpacked, pack, unpack
 from ckptdiff.files.unfinished import Unfinished
 from ckptdiff.measure.partial import Partial, Refined
 from ckptdiff.measure.records import Records
@@ -79,7 +79,7 @@ def packed_result(result: Result) -> list[bytes]:
     return pack(facts, arrays, [chunk.payload for chunk in result.chunks])
 
 
-def result_of(entry: Entry, task: SpanTask, blank: Callable[[], Partial]) -> Result:
+def result_of(entry: Unpacked, task: SpanTask, blank: Callable[[], Partial]) -> Result:
     """The result of a task from its entry; `blank` makes a Partial in which nothing is seen yet."""
     facts, arrays, payloads = entry
     chunks = [

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from ckptdiff.errors import RunFileError
-from ckptdiff.files.packed_entry import Entry, pack, unpack
+from ckptdiff.files.packed_entry import Unpacked, pack, unpack
 from ckptdiff.files.unfinished import Unfinished
 from ckptdiff.spectra.budget import Budget
 from ckptdiff.spectra.job import MatrixJob
@@ -63,7 +63,7 @@ def packed_spectra(spectra: MatrixSpectra) -> list[bytes]:
     return pack(facts, {"figures": figures} | {f"values {name}": kept for name, kept in spectra.values.items()})
 
 
-def spectra_of(entry: Entry) -> MatrixSpectra:
+def spectra_of(entry: Unpacked) -> MatrixSpectra:
     """The spectra of an entry."""
     facts, arrays, _ = entry
     figures = dict(zip(facts["figures"], arrays.pop("figures").tolist(), strict=True))
