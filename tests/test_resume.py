@@ -90,19 +90,23 @@ def contents(path: Path) -> dict[str, Any]:
     return found
 
 
-def stopping(after: int, kinds: tuple[type[Event], ...], heard: list[Event] | None = None) -> Callable[[Event], None]:
+def stopping(after: int, kinds: tuple[type[Event], ...]) -> Callable[[Event], None]:
     """A listener that gives up at an event: the so-manieth of these kinds."""
     count = 0
 
     def listen(event: Event) -> None:
         nonlocal count
-        if heard is not None:
-            heard.append(event)
         count += isinstance(event, kinds)
         if count > after:
             raise GivenUpError
 
     return listen
+
+
+def once_measured(event: Event) -> None:
+    """A listener that gives up when all spectra are measured, and nothing is in place yet."""
+    if isinstance(event, StageProgress) and event.stage == "spectra" and event.done >= 1:
+        raise GivenUpError
 
 
 CASES = {
@@ -179,7 +183,7 @@ def test_what_is_damaged_is_measured_again_and_said(large: tuple[str, str], tmp_
     whole, out = tmp_path / "whole.h5", tmp_path / "run.h5"
     run(*large, out=whole, options=options, grain=FINE)
     with pytest.raises(GivenUpError):
-        run(*large, out=out, options=options, grain=FINE, saving=AT_ONCE, listener=stopping(3, (StageProgress,)))
+        run(*large, out=out, options=options, grain=FINE, saving=AT_ONCE, listener=once_measured)
     damage(tmp_path / "run.h5.part")
     heard: list[Event] = []
     run(*large, out=out, options=options, grain=FINE, saving=AT_ONCE, listener=heard.append)
@@ -212,7 +216,7 @@ def test_spectra_are_added_in_parts(tmp_path: Path) -> None:
             except GivenUpError:
                 assert (tmp_path / "parts.h5.part").is_dir()
             rounds += 1
-    assert rounds > 2 and len(made) == len(set(made))
+    assert rounds > 1 and len(made) == len(set(made))
     assert contents(parts) == contents(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.h5", "whole.h5"]
 
@@ -221,7 +225,7 @@ def test_spectra_of_another_run_file_are_refused(tmp_path: Path) -> None:
     out = tmp_path / "run.h5"
     ckptdiff.diff(*of("tied"), out=out)
     with pytest.raises(GivenUpError):
-        add_spectra(out, resume=True, listener=stopping(1, (StageProgress,)))
+        add_spectra(out, resume=True, listener=once_measured)
     assert (tmp_path / "run.h5.part").is_dir()
     with pytest.raises(RunFileError, match="belongs to another run") as caught:
         add_spectra(out, "exact", resume=True)
