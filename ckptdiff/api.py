@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ckptdiff.events import Listener
 from ckptdiff.figures.result import Diff
+from ckptdiff.files.unfinished import SAVING
 from ckptdiff.options import (
     Compare,
     Io,
@@ -45,6 +46,7 @@ def diff(
     spectra: SpectraMode | SpectraOptions | None = None,
     listener: Listener | None = None,
     title: str | None = None,
+    resume: bool = False,
 ) -> Diff:
     """Compare two checkpoints, as ``ckptdiff diff`` does.
 
@@ -83,6 +85,9 @@ def diff(
         Called with each event of :mod:`ckptdiff.events`, in the calling thread.
     title : str, optional
         A title for the run file.
+    resume : bool
+        Keep what is done in a folder beside `out`, ``OUT.part``, until the run file is there, and go on from what an
+        earlier call kept there.
 
     Returns
     -------
@@ -116,4 +121,12 @@ def diff(
         spectra=None if spectra is None else as_spectra(spectra),
     )
     target = None if out is None else Path(out)
-    return run(os.fspath(base), os.fspath(tuned), out=target, options=options, listener=listener, title=title)
+    return run(
+        os.fspath(base),
+        os.fspath(tuned),
+        out=target,
+        options=options,
+        listener=listener,
+        title=title,
+        saving=SAVING if resume else None,
+    )

@@ -45,6 +45,8 @@ class StageBegun:
     """What is done, in a word or two: "comparing", "spectra", "writing"."""
     total: float
     unit: Unit
+    kept: float = 0
+    """Of the total, what an earlier command has done and kept; it is told as done soon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +114,19 @@ class Stage:
     A signal that was noted is raised by :meth:`at`.
     """
 
-    def __init__(self, tell: Listener, name: str, total: float = 1, unit: Unit = "share", often: float = 0.05) -> None:
+    def __init__(
+        self,
+        tell: Listener,
+        name: str,
+        total: float = 1,
+        unit: Unit = "share",
+        often: float = 0.05,
+        kept: float = 0,
+    ) -> None:
         self._tell, self._name, self._total, self._often = tell, name, total, often
         self._last = StageProgress(name, 0)
         self._told = time.monotonic()
-        tell(StageBegun(name, total, unit))
+        tell(StageBegun(name, total, unit, kept))
 
     def at(self, done: float, what: str = "", compared: int = 0, unchanged: int = 0) -> None:
         """Say how far the stage is, unless that was said just now; for the end there is :meth:`end`."""
@@ -144,8 +154,8 @@ class Stage:
 
 
 @contextmanager
-def stage(tell: Listener | None, name: str, total: float = 1, unit: Unit = "share") -> Iterator[Stage]:
+def stage(tell: Listener | None, name: str, total: float = 1, unit: Unit = "share", kept: float = 0) -> Iterator[Stage]:
     """Tell of a stage from its first moment to its end, unless an exception ends it."""
-    told = Stage(tell or ignore, name, total, unit)
+    told = Stage(tell or ignore, name, total, unit, kept=kept)
     yield told
     told.end()

@@ -127,13 +127,13 @@ def test_no_error_is_raised_that_the_tree_lacks():
 def test_the_keywords_of_diff_are_the_options():
     given = signature(ckptdiff.diff).parameters
     options = {field.name: field.default for field in fields(ckptdiff.Options)}
-    own = ["base", "tuned", "out", "listener", "title"]
+    own = ["base", "tuned", "out", "listener", "title", "resume"]
     assert set(given) == {*options, *own}
     assert {given[name].kind for name in given if name not in own[:2]} == {Parameter.KEYWORD_ONLY}
     # A mask rule may be given as text.
     assert {name: str(given[name].default) for name in options} == {name: str(value) for name, value in options.items()}
     assert ckptdiff.MaskRule.parse(given["mask"].default) == options["mask"]
-    assert [given[name].default for name in own] == [Parameter.empty, Parameter.empty, None, None, None]
+    assert [given[name].default for name in own] == [Parameter.empty, Parameter.empty, None, None, None, False]
 
 
 @pytest.mark.parametrize("room", PUBLIC)

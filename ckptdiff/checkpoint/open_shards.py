@@ -58,7 +58,7 @@ class OpenShards:
 
     def check(self) -> None:
         """Compare every file that was read with its header once more, and its path with the file."""
-        for reader in self._readers.values():
+        for reader in list(self._readers.values()):  # other threads may open more
             reader.check()
             reader.check_path()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptdiff.cli.display import progress
-from ckptdiff.cli.inputs import device_options, progress_option, resource_options, tensor_options
+from ckptdiff.cli.inputs import device_options, progress_option, resource_options, resume_option, tensor_options
 from ckptdiff.cli.target import ReportTarget, abandon_stdout, files_of
 from ckptdiff.cli.view import Request, verdict_verbosity, view_options
 from ckptdiff.errors import OptionError, plural
@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     "the error, or all of them in float64. Needs SciPy.",
 )
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of the randomized spectra.")
+@resume_option
 @click.option("--dry-run", is_flag=True, show_default="off", help="Print the plan and its memory, and read no data.")
 @view_options
 @progress_option
@@ -129,6 +130,7 @@ def _options(given: dict[str, Any]) -> Options:
 
 def _run(base: str, tuned: str, out: Path | None, options: Options, request: Request, given: dict[str, Any]) -> int:
     from ckptdiff.events import Started
+    from ckptdiff.files.unfinished import SAVING
     from ckptdiff.report.as_ndjson import streams
     from ckptdiff.run.engine import run
 
@@ -148,7 +150,8 @@ def _run(base: str, tuned: str, out: Path | None, options: Options, request: Req
         shown = given["progress"] and not (streaming and request.target.is_terminal)
         how = {"shown": shown, "quiet": request.quiet, "verbose": given["verbose"], "repeated": repeated}
         tell = stack.enter_context(progress(*listeners, **how))
-        result = run(base, tuned, out=out, options=options, listener=tell, title=given["title"])
+        saving = SAVING if given["resume"] else None
+        result = run(base, tuned, out=out, options=options, listener=tell, title=given["title"], saving=saving)
     if not streaming:
         with _reader_may_leave(out):
             request.print(result)

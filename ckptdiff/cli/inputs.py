@@ -62,6 +62,13 @@ progress_option = click.option(
     "--progress/--no-progress", default=True, help="Show progress on stderr: a bar on a terminal, else a line at times."
 )
 
+resume_option = click.option(
+    "--resume",
+    is_flag=True,
+    show_default="off",
+    help="Keep what is done in the folder RUN.h5.part until the run file is complete, and go on from what a stopped or "
+    "killed run with the same inputs and options kept there.",
+)
 
 _DEVICE: Sequence[_Option] = (
     click.option(

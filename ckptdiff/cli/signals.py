@@ -13,7 +13,9 @@ from types import FrameType
 
 from ckptdiff.cli.failures import Session, failure
 from ckptdiff.files.hidden import remove_hidden
+from ckptdiff.files.unfinished import going_on, left_open
 from ckptdiff.interrupts import note_signal
+from ckptdiff.report.text import safe
 
 __all__ = ["ended_soon", "signals_noted"]
 
@@ -70,6 +72,7 @@ def _watch(ear: int, grace: float) -> None:
             first = heard[0]
     remove_hidden()
     code, message = failure(KeyboardInterrupt(first), Session())
+    message = "\n".join([*(f"ckptdiff: warning: {safe(going_on(folder))}" for folder in left_open()), message])
     with suppress(OSError):
         # Past sys.stderr, which the main thread may hold, and not at all if nobody reads.
         if sys.stderr is not None and select.select([], [2], [], 0)[1]:

@@ -11,7 +11,7 @@ import click
 
 from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
-from ckptdiff.cli.inputs import device_options, progress_option, resource_options
+from ckptdiff.cli.inputs import device_options, progress_option, resource_options, resume_option
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError
 from ckptdiff.report.text import safe
@@ -32,6 +32,7 @@ def spectra() -> None:
 @click.option("--tuned", type=click.Path(), show_default="where it was", help="The tuned one, if it has moved.")
 @device_options
 @resource_options
+@resume_option
 @progress_option
 @verbosity
 def add(run: str, **given: Any) -> int:
@@ -50,6 +51,7 @@ def add(run: str, **given: Any) -> int:
             device=given["device"],
             gpu_memory=given["gpu_memory"],
             listener=tell,
+            resume=given["resume"],
         )
     if not given["quiet"]:
         print(f"spectra added      next: ckptdiff show {safe(run)} --by module")

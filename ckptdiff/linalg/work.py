@@ -67,10 +67,13 @@ class MatrixWork:
 
 
 class WorkMeter:
-    """The work of all matrices of a stage; `total` is what they will take, as far as that is known."""
+    """The work of all matrices of a stage; `total` is what they will take, as far as that is known.
 
-    def __init__(self, total: float) -> None:
-        self._total, self._ended = total, 0.0
+    Some of it may be `done` already.
+    """
+
+    def __init__(self, total: float, done: float = 0.0) -> None:
+        self._total, self._ended = total, done
         self._under_way: dict[MatrixWork, None] = {}
         self._learned = 0.0, 0.0
         self._lock = threading.Lock()

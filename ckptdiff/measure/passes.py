@@ -53,6 +53,8 @@ class Measurement:
         """The pass at hand; None once all is known."""
         self.row = empty_records(1)
         """Complete once no pass is left."""
+        self.turn = 0
+        """How many passes are over."""
         self._merged: Any = None
 
     def take(self, found: Partial | Refined, last: bool = True) -> list[Partial]:
@@ -70,6 +72,7 @@ class Measurement:
             read.append(self._merged)
             self._conclude(self._merged)
             self._merged = None
+            self.turn += 1
         return [one for one in read if isinstance(one, Partial)]
 
     def _conclude(self, merged: Partial | Refined) -> None:

@@ -39,7 +39,8 @@ class _Row:
     def take(self, event: StageProgress, now: float) -> None:
         """Note how far the stage is."""
         self.latest = event
-        self.basis = self.basis or (now, event.done)
+        if event.done >= self.begun.kept:
+            self.basis = self.basis or (now, event.done)
         if event.done >= self.begun.total:
             self.ended = now
 
@@ -55,6 +56,7 @@ class _Row:
         of = " kernels" if unit == "kernels" else ""
         # Not rounded up: 100 % is the end.
         facts = [f"{int(100 * self.share)} %" if unit == "share" else f"{spell(done)} of {spell(total)}{of}"]
+        kept = self.begun.kept
         if self.ended is not None:
             whole = "100 %" if unit == "share" else spell(total) + of
             facts = [f"{whole} in {duration(self.ended - self.since)}"]
@@ -65,6 +67,8 @@ class _Row:
             facts.append(f"{duration(max((total - done) / speed, 1.0))} left")
             if unit == "bytes":
                 facts.append(f"{speed / 1e9:.2f} GB/s")
+        if kept and total:
+            facts.append(f"{int(100 * kept / total)} % kept")
         if self.latest.compared:
             facts.append(f"{percent(self.latest.unchanged / self.latest.compared)} unchanged")
         return facts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,16 +16,20 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint.kept import Kept
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
+from ckptdiff.errors import OptionError
 from ckptdiff.events import Finished, Listener, Note, Stage, Started, TensorsDone, ignore, stage
 from ckptdiff.figures.catalogue import COLUMNS
 from ckptdiff.figures.columns import Measured
 from ckptdiff.figures.result import Diff, KeptFacts
 from ckptdiff.figures.spectral import Spectra
+from ckptdiff.files.unfinished import Saving, Unfinished
 from ckptdiff.options import Options
+from ckptdiff.run.kept_results import KeptResults
 from ckptdiff.run.planning import Plan, prepare
 from ckptdiff.run.schedule import execute
 from ckptdiff.run.tasks import Grain
 from ckptdiff.run.worker import Result
+from ckptdiff.runfile.belonging import belonging, resumable
 from ckptdiff.runfile.writer import RunFileWriter
 
 
@@ -38,14 +42,18 @@ def run(
     listener: Listener | None = None,
     title: str | None = None,
     grain: Grain | None = None,
+    saving: Saving | None = None,
 ) -> Diff:
     """Compare two checkpoints; ``listener`` is called with every event, in this thread.
 
-    The run file ``out`` appears when it is complete. CkptdiffError if the inputs are damaged or change, the output
-    cannot be written, or memory does not suffice.
+    The run file ``out`` appears when it is complete. With `saving`, what is done is kept beside it until then, and
+    what an earlier run has kept is not done again. CkptdiffError if the inputs are damaged or change, the output cannot
+    be written, memory does not suffice, or what was kept belongs to another run.
     """
     begun, tell = time.perf_counter(), listener or ignore
-    plan = prepare(base, tuned, out=out, options=options, tell=tell, grain=grain)
+    if saving is not None and out is None:
+        raise OptionError("--resume keeps what is done beside the run file, and there is none", hint="-o RUN.h5")
+    plan = prepare(base, tuned, out=out, options=options, tell=tell, grain=grain, saving=saving)
     return run_plan(plan, out=out, listener=tell, title=title, begun=begun)
 
 
@@ -62,16 +70,23 @@ def run_plan(
     started = datetime.now(UTC) - timedelta(seconds=time.perf_counter() - begun)
     _introduce(plan, tell)
     results = _Results(plan, tell)
-    with open_shards(plan.io) as shards, _run_file(plan, out, title) as writer:
-        with stage(tell, "comparing", plan.total_bytes, "bytes") as told:
-            for result in execute(plan, shards, told.again):
+    with (
+        open_shards(plan.io) as shards,
+        _unfinished(plan, out, shards, tell) as work,
+        _run_file(plan, out, title) as writer,
+    ):
+        kept = None if work is None else KeptResults(work)
+        with stage(tell, "comparing", plan.total_bytes, "bytes", kept.nbytes(plan) if kept else 0) as told:
+            for result in execute(plan, shards, told.again, kept):
+                if work is not None:
+                    work.tick()
                 if writer is not None:
                     _write_masks(writer, plan, result)
                 for measured in results.take(result, told):
                     if writer is not None:
                         writer.add_histograms(measured.histograms)
         shards.check()
-        spectra = _spectra(plan, results, shards, writer, tell)
+        spectra = _spectra(plan, results, shards, writer, tell, work)
         shards.check()
         seconds = time.perf_counter() - begun
         diff = results.diff({"started": started.isoformat(timespec="seconds"), "seconds": round(seconds, 3)})
@@ -81,6 +96,8 @@ def run_plan(
         if writer is not None:
             with stage(tell, "writing"):
                 writer.finish(diff)
+                if work is not None:
+                    work.remove()
     tell(Finished(diff, seconds))
     return diff
 
@@ -94,6 +111,17 @@ def _introduce(plan: Plan, tell: Listener) -> None:
     for note in filter(None, (plan.threads_note, plan.decoding_note)):
         tell(Note(note))
     tell(Started(plan.tensors, plan.total_bytes, plan.diff))
+
+
+def _unfinished(
+    plan: Plan, out: Path | None, shards: OpenShards, tell: Listener
+) -> AbstractContextManager[Unfinished | None]:
+    """What is done of a run file, if that is kept."""
+    if out is None:
+        return nullcontext()
+    gpu, spectra = plan.spectra_gpu, plan.options.spectra
+    devices = plan.device.name if gpu is None else f"{plan.device.name}, {gpu.name}"
+    return resumable(out, lambda: belonging("diff", plan.diff, devices, spectra), shards, tell, plan.saving)
 
 
 @contextmanager
@@ -118,7 +146,12 @@ def _write_masks(writer: RunFileWriter, plan: Plan, result: Result) -> None:
 
 
 def _spectra(
-    plan: Plan, results: _Results, shards: OpenShards, writer: RunFileWriter | None, tell: Listener
+    plan: Plan,
+    results: _Results,
+    shards: OpenShards,
+    writer: RunFileWriter | None,
+    tell: Listener,
+    work: Unfinished | None,
 ) -> Spectra | None:
     """Measure the spectra of all matrices, once the coordinate pass is through."""
     if plan.options.spectra is None:
@@ -126,7 +159,7 @@ def _spectra(
     from ckptdiff.spectra.stage import SpectraTable, measure_spectra
 
     table = SpectraTable(plan.options.spectra.mode, plan.tensors)
-    for found in measure_spectra(plan.pairs, results.diff({}), shards, plan.options, tell, plan.spectra_gpu):
+    for found in measure_spectra(plan.pairs, results.diff({}), shards, plan.options, tell, plan.spectra_gpu, work):
         table.take(found)
         if writer is not None and found.method:
             writer.add_spectrum(plan.pairs[found.index].name, found.method, found.lists)

@@ -22,6 +22,7 @@ from ckptdiff.errors import plural
 from ckptdiff.events import Listener, ignore
 from ckptdiff.figures.columns import Measured, measured
 from ckptdiff.figures.result import Diff
+from ckptdiff.files.unfinished import Saving
 from ckptdiff.formats import Formats, formats_of, is_wide
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.measure.passes import BitMeasurement, FloatMeasurement, Measurement, one_scan_suffices
@@ -79,6 +80,8 @@ class Plan:
     grain : Grain
     spectra_gpu : SpectraGpu or None
         The GPU that measures spectra; None if the processor does.
+    saving : Saving or None
+        How often what is done is kept, if that is asked for.
     """
 
     pairs: tuple[TensorPair, ...]
@@ -92,6 +95,7 @@ class Plan:
     want_masks: bool
     grain: Grain = GRAIN
     spectra_gpu: SpectraGpu | None = None
+    saving: Saving | None = None
 
     @property
     def tensors(self) -> int:
@@ -199,6 +203,7 @@ def prepare(
     tell: Listener = ignore,
     read_data: bool = True,
     grain: Grain | None = None,
+    saving: Saving | None = None,
 ) -> Plan:
     """Make the plan of a run. Reads headers and indexes, and no data but heads that one side lacks, and samples.
 
@@ -217,6 +222,8 @@ def prepare(
         the same.
     grain : Grain, optional
         By default that of the device.
+    saving : Saving, optional
+        If what is done is to be kept until the run file is there.
 
     Raises
     ------
@@ -248,7 +255,8 @@ def prepare(
             pairing = replace(pairing, warnings=(*pairing.warnings, *halves))
     diff = facts_of_run(*sides, pairing, options)
     threads = min(options.threads or default_threads(), device.threads or sys.maxsize)
-    default, baseline = DEFAULT_MEMORY + device.overhead, resident()
+    # What waits to be kept, and again as much while it is written.
+    default, baseline = DEFAULT_MEMORY + device.overhead, resident() + (2 * saving.size if saving else 0)
     memory = fit_memory(
         loads, threads, options.max_memory, default, room_to_grow(baseline), baseline, want_masks, grain
     )
@@ -259,7 +267,7 @@ def prepare(
 
         gpu = open_spectra_gpu(options, options.spectra.mode, tell)
         spectra = plan_spectra(pairing.pairs, options, memory.baseline + memory.results, gpu)
-    return Plan(pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks, grain, gpu)
+    return Plan(pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks, grain, gpu, saving)
 
 
 def _paired(base: Checkpoint, tuned: Checkpoint, options: Options, tell: Listener, read_data: bool) -> Pairing:

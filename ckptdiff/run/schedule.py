@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.measure.partial import Partial
 from ckptdiff.measure.passes import Measurement
+from ckptdiff.run.kept_results import KeptResults
 from ckptdiff.run.planning import Plan
 from ckptdiff.run.tasks import SpanTask, cut, plan_tasks
 from ckptdiff.run.worker import Result, Worker
@@ -17,13 +18,16 @@ from ckptdiff.run.worker import Result, Worker
 _PATIENCE = 0.2  # as in_order has it
 
 
-def execute(plan: Plan, shards: OpenShards, idle: Callable[[], None]) -> Iterator[Result]:
+def execute(
+    plan: Plan, shards: OpenShards, idle: Callable[[], None], kept: KeptResults | None = None
+) -> Iterator[Result]:
     """Yield what each task gave, every pass over a tensor in block order.
 
     The result that completes tensors carries their ``records``. Small tensors are measured by one thread and come
     complete, in plan order. Large ones come span by span, merged here in block order; where a tensor needs further
     passes, those follow the tasks that are already under way, and later tensors may be complete before it.
-    While a result is waited for, `idle` is called again and again.
+    While a result is waited for, `idle` is called again and again. What an earlier run has `kept` is not measured, and
+    what is measured is kept.
     """
     stop = threading.Event()
     local = threading.local()
@@ -34,9 +38,18 @@ def execute(plan: Plan, shards: OpenShards, idle: Callable[[], None]) -> Iterato
         if not hasattr(local, "worker"):
             local.worker = Worker(plan, shards, stop, spare)
         worker: Worker = local.worker
-        if task.span is None:
-            return worker.measure(task.tensors, task.alike)
-        return worker.pass_over(large[task.span.tensor], task.span)
+        measurement = None if task.span is None else large[task.span.tensor]
+        turn = 0 if measurement is None else measurement.turn
+        result = None if kept is None else kept.find(task, turn, worker.blank)
+        if result is not None:
+            return result
+        if task.span is None or measurement is None:
+            result = worker.measure(task.tensors, task.alike)
+        else:
+            result = worker.pass_over(measurement, task.span)
+        if kept is not None:
+            kept.keep(task, turn, result)
+        return result
 
     planned = plan_tasks(plan.loads, plan.grain)
     further: deque[SpanTask] = deque()

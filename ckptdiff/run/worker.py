@@ -149,7 +149,7 @@ class Worker:
             refined = Refined.empty(todo)
             self._backend.refine(measurement.scan, todo, source, refined)
             return refined, []
-        partial = self._blank()
+        partial = self.blank()
         if isinstance(todo, BitScan):
             mask = scan_bits(todo, source, partial)
         else:
@@ -161,7 +161,7 @@ class Worker:
         masks = _compressed(mask, span, pair)
         return partial, [masks] if masks.chunks else []
 
-    def _blank(self) -> Partial:
+    def blank(self) -> Partial:
         """Nothing seen yet."""
         try:
             partial = self._spare.pop()

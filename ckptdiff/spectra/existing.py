@@ -17,8 +17,10 @@ from ckptdiff.errors import OptionError, RunFileError
 from ckptdiff.events import Listener, Stage, ignore, stage
 from ckptdiff.figures.result import Diff
 from ckptdiff.files.staged import StagedFile
+from ckptdiff.files.unfinished import SAVING
 from ckptdiff.linalg.blas import require_scipy
 from ckptdiff.options import Compare, Options, SpectraMode, SpectraOptions, as_bytes, as_spectra
+from ckptdiff.runfile.belonging import belonging, resumable
 from ckptdiff.runfile.identity import checked_blocks, known_norms, open_side
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.spectra_table import add_spectrum, write_spectra
@@ -41,6 +43,7 @@ def add_spectra(
     device: str = "auto",
     gpu_memory: str | int = 0,
     listener: Listener | None = None,
+    resume: bool = False,
 ) -> Diff:
     """Measure the spectra of a run's checkpoints and add them to its run file.
 
@@ -63,6 +66,9 @@ def add_spectra(
         Likewise; also such as "2G".
     listener : callable, optional
         Called with the events of each stage: the run file is copied, a side that has moved is read, spectra.
+    resume : bool
+        Keep what is measured in a folder beside the run file, ``PATH.part``, until it is added, and go on from what an
+        earlier call kept there.
 
     Returns
     -------
@@ -102,15 +108,20 @@ def add_spectra(
     )
     tell = listener or ignore
     gpu = open_spectra_gpu(options, spectra.mode, tell)
-    with StagedFile(Path(path)) as staged:
+    saving, name = SAVING if resume else None, "cpu" if gpu is None else gpu.name
+    with (
+        open_shards("pread") as shards,
+        resumable(Path(path), lambda: belonging("spectra add", diff, name, spectra), shards, tell, saving) as work,
+        StagedFile(Path(path)) as staged,
+    ):
         _copy(Path(path), staged, tell)
-        with open_shards("pread") as shards, h5py.File(staged, "r+") as file:
+        with h5py.File(staged, "r+") as file:
             if base:
                 _require_values(shards, diff, "base", [pair.base for pair in pairs], tell)
             if tuned:
                 _require_values(shards, diff, "tuned", [pair.tuned for pair in pairs], tell)
             table = SpectraTable(spectra.mode, len(diff.tensors))
-            for found in measure_spectra(pairs, diff, shards, options, tell, gpu):
+            for found in measure_spectra(pairs, diff, shards, options, tell, gpu, work):
                 table.take(found)
                 if found.method:
                     add_spectrum(file, diff.tensors[found.index].name, found.method, found.lists)
@@ -120,6 +131,8 @@ def add_spectra(
             told = Stage(tell, "writing")
             write_spectra(file, measured)
         staged.commit()
+        if work is not None:
+            work.remove()
         told.end()
     return replace(diff, spectra=measured)
 

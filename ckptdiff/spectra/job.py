@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -63,6 +63,8 @@ class Measuring:
     budget: Budget
     gpu: SpectraGpu | None = None
     """Where panels are and matrices are measured, if not on the processor."""
+    keep: Callable[[MatrixJob, MatrixSpectra], None] | None = None
+    """Told of each matrix, in the thread that has measured it."""
     stop: threading.Event = field(default_factory=threading.Event)
     """Set to end what is under way."""
 
@@ -94,7 +96,10 @@ class Measuring:
             for job in jobs:
                 with meter.matrix(job.pair.name, self.work(job), slots) as work, work_counted_in(work):
                     measure = partial(self._measure, job)
-                    found.append((job.index, or_streamed(self.gpu, measure, self.budget.share(slots), work.name)))
+                    spectra = or_streamed(self.gpu, measure, self.budget.share(slots), work.name)
+                if self.keep is not None:
+                    self.keep(job, spectra)
+                found.append((job.index, spectra))
         return found
 
     def _measure(self, job: MatrixJob, share: int) -> MatrixSpectra:

@@ -16,6 +16,7 @@ from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.events import Listener, stage
 from ckptdiff.figures.result import Diff
 from ckptdiff.figures.spectral import SPECTRAL_KEYS, Spectra
+from ckptdiff.files.unfinished import Unfinished
 from ckptdiff.in_order import Task, in_order
 from ckptdiff.linalg.threads import one_blas_thread
 from ckptdiff.linalg.work import WorkMeter
@@ -24,6 +25,7 @@ from ckptdiff.options import Options
 from ckptdiff.run.warm_up import Uses, load, panel_uses
 from ckptdiff.spectra.budget import Budget
 from ckptdiff.spectra.job import MatrixJob, Measuring
+from ckptdiff.spectra.kept_spectra import KeptSpectra
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.measure import MatrixSpectra
 from ckptdiff.spectra.spectra_gpu import HOST_ROOM, SpectraGpu
@@ -106,11 +108,13 @@ def measure_spectra(
     options: Options,
     tell: Listener,
     gpu: SpectraGpu | None = None,
+    work: Unfinished | None = None,
 ) -> Iterator[TensorSpectra]:
     """Yield the spectra of every tensor pair, in order, and tell of the stage "spectra".
 
     The result of the coordinate pass has a row for each pair: equal pairs are not read again, and the rounding null
-    applies where it applied there. Without a GPU the processor measures.
+    applies where it applied there. Without a GPU the processor measures. What an earlier command has kept of this work
+    is not measured again.
     """
     load(None, Uses((("scores",), *panel_uses(pairs, options.compare))), tell)
     unchanged = diff.columns["numel"] == diff.columns["unchanged_bitwise"]
@@ -120,16 +124,26 @@ def measure_spectra(
     jobs = [
         MatrixJob(row, pair, view, float(off_grid[row]), bool(unchanged[row])) for row, pair, view in _matrices(pairs)
     ]
-    with stage(tell, "spectra") as told, one_blas_thread():
-        budget = gpu.budget(options) if gpu else Budget.of(options, resident(), (job.view for job in jobs))
-        measuring = Measuring(shards, options.compare, budget, gpu)
-        meter = WorkMeter(sum(map(measuring.work, jobs)))
+    budget = gpu.budget(options) if gpu else Budget.of(options, resident(), (job.view for job in jobs))
+    kept = None if work is None else KeptSpectra(work, budget)
+    measuring = Measuring(shards, options.compare, budget, gpu, None if kept is None else kept.keep)
+    ready = [kept is not None and kept.find(job) is not None for job in jobs]
+    total = sum(map(measuring.work, jobs))
+    done = sum(measuring.work(job) for job, is_ready in zip(jobs, ready, strict=True) if is_ready)
+    with stage(tell, "spectra", kept=done / total if total else 0.0) as told, one_blas_thread():
+        meter = WorkMeter(total, done)
 
         def tell_of_work() -> None:
             told.at(meter.share(), meter.at_hand())
+            if work is not None:
+                work.tick()
 
-        done = in_order(_tasks(jobs, measuring, meter), budget.threads, measuring.stop.set, tell_of_work)
-        for found in _by_tensor((found for batch in done for found in batch), len(pairs)):
+        missing = [job for job, is_ready in zip(jobs, ready, strict=True) if not is_ready]
+        tell_of_work()
+        batches = in_order(_tasks(missing, measuring, meter), budget.threads, measuring.stop.set, tell_of_work)
+        measured = (found for batch in batches for found in batch)
+        each = measured if kept is None else kept.filled_in(jobs, ready, measured)
+        for found in _by_tensor(each, len(pairs)):
             yield found
             tell_of_work()
 

@@ -36,6 +36,7 @@ class FakeEngine:
         options: Options | None = None,
         listener: Listener | None = None,
         title: str | None = None,
+        saving: object = None,
     ) -> Diff:
         self.calls.append({"base": base, "tuned": tuned, "out": out, "options": options, "title": title})
         tell = listener or (lambda event: None)

@@ -194,6 +194,24 @@ def test_every_stage_has_a_line_of_its_own(clock: Clock) -> None:
     ]
 
 
+def test_what_an_earlier_run_kept_is_shown_and_says_nothing_of_the_speed(clock: Clock) -> None:
+    stream = io.StringIO()
+    with ProgressDisplay(stream) as display:
+        display(StageBegun("spectra", 1, "share", kept=0.6))
+        for done in (0.2, 0.6, 0.7, 0.8):
+            clock.now += 5.0
+            display(StageProgress("spectra", done, "lm_head.weight"))
+        clock.now += 10.0
+        display(StageProgress("spectra", 1, "lm_head.weight"))
+    assert stream.getvalue().splitlines() == [
+        "ckptdiff: spectra: 20 %, 60 % kept, lm_head.weight",
+        "ckptdiff: spectra: 60 %, 60 % kept, lm_head.weight",
+        "ckptdiff: spectra: 70 %, 15 s left, 60 % kept, lm_head.weight",
+        "ckptdiff: spectra: 80 %, 10 s left, 60 % kept, lm_head.weight",
+        "ckptdiff: spectra: 100 % in 30 s, 60 % kept",
+    ]
+
+
 def test_no_time_is_left_before_there_is_a_basis(clock: Clock) -> None:
     stream = io.StringIO()
     with ProgressDisplay(stream) as display:

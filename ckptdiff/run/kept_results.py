@@ -1,0 +1,105 @@
+"""Keep what tasks gave, and find it again in a later run: the same tasks give the same, to the last bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import astuple
+from typing import Any
+
+from ckptdiff.checkpoint.kept import Kept
+from ckptdiff.files.packed_entry import Unpacked, pack, unpack
+from ckptdiff.files.unfinished import Unfinished
+from ckptdiff.measure.partial import Partial, Refined
+from ckptdiff.measure.records import Records
+from ckptdiff.run.planning import Plan
+from ckptdiff.run.tasks import SpanTask, plan_tasks
+from ckptdiff.run.worker import MaskChunks, Result
+
+_COUNTED = "counts", "within", "sums", "max_abs", "span", "ulp"
+"""Arrays of a Partial that are kept whole."""
+_REFINED = "deltas", "weights", "within", "tails"
+
+
+class KeptResults:
+    """The results of tasks in the folder of an unfinished run."""
+
+    def __init__(self, unfinished: Unfinished) -> None:
+        self._unfinished = unfinished
+
+    def find(self, task: SpanTask, turn: int, blank: Callable[[], Partial]) -> Result | None:
+        """What a task gave in an earlier run, in its pass over the tensor that is the `turn`-th from 0."""
+        found = self._unfinished.find(key_of(task, turn))
+        return None if found is None else result_of(unpack(found), task, blank)
+
+    def keep(self, task: SpanTask, turn: int, result: Result) -> None:
+        """Keep what a task gave, before anyone merges it."""
+        self._unfinished.keep(key_of(task, turn), packed_result(result))
+
+    def nbytes(self, plan: Plan) -> int:
+        """How many of the bytes to read need not be, as far as the plan tells."""
+        found = 0
+        for task in plan_tasks(plan.loads, plan.grain):
+            loads = plan.loads[task.tensors.start : task.tensors.stop]
+            if task.span is None:
+                found += sum(load.nbytes for load in loads) if key_of(task, 0) in self._unfinished else 0
+            elif key_of(task, 0) in self._unfinished:
+                passes = plan.measurement(task.span.tensor, plan.want_masks).passes
+                turns = sum(key_of(task, turn) in self._unfinished for turn in range(passes))
+                found += loads[0].span_bytes(task.span) * turns // passes
+        return found
+
+
+def key_of(task: SpanTask, turn: int) -> str:
+    """Name of what a task gives; all passes over small tensors are one task."""
+    if task.span is None:
+        return f"tensors {task.tensors.start}-{task.tensors.stop}"
+    return f"tensor {task.span.tensor}, blocks {task.span.first}-{task.span.stop}, pass {turn}"
+
+
+def packed_result(result: Result) -> list[bytes]:
+    """A result as the parts of an entry."""
+    facts: dict[str, Any] = {
+        "compared": result.compared,
+        "unchanged": result.unchanged,
+        "masks": [(mask.tensor, mask.first, [kind for _, kind in mask.chunks]) for mask in result.masks],
+        "kept": [(tensor, astuple(kept)) for tensor, kept in result.kept.items()],
+        "odd": sorted(result.odd),
+    }
+    found = result.found
+    if result.records is not None:
+        arrays = result.records._asdict()
+    elif isinstance(found, Refined):
+        arrays = {name: getattr(found, name) for name in _REFINED}
+    else:
+        assert found is not None
+        facts["numel"] = found.numel
+        first, last, lowest, highest = found.span.tolist()
+        arrays = {name: getattr(found, name) for name in _COUNTED}
+        arrays |= {"weights": found.weights[:, first : last + 1], "deltas": found.deltas[:, lowest : highest + 1]}
+    return pack(facts, arrays, [payload for mask in result.masks for payload, _ in mask.chunks])
+
+
+def result_of(entry: Unpacked, task: SpanTask, blank: Callable[[], Partial]) -> Result:
+    """The result of a task from its entry; `blank` makes a Partial in which nothing is seen yet."""
+    facts, arrays, payloads = entry
+    following = iter(payloads)
+    masks = [
+        MaskChunks(tensor, first, [(next(following), kind) for kind in kinds])
+        for tensor, first, kinds in facts["masks"]
+    ]
+    result = Result(task.tensors, task.span, None, masks, facts["compared"], facts["unchanged"])
+    result.kept = {tensor: Kept(*counts) for tensor, counts in facts["kept"]}
+    result.odd = {(path, tensor, what, weight) for path, tensor, what, weight in facts["odd"]}
+    if task.span is None:
+        result.records = Records(**arrays)
+    elif "numel" not in facts:
+        result.found = Refined(**arrays)
+    else:
+        partial = result.found = blank()
+        partial.numel = facts["numel"]
+        first, last, lowest, highest = arrays["span"].tolist()
+        partial.weights[:, first : last + 1] = arrays.pop("weights")
+        partial.deltas[:, lowest : highest + 1] = arrays.pop("deltas")
+        for name, values in arrays.items():
+            setattr(partial, name, values)
+    return result
