@@ -6,11 +6,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ckptdiff.checkpoint.find import find_shards
+from ckptdiff.checkpoint.find import FoundShards, find_shards
 from ckptdiff.checkpoint.header import Shard, TensorInfo, read_header
 from ckptdiff.checkpoint.index import Index, check_index
 from ckptdiff.checkpoint.slices import holds_slices, sliced, written_by_ranks
 from ckptdiff.errors import CheckpointError
+from ckptdiff.remote.address import is_url, shown
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -68,7 +69,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     ----------
     path : path-like
         A safetensors file, a ``*.safetensors.index.json``, a folder that holds either, a Hugging Face cache
-        snapshot, or a cache folder ``models--ORG--NAME``.
+        snapshot, or a cache folder ``models--ORG--NAME``; or a URL of such a file or folder.
 
     Returns
     -------
@@ -91,14 +92,15 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     >>> ckptdiff.open_checkpoint("fixtures/llama/base").numel
     180800
     """
-    source = find_shards(os.fspath(path))
+    named = os.fspath(path)
+    source = _find(named)
     warnings = list(source.warnings)
     shards: list[Shard] = []
     tensors: dict[str, TensorInfo] = {}
     by_inode: dict[tuple[int, int], Shard] = {}
     by_path: dict[str, Shard] = {}
     for shard_path in source.paths:
-        shard, held = read_header(shard_path)
+        shard, held = read_header(shard_path, *source.elsewhere.get(shard_path, ()))
         first = by_inode.setdefault((shard.device, shard.inode), shard)
         by_path[shard_path] = first
         if first is not shard:
@@ -114,7 +116,16 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
                 raise sliced(tensor.shard, tensor.name) if by_ranks else _stored_twice(other, tensor)
     if source.index is not None:
         warnings += check_index(source.index, by_path, tensors)
-    return Checkpoint(os.fspath(path), tuple(shards), tensors, tuple(warnings), source.index, source.unread)
+    named = shown(named) if is_url(named) else named
+    return Checkpoint(named, tuple(shards), tensors, tuple(warnings), source.index, source.unread)
+
+
+def _find(path: str) -> FoundShards:
+    if not is_url(path):
+        return find_shards(path)
+    from ckptdiff.checkpoint.find_remote import find_remote
+
+    return find_remote(path)
 
 
 def _stored_twice(first: TensorInfo, second: TensorInfo) -> CheckpointError:

@@ -62,7 +62,7 @@ def run_plan(
     started = datetime.now(UTC) - timedelta(seconds=time.perf_counter() - begun)
     _introduce(plan, tell)
     results = _Results(plan, tell)
-    with open_shards(plan.io) as shards, _run_file(plan, out, title) as writer:
+    with open_shards(plan.io, plan.memory.ahead) as shards, _run_file(plan, out, title) as writer:
         with stage(tell, "comparing", plan.total_bytes, "bytes") as told:
             for result in execute(plan, shards, told.again):
                 if writer is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorPair, open_checkpoint, pair
+from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, Shard, TensorPair, open_checkpoint, pair
 from ckptdiff.checkpoint.boxes import is_contiguous, room_to_read, runs_of
 from ckptdiff.checkpoint.layout_halves import unusual_halves
 from ckptdiff.checkpoint.open_shards import open_shards
@@ -31,7 +31,8 @@ from ckptdiff.options import Options, default_threads
 from ckptdiff.run.coded_pair import goes_as_codes, room_to_send
 from ckptdiff.run.devices import Device, open_device
 from ckptdiff.run.facts import facts_of_run
-from ckptdiff.run.tasks import GRAIN, Grain, Load, Memory, Span, fit_memory
+from ckptdiff.run.shard_source import is_remote, remote_parts
+from ckptdiff.run.tasks import GRAIN, Grain, Load, Memory, Span, SpanTask, fit_memory
 from ckptdiff.run.warm_up import Uses, uses
 from ckptdiff.runfile.check_target import check_target
 from ckptdiff.runfile.schema import mask_chunk_bytes
@@ -152,6 +153,18 @@ class Plan:
         """Whether there are very many tensors, of 64 Ki coordinates at most on average."""
         return len(self.loads) >= self.grain.many and sum(load.numel for load in self.loads) <= len(self.loads) << 16
 
+    @cached_property
+    def _remote(self) -> bool:
+        return any(map(is_remote, self.pairs))
+
+    def remote_parts(self, task: SpanTask) -> list[tuple[Shard, int, int]]:
+        """Where the bytes of remote files begin and end that a task reads."""
+        if not self._remote:
+            return []
+        first, stop = (0, sys.maxsize) if task.span is None else (task.span.first * BLOCK, task.span.stop * BLOCK)
+        pairs = self.pairs[task.tensors.start : task.tensors.stop]
+        return [part for pair in pairs for part in remote_parts(pair, first, min(stop, pair.base.numel))]
+
     def formats(self, index: int) -> Formats | None:
         """Formats of one pair of floating tensors; None of integer and opaque ones."""
         base, tuned = self.pairs[index].base, self.pairs[index].tuned
@@ -232,6 +245,7 @@ def prepare(
     # Reads into a cached buffer cost less than mapping pages and dropping them again, and report a lost page.
     io = "pread" if options.io == "auto" else options.io
     loads = _loads(pairing.pairs, options, device, io, grain)
+    fetched = _fetched(pairing.pairs, loads, grain)
     asked = _uses(pairing, loads, options, want_masks)
     device.warm_up(asked, tell)
     if read_data and pairing.orders:
@@ -243,7 +257,7 @@ def prepare(
     threads = min(options.threads or default_threads(), device.threads or sys.maxsize)
     default, baseline = DEFAULT_MEMORY + device.overhead, resident()
     memory = fit_memory(
-        loads, threads, options.max_memory, default, room_to_grow(baseline), baseline, want_masks, grain
+        loads, threads, options.max_memory, default, room_to_grow(baseline), baseline, want_masks, grain, fetched
     )
     spectra = gpu = None
     if options.spectra is not None:
@@ -251,7 +265,8 @@ def prepare(
         from ckptdiff.spectra.stage import plan_spectra
 
         gpu = open_spectra_gpu(options, options.spectra.mode, tell)
-        spectra = plan_spectra(pairing.pairs, options, memory.baseline + memory.results, gpu)
+        taken = memory.baseline + memory.results + memory.ahead
+        spectra = plan_spectra(pairing.pairs, options, taken, gpu)
     return Plan(pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks, grain, gpu)
 
 
@@ -296,6 +311,15 @@ def _loads(pairs: tuple[TensorPair, ...], options: Options, device: Device, io: 
     if not device.batches or io != "pread" or sum(shared[what].kind is not None for what in asked) < grain.many:
         shared = {what: replace(load, kind=None) for what, load in shared.items()}
     return tuple(shared[what] for what in asked)
+
+
+def _fetched(pairs: tuple[TensorPair, ...], loads: tuple[Load, ...], grain: Grain) -> int:
+    """Bytes of remote files that a task reads, at most."""
+    held = [load for pair, load in zip(pairs, loads, strict=True) if is_remote(pair)]
+    blocks = max(grain.blocks, -(-grain.numel // BLOCK) + 1)
+    longest = max((sum(blocks * BLOCK * bits // 8 for bits in load.bits) for load in held), default=0)
+    # Joined ranges hold what lies between them too.
+    return min(longest, sum(load.nbytes for load in held)) * 9 // 8
 
 
 def _load(pair: TensorPair, options: Options, device: Device) -> Load:

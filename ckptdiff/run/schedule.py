@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.measure.partial import Partial
@@ -30,13 +31,14 @@ def execute(plan: Plan, shards: OpenShards, idle: Callable[[], None]) -> Iterato
     large: dict[int, Measurement] = {}
     spare: deque[Partial] = deque()
 
-    def work(task: SpanTask) -> Result:
+    def work(task: SpanTask, fetched: AbstractContextManager[object]) -> Result:
         if not hasattr(local, "worker"):
             local.worker = Worker(plan, shards, stop, spare)
         worker: Worker = local.worker
-        if task.span is None:
-            return worker.measure(task.tensors, task.alike)
-        return worker.pass_over(large[task.span.tensor], task.span)
+        with fetched:
+            if task.span is None:
+                return worker.measure(task.tensors, task.alike)
+            return worker.pass_over(large[task.span.tensor], task.span)
 
     planned = plan_tasks(plan.loads, plan.grain)
     further: deque[SpanTask] = deque()
@@ -51,7 +53,7 @@ def execute(plan: Plan, shards: OpenShards, idle: Callable[[], None]) -> Iterato
                 index = task.tensors.start
                 if task.span is not None and index not in large:
                     large[index] = plan.measurement(index, plan.want_masks)
-                pending.append(pool.submit(work, task))
+                pending.append(pool.submit(work, task, shards.ahead(plan.remote_parts(task))))
             if not pending:
                 return
             first = pending.popleft()

@@ -121,7 +121,11 @@ def measure_spectra(
         MatrixJob(row, pair, view, float(off_grid[row]), bool(unchanged[row])) for row, pair, view in _matrices(pairs)
     ]
     with stage(tell, "spectra") as told, one_blas_thread():
-        budget = gpu.budget(options) if gpu else Budget.of(options, resident(), (job.view for job in jobs))
+        budget = (
+            gpu.budget(options)
+            if gpu
+            else Budget.of(options, resident() + shards.ahead_room, (job.view for job in jobs))
+        )
         measuring = Measuring(shards, options.compare, budget, gpu)
         meter = WorkMeter(sum(map(measuring.work, jobs)))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -13,9 +14,10 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint import DTYPES
+from ckptdiff.checkpoint import DTYPES, Shard, TensorInfo
 from ckptdiff.checkpoint.open_shard import failed_once
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
+from ckptdiff.codes.fetch import AT, FILE
 from ckptdiff.events import Listener, Stage, ignore, stage
 from ckptdiff.in_order import Task, in_order
 from ckptdiff.measure.kernels.tiles import facts_of
@@ -28,6 +30,8 @@ from ckptdiff.track.result import Track
 
 _SPANS = 256
 """The most spans of a job: small tensors have a cost of their own."""
+_ROOM = 256 << 20
+"""Bytes of remote files that are fetched before the job that reads them begins, at most."""
 
 
 class _Span(NamedTuple):
@@ -110,7 +114,7 @@ def track(
     squares = np.zeros((len(tensors), 1 + len(plan.steps)))
     load(None, Uses(tuple(sorted({("track", followed.compare.name) for followed in tensors}))), tell)
     nbytes = sum(side.nbytes for followed in tensors for side in followed.sides)
-    with open_shards("pread") as shards, stage(tell, "following", nbytes, "bytes") as told:
+    with open_shards("pread", _ROOM) as shards, stage(tell, "following", nbytes, "bytes") as told:
         for found in _execute(tensors, shards, threads or default_threads(), told):
             np.add.at(counts, found.tensors, found.counts)
             np.add.at(squares, found.tensors, found.sums)  # in their order: no digit depends on threads
@@ -135,7 +139,7 @@ def _execute(tensors: Sequence[Followed], shards: OpenShards, threads: int, told
     stop = threading.Event()
     files = _files(tensors, shards)
 
-    def work(job: Sequence[_Span]) -> _Found:
+    def work(job: Sequence[_Span], fetched: AbstractContextManager[object]) -> _Found:
         if stop.is_set():
             raise InterruptedError("the run was given up")
         if not hasattr(local, "rooms"):
@@ -143,10 +147,11 @@ def _execute(tensors: Sequence[Followed], shards: OpenShards, threads: int, told
         code = tensors[job[0].tensor].code_dtype
         if code.itemsize not in local.rooms:
             local.rooms[code.itemsize] = new_rooms(code, files.shape[1])
-        return _follow(tensors, files, job, shards, local.rooms[code.itemsize])
+        with fetched:
+            return _follow(tensors, files, job, shards, local.rooms[code.itemsize])
 
     # All of one size: in the order in which they lie on the disk. Jobs are short, so each thread has the next at hand.
-    tasks = (Task(partial(work, job), 1, 0) for job in _jobs(tensors))
+    tasks = (Task(partial(work, job, shards.ahead(_remote_parts(tensors, job))), 1, 0) for job in _jobs(tensors))
     return in_order(tasks, 2 * threads, stop.set, told.again, ahead=1, threads=threads)
 
 
@@ -188,21 +193,50 @@ def _jobs(tensors: Sequence[Followed], blocks: int = 48) -> Iterator[list[_Span]
 def _follow(
     tensors: Sequence[Followed], files: NDArray[np.int64], job: Sequence[_Span], shards: OpenShards, rooms: Rooms
 ) -> _Found:
-    _announce(tensors, job, shards)
     alike = tensors[job[0].tensor]
     _, tables = alike.casts()
     values, magnitude = facts_of(alike.compare).values, alike.code_dtype.type(alike.compare.magnitude)
     spans = np.array(job)
     found = _Found(
-        spans[:, 0],
+        spans[:, 0].copy(),
         sum(span.stop - span.first for span in job) * sum(DTYPES[dtype].bits // 8 for dtype in alike.dtypes),
         np.zeros((len(job), files.shape[1] - 1, len(Flow)), np.int64),
         np.zeros((len(job), files.shape[1])),
     )
-    done = follow_spans(spans, files, tables, values, magnitude, rooms, found.counts, found.sums)
+    with ExitStack() as stack:
+        if any(side.shard.remote is not None for span in job for side in tensors[span.tensor].sides):
+            files = _lent(stack, tensors, files, job, shards)
+            spans[:, 0] = range(len(job))
+        else:
+            _announce(tensors, job, shards)
+        done = follow_spans(spans, files, tables, values, magnitude, rooms, found.counts, found.sums)
     if done < len(job):
         _fail(tensors[job[done].tensor], job[done], shards)
     return found
+
+
+def _remote_parts(tensors: Sequence[Followed], job: Sequence[_Span]) -> list[tuple[Shard, int, int]]:
+    """Where the bytes of remote files begin and end that a job reads."""
+    sides = ((span, side) for span in job for side in tensors[span.tensor].sides if side.shard.remote is not None)
+    return [(side.shard, *_bytes(side, span)) for span, side in sides]
+
+
+def _lent(
+    stack: ExitStack, tensors: Sequence[Followed], files: NDArray[np.int64], job: Sequence[_Span], shards: OpenShards
+) -> NDArray[np.int64]:
+    """Where compiled code reads each side of each span of a job, as long as the stack is open."""
+    table = files[[span.tensor for span in job]]
+    for row, span in zip(table, job, strict=True):
+        for run, side in zip(row, tensors[span.tensor].sides, strict=True):
+            start, stop = _bytes(side, span)
+            file, at = shards[side.shard].lend(stack, side, start, stop)
+            run[FILE : AT + 1] = file, at - (start - side.start)
+    return table
+
+
+def _bytes(side: TensorInfo, span: _Span) -> tuple[int, int]:
+    size = DTYPES[side.dtype].bits // 8
+    return side.start + span.first * size, side.start + span.stop * size
 
 
 def _announce(tensors: Sequence[Followed], job: Sequence[_Span], shards: OpenShards) -> None:
