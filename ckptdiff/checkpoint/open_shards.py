@@ -93,9 +93,9 @@ class OpenShards:
         """
         if not parts:
             return nullcontext()
-        from ckptdiff.remote.fetching import Range
+        from ckptdiff.remote.fetching import ByteRange
 
-        ranges = [Range(shard.remote, start, stop) for shard, start, stop in parts if shard.remote is not None]
+        ranges = [ByteRange(shard.remote, start, stop) for shard, start, stop in parts if shard.remote is not None]
         with self._lock:
             return self._fetcher().lease(ranges)
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint import Shard, TensorInfo
 from ckptdiff.codes.fetch import MEMORY
 from ckptdiff.errors import CheckpointError
-from ckptdiff.remote.fetching import GAP, Fetching, Range
+from ckptdiff.remote.fetching import GAP, ByteRange, Fetching
 from ckptdiff.remote.remote_file import RemoteFile
 from ckptdiff.remote.transport import fetch
 
@@ -112,7 +112,7 @@ class RemoteReader:
         rows = max(1, _BATCH // min(stride, size + GAP))
         for first in range(0, count, rows):
             places = [start + row * stride for row in range(first, min(first + rows, count))]
-            with self._fetching.lease([Range(self._file, at, at + size) for at in places]):
+            with self._fetching.lease([ByteRange(self._file, at, at + size) for at in places]):
                 for row, at in enumerate(places, first):
                     with self.window(tensor, at, at + size, _NOTHING) as view:
                         out[row] = view

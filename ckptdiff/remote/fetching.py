@@ -21,7 +21,7 @@ from ckptdiff.interrupts import raise_pending
 from ckptdiff.remote.remote_file import RemoteFile
 from ckptdiff.remote.transport import fetch
 
-__all__ = ["GAP", "Fetching", "Lease", "Range", "coalesced"]
+__all__ = ["GAP", "ByteRange", "Fetching", "Lease", "coalesced"]
 
 GAP = 256 << 10
 """Bytes between two ranges that are fetched with them, rather than by a request of their own."""
@@ -34,7 +34,7 @@ _READ_ON = 8 << 20
 _WAIT = 0.2
 
 
-class Range(NamedTuple):
+class ByteRange(NamedTuple):
     """Bytes ``start`` to ``stop`` - 1 of a remote file."""
 
     file: RemoteFile
@@ -45,7 +45,7 @@ class Range(NamedTuple):
 class _Extent:
     """A range that is being fetched, or is there."""
 
-    def __init__(self, what: Range, piece: int) -> None:
+    def __init__(self, what: ByteRange, piece: int) -> None:
         self.what = what
         size = what.stop - what.start
         # Aligned, so that compiled code can read elements where they lie.
@@ -63,7 +63,7 @@ class _Extent:
 class Lease:
     """What a task will read; holds it between ``with`` and the end of that."""
 
-    def __init__(self, fetching: Fetching, ranges: Sequence[Range]) -> None:
+    def __init__(self, fetching: Fetching, ranges: Sequence[ByteRange]) -> None:
         self._fetching, self.ranges = fetching, ranges
         self.nbytes = sum(each.stop - each.start for each in ranges)
         self.extents: list[_Extent] | None = None
@@ -108,7 +108,7 @@ class Fetching:
         self._closed = True
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def lease(self, ranges: Sequence[Range]) -> Lease:
+    def lease(self, ranges: Sequence[ByteRange]) -> Lease:
         """Ranges that a task will read; the order of calls is that in which they are fetched."""
         lease = Lease(self, coalesced(ranges))
         with self._lock:
@@ -146,19 +146,19 @@ class Fetching:
         with self._lock:
             found = next((extent for extent in self._held[file] if extent.holds(file, start, stop)), None)
             if found is None:
-                found = self._unleased(Range(file, start, stop), end)
+                found = self._unleased(ByteRange(file, start, stop), end)
         first, last = start - found.what.start, stop - found.what.start
         self._await(found, first, last)
         view = found.data[first:last]
         view.flags.writeable = False
         yield view
 
-    def _unleased(self, what: Range, end: int) -> _Extent:
+    def _unleased(self, what: ByteRange, end: int) -> _Extent:
         """What no lease holds; if that goes on where something ended, what follows is fetched too."""
         found = next((extent for extent in self._recent if extent.holds(*what)), None) or self._fetched(what)
         ends, behind = self._ends[what.file], min(found.what.stop + _READ_ON, end)
         if what.start in ends and found.what.stop < behind and not self._has(what.file, found.what.stop):
-            self._keep(self._fetched(Range(what.file, found.what.stop, behind)))
+            self._keep(self._fetched(ByteRange(what.file, found.what.stop, behind)))
         ends.append(what.stop)
         return found
 
@@ -183,13 +183,13 @@ class Fetching:
         for extent in lease.extents:
             self._held[extent.what.file].append(extent)
 
-    def _fetched(self, what: Range) -> _Extent:
+    def _fetched(self, what: ByteRange) -> _Extent:
         extent = _Extent(what, self._piece)
         for first, last in zip(extent.cuts, extent.cuts[1:], strict=False):
             extent.pieces.append(self._pool.submit(self._fetch, what, extent.data[first:last], first))
         return extent
 
-    def _fetch(self, what: Range, out: NDArray[np.uint8], first: int) -> None:
+    def _fetch(self, what: ByteRange, out: NDArray[np.uint8], first: int) -> None:
         fetch(what.file.address, what.start + first, out.data, what.file.version, lambda: self._closed)
 
     def _await(self, extent: _Extent, first: int, last: int) -> None:
@@ -201,9 +201,9 @@ class Fetching:
                 piece.result()
 
 
-def coalesced(ranges: Sequence[Range], gap: int = GAP, longest: int = _LONGEST) -> list[Range]:
+def coalesced(ranges: Sequence[ByteRange], gap: int = GAP, longest: int = _LONGEST) -> list[ByteRange]:
     """Ranges in their order, those of a file joined where little lies between them and they do not grow too long."""
-    found: list[Range] = []
+    found: list[ByteRange] = []
     of_file: dict[RemoteFile, int] = {}
     for each in sorted(ranges, key=lambda each: each.start):
         at = of_file.get(each.file)

@@ -7,6 +7,7 @@ machine's own role.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +28,15 @@ __all__ = ["Stored", "is_object", "list_folder", "upload"]
 OBJECT_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
 _VALID = 3600
 """Seconds for which a URL is signed; it is signed anew in the last quarter, and where it is refused."""
-_KEYS = {"s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", "gs": "GOOGLE_SERVICE_ACCOUNT"}
+_HINTS = {
+    "s": "look at the name; credentials, region and endpoint come from the environment: AWS_ACCESS_KEY_ID,"
+    " AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL",
+    "g": "look at the name; credentials come from the environment, GOOGLE_SERVICE_ACCOUNT, and have to be able to sign",
+    "a": "look at the name; credentials come from the environment: AZURE_STORAGE_ACCOUNT_NAME and"
+    " AZURE_STORAGE_ACCOUNT_KEY",
+}
+"""By the first letter of a scheme."""
+_IN_TEXT = re.compile(r"https?://[^\s'\")]+")
 _lock = threading.Lock()
 _signed: dict[str, tuple[str, float]] = {}
 
@@ -122,30 +131,16 @@ def _store(bucket: str) -> Any:
     from obstore.store import from_url
 
     with _told(bucket, "cannot be opened"):
-        return from_url(
-            bucket,
-            client_options={"timeout": timedelta(seconds=max(patience(), 30))},
-            retry_config={"retry_timeout": timedelta(seconds=patience())},
-        )
+        return from_url(bucket, retry_config={"retry_timeout": timedelta(seconds=patience())})
 
 
 @contextmanager
 def _told(where: str, what: str, kind: type[CheckpointError] | type[RunFileError] = CheckpointError) -> Iterator[None]:
-    """Turn errors of obstore into ours. Their texts may hold signed URLs: only their first words are told."""
+    """Turn errors of obstore into ours. Their texts may hold URLs, of which no query is told."""
     from obstore.exceptions import BaseError
 
     try:
         yield
     except (BaseError, OSError, ValueError) as error:
-        found = str(error).partition("\n")[0]
-        status = found.partition("status code: ")[2].partition(":")[0]
-        keys = _KEYS.get(urlsplit(where).scheme, "those of its kind")
-        missing = any(word in found for word in ("169.254.", "metadata", "token request", "Missing"))
-        raise kind(
-            f"the object {what}",
-            file=where,
-            found=f"HTTP {status}" if status else "no credentials" if missing else type(error).__name__,
-            hint=f"set the credentials in the environment: {keys}; and AWS_REGION or AWS_ENDPOINT_URL if it needs them"
-            if urlsplit(where).scheme.startswith("s3")
-            else f"set the credentials in the environment: {keys}",
-        ) from None
+        found = _IN_TEXT.sub(lambda match: shown(match[0]), str(error).partition("\n")[0])
+        raise kind(f"the object {what}", file=where, found=found, hint=_HINTS[urlsplit(where).scheme[:1]]) from None
