@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from ckptdiff.checkpoint.foreign import CONVERT_PICKLE, foreign_files
 from ckptdiff.checkpoint.index import Index, read_index
@@ -49,6 +50,10 @@ class FoundShards:
     unread: tuple[str, ...]
     elsewhere: Mapping[str, tuple[Address, str]] = field(default_factory=dict)
     """Of shards that are no local files, by their path: where they are, and the hash of their content if known."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """Of a model in the hub: its ``repo``, ``commit``, and the ``hashes`` of its shards."""
+    path: str = ""
+    """What the checkpoint is called from then on, if not what the user named."""
 
 
 def find_shards(path: str) -> FoundShards:
@@ -65,7 +70,7 @@ def find_shards(path: str) -> FoundShards:
         status = stat_path(path)
     except CheckpointError as error:
         if isinstance(error.__cause__, FileNotFoundError) and error.hint is None and _HUB_ID.fullmatch(path):
-            error.hint = f"if this is a Hugging Face model, download it first: hf download {path}"
+            error.hint = "if this is a Hugging Face model: pip install 'ckptdiff[hub]'"
         raise
     if stat.S_ISDIR(status.st_mode):
         return _in_directory(path)

@@ -13,7 +13,7 @@ from ckptdiff.errors import CheckpointError, IndexFileError
 from ckptdiff.remote.address import Address, Url
 from ckptdiff.remote.object_store import Stored, is_object, list_folder
 
-__all__ = ["find_remote"]
+__all__ = ["find_remote", "in_folder"]
 
 _INDEX = "model.safetensors.index.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -44,7 +44,7 @@ def find_remote(url: str) -> FoundShards:
         return _of(at)
     folder = f"{url.rstrip('/')}/"
     if is_object(url):
-        return _in_folder(Stored(folder), list_folder(folder))
+        return in_folder(Stored(folder), list_folder(folder))
     return _by_names(Url(folder))
 
 
@@ -53,8 +53,20 @@ def _of(*addresses: Address) -> FoundShards:
     return FoundShards(tuple(held), None, (), (), held)
 
 
-def _in_folder(folder: Address, names: Sequence[str]) -> FoundShards:
-    """As a folder on disk is looked at; without what lies in its subfolders."""
+def in_folder(folder: Address, names: Sequence[str]) -> FoundShards:
+    """Find shards among the names in a folder, as in one on disk, but for what lies in its subfolders.
+
+    Parameters
+    ----------
+    folder : Address
+        Of a file of no name in it.
+    names : sequence of str
+
+    Raises
+    ------
+    IndexFileError, CheckpointError
+        As :func:`find_remote` does.
+    """
     names = [name for name in names if name and not name.startswith(".")]
     indexes = [name for name in names if name.endswith(_INDEX_SUFFIX)]
     if _INDEX in indexes:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptdiff.cli.display import progress
-from ckptdiff.cli.inputs import device_options, progress_option, resource_options, tensor_options
+from ckptdiff.cli.inputs import device_options, progress_option, resource_options, stream_option, tensor_options
 from ckptdiff.cli.target import ReportTarget, abandon_stdout, files_of
 from ckptdiff.cli.view import Request, verdict_verbosity, view_options
 from ckptdiff.errors import OptionError, plural
@@ -81,6 +81,7 @@ if TYPE_CHECKING:
     "the error, or all of them in float64. Needs SciPy.",
 )
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of the randomized spectra.")
+@stream_option
 @click.option("--dry-run", is_flag=True, show_default="off", help="Print the plan and its memory, and read no data.")
 @view_options
 @progress_option
@@ -124,6 +125,7 @@ def _options(given: dict[str, Any]) -> Options:
         gpu_memory=given["gpu_memory"],
         io=given["io"],
         spectra=SpectraOptions(given["spectra"], seed=given["seed"]) if given["spectra"] else None,
+        stream=given["stream"],
     )
 
 

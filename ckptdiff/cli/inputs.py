@@ -61,7 +61,12 @@ _RESOURCES: Sequence[_Option] = (
 progress_option = click.option(
     "--progress/--no-progress", default=True, help="Show progress on stderr: a bar on a terminal, else a line at times."
 )
-
+stream_option = click.option(
+    "--stream",
+    is_flag=True,
+    show_default="off: they are downloaded into the cache",
+    help="Read models of the Hugging Face hub where they are, and keep nothing of them on disk.",
+)
 
 _DEVICE: Sequence[_Option] = (
     click.option(

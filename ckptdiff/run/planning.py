@@ -236,7 +236,7 @@ def prepare(
         from ckptdiff.linalg.blas import require_scipy
 
         require_scipy()
-    sides = open_checkpoint(base), open_checkpoint(tuned)
+    sides = open_checkpoint(base, options.stream), open_checkpoint(tuned, options.stream)
     if out is not None:
         check_target(out, [(shard.path, shard.device, shard.inode) for side in sides for shard in side.shards])
     pairing = _paired(*sides, options, tell, read_data)

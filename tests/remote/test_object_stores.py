@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from ckptdiff.checkpoint import open_checkpoint
 from ckptdiff.cli import main
-from ckptdiff.errors import ChangedFileError, CheckpointError, RunFileError
+from ckptdiff.errors import ChangedFileError, CheckpointError
 from ckptdiff.options import Options
 from ckptdiff.remote import object_store
 from ckptdiff.run.engine import run
@@ -85,9 +85,7 @@ def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.usefixtures("bucket")
-def test_a_run_gives_the_figures_of_the_files_and_no_secret(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_gives_the_figures_of_the_files_and_no_secret(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     documents = []
     for where in (str(FIXTURES / "llama"), "s3://bucket/models/llama"):
         capsys.readouterr()
@@ -155,5 +153,6 @@ def test_a_signature_that_has_expired_is_renewed(monkeypatch: pytest.MonkeyPatch
     assert TOKEN not in address.shown
     time.sleep(1.1)  # signatures differ by the second they are made in
     assert address.request(True)[0] != first
-    monkeypatch.setattr("time.monotonic", lambda now=time.monotonic(): now + 3000)
+    later = time.monotonic() + 3000
+    monkeypatch.setattr("time.monotonic", lambda: later)
     assert address.request(False)[0] != first
