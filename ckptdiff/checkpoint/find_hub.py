@@ -33,7 +33,7 @@ def find_hub(path: str, stream: bool) -> FoundShards:
     require_hub(path)
     if is_offline() and not stream:
         folder, origin = cached_folder(path)
-        return replace(find_shards(folder), origin=origin)
+        return replace(find_shards(folder), origin=origin, path=folder)
     place = look_up(path)
     found = in_folder(place.address, list(place.hashes))
     names = {shown.removeprefix(place.address.shown): shown for shown in found.elsewhere}
@@ -43,6 +43,7 @@ def find_hub(path: str, stream: bool) -> FoundShards:
         held = {shown: (found.elsewhere[shown][0], place.hashes.get(name, "")) for name, shown in sorted(names.items())}
         return replace(found, elsewhere=held, origin=known, path=place.address.shown.rstrip("/"))
     beside = [name for name in place.hashes if name.endswith(".index.json") or name in _BESIDE]
-    local = find_shards(download(place, [*names, *beside]))
+    folder = download(place, [*names, *beside])
+    local = find_shards(folder)
     # What was not downloaded is no shard of it either.
-    return replace(local, warnings=(*found.warnings, *local.warnings), unread=found.unread, origin=known)
+    return replace(local, warnings=(*found.warnings, *local.warnings), unread=found.unread, origin=known, path=folder)

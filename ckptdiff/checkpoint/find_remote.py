@@ -11,9 +11,10 @@ from ckptdiff.checkpoint.foreign import CONVERT_PICKLE, foreign_files
 from ckptdiff.checkpoint.index import MAX_INDEX_BYTES, check_shard_name, parse_index
 from ckptdiff.errors import CheckpointError, IndexFileError
 from ckptdiff.remote.address import Address, Url
+from ckptdiff.remote.hub import HubFile
 from ckptdiff.remote.object_store import Stored, is_object, list_folder
 
-__all__ = ["find_remote", "in_folder"]
+__all__ = ["address_of", "find_remote", "in_folder"]
 
 _INDEX = "model.safetensors.index.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
@@ -35,7 +36,7 @@ def find_remote(url: str) -> FoundShards:
     """
     parts = urlsplit(url)
     name = parts.path.rpartition("/")[2]
-    at: Address = Stored(url) if is_object(url) else Url(url)
+    at = address_of(url)
     if name.endswith(".bin.index.json"):
         raise CheckpointError("an index of pickles", file=at.shown, expected="safetensors", hint=CONVERT_PICKLE)
     if name.endswith(".index.json"):
@@ -46,6 +47,16 @@ def find_remote(url: str) -> FoundShards:
     if is_object(url):
         return in_folder(Stored(folder), list_folder(folder))
     return _by_names(Url(folder))
+
+
+def address_of(url: str) -> Address:
+    """The address of a file by its URL, also by what is shown of one that has no secrets."""
+    if is_object(url):
+        return Stored(url)
+    if url.startswith("hf://"):
+        model, _, inside = url.removeprefix("hf://").partition("@")
+        return HubFile(model, *inside.split("/", 1))
+    return Url(url)
 
 
 def _of(*addresses: Address) -> FoundShards:

@@ -12,7 +12,7 @@ from ckptdiff.checkpoint.checkpoint import Checkpoint
 from ckptdiff.checkpoint.regular_file import read_whole
 from ckptdiff.checkpoint.tied_models import TIED_BY_DEFAULT
 from ckptdiff.errors import CheckpointError
-from ckptdiff.remote.address import Address
+from ckptdiff.remote.address import Address, is_url
 
 __all__ = ["Config", "config_beside", "read_config", "says_tied"]
 
@@ -72,6 +72,10 @@ def read_config(checkpoint: Checkpoint, name: str = "config.json") -> Config:
 
 def config_beside(file: str, name: str = "config.json") -> Config:
     """Read a file of configuration in the folder of another file: once, as long as it stays the same."""
+    if is_url(file):
+        from ckptdiff.checkpoint.find_remote import address_of
+
+        return _fetch(address_of(file).beside(name))
     path = str(Path(file).parent / name)
     try:
         status = Path(path).stat()

@@ -15,10 +15,12 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
 from ckptdiff.errors import CheckpointError
 
-__all__ = ["Address", "Url", "is_url", "shown"]
+__all__ = ["Address", "Url", "is_url", "shown", "without_secrets"]
 
 SCHEMES = ("http", "https", "s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "hf")
 """Schemes that name checkpoints elsewhere."""
+_IN_TEXT = re.compile(r"https?://(?:[^\s'\"<>/?]*@[^\s'\"<>]*|[^\s'\"<>?]*\?(?!\.\.\.[0-9a-f]{8})[^\s'\"<>]*)")
+"""A URL with a user or a query, but for one that is shown already."""
 _URL = re.compile(rf"({'|'.join(SCHEMES)})://", re.IGNORECASE)
 
 
@@ -78,6 +80,11 @@ def shown(url: str) -> str:
     parts = _split(url)
     query = f"...{hashlib.sha256(parts.query.encode()).hexdigest()[:8]}" if parts.query else ""
     return urlunsplit(parts._replace(netloc=_host(parts), query=query, fragment=""))
+
+
+def without_secrets(text: str) -> str:
+    """A text in which of every URL only that is left which may be shown."""
+    return _IN_TEXT.sub(lambda found: shown(found[0]), text)
 
 
 def _split(url: str) -> SplitResult:

@@ -7,7 +7,6 @@ machine's own role.
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ckptdiff.errors import CheckpointError, RunFileError
-from ckptdiff.remote.address import shown
+from ckptdiff.remote.address import shown, without_secrets
 from ckptdiff.remote.transport import patience
 
 __all__ = ["Stored", "is_object", "list_folder", "upload"]
@@ -36,7 +35,6 @@ _HINTS = {
     " AZURE_STORAGE_ACCOUNT_KEY",
 }
 """By the first letter of a scheme."""
-_IN_TEXT = re.compile(r"https?://[^\s'\")]+")
 _lock = threading.Lock()
 _signed: dict[str, tuple[str, float]] = {}
 
@@ -142,5 +140,5 @@ def _told(where: str, what: str, kind: type[CheckpointError] | type[RunFileError
     try:
         yield
     except (BaseError, OSError, ValueError) as error:
-        found = _IN_TEXT.sub(lambda match: shown(match[0]), str(error).partition("\n")[0])
+        found = without_secrets(str(error).partition("\n")[0])
         raise kind(f"the object {what}", file=where, found=found, hint=_HINTS[urlsplit(where).scheme[:1]]) from None

@@ -64,6 +64,7 @@ def track(
     exclude: Sequence[str] = (),
     threads: int = 0,
     listener: Listener | None = None,
+    stream: bool = False,
 ) -> Track:
     """Follow an update through the checkpoints of a training run.
 
@@ -84,6 +85,8 @@ def track(
     listener : callable, optional
         Told of the stages "looking for ties", if a step lacks a head of the base, "compiling", if kernels are
         missing, and "following", in bytes.
+    stream : bool
+        Read models of the hub where they are, and do not download them.
 
     Returns
     -------
@@ -108,7 +111,7 @@ def track(
     check_threads(threads)
     steps, include, exclude = as_tuple("steps", steps), as_tuple("include", include), as_tuple("exclude", exclude)
     tell = listener or ignore
-    plan = plan_track(base, steps, compare=compare, include=include, exclude=exclude, tell=tell)
+    plan = plan_track(base, steps, compare=compare, include=include, exclude=exclude, tell=tell, stream=stream)
     tensors = plan.tensors
     counts = np.zeros((len(tensors), len(plan.steps), len(Flow)), np.int64)
     squares = np.zeros((len(tensors), 1 + len(plan.steps)))

@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ import pytest
 from patience import PATIENCE
 from safetensors.numpy import save_file
 
+import ckptdiff
 from ckptdiff.checkpoint import open_checkpoint
 from ckptdiff.cli import main
-from ckptdiff.errors import ChangedFileError, CheckpointError
+from ckptdiff.errors import ChangedFileError, CheckpointError, RunFileError
 from ckptdiff.options import Options
 from ckptdiff.remote import object_store
 from ckptdiff.run.engine import run
@@ -128,6 +130,44 @@ def test_a_bucket_that_is_not_there_or_closed_is_said(monkeypatch: pytest.Monkey
     with pytest.raises(CheckpointError) as raised:
         open_checkpoint("s3://bucket/models/llama/base")
     assert "s3://bucket/models/llama/base" in str(raised.value)
+
+
+def test_a_run_file_goes_to_a_bucket_once_it_is_complete(
+    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(here))
+    sides = ["s3://bucket/models/llama/base", str(FIXTURES / "llama/tuned")]
+    assert main(["diff", *sides, "-o", "s3://bucket/runs/run.h5", "--format", "json"]) == 0
+    assert main(["diff", *sides, "-o", "s3://bucket/runs/other.h5", "--dry-run"]) == 0
+    (tmp_path / "run.h5").write_bytes(obstore.get(bucket, "runs/run.h5").bytes())
+    assert list(here.iterdir()) == [] and [item["path"] for item in obstore.list(bucket, "runs").collect()] == [
+        "runs/run.h5"
+    ]
+    capsys.readouterr()
+    assert main(["show", str(tmp_path / "run.h5"), "--format", "json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["tensors"]) == 39
+    for out, said in (
+        ("s3://no-such-bucket/run.h5", "no-such-bucket"),
+        ("https://host/run.h5", "nothing can be written"),
+        ("s3://bucket/", "no name of an object"),
+    ):
+        assert main(["diff", *sides, "-o", out]) == 2
+        assert said in capsys.readouterr().err and list(here.iterdir()) == []
+
+    def refuse(event: object) -> None:
+        if type(event).__name__ == "Finished":
+            monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+            object_store._store.cache_clear()
+
+    # What hours have gone into is not lost with the upload.
+    with pytest.raises(RunFileError, match="cannot be written") as raised:
+        ckptdiff.diff(*sides, out="s3://bucket/runs/lost.h5", listener=refuse)
+    (kept,) = here.rglob("lost.h5")
+    assert str(kept) in str(raised.value) and kept.stat().st_size
+    with ckptdiff.RunFile(kept) as run_file:
+        assert len(run_file.load().tensors) == 39
 
 
 def test_an_object_that_is_replaced_is_noticed(bucket: Any, tmp_path: Path) -> None:

@@ -210,6 +210,62 @@ def test_a_track_and_an_inspection_are_those_of_the_files(
     assert found[0] == found[1]
 
 
+def test_patches_and_overlaps_take_a_base_that_lies_elsewhere(
+    server: Server, pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, tuned = pair
+    url = f"{server.url}/base"
+    assert (
+        main(["diff", url, str(tuned), "--mask", "bitwise", "--compare", "stored", "-o", str(tmp_path / "r.h5")]) == 0
+    )
+    patch = str(tmp_path / "patch.safetensors")
+    assert main(["mask", "export", str(tmp_path / "r.h5"), "--layout", "patch", "-o", patch]) == 0
+    for where in (str(base), url):
+        made = tmp_path / f"made{len(where)}"
+        assert main(["patch", "apply", where, patch, "-o", str(made)]) == 0
+        assert {file.name: file.read_bytes() for file in made.iterdir()} == {
+            file.name: file.read_bytes() for file in tuned.iterdir()
+        }
+    file = "model-00001-of-00002.safetensors"
+    assert (
+        main(
+            [
+                "diff",
+                f"{url}/{file}",
+                str(tuned / file),
+                "--mask",
+                "bitwise",
+                "--compare",
+                "stored",
+                "-o",
+                str(tmp_path / "one.h5"),
+            ]
+        )
+        == 0
+    )
+    assert main(["mask", "export", str(tmp_path / "one.h5"), "--layout", "patch", "-o", one]) == 0
+    assert (
+        main(
+            [
+                "patch",
+                "apply",
+                f"{url}/{file}",
+                str(tmp_path / "one.safetensors"),
+                "-o",
+                str(tmp_path / "one-made.safetensors"),
+            ]
+        )
+        == 0
+    )
+    assert (tmp_path / "one-made.safetensors").read_bytes() == (tuned / file).read_bytes()
+    found = []
+    for where in (str(base), url):
+        capsys.readouterr()
+        assert main(["overlap", *[str(tmp_path / "r.h5")] * 2, "--base", where, "--format", "json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+
+
 FAULTS: dict[str, tuple[Callable[[Handler, Asked], object], str]] = {
     "403": (lambda handler, asked: handler.reply(403), "HTTP 403 Forbidden"),
     "404": (lambda handler, asked: handler.reply(404), "HTTP 404 Not Found"),

@@ -9,7 +9,7 @@ import pytest
 from ranged_server import Asked, Handler, Server, serving
 
 from ckptdiff.errors import ChangedFileError, CheckpointError, OptionError
-from ckptdiff.remote.address import Url, is_url, shown
+from ckptdiff.remote.address import Url, is_url, shown, without_secrets
 from ckptdiff.remote.transport import fetch, fetch_start, fetch_whole, patience
 
 pytestmark = pytest.mark.slow
@@ -197,6 +197,9 @@ def test_a_redirect_that_has_expired_is_asked_for_again(server: Server, status: 
 def test_what_is_shown_of_a_url_tells_it_from_others() -> None:
     ours, theirs = (shown(f"https://u:{SECRET}@host:8443/a/b.safetensors?sig={SECRET}{n}#f") for n in (1, 2))
     assert ours.startswith("https://host:8443/a/b.safetensors?...") and ours != theirs and SECRET not in ours + theirs
+    text = f"error 'https://u:{SECRET}@h/a?b={SECRET}', {ours}: http://h/x?token={SECRET}, s3://b/k"
+    cleared = without_secrets(text)
+    assert SECRET not in cleared and ours in cleared and "https://h/a?..." in cleared and "s3://b/k" in cleared
     assert shown("s3://bucket/folder/") == "s3://bucket/folder/"
     assert is_url("S3://b/k") and is_url("https://h") and not is_url("org/name") and not is_url("file:///x")
     with pytest.raises(CheckpointError, match="not a possible URL") as raised:
