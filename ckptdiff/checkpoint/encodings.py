@@ -13,8 +13,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ckptdiff.checkpoint.checkpoint import Checkpoint
 from ckptdiff.checkpoint.code_formats import CODES
 from ckptdiff.checkpoint.code_layouts import BESIDE, FP8, LAYOUTS, CodeLayout
@@ -38,7 +36,6 @@ _BYTES_OF_GROUP = 16
 _MOST_AXES = 8
 _NO_CODES = ("scale", "zero", "shape", "idx")
 """Words in the names of what lies beside codes."""
-_NOTHING = np.empty(0, np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,11 +276,14 @@ def _stored(tensors: Sequence[TensorInfo]) -> Iterator[bytes]:
             for tensor in tensors:
                 yield read_bytes(descriptor, tensor.nbytes, tensor.start, shard.path)
         return
+    import numpy as np
+
     from ckptdiff.checkpoint.open_shards import open_shards
 
+    room = np.empty(max(tensor.nbytes for tensor in tensors), np.uint8)
     with open_shards("pread") as shards, shards.ahead([(shard, tensor.start, tensor.stop) for tensor in tensors]):
         for tensor in tensors:
-            with shards[shard].window(tensor, tensor.start, tensor.stop, _NOTHING) as view:
+            with shards[shard].window(tensor, tensor.start, tensor.stop, room) as view:
                 yield view.tobytes()
 
 

@@ -12,7 +12,7 @@ from ckptdiff.checkpoint.index import MAX_INDEX_BYTES, check_shard_name, parse_i
 from ckptdiff.errors import CheckpointError, IndexFileError
 from ckptdiff.remote.address import Address, Url
 from ckptdiff.remote.hub import HubFile
-from ckptdiff.remote.object_store import Stored, is_object, list_folder
+from ckptdiff.remote.object_store import BucketObject, is_object, list_folder
 
 __all__ = ["address_of", "find_remote", "in_folder"]
 
@@ -45,14 +45,14 @@ def find_remote(url: str) -> FoundShards:
         return _of(at)
     folder = f"{url.rstrip('/')}/"
     if is_object(url):
-        return in_folder(Stored(folder), list_folder(folder))
+        return in_folder(BucketObject(folder), list_folder(folder))
     return _by_names(Url(folder))
 
 
 def address_of(url: str) -> Address:
     """The address of a file by its URL, also by what is shown of one that has no secrets."""
     if is_object(url):
-        return Stored(url)
+        return BucketObject(url)
     if url.startswith("hf://"):
         model, _, inside = url.removeprefix("hf://").partition("@")
         return HubFile(model, *inside.split("/", 1))

@@ -22,7 +22,7 @@ from ckptdiff.errors import CheckpointError, RunFileError
 from ckptdiff.remote.address import shown, without_secrets
 from ckptdiff.remote.transport import patience
 
-__all__ = ["Stored", "is_object", "list_folder", "upload"]
+__all__ = ["BucketObject", "is_object", "list_folder", "upload"]
 
 OBJECT_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss")
 _VALID = 3600
@@ -40,7 +40,7 @@ _signed: dict[str, tuple[str, float]] = {}
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class BucketObject:
     """An object of a bucket, by its URL."""
 
     url: str
@@ -63,9 +63,9 @@ class Stored:
                 _signed[self.url] = url, time.monotonic() + 0.75 * _VALID
         return url, {}
 
-    def beside(self, name: str) -> Stored:
+    def beside(self, name: str) -> BucketObject:
         """Another object in the same folder."""
-        return Stored(f"{self.url.rpartition('/')[0]}/{name}")
+        return BucketObject(f"{self.url.rpartition('/')[0]}/{name}")
 
 
 def is_object(url: str) -> bool:

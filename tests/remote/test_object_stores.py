@@ -186,7 +186,7 @@ def test_an_object_that_is_replaced_is_noticed(bucket: Any, tmp_path: Path) -> N
 
 @pytest.mark.usefixtures("bucket")
 def test_a_signature_that_has_expired_is_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
-    address = object_store.Stored("s3://bucket/models/llama/base/model.safetensors.index.json")
+    address = object_store.BucketObject("s3://bucket/models/llama/base/model.safetensors.index.json")
     first, headers = address.request(False)
     assert headers == {} and "X-Amz-Signature" in first and SECRET not in first
     assert address.request(False)[0] == first, "signed once, as long as that is valid"

@@ -214,56 +214,27 @@ def test_patches_and_overlaps_take_a_base_that_lies_elsewhere(
     server: Server, pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, tuned = pair
-    url = f"{server.url}/base"
-    assert (
-        main(["diff", url, str(tuned), "--mask", "bitwise", "--compare", "stored", "-o", str(tmp_path / "r.h5")]) == 0
-    )
-    patch = str(tmp_path / "patch.safetensors")
-    assert main(["mask", "export", str(tmp_path / "r.h5"), "--layout", "patch", "-o", patch]) == 0
-    for where in (str(base), url):
-        made = tmp_path / f"made{len(where)}"
-        assert main(["patch", "apply", where, patch, "-o", str(made)]) == 0
-        assert {file.name: file.read_bytes() for file in made.iterdir()} == {
-            file.name: file.read_bytes() for file in tuned.iterdir()
-        }
-    file = "model-00001-of-00002.safetensors"
-    assert (
-        main(
-            [
-                "diff",
-                f"{url}/{file}",
-                str(tuned / file),
-                "--mask",
-                "bitwise",
-                "--compare",
-                "stored",
-                "-o",
-                str(tmp_path / "one.h5"),
-            ]
-        )
-        == 0
-    )
-    assert main(["mask", "export", str(tmp_path / "one.h5"), "--layout", "patch", "-o", one]) == 0
-    assert (
-        main(
-            [
-                "patch",
-                "apply",
-                f"{url}/{file}",
-                str(tmp_path / "one.safetensors"),
-                "-o",
-                str(tmp_path / "one-made.safetensors"),
-            ]
-        )
-        == 0
-    )
-    assert (tmp_path / "one-made.safetensors").read_bytes() == (tuned / file).read_bytes()
-    found = []
-    for where in (str(base), url):
+    url, file = f"{server.url}/base", "model-00001-of-00002.safetensors"
+
+    def call(*arguments: object) -> str:
         capsys.readouterr()
-        assert main(["overlap", *[str(tmp_path / "r.h5")] * 2, "--base", where, "--format", "json"]) == 0
-        found.append(json.loads(capsys.readouterr().out))
-    assert found[0] == found[1]
+        assert main(list(map(str, arguments))) == 0
+        return capsys.readouterr().out
+
+    for inside in ("", f"/{file}"):
+        run_file, patch = tmp_path / f"run{len(inside)}.h5", tmp_path / f"patch{len(inside)}.safetensors"
+        call("diff", f"{url}{inside}", f"{tuned}{inside}", "--mask", "bitwise", "--compare", "stored", "-o", run_file)
+        call("mask", "export", run_file, "--layout", "patch", "-o", patch)
+        for number, where in enumerate((base, url)):
+            made = tmp_path / f"made{number}{inside and '.safetensors'}"
+            call("patch", "apply", f"{where}{inside}", patch, "-o", made)
+            files = [(made, tuned / file)] if inside else [(made / each.name, each) for each in tuned.iterdir()]
+            assert all(ours.read_bytes() == theirs.read_bytes() for ours, theirs in files)
+            if not inside:
+                assert len(list(made.iterdir())) == 3
+    runs = [tmp_path / "run0.h5"] * 2
+    local, remote = (call("overlap", *runs, "--base", where, "--format", "json") for where in (base, url))
+    assert json.loads(local) == json.loads(remote)
 
 
 FAULTS: dict[str, tuple[Callable[[Handler, Asked], object], str]] = {
