@@ -15,7 +15,17 @@ from pathlib import Path
 
 from ckptdiff.errors import CheckpointError
 
-__all__ = ["HubFile", "HubFolder", "cached_folder", "download", "is_offline", "look_up", "may_be_hub", "require_hub"]
+__all__ = [
+    "HubFile",
+    "HubFolder",
+    "cached_folder",
+    "download",
+    "is_hub_name",
+    "is_offline",
+    "look_up",
+    "may_be_hub",
+    "require_hub",
+]
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
@@ -74,11 +84,16 @@ class HubFolder:
         return HubFile(self.repo, self.commit, self.folder)
 
 
+def is_hub_name(path: str) -> bool:
+    """Whether a path looks like ``org/name`` or ``org/name@revision``."""
+    return _ID.fullmatch(path) is not None
+
+
 def may_be_hub(path: str) -> bool:
     """Whether a path names a model of the hub: ``hf://...``, or ``org/name`` if there is no such file or folder."""
     if path.startswith("hf://"):
         return True
-    return _ID.fullmatch(path) is not None and importlib.util.find_spec("huggingface_hub") is not None and _free(path)
+    return is_hub_name(path) and importlib.util.find_spec("huggingface_hub") is not None and _free(path)
 
 
 def require_hub(path: str) -> None:

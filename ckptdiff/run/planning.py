@@ -19,7 +19,7 @@ from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.checkpoint.same_values import look_for_ties, sampled_agreement, sampled_likeness
 from ckptdiff.checkpoint.weights import Assembled, Decoded, Weight, sources_of, stored_as
 from ckptdiff.errors import plural
-from ckptdiff.events import Listener, ignore
+from ckptdiff.events import Listener, Note, ignore
 from ckptdiff.figures.columns import Measured, measured
 from ckptdiff.figures.result import Diff
 from ckptdiff.formats import Formats, formats_of, is_wide
@@ -28,6 +28,7 @@ from ckptdiff.measure.passes import BitMeasurement, FloatMeasurement, Measuremen
 from ckptdiff.measure.records import Records
 from ckptdiff.memory import DEFAULT_MEMORY, peak_resident, resident, room_to_grow
 from ckptdiff.options import Options, default_threads
+from ckptdiff.remote.hub import is_hub_name, may_be_hub
 from ckptdiff.run.coded_pair import goes_as_codes, room_to_send
 from ckptdiff.run.devices import Device, open_device
 from ckptdiff.run.facts import facts_of_run
@@ -80,6 +81,8 @@ class Plan:
     grain : Grain
     spectra_gpu : SpectraGpu or None
         The GPU that measures spectra; None if the processor does.
+    remote : bool
+        Whether a side lies elsewhere.
     """
 
     pairs: tuple[TensorPair, ...]
@@ -93,6 +96,7 @@ class Plan:
     want_masks: bool
     grain: Grain = GRAIN
     spectra_gpu: SpectraGpu | None = None
+    remote: bool = False
 
     @property
     def tensors(self) -> int:
@@ -153,13 +157,9 @@ class Plan:
         """Whether there are very many tensors, of 64 Ki coordinates at most on average."""
         return len(self.loads) >= self.grain.many and sum(load.numel for load in self.loads) <= len(self.loads) << 16
 
-    @cached_property
-    def _remote(self) -> bool:
-        return any(map(is_remote, self.pairs))
-
     def remote_parts(self, task: SpanTask) -> list[tuple[Shard, int, int]]:
         """Where the bytes of remote files begin and end that a task reads."""
-        if not self._remote:
+        if not self.remote:
             return []
         first, stop = (0, sys.maxsize) if task.span is None else (task.span.first * BLOCK, task.span.stop * BLOCK)
         pairs = self.pairs[task.tensors.start : task.tensors.stop]
@@ -236,6 +236,9 @@ def prepare(
         from ckptdiff.linalg.blas import require_scipy
 
         require_scipy()
+    for path in filter(is_hub_name, (base, tuned)):
+        if not may_be_hub(path):
+            tell(Note(f"{path} is what lies here, and not the model of that name in the hub"))
     sides = open_checkpoint(base, options.stream), open_checkpoint(tuned, options.stream)
     if out is not None:
         check_target(out, [(shard.path, shard.device, shard.inode) for side in sides for shard in side.shards])
@@ -245,7 +248,8 @@ def prepare(
     # Reads into a cached buffer cost less than mapping pages and dropping them again, and report a lost page.
     io = "pread" if options.io == "auto" else options.io
     loads = _loads(pairing.pairs, options, device, io, grain)
-    fetched = _fetched(pairing.pairs, loads, grain)
+    remote = any(shard.remote is not None for side in sides for shard in side.shards)
+    fetched = _fetched(pairing.pairs, loads, grain) if remote else 0
     asked = _uses(pairing, loads, options, want_masks)
     device.warm_up(asked, tell)
     if read_data and pairing.orders:
@@ -267,7 +271,7 @@ def prepare(
         gpu = open_spectra_gpu(options, options.spectra.mode, tell)
         taken = memory.baseline + memory.results + memory.ahead
         spectra = plan_spectra(pairing.pairs, options, taken, gpu)
-    return Plan(pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks, grain, gpu)
+    return Plan(pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks, grain, gpu, remote)
 
 
 def _paired(base: Checkpoint, tuned: Checkpoint, options: Options, tell: Listener, read_data: bool) -> Pairing:

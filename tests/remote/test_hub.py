@@ -157,5 +157,6 @@ def test_a_hub_that_is_away_or_must_not_be_asked_is_said(hub: Hub, call: Call) -
 
 def test_a_local_folder_of_that_name_wins(hub: Hub, call: Call, tmp_path: Path) -> None:
     shutil.copytree(FIXTURES / "llama/base", tmp_path / "org/base")
-    done = call("inspect", "org/base", "--format", "json")
+    done = call("diff", "org/base", "org/base", "-v")
     assert done.returncode == 0 and not hub.hub.asked, done.stderr
+    assert "org/base is what lies here" in done.stderr
