@@ -17,6 +17,7 @@ from ckptdiff.checkpoint.regular_file import read_whole, stat_path
 from ckptdiff.checkpoint.subfolders import weights_below
 from ckptdiff.errors import CheckpointError
 from ckptdiff.remote.address import Address
+from ckptdiff.remote.hub import is_hub_name
 
 __all__ = ["FoundShards", "check_numbers", "find_shards", "some_of", "warn_of_families"]
 
@@ -24,7 +25,6 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 _NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5,})-of-(?P<total>[0-9]{5,})\.safetensors", re.DOTALL)
 _OF_A_RANK = re.compile(r"shard-[0-9]{5,}-model")
 """How torch.distributed.checkpoint names them; a rank that holds nothing of a file writes none."""
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHOWN = 5
 
 
@@ -69,7 +69,7 @@ def find_shards(path: str) -> FoundShards:
     try:
         status = stat_path(path)
     except CheckpointError as error:
-        if isinstance(error.__cause__, FileNotFoundError) and error.hint is None and _HUB_ID.fullmatch(path):
+        if isinstance(error.__cause__, FileNotFoundError) and error.hint is None and is_hub_name(path):
             error.hint = "if this is a Hugging Face model: pip install 'ckptdiff[hub]'"
         raise
     if stat.S_ISDIR(status.st_mode):

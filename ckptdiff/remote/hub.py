@@ -27,7 +27,7 @@ __all__ = [
     "require_hub",
 ]
 
-_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
 
 
 @dataclass(frozen=True, slots=True)
