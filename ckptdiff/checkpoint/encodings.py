@@ -276,15 +276,9 @@ def _stored(tensors: Sequence[TensorInfo]) -> Iterator[bytes]:
             for tensor in tensors:
                 yield read_bytes(descriptor, tensor.nbytes, tensor.start, shard.path)
         return
-    import numpy as np
+    from ckptdiff.remote.fetching import ByteRange, fetch_ranges
 
-    from ckptdiff.checkpoint.open_shards import open_shards
-
-    room = np.empty(max(tensor.nbytes for tensor in tensors), np.uint8)
-    with open_shards("pread") as shards, shards.ahead([(shard, tensor.start, tensor.stop) for tensor in tensors]):
-        for tensor in tensors:
-            with shards[shard].window(tensor, tensor.start, tensor.stop, room) as view:
-                yield view.tobytes()
+    yield from fetch_ranges([ByteRange(shard.remote, tensor.start, tensor.stop) for tensor in tensors])
 
 
 def _unlike_siblings(weights: Mapping[str, Decoded]) -> list[str]:

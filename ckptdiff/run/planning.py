@@ -32,7 +32,7 @@ from ckptdiff.remote.hub import is_hub_name, may_be_hub
 from ckptdiff.run.coded_pair import goes_as_codes, room_to_send
 from ckptdiff.run.devices import Device, open_device
 from ckptdiff.run.facts import facts_of_run
-from ckptdiff.run.shard_source import is_remote, remote_parts
+from ckptdiff.run.shard_source import most_fetched, remote_parts
 from ckptdiff.run.tasks import GRAIN, Grain, Load, Memory, Span, SpanTask, fit_memory
 from ckptdiff.run.warm_up import Uses, uses
 from ckptdiff.runfile.check_target import check_target
@@ -249,7 +249,7 @@ def prepare(
     io = "pread" if options.io == "auto" else options.io
     loads = _loads(pairing.pairs, options, device, io, grain)
     remote = any(shard.remote is not None for side in sides for shard in side.shards)
-    fetched = _fetched(pairing.pairs, loads, grain) if remote else 0
+    fetched = most_fetched(pairing.pairs, loads, grain) if remote else 0
     asked = _uses(pairing, loads, options, want_masks)
     device.warm_up(asked, tell)
     if read_data and pairing.orders:
@@ -315,15 +315,6 @@ def _loads(pairs: tuple[TensorPair, ...], options: Options, device: Device, io: 
     if not device.batches or io != "pread" or sum(shared[what].kind is not None for what in asked) < grain.many:
         shared = {what: replace(load, kind=None) for what, load in shared.items()}
     return tuple(shared[what] for what in asked)
-
-
-def _fetched(pairs: tuple[TensorPair, ...], loads: tuple[Load, ...], grain: Grain) -> int:
-    """Bytes of remote files that a task reads, at most."""
-    held = [load for pair, load in zip(pairs, loads, strict=True) if is_remote(pair)]
-    blocks = max(grain.blocks, -(-grain.numel // BLOCK) + 1)
-    longest = max((sum(blocks * BLOCK * bits // 8 for bits in load.bits) for load in held), default=0)
-    # Joined ranges hold what lies between them too.
-    return min(longest, sum(load.nbytes for load in held)) * 9 // 8
 
 
 def _load(pair: TensorPair, options: Options, device: Device) -> Load:

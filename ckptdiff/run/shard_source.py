@@ -29,9 +29,9 @@ from ckptdiff.codes.fetch import FILE, MEMORY
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.measure.source import ByteArray, Runs, SmallPairs, Window
 from ckptdiff.run.coded_pair import CodedPair, goes_as_codes
-from ckptdiff.run.tasks import Span
+from ckptdiff.run.tasks import Grain, Load, Span
 
-__all__ = ["ShardSource", "SideRooms", "is_remote", "remote_parts", "small_pairs"]
+__all__ = ["ShardSource", "SideRooms", "most_fetched", "remote_parts", "small_pairs"]
 
 _NOTHING, _NO_RUNS = np.empty(0, np.uint8), np.empty((0, 3), np.int64)
 
@@ -216,8 +216,16 @@ def _whole(stack: ExitStack, shards: OpenShards, sides: Sequence[Weight]) -> Run
     return runs
 
 
-def is_remote(pair: TensorPair) -> bool:
-    """Whether anything of a pair lies elsewhere."""
+def most_fetched(pairs: Sequence[TensorPair], loads: Sequence[Load], grain: Grain) -> int:
+    """Bytes of remote files that a task of a plan reads, at most."""
+    held = [load for pair, load in zip(pairs, loads, strict=True) if _is_remote(pair)]
+    blocks = max(grain.blocks, -(-grain.numel // BLOCK) + 1)
+    longest = max((sum(blocks * BLOCK * bits // 8 for bits in load.bits) for load in held), default=0)
+    # Joined ranges hold what lies between them too.
+    return min(longest, sum(load.nbytes for load in held)) * 9 // 8
+
+
+def _is_remote(pair: TensorPair) -> bool:
     return any(part.shard.remote is not None for side in (pair.base, pair.tuned) for part in stored_parts(side))
 
 

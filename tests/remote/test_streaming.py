@@ -12,10 +12,14 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from quantised import LAYOUTS, save
 from ranged_server import Asked, Handler, Server
 from safetensors.numpy import save_file
 
 from ckptdiff.checkpoint import open_checkpoint
+from ckptdiff.checkpoint.boxes import read_elements
+from ckptdiff.checkpoint.encodings import find_encoded
+from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.cli import main
 from ckptdiff.errors import ChangedFileError, CheckpointError
 from ckptdiff.figures.result import Diff
@@ -150,8 +154,6 @@ def test_what_both_names_lead_to_is_fetched_once(server: Server, pair: tuple[Pat
 
 
 def test_columns_of_a_matrix_are_read_by_few_requests(server: Server) -> None:
-    from ckptdiff.checkpoint.open_shards import open_shards
-
     values = np.arange(3000 * 400, dtype=np.int32).reshape(3000, 400)
     save_file({"w": values}, server.root / "x.safetensors")
     tensor = open_checkpoint(f"{server.url}/x.safetensors").tensors["w"]
@@ -167,6 +169,22 @@ def test_columns_of_a_matrix_are_read_by_few_requests(server: Server) -> None:
             with shards[tensor.shard].window(tensor, start, stop, out) as view:
                 assert view.tobytes() == values.tobytes()[start - tensor.start : stop - tensor.start]
         assert len(server.asked) <= 4
+
+
+@pytest.mark.parametrize("layout", ["4 bits in words, zero points", "NVFP4 of ModelOpt", "fp8 of fused experts"])
+def test_quantised_weights_decode_to_what_they_do_locally(server: Server, layout: str) -> None:
+    folder = server.root / "quantised"
+    sample = LAYOUTS[layout](np.random.default_rng(1), 256, 512)
+    save(folder, sample.tensors, sample.config)
+    found = []
+    for where in (str(folder), f"{server.url}/quantised"):
+        encoded = find_encoded(open_checkpoint(where))
+        (weight,) = encoded.weights.values()
+        values = np.empty(weight.numel, np.float32)
+        with open_shards("pread") as shards:
+            read_elements(shards, weight, 0, weight.numel, values.view(np.uint8))
+        found.append((weight.shape, weight.encoding, encoded.warnings, values.tobytes()))
+    assert found[0][3] == found[1][3] and found[0][:2] == found[1][:2]
 
 
 def test_long_headers_and_files_of_one_name_are_read(server: Server, tmp_path: Path) -> None:
