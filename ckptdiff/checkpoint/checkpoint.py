@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,9 @@ from ckptdiff.remote.address import is_url, shown
 from ckptdiff.remote.hub import may_be_hub
 
 __all__ = ["Checkpoint", "open_checkpoint"]
+
+_AT_ONCE = 16
+"""Headers that are fetched at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +110,7 @@ def open_checkpoint(path: str | os.PathLike[str], stream: bool = False) -> Check
     tensors: dict[str, TensorInfo] = {}
     by_inode: dict[tuple[int, int], Shard] = {}
     by_path: dict[str, Shard] = {}
-    for shard_path in source.paths:
-        shard, held = read_header(shard_path, *source.elsewhere.get(shard_path, ()))
+    for shard_path, (shard, held) in zip(source.paths, _headers(source), strict=True):
         first = by_inode.setdefault((shard.device, shard.inode), shard)
         by_path[shard_path] = first
         if first is not shard:
@@ -138,6 +140,16 @@ def _find(path: str, stream: bool) -> FoundShards:
 
         return find_remote(path)
     return find_shards(path)
+
+
+def _headers(source: FoundShards) -> Iterable[tuple[Shard, tuple[TensorInfo, ...]]]:
+    """The header of each shard; several at a time where each takes its way to a host and back."""
+    if not source.elsewhere:
+        return map(read_header, source.paths)
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(lambda path: read_header(path, *source.elsewhere[path]), source.paths))
 
 
 def _stored_twice(first: TensorInfo, second: TensorInfo) -> CheckpointError:

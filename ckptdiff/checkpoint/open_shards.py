@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ __all__ = ["OpenShards", "open_shards"]
 
 REMOTE_ROOM = 64 << 20
 """Bytes of remote files that are held ahead where no plan says how many."""
+_AT_ONCE = 16
 _OTHER_FILES = 128
 """Room left below the limit on open files for all that are not shards."""
 
@@ -114,9 +116,13 @@ class OpenShards:
 
     def check(self) -> None:
         """Compare every file that was read with its header once more, and its path with the file."""
-        for reader in self._readers.values():
+        readers = list(self._readers.values())
+        for reader in readers:
             reader.check()
-            reader.check_path()
+        with ThreadPoolExecutor(_AT_ONCE) if self._fetching else nullcontext() as pool:
+            # A file elsewhere takes its way to a host and back.
+            for _ in (pool.map if pool else map)(lambda reader: reader.check_path(), readers):
+                pass
 
 
 @contextmanager
