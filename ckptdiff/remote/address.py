@@ -79,7 +79,8 @@ def shown(url: str) -> str:
     """What may be shown of a URL: no user, no password; a query is told from others by eight digits of its hash."""
     parts = _split(url)
     query = f"...{hashlib.sha256(parts.query.encode()).hexdigest()[:8]}" if parts.query else ""
-    return urlunsplit(parts._replace(netloc=_host(parts), query=query, fragment=""))
+    host = _host(parts) if parts.scheme.lower() in ("http", "https") else parts.netloc
+    return urlunsplit(parts._replace(netloc=host, query=query, fragment=""))
 
 
 def without_secrets(text: str) -> str:

@@ -200,7 +200,8 @@ def test_what_is_shown_of_a_url_tells_it_from_others() -> None:
     text = f"error 'https://u:{SECRET}@h/a?b={SECRET}', {ours}: http://h/x?token={SECRET}, s3://b/k"
     cleared = without_secrets(text)
     assert SECRET not in cleared and ours in cleared and "https://h/a?..." in cleared and "s3://b/k" in cleared
-    assert shown("s3://bucket/folder/") == "s3://bucket/folder/"
+    for bucket in ("s3://bucket/folder/", "abfss://container@account.dfs.core.windows.net/folder"):
+        assert shown(bucket) == bucket
     assert is_url("S3://b/k") and is_url("https://h") and not is_url("org/name") and not is_url("file:///x")
     with pytest.raises(CheckpointError, match="not a possible URL") as raised:
         shown(f"http://u:{SECRET}@[host/x?{SECRET}")
