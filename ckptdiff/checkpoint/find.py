@@ -48,8 +48,8 @@ class FoundShards:
     index: Index | None
     warnings: tuple[str, ...]
     unread: tuple[str, ...]
-    elsewhere: Mapping[str, tuple[Address, str]] = field(default_factory=dict)
-    """Of shards that are no local files, by their path: where they are, and the hash of their content if known."""
+    elsewhere: Mapping[str, tuple[Address | None, str]] = field(default_factory=dict)
+    """Of shards, by their path: where they are if they are no local files, and the hash of their bytes if known."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Of a model in the hub: its ``repo``, ``commit``, and the ``hashes`` of its shards."""
     path: str = ""

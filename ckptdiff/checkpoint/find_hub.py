@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from ckptdiff.checkpoint.find import FoundShards, find_shards
 from ckptdiff.checkpoint.find_remote import in_folder
@@ -22,6 +23,7 @@ def find_hub(path: str, stream: bool) -> FoundShards:
         ``org/name``, ``org/name@revision``, or with ``hf://`` before it, also with a folder behind it.
     stream : bool
         Whether to read them where they are; else they are downloaded first, those that the index names and no others.
+        Offline they are those of the cache.
 
     Raises
     ------
@@ -31,7 +33,7 @@ def find_hub(path: str, stream: bool) -> FoundShards:
         No such model, nothing that can be read in it, or a hub that cannot be reached.
     """
     require_hub(path)
-    if is_offline() and not stream:
+    if is_offline():
         folder, origin = cached_folder(path)
         return replace(find_shards(folder), origin=origin, path=folder)
     place = look_up(path)
@@ -45,5 +47,7 @@ def find_hub(path: str, stream: bool) -> FoundShards:
     beside = [name for name in place.hashes if name.endswith(".index.json") or name in _BESIDE]
     folder = download(place, [*names, *beside])
     local = find_shards(folder)
+    of_path = {shard: (None, hashes.get(str(Path(shard).relative_to(folder)), "")) for shard in local.paths}
+    warnings = (*found.warnings, *local.warnings)
     # What was not downloaded is no shard of it either.
-    return replace(local, warnings=(*found.warnings, *local.warnings), unread=found.unread, origin=known, path=folder)
+    return FoundShards(local.paths, local.index, warnings, found.unread, of_path, known, folder)

@@ -60,7 +60,7 @@ def address_of(url: str) -> Address:
 
 
 def _of(*addresses: Address) -> FoundShards:
-    held = {address.shown: (address, "") for address in addresses}
+    held: dict[str, tuple[Address | None, str]] = {address.shown: (address, "") for address in addresses}
     return FoundShards(tuple(held), None, (), (), held)
 
 
@@ -122,7 +122,7 @@ def _by_names(folder: Url) -> FoundShards:
 def _from_index(at: Address) -> FoundShards:
     from ckptdiff.remote.transport import fetch_whole
 
-    held: dict[str, tuple[Address, str]] = {}
+    held: dict[str, tuple[Address | None, str]] = {}
 
     def locate(tensor: str, shard: str) -> str:
         check_shard_name(at.shown, tensor, shard)

@@ -23,7 +23,7 @@ from ckptdiff.checkpoint.regular_file import open_regular, read_bytes
 from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
 from ckptdiff.errors import HeaderError
 from ckptdiff.remote.address import Address
-from ckptdiff.remote.remote_file import RemoteFile
+from ckptdiff.remote.remote_file import RemoteFile, number_of
 
 __all__ = ["MAX_HEADER_BYTES", "Shard", "TensorInfo", "read_header"]
 
@@ -62,6 +62,8 @@ class Shard:
         The header's ``__metadata__``; empty if there is none.
     remote : RemoteFile or None
         Where it is and what it was there, if it is no local file; ``device`` and ``inode`` then tell its content.
+    content : str
+        The hash of its bytes by the word of the hub that it is from; empty if none is known.
     """
 
     path: str
@@ -72,6 +74,7 @@ class Shard:
     header_sha256: str
     metadata: Mapping[str, str] = field(hash=False)
     remote: RemoteFile | None = None
+    content: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,9 @@ class TensorInfo:
 
     @property
     def region(self) -> tuple[int, int, int, int]:
-        """``(device, inode, start, stop)``: two tensors with the same region are the same bytes."""
+        """``(device, inode, start, stop)``, or a known hash for those: tensors of the same region are the same bytes."""
+        if self.shard.content:
+            return (_ELSEWHERE, number_of(self.shard.content), self.start, self.stop)
         return (self.shard.device, self.shard.inode, self.start, self.stop)
 
 
@@ -139,7 +144,7 @@ def read_header(
     address : Address, optional
         Where it is, if it is no local file.
     content : str
-        The hash of its content there, if that is known.
+        The hash of its bytes, if that is known.
 
     Returns
     -------
@@ -177,7 +182,7 @@ def read_header(
         place = version.size, _nanoseconds(version.modified), _ELSEWHERE, remote.identity
     header = _parse(raw, file)
     digest = hashlib.sha256(start[:_LENGTH_BYTES] + raw).hexdigest()
-    shard = Shard(file, *place, digest, _metadata(header.pop("__metadata__", None), file), remote)
+    shard = Shard(file, *place, digest, _metadata(header.pop("__metadata__", None), file), remote, content)
     data_start = _LENGTH_BYTES + length
     tensors = [_tensor(name, entry, shard, data_start) for name, entry in header.items()]
     tensors.sort(key=attrgetter("start", "stop", "name"))

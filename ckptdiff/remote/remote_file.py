@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ckptdiff.remote.address import Address
 
-__all__ = ["RemoteFile", "Version"]
+__all__ = ["RemoteFile", "Version", "number_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,5 +39,9 @@ class RemoteFile:
     @property
     def identity(self) -> int:
         """A number of 60 bits that tells it from other files: those of equal content, or version, have the same."""
-        text = self.content or f"{self.address.shown} {self.version}"
-        return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
+        return number_of(self.content or f"{self.address.shown} {self.version}")
+
+
+def number_of(text: str) -> int:
+    """A number of 60 bits that stands for a text."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)

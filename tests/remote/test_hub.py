@@ -17,6 +17,8 @@ import pytest
 from hub_server import COMMIT, TOKEN, Hub, hub_of
 from ranged_server import Asked, Handler
 
+from ckptdiff.checkpoint import open_checkpoint
+
 pytestmark = pytest.mark.slow
 pytest.importorskip("huggingface_hub")
 
@@ -103,8 +105,11 @@ def test_models_are_read_where_they_are_and_nothing_is_kept(hub: Hub, call: Call
         assert TOKEN not in text and hub.signature not in text
 
 
-def test_shards_of_equal_hash_are_fetched_once(hub: Hub, call: Call) -> None:
+def test_shards_of_equal_hash_are_read_once(hub: Hub, call: Call) -> None:
     shutil.copytree(FIXTURES / "llama/base", hub.hub.root / "org/copy")
+    done = call("diff", "org/base", "org/copy", "--dry-run", "--format", "json")
+    assert json.loads(done.stdout)["total_bytes"] == open_checkpoint(FIXTURES / "llama/base").nbytes
+    hub.store.asked.clear()
     done = call("diff", "org/base", "org/copy", "--stream", "--format", "json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["global"]["unchanged_bitwise"] == 1.0
