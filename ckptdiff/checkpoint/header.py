@@ -126,7 +126,7 @@ class TensorInfo:
 
     @property
     def region(self) -> tuple[int, int, int, int]:
-        """``(device, inode, start, stop)``, or a known hash for those: tensors of the same region are the same bytes."""
+        """``(device, inode, start, stop)``, by a known hash if there is one: equal regions are the same bytes."""
         if self.shard.content:
             return (_ELSEWHERE, number_of(self.shard.content), self.start, self.stop)
         return (self.shard.device, self.shard.inode, self.start, self.stop)
