@@ -47,11 +47,12 @@ class OpenShards:
     ----------
     mapped : bool
         Whether they map their files.
+    room : int
     """
 
     def __init__(self, io: str, room: int = REMOTE_ROOM) -> None:
         self._io = io
-        self._room = room
+        self.room = room
         self._fetching: Fetching | None = None
         self.mapped = io == "mmap"
         self._lock = threading.Lock()
@@ -77,7 +78,7 @@ class OpenShards:
         if self._fetching is None:
             from ckptdiff.remote.fetching import Fetching
 
-            self._fetching = Fetching(self._room)
+            self._fetching = Fetching(self.room)
         return self._fetching
 
     def ahead(self, parts: Sequence[tuple[Shard, int, int]]) -> AbstractContextManager[object]:
@@ -100,11 +101,6 @@ class OpenShards:
         ranges = [ByteRange(shard.remote, start, stop) for shard, start, stop in parts if shard.remote is not None]
         with self._lock:
             return self._fetcher().lease(ranges)
-
-    @property
-    def ahead_room(self) -> int:
-        """Bytes of remote files that may be held before they are asked for; 0 if none was read."""
-        return self._room if self._fetching is not None else 0
 
     def close(self) -> None:
         """Close all files."""
