@@ -18,6 +18,7 @@ from hub_server import COMMIT, TOKEN, Hub, hub_of
 from ranged_server import Asked, Handler
 
 from ckptdiff.checkpoint import open_checkpoint
+from ckptdiff.cli import main
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("huggingface_hub")
@@ -58,20 +59,27 @@ def call(hub: Hub, tmp_path: Path) -> Call:
     return run
 
 
-def local_figures(call: Call) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The report of the same files on disk."""
+    report = tmp_path_factory.mktemp("local") / "report.json"
     sides = str(FIXTURES / "llama/base"), str(FIXTURES / "llama/tuned")
-    return json.loads(call("diff", *sides, "--format", "json").stdout)
+    assert main(["diff", *sides, "--format", "json", "-O", str(report)]) == 0
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
 
 
 def downloaded(home: Path) -> set[str]:
     return {path.name for path in home.rglob("snapshots/**/*") if path.is_file()}
 
 
-def test_models_are_downloaded_once_and_compared_like_folders(hub: Hub, call: Call, tmp_path: Path) -> None:
+def test_models_are_downloaded_once_and_compared_like_folders(
+    hub: Hub, call: Call, tmp_path: Path, local: dict[str, Any]
+) -> None:
     command = ("diff", "org/base", "hf://org/tuned@step-300/last", "--format", "json", "-o", "run.h5")
     done = call(*command)
     assert done.returncode == 0, done.stderr
-    found, local = json.loads(done.stdout), local_figures(call)
+    found = json.loads(done.stdout)
     assert found["tensors"] == local["tensors"] and found["global"] == local["global"]
     for name, side in (("org/base", found["base"]), ("org/tuned", found["tuned"])):
         assert (side["repo"], side["commit"]) == (name, COMMIT)
@@ -91,10 +99,12 @@ def test_models_are_downloaded_once_and_compared_like_folders(hub: Hub, call: Ca
     assert not hub.hub.asked and not hub.store.asked
 
 
-def test_models_are_read_where_they_are_and_nothing_is_kept(hub: Hub, call: Call, tmp_path: Path) -> None:
+def test_models_are_read_where_they_are_and_nothing_is_kept(
+    hub: Hub, call: Call, tmp_path: Path, local: dict[str, Any]
+) -> None:
     done = call("diff", "org/base@main", "hf://org/tuned/last", "--stream", "--format", "json", "-o", "run.h5")
     assert done.returncode == 0, done.stderr
-    found, local = json.loads(done.stdout), local_figures(call)
+    found = json.loads(done.stdout)
     assert found["tensors"] == local["tensors"] and found["global"] == local["global"]
     assert found["base"]["path"] == f"hf://org/base@{COMMIT}" and found["base"]["repo"] == "org/base"
     assert not downloaded(tmp_path / "home")
@@ -117,7 +127,7 @@ def test_shards_of_equal_hash_are_read_once(hub: Hub, call: Call) -> None:
     assert data and all("/org/base/" in asked.path for asked in data)
 
 
-def test_a_signature_that_expires_during_a_run_is_renewed(hub: Hub, call: Call) -> None:
+def test_a_signature_that_expires_during_a_run_is_renewed(hub: Hub, call: Call, local: dict[str, Any]) -> None:
     signatures = ["c2lnbmVk"]
     stored = hub.store.answer
 
@@ -129,28 +139,44 @@ def test_a_signature_that_expires_during_a_run_is_renewed(hub: Hub, call: Call) 
     hub.store.answer = expiring
     done = call("diff", "org/base", "hf://org/tuned/last", "--stream", "--format", "json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["global"] == local_figures(call)["global"]
+    assert json.loads(done.stdout)["global"] == local["global"]
 
 
+ALL_OF_THEM = """
+import contextlib, io, json, sys
+from ckptdiff.cli import main
+for line in json.loads(sys.argv[1]):
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        code = main(line)
+    print(json.dumps([code, told.getvalue()]))
+"""
+"""Commands of one process, each with its code and what it said."""
 FAILURES = {
-    "no model": (("org/absent",), "no such model in the hub"),
-    "no revision": (("org/base@absent",), "no such revision"),
-    "no folder": (("hf://org/base/absent",), "no such file or folder"),
-    "no name": (("hf://base",), "not the name of a model"),
-    "a data set": (("hf://datasets/org/base",), "not the name of a model"),
-    "gated": (("org/gated",), "gated"),
-    "broken": (("org/broken",), "does not answer as it should"),
+    "no model": ("org/absent", "no such model in the hub"),
+    "no revision": ("org/base@absent", "no such revision"),
+    "no folder": ("hf://org/base/absent", "no such file or folder"),
+    "no name": ("hf://base", "not the name of a model"),
+    "a data set": ("hf://datasets/org/base", "not the name of a model"),
+    "gated": ("org/gated", "gated"),
+    "broken": ("org/broken", "does not answer as it should"),
 }
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_be_had_is_said(hub: Hub, call: Call, tmp_path: Path, stream: bool) -> None:
+def test_what_cannot_be_had_is_said(hub: Hub, tmp_path: Path) -> None:
     hub.refused = {"org/gated": (403, "GatedRepo"), "org/broken": (400, "")}
-    for (name,), said in FAILURES.values():
-        done = call("diff", name, str(FIXTURES / "llama/tuned"), "-o", "run.h5", *["--stream"] * stream)
-        assert done.returncode == 2 and said in done.stderr and name in done.stderr, done.stderr
-        assert TOKEN not in done.stderr and "Traceback" not in done.stderr
-        assert not (tmp_path / "run.h5").exists()
+    out, tuned = tmp_path / "run.h5", str(FIXTURES / "llama/tuned")
+    asked = [(name, said, stream) for name, said in FAILURES.values() for stream in ([], ["--stream"])]
+    lines = json.dumps([["diff", name, tuned, "-o", str(out), *stream] for name, _, stream in asked])
+    environment = os.environ | hub.environment(tmp_path / "home") | {"CKPTDIFF_RETRY_SECONDS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", ALL_OF_THEM, lines], env=environment, cwd=tmp_path, capture_output=True, check=True
+    )
+    for (name, said, _), line in zip(asked, done.stdout.splitlines(), strict=True):
+        code, told = json.loads(line)
+        assert code == 2 and said in told and name in told, told
+        assert TOKEN not in told and "Traceback" not in told
+    assert not out.exists()
 
 
 def test_a_hub_that_is_away_or_must_not_be_asked_is_said(hub: Hub, call: Call) -> None:
