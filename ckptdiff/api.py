@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from ckptdiff.events import Listener
 from ckptdiff.figures.result import Diff
@@ -21,6 +20,7 @@ from ckptdiff.options import (
     as_spectra,
     as_tuple,
 )
+from ckptdiff.remote.uploading import written_to
 from ckptdiff.run.engine import run
 
 __all__ = ["diff"]
@@ -44,6 +44,7 @@ def diff(
     gpu_memory: str | int = 0,
     io: Io = "auto",
     spectra: SpectraMode | SpectraOptions | None = None,
+    stream: bool = False,
     listener: Listener | None = None,
     title: str | None = None,
     resume: bool = False,
@@ -53,9 +54,10 @@ def diff(
     Parameters
     ----------
     base, tuned : path-like
-        A .safetensors file, a directory of shards, or a ``*.safetensors.index.json``.
+        A .safetensors file, a directory of shards, a ``*.safetensors.index.json``; a URL of one of these; or a model of
+        the Hugging Face hub.
     out : path-like, optional
-        Run file to write; without one there are figures and no masks.
+        Run file to write, or the URL of an object; without one there are figures and no masks.
     compare : {"bf16", "stored"}
         Cast floating tensors of 16 bits and more to bfloat16 first, or compare the stored bits.
     values : {"model", "codes"}
@@ -81,6 +83,8 @@ def diff(
         How files are read.
     spectra : {"randomized", "exact"} or SpectraOptions, optional
         Measure spectra too.
+    stream : bool
+        Read models of the hub where they are, and do not download them.
     listener : callable, optional
         Called with each event of :mod:`ckptdiff.events`, in the calling thread.
     title : str, optional
@@ -119,14 +123,15 @@ def diff(
         gpu_memory=as_bytes(gpu_memory),
         io=io,
         spectra=None if spectra is None else as_spectra(spectra),
+        stream=stream,
     )
-    target = None if out is None else Path(out)
-    return run(
-        os.fspath(base),
-        os.fspath(tuned),
-        out=target,
-        options=options,
-        listener=listener,
-        title=title,
-        saving=SAVING if resume else None,
-    )
+    with written_to(out) as target:
+        return run(
+            os.fspath(base),
+            os.fspath(tuned),
+            out=target,
+            options=options,
+            listener=listener,
+            title=title,
+            saving=SAVING if resume else None,
+        )

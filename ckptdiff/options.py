@@ -222,6 +222,8 @@ class Options:
         "auto" is "pread".
     spectra : SpectraOptions, optional
         None measures no spectra.
+    stream : bool
+        Whether models of the hub are read where they are; else they are downloaded first.
 
     Raises
     ------
@@ -249,6 +251,7 @@ class Options:
     gpu_memory: int = 0
     io: Io = "auto"
     spectra: SpectraOptions | None = None
+    stream: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("compare", Compare), ("values", Values), ("io", Io)):

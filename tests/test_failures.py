@@ -300,9 +300,9 @@ def test_the_command_line_says_what_changed(
 ) -> None:
     from ckptdiff.run import engine
 
-    def shrink_first(io: str) -> Any:
+    def shrink_first(io: str, room: int) -> Any:
         cut_short(small[1])
-        return real(io)
+        return real(io, room)
 
     real = engine.open_shards
     monkeypatch.setattr(engine, "open_shards", shrink_first)

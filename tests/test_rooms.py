@@ -15,8 +15,9 @@ MAY_IMPORT = {
     "codes": {"jit"},
     "deflate": {"jit"},
     "files": {"errors", "interrupts"},
+    "remote": {"errors", "interrupts"},
     "measure": GROUND | {"codes"},
-    "checkpoint": GROUND | {"codes", "events", "in_order", "measure"},
+    "checkpoint": GROUND | {"codes", "events", "in_order", "measure", "remote"},
     "figures": GROUND | {"measure"},
 }
 """Rooms, and what each may import beside itself."""

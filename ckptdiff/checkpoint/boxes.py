@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint.decoding import Decoder
 from ckptdiff.checkpoint.dtypes import DTYPES
 from ckptdiff.checkpoint.header import TensorInfo
-from ckptdiff.checkpoint.kernels.boxes import read_box
-from ckptdiff.checkpoint.open_shard import failed_once
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.checkpoint.weights import Assembled, Decoded, Piece, Range, Source, Weight
 
@@ -247,13 +245,7 @@ def _read_source(
             if not np.shares_memory(view, box):
                 box.reshape(-1)[:] = view
     else:
-        end = source.start + ((bottom - 1) * columns + right) * size
-        came = read_box(reader.ready(start, end), start, columns * size, box)
-        if came < len(box):
-            at = start + came * columns * size
-            with reader.window(source, at, at + box.shape[1], np.empty(box.shape[1], np.uint8)):
-                pass
-            raise failed_once([source])
+        reader.read_rows(source, start, columns * size, box)
     return box.view(f"u{size}")
 
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from ckptdiff.checkpoint.find import find_shards
+from ckptdiff.checkpoint.find import FoundShards, find_shards
 from ckptdiff.checkpoint.header import Shard, TensorInfo, read_header
 from ckptdiff.checkpoint.index import Index, check_index
 from ckptdiff.checkpoint.slices import holds_slices, sliced, written_by_ranks
 from ckptdiff.errors import CheckpointError
+from ckptdiff.remote.address import is_url, shown
+from ckptdiff.remote.hub import may_be_hub
 
 __all__ = ["Checkpoint", "open_checkpoint"]
+
+_AT_ONCE = 16
+"""Headers that are fetched at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,8 @@ class Checkpoint:
     unread : tuple of str
         Weights in the folder that `path` names, relative to it, which are not part of this: files that the index leaves
         out, and weights of subfolders, where a pattern stands for several files.
+    origin : mapping
+        Of a model in the hub: its ``repo``, ``commit``, and ``hashes`` of its shards; else empty.
 
     Examples
     --------
@@ -49,6 +57,7 @@ class Checkpoint:
     warnings: tuple[str, ...]
     index: Index | None = None
     unread: tuple[str, ...] = ()
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def numel(self) -> int:
@@ -61,14 +70,17 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(path: str | os.PathLike[str], stream: bool = False) -> Checkpoint:
     """Find a checkpoint's shards and read their headers; no tensor data is read.
 
     Parameters
     ----------
     path : path-like
         A safetensors file, a ``*.safetensors.index.json``, a folder that holds either, a Hugging Face cache
-        snapshot, or a cache folder ``models--ORG--NAME``.
+        snapshot, or a cache folder ``models--ORG--NAME``; a URL of such a file or folder; or a model of the Hugging
+        Face hub, ``org/name@revision``, if there is no file of that name.
+    stream : bool
+        Whether a model of the hub is read where it is; else it is downloaded into the cache first.
 
     Returns
     -------
@@ -91,14 +103,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     >>> ckptdiff.open_checkpoint("fixtures/llama/base").numel
     180800
     """
-    source = find_shards(os.fspath(path))
+    named = os.fspath(path)
+    source = _find(named, stream)
     warnings = list(source.warnings)
     shards: list[Shard] = []
     tensors: dict[str, TensorInfo] = {}
     by_inode: dict[tuple[int, int], Shard] = {}
     by_path: dict[str, Shard] = {}
-    for shard_path in source.paths:
-        shard, held = read_header(shard_path)
+    for shard_path, (shard, held) in zip(source.paths, _headers(source), strict=True):
         first = by_inode.setdefault((shard.device, shard.inode), shard)
         by_path[shard_path] = first
         if first is not shard:
@@ -114,7 +126,30 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
                 raise sliced(tensor.shard, tensor.name) if by_ranks else _stored_twice(other, tensor)
     if source.index is not None:
         warnings += check_index(source.index, by_path, tensors)
-    return Checkpoint(os.fspath(path), tuple(shards), tensors, tuple(warnings), source.index, source.unread)
+    called = source.path or (shown(named) if is_url(named) else named)
+    return Checkpoint(called, tuple(shards), tensors, tuple(warnings), source.index, source.unread, source.origin)
+
+
+def _find(path: str, stream: bool) -> FoundShards:
+    if may_be_hub(path):
+        from ckptdiff.checkpoint.find_hub import find_hub
+
+        return find_hub(path, stream)
+    if is_url(path):
+        from ckptdiff.checkpoint.find_remote import find_remote
+
+        return find_remote(path)
+    return find_shards(path)
+
+
+def _headers(source: FoundShards) -> Iterable[tuple[Shard, tuple[TensorInfo, ...]]]:
+    """The header of each shard; several at a time where each takes its way to a host and back."""
+    if not source.elsewhere:
+        return map(read_header, source.paths)
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(lambda path: read_header(path, *source.elsewhere[path]), source.paths))
 
 
 def _stored_twice(first: TensorInfo, second: TensorInfo) -> CheckpointError:

@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint.code_formats import CODES
 from ckptdiff.checkpoint.dtypes import DTYPES
 from ckptdiff.checkpoint.header import TensorInfo
-from ckptdiff.checkpoint.kernels.boxes import read_box
 from ckptdiff.checkpoint.kernels.code_values import decode_codes
-from ckptdiff.checkpoint.open_shard import failed_once
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.checkpoint.weights import Decoded
 from ckptdiff.formats import FORMATS
@@ -338,11 +336,7 @@ def _bytes(
     if size == stride:
         return stack.enter_context(reader.window(tensor, start, start + count * size, buffer)), stride
     rows = buffer.reshape(count, size)
-    came = read_box(reader.ready(start, start + (count - 1) * stride + size), start, stride, rows)
-    if came < count:
-        at = start + came * stride
-        stack.enter_context(reader.window(tensor, at, at + size, np.empty(size, np.uint8)))
-        raise failed_once([tensor])
+    reader.read_rows(tensor, start, stride, rows)
     view = buffer.view()
     view.flags.writeable = False
     return view, size

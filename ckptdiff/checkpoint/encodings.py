@@ -10,7 +10,7 @@ import math
 import re
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptdiff.checkpoint.checkpoint import Checkpoint
@@ -256,17 +256,29 @@ def _check_zeros(zeros: TensorInfo, scales: TensorInfo, grid: tuple[int, ...], b
 def _stored_shapes(tensors: Iterable[TensorInfo]) -> dict[str, tuple[int, ...]]:
     """What ``weight_shape`` tensors hold; nothing that could be a shape is ()."""
     of_file: dict[str, list[TensorInfo]] = defaultdict(list)
-    for tensor in tensors:
-        of_file[tensor.shard.path].append(tensor)
     shapes: dict[str, tuple[int, ...]] = {}
-    for path, some in of_file.items():
-        with open_regular(path) as (descriptor, _):
-            for tensor in some:
-                known = tensor.dtype in ("I64", "I32") and 0 < tensor.numel <= _MOST_AXES
-                raw = read_bytes(descriptor, tensor.nbytes, tensor.start, path) if known else b""
-                numbers = struct.iter_unpack("<q" if tensor.dtype == "I64" else "<i", raw)
-                shapes[tensor.name] = tuple(number for (number,) in numbers)
+    for tensor in tensors:
+        shapes[tensor.name] = ()
+        if tensor.dtype in ("I64", "I32") and 0 < tensor.numel <= _MOST_AXES:
+            of_file[tensor.shard.path].append(tensor)
+    for some in of_file.values():
+        for tensor, raw in zip(some, _stored(some), strict=True):
+            numbers = struct.iter_unpack("<q" if tensor.dtype == "I64" else "<i", raw)
+            shapes[tensor.name] = tuple(number for (number,) in numbers)
     return shapes
+
+
+def _stored(tensors: Sequence[TensorInfo]) -> Iterator[bytes]:
+    """The bytes of short tensors of one file."""
+    shard = tensors[0].shard
+    if shard.remote is None:
+        with open_regular(shard.path) as (descriptor, _):
+            for tensor in tensors:
+                yield read_bytes(descriptor, tensor.nbytes, tensor.start, shard.path)
+        return
+    from ckptdiff.remote.fetching import ByteRange, fetch_ranges
+
+    yield from fetch_ranges([ByteRange(shard.remote, tensor.start, tensor.stop) for tensor in tensors])
 
 
 def _unlike_siblings(weights: Mapping[str, Decoded]) -> list[str]:

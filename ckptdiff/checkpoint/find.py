@@ -5,24 +5,26 @@ from __future__ import annotations
 import re
 import stat
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from ckptdiff.checkpoint.foreign import CONVERT_PICKLE, foreign_files
 from ckptdiff.checkpoint.index import Index, read_index
 from ckptdiff.checkpoint.regular_file import read_whole, stat_path
 from ckptdiff.checkpoint.subfolders import weights_below
 from ckptdiff.errors import CheckpointError
+from ckptdiff.remote.address import Address
+from ckptdiff.remote.hub import is_hub_name
 
-__all__ = ["FoundShards", "find_shards"]
+__all__ = ["FoundShards", "check_numbers", "find_shards", "some_of", "warn_of_families"]
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 _NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>[0-9]{5,})-of-(?P<total>[0-9]{5,})\.safetensors", re.DOTALL)
 _OF_A_RANK = re.compile(r"shard-[0-9]{5,}-model")
 """How torch.distributed.checkpoint names them; a rank that holds nothing of a file writes none."""
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHOWN = 5
 
 
@@ -46,6 +48,12 @@ class FoundShards:
     index: Index | None
     warnings: tuple[str, ...]
     unread: tuple[str, ...]
+    elsewhere: Mapping[str, tuple[Address | None, str]] = field(default_factory=dict)
+    """Of shards, by their path: where they are if they are no local files, and the hash of their bytes if known."""
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    """Of a model in the hub: its ``repo``, ``commit``, and the ``hashes`` of its shards."""
+    path: str = ""
+    """What the checkpoint is called from then on, if not what the user named."""
 
 
 def find_shards(path: str) -> FoundShards:
@@ -61,8 +69,8 @@ def find_shards(path: str) -> FoundShards:
     try:
         status = stat_path(path)
     except CheckpointError as error:
-        if isinstance(error.__cause__, FileNotFoundError) and error.hint is None and _HUB_ID.fullmatch(path):
-            error.hint = f"if this is a Hugging Face model, download it first: hf download {path}"
+        if isinstance(error.__cause__, FileNotFoundError) and error.hint is None and is_hub_name(path):
+            error.hint = "if this is a Hugging Face model: pip install 'ckptdiff[hub]'"
         raise
     if stat.S_ISDIR(status.st_mode):
         return _in_directory(path)
@@ -84,16 +92,16 @@ def _in_directory(path: str) -> FoundShards:
             "the folder holds several checkpoints",
             file=path,
             expected="one index file",
-            found=_some(indexes),
+            found=some_of(indexes),
             hint="name one of these index files",
         )
     if indexes:
         return _with_subfolders(path, _from_index(str(Path(path, indexes[0])), names))
     shards = [name for name in names if name.endswith(".safetensors")]
     if shards:
-        _check_numbers(path, shards)
+        check_numbers(path, shards)
         paths = tuple(str(Path(path, name)) for name in shards)
-        return _with_subfolders(path, FoundShards(paths, None, _warn_of_families(path, shards), ()))
+        return _with_subfolders(path, FoundShards(paths, None, warn_of_families(path, shards), ()))
     if "snapshots" in names:
         return _in_directory(_snapshot(path))
     raise _nothing_to_read(path, names)
@@ -102,7 +110,7 @@ def _in_directory(path: str) -> FoundShards:
 def _from_index(path: str, siblings: Iterable[str]) -> FoundShards:
     index = read_index(path)
     unlisted = tuple(name for name in siblings if name.endswith(".safetensors") and name not in index.shard_paths)
-    warnings = (f"{path} does not name {_some(unlisted)}: not read",) if unlisted else ()
+    warnings = (f"{path} does not name {some_of(unlisted)}: not read",) if unlisted else ()
     paths = tuple(index.shard_paths[name] for name in sorted(index.shard_paths))
     return FoundShards(paths, index, warnings, unlisted)
 
@@ -111,7 +119,7 @@ def _with_subfolders(path: str, source: FoundShards) -> FoundShards:
     below = weights_below(path, source.index.shard_paths if source.index else ())
     if not below:
         return source
-    warning = f"{path} has weights in its subfolders that are not read: {_some(below)}"
+    warning = f"{path} has weights in its subfolders that are not read: {some_of(below)}"
     return replace(source, warnings=(*source.warnings, warning), unread=(*source.unread, *below))
 
 
@@ -123,7 +131,8 @@ def _listing(path: str) -> list[str]:
         raise CheckpointError("the folder cannot be listed", file=path, found=error.strerror or str(error)) from error
 
 
-def _check_numbers(path: str, names: list[str]) -> None:
+def check_numbers(path: str, names: Sequence[str]) -> None:
+    """Raise CheckpointError if shards of a folder that number themselves are not all there."""
     families: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
     for name in names:
         match = _NUMBERED.fullmatch(name)
@@ -140,16 +149,17 @@ def _check_numbers(path: str, names: list[str]) -> None:
                 "shards are missing",
                 file=path,
                 expected=f"{len(wanted)} files {stem}-*-of-{total}.safetensors",
-                found=f"{len(wanted) - count}; missing: {_some(missing, count)}",
+                found=f"{len(wanted) - count}; missing: {some_of(missing, count)}",
                 hint="the download may be incomplete: download it again",
             )
 
 
-def _warn_of_families(path: str, names: list[str]) -> tuple[str, ...]:
+def warn_of_families(path: str, names: Sequence[str]) -> tuple[str, ...]:
+    """A warning where files of a folder do not look like parts of one checkpoint."""
     families = {match["stem"] if (match := _NUMBERED.fullmatch(name)) else name for name in names}
     if len(families) < 2:
         return ()
-    return (f"{path} has no index: its {len(names)} files are read as one checkpoint: {_some(names)}",)
+    return (f"{path} has no index: its {len(names)} files are read as one checkpoint: {some_of(names)}",)
 
 
 def _snapshot(path: str) -> str:
@@ -167,7 +177,7 @@ def _snapshot(path: str) -> str:
         "the cache folder holds several snapshots" if names else "the cache folder holds no snapshot",
         file=folder,
         expected="one snapshot, or one that refs/main names",
-        found=_some(names) if names else "none",
+        found=some_of(names) if names else "none",
         hint="name one of these snapshot folders" if names else "download the model again",
     )
 
@@ -180,7 +190,7 @@ def _nothing_to_read(path: str, names: list[str]) -> CheckpointError:
             f"the folder holds {what} and no safetensors",
             file=path,
             expected="*.safetensors",
-            found=_some(found),
+            found=some_of(found),
             hint=hint,
         )
     inside = [name for name in names if _holds_safetensors(Path(path, name))]
@@ -188,8 +198,8 @@ def _nothing_to_read(path: str, names: list[str]) -> CheckpointError:
         "the folder holds no safetensors" if names else "the folder is empty",
         file=path,
         expected="*.safetensors or *.safetensors.index.json",
-        found=_some(names) if names else "nothing",
-        hint=f"name one of its folders: {_some(inside)}" if inside else None,
+        found=some_of(names) if names else "nothing",
+        hint=f"name one of its folders: {some_of(inside)}" if inside else None,
     )
 
 
@@ -201,7 +211,8 @@ def _holds_safetensors(folder: Path) -> bool:
         return False
 
 
-def _some(names: Sequence[str], total: int | None = None) -> str:
+def some_of(names: Sequence[str], total: int | None = None) -> str:
+    """The first of many names, and how many more there are."""
     total = len(names) if total is None else total
     shown = ", ".join(names[:_SHOWN])
     return shown if total <= _SHOWN else f"{shown} and {total - _SHOWN} more"

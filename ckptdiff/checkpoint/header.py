@@ -13,6 +13,7 @@ import os
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC
 from operator import attrgetter
 from typing import Any
 
@@ -21,6 +22,8 @@ from ckptdiff.checkpoint.foreign import foreign_format
 from ckptdiff.checkpoint.regular_file import open_regular, read_bytes
 from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
 from ckptdiff.errors import HeaderError
+from ckptdiff.remote.address import Address
+from ckptdiff.remote.remote_file import RemoteFile, number_of
 
 __all__ = ["MAX_HEADER_BYTES", "Shard", "TensorInfo", "read_header"]
 
@@ -28,6 +31,10 @@ MAX_HEADER_BYTES = 100_000_000
 """The longest header that the safetensors library reads."""
 
 _LENGTH_BYTES = 8
+_FIRST_BYTES = 1 << 19
+"""Of a remote file, fetched at first: with most headers, and the length before them."""
+_ELSEWHERE = -1
+"""In place of a device."""
 _SIZE_LIMIT = 2**63
 _BITS_LIMIT = 8 * _SIZE_LIMIT
 _MAX_DIMENSIONS = 64
@@ -53,6 +60,10 @@ class Shard:
         SHA-256 of the file's first ``8 + header length`` bytes, in hexadecimal.
     metadata : mapping of str to str
         The header's ``__metadata__``; empty if there is none.
+    remote : RemoteFile or None
+        Where it is and what it was there, if it is no local file; ``device`` and ``inode`` then tell its content.
+    content : str
+        The hash of its bytes by the word of the hub that it is from; empty if none is known.
     """
 
     path: str
@@ -62,6 +73,8 @@ class Shard:
     inode: int
     header_sha256: str
     metadata: Mapping[str, str] = field(hash=False)
+    remote: RemoteFile | None = None
+    content: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +126,25 @@ class TensorInfo:
 
     @property
     def region(self) -> tuple[int, int, int, int]:
-        """``(device, inode, start, stop)``: two tensors with the same region are the same bytes."""
+        """``(device, inode, start, stop)``, by a known hash if there is one: equal regions are the same bytes."""
+        if self.shard.content:
+            return (_ELSEWHERE, number_of(self.shard.content), self.start, self.stop)
         return (self.shard.device, self.shard.inode, self.start, self.stop)
 
 
-def read_header(path: str | os.PathLike[str]) -> tuple[Shard, tuple[TensorInfo, ...]]:
+def read_header(
+    path: str | os.PathLike[str], address: Address | None = None, content: str = ""
+) -> tuple[Shard, tuple[TensorInfo, ...]]:
     """Read and validate the header of one safetensors file.
 
     Parameters
     ----------
     path : path-like
-        A regular file, or a symbolic link to one.
+        A regular file, or a symbolic link to one; or what is shown of the address.
+    address : Address, optional
+        Where it is, if it is no local file.
+    content : str
+        The hash of its bytes, if that is known.
 
     Returns
     -------
@@ -140,25 +161,43 @@ def read_header(path: str | os.PathLike[str]) -> tuple[Shard, tuple[TensorInfo, 
         A file that cannot be read, or is no regular file.
     """
     file = os.fspath(path)
-    with open_regular(file) as (descriptor, status):
-        start = read_bytes(descriptor, min(status.st_size, 64), 0, file)
-        length = _header_length(start, status.st_size, file)
-        raw = read_bytes(descriptor, length, _LENGTH_BYTES, file)
+    remote = None
+    if address is None:
+        with open_regular(file) as (descriptor, status):
+            start = read_bytes(descriptor, min(status.st_size, 64), 0, file)
+            length = _header_length(start, status.st_size, file)
+            raw = read_bytes(descriptor, length, _LENGTH_BYTES, file)
+        place = status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino
+    else:
+        from ckptdiff.remote.transport import fetch, fetch_start
+
+        start, version = fetch_start(address, _FIRST_BYTES)
+        length = _header_length(start, version.size, file)
+        raw = start[_LENGTH_BYTES : _LENGTH_BYTES + length]
+        if len(raw) < length:
+            rest = bytearray(length - len(raw))
+            fetch(address, len(start), memoryview(rest), version)
+            raw += rest
+        remote = RemoteFile(address, version, content)
+        place = version.size, _nanoseconds(version.modified), _ELSEWHERE, remote.identity
     header = _parse(raw, file)
-    shard = Shard(
-        path=file,
-        size=status.st_size,
-        mtime_ns=status.st_mtime_ns,
-        device=status.st_dev,
-        inode=status.st_ino,
-        header_sha256=hashlib.sha256(start[:_LENGTH_BYTES] + raw).hexdigest(),
-        metadata=_metadata(header.pop("__metadata__", None), file),
-    )
+    digest = hashlib.sha256(start[:_LENGTH_BYTES] + raw).hexdigest()
+    shard = Shard(file, *place, digest, _metadata(header.pop("__metadata__", None), file), remote, content)
     data_start = _LENGTH_BYTES + length
     tensors = [_tensor(name, entry, shard, data_start) for name, entry in header.items()]
     tensors.sort(key=attrgetter("start", "stop", "name"))
     _check_coverage(tensors, shard, data_start)
     return shard, tuple(tensors)
+
+
+def _nanoseconds(modified: str) -> int:
+    """A date as HTTP writes it, in nanoseconds since the epoch; 0 if it is none."""
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return int(parsedate_to_datetime(modified).replace(tzinfo=UTC).timestamp()) * 10**9
+    except (ValueError, TypeError, OverflowError):
+        return 0
 
 
 def _header_length(start: bytes, size: int, file: str) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ckptdiff.checkpoint.foreign import CONVERT_PICKLE
@@ -13,7 +14,7 @@ from ckptdiff.checkpoint.regular_file import read_whole, stat_path
 from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
 from ckptdiff.errors import CheckpointError, IndexFileError, first_few, plural
 
-__all__ = ["MAX_INDEX_BYTES", "Index", "check_index", "read_index"]
+__all__ = ["MAX_INDEX_BYTES", "Index", "check_index", "check_shard_name", "parse_index", "read_index"]
 
 MAX_INDEX_BYTES = 100_000_000
 """The longest index that is read."""
@@ -51,8 +52,27 @@ def read_index(path: str, limit: int = MAX_INDEX_BYTES) -> Index:
     CheckpointError
         An index that cannot be read.
     """
+    return parse_index(path, read_whole(path, limit, IndexFileError), partial(_locate_shard, path))
+
+
+def parse_index(path: str, raw: bytes, locate: Callable[[str, str], str]) -> Index:
+    """Read an index that is in memory.
+
+    Parameters
+    ----------
+    path : str
+        Of it, for messages.
+    raw : bytes
+    locate : callable
+        Says where a shard is, of a tensor's name and the shard's; raises IndexFileError for one that cannot be.
+
+    Raises
+    ------
+    IndexFileError
+        As :func:`read_index` does.
+    """
     try:
-        content = parse_object(read_whole(path, limit, IndexFileError))
+        content = parse_object(raw)
     except JsonProblemError as error:
         raise IndexFileError(
             f"the index {error.problem}", file=path, expected=error.expected, found=error.found
@@ -78,7 +98,7 @@ def read_index(path: str, limit: int = MAX_INDEX_BYTES) -> Index:
                 found=type(shard).__name__,
             )
         if shard not in shard_paths:
-            shard_paths[shard] = _locate_shard(path, tensor, shard)
+            shard_paths[shard] = locate(tensor, shard)
     metadata = content.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     return Index(path, weight_map, shard_paths, int(total) if isinstance(total, (int, float)) else None)
@@ -132,14 +152,9 @@ def check_index(index: Index, shards: Mapping[str, Shard], tensors: Mapping[str,
     return tuple(warnings)
 
 
-def _locate_shard(index: str, tensor: str, shard: str) -> str:
-    """Find one shard without leaving the index's folder, except by a link in a shard's own place."""
-    folder = Path(index).parent
+def check_shard_name(index: str, tensor: str, shard: str) -> None:
+    """Raise IndexFileError for a name of a shard that leads out of the index's folder, or to a pickle."""
     if not shard or any(part in ("", ".", "..") for part in shard.split("/")) or "\\" in shard or "\0" in shard:
-        raise _outside(index, tensor, shard)
-    path = folder / shard
-    # Hugging Face snapshots link each shard to a blob elsewhere; a linked folder on the way is not such a link.
-    if not Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(folder)):
         raise _outside(index, tensor, shard)
     if shard.endswith((".bin", ".pt", ".pth")):
         raise IndexFileError(
@@ -150,6 +165,16 @@ def _locate_shard(index: str, tensor: str, shard: str) -> str:
             found=shard,
             hint=CONVERT_PICKLE,
         )
+
+
+def _locate_shard(index: str, tensor: str, shard: str) -> str:
+    """Find one shard without leaving the index's folder, except by a link in a shard's own place."""
+    folder = Path(index).parent
+    check_shard_name(index, tensor, shard)
+    path = folder / shard
+    # Hugging Face snapshots link each shard to a blob elsewhere; a linked folder on the way is not such a link.
+    if not Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(folder)):
+        raise _outside(index, tensor, shard)
     try:
         stat_path(str(path))
     except CheckpointError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from ckptdiff.checkpoint.checkpoint import Checkpoint
 from ckptdiff.checkpoint.regular_file import read_whole
 from ckptdiff.checkpoint.tied_models import TIED_BY_DEFAULT
 from ckptdiff.errors import CheckpointError
+from ckptdiff.remote.address import Address, is_url
 
 __all__ = ["Config", "config_beside", "read_config", "says_tied"]
 
@@ -62,11 +64,18 @@ def read_config(checkpoint: Checkpoint, name: str = "config.json") -> Config:
     """
     if not checkpoint.shards:
         return Config(name, {}, None)
+    remote = checkpoint.shards[0].remote
+    if remote is not None:
+        return _fetch(remote.address.beside(name))
     return config_beside(checkpoint.shards[0].path if checkpoint.index is None else checkpoint.index.path, name)
 
 
 def config_beside(file: str, name: str = "config.json") -> Config:
     """Read a file of configuration in the folder of another file: once, as long as it stays the same."""
+    if is_url(file):
+        from ckptdiff.checkpoint.find_remote import address_of
+
+        return _fetch(address_of(file).beside(name))
     path = str(Path(file).parent / name)
     try:
         status = Path(path).stat()
@@ -77,9 +86,20 @@ def config_beside(file: str, name: str = "config.json") -> Config:
 
 @lru_cache(maxsize=8)
 def _read(path: str, status: tuple[int, ...] | None) -> Config:
+    return _parse(path, lambda: read_whole(path, _MAX_BYTES))
+
+
+@lru_cache(maxsize=8)
+def _fetch(address: Address) -> Config:
+    from ckptdiff.remote.transport import fetch_whole
+
+    return _parse(address.shown, lambda: fetch_whole(address, _MAX_BYTES))
+
+
+def _parse(path: str, read: Callable[[], bytes]) -> Config:
     try:
         # Not the strict reader: transformers writes Infinity.
-        values = json.loads(read_whole(path, _MAX_BYTES))
+        values = json.loads(read())
     except CheckpointError as error:
         absent = isinstance(error.__cause__, FileNotFoundError)
         return Config(path, {}, None if absent else f"{path} is not used: {error.problem}")

@@ -14,13 +14,15 @@ import mmap
 import os
 import resource
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import Shard, TensorInfo
+from ckptdiff.checkpoint.kernels.boxes import read_box
+from ckptdiff.codes.fetch import MEMORY
 from ckptdiff.errors import ChangedFileError, CheckpointError, first_few
 
 __all__ = ["ShardReader", "failed_once"]
@@ -28,6 +30,7 @@ __all__ = ["ShardReader", "failed_once"]
 READ_AHEAD = 16 << 20
 """Bytes asked for ahead of each window of a file that is not in the page cache."""
 
+_NOTHING = np.empty(0, np.uint8)
 _PAGE = mmap.PAGESIZE
 _AROUND = 2 << 20
 """A page fault maps up to this much of what is cached around it; unless dropped, an eighth of a file stays mapped."""
@@ -141,8 +144,41 @@ class ShardReader:
             ) from error
         return np.frombuffer(mapped, np.uint8)
 
-    def maps(self, start: int) -> bool:
-        """Whether a window that starts at this byte is mapped, not read."""
+    def lend(self, stack: ExitStack, tensor: TensorInfo, start: int, stop: int) -> tuple[int, int]:
+        """Say where compiled code finds bytes `start` to `stop` as long as the stack is open.
+
+        Returns
+        -------
+        tuple of int
+            As runs have it: the descriptor and the byte, or ``MEMORY`` and an address.
+
+        Raises
+        ------
+        ChangedFileError
+            If the file changed.
+        """
+        if self._maps(start):
+            view = stack.enter_context(self.window(tensor, start, stop, _NOTHING))
+            return MEMORY, view.ctypes.data
+        return self.ready(start, stop), start
+
+    def read_rows(self, tensor: TensorInfo, start: int, stride: int, out: NDArray[np.uint8]) -> None:
+        """Read parts of equal length into the rows of `out`: the first from `start` on, the next `stride` bytes behind.
+
+        Raises
+        ------
+        CheckpointError
+            If the file cannot be read, or changed.
+        """
+        count, size = out.shape
+        came = read_box(self.ready(start, start + (count - 1) * stride + size), start, stride, out)
+        if came < count:
+            at = start + came * stride
+            with self.window(tensor, at, at + size, np.empty(size, np.uint8)):
+                pass
+            raise failed_once([tensor])
+
+    def _maps(self, start: int) -> bool:
         return self._bytes is not None and start % 8 == 0
 
     def ready(self, start: int, stop: int) -> int:
@@ -181,7 +217,7 @@ class ShardReader:
             If the file changed.
         """
         self.ready(start, stop)
-        if self._bytes is None or not self.maps(start):
+        if self._bytes is None or not self._maps(start):
             yield self._read(tensor, start, stop, buffer)
             return
         view = self._bytes[start:stop]

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import resource
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 from ckptdiff.checkpoint import Shard
 from ckptdiff.checkpoint.open_shard import ShardReader
 
+if TYPE_CHECKING:
+    from ckptdiff.checkpoint.remote_shard import RemoteReader
+    from ckptdiff.remote.fetching import Fetching
+
 __all__ = ["OpenShards", "open_shards"]
 
+REMOTE_ROOM = 64 << 20
+"""Bytes of remote files that are held ahead where no plan says how many."""
+_AT_ONCE = 16
 _OTHER_FILES = 128
 """Room left below the limit on open files for all that are not shards."""
 
@@ -27,46 +36,95 @@ def _allow_open_files(count: int) -> None:
 class OpenShards:
     """Readers of all shards of both sides, opened on first use.
 
+    Parameters
+    ----------
+    io : {"mmap", "pread"}
+        How local files are read.
+    room : int
+        Bytes of remote files that may be held before they are asked for.
+
     Attributes
     ----------
     mapped : bool
         Whether they map their files.
+    room : int
     """
 
-    def __init__(self, io: str) -> None:
+    def __init__(self, io: str, room: int = REMOTE_ROOM) -> None:
         self._io = io
+        self.room = room
+        self._fetching: Fetching | None = None
         self.mapped = io == "mmap"
         self._lock = threading.Lock()
-        self._readers: dict[str, ShardReader] = {}  # by path: the hash of a shard costs more than a read
+        self._readers: dict[str, ShardReader | RemoteReader] = {}  # by path: the hash of a shard costs more than a read
 
-    def __getitem__(self, shard: Shard) -> ShardReader:
+    def __getitem__(self, shard: Shard) -> ShardReader | RemoteReader:
         reader = self._readers.get(shard.path)
         if reader is None:
             with self._lock:
                 # A mapped file takes two descriptors, and a checkpoint may have hundreds of shards.
                 _allow_open_files(2 * len(self._readers) + _OTHER_FILES)
-                reader = self._readers.get(shard.path) or self._readers.setdefault(
-                    shard.path, ShardReader(shard, self._io)
-                )
+                reader = self._readers.get(shard.path) or self._readers.setdefault(shard.path, self._open(shard))
         return reader
+
+    def _open(self, shard: Shard) -> ShardReader | RemoteReader:
+        if shard.remote is None:
+            return ShardReader(shard, self._io)
+        from ckptdiff.checkpoint.remote_shard import RemoteReader
+
+        return RemoteReader(shard, shard.remote, self._fetcher())
+
+    def _fetcher(self) -> Fetching:
+        if self._fetching is None:
+            from ckptdiff.remote.fetching import Fetching
+
+            self._fetching = Fetching(self.room)
+        return self._fetching
+
+    def ahead(self, parts: Sequence[tuple[Shard, int, int]]) -> AbstractContextManager[object]:
+        """Have bytes of remote files fetched that a task will read, while tasks before it are worked on.
+
+        Parameters
+        ----------
+        parts : sequence of (Shard, int, int)
+            Of remote files, from a byte to another.
+
+        Returns
+        -------
+        context manager
+            To be entered when the task begins; what was fetched is dropped when it is left.
+        """
+        if not parts:
+            return nullcontext()
+        from ckptdiff.remote.fetching import ByteRange
+
+        ranges = [ByteRange(shard.remote, start, stop) for shard, start, stop in parts if shard.remote is not None]
+        with self._lock:
+            return self._fetcher().lease(ranges)
 
     def close(self) -> None:
         """Close all files."""
         for reader in self._readers.values():
             reader.close()
         self._readers.clear()
+        if self._fetching is not None:
+            self._fetching.close()
 
     def check(self) -> None:
         """Compare every file that was read with its header once more, and its path with the file."""
-        for reader in list(self._readers.values()):  # other threads may open more
+        readers = list(self._readers.values())  # other threads may open more
+        for reader in readers:
             reader.check()
-            reader.check_path()
+        with ThreadPoolExecutor(_AT_ONCE) if self._fetching else nullcontext() as pool:
+            # A file elsewhere takes its way to a host and back.
+            for _ in (pool.map if pool else map)(lambda reader: reader.check_path(), readers):
+                pass
 
 
 @contextmanager
-def open_shards(io: str) -> Iterator[OpenShards]:
+def open_shards(io: str, room: int = REMOTE_ROOM) -> Iterator[OpenShards]:
     """Readers that are checked after the last read, and closed."""
-    shards = OpenShards(io)
+    shards = OpenShards(io, room)
     try:
         yield shards
         shards.check()

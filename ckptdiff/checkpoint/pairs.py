@@ -66,11 +66,11 @@ class TensorPair:
 
     @property
     def same_bytes(self) -> bool:
-        """Whether both sides are the same bytes of the same file, so that they are read once."""
+        """Whether both sides are the same bytes, of one file or of two of equal hash, so that they are read once."""
         base, tuned = self.base, self.tuned
         if not (isinstance(base, TensorInfo) and isinstance(tuned, TensorInfo)):
             return False
-        return base.shard.inode == tuned.shard.inode and base.region == tuned.region
+        return base.start == tuned.start and base.region == tuned.region
 
 
 @dataclass(frozen=True, slots=True)

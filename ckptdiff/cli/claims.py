@@ -9,7 +9,7 @@ import click
 
 from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
-from ckptdiff.cli.inputs import device_options, progress_option, resource_options, tensor_options
+from ckptdiff.cli.inputs import device_options, progress_option, resource_options, stream_option, tensor_options
 from ckptdiff.cli.target import ReportTarget, files_of, output_option
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError
@@ -40,6 +40,7 @@ _NOTE = (
 @tensor_options
 @device_options
 @resource_options
+@stream_option
 @click.option("--format", "form", type=click.Choice(["table", "json"]), default="table", help="Format of the report.")
 @output_option
 @progress_option
@@ -83,6 +84,7 @@ def _measured(base: str, tuned: str, given: dict[str, Any]) -> Diff:
         device=given["device"],
         gpu_memory=given["gpu_memory"],
         spectra=SpectraOptions(given["spectra"], seed=given["seed"]),
+        stream=given["stream"],
     )
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
         return run(base, tuned, options=options, listener=tell)

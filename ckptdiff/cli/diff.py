@@ -11,10 +11,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckptdiff.cli.display import progress
-from ckptdiff.cli.inputs import device_options, progress_option, resource_options, resume_option, tensor_options
+from ckptdiff.cli.inputs import (
+    device_options,
+    progress_option,
+    resource_options,
+    resume_option,
+    stream_option,
+    tensor_options,
+)
 from ckptdiff.cli.target import ReportTarget, abandon_stdout, files_of
 from ckptdiff.cli.view import Request, verdict_verbosity, view_options
 from ckptdiff.errors import OptionError, plural
+from ckptdiff.remote.uploading import written_to
 from ckptdiff.report.text import binary_size, dumps, safe, size
 
 if TYPE_CHECKING:
@@ -32,7 +40,7 @@ if TYPE_CHECKING:
     type=click.Path(),
     metavar="RUN.h5",
     show_default="no run file: statistics only",
-    help="Keep figures, histograms and update masks in this HDF5 file.",
+    help="Keep figures, histograms and update masks in this HDF5 file, or in an object such as s3://bucket/run.h5.",
 )
 @click.option("--title", metavar="TEXT", show_default="none", help="A title for the run file.")
 @click.option(
@@ -82,6 +90,7 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of the randomized spectra.")
 @resume_option
+@stream_option
 @click.option("--dry-run", is_flag=True, show_default="off", help="Print the plan and its memory, and read no data.")
 @view_options
 @progress_option
@@ -89,23 +98,24 @@ if TYPE_CHECKING:
 def diff(base: str, tuned: str, **given: Any) -> int:
     """Compare two checkpoints, BASE and TUNED.
 
-    Each is a .safetensors file, a folder of shards, or a *.safetensors.index.json. With -o the figures and one update
-    mask per tensor are kept in a run file.
+    Each is a .safetensors file, a folder of shards, a *.safetensors.index.json, a URL of one of these (https, s3, gs,
+    az), or a model of the Hugging Face hub such as org/name@revision. With -o the figures and one update mask per
+    tensor are kept in a run file.
 
     \b
       ckptdiff diff base/ tuned/ -o run.h5
       ckptdiff diff base/ tuned/ --format json | jq .global.rel_norm
       ckptdiff diff base/ tuned/ --fail-if 'global.unchanged_bitwise<0.5'
     """  # noqa: D301
-    out = None if given["out"] is None else Path(given["out"])
-    kept = [*files_of(base), *files_of(tuned), *([] if out is None else [out])]
-    request = Request.of(given, run_file=given["out"], kept=kept)
-    options = _options(given)
-    if given["dry_run"]:
-        with progress(shown=given["progress"], quiet=request.quiet, verbose=given["verbose"]) as tell:
-            _print_plan(base, tuned, out, options, request, tell)
-        return 0
-    return _run(base, tuned, out, options, request, given)
+    with written_to(given["out"]) as out:
+        kept = [*files_of(base), *files_of(tuned), *([] if out is None else [out])]
+        request = Request.of(given, run_file=given["out"], kept=kept)
+        options = _options(given)
+        if given["dry_run"]:
+            with progress(shown=given["progress"], quiet=request.quiet, verbose=given["verbose"]) as tell:
+                _print_plan(base, tuned, out, options, request, tell)
+            return 0
+        return _run(base, tuned, out, options, request, given)
 
 
 def _options(given: dict[str, Any]) -> Options:
@@ -125,6 +135,7 @@ def _options(given: dict[str, Any]) -> Options:
         gpu_memory=given["gpu_memory"],
         io=given["io"],
         spectra=SpectraOptions(given["spectra"], seed=given["seed"]) if given["spectra"] else None,
+        stream=given["stream"],
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import click
 
 from ckptdiff.errors import CkptdiffError
+from ckptdiff.remote.address import without_secrets
 from ckptdiff.report.text import safe
 
 __all__ = ["CLOSED_PIPE", "DIFFERS", "OK", "TROUBLE", "Session", "failure"]
@@ -41,7 +42,8 @@ def failure(error: BaseException, session: Session) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt | click.Abort):
         signum = error.args[0] if error.args else signal.SIGINT
         return 128 + signum, f"ckptdiff: {'interrupted' if signum == signal.SIGINT else 'terminated'}"
-    return TROUBLE, _message(error, session)
+    # Arguments that are URLs may carry signatures.
+    return TROUBLE, without_secrets(_message(error, session))
 
 
 def _message(error: BaseException, session: Session) -> str:

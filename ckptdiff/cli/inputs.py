@@ -69,6 +69,12 @@ resume_option = click.option(
     help="Keep what is done in the folder RUN.h5.part until the run file is complete, and go on from what a stopped or "
     "killed run with the same inputs and options kept there.",
 )
+stream_option = click.option(
+    "--stream",
+    is_flag=True,
+    show_default="off: they are downloaded into the cache",
+    help="Read models of the Hugging Face hub where they are, and keep nothing of them on disk.",
+)
 
 _DEVICE: Sequence[_Option] = (
     click.option(

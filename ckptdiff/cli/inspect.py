@@ -56,16 +56,16 @@ def inspect(checkpoint: str, **given: Any) -> int:
 
     if given["hashed"]:
         require_xxhash()
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint, stream=True)  # for the headers nothing need be downloaded
     globs = Globs(given["include"], given["exclude"])
     warn((*opened.warnings, *globs.unmatched(opened.tensors)))
     chosen = [tensor for tensor in opened.tensors.values() if globs.select(tensor.name)]
     if opened.tensors and not chosen:
-        raise OptionError("no tensor is left to list", file=checkpoint, hint="check --include and --exclude")
+        raise OptionError("no tensor is left to list", file=opened.path, hint="check --include and --exclude")
     places = locate_all({name: tensor.shape for name, tensor in opened.tensors.items()})
     rows = [_row(tensor, places[tensor.name]) for tensor in chosen]
     totals = {
-        "path": checkpoint,
+        "path": opened.path,
         "shards": len({row["shard"] for row in rows}),
         "tensors_listed": len(rows),
         "numel": sum(row["numel"] for row in rows),

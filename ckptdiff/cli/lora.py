@@ -9,7 +9,7 @@ import click
 
 from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
-from ckptdiff.cli.inputs import device_options, progress_option, tensor_options
+from ckptdiff.cli.inputs import device_options, progress_option, stream_option, tensor_options
 from ckptdiff.cli.target import ReportTarget, files_of, output_option
 from ckptdiff.cli.view import format_option, verbosity, write_rows
 from ckptdiff.errors import OptionError, plural
@@ -47,6 +47,7 @@ _MEANINGS = {
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of the randomized SVD.")
 @tensor_options
 @device_options
+@stream_option
 @format_option
 @output_option
 @progress_option
@@ -74,6 +75,7 @@ def lora(base: str, tuned: str, **given: Any) -> int:
         exclude=given["exclude"],
         device=given["device"],
         gpu_memory=given["gpu_memory"],
+        stream=given["stream"],
     )
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
         made = extract_lora(

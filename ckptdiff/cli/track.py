@@ -12,7 +12,7 @@ import click
 
 from ckptdiff.cli.display import progress, warn
 from ckptdiff.cli.failures import OK
-from ckptdiff.cli.inputs import progress_option, threads_option
+from ckptdiff.cli.inputs import progress_option, stream_option, threads_option
 from ckptdiff.cli.target import ReportTarget, files_of, output_option
 from ckptdiff.cli.view import format_option, verbosity, write_rows
 from ckptdiff.errors import OptionError
@@ -76,6 +76,7 @@ _MEANINGS = {
     show_default="off",
     help="Also tell how far the leading singular subspaces of each matrix's update stay the same.",
 )
+@stream_option
 @threads_option
 @format_option
 @output_option
@@ -128,7 +129,7 @@ def _found(base: str, steps: tuple[str, ...], out: Path | None, given: dict[str,
     from ckptdiff.track import track as follow
 
     if out is not None:
-        shards = [shard for path in (base, *steps) for shard in open_checkpoint(path).shards]
+        shards = [shard for path in (base, *steps) for shard in open_checkpoint(path, given["stream"]).shards]
         check_target(out, [(shard.path, shard.device, shard.inode) for shard in shards], TRACK_FORMAT)
     compare: Compare = given["compare"]
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
@@ -142,6 +143,7 @@ def _found(base: str, steps: tuple[str, ...], out: Path | None, given: dict[str,
             spectra=given["spectra"],
             threads=given["threads"],
             listener=tell,
+            stream=given["stream"],
         )
     if out is not None:
         save_track(found, out)

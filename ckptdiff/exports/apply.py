@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import Checkpoint, Shard, TensorInfo, open_checkpoint
 from ckptdiff.checkpoint.blocks import blocks_of
-from ckptdiff.checkpoint.index import MAX_INDEX_BYTES
+from ckptdiff.checkpoint.index import MAX_INDEX_BYTES, Index
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.checkpoint.regular_file import read_whole
 from ckptdiff.errors import CheckpointError, OptionError, PatchError, plural
@@ -107,7 +107,7 @@ def apply_patch(
     """
     target = Path(target)
     checkpoint, found = open_checkpoint(base), open_patch(patch)
-    single = checkpoint.index is None and not Path(base).is_dir()
+    single = checkpoint.index is None and [shard.path for shard in checkpoint.shards] == [checkpoint.path]
     _require_name(target, single)
     check_new(target)
     _require_a_name_each(checkpoint)
@@ -173,8 +173,8 @@ def _write_folder(copy: _Copy, target: Path) -> None:
                     copy.write(staged, shards, shard)
                     staged.commit()
         if checkpoint.index is not None:
-            index = checkpoint.index.path
-            write_whole(made.path / Path(index).name, read_whole(index, MAX_INDEX_BYTES))
+            name = Path(checkpoint.index.path).name
+            write_whole(made.path / name, _index_of(checkpoint, checkpoint.index))
         made.commit()
 
 
@@ -275,7 +275,18 @@ def _folder(checkpoint: Checkpoint) -> Path:
     return Path(checkpoint.index.path if checkpoint.index else checkpoint.shards[0].path).parent
 
 
+def _index_of(checkpoint: Checkpoint, index: Index) -> bytes:
+    remote = checkpoint.shards[0].remote
+    if remote is None:
+        return read_whole(index.path, MAX_INDEX_BYTES)
+    from ckptdiff.remote.transport import fetch_whole
+
+    return fetch_whole(remote.address.beside(Path(index.path).name), MAX_INDEX_BYTES)
+
+
 def _left_out(checkpoint: Checkpoint) -> tuple[str, ...]:
+    if checkpoint.shards[0].remote is not None:
+        return ()  # what lies beside it there is not listed everywhere
     folder = _folder(checkpoint)
     copied = {Path(shard.path).relative_to(folder).parts[0] for shard in checkpoint.shards}
     if checkpoint.index is not None:

@@ -165,7 +165,7 @@ def extract_lora(
         if norm > 0
     ]
     if model.merged:  # PEFT asks for all experts of a layer, those too that are not compared
-        shapes = {name: tensor.shape for name, tensor in open_checkpoint(base).tensors.items()} | shapes
+        shapes = {name: tensor.shape for name, tensor in open_checkpoint(base, options.stream).tensors.items()} | shapes
     names = {model.called(name): shape for name, shape in shapes.items()}
     experts = {name.removesuffix(".weight"): shape for name, shape in names.items() if model.is_merged(name)}
     found: list[Extracted] = []

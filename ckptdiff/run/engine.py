@@ -71,7 +71,7 @@ def run_plan(
     _introduce(plan, tell)
     results = _Results(plan, tell)
     with (
-        open_shards(plan.io) as shards,
+        open_shards(plan.io, plan.memory.ahead) as shards,
         _unfinished(plan, out, shards, tell) as work,
         _run_file(plan, out, title) as writer,
     ):

@@ -102,8 +102,10 @@ def _side_facts(side: Checkpoint, called: Side, pairing: Pairing) -> dict[str, A
         "dtypes": dict(sorted(dtypes.items())),
         "shards": [
             {"file": shard.path, "size": shard.size, "mtime_ns": shard.mtime_ns, "header_sha256": shard.header_sha256}
+            | ({"etag": shard.remote.version.etag} if shard.remote else {})
             for shard in side.shards
         ],
+        **side.origin,
         "uncompared": [*side.unread, *assumed],
         "tied": tied,
         "left_out": by_pattern(others),

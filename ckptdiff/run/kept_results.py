@@ -26,6 +26,10 @@ class KeptResults:
     def __init__(self, unfinished: Unfinished) -> None:
         self._unfinished = unfinished
 
+    def has(self, task: SpanTask, turn: int) -> bool:
+        """Whether an earlier run kept what a task gave, unless it turns out to be damaged."""
+        return key_of(task, turn) in self._unfinished
+
     def find(self, task: SpanTask, turn: int, blank: Callable[[], Partial]) -> Result | None:
         """What a task gave in an earlier run, in its pass over the tensor that is the `turn`-th from 0."""
         found = self._unfinished.find(key_of(task, turn))

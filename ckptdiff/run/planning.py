@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorPair, open_checkpoint, pair
+from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, Shard, TensorPair, open_checkpoint, pair
 from ckptdiff.checkpoint.boxes import is_contiguous, room_to_read, runs_of
 from ckptdiff.checkpoint.layout_halves import unusual_halves
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.checkpoint.same_values import look_for_ties, sampled_agreement, sampled_likeness
 from ckptdiff.checkpoint.weights import Assembled, Decoded, Weight, sources_of, stored_as
 from ckptdiff.errors import plural
-from ckptdiff.events import Listener, ignore
+from ckptdiff.events import Listener, Note, ignore
 from ckptdiff.figures.columns import Measured, measured
 from ckptdiff.figures.result import Diff
 from ckptdiff.files.unfinished import Saving
@@ -29,10 +29,12 @@ from ckptdiff.measure.passes import BitMeasurement, FloatMeasurement, Measuremen
 from ckptdiff.measure.records import Records
 from ckptdiff.memory import DEFAULT_MEMORY, peak_resident, resident, room_to_grow
 from ckptdiff.options import Options, default_threads
+from ckptdiff.remote.hub import is_hub_name, may_be_hub
 from ckptdiff.run.coded_pair import goes_as_codes, room_to_send
 from ckptdiff.run.devices import Device, open_device
 from ckptdiff.run.facts import facts_of_run
-from ckptdiff.run.tasks import GRAIN, Grain, Load, Memory, Span, fit_memory
+from ckptdiff.run.shard_source import most_fetched, remote_parts
+from ckptdiff.run.tasks import GRAIN, Grain, Load, Memory, Span, SpanTask, fit_memory
 from ckptdiff.run.warm_up import Uses, uses
 from ckptdiff.runfile.check_target import check_target
 from ckptdiff.runfile.schema import mask_chunk_bytes
@@ -82,6 +84,8 @@ class Plan:
         The GPU that measures spectra; None if the processor does.
     saving : Saving or None
         How often what is done is kept, if that is asked for.
+    remote : bool
+        Whether a side lies elsewhere.
     """
 
     pairs: tuple[TensorPair, ...]
@@ -96,6 +100,7 @@ class Plan:
     grain: Grain = GRAIN
     spectra_gpu: SpectraGpu | None = None
     saving: Saving | None = None
+    remote: bool = False
 
     @property
     def tensors(self) -> int:
@@ -160,6 +165,14 @@ class Plan:
     def mostly_small(self) -> bool:
         """Whether there are very many tensors, of 64 Ki coordinates at most on average."""
         return len(self.loads) >= self.grain.many and sum(load.numel for load in self.loads) <= len(self.loads) << 16
+
+    def remote_parts(self, task: SpanTask) -> list[tuple[Shard, int, int]]:
+        """Where the bytes of remote files begin and end that a task reads."""
+        if not self.remote:
+            return []
+        first, stop = (0, sys.maxsize) if task.span is None else (task.span.first * BLOCK, task.span.stop * BLOCK)
+        pairs = self.pairs[task.tensors.start : task.tensors.stop]
+        return [part for pair in pairs for part in remote_parts(pair, first, min(stop, pair.base.numel))]
 
     def formats(self, index: int) -> Formats | None:
         """Formats of one pair of floating tensors; None of integer and opaque ones."""
@@ -236,7 +249,10 @@ def prepare(
         from ckptdiff.linalg.blas import require_scipy
 
         require_scipy()
-    sides = open_checkpoint(base), open_checkpoint(tuned)
+    for path in filter(is_hub_name, (base, tuned)):
+        if not may_be_hub(path):
+            tell(Note(f"{path} is what lies here, and not the model of that name in the hub"))
+    sides = open_checkpoint(base, options.stream), open_checkpoint(tuned, options.stream)
     if out is not None:
         check_target(out, [(shard.path, shard.device, shard.inode) for side in sides for shard in side.shards])
     pairing = _paired(*sides, options, tell, read_data)
@@ -246,6 +262,8 @@ def prepare(
     # Reads into a cached buffer cost less than mapping pages and dropping them again, and report a lost page.
     io = "pread" if options.io == "auto" else options.io
     loads = _loads(pairing.pairs, options, device, io, grain)
+    remote = any(shard.remote is not None for side in sides for shard in side.shards)
+    fetched = most_fetched(pairing.pairs, loads, grain) if remote else 0
     asked = _uses(pairing, loads, options, want_masks)
     device.warm_up(asked, tell)
     if read_data and pairing.orders:
@@ -258,7 +276,7 @@ def prepare(
     # What waits to be kept, and again as much while it is written.
     default, baseline = DEFAULT_MEMORY + device.overhead, resident() + (2 * saving.size if saving else 0)
     memory = fit_memory(
-        loads, threads, options.max_memory, default, room_to_grow(baseline), baseline, want_masks, grain
+        loads, threads, options.max_memory, default, room_to_grow(baseline), baseline, want_masks, grain, fetched
     )
     spectra = gpu = None
     if options.spectra is not None:
@@ -266,8 +284,11 @@ def prepare(
         from ckptdiff.spectra.stage import plan_spectra
 
         gpu = open_spectra_gpu(options, options.spectra.mode, tell)
-        spectra = plan_spectra(pairing.pairs, options, memory.baseline + memory.results, gpu)
-    return Plan(pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks, grain, gpu, saving)
+        taken = memory.baseline + memory.results + memory.ahead
+        spectra = plan_spectra(pairing.pairs, options, taken, gpu)
+    return Plan(
+        pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks, grain, gpu, saving, remote
+    )
 
 
 def _paired(base: Checkpoint, tuned: Checkpoint, options: Options, tell: Listener, read_data: bool) -> Pairing:

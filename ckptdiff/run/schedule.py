@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.measure.partial import Partial
@@ -34,7 +35,7 @@ def execute(
     large: dict[int, Measurement] = {}
     spare: deque[Partial] = deque()
 
-    def work(task: SpanTask) -> Result:
+    def work(task: SpanTask, fetched: AbstractContextManager[object]) -> Result:
         if not hasattr(local, "worker"):
             local.worker = Worker(plan, shards, stop, spare)
         worker: Worker = local.worker
@@ -43,10 +44,11 @@ def execute(
         result = None if kept is None else kept.find(task, turn, worker.blank)
         if result is not None:
             return result
-        if task.span is None or measurement is None:
-            result = worker.measure(task.tensors, task.alike)
-        else:
-            result = worker.pass_over(measurement, task.span)
+        with fetched:
+            if task.span is None or measurement is None:
+                result = worker.measure(task.tensors, task.alike)
+            else:
+                result = worker.pass_over(measurement, task.span)
         if kept is not None:
             kept.keep(task, turn, result)
         return result
@@ -64,7 +66,9 @@ def execute(
                 index = task.tensors.start
                 if task.span is not None and index not in large:
                     large[index] = plan.measurement(index, plan.want_masks)
-                pending.append(pool.submit(work, task))
+                known = kept is not None and kept.has(task, large[index].turn if task.span is not None else 0)
+                parts = () if known else plan.remote_parts(task)
+                pending.append(pool.submit(work, task, shards.ahead(parts)))
             if not pending:
                 return
             first = pending.popleft()

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from ckptdiff.checkpoint import DTYPES, TensorInfo, TensorPair
+from ckptdiff.checkpoint import DTYPES, Shard, TensorPair
 from ckptdiff.checkpoint.blocks import values_of
 from ckptdiff.checkpoint.boxes import (
     Run,
@@ -25,13 +25,13 @@ from ckptdiff.checkpoint.kept import Kept, count_kept
 from ckptdiff.checkpoint.open_shard import failed_once
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.checkpoint.weights import Assembled, Decoded, Weight
-from ckptdiff.codes.fetch import AT, FILE, MEMORY
+from ckptdiff.codes.fetch import FILE, MEMORY
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.measure.source import ByteArray, Runs, SmallPairs, Window
 from ckptdiff.run.coded_pair import CodedPair, goes_as_codes
-from ckptdiff.run.tasks import Span
+from ckptdiff.run.tasks import Grain, Load, Span
 
-__all__ = ["ShardSource", "SideRooms", "small_pairs"]
+__all__ = ["ShardSource", "SideRooms", "most_fetched", "remote_parts", "small_pairs"]
 
 _NOTHING, _NO_RUNS = np.empty(0, np.uint8), np.empty((0, 3), np.int64)
 
@@ -181,40 +181,69 @@ class ShardSource:
             return np.array([[first, MEMORY, room.ctypes.data]])
         runs = []
         for run in runs_of(side, at, self._first + stop):
-            reader = self._shards[run.tensor.shard]
-            start, end = _bytes(run)
-            if reader.maps(start):
-                view = stack.enter_context(reader.window(run.tensor, start, end, _NOTHING))
-                runs.append((run.first - self._first, MEMORY, view.ctypes.data))
-            else:
-                runs.append((run.first - self._first, reader.ready(start, end), start))
+            lent = self._shards[run.tensor.shard].lend(stack, run.tensor, *_bytes(run))
+            runs.append((run.first - self._first, *lent))
         return np.array(runs, np.int64)
 
 
-def small_pairs(shards: OpenShards, pairs: Sequence[TensorPair]) -> SmallPairs:
-    """Where whole tensor pairs lie whose sides are one run each, the files of all of them checked at once."""
-    base, tuned = (_whole(shards, side) for side in ([pair.base for pair in pairs], [pair.tuned for pair in pairs]))
+def small_pairs(stack: ExitStack, shards: OpenShards, pairs: Sequence[TensorPair]) -> SmallPairs:
+    """Where whole tensor pairs lie whose sides are one run each, the files of all of them checked at once.
+
+    They can be read as long as the stack is open.
+    """
+    sides = [pair.base for pair in pairs], [pair.tuned for pair in pairs]
+    base, tuned = (_whole(stack, shards, side) for side in sides)
     return SmallPairs(base, tuned, np.array([pair.base.numel for pair in pairs], np.int64))
 
 
-def _whole(shards: OpenShards, sides: Sequence[Weight]) -> Runs:
+def _whole(stack: ExitStack, shards: OpenShards, sides: Sequence[Weight]) -> Runs:
     """The run of each side."""
-    of_shard: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    held: list[tuple[TensorInfo, int]] = []
-    for side in sides:
+    of_shard: dict[str, list[tuple[int, Run]]] = defaultdict(list)
+    for index, side in enumerate(sides):
         (run,) = runs_of(side, 0, side.numel)
-        start, stop = _bytes(run)
-        held.append((run.tensor, start))
-        of_shard[run.tensor.shard.path].append((start, stop))
-    by_path = {tensor.shard.path: tensor.shard for tensor, _ in held}
-    descriptors = {
-        path: shards[by_path[path]].ready(min(start for start, _ in some), max(stop for _, stop in some))
-        for path, some in of_shard.items()
-    }
-    runs = np.zeros((len(held), 3), np.int64)
-    runs[:, FILE] = [descriptors[tensor.shard.path] for tensor, _ in held]
-    runs[:, AT] = [start for _, start in held]
+        of_shard[run.tensor.shard.path].append((index, run))
+    runs = np.zeros((len(sides), 3), np.int64)
+    for held in of_shard.values():
+        reader = shards[held[0][1].tensor.shard]
+        places = [(index, run.tensor, *_bytes(run)) for index, run in held]
+        if reader.descriptor == MEMORY:
+            for index, tensor, start, stop in places:
+                runs[index, FILE:] = reader.lend(stack, tensor, start, stop)
+            continue
+        descriptor = reader.ready(min(place[2] for place in places), max(place[3] for place in places))
+        for index, _, start, _ in places:
+            runs[index, FILE:] = descriptor, start
     return runs
+
+
+def most_fetched(pairs: Sequence[TensorPair], loads: Sequence[Load], grain: Grain) -> int:
+    """Bytes of remote files that a task of a plan reads, at most."""
+    held = [load for pair, load in zip(pairs, loads, strict=True) if _is_remote(pair)]
+    blocks = max(grain.blocks, -(-grain.numel // BLOCK) + 1)
+    longest = max((sum(blocks * BLOCK * bits // 8 for bits in load.bits) for load in held), default=0)
+    # Joined ranges hold what lies between them too.
+    return min(longest, sum(load.nbytes for load in held)) * 9 // 8
+
+
+def _is_remote(pair: TensorPair) -> bool:
+    return any(part.shard.remote is not None for side in (pair.base, pair.tuned) for part in stored_parts(side))
+
+
+def remote_parts(pair: TensorPair, first: int, stop: int) -> list[tuple[Shard, int, int]]:
+    """The bytes of remote files that elements `first` to `stop` - 1 of a pair are read from.
+
+    Of a side that is not contiguous, about the part of each stored tensor that such a part of all elements takes: what
+    else it needs is fetched when it is asked for.
+    """
+    parts: list[tuple[Shard, int, int]] = []
+    for side in [pair.base] if pair.same_bytes else [pair.base, pair.tuned]:
+        if is_contiguous(side):
+            parts += [(run.tensor.shard, *_bytes(run)) for run in runs_of(side, first, stop)]
+            continue
+        for tensor in stored_parts(side):
+            begin, end = (tensor.nbytes * at // max(side.numel, 1) for at in (first, stop))
+            parts.append((tensor.shard, tensor.start + begin, tensor.start + end))
+    return [part for part in parts if part[0].remote is not None and part[1] < part[2]]
 
 
 def _bytes(run: Run) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 
 from ckptdiff.errors import PlanError
 from ckptdiff.measure.partial import BINS, BLOCK
@@ -43,6 +44,8 @@ _ROW = 3 << 10
 """Bytes of columns and facts of a tensor."""
 _FIGURES, _RUN_FILE = 4 << 20, 16 << 20
 """Bytes that a result takes beside them, without and with a run file of masks."""
+_FAR = 256 << 20
+"""Bytes under way that keep a connection of 10 Gbit/s busy for a fifth of a second, in which any host answers."""
 _HINT_STEP = 10 << 20
 """What the hint of a refusal is rounded to, and by how much at least it exceeds the least of now."""
 
@@ -116,15 +119,18 @@ class Memory:
     threads: int
     results: int
     """Columns and facts of all tensors."""
+    ahead: int = 0
+    """Bytes of remote files that are fetched before the task that reads them begins, at most."""
 
     @property
     def projected(self) -> int:
         """The sum."""
-        return self.baseline + self.threads * self.per_thread + self.tasks_waiting * self.waiting + self.results
+        tasks = self.threads * self.per_thread + self.tasks_waiting * self.waiting
+        return self.baseline + tasks + self.results + self.ahead
 
     def of(self, threads: int) -> int:
         """The least with which so many threads work."""
-        return replace(self, threads=threads, tasks_waiting=_waiting(threads)[-1]).projected
+        return replace(self, threads=threads, tasks_waiting=_waiting(threads)[-1], ahead=0).projected
 
 
 def plan_tasks(loads: Sequence[Load], grain: Grain = GRAIN) -> Iterator[SpanTask]:
@@ -165,8 +171,11 @@ def fit_memory(
     baseline: int,
     masks: bool,
     grain: Grain = GRAIN,
+    fetched: int = 0,
 ) -> Memory:
     """Choose as many threads as memory allows, up to ``threads``, then as many results in waiting.
+
+    A task fetches ``fetched`` bytes of remote files at most; those of further tasks are fetched ahead as memory allows.
 
     ``max_memory`` bounds the peak resident size, in bytes, and ``baseline`` is that before the first read. With 0 the
     bound is ``default``, which grows to what all threads need, by no more than ``growth`` above the baseline, and in
@@ -175,15 +184,15 @@ def fit_memory(
     block = max((load.block_bytes for load in loads), default=0)
     scratch = max((load.scratch for load in loads), default=0)
     mask = grain.blocks * _MASK_BLOCK
-    per_thread = block + scratch + _MEASUREMENTS * _MEASUREMENT + 2 * mask + _COMPRESSING + _TILES
+    per_thread = block + scratch + _MEASUREMENTS * _MEASUREMENT + 2 * mask + _COMPRESSING + _TILES + fetched
     waiting = _MEASUREMENT + (mask if masks else 0)
     results = len(loads) * _ROW + (_RUN_FILE if masks else _FIGURES)
     threads = max(threads, 1)
-    grown = Memory(baseline, per_thread, waiting, _waiting(threads)[0], threads, results).projected
-    bound = max_memory or default_bound(default, grown, baseline + growth)
+    grown = Memory(baseline, per_thread, waiting, _waiting(threads)[0], threads, results, _ahead(threads, fetched)[0])
+    bound = max_memory or default_bound(default, grown.projected, baseline + growth)
     for count in range(threads, 0, -1):
-        for tasks_waiting in _waiting(count):
-            memory = Memory(baseline, per_thread, waiting, tasks_waiting, count, results)
+        for tasks_waiting, ahead in product(_waiting(count), _ahead(count, fetched)):
+            memory = Memory(baseline, per_thread, waiting, tasks_waiting, count, results, ahead)
             if memory.projected <= bound:
                 return memory
     if not max_memory:
@@ -200,6 +209,11 @@ def fit_memory(
 def _waiting(threads: int) -> tuple[int, int]:
     """How many tasks may be under way or in waiting: as many as are of use, and as few as keep every thread at work."""
     return 2 * threads + 2, threads + 1
+
+
+def _ahead(threads: int, fetched: int) -> tuple[int, ...]:
+    """Bytes to fetch ahead: enough for a host far away, a task a thread, or none."""
+    return (max(2 * threads * fetched, _FAR), threads * fetched, 0) if fetched else (0,)
 
 
 def _mib(size: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -129,8 +130,9 @@ class Worker:
         plan, pairs = self._plan, self._plan.pairs[tensors.start : tensors.stop]
         model, backend = plan.measurement(tensors.start, plan.want_masks), self._backend
         assert isinstance(model.next, Scan) and isinstance(backend, Batching)
-        small = small_pairs(self._shards, pairs)
-        done, masks, starts = backend.scan_small(model.next, small, records)
+        with ExitStack() as stack:
+            small = small_pairs(stack, self._shards, pairs)
+            done, masks, starts = backend.scan_small(model.next, small, records)
         if done < len(pairs):
             span = Span(tensors[done], 0, 1)
             ShardSource(self._shards, pairs[done], span, self._rooms, self._stop).fail(0, pairs[done].base.numel)

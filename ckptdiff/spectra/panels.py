@@ -127,6 +127,10 @@ class StoredPanels:
         weight, whole, offset = (self.pair.base, self.pair.tuned)[side], self.view.columns, self.view.offset
         if columns == (0, whole):
             read_elements(self._shards, weight, offset + rows[0] * whole, offset + rows[1] * whole, out)
+        elif isinstance(weight, TensorInfo) and weight.shard.remote is not None:
+            size = weight.nbytes // weight.numel
+            start = weight.start + (offset + rows[0] * whole + columns[0]) * size
+            self._shards[weight.shard].read_rows(weight, start, whole * size, out.reshape(rows[1] - rows[0], -1))
         elif isinstance(weight, TensorInfo) or whole != matrix_of(weight.shape)[1]:
             for row, codes in zip(range(*rows), out.reshape(rows[1] - rows[0], -1), strict=True):
                 first = offset + row * whole

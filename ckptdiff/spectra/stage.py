@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import Kind, TensorPair
+from ckptdiff.checkpoint.boxes import stored_parts
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.events import Listener, stage
 from ckptdiff.figures.result import Diff
@@ -124,7 +125,10 @@ def measure_spectra(
     jobs = [
         MatrixJob(row, pair, view, float(off_grid[row]), bool(unchanged[row])) for row, pair, view in _matrices(pairs)
     ]
-    budget = gpu.budget(options) if gpu else Budget.of(options, resident(), (job.view for job in jobs))
+    sides = (side for job in jobs for side in (job.pair.base, job.pair.tuned))
+    remote = any(part.shard.remote is not None for side in sides for part in stored_parts(side))
+    taken = resident() + (shards.room if remote else 0)
+    budget = gpu.budget(options) if gpu else Budget.of(options, taken, (job.view for job in jobs))
     kept = None if work is None else KeptSpectra(work, budget)
     measuring = Measuring(shards, options.compare, budget, gpu, None if kept is None else kept.keep)
     ready = [kept is not None and kept.find(job) is not None for job in jobs]

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import DTYPES
-from ckptdiff.checkpoint.open_shard import failed_once
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.events import Listener, Stage, ignore, stage
 from ckptdiff.in_order import Task, in_order
@@ -27,6 +26,7 @@ from ckptdiff.track.kernels.products import TRACK_TILE, in_sample
 from ckptdiff.track.kernels.trajectory import Flow, Rooms, follow_spans, new_rooms
 from ckptdiff.track.plan import Followed, plan_track
 from ckptdiff.track.result import Track
+from ckptdiff.track.span_bytes import TrackSpan, announce, fail, lent, remote_parts
 
 MOST_STEPS = 12
 """Above so many, products are made of a sample: there are half as many as the square of the steps."""
@@ -36,15 +36,8 @@ _SPANS = 256
 """The most spans of a job: small tensors have a cost of their own."""
 _PRODUCTS = 1 << 20
 """The most products that a job sums up, unless one span has more."""
-
-
-class _Span(NamedTuple):
-    """A part of a tensor."""
-
-    tensor: int
-    first: int
-    """Its first coordinate."""
-    stop: int
+_ROOM = 256 << 20
+"""Bytes of remote files that are fetched before the job that reads them begins, at most."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -84,6 +77,7 @@ def track(
     spectra: bool = False,
     threads: int = 0,
     listener: Listener | None = None,
+    stream: bool = False,
 ) -> Track:
     """Follow an update through the checkpoints of a training run.
 
@@ -110,6 +104,8 @@ def track(
     listener : callable, optional
         Told of the stages "looking for ties", if a step lacks a head of the base, "compiling", if kernels are
         missing, and "following", in bytes, and then "spectra".
+    stream : bool
+        Read models of the hub where they are, and do not download them.
 
     Returns
     -------
@@ -134,7 +130,7 @@ def track(
     check_threads(threads)
     steps, include, exclude = as_tuple("steps", steps), as_tuple("include", include), as_tuple("exclude", exclude)
     tell = listener or ignore
-    plan = plan_track(base, steps, compare=compare, include=include, exclude=exclude, tell=tell)
+    plan = plan_track(base, steps, compare=compare, include=include, exclude=exclude, tell=tell, stream=stream)
     tensors = plan.tensors
     threads, later = threads or default_threads(), list[Use]()
     if spectra:
@@ -188,7 +184,7 @@ def follow_all(
     )
     load(None, Uses((*sorted({("track", followed.compare.name) for followed in tensors}), *later)), tell)
     nbytes = sum(side.nbytes for followed in tensors for side in followed.sides)
-    with open_shards("pread") as shards, stage(tell, name, nbytes, "bytes") as told:
+    with open_shards("pread", _ROOM) as shards, stage(tell, name, nbytes, "bytes") as told:
         for found in _execute(tensors, shards, threads, told, kinds, every):
             # In their order: no digit depends on threads.
             np.add.at(totals.counts, found.tensors, found.counts)
@@ -216,7 +212,7 @@ def _execute(
     stop = threading.Event()
     files = _files(tensors, shards)
 
-    def work(job: Sequence[_Span]) -> _Found:
+    def work(job: Sequence[TrackSpan], fetched: AbstractContextManager[object]) -> _Found:
         if stop.is_set():
             raise InterruptedError("the run was given up")
         if not hasattr(local, "rooms"):
@@ -224,11 +220,14 @@ def _execute(
         code = tensors[job[0].tensor].code_dtype
         if code.itemsize not in local.rooms:
             local.rooms[code.itemsize] = new_rooms(code, files.shape[1], kinds)
-        return _follow(tensors, files, job, shards, local.rooms[code.itemsize], every)
+        with fetched:
+            return _follow(tensors, files, job, shards, local.rooms[code.itemsize], every)
 
     most = max(min(_SPANS, _PRODUCTS // max(kinds * files.shape[1] ** 2, 1)), 1)
     # All of one size: in the order in which they lie on the disk. Jobs are short, so each thread has the next at hand.
-    tasks = (Task(partial(work, job), 1, 0) for job in _jobs(tensors, most=most))
+    tasks = (
+        Task(partial(work, job, shards.ahead(remote_parts(tensors, job))), 1, 0) for job in _jobs(tensors, most=most)
+    )
     return in_order(tasks, 2 * threads, stop.set, told.again, ahead=1, threads=threads)
 
 
@@ -245,7 +244,7 @@ def _files(tensors: Sequence[Followed], shards: OpenShards) -> NDArray[np.int64]
     )
 
 
-def _jobs(tensors: Sequence[Followed], blocks: int = 48, most: int = _SPANS) -> Iterator[list[_Span]]:
+def _jobs(tensors: Sequence[Followed], blocks: int = 48, most: int = _SPANS) -> Iterator[list[TrackSpan]]:
     """Spans in order, of so many blocks a job, those of all checkpoints counted; those of a job have the same dtypes.
 
     A job has `most` spans at most.
@@ -255,12 +254,12 @@ def _jobs(tensors: Sequence[Followed], blocks: int = 48, most: int = _SPANS) -> 
     sides = len(tensors[0].sides)
     longest = max(blocks // sides // 2, 1) * BLOCK  # by the tensor alone: what a sum rounds to depends on no other
     for _, alike in groupby(enumerate(tensors), key=lambda numbered: numbered[1].dtypes):
-        job: list[_Span] = []
+        job: list[TrackSpan] = []
         total = 0
         for index, followed in alike:
             numel = followed.sides[0].numel
             for first in range(0, numel, longest):
-                job.append(_Span(index, first, min(first + longest, numel)))
+                job.append(TrackSpan(index, first, min(first + longest, numel)))
                 total += job[-1].stop - first
                 if total * sides >= blocks * BLOCK or len(job) == most:
                     yield job
@@ -272,52 +271,30 @@ def _jobs(tensors: Sequence[Followed], blocks: int = 48, most: int = _SPANS) -> 
 def _follow(
     tensors: Sequence[Followed],
     files: NDArray[np.int64],
-    job: Sequence[_Span],
+    job: Sequence[TrackSpan],
     shards: OpenShards,
     rooms: Rooms,
     every: int,
 ) -> _Found:
-    _announce(tensors, job, shards)
     alike = tensors[job[0].tensor]
     _, tables = alike.casts()
     values, magnitude = facts_of(alike.compare).values, alike.code_dtype.type(alike.compare.magnitude)
     spans = np.array(job)
     found = _Found(
-        spans[:, 0],
+        spans[:, 0].copy(),
         sum(span.stop - span.first for span in job) * sum(DTYPES[dtype].bits // 8 for dtype in alike.dtypes),
         np.zeros((len(job), files.shape[1] - 1, len(Flow)), np.int64),
         np.zeros((len(job), files.shape[1])),
         np.zeros((len(job), *rooms.products.shape[:2])),
     )
     sums = found.counts, found.sums, found.products
-    done = follow_spans(spans, files, tables, values, magnitude, rooms, *sums, every)
-    if done < len(job):
-        _fail(tensors[job[done].tensor], job[done], shards)
-    return found
-
-
-def _announce(tensors: Sequence[Followed], job: Sequence[_Span], shards: OpenShards) -> None:
-    """Check the files and tell the disk what comes next, at once for what lies in one piece."""
-    first, last = tensors[job[0].tensor], tensors[job[-1].tensor]
-    numel = sum(span.stop - span.first for span in job)
-    for number, (begin, end) in enumerate(zip(first.sides, last.sides, strict=True)):
-        size = DTYPES[begin.dtype].bits // 8
-        start, stop = begin.start + job[0].first * size, end.start + job[-1].stop * size
-        if begin.shard is end.shard and stop - start == numel * size:
-            shards[begin.shard].ready(start, stop)
+    with ExitStack() as stack:
+        if any(side.shard.remote is not None for span in job for side in tensors[span.tensor].sides):
+            files = lent(stack, tensors, files, job, shards)
+            spans[:, 0] = range(len(job))
         else:
-            for span in job:
-                side = tensors[span.tensor].sides[number]
-                shards[side.shard].ready(side.start + span.first * size, side.start + span.stop * size)
-
-
-def _fail(followed: Followed, span: _Span, shards: OpenShards) -> NoReturn:
-    """Read a span that compiled code could not read, to learn why."""
-    for side in followed.sides:
-        size = DTYPES[side.dtype].bits // 8
-        buffer = np.empty(BLOCK * size, np.uint8)
-        for first in range(span.first, span.stop, BLOCK):
-            stop = min(first + BLOCK, span.stop)
-            with shards[side.shard].window(side, side.start + first * size, side.start + stop * size, buffer):
-                pass
-    raise failed_once(followed.sides)
+            announce(tensors, job, shards)
+        done = follow_spans(spans, files, tables, values, magnitude, rooms, *sums, every)
+    if done < len(job):
+        fail(tensors[job[done].tensor], job[done], shards)
+    return found

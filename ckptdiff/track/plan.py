@@ -75,6 +75,7 @@ def plan_track(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     tell: Listener = ignore,
+    stream: bool = False,
 ) -> TrackPlan:
     """Open all checkpoints and find the floating tensors that every one of them has, by the names of the base.
 
@@ -89,10 +90,10 @@ def plan_track(
     PairingError
         A step that has no tensor of the base, or no floating tensor that all steps have.
     """
-    opened = open_checkpoint(base)
+    opened = open_checkpoint(base, stream)
     if not steps:
         raise OptionError("nothing to follow: name a base and at least one later checkpoint")
-    later = tuple(open_checkpoint(step) for step in steps)
+    later = tuple(open_checkpoint(step, stream) for step in steps)
     warnings: dict[str, None] = dict.fromkeys(opened.warnings)
     with open_shards("pread") as shards:
         # The base's head is looked at once, however many steps lack it.

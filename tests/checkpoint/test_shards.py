@@ -318,9 +318,10 @@ class TestPaths:
         assert error.problem == "no such file or directory"
         assert error.hint is None
 
-    def test_a_hub_name_says_how_to_download(self, tmp_path, monkeypatch):
+    def test_a_hub_name_says_what_it_needs(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        assert "hf download org/model-1.5B" in refusal("org/model-1.5B").hint
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        assert "ckptdiff[hub]" in refusal("org/model-1.5B").hint
 
     def test_a_file_as_a_folder(self, tmp_path):
         write(tmp_path / "a", A)

@@ -68,9 +68,9 @@ def rows_of(made: Extraction) -> dict[str, tuple[int, str | None]]:
 def test_each_checkpoint_is_opened_once(pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
 
-    def open_it(path: str) -> Checkpoint:
+    def open_it(path: str, stream: bool) -> Checkpoint:
         opened.append(path)
-        return open_checkpoint(path)
+        return open_checkpoint(path, stream)
 
     monkeypatch.setattr("ckptdiff.run.planning.open_checkpoint", open_it)
     extract_lora(*pair, tmp_path / "adapter", rank=4)

@@ -108,6 +108,20 @@ def test_a_bound_is_honoured_or_refused(
     assert memory.projected == needed + memory.tasks_waiting * memory.waiting
 
 
+@given(loads, st.integers(1, 32), st.integers(150, 3000), st.integers(1, 60))
+def test_what_is_fetched_is_within_the_bound(given_loads: list[Load], threads: int, bound: int, fetched: int) -> None:
+    local = fit_memory(given_loads, 1, 0, 1, 0, 50 * MIB, True)
+    least = fit_memory(given_loads, 1, 0, 1, 0, 50 * MIB, True, fetched=fetched * MIB)
+    assert least.projected == local.projected + fetched * MIB and least.ahead == 0
+    if bound * MIB < least.projected:
+        return
+    memory = fit_memory(given_loads, threads, bound * MIB, 1, 0, 50 * MIB, True, fetched=fetched * MIB)
+    needed = memory.baseline + memory.threads * memory.per_thread + memory.tasks_waiting * memory.waiting
+    assert needed + memory.results + memory.ahead == memory.projected <= bound * MIB
+    usual = memory.threads * fetched * MIB
+    assert memory.ahead in (0, usual, max(2 * usual, 256 * MIB))
+
+
 @given(loads, st.integers(1, 32), st.booleans())
 def test_no_thread_is_left_out_that_fits(given_loads: list[Load], threads: int, masks: bool) -> None:
     memory = fit_memory(given_loads, threads, 400 * MIB, 400 * MIB, 0, 100 * MIB, masks)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ckptdiff.codes.bits import population
 from ckptdiff.codes.differences import PRODUCT_SUMS
-from ckptdiff.codes.fetch import Side, fetch
+from ckptdiff.codes.fetch import FILE, MEMORY, Side, fetch
 from ckptdiff.codes.lanes import (
     LANES,
     SUMS,
@@ -200,6 +200,8 @@ def read_piece(first: int, stop: int, files: Array, tables: Array, rooms: Rooms)
         raw = fetch(Side(files[side : side + 1, :ITEMSIZE], room, itemsize), first, stop)
         if raw.size < n * itemsize:
             return False
+        if cast == NO_CAST and files[side, FILE] == MEMORY:
+            codes.view(np.uint8)[: raw.size] = raw  # where it lies nothing may be written
         if cast != NO_CAST:
             decode(raw, cast, itemsize, tables[side], codes[:n])
         codes[n : (n + LANES - 1) // LANES * LANES] = 0  # equal on all sides, they count nothing

@@ -1,0 +1,193 @@
+"""Models of the hub, by its own library, from a server on loopback."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+from hub_server import COMMIT, TOKEN, Hub, hub_of
+from ranged_server import Asked, Handler
+
+from ckptdiff.checkpoint import open_checkpoint
+from ckptdiff.cli import main
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("huggingface_hub")
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """Two models: one in the middle of its repository, one in a folder, with a file that its index does not name."""
+    root = tmp_path / "repos"
+    shutil.copytree(FIXTURES / "llama/base", root / "org/base")
+    shutil.copytree(FIXTURES / "llama/tuned", root / "org/tuned/last")
+    (root / "org/base/consolidated.safetensors").write_bytes(b"never read")
+    (root / "org/base/config.json").write_text('{"tie_word_embeddings": false}')
+    with hub_of(root) as held:
+        held.revisions["org/tuned"] = {"step-300"}
+        yield held
+
+
+Call = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def call(hub: Hub, tmp_path: Path) -> Call:
+    """Run the command line with this hub, whose address the library takes from the environment when it is imported."""
+
+    def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "ckptdiff", *arguments],
+            env=os.environ | hub.environment(tmp_path / "home") | {"CKPTDIFF_RETRY_SECONDS": "1"} | environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The report of the same files on disk."""
+    report = tmp_path_factory.mktemp("local") / "report.json"
+    sides = str(FIXTURES / "llama/base"), str(FIXTURES / "llama/tuned")
+    assert main(["diff", *sides, "--format", "json", "-O", str(report)]) == 0
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
+
+
+def downloaded(home: Path) -> set[str]:
+    return {path.name for path in home.rglob("snapshots/**/*") if path.is_file()}
+
+
+def test_models_are_downloaded_once_and_compared_like_folders(
+    hub: Hub, call: Call, tmp_path: Path, local: dict[str, Any]
+) -> None:
+    command = ("diff", "org/base", "hf://org/tuned@step-300/last", "--format", "json", "-o", "run.h5")
+    done = call(*command)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["tensors"] == local["tensors"] and found["global"] == local["global"]
+    for name, side in (("org/base", found["base"]), ("org/tuned", found["tuned"])):
+        assert (side["repo"], side["commit"]) == (name, COMMIT)
+        files = [Path(shard["file"]) for shard in side["shards"]]
+        assert side["hashes"] == {f.name: f"sha256:{hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files}
+    assert "consolidated.safetensors" not in downloaded(tmp_path / "home")
+    assert "does not name consolidated.safetensors" in done.stderr
+    for text in (done.stdout, done.stderr, (tmp_path / "run.h5").read_bytes().decode("latin-1")):
+        assert TOKEN not in text and hub.signature not in text
+    with h5py.File(tmp_path / "run.h5") as file:
+        assert COMMIT in str(dict(file.attrs)) or COMMIT in str(file["provenance"][()])
+    hub.store.asked.clear()
+    assert json.loads(call(*command).stdout)["global"] == local["global"]
+    assert not hub.store.asked, "what the cache holds is not fetched again"
+    hub.hub.asked.clear()
+    assert json.loads(call(*command, HF_HUB_OFFLINE="1").stdout)["global"] == local["global"]
+    assert not hub.hub.asked and not hub.store.asked
+
+
+def test_models_are_read_where_they_are_and_nothing_is_kept(
+    hub: Hub, call: Call, tmp_path: Path, local: dict[str, Any]
+) -> None:
+    done = call("diff", "org/base@main", "hf://org/tuned/last", "--stream", "--format", "json", "-o", "run.h5")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["tensors"] == local["tensors"] and found["global"] == local["global"]
+    assert found["base"]["path"] == f"hf://org/base@{COMMIT}" and found["base"]["repo"] == "org/base"
+    assert not downloaded(tmp_path / "home")
+    assert hub.store.asked and all(asked.range for asked in hub.store.asked)
+    assert any(asked.headers["Authorization"] == f"Bearer {TOKEN}" for asked in hub.hub.asked)
+    assert not any(asked.headers["Authorization"] or asked.headers["Referer"] for asked in hub.store.asked)
+    for text in (done.stdout, done.stderr, (tmp_path / "run.h5").read_bytes().decode("latin-1")):
+        assert TOKEN not in text and hub.signature not in text
+
+
+def test_shards_of_equal_hash_are_read_once(hub: Hub, call: Call) -> None:
+    shutil.copytree(FIXTURES / "llama/base", hub.hub.root / "org/copy")
+    done = call("diff", "org/base", "org/copy", "--dry-run", "--format", "json")
+    assert json.loads(done.stdout)["total_bytes"] == open_checkpoint(FIXTURES / "llama/base").nbytes
+    hub.store.asked.clear()
+    done = call("diff", "org/base", "org/copy", "--stream", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["global"]["unchanged_bitwise"] == 1.0
+    data = [asked for asked in hub.store.asked if asked.range and asked.range[0]]
+    assert data and all("/org/base/" in asked.path for asked in data)
+
+
+def test_a_signature_that_expires_during_a_run_is_renewed(hub: Hub, call: Call, local: dict[str, Any]) -> None:
+    signatures = ["c2lnbmVk"]
+    stored = hub.store.answer
+
+    def expiring(handler: Handler, asked: Asked) -> bool:
+        if asked.range and asked.range[0] and hub.signature == signatures[0]:
+            hub.signature = "bmV3"  # the old one is refused from now on
+        return stored(handler, asked)
+
+    hub.store.answer = expiring
+    done = call("diff", "org/base", "hf://org/tuned/last", "--stream", "--format", "json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["global"] == local["global"]
+
+
+ALL_OF_THEM = """
+import contextlib, io, json, sys
+from ckptdiff.cli import main
+for line in json.loads(sys.argv[1]):
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        code = main(line)
+    print(json.dumps([code, told.getvalue()]))
+"""
+"""Commands of one process, each with its code and what it said."""
+FAILURES = {
+    "no model": ("org/absent", "no such model in the hub"),
+    "no revision": ("org/base@absent", "no such revision"),
+    "no folder": ("hf://org/base/absent", "no such file or folder"),
+    "no name": ("hf://base", "not the name of a model"),
+    "a data set": ("hf://datasets/org/base", "not the name of a model"),
+    "gated": ("org/gated", "gated"),
+    "broken": ("org/broken", "does not answer as it should"),
+}
+
+
+def test_what_cannot_be_had_is_said(hub: Hub, tmp_path: Path) -> None:
+    hub.refused = {"org/gated": (403, "GatedRepo"), "org/broken": (400, "")}
+    out, tuned = tmp_path / "run.h5", str(FIXTURES / "llama/tuned")
+    asked = [(name, said, stream) for name, said in FAILURES.values() for stream in ([], ["--stream"])]
+    lines = json.dumps([["diff", name, tuned, "-o", str(out), *stream] for name, _, stream in asked])
+    environment = os.environ | hub.environment(tmp_path / "home") | {"CKPTDIFF_RETRY_SECONDS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", ALL_OF_THEM, lines], env=environment, cwd=tmp_path, capture_output=True, check=True
+    )
+    for (name, said, _), line in zip(asked, done.stdout.splitlines(), strict=True):
+        code, told = json.loads(line)
+        assert code == 2 and said in told and name in told, told
+        assert TOKEN not in told and "Traceback" not in told
+    assert not out.exists()
+
+
+def test_a_hub_that_is_away_or_must_not_be_asked_is_said(hub: Hub, call: Call) -> None:
+    done = call("inspect", "org/base", HF_HUB_OFFLINE="1")
+    assert done.returncode == 2 and "not in the cache" in done.stderr, done.stderr
+    done = call("inspect", "org/base", HF_ENDPOINT="http://127.0.0.1:1")
+    assert done.returncode == 2 and "cannot be reached" in done.stderr, done.stderr
+
+
+def test_a_local_folder_of_that_name_wins(hub: Hub, call: Call, tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "llama/base", tmp_path / "org/base")
+    done = call("diff", "org/base", "org/base", "-v")
+    assert done.returncode == 0 and not hub.hub.asked, done.stderr
+    assert "org/base is what lies here" in done.stderr
