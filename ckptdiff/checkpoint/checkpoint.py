@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ckptdiff.checkpoint.dcp import read_dcp
 from ckptdiff.checkpoint.find import find_shards
 from ckptdiff.checkpoint.header import Shard, TensorInfo, read_header
 from ckptdiff.checkpoint.index import Index, check_index
+from ckptdiff.checkpoint.rank_files import read_ranks, read_whole
 from ckptdiff.checkpoint.slices import holds_slices, sliced, written_by_ranks
+from ckptdiff.checkpoint.torch_zip import is_zip
 from ckptdiff.errors import CheckpointError
 
 __all__ = ["Checkpoint", "open_checkpoint"]
@@ -68,7 +71,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     ----------
     path : path-like
         A safetensors file, a ``*.safetensors.index.json``, a folder that holds either, a Hugging Face cache
-        snapshot, or a cache folder ``models--ORG--NAME``.
+        snapshot, or a cache folder ``models--ORG--NAME``. Or what torch wrote: a zip file, a ``*.bin.index.json``, a
+        folder of such files, of a file for each rank, or of torch.distributed.checkpoint; ``PATH#PART`` names a part.
 
     Returns
     -------
@@ -78,12 +82,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises
     ------
     HeaderError
-        A shard that breaks the safetensors format.
+        A shard that breaks its format.
     IndexFileError
         An index that is damaged, leaves its folder, or that the shards contradict.
     CheckpointError
-        Nothing to read, no permission, a missing shard, a tensor in two shards, or shards of several ranks that hold
-        slices of tensors.
+        Nothing to read, no permission, a missing shard, a tensor in two shards, safetensors of several ranks that hold
+        slices of tensors, or slices in torch's files that do not fit together.
 
     Examples
     --------
@@ -91,14 +95,20 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     >>> ckptdiff.open_checkpoint("fixtures/llama/base").numel
     180800
     """
-    source = find_shards(os.fspath(path))
+    named, part = _split_part(os.fspath(path))
+    source = find_shards(named)
     warnings = list(source.warnings)
     shards: list[Shard] = []
     tensors: dict[str, TensorInfo] = {}
     by_inode: dict[tuple[int, int], Shard] = {}
     by_path: dict[str, Shard] = {}
+    if source.kind != "whole":
+        read = read_dcp(source.paths[0], part) if source.kind == "dcp" else read_ranks(source.paths, part)
+        shards, tensors = read[0], {tensor.name: tensor for tensor in read[1]}
+        return Checkpoint(os.fspath(path), tuple(shards), tensors, (*warnings, *read[2]), None, source.unread)
     for shard_path in source.paths:
-        shard, held = read_header(shard_path)
+        shard, held, said = _read_file(shard_path, part)
+        warnings += said
         first = by_inode.setdefault((shard.device, shard.inode), shard)
         by_path[shard_path] = first
         if first is not shard:
@@ -115,6 +125,22 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if source.index is not None:
         warnings += check_index(source.index, by_path, tensors)
     return Checkpoint(os.fspath(path), tuple(shards), tensors, tuple(warnings), source.index, source.unread)
+
+
+def _split_part(path: str) -> tuple[str, str | None]:
+    """The path itself, and the part of what it holds that follows a "#"; a path of that name wins."""
+    named, mark, part = path.rpartition("#")
+    return (named, part) if mark and part and not os.path.lexists(path) and os.path.lexists(named) else (path, None)
+
+
+def _read_file(path: str, part: str | None) -> tuple[Shard, Sequence[TensorInfo], Sequence[str]]:
+    """Read a file's header, or the directory of one that torch wrote."""
+    if is_zip(path):
+        return read_whole(path, part)
+    shard, held = read_header(path)
+    if part is not None:
+        raise CheckpointError("a safetensors file has no parts", file=path, found=ascii(part), hint=f"name {path}")
+    return shard, held, ()
 
 
 def _stored_twice(first: TensorInfo, second: TensorInfo) -> CheckpointError:

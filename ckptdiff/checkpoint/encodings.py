@@ -262,7 +262,7 @@ def _stored_shapes(tensors: Iterable[TensorInfo]) -> dict[str, tuple[int, ...]]:
     for path, some in of_file.items():
         with open_regular(path) as (descriptor, _):
             for tensor in some:
-                known = tensor.dtype in ("I64", "I32") and 0 < tensor.numel <= _MOST_AXES
+                known = tensor.dtype in ("I64", "I32") and 0 < tensor.numel <= _MOST_AXES and not tensor.slices
                 raw = read_bytes(descriptor, tensor.nbytes, tensor.start, path) if known else b""
                 numbers = struct.iter_unpack("<q" if tensor.dtype == "I64" else "<i", raw)
                 shapes[tensor.name] = tuple(number for (number,) in numbers)

@@ -22,7 +22,7 @@ from ckptdiff.checkpoint.regular_file import open_regular, read_bytes
 from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
 from ckptdiff.errors import HeaderError
 
-__all__ = ["MAX_HEADER_BYTES", "Shard", "TensorInfo", "read_header"]
+__all__ = ["MAX_HEADER_BYTES", "Shard", "Slice", "TensorInfo", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that the safetensors library reads."""
@@ -37,7 +37,7 @@ _REPR.maxlist = _REPR.maxstring = 80
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file, as it was when its header was read.
+    """One file of tensors, as it was when its header was read.
 
     Attributes
     ----------
@@ -50,7 +50,8 @@ class Shard:
     device, inode : int
         Which file it is, however many names lead to it.
     header_sha256 : str
-        SHA-256 of the file's first ``8 + header length`` bytes, in hexadecimal.
+        SHA-256 of the file's first ``8 + header length`` bytes, in hexadecimal. Of a file that torch wrote: of its
+        directories, which hold a checksum of each tensor, and of its pickles.
     metadata : mapping of str to str
         The header's ``__metadata__``; empty if there is none.
     """
@@ -62,6 +63,29 @@ class Shard:
     inode: int
     header_sha256: str
     metadata: Mapping[str, str] = field(hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A box of a tensor, as one file stores it.
+
+    Attributes
+    ----------
+    shard : Shard
+        The file.
+    start : int
+        The byte of it where the first element lies.
+    offsets, sizes : tuple of int
+        Where the box begins in the tensor, and its shape.
+    strides : tuple of int
+        How many elements further in the file the next one along each axis lies.
+    """
+
+    shard: Shard
+    start: int
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +101,11 @@ class TensorInfo:
     shape : tuple of int
         Empty for a scalar.
     shard : Shard
-        The file that stores it.
+        The file that stores it, or its first slice.
     start, stop : int
-        Its bytes in that file: absolute offsets, `stop` excluded.
+        Its bytes in that file: absolute offsets, `stop` excluded. Both are 0 if there are slices.
+    slices : tuple of Slice
+        Where it lies if not in one run in the order of its elements; each element is in one slice.
 
     Examples
     --------
@@ -95,6 +121,7 @@ class TensorInfo:
     shard: Shard
     start: int
     stop: int
+    slices: tuple[Slice, ...] = field(default=(), hash=False)
 
     @property
     def numel(self) -> int:
@@ -104,7 +131,7 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Number of bytes stored."""
-        return self.stop - self.start
+        return self.numel * DTYPES[self.dtype].bits // 8
 
     @property
     def kind(self) -> Kind:
@@ -112,9 +139,10 @@ class TensorInfo:
         return DTYPES[self.dtype].kind
 
     @property
-    def region(self) -> tuple[int, int, int, int]:
-        """``(device, inode, start, stop)``: two tensors with the same region are the same bytes."""
-        return (self.shard.device, self.shard.inode, self.start, self.stop)
+    def region(self) -> tuple[object, ...]:
+        """``(device, inode, start, stop)`` and slices: two tensors with the same region are the same bytes."""
+        slices = [(one.shard.device, one.shard.inode, one.start, one.offsets, one.strides) for one in self.slices]
+        return (self.shard.device, self.shard.inode, self.start, self.stop, *slices)
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[Shard, tuple[TensorInfo, ...]]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckptdiff.checkpoint.foreign import CONVERT_PICKLE
 from ckptdiff.checkpoint.header import Shard, TensorInfo
 from ckptdiff.checkpoint.regular_file import read_whole, stat_path
 from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
@@ -21,7 +20,7 @@ MAX_INDEX_BYTES = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What a ``*.safetensors.index.json`` claims.
+    """What a ``*.safetensors.index.json`` claims, or a ``*.bin.index.json``.
 
     Attributes
     ----------
@@ -139,15 +138,6 @@ def _locate_shard(index: str, tensor: str, shard: str) -> str:
     # Hugging Face snapshots link each shard to a blob elsewhere; a linked folder on the way is not such a link.
     if not Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(folder)):
         raise _outside(index, tensor, shard)
-    if shard.endswith((".bin", ".pt", ".pth")):
-        raise IndexFileError(
-            "the index names a pickle",
-            file=index,
-            tensor=tensor,
-            expected="*.safetensors",
-            found=shard,
-            hint=CONVERT_PICKLE,
-        )
     try:
         stat_path(str(path))
     except CheckpointError as error:

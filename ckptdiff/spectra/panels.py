@@ -127,7 +127,7 @@ class StoredPanels:
         weight, whole, offset = (self.pair.base, self.pair.tuned)[side], self.view.columns, self.view.offset
         if columns == (0, whole):
             read_elements(self._shards, weight, offset + rows[0] * whole, offset + rows[1] * whole, out)
-        elif isinstance(weight, TensorInfo) or whole != matrix_of(weight.shape)[1]:
+        elif (isinstance(weight, TensorInfo) and not weight.slices) or whole != matrix_of(weight.shape)[1]:
             for row, codes in zip(range(*rows), out.reshape(rows[1] - rows[0], -1), strict=True):
                 first = offset + row * whole
                 read_elements(self._shards, weight, first + columns[0], first + columns[1], codes)

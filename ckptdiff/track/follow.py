@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import DTYPES
+from ckptdiff.checkpoint.boxes import read_elements
 from ckptdiff.checkpoint.open_shard import failed_once
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
+from ckptdiff.codes.fetch import AT, MEMORY
 from ckptdiff.events import Listener, Stage, ignore, stage
 from ckptdiff.in_order import Task, in_order
 from ckptdiff.measure.kernels.tiles import facts_of
@@ -108,7 +110,9 @@ def track(
     tensors = plan.tensors
     counts = np.zeros((len(tensors), len(plan.steps), len(Flow)), np.int64)
     squares = np.zeros((len(tensors), 1 + len(plan.steps)))
-    load(None, Uses(tuple(sorted({("track", followed.compare.name) for followed in tensors}))), tell)
+    scattered = any(side.slices for followed in tensors for side in followed.sides)
+    kernels = sorted({("track", followed.compare.name) for followed in tensors})
+    load(None, Uses((*kernels, *([("boxes",)] if scattered else []))), tell)
     nbytes = sum(side.nbytes for followed in tensors for side in followed.sides)
     with open_shards("pread") as shards, stage(tell, "following", nbytes, "bytes") as told:
         for found in _execute(tensors, shards, threads or default_threads(), told):
@@ -151,7 +155,7 @@ def _execute(tensors: Sequence[Followed], shards: OpenShards, threads: int, told
 
 
 def _files(tensors: Sequence[Followed], shards: OpenShards) -> NDArray[np.int64]:
-    """Where compiled code reads each side of each tensor; shape (tensors, sides, 5)."""
+    """Where compiled code reads each side of each tensor, if not of slices; shape (tensors, sides, 5)."""
     return np.array(
         [
             [
@@ -194,15 +198,37 @@ def _follow(
     values, magnitude = facts_of(alike.compare).values, alike.code_dtype.type(alike.compare.magnitude)
     spans = np.array(job)
     found = _Found(
-        spans[:, 0],
+        spans[:, 0].copy(),
         sum(span.stop - span.first for span in job) * sum(DTYPES[dtype].bits // 8 for dtype in alike.dtypes),
         np.zeros((len(job), files.shape[1] - 1, len(Flow)), np.int64),
         np.zeros((len(job), files.shape[1])),
     )
+    gathered: list[NDArray[np.uint8]] = []
+    if any(side.slices for span in job for side in tensors[span.tensor].sides):
+        files = _in_memory(tensors, files, job, shards, gathered)
+        spans[:, 0] = range(len(job))
     done = follow_spans(spans, files, tables, values, magnitude, rooms, found.counts, found.sums)
     if done < len(job):
         _fail(tensors[job[done].tensor], job[done], shards)
     return found
+
+
+def _in_memory(
+    tensors: Sequence[Followed],
+    files: NDArray[np.int64],
+    job: Sequence[_Span],
+    shards: OpenShards,
+    gathered: list[NDArray[np.uint8]],
+) -> NDArray[np.int64]:
+    """Where compiled code reads each side of each span of a job; what is of slices is gathered into memory first."""
+    places = files[[span.tensor for span in job]]
+    for row, span in zip(places, job, strict=True):
+        for number, side in enumerate(tensors[span.tensor].sides):
+            if side.slices:
+                gathered.append(np.empty((span.stop - span.first) * DTYPES[side.dtype].bits // 8, np.uint8))
+                read_elements(shards, side, span.first, span.stop, gathered[-1])
+                row[number, : AT + 1] = span.first, MEMORY, gathered[-1].ctypes.data
+    return places
 
 
 def _announce(tensors: Sequence[Followed], job: Sequence[_Span], shards: OpenShards) -> None:
@@ -212,17 +238,21 @@ def _announce(tensors: Sequence[Followed], job: Sequence[_Span], shards: OpenSha
     for number, (begin, end) in enumerate(zip(first.sides, last.sides, strict=True)):
         size = DTYPES[begin.dtype].bits // 8
         start, stop = begin.start + job[0].first * size, end.start + job[-1].stop * size
-        if begin.shard is end.shard and stop - start == numel * size:
+        if begin.shard is end.shard and stop - start == numel * size and not (begin.slices or end.slices):
             shards[begin.shard].ready(start, stop)
         else:
             for span in job:
                 side = tensors[span.tensor].sides[number]
+                if side.slices:
+                    continue
                 shards[side.shard].ready(side.start + span.first * size, side.start + span.stop * size)
 
 
 def _fail(followed: Followed, span: _Span, shards: OpenShards) -> NoReturn:
     """Read a span that compiled code could not read, to learn why."""
     for side in followed.sides:
+        if side.slices:  # gathered already, or this would not be asked
+            continue
         size = DTYPES[side.dtype].bits // 8
         buffer = np.empty(BLOCK * size, np.uint8)
         for first in range(span.first, span.stop, BLOCK):
