@@ -120,7 +120,7 @@ class TestDirectories:
 
     def test_an_index_of_pickles(self, tmp_path):
         write_index(tmp_path / "pytorch_model.bin.index.json", {"a": "pytorch_model.bin"})
-        (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+        (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04cposix\nsystem\n(S'touch PWNED'\ntR.")
         for path in (tmp_path, tmp_path / "pytorch_model.bin.index.json"):
             error = refusal(path)
             assert (error.file, error.found) == (str(tmp_path / "pytorch_model.bin"), "a pickle")

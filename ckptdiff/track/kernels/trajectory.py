@@ -15,7 +15,7 @@ from numba.extending import overload
 
 from ckptdiff.codes.bfloat16 import bf16_to_f32
 from ckptdiff.codes.bits import bits_float, population
-from ckptdiff.codes.fetch import Side, fetch
+from ckptdiff.codes.fetch import FILE, MEMORY, Side, fetch
 from ckptdiff.codes.lanes import (
     LANES,
     SUMS,
@@ -222,6 +222,8 @@ def read_piece(first: int, stop: int, files: Array, tables: Array, rooms: Rooms)
             return False
         if cast != NO_CAST:
             decode(raw, cast, itemsize, tables[side], codes[:n])
+        elif files[side, FILE] == MEMORY:  # which is handed out as it is where it is aligned
+            room[: raw.size] = raw
         codes[n : (n + LANES - 1) // LANES * LANES] = 0  # equal on all sides, they count nothing
     return True
 
