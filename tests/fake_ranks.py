@@ -1,5 +1,7 @@
 """Saves of several ranks, made in one process: torch's fake process group lets it be one rank after the other."""
 
+import math
+import sys
 from contextlib import contextmanager
 
 import torch
@@ -13,14 +15,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 @contextmanager
 def as_rank(rank, shape):
     """Be one of the ranks of a mesh."""
-    world = 1
-    for count in shape:
-        world *= count
+    world, hook = math.prod(shape), sys.excepthook
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     try:
         yield init_device_mesh("cpu", shape)
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook  # torch's own names the rank, and stays
 
 
 def part_of(whole, mesh, placements):
@@ -38,10 +39,7 @@ def part_of(whole, mesh, placements):
 
 def ranks_of(shape, make):
     """The state that `make(mesh)` gives on each rank."""
-    world = 1
-    for count in shape:
-        world *= count
-    for rank in range(world):
+    for rank in range(math.prod(shape)):
         with as_rank(rank, shape) as mesh:
             yield rank, make(mesh)
 
@@ -49,9 +47,7 @@ def ranks_of(shape, make):
 def save_by_ranks(folder, shape, make, name="model"):
     """A file of torch.save for each rank."""
     folder.mkdir(exist_ok=True)
-    world = 1
-    for count in shape:
-        world *= count
+    world = math.prod(shape)
     for rank, state in ranks_of(shape, make):
         torch.save(state, folder / f"{name}_world_size_{world}_rank_{rank}.pt")
     return folder
