@@ -78,7 +78,7 @@ def _planned(
     tree: dict[Any, Any] = {}
     for name, made in described.items():
         if made.kind == "TensorStorageMetadata":
-            *above, last = paths.get(name, (name,))
+            *above, last = map(str, _keys(paths.get(name, (name,))))
             level = tree
             for key in above:
                 level = level.setdefault(key, {})
@@ -87,7 +87,7 @@ def _planned(
     stored = {}
     for index, info in fields["storage_data"].items():
         of = index.fields()
-        stored[of["fqn"], of.get("offset")] = info.fields()
+        stored[_keys((of["fqn"],)), sizes_in(of.get("offset") or ())] = info.fields()
     of_files: dict[str, list[_Chunk]] = defaultdict(list)
     found: dict[str, Slices] = {}
     for name, key in model.tensors.items():
@@ -101,7 +101,7 @@ def _planned(
             offsets, sizes = sizes_in(chunk.fields()["offsets"]), sizes_in(chunk.fields()["sizes"])
             if not len(offsets) == len(sizes) == len(found[name].shape):
                 raise ValueError(f"a chunk of {name!a} with another number of axes")
-            where = stored.get((key, offsets))
+            where = stored.get(((key,), offsets))
             if where is None:
                 raise HeaderError(
                     "the metadata do not say where a slice of the tensor lies",
@@ -117,12 +117,21 @@ def _planned(
                     file=metadata,
                     tensor=name,
                     expected="tensors as torch.save stores them",
-                    found=f"{where['transform_descriptors']!a}"[:200],
+                    found="transform_descriptors",
                     hint="save it without extensions",
                 )
             start, length = sizes_in((where["offset"], where["length"]))
-            of_files[str(where["relative_path"])].append(_Chunk(start, length, name, found[name].dtype, offsets, sizes))
+            (path,) = _keys((where["relative_path"],))
+            of_files[str(path)].append(_Chunk(start, length, name, found[name].dtype, offsets, sizes))
+    if not of_files:
+        raise ValueError("tensors without a slice")
     return model, of_files, found
+
+
+def _keys(values: Any) -> tuple[str | int, ...]:
+    if not all(isinstance(value, (str, int)) for value in values):
+        raise TypeError("a name that is no text")
+    return tuple(values)
 
 
 def _locate(metadata: str, name: str) -> str:

@@ -22,13 +22,12 @@ __all__ = ["FoundShards", "find_shards"]
 _NUMBERED = re.compile(
     r"(?P<stem>.*)-(?P<number>[0-9]{5,})-of-(?P<total>[0-9]{5,})(?P<ending>\.safetensors|\.bin|\.pt|\.pth)", re.DOTALL
 )
-_RANKED = re.compile(r"(?P<stem>.*_world_size_)(?P<total>[0-9]{1,6})_rank_(?P<number>[0-9]{1,6})\.pt", re.DOTALL)
+_RANKED = re.compile(r"(?P<stem>.*_world_size_)(?P<total>[1-9][0-9]{0,5})_rank_(?P<number>[0-9]{1,6})\.pt", re.DOTALL)
 """How FSDP's trainers name the files of ranks."""
 _OF_A_RANK = re.compile(r"shard-[0-9]{5,}-model")
 """How torch.distributed.checkpoint names them; a rank that holds nothing of a file writes none."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHOWN = 5
-_MOST_RANKS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +116,7 @@ def _in_directory(path: str) -> FoundShards:
             paths = tuple(str(Path(path, name)) for name in shards)
             return _with_subfolders(path, FoundShards(paths, None, _warn_of_families(path, shards), ()))
         if Path(path, ".metadata").is_file():  # beside safetensors it is of what they were made of
-            return FoundShards((str(Path(path, ".metadata")),), None, (), (), "dcp")
+            return _with_subfolders(path, FoundShards((str(Path(path, ".metadata")),), None, (), (), "dcp"))
     if "snapshots" in names:
         return _in_directory(_snapshot(path))
     raise _nothing_to_read(path, names)
@@ -132,7 +131,7 @@ def _of_ranks(path: str, names: Iterable[str], named: str) -> FoundShards:
     match = _RANKED.fullmatch(named)
     assert match is not None
     total = int(match["total"])
-    wanted = [f"{match['stem']}{match['total']}_rank_{rank}.pt" for rank in range(min(total, _MOST_RANKS))]
+    wanted = [f"{match['stem']}{match['total']}_rank_{rank}.pt" for rank in range(total)]
     present = {*names}
     missing = [name for name in wanted if name not in present]
     if missing:

@@ -22,7 +22,6 @@ _TRAINING = re.compile(
 _COUNTER = re.compile(r"(?:global_)?(?:step|epoch|iteration|loss)|(?:\w+_)?rng_states?(?:_\w+)?", re.IGNORECASE)
 """Names of single tensors that do."""
 _DEEPEST = 20
-_MOST = 10_000_000
 _SHOWN = 8
 
 
@@ -56,8 +55,8 @@ class ModelPart:
 class _Walk:
     """Looks through what was saved, which may hold itself."""
 
-    def __init__(self, is_tensor: Callable[[Any], bool], file: str) -> None:
-        self.is_tensor, self.file, self._left = is_tensor, file, _MOST
+    def __init__(self, is_tensor: Callable[[Any], bool], file: str, most: int) -> None:
+        self.is_tensor, self.file, self._most, self._left = is_tensor, file, most, most
 
     def tensors(self, value: object, name: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
         """All tensors in it, by name."""
@@ -66,13 +65,14 @@ class _Walk:
             raise CheckpointError(
                 "it is nested too deeply, or holds itself",
                 file=self.file,
-                expected=f"at most {_DEEPEST} levels and {_MOST} values",
+                expected=f"at most {_DEEPEST} levels, and {self._most} dicts, lists and tensors",
                 found=ascii(".".join(name))[:200],
             )
         if self.is_tensor(value):
             yield ".".join(name), value
         for key, inside in _items(value):
-            yield from self.tensors(inside, (*name, key))
+            if isinstance(inside, (dict, list, tuple)) or self.is_tensor(inside):
+                yield from self.tensors(inside, (*name, key))
 
     def model_in(self, level: object, *, parts_are_one: bool) -> str | None:
         """Which key of a level holds the weights; None if the level itself does."""
@@ -101,7 +101,13 @@ class _Walk:
         )
 
 
-def find_model(saved: object, is_tensor: Callable[[Any], bool], file: str, part: str | None = None) -> ModelPart:
+def find_model(
+    saved: object,
+    is_tensor: Callable[[Any], bool],
+    file: str,
+    part: str | None = None,
+    most: int = 5_000_000,
+) -> ModelPart:
     """Find the model's part.
 
     At each level the only key that trainers use for the weights is followed. Else the level itself is taken, if it
@@ -116,13 +122,15 @@ def find_model(saved: object, is_tensor: Callable[[Any], bool], file: str, part:
         For messages.
     part : str, optional
         What the user asks for, such as "ema" or "state/ema".
+    most : int
+        Dicts, lists and tensors that are looked at, some of them several times.
 
     Raises
     ------
     CheckpointError
         No such part, no tensors but the training's, several parts that may be meant, or two tensors of one name.
     """
-    walk = _Walk(is_tensor, file)
+    walk = _Walk(is_tensor, file, most)
     path: tuple[str, ...] = ()
     chosen = saved
     for key in part.split("/") if part else ():

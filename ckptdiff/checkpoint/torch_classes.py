@@ -1,4 +1,7 @@
-"""List what state dicts and the metadata of torch.distributed.checkpoint are made of, in torch 1.13 to 2.13."""
+"""List what state dicts and the metadata of torch.distributed.checkpoint are made of.
+
+The names are those of torch 2.13, and those by which versions before it called the same things.
+"""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ _WRAPPED = "_rebuild_parameter", "_rebuild_parameter_with_state", "Parameter", "
 _SUBCLASS = "_rebuild_from_type_v2"
 _TENSORS = {*_PLAIN, *_WRAPPED, _SUBCLASS, "_rebuild_meta_tensor_no_storage", "ShardedTensor"}
 _LIMIT = 2**63
+_MOST_SPLITS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +38,11 @@ class Saved:
         Of the whole.
     slices : tuple of Slice
         What of it lies in this file; maybe nothing.
-    whole : bool
-        Whether it was saved as a tensor of its own, and not as one of several ranks' part.
     """
 
     dtype: str
     shape: tuple[int, ...]
     slices: tuple[Slice, ...]
-    whole: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +120,7 @@ def saved_tensor(name: str, made: Made, archive: TorchZip, shard: Shard) -> Save
     """
     try:
         return _Reader(name, archive, shard).read(made)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError) as error:
         raise HeaderError(
             "the pickle does not describe the tensor as torch does",
             file=shard.path,
@@ -202,7 +200,7 @@ class _Reader:
         if numel and any(size > 1 and step == 0 for size, step in zip(shape, strides, strict=True)):
             raise self.refuse("elements of the tensor share their place", "strides above 0", f"strides {list(strides)}")
         start = record.start + (offset * width if numel else 0)
-        return Saved(dtype, shape, (Slice(self._shard, start, (0,) * len(shape), shape, strides),), whole=True)
+        return Saved(dtype, shape, (Slice(self._shard, start, (0,) * len(shape), shape, strides),))
 
     def _storage(self, storage: Any) -> tuple[str, str, int, str | None]:
         """Class, key, number of elements and dtype."""
@@ -232,7 +230,7 @@ class _Reader:
                 whole, one = f"{dtype} of {list(shape)}", f"{held.dtype} of {list(held.shape)}"
                 raise self.refuse("a slice is not of its tensor", whole, one)
             found.append(replace(held.slices[0], offsets=offsets))
-        return Saved(dtype, shape, tuple(found), whole=False)
+        return Saved(dtype, shape, tuple(found))
 
     def _distributed(self, args: tuple[Any, ...], fields: Mapping[str, Any]) -> Saved:
         """Of a DTensor, what this rank holds."""
@@ -251,6 +249,8 @@ class _Reader:
             if placement.kind != "Replicate":
                 given = placement.fields() or dict(zip(("dim", "split_factor"), placement.args, strict=False))
                 axis, splits = given["dim"] % len(shape), given.get("split_factor", 1)
+                if not 1 <= splits <= _MOST_SPLITS:
+                    raise ValueError("a split into too many parts")
                 parts = [_chunk(held[axis], part, splits) for part in range(splits)]
                 held[axis] = [run for part in parts for run in _chunk(part, at, count)]
         (one,) = local.slices
@@ -267,7 +267,7 @@ class _Reader:
             start = one.start + further * DTYPES[dtype].bits // 8
             offsets, counts = tuple(first for first, _, _ in runs), tuple(stop - first for first, stop, _ in runs)
             found.append(Slice(one.shard, start, offsets, counts, one.strides))
-        return Saved(dtype, shape, tuple(found), whole=False)
+        return Saved(dtype, shape, tuple(found))
 
 
 _Runs = list[tuple[int, int]]

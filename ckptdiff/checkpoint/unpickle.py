@@ -16,6 +16,8 @@ from ckptdiff.errors import HeaderError
 
 __all__ = ["Made", "Named", "Persistent", "attributes", "bare_name", "unpickle"]
 
+_LONGEST = 1000
+"""Bytes of a number."""
 _OLD_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg", "torch.nn": "torch.nn.parameter"}
 
 
@@ -209,6 +211,11 @@ class _Machine:
         elif not isinstance(built, dict):  # an OrderedDict may have attributes of its own, which are no entries
             raise TypeError("a state for a value that has none")
 
+    def whole(self, size: int) -> None:
+        if size > _LONGEST:  # text of it would take for ever
+            raise ValueError(f"a number of {size} bytes")
+        self.push(int.from_bytes(self.take(size), "little", signed=True))
+
     def extend(self, values: list[Any]) -> None:
         target = self.top()
         if not isinstance(target, list):
@@ -219,13 +226,13 @@ class _Machine:
         target = self.top()
         if not isinstance(target, dict) or len(values) % 2:
             raise TypeError("entries for something that is no dict")
-        target.update(zip(values[::2], values[1::2], strict=True))
+        target.update(zip(map(_key, values[::2]), values[1::2], strict=True))
 
     def add(self, values: list[Any]) -> None:
         target = self.top()
         if not isinstance(target, set):
             raise TypeError("entries for something that is no set")
-        target.update(values)
+        target.update(map(_key, values))
 
     def remember(self, place: int | None) -> None:
         self._memo[len(self._memo) if place is None else place] = self.top()
@@ -246,7 +253,7 @@ def _known(module: str, name: str) -> Named:
 
 def _encode(text: str, encoding: str = "latin1") -> bytes:
     if encoding != "latin1" or not isinstance(text, str):
-        raise ValueError(f"text in {encoding!a}")
+        raise ValueError("text in another encoding")
     return text.encode("latin1")
 
 
@@ -257,14 +264,22 @@ def _nested(outer: Named, name: str) -> Named:
 
 
 def _as_dict(pairs: Any = ()) -> dict[Any, Any]:
-    return dict(pairs)
+    return {_key(key): value for key, value in (pairs.items() if isinstance(pairs, dict) else pairs)}
+
+
+def _key(value: Any) -> Any:
+    """What may be a key: the hash of tuples inside each other without end would run out of stack, and crash."""
+    for one in value if isinstance(value, tuple) else (value,):
+        if not isinstance(one, (str, bytes, int, float, Made, Named)) and one is not None:
+            raise TypeError(f"a key that is, or holds, a {type(one).__name__}")
+    return value
 
 
 _PLAIN: Mapping[str, Callable[..., object]] = {
     "collections.OrderedDict": _as_dict,
     "collections.defaultdict": lambda default=None, pairs=(): _as_dict(pairs),
-    "builtins.set": lambda values=(): set(values),
-    "builtins.frozenset": lambda values=(): frozenset(values),
+    "builtins.set": lambda values=(): set(map(_key, values)),
+    "builtins.frozenset": lambda values=(): frozenset(map(_key, values)),
     "builtins.getattr": _nested,
     "builtins.bytes": lambda: b"",
     "builtins.bytearray": lambda *given: bytes(given[0]) if given and isinstance(given[0], bytes) else _encode(*given),
@@ -285,8 +300,8 @@ _STEPS: dict[int, Callable[[_Machine], None]] = {
     ord("K"): lambda m: m.push(m.number("<B")),
     ord("M"): lambda m: m.push(m.number("<H")),
     ord("G"): lambda m: m.push(m.number(">d")),
-    0x8A: lambda m: m.push(int.from_bytes(m.take(m.number("<B")), "little", signed=True)),
-    0x8B: lambda m: m.push(int.from_bytes(m.take(m.number("<I")), "little", signed=True)),
+    0x8A: lambda m: m.whole(m.number("<B")),
+    0x8B: lambda m: m.whole(m.number("<I")),
     0x8C: lambda m: m.push(m.take(m.number("<B")).decode("utf-8", "surrogatepass")),
     ord("X"): lambda m: m.push(m.take(m.number("<I")).decode("utf-8", "surrogatepass")),
     0x8D: lambda m: m.push(m.take(m.number("<Q")).decode("utf-8", "surrogatepass")),
@@ -304,7 +319,7 @@ _STEPS: dict[int, Callable[[_Machine], None]] = {
     ord("s"): lambda m: m.update([m.pop(), m.pop()][::-1]),
     ord("u"): lambda m: m.update(m.pop_mark()),
     0x90: lambda m: m.add(m.pop_mark()),
-    0x91: lambda m: m.push(frozenset(m.pop_mark())),
+    0x91: lambda m: m.push(frozenset(map(_key, m.pop_mark()))),
     ord("l"): lambda m: m.push(m.pop_mark()),
     ord("t"): lambda m: m.push(tuple(m.pop_mark())),
     0x85: lambda m: m.tuple_of(1),

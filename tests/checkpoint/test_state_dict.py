@@ -96,4 +96,4 @@ def test_what_holds_itself():
     for _ in range(19):
         many = [many] * 10
     with pytest.raises(CheckpointError, match="nested too deeply"):
-        find({"a": many})
+        find_model({"a": many}, lambda value: isinstance(value, Tensor), "f.pt", most=10_000)

@@ -20,6 +20,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from ckptdiff.checkpoint import open_checkpoint
 from ckptdiff.checkpoint.boxes import is_contiguous
+from ckptdiff.checkpoint.torch_file import _mesh_shape
+from ckptdiff.checkpoint.unpickle import Made
 from ckptdiff.errors import CheckpointError, HeaderError
 
 WHOLE = torch.arange(60, dtype=torch.float32).reshape(10, 6)
@@ -438,3 +440,20 @@ def test_partial_sums_are_refused(tmp_path):
     folder = save_by_ranks(tmp_path / "ranks", (2,), lambda mesh: {"w": part_of(WHOLE, mesh, [Partial()])})
     with pytest.raises(HeaderError, match="a sum over ranks"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "shape"),
+    [
+        ({"mesh": ("_rebuild_tensor_v2", (None, 0, (2, 4), (4, 1)), None)}, (2, 4)),
+        ({"_layout": ("_MeshLayout", (), {"shape": 8, "stride": 1})}, (8,)),
+        ({"_layout": ("_MeshLayout", (), {"shape": (2, 4), "stride": (4, 1)})}, (2, 4)),
+        ({"_layout": ("_MeshLayout", (), {"shape": (2, (2, 2)), "stride": (4, (2, 1))})}, (2, 4)),
+    ],
+)
+def test_meshes_as_versions_before_kept_them(mesh, shape):
+    made = {}
+    for name, (of, args, state) in mesh.items():
+        made[name] = Made(of, args)
+        made[name].state = state
+    assert _mesh_shape(made) == shape

@@ -136,6 +136,8 @@ def test_getattr_names_nested_classes_alone(raw):
         b"\x80\x02}(K\x01u.",
         b"\x80\x02}]K\x01s.",
         b"\x80\x02K\x01K\x02a.",
+        b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"Ns.",  # a key whose hash would run out of stack
+        b"\x80\x02\x8b" + struct.pack("<I", 5000) + b"\x01" * 5000 + b".",
         b"\x80\x04\x8d" + struct.pack("<Q", 2**63) + b"x.",
     ],
 )
