@@ -126,7 +126,9 @@ def _gather(shards: OpenShards, tensor: TensorInfo, one: Slice, box: Box) -> NDA
     """Read a box of a tensor that lies in one of its slices."""
     size = DTYPES[tensor.dtype].bits // 8
     begin = sum((start - at) * step for (start, _), at, step in zip(box, one.offsets, one.strides, strict=True))
-    counts = [stop - start for start, stop in box]
+    sizes = [stop - start for start, stop in box]
+    # Along a stride of 0, as of an expanded tensor, all elements are one.
+    counts = [count if step else 1 for count, step in zip(sizes, one.strides, strict=True)]
     # As they lie in the file: the axis of the longest stride outside, and those that touch as one.
     order = sorted(range(len(box)), key=lambda axis: -one.strides[axis] if counts[axis] > 1 else -math.inf)
     axes: list[tuple[int, int]] = []
@@ -154,4 +156,4 @@ def _gather(shards: OpenShards, tensor: TensorInfo, one: Slice, box: Box) -> NDA
             raise failed_once([tensor])
         found[number] = line.view(f"u{size}")[:, ::step]
     stored = found.reshape([counts[axis] for axis in order])
-    return stored.transpose(np.argsort(order))
+    return np.broadcast_to(stored.transpose(np.argsort(order)), sizes)

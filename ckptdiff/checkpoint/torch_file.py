@@ -197,8 +197,6 @@ class _Reader:
             raise self.refuse(
                 "the tensor lies beyond its storage", f"at most {record.size} bytes", f"{(last + 1) * width} bytes"
             )
-        if numel and any(size > 1 and step == 0 for size, step in zip(shape, strides, strict=True)):
-            raise self.refuse("elements of the tensor share their place", "strides above 0", f"strides {list(strides)}")
         start = record.start + (offset * width if numel else 0)
         return Saved(dtype, shape, (Slice(self._shard, start, (0,) * len(shape), shape, strides),))
 
@@ -302,7 +300,7 @@ def _with_places(runs: _Runs) -> list[tuple[int, int, int]]:
 
 
 def _mesh_shape(mesh: Mapping[str, Any]) -> tuple[int, ...]:
-    """How many ranks a mesh has along each dimension; torch 2.9 and 2.12 changed how it is kept."""
+    """How many ranks a mesh has along each dimension, which versions of torch keep differently."""
     layout = mesh.get("_layout")
     if layout is None:
         return sizes_in(mesh["mesh"].args[2])
