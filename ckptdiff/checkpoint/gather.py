@@ -18,8 +18,8 @@ from ckptdiff.checkpoint.open_shards import OpenShards
 
 __all__ = ["read_bytes_of", "read_slices"]
 
-_FAR = 256
-"""Bytes between elements of a line from which on each is a read of its own."""
+_FAR = 4
+"""Stride from which on each element of a line is a read of its own; below, what lies between is read too."""
 
 Box = tuple[tuple[int, int], ...]
 """Start and stop along each axis."""
@@ -137,7 +137,7 @@ def _gather(shards: OpenShards, tensor: TensorInfo, one: Slice, box: Box) -> NDA
         if axes and axes[-1][1] == count * stride:
             count *= axes.pop()[0]
         axes.append((count, stride))
-    if axes[-1][1] * size >= _FAR:
+    if axes[-1][1] >= _FAR:
         axes.append((1, 1))
     *outer, (length, step) = axes
     rows, stride = outer.pop() if outer else (1, 0)
