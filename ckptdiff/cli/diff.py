@@ -88,8 +88,8 @@ if TYPE_CHECKING:
 def diff(base: str, tuned: str, **given: Any) -> int:
     """Compare two checkpoints, BASE and TUNED.
 
-    Each is a .safetensors file, a folder of shards, an index, or what torch saved: a zip file, a folder of such files, or
-    one of torch.distributed.checkpoint. With -o the figures and one update mask per tensor are kept in a run file.
+    Each is a .safetensors file, a folder of shards, an index, or what torch saved: a zip file, a folder of such files,
+    or one of torch.distributed.checkpoint. With -o the figures and one update mask per tensor are kept in a run file.
 
     \b
       ckptdiff diff base/ tuned/ -o run.h5
