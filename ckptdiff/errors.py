@@ -5,7 +5,7 @@
     CkptdiffError
     ├── OptionError           an option or argument that cannot be used
     ├── CheckpointError       a checkpoint that cannot be read
-    │   ├── HeaderError       a shard whose header breaks the safetensors format
+    │   ├── HeaderError       a shard whose header breaks its format
     │   ├── IndexFileError    an index.json that its shards contradict
     │   └── ChangedFileError  a shard that changed while it was read
     ├── PairingError          two checkpoints with nothing to compare
@@ -96,7 +96,7 @@ class CheckpointError(CkptdiffError):
 
 
 class HeaderError(CheckpointError):
-    """A shard whose header breaks the safetensors format."""
+    """A shard whose header breaks its format."""
 
 
 class IndexFileError(CheckpointError):

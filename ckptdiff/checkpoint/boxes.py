@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint.decoding import Decoder
 from ckptdiff.checkpoint.dtypes import DTYPES
+from ckptdiff.checkpoint.gather import read_slices
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.open_shards import OpenShards
+from ckptdiff.checkpoint.scattered import pieces_of
 from ckptdiff.checkpoint.weights import Assembled, Decoded, Piece, Range, Source, Weight
 
 __all__ = [
@@ -82,7 +84,9 @@ def stored_parts(weight: Weight) -> tuple[TensorInfo, ...]:
 
 def is_contiguous(weight: Weight) -> bool:
     """Whether compiled code can read a side by itself: it lies in runs that are long enough."""
-    return isinstance(weight, TensorInfo) or (isinstance(weight, Assembled) and _all_runs(weight) is not None)
+    if isinstance(weight, TensorInfo) and not weight.slices:
+        return True
+    return not isinstance(weight, Decoded) and _all_runs(weight) is not None
 
 
 def room_to_read(weight: Weight, numel: int) -> int:
@@ -95,9 +99,9 @@ def room_to_read(weight: Weight, numel: int) -> int:
 
 def runs_of(weight: Weight, first: int, stop: int) -> list[Run]:
     """The runs that hold elements ``first`` to ``stop`` - 1 of a contiguous side, cut to them."""
-    if isinstance(weight, TensorInfo):
+    if isinstance(weight, TensorInfo) and not weight.slices:
         return [Run(first, weight, first, stop - first)]
-    runs = _all_runs(weight) if isinstance(weight, Assembled) else None
+    runs = None if isinstance(weight, Decoded) else _all_runs(weight)
     assert runs is not None
     found = []
     for run in runs:
@@ -128,7 +132,7 @@ def read_elements(
     CheckpointError
         If a file cannot be read, or changes.
     """
-    if isinstance(weight, TensorInfo):
+    if isinstance(weight, TensorInfo) and not weight.slices:
         bits = DTYPES[weight.dtype].bits
         start = weight.start + first * bits // 8
         with shards[weight.shard].window(weight, start, start + out.size, out) as view:
@@ -235,6 +239,8 @@ def _read_source(
     if isinstance(source, Decoded):
         values = np.empty((bottom - top, right - left), np.float32)
         return decoder.decode(shards, source, lines, across, values).values.view(np.uint32)
+    if source.slices:
+        return read_slices(shards, source, lines, across)
     size = DTYPES[source.dtype].bits // 8
     columns = matrix_of(source.shape)[1]
     reader = shards[source.shard]
@@ -255,19 +261,20 @@ def matrix_of(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=64)
-def _all_runs(weight: Assembled) -> tuple[Run, ...] | None:
+def _all_runs(weight: Assembled | TensorInfo) -> tuple[Run, ...] | None:
     """All elements in runs, in order; None if some are not contiguous, decoded, or in too short runs."""
+    pieces = weight.pieces if isinstance(weight, Assembled) else pieces_of(weight)
     runs: list[Run] = []
-    for piece in weight.pieces:
+    for piece in pieces or ():
         found = _runs(weight.shape, piece)
         if found is None:
             return None
         runs += found
-    return tuple(sorted(runs))
+    return None if pieces is None else tuple(sorted(runs))
 
 
 def _runs(shape: tuple[int, ...], piece: Piece) -> list[Run] | None:
-    if piece.transposed or not isinstance(piece.source, TensorInfo):
+    if piece.transposed or not isinstance(piece.source, TensorInfo) or piece.source.slices:
         return None
     base, tuned = (_spans(*side) for side in ((shape, piece.base_index), (piece.source.shape, piece.tuned_index)))
     if base is None or tuned is None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ckptdiff.checkpoint.dcp import read_dcp
 from ckptdiff.checkpoint.find import FoundShards, find_shards
 from ckptdiff.checkpoint.header import Shard, TensorInfo, read_header
 from ckptdiff.checkpoint.index import Index, check_index
+from ckptdiff.checkpoint.rank_files import read_ranks, read_whole
 from ckptdiff.checkpoint.slices import holds_slices, sliced, written_by_ranks
+from ckptdiff.checkpoint.torch_zip import is_zip
 from ckptdiff.errors import CheckpointError
 from ckptdiff.remote.address import is_url, shown
 from ckptdiff.remote.hub import may_be_hub
@@ -78,7 +81,9 @@ def open_checkpoint(path: str | os.PathLike[str], stream: bool = False) -> Check
     path : path-like
         A safetensors file, a ``*.safetensors.index.json``, a folder that holds either, a Hugging Face cache
         snapshot, or a cache folder ``models--ORG--NAME``; a URL of such a file or folder; or a model of the Hugging
-        Face hub, ``org/name@revision``, if there is no file of that name.
+        Face hub, ``org/name@revision``, if there is no file of that name. Or what torch wrote: a zip file, a
+        ``*.bin.index.json``, a folder of such files, of a file for each rank, or of torch.distributed.checkpoint;
+        ``PATH#PART`` names a part.
     stream : bool
         Whether a model of the hub is read where it is; else it is downloaded into the cache first.
 
@@ -90,12 +95,12 @@ def open_checkpoint(path: str | os.PathLike[str], stream: bool = False) -> Check
     Raises
     ------
     HeaderError
-        A shard that breaks the safetensors format.
+        A shard that breaks its format.
     IndexFileError
         An index that is damaged, leaves its folder, or that the shards contradict.
     CheckpointError
-        Nothing to read, no permission, a missing shard, a tensor in two shards, or shards of several ranks that hold
-        slices of tensors.
+        Nothing to read, no permission, a missing shard, a tensor in two shards, safetensors of several ranks that hold
+        slices of tensors, or slices in torch's files that do not fit together.
 
     Examples
     --------
@@ -103,14 +108,20 @@ def open_checkpoint(path: str | os.PathLike[str], stream: bool = False) -> Check
     >>> ckptdiff.open_checkpoint("fixtures/llama/base").numel
     180800
     """
-    named = os.fspath(path)
+    named, part = _split_part(os.fspath(path))
     source = _find(named, stream)
+    called = source.path or (shown(named) if is_url(named) else os.fspath(path))
     warnings = list(source.warnings)
     shards: list[Shard] = []
     tensors: dict[str, TensorInfo] = {}
     by_inode: dict[tuple[int, int], Shard] = {}
     by_path: dict[str, Shard] = {}
-    for shard_path, (shard, held) in zip(source.paths, _headers(source), strict=True):
+    if source.kind != "whole":
+        read = read_dcp(source.paths[0], part) if source.kind == "dcp" else read_ranks(source.paths, part)
+        shards, tensors = read[0], {tensor.name: tensor for tensor in read[1]}
+        return Checkpoint(called, tuple(shards), tensors, (*warnings, *read[2]), None, source.unread)
+    for shard_path, (shard, held, said) in zip(source.paths, _headers(source, part), strict=True):
+        warnings += said
         first = by_inode.setdefault((shard.device, shard.inode), shard)
         by_path[shard_path] = first
         if first is not shard:
@@ -126,7 +137,6 @@ def open_checkpoint(path: str | os.PathLike[str], stream: bool = False) -> Check
                 raise sliced(tensor.shard, tensor.name) if by_ranks else _stored_twice(other, tensor)
     if source.index is not None:
         warnings += check_index(source.index, by_path, tensors)
-    called = source.path or (shown(named) if is_url(named) else named)
     return Checkpoint(called, tuple(shards), tensors, tuple(warnings), source.index, source.unread, source.origin)
 
 
@@ -142,14 +152,31 @@ def _find(path: str, stream: bool) -> FoundShards:
     return find_shards(path)
 
 
-def _headers(source: FoundShards) -> Iterable[tuple[Shard, tuple[TensorInfo, ...]]]:
+def _headers(source: FoundShards, part: str | None) -> Iterable[tuple[Shard, Sequence[TensorInfo], Sequence[str]]]:
     """The header of each shard; several at a time where each takes its way to a host and back."""
     if not source.elsewhere:
-        return map(read_header, source.paths)
+        return (_read_file(path, part) for path in source.paths)
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return list(pool.map(lambda path: read_header(path, *source.elsewhere[path]), source.paths))
+        found = list(pool.map(lambda path: read_header(path, *source.elsewhere[path]), source.paths))
+    return [(*each, ()) for each in found]
+
+
+def _split_part(path: str) -> tuple[str, str | None]:
+    """The path itself, and the part of what it holds that follows a "#"; a path of that name wins."""
+    named, mark, part = path.rpartition("#")
+    return (named, part) if mark and part and not os.path.lexists(path) and os.path.lexists(named) else (path, None)
+
+
+def _read_file(path: str, part: str | None) -> tuple[Shard, Sequence[TensorInfo], Sequence[str]]:
+    """Read a file's header, or the directory of one that torch wrote."""
+    if is_zip(path):
+        return read_whole(path, part)
+    shard, held = read_header(path)
+    if part is not None:
+        raise CheckpointError("a safetensors file has no parts", file=path, found=ascii(part), hint=f"name {path}")
+    return shard, held, ()
 
 
 def _stored_twice(first: TensorInfo, second: TensorInfo) -> CheckpointError:

@@ -1,7 +1,4 @@
-"""Decode boxes of quantised weights to float32.
-
-Of a box only its own bytes are read, and memory is proportional to it.
-"""
+"""Decode boxes of quantised weights to float32: only its own bytes are read, and memory is proportional to it."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint.code_formats import CODES
 from ckptdiff.checkpoint.dtypes import DTYPES
+from ckptdiff.checkpoint.gather import read_bytes_of
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.kernels.code_values import decode_codes
 from ckptdiff.checkpoint.open_shards import OpenShards
@@ -322,10 +320,12 @@ def _bytes(
     stack: ExitStack,
     buffer: ByteArray | None = None,
 ) -> tuple[NDArray[np.uint8], int]:
-    """Rows of a tensor, looked at as a matrix of bytes, from a column on; and the bytes from one to the next.
+    """Rows of a tensor, as a matrix of bytes, from a column on, read-only; and the bytes from one to the next.
 
-    They are read-only, and valid as long as the stack is open. A row that ends in padding is read with it.
+    They are valid as long as the stack is open. A row that ends in padding is read with it.
     """
+    if tensor.slices:
+        return read_bytes_of(shards, tensor, stride, *cut, buffer), cut.right - cut.left
     reader, size, count = shards[tensor.shard], cut.right - cut.left, cut.bottom - cut.top
     start = tensor.start + cut.top * stride + cut.left
     if count == 1:

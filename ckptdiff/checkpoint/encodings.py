@@ -259,7 +259,7 @@ def _stored_shapes(tensors: Iterable[TensorInfo]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for tensor in tensors:
         shapes[tensor.name] = ()
-        if tensor.dtype in ("I64", "I32") and 0 < tensor.numel <= _MOST_AXES:
+        if tensor.dtype in ("I64", "I32") and 0 < tensor.numel <= _MOST_AXES and not tensor.slices:
             of_file[tensor.shard.path].append(tensor)
     for some in of_file.values():
         for tensor, raw in zip(some, _stored(some), strict=True):

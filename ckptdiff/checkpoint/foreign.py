@@ -1,4 +1,4 @@
-"""Recognise model files that are not safetensors, and name them; they are never opened further."""
+"""Recognise model files that are not read, and name them; they are never opened further."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ from collections.abc import Iterable
 __all__ = ["CONVERT_PICKLE", "foreign_codes", "foreign_files", "foreign_format", "pickled_weights"]
 
 CONVERT_PICKLE = (
-    "convert it yourself, ckptdiff never unpickles: python -c 'import torch; from safetensors.torch import save_file;"
+    "convert it yourself, ckptdiff reads torch's zip files alone, and runs no pickle: python -c"
+    " 'import torch; from safetensors.torch import save_file;"
     ' state = torch.load("pytorch_model.bin", map_location="cpu", weights_only=True);'
     ' save_file({k: v.contiguous().clone() for k, v in state.items()}, "model.safetensors")\''
 )
-_CONVERT_DCP = (
-    "convert it yourself, ckptdiff never unpickles: python -c 'import torch; from safetensors.torch import save_file;"
-    " from torch.distributed.checkpoint.format_utils import dcp_to_torch_save;"
-    ' dcp_to_torch_save("FOLDER", "model.pt"); state = torch.load("model.pt", map_location="cpu", weights_only=True);'
-    ' state = state.get("model", state);'
-    ' save_file({k: v.contiguous().clone() for k, v in state.items()}, "model.safetensors")\''
-)
+_NO_METADATA = "without .metadata, which is written last, they cannot be read: the save or the copy is incomplete"
 _GGUF = (
     "GGUF is not supported: point ckptdiff at the safetensors files it was made from, or have transformers decode it:"
     " AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE).save_pretrained(OUT)"
@@ -35,7 +30,7 @@ _LFS = "fetch the file itself: git lfs pull"
 
 # A header length below the format's limit has zeros in its last bytes, so none of these can begin a valid shard.
 _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
-    (b"PK\x03\x04", "a zip archive, as torch.save writes", CONVERT_PICKLE),
+    (b"PK\x03\x04", "a zip archive, as torch.save writes", "give it a name that ends in .pt"),
     *((bytes([0x80, protocol]), "a pickle", CONVERT_PICKLE) for protocol in range(2, 6)),
     (b"GGUF", "a GGUF file", _GGUF),
     (b"version https://git-lfs", "a Git LFS pointer", _LFS),
@@ -45,12 +40,12 @@ _SIGNATURES: tuple[tuple[bytes, str, str], ...] = (
 
 _ENDINGS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     ((".bin", ".pt", ".pth", ".ckpt", ".pkl"), "pickles", CONVERT_PICKLE),
-    ((".distcp",), "shards of torch.distributed.checkpoint", _CONVERT_DCP),
+    ((".distcp",), "shards of torch.distributed.checkpoint without .metadata", _NO_METADATA),
     ((".gguf",), "GGUF files", _GGUF),
 )
 # Beside or below a model's own weights: the state of its training, and OpenVINO's copy of the model.
 _NO_WEIGHTS = re.compile(
-    r"(?:optimizer|scheduler|lr_scheduler|scaler|grad_scaler|sampler|dataloader|rng_state|random_states|training_args"
+    r"(?:optim|optimizer|extra_state|scheduler|lr_scheduler|scaler|grad_scaler|sampler|dataloader|rng_state|random_states|training_args"
     r"|trainer_state|openvino_\w*model)(?:[_.-].*)?\.\w+|.*_optim(?:_states)?\.\w+|.*\.pkl"
 )
 

@@ -11,21 +11,20 @@ import hashlib
 import math
 import os
 import reprlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from datetime import UTC
 from operator import attrgetter
 from typing import Any
 
-from ckptdiff.checkpoint.dtypes import DTYPES, Kind
+from ckptdiff.checkpoint.dtypes import DTYPES
 from ckptdiff.checkpoint.foreign import foreign_format
 from ckptdiff.checkpoint.regular_file import open_regular, read_bytes
 from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
+from ckptdiff.checkpoint.tensor_info import ELSEWHERE, Shard, Slice, TensorInfo
 from ckptdiff.errors import HeaderError
 from ckptdiff.remote.address import Address
-from ckptdiff.remote.remote_file import RemoteFile, number_of
+from ckptdiff.remote.remote_file import RemoteFile
 
-__all__ = ["MAX_HEADER_BYTES", "Shard", "TensorInfo", "read_header"]
+__all__ = ["MAX_HEADER_BYTES", "Shard", "Slice", "TensorInfo", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000
 """The longest header that the safetensors library reads."""
@@ -33,103 +32,11 @@ MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 _FIRST_BYTES = 1 << 19
 """Of a remote file, fetched at first: with most headers, and the length before them."""
-_ELSEWHERE = -1
-"""In place of a device."""
 _SIZE_LIMIT = 2**63
 _BITS_LIMIT = 8 * _SIZE_LIMIT
 _MAX_DIMENSIONS = 64
 _REPR = reprlib.Repr()
 _REPR.maxlist = _REPR.maxstring = 80
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One safetensors file, as it was when its header was read.
-
-    Attributes
-    ----------
-    path : str
-        As the user can find it: the path given, or the folder given joined with the file's name.
-    size : int
-        Length of the whole file, in bytes.
-    mtime_ns : int
-        Time of its last modification, in nanoseconds since the epoch.
-    device, inode : int
-        Which file it is, however many names lead to it.
-    header_sha256 : str
-        SHA-256 of the file's first ``8 + header length`` bytes, in hexadecimal.
-    metadata : mapping of str to str
-        The header's ``__metadata__``; empty if there is none.
-    remote : RemoteFile or None
-        Where it is and what it was there, if it is no local file; ``device`` and ``inode`` then tell its content.
-    content : str
-        The hash of its bytes by the word of the hub that it is from; empty if none is known.
-    """
-
-    path: str
-    size: int
-    mtime_ns: int
-    device: int
-    inode: int
-    header_sha256: str
-    metadata: Mapping[str, str] = field(hash=False)
-    remote: RemoteFile | None = None
-    content: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where one tensor lies and what it is.
-
-    Attributes
-    ----------
-    name : str
-        The raw name; it may hold control characters, ``/`` or markup.
-    dtype : str
-        A key of `DTYPES`.
-    shape : tuple of int
-        Empty for a scalar.
-    shard : Shard
-        The file that stores it.
-    start, stop : int
-        Its bytes in that file: absolute offsets, `stop` excluded.
-
-    Examples
-    --------
-    >>> import ckptdiff
-    >>> tensor = ckptdiff.open_checkpoint("fixtures/llama/base").tensors["lm_head.weight"]
-    >>> tensor.shape, tensor.nbytes == tensor.stop - tensor.start
-    ((256, 64), True)
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    shard: Shard
-    start: int
-    stop: int
-
-    @property
-    def numel(self) -> int:
-        """Number of elements; 1 for a scalar."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Number of bytes stored."""
-        return self.stop - self.start
-
-    @property
-    def kind(self) -> Kind:
-        """What can be measured on its values."""
-        return DTYPES[self.dtype].kind
-
-    @property
-    def region(self) -> tuple[int, int, int, int]:
-        """``(device, inode, start, stop)``, by a known hash if there is one: equal regions are the same bytes."""
-        if self.shard.content:
-            return (_ELSEWHERE, number_of(self.shard.content), self.start, self.stop)
-        return (self.shard.device, self.shard.inode, self.start, self.stop)
 
 
 def read_header(
@@ -179,7 +86,7 @@ def read_header(
             fetch(address, len(start), memoryview(rest), version)
             raw += rest
         remote = RemoteFile(address, version, content)
-        place = version.size, _nanoseconds(version.modified), _ELSEWHERE, remote.identity
+        place = version.size, _nanoseconds(version.modified), ELSEWHERE, remote.identity
     header = _parse(raw, file)
     digest = hashlib.sha256(start[:_LENGTH_BYTES] + raw).hexdigest()
     shard = Shard(file, *place, digest, _metadata(header.pop("__metadata__", None), file), remote, content)

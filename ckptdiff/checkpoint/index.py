@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ckptdiff.checkpoint.foreign import CONVERT_PICKLE
 from ckptdiff.checkpoint.header import Shard, TensorInfo
 from ckptdiff.checkpoint.regular_file import read_whole, stat_path
 from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
@@ -22,7 +21,7 @@ MAX_INDEX_BYTES = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """What a ``*.safetensors.index.json`` claims.
+    """What a ``*.safetensors.index.json`` claims, or a ``*.bin.index.json``.
 
     Attributes
     ----------
@@ -153,18 +152,9 @@ def check_index(index: Index, shards: Mapping[str, Shard], tensors: Mapping[str,
 
 
 def check_shard_name(index: str, tensor: str, shard: str) -> None:
-    """Raise IndexFileError for a name of a shard that leads out of the index's folder, or to a pickle."""
+    """Raise IndexFileError for a name of a shard that leads out of the index's folder."""
     if not shard or any(part in ("", ".", "..") for part in shard.split("/")) or "\\" in shard or "\0" in shard:
         raise _outside(index, tensor, shard)
-    if shard.endswith((".bin", ".pt", ".pth")):
-        raise IndexFileError(
-            "the index names a pickle",
-            file=index,
-            tensor=tensor,
-            expected="*.safetensors",
-            found=shard,
-            hint=CONVERT_PICKLE,
-        )
 
 
 def _locate_shard(index: str, tensor: str, shard: str) -> str:

@@ -164,5 +164,10 @@ def first_rows(weight: Source, rows: int) -> Source:
 
 
 def _first_rows(tensor: TensorInfo, rows: int) -> TensorInfo:
+    shape = (rows, *tensor.shape[1:])
+    if tensor.slices:
+        within = (one for one in tensor.slices if one.offsets[0] < rows)
+        cut = (replace(one, sizes=(min(one.sizes[0], rows - one.offsets[0]), *one.sizes[1:])) for one in within)
+        return replace(tensor, shape=shape, slices=tuple(cut))
     size = tensor.nbytes // tensor.shape[0]
-    return replace(tensor, shape=(rows, *tensor.shape[1:]), stop=tensor.start + rows * size)
+    return replace(tensor, shape=shape, stop=tensor.start + rows * size)

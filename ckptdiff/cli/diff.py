@@ -98,9 +98,9 @@ if TYPE_CHECKING:
 def diff(base: str, tuned: str, **given: Any) -> int:
     """Compare two checkpoints, BASE and TUNED.
 
-    Each is a .safetensors file, a folder of shards, a *.safetensors.index.json, a URL of one of these (https, s3, gs,
-    az), or a model of the Hugging Face hub such as org/name@revision. With -o the figures and one update mask per
-    tensor are kept in a run file.
+    Each is a .safetensors file, a folder of shards, an index, or what torch saved: a zip file, a folder of such files,
+    or one of torch.distributed.checkpoint; a URL (https, s3, gs, az), or a model of the Hugging Face hub such as
+    org/name@revision. With -o the figures and one update mask per tensor are kept in a run file.
 
     \b
       ckptdiff diff base/ tuned/ -o run.h5

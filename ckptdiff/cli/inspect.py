@@ -12,7 +12,7 @@ from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option
 from ckptdiff.cli.target import ReportTarget, files_of, output_option
 from ckptdiff.cli.view import format_option, write_rows
-from ckptdiff.errors import OptionError, plural
+from ckptdiff.errors import OptionError, first_few, plural
 from ckptdiff.report.text import quantity, safe, shape_text, size
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def inspect(checkpoint: str, **given: Any) -> int:
     rows = [_row(tensor, places[tensor.name]) for tensor in chosen]
     totals = {
         "path": opened.path,
-        "shards": len({row["shard"] for row in rows}),
+        "shards": len({name for tensor in chosen for name in _files(tensor)}),
         "tensors_listed": len(rows),
         "numel": sum(row["numel"] for row in rows),
         "bytes": sum(row["bytes"] for row in rows),
@@ -96,8 +96,14 @@ def _row(tensor: TensorInfo, place: Place) -> dict[str, Any]:
         "layer": place.layer,
         "module_type": place.module_type,
         "block": place.block,
-        "shard": os.path.basename(tensor.shard.path),  # noqa: PTH119
+        "shard": first_few(_files(tensor)),
     }
+
+
+def _files(tensor: TensorInfo) -> list[str]:
+    """Names of the files that store it."""
+    shards = [one.shard for one in tensor.slices] or [tensor.shard]
+    return sorted({os.path.basename(shard.path) for shard in shards})  # noqa: PTH119
 
 
 def _write_table(stream: TextIO, rows: list[dict[str, Any]], totals: dict[str, Any]) -> None:

@@ -25,6 +25,9 @@ output_option = click.option(
     help="Write the report to a file.",
 )
 
+_WEIGHTS = ".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt", ".distcp", ".metadata"
+"""How files of checkpoints end."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReportTarget:
@@ -104,10 +107,11 @@ def files_of(checkpoint: str) -> Iterator[Path]:
     """The files that make up a checkpoint, by the look of its path: itself, or what is in its folder."""
     path = Path(checkpoint)
     yield path
-    folder = path if path.is_dir() else path.parent if path.name.endswith(".index.json") else None
+    yield Path(checkpoint.rpartition("#")[0] or checkpoint)
+    folder = path if path.is_dir() else path.parent if path.name.endswith((".index.json", ".pt")) else None
     if folder is not None:
         with suppress(OSError):
-            yield from (entry for entry in folder.iterdir() if entry.name.endswith((".safetensors", ".json")))
+            yield from (entry for entry in folder.iterdir() if entry.name.endswith(_WEIGHTS))
 
 
 def _is_special(path: Path) -> bool:

@@ -16,6 +16,7 @@ from ckptdiff.checkpoint.blocks import blocks_of
 from ckptdiff.checkpoint.index import MAX_INDEX_BYTES, Index
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.checkpoint.regular_file import read_whole
+from ckptdiff.checkpoint.torch_zip import is_zip
 from ckptdiff.errors import CheckpointError, OptionError, PatchError, plural
 from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.exports.patch_reader import Patch, TensorPatch, changes_of, open_patch
@@ -107,6 +108,7 @@ def apply_patch(
     """
     target = Path(target)
     checkpoint, found = open_checkpoint(base), open_patch(patch)
+    _require_safetensors(checkpoint)
     single = checkpoint.index is None and [shard.path for shard in checkpoint.shards] == [checkpoint.path]
     _require_name(target, single)
     check_new(target)
@@ -193,6 +195,18 @@ def _patched(
             codes[change.offsets] = change.values
             change = next(changes, None)
         yield codes.view(np.uint8)
+
+
+def _require_safetensors(checkpoint: Checkpoint) -> None:
+    """Refuse what torch wrote: its checksums and places of storages would have to be written anew."""
+    other = next((shard.path for shard in checkpoint.shards if shard.remote is None and is_zip(shard.path)), None)
+    if other is not None:
+        raise CheckpointError(
+            "a patch is applied to safetensors files",
+            file=other,
+            found="a file that torch wrote",
+            hint="save the base as safetensors, and apply the patch to that with --force",
+        )
 
 
 def _require_name(target: Path, single: bool) -> None:

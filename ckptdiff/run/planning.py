@@ -17,7 +17,7 @@ from ckptdiff.checkpoint.boxes import is_contiguous, room_to_read, runs_of
 from ckptdiff.checkpoint.layout_halves import unusual_halves
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.checkpoint.same_values import look_for_ties, sampled_agreement, sampled_likeness
-from ckptdiff.checkpoint.weights import Assembled, Decoded, Weight, sources_of, stored_as
+from ckptdiff.checkpoint.weights import Decoded, Weight, sources_of, stored_as
 from ckptdiff.errors import plural
 from ckptdiff.events import Listener, Note, ignore
 from ckptdiff.figures.columns import Measured, measured
@@ -315,7 +315,7 @@ def _uses(pairing: Pairing, loads: tuple[Load, ...], options: Options, want_mask
             (alone if by_itself else alike).add(formats_of(base, tuned, options.compare))
     others = [side for one in pairs if not one.stored for side in (one.base, one.tuned)]
     decoded = any(isinstance(source, Decoded) for side in others for source in sources_of(side))
-    in_boxes = pairing.orders or not all(map(is_contiguous, others))
+    in_boxes = pairing.orders or not all(is_contiguous(side) for one in pairs for side in (one.base, one.tuned))
     reading = ["decoded"] if decoded else ["boxes"] if in_boxes else []
     mask_chunk = mask_chunk_bytes(max((load.numel for load in loads), default=0)) if want_masks else 0
     return uses(alike, alone, mask_chunk, reading)
@@ -357,6 +357,4 @@ def _reading(side: Weight) -> tuple[Hashable, ...]:
     """What tells how a side is read, beside its size."""
     if isinstance(side, Decoded):
         return stored_as(side), (side.shape, side.block)
-    if isinstance(side, Assembled):
-        return side.dtype, is_contiguous(side) and len(runs_of(side, 0, side.numel))
-    return stored_as(side), True
+    return stored_as(side), is_contiguous(side) and len(runs_of(side, 0, side.numel))

@@ -131,7 +131,7 @@ class StoredPanels:
             size = weight.nbytes // weight.numel
             start = weight.start + (offset + rows[0] * whole + columns[0]) * size
             self._shards[weight.shard].read_rows(weight, start, whole * size, out.reshape(rows[1] - rows[0], -1))
-        elif isinstance(weight, TensorInfo) or whole != matrix_of(weight.shape)[1]:
+        elif (isinstance(weight, TensorInfo) and not weight.slices) or whole != matrix_of(weight.shape)[1]:
             for row, codes in zip(range(*rows), out.reshape(rows[1] - rows[0], -1), strict=True):
                 first = offset + row * whole
                 read_elements(self._shards, weight, first + columns[0], first + columns[1], codes)

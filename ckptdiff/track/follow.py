@@ -182,7 +182,8 @@ def follow_all(
         np.zeros((len(tensors), 1 + steps)),
         np.zeros((len(tensors), kinds, steps * (steps + 1) // 2)),
     )
-    load(None, Uses((*sorted({("track", followed.compare.name) for followed in tensors}), *later)), tell)
+    boxes = [("boxes",)] if any(side.slices for followed in tensors for side in followed.sides) else []
+    load(None, Uses((*sorted({("track", followed.compare.name) for followed in tensors}), *boxes, *later)), tell)
     nbytes = sum(side.nbytes for followed in tensors for side in followed.sides)
     with open_shards("pread", _ROOM) as shards, stage(tell, name, nbytes, "bytes") as told:
         for found in _execute(tensors, shards, threads, told, kinds, every):
@@ -232,7 +233,7 @@ def _execute(
 
 
 def _files(tensors: Sequence[Followed], shards: OpenShards) -> NDArray[np.int64]:
-    """Where compiled code reads each side of each tensor; shape (tensors, sides, 5)."""
+    """Where compiled code reads each side of each tensor, if not of slices; shape (tensors, sides, 5)."""
     return np.array(
         [
             [
@@ -289,7 +290,8 @@ def _follow(
     )
     sums = found.counts, found.sums, found.products
     with ExitStack() as stack:
-        if any(side.shard.remote is not None for span in job for side in tensors[span.tensor].sides):
+        sides = (side for span in job for side in tensors[span.tensor].sides)
+        if any(side.slices or side.shard.remote is not None for side in sides):
             files = lent(stack, tensors, files, job, shards)
             spans[:, 0] = range(len(job))
         else:

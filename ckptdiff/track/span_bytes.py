@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import DTYPES, Shard, TensorInfo
+from ckptdiff.checkpoint.boxes import read_elements
 from ckptdiff.checkpoint.open_shard import failed_once
 from ckptdiff.checkpoint.open_shards import OpenShards
-from ckptdiff.codes.fetch import AT, FILE
+from ckptdiff.codes.fetch import AT, FILE, MEMORY
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.track.plan import Followed
 
@@ -45,6 +46,12 @@ def lent(
     table = files[[span.tensor for span in job]]
     for row, span in zip(table, job, strict=True):
         for run, side in zip(row, tensors[span.tensor].sides, strict=True):
+            if side.slices:  # gathered first
+                room = np.empty((span.stop - span.first) * DTYPES[side.dtype].bits // 8, np.uint8)
+                read_elements(shards, side, span.first, span.stop, room)
+                stack.callback(room.view)  # which keeps it until then
+                run[: AT + 1] = span.first, MEMORY, room.ctypes.data
+                continue
             start, stop = _bytes(side, span)
             file, at = shards[side.shard].lend(stack, side, start, stop)
             run[FILE : AT + 1] = file, at - (start - side.start)
@@ -74,6 +81,8 @@ def announce(tensors: Sequence[Followed], job: Sequence[TrackSpan], shards: Open
 def fail(followed: Followed, span: TrackSpan, shards: OpenShards) -> NoReturn:
     """Read a span that compiled code could not read, to learn why."""
     for side in followed.sides:
+        if side.slices:  # gathered already, or this would not be asked
+            continue
         size = DTYPES[side.dtype].bits // 8
         buffer = np.empty(BLOCK * size, np.uint8)
         for first in range(span.first, span.stop, BLOCK):

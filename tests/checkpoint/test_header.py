@@ -152,7 +152,7 @@ class TestFilesThatAreNoShards:
     @pytest.mark.parametrize(
         ("content", "found", "hint"),
         [
-            (b"PK\x03\x04" + bytes(range(1, 100)), "a zip archive", "weights_only=True"),
+            (b"PK\x03\x04" + bytes(range(1, 100)), "a zip archive", "ends in .pt"),
             (b"\x80\x02}q\x00(X\x06\x00\x00\x00weightq", "a pickle", "safetensors.torch"),
             (b"GGUF\x03\x00\x00\x00\x01\x00\x00\x00\x00", "a GGUF file", "not supported"),
             (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer", "git lfs pull"),

@@ -97,12 +97,20 @@ class TestDirectories:
     def test_only_pickles(self, tmp_path, name):
         (tmp_path / name).write_bytes(b"\x80\x04cposix\nsystem\n(S'touch PWNED'\ntR.")
         (tmp_path / "config.json").write_text("{}")
+        if "-of-" in name:
+            (tmp_path / "pytorch_model-00002-of-00002.bin").write_bytes(b"\x80\x04.")
         error = refusal(tmp_path)
-        assert error.problem == "the folder holds pickles and no safetensors"
-        assert error.found == name
+        assert error.problem == "not a safetensors file"
+        assert (error.file, error.found) == (str(tmp_path / name), "a pickle")
         assert "weights_only=True" in error.hint
         assert "save_file" in error.hint
-        assert sorted(os.listdir(tmp_path)) == sorted(["config.json", name])  # noqa: PTH208
+        assert not (tmp_path / "PWNED").exists()
+
+    def test_only_pickles_that_are_no_weights(self, tmp_path):
+        for name in ("optimizer.pt", "training_args.bin", "optim_world_size_2_rank_0.pt", "rng_state.pth"):
+            (tmp_path / name).touch()
+        error = refusal(tmp_path)
+        assert error.problem == "the folder holds pickles and no safetensors"
 
     def test_only_gguf(self, tmp_path):
         (tmp_path / "model-Q4.GGUF").touch()
@@ -112,9 +120,11 @@ class TestDirectories:
 
     def test_an_index_of_pickles(self, tmp_path):
         write_index(tmp_path / "pytorch_model.bin.index.json", {"a": "pytorch_model.bin"})
-        error = refusal(tmp_path / "pytorch_model.bin.index.json")
-        assert error.problem == "an index of pickles"
-        assert "save_file" in error.hint
+        (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04cposix\nsystem\n(S'touch PWNED'\ntR.")
+        for path in (tmp_path, tmp_path / "pytorch_model.bin.index.json"):
+            error = refusal(path)
+            assert (error.file, error.found) == (str(tmp_path / "pytorch_model.bin"), "a pickle")
+            assert "save_file" in error.hint
 
 
 class TestSubfolders:
