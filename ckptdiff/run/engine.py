@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint.kept import Kept
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
+from ckptdiff.checkpoint.weights import CommonPart
 from ckptdiff.events import Finished, Listener, Note, Stage, Started, TensorsDone, ignore, stage
 from ckptdiff.figures.catalogue import COLUMNS
 from ckptdiff.figures.columns import Measured
@@ -25,7 +26,7 @@ from ckptdiff.options import Options
 from ckptdiff.run.planning import Plan, prepare
 from ckptdiff.run.schedule import execute
 from ckptdiff.run.tasks import GRAIN, Grain
-from ckptdiff.run.worker import Result
+from ckptdiff.run.worker import Chunk, PartialMask, Result
 from ckptdiff.runfile.writer import RunFileWriter
 
 
@@ -62,11 +63,12 @@ def run_plan(
     started = datetime.now(UTC) - timedelta(seconds=time.perf_counter() - begun)
     _introduce(plan, tell)
     results = _Results(plan, tell)
+    partial: dict[int, PartialMask] = {}
     with open_shards(plan.io) as shards, _run_file(plan, out, title) as writer:
         with stage(tell, "comparing", plan.total_bytes, "bytes") as told:
             for result in execute(plan, shards, told.again):
                 if writer is not None:
-                    _write_masks(writer, plan, result)
+                    _write_masks(writer, plan, result, partial)
                 for measured in results.take(result, told):
                     if writer is not None:
                         writer.add_histograms(measured.histograms)
@@ -106,12 +108,19 @@ def _run_file(plan: Plan, out: Path | None, title: str | None) -> Iterator[RunFi
         yield writer
 
 
-def _write_masks(writer: RunFileWriter, plan: Plan, result: Result) -> None:
+def _write_masks(writer: RunFileWriter, plan: Plan, result: Result, partial: dict[int, PartialMask]) -> None:
     if not plan.want_masks:
         return
-    for chunk in result.chunks:
-        pair = plan.pairs[chunk.tensor]
-        writer.add_mask_chunk(pair.name, pair.shape, chunk.index, chunk.payload, chunk.filter_mask)
+    for found in result.chunks:
+        pair = plan.pairs[found.tensor]
+        chunks: Iterable[Chunk]
+        if isinstance(found, Chunk):
+            chunks = (found,)
+        else:
+            assert isinstance(pair.base, CommonPart)
+            chunks = partial.setdefault(found.tensor, PartialMask(found.tensor, pair.base)).take(found)
+        for chunk in chunks:
+            writer.add_mask_chunk(pair.name, pair.shape, chunk.index, chunk.payload, chunk.filter_mask)
     for index in result.tensors:
         if not plan.loads[index].numel:
             writer.begin_mask(plan.pairs[index].name, plan.pairs[index].shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
@@ -16,8 +17,9 @@ from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, TensorPair, o
 from ckptdiff.checkpoint.boxes import is_contiguous, room_to_read, runs_of
 from ckptdiff.checkpoint.layout_halves import unusual_halves
 from ckptdiff.checkpoint.open_shards import open_shards
+from ckptdiff.checkpoint.region import read_numel
 from ckptdiff.checkpoint.same_values import look_for_ties, sampled_agreement, sampled_likeness
-from ckptdiff.checkpoint.weights import Assembled, Decoded, Weight, sources_of, stored_as
+from ckptdiff.checkpoint.weights import Assembled, CommonPart, Decoded, Weight, sources_of, stored_as
 from ckptdiff.errors import plural
 from ckptdiff.events import Listener, ignore
 from ckptdiff.figures.columns import Measured, measured
@@ -281,7 +283,7 @@ def _uses(pairing: Pairing, loads: tuple[Load, ...], options: Options, want_mask
     decoded = any(isinstance(source, Decoded) for side in others for source in sources_of(side))
     in_boxes = pairing.orders or not all(map(is_contiguous, others))
     reading = ["decoded"] if decoded else ["boxes"] if in_boxes else []
-    mask_chunk = mask_chunk_bytes(max((load.numel for load in loads), default=0)) if want_masks else 0
+    mask_chunk = mask_chunk_bytes(max((math.prod(one.shape) for one in pairs), default=0)) if want_masks else 0
     return uses(alike, alone, mask_chunk, reading)
 
 
@@ -321,6 +323,8 @@ def _reading(side: Weight) -> tuple[Hashable, ...]:
     """What tells how a side is read, beside its size."""
     if isinstance(side, Decoded):
         return stored_as(side), (side.shape, side.block)
+    if isinstance(side, CommonPart):
+        return *_reading(side.whole), side.whole.numel, read_numel(side.region)
     if isinstance(side, Assembled):
         return side.dtype, is_contiguous(side) and len(runs_of(side, 0, side.numel))
     return stored_as(side), True

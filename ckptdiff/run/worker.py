@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint import TensorPair
 from ckptdiff.checkpoint.kept import Kept
 from ckptdiff.checkpoint.open_shards import OpenShards
+from ckptdiff.checkpoint.region import Spread
+from ckptdiff.checkpoint.weights import CommonPart
 from ckptdiff.measure.backend import Batching
 from ckptdiff.measure.bitwise import scan_bits
 from ckptdiff.measure.partial import BLOCK, BitScan, Count, Partial, Refined, Scan, Targets
@@ -23,9 +25,9 @@ from ckptdiff.run.planning import Plan
 from ckptdiff.run.shard_source import ShardSource, SideRooms, small_pairs
 from ckptdiff.run.tasks import Span
 from ckptdiff.runfile.compress import compress_chunk, compress_parts
-from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes
+from ckptdiff.runfile.schema import BIT_ORDER, MASK_CHUNK, mask_chunk_bytes
 
-__all__ = ["Chunk", "Result", "Worker"]
+__all__ = ["Chunk", "CommonBits", "PartialMask", "Result", "Worker"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,15 @@ class Chunk:
     index: int
     payload: bytes
     filter_mask: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommonBits:
+    """The mask of a span of a tensor of which both sides have a part, of that part alone, bit-packed."""
+
+    tensor: int
+    packed: NDArray[np.uint8]
+    numel: int
 
 
 @dataclass(slots=True)
@@ -50,8 +61,8 @@ class Result:
         Of a part of a large tensor.
     found : Partial, Refined or None
         To be merged with the other spans of the tensor; None once it is.
-    chunks : list of Chunk
-        Mask chunks, in order.
+    chunks : list of Chunk or CommonBits
+        Mask chunks, or what :class:`PartialMask` makes them of, in order.
     compared, unchanged : int
         Floating coordinates that were seen for the first time, and those of them that did not change.
     records : Records or None
@@ -65,7 +76,7 @@ class Result:
     tensors: range
     span: Span | None = None
     found: Partial | Refined | None = None
-    chunks: list[Chunk] = field(default_factory=list)
+    chunks: list[Chunk | CommonBits] = field(default_factory=list)
     compared: int = 0
     unchanged: int = 0
     records: Records | None = None
@@ -97,7 +108,7 @@ class Worker:
     def measure(self, tensors: range, alike: bool) -> Result:
         """Measure whole tensor pairs: in one call those of the same formats, then one by one what is not complete."""
         plan, records = self._plan, empty_records(len(tensors))
-        chunks = self._scan_alike(tensors, records) if alike else []
+        chunks: list[Chunk | CommonBits] = self._scan_alike(tensors, records) if alike else []
         for row in np.flatnonzero(~records.complete).tolist():
             index = tensors[row]
             # What was scanned alike has its mask already.
@@ -126,7 +137,7 @@ class Worker:
         result.kept, self._kept, result.odd = self._kept, {}, self._rooms.take_odd()
         return result
 
-    def _scan_alike(self, tensors: range, records: Records) -> list[Chunk]:
+    def _scan_alike(self, tensors: range, records: Records) -> list[Chunk | CommonBits]:
         """Fill the rows of small tensor pairs of the same formats, as far as one scan tells."""
         plan, pairs = self._plan, self._plan.pairs[tensors.start : tensors.stop]
         model, backend = plan.measurement(tensors.start, plan.want_masks), self._backend
@@ -139,7 +150,7 @@ class Worker:
         payloads = compress_parts(masks, starts, -(-small.numel // 8)) if model.next.want_mask else []
         return [Chunk(index, 0, *payload) for index, payload in zip(tensors, payloads, strict=False)]
 
-    def _pass(self, measurement: Measurement, span: Span) -> tuple[Partial | Refined, list[Chunk]]:
+    def _pass(self, measurement: Measurement, span: Span) -> tuple[Partial | Refined, list[Chunk | CommonBits]]:
         todo, pair = measurement.next, self._plan.pairs[span.tensor]
         assert todo is not None
         # What both sides have in common is counted by the pass that sees all of it first.
@@ -158,6 +169,8 @@ class Worker:
             mask = self._backend.scan(todo, source, partial, measurement.first_tie(span.first))
         if source.kept is not None:
             self._kept[span.tensor] = source.kept
+        if mask is not None and isinstance(pair.base, CommonPart):
+            return partial, [CommonBits(span.tensor, mask.copy(), source.numel)]
         return partial, [] if mask is None else list(_compressed(mask, span, pair))
 
     def _blank(self) -> Partial:
@@ -168,6 +181,31 @@ class Worker:
             return Partial()
         partial.clear()
         return partial
+
+
+class PartialMask:
+    """Makes the mask chunks of a whole tensor of those of the part of it that both sides have, as they come in order.
+
+    Parameters
+    ----------
+    tensor : int
+        In plan order.
+    part : CommonPart
+        The base's side.
+    """
+
+    def __init__(self, tensor: int, part: CommonPart) -> None:
+        self._tensor, self._spread = tensor, Spread(part.region, BLOCK)
+        self._size = mask_chunk_bytes(part.whole.numel)
+        self._next = 0
+
+    def take(self, bits: CommonBits) -> Iterator[Chunk]:
+        """Yield the chunks that are complete with these."""
+        common = np.unpackbits(bits.packed, count=bits.numel, bitorder=BIT_ORDER).view(np.bool_)
+        for block in self._spread.take(common):
+            packed = np.packbits(block, bitorder=BIT_ORDER)
+            yield Chunk(self._tensor, self._next, *compress_chunk(packed, self._size))
+            self._next += 1
 
 
 def _compressed(mask: NDArray[np.uint8], span: Span, pair: TensorPair) -> Iterator[Chunk]:
