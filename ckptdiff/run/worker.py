@@ -201,11 +201,13 @@ class PartialMask:
 
     def take(self, bits: CommonBits) -> Iterator[Chunk]:
         """Yield the chunks that are complete with these."""
-        common = np.unpackbits(bits.packed, count=bits.numel, bitorder=BIT_ORDER).view(np.bool_)
-        for block in self._spread.take(common):
-            packed = np.packbits(block, bitorder=BIT_ORDER)
-            yield Chunk(self._tensor, self._next, *compress_chunk(packed, self._size))
-            self._next += 1
+        for start in range(0, bits.numel, BLOCK):
+            packed, count = bits.packed[start // 8 :], min(BLOCK, bits.numel - start)
+            common = np.unpackbits(packed, count=count, bitorder=BIT_ORDER).view(np.bool_)
+            for block in self._spread.take(common):
+                chunk = compress_chunk(np.packbits(block, bitorder=BIT_ORDER), self._size)
+                yield Chunk(self._tensor, self._next, *chunk)
+                self._next += 1
 
 
 def _compressed(mask: NDArray[np.uint8], span: Span, pair: TensorPair) -> Iterator[Chunk]:
