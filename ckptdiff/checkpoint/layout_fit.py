@@ -278,7 +278,7 @@ class Block:
         return tuple(pieces), tuple(dict.fromkeys(missing))
 
     def _sources(self, base: StoredPart, part: str) -> tuple[list[_Held], str]:
-        """What holds a part, with the entries of the expert axis on either side, and what it is missing of."""
+        """What holds a part, with the entries of the expert axis on either side, and what is missing of it."""
         held = self.slots[1].get(part, {})
         stack = held.get(_STACKED)
         if base.stacked:

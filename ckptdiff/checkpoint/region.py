@@ -73,7 +73,7 @@ def rows_of(region: Region, first: int, stop: int) -> Iterator[tuple[tuple[int, 
         yield (begin, end), chosen
 
 
-# What is read at a time is one tensor for each thread; of all together this may be as much as the run may take.
+# Of a few tensors, those that threads read at a time: of all together it could be more than a run may take.
 @lru_cache(maxsize=8)
 def _lines_of(region: Region) -> _Lines:
     ranges = list(dict.fromkeys(box[-1] for box in region.boxes))

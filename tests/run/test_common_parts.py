@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import ckptdiff
 from ckptdiff import RunFile
@@ -167,6 +167,17 @@ def test_values_stored_wider(tmp_path: Path) -> None:
     for compare in ("bf16", "stored"):
         diff = ckptdiff.diff(sides.base_path, sides.tuned_path, compare=compare)
         assert_part(diff, sides, tmp_path / compare, compare=compare)
+
+
+def test_an_expert_of_another_shape_is_only_in_tuned(sides: Sides, tmp_path: Path) -> None:
+    """Each side counts it: the base its own rows, the tuned side the whole of it."""
+    other = f"{INSIDE}.1.up_proj.weight"
+    tensors = load_file(sides.tuned_path / "model.safetensors") | {other: np.ones((11, 20), BF16)}
+    diff = ckptdiff.diff(sides.base_path, save(tmp_path / "odd", tensors))
+    assert diff.only_in_tuned == (other,) and not diff.only_in_base
+    assert row_of(diff, sides.name)["numel"] == sides.known.sum()
+    assert diff.coverage["tuned"].values - diff.coverage["tuned"].compared == 11 * 20
+    assert any("1.up_proj.weight has shape (11, 20), where (12, 20) is right" in text for text in diff.warnings)
 
 
 def test_codes_with_scales(tmp_path: Path) -> None:
