@@ -20,8 +20,9 @@ from ckptdiff.checkpoint.dtypes import DTYPES
 from ckptdiff.checkpoint.gather import read_slices
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.open_shards import OpenShards
+from ckptdiff.checkpoint.region import read_numel, rows_of
 from ckptdiff.checkpoint.scattered import pieces_of
-from ckptdiff.checkpoint.weights import Assembled, Decoded, Piece, Range, Source, Weight
+from ckptdiff.checkpoint.weights import Assembled, CommonPart, Decoded, Piece, Range, Source, Weight
 
 __all__ = [
     "Run",
@@ -79,6 +80,8 @@ def stored_parts(weight: Weight) -> tuple[TensorInfo, ...]:
         return (weight,)
     if isinstance(weight, Decoded):
         return weight.parts
+    if isinstance(weight, CommonPart):
+        return stored_parts(weight.whole)
     return tuple(dict.fromkeys(part for piece in weight.pieces for part in stored_parts(piece.source)))
 
 
@@ -93,6 +96,10 @@ def room_to_read(weight: Weight, numel: int) -> int:
     """Bytes that it takes to read so many elements of a side that is not contiguous, beside those themselves."""
     if is_contiguous(weight):
         return 0
+    if isinstance(weight, CommonPart):
+        # Its rows, in full; twice, and which of them are asked for.
+        rows = -(-read_numel(weight.region) * numel // weight.numel)
+        return room_to_read(weight.whole, rows) + rows * (2 * DTYPES[weight.dtype].bits // 8 + 1)
     # Interleaved halves are read whole; of whole rows a little more than asked for.
     return 4 * numel * DTYPES[weight.dtype].bits // 8 + (1 << 20)
 
@@ -140,6 +147,15 @@ def read_elements(
                 out[:] = view
         return
     codes = out.view(f"u{DTYPES[weight.dtype].bits // 8}")
+    if isinstance(weight, CommonPart):
+        columns = matrix_of(weight.whole.shape)[1]
+        for lines, chosen in rows_of(weight.region, first, stop):
+            rows = np.empty((lines[1] - lines[0], columns), codes.dtype)
+            read_weight(shards, weight.whole, lines, (0, columns), rows, decoder)
+            found = rows[chosen]
+            codes[: found.size] = found
+            codes = codes[found.size :]
+        return
     if isinstance(weight, Assembled):
         # Whole rows: a part of one may be as many reads as it has elements.
         columns = matrix_of(weight.shape)[1]
@@ -205,6 +221,7 @@ def read_weight(
     if isinstance(weight, TensorInfo):
         out[:] = _read_source(shards, weight, rows, columns, decoder)
         return
+    assert isinstance(weight, Assembled)  # the elements of a part lie in no box
     for box in _boxes(weight):
         row, down, column, right = box.base
         lines, across = _inside(row, down, box.rows, rows), _inside(column, right, box.columns, columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -18,6 +18,7 @@ Flips: TypeAlias = tuple[bool, bool]
 """Whether base and tuned store [in, out] where their layouts leave that open."""
 
 _Shape: TypeAlias = tuple[int, ...]
+_Held: TypeAlias = "tuple[StoredPart, Range | None, Range | None]"
 _STACKED = -1
 _SIDES = ("base", "tuned")
 
@@ -63,12 +64,9 @@ class StoredPart:
         shape = self.source.shape[1:] if self.stacked else self.source.shape
         return (*shape[:-2], shape[-1], shape[-2]) if self.flipped(flip) else shape
 
-    def index(self, body: _Shape, rows: Range, expert: int | None, flip: bool) -> tuple[Range, ...]:
-        """Its ranges that hold some rows of one expert, or of all."""
-        if not self.stacked:
-            return _index(body, rows, self.flipped(flip), None)
-        experts = (0, self.source.shape[0], 1) if expert is None else (expert, expert + 1, 1)
-        return _index(body, rows, self.flipped(flip), experts)
+    def index(self, body: _Shape, rows: Range, experts: Range | None, flip: bool) -> tuple[Range, ...]:
+        """Its ranges that hold some rows, of some experts if it is of several."""
+        return _index(body, rows, self.flipped(flip), experts if self.stacked else None)
 
 
 # Layers have the same shapes: a model has few indices, and many tensors.
@@ -164,28 +162,34 @@ class Block:
         return (" and ".join(stored.parts),) if self.whole else stored.parts
 
     def fitting(self) -> tuple[list[Flips], str]:
-        """Which of `flips` make all parts fit, and why the first does not if none does."""
+        """Which of `flips` make the most parts fit, and why the first makes none fit if that is so of all."""
         permuted = {any(stored.reading.layout.permuted for stored in side) for side in (self.base, self.tuned)}
         if len(permuted) > 1:
             return [], "rows of q and k may be permuted on one side for rotary embeddings"
-        fitting, reasons = [], []
+        found: list[tuple[int, Flips]] = []
+        reasons = []
         for flips in self.flips:
             try:
-                self._bodies[flips] = self.bodies(flips)
-                fitting.append(flips)
+                self._bodies[flips], unfit = self.bodies(flips)
+                if unfit and len(unfit) == len(self.slots[0].keys() & self.slots[1].keys()):
+                    raise UnfitError(next(iter(unfit.values())))
+                found.append((len(unfit), flips))
             except UnfitError as error:
                 reasons.append(str(error))
-        return fitting, reasons[0] if reasons else ""
+        least = min((unfit_parts for unfit_parts, _ in found), default=0)
+        return [flips for unfit_parts, flips in found if unfit_parts == least], reasons[0] if reasons else ""
 
-    def bodies(self, flips: Flips) -> dict[str, _Shape]:
-        """Shape of each part of one expert, as far as fused tensors and stacks tell.
+    def bodies(self, flips: Flips) -> tuple[dict[str, _Shape], dict[str, str]]:
+        """Shape of each part of one expert, as far as fused tensors and stacks tell, and why parts do not fit.
 
         Raises
         ------
         UnfitError
-            Tensors that contradict each other, or no tensor that could be a part of theirs.
+            Nothing tells where the parts of a tensor end, or a side stores one twice.
         """
         bodies: dict[str, _Shape] = {}
+        unfit: dict[str, str] = {}
+        common = [part for part in self.slots[0] if part in self.slots[1]]
         for side, flip in enumerate(flips):
             for stored in (self.base, self.tuned)[side]:
                 parts = self._parts(stored)
@@ -194,23 +198,25 @@ class Block:
                 body = stored.body(flip)
                 shapes = [body] if len(parts) == 1 else self._split(stored, body, side, flips)
                 for part, shape in zip(parts, shapes, strict=True):
-                    if bodies.setdefault(part, shape) != shape:
-                        raise UnfitError(f"the {part} of {stored.source.name} is {shape}, not {bodies[part]}")
-        for part in self.slots[0]:
-            if part in self.slots[1]:
-                self._check_singles(part, bodies.get(part), flips)
-        return bodies
+                    if bodies.setdefault(part, shape) != shape and part in common:
+                        unfit[part] = f"the {part} of {stored.source.name} is {shape}, not {bodies[part]}"
+        for part in common:
+            reason = self._unfit_singles(part, bodies.get(part), flips)
+            if reason:
+                unfit.setdefault(part, reason)
+        return bodies, unfit
 
-    def _check_singles(self, part: str, body: _Shape | None, flips: Flips) -> None:
-        """Refuse where no tensor that holds a part alone has a shape that fits."""
+    def _unfit_singles(self, part: str, body: _Shape | None, flips: Flips) -> str:
+        """Say where no tensor that holds a part alone has a shape that fits."""
         base, tuned = self._singles(0, part), self._singles(1, part)
         for side, held in enumerate((base, tuned)):
             if body is not None and held and not any(one.body(flips[side]) == body for one in held.values()):
-                raise UnfitError(f"no {part} of {_SIDES[side]} has shape {body}")
+                return f"no {part} of {_SIDES[side]} has shape {body}"
         if body is None and not any(
             key in tuned and tuned[key].body(flips[1]) == one.body(flips[0]) for key, one in base.items()
         ):
-            raise UnfitError(f"no {part} has the same shape on both sides")
+            return f"no {part} has the same shape on both sides"
+        return ""
 
     def _singles(self, side: int, part: str) -> dict[int | None, StoredPart]:
         """Tensors that hold a part of one module or expert alone, by the expert's number."""
@@ -225,71 +231,91 @@ class Block:
         equal = stored.reading.layout.equal or stored.interleaved
         if not equal and known.count(None) == count:
             raise UnfitError(f"nothing tells where parts of {stored.source.name} end")
-        if equal or known.count(None) > 1:
-            if total % count:
-                raise UnfitError(f"{stored.source.name} has {total} rows, which are not {count} equal parts")
+        rest, unknown = total - sum(rows or 0 for rows in known), known.count(None)
+        if equal and total % count:
+            raise UnfitError(f"{stored.source.name} has {total} rows, which are not {count} equal parts")
+        if equal or (unknown > 1 and all(rows is None or rows * count == total for rows in known)):
             rows = [total // count] * count
         else:
-            rest = total - sum(rows or 0 for rows in known)
-            rows = [rest if one is None else one for one in known]
+            # Where missing parts end is of no account if all that are there lie before or behind them.
+            places = [place for place, rows in enumerate(known) if rows is None]
+            if unknown and places[-1] - places[0] >= unknown:
+                raise UnfitError(f"nothing tells where parts of {stored.source.name} end")
+            shares = [rest // unknown] * (unknown - 1) if unknown else []
+            left = iter([*shares, rest - sum(shares)])
+            rows = [next(left) if one is None else one for one in known]
             if sum(rows) != total or min(rows) <= 0:
                 raise UnfitError(f"{stored.source.name} has {total} rows, its parts {_listed(known)}")
         return [(one, *body[1:]) for one in rows]
 
-    def pieces(self, base: StoredPart, flips: Flips) -> tuple[Piece, ...]:
+    def pieces(self, base: StoredPart, flips: Flips) -> tuple[tuple[Piece, ...], tuple[str, ...]]:
         """Take a tensor of the base from those of the tuned side, once they fit.
+
+        Returns
+        -------
+        tuple of Piece
+            One at least.
+        tuple of str
+            What is missing.
 
         Raises
         ------
         UnfitError
-            What is missing.
+            All of it is.
         """
-        return tuple(
-            self._piece(base, held, part, (mine, theirs), flips)
-            for part in self._parts(base)
-            for held, mine, theirs in self._sources(base, part)
-        )
+        pieces: list[Piece] = []
+        missing: list[str] = []
+        for part in self._parts(base):
+            sources, lacking = self._sources(base, part)
+            missing += [lacking] if lacking else []
+            for held, mine, theirs in sources:
+                try:
+                    pieces.append(self._piece(base, held, part, (mine, theirs), flips))
+                except UnfitError as error:
+                    missing.append(str(error))
+        if not pieces:
+            raise UnfitError(first_few(missing))
+        return tuple(pieces), tuple(dict.fromkeys(missing))
 
-    def _sources(self, base: StoredPart, part: str) -> Iterator[tuple[StoredPart, int | None, int | None]]:
-        """What holds a part, with the entry of the expert axis on either side, None for all or where there is none."""
+    def _sources(self, base: StoredPart, part: str) -> tuple[list[_Held], str]:
+        """What holds a part, with the entries of the expert axis on either side, and what is missing of it."""
         held = self.slots[1].get(part, {})
         stack = held.get(_STACKED)
         if base.stacked:
             experts = base.source.shape[0]
             if stack is not None:
-                if stack.source.shape[0] != experts:
-                    raise UnfitError(f"tuned has {stack.source.shape[0]} experts, base {experts}")
-                yield stack, None, None
-                return
-            missing = list(islice((expert for expert in range(experts) if expert not in held), 4))
-            if missing:
-                raise UnfitError(f"tuned has no {part} of expert {first_few(map(str, missing))}")
-            for expert in range(experts):
-                yield held[expert], expert, None
-        elif base.expert in held:
-            yield held[base.expert], None, None
-        elif stack is not None and base.expert is not None:
+                theirs = stack.source.shape[0]
+                both = (0, min(experts, theirs), 1)
+                return [(stack, both, both)], "" if theirs >= experts else f"tuned has {theirs} experts, base {experts}"
+            known = sorted(expert for expert in held if expert is not None and expert < experts)
+            missing = islice((expert for expert in range(experts) if expert not in held), 4)
+            lacking = f"tuned has no {part} of expert {first_few(map(str, missing))}" if len(known) < experts else ""
+            return [(held[expert], (expert, expert + 1, 1), None) for expert in known], lacking
+        if base.expert in held:
+            return [(held[base.expert], None, None)], ""
+        if stack is not None and base.expert is not None:
             if base.expert >= stack.source.shape[0]:
-                raise UnfitError(f"tuned has {stack.source.shape[0]} experts in one tensor")
-            yield stack, None, base.expert
-        else:
-            raise UnfitError(f"tuned has no {part}" + ("" if base.expert is None else f" of expert {base.expert}"))
+                return [], f"tuned has {stack.source.shape[0]} experts in one tensor"
+            return [(stack, None, (base.expert, base.expert + 1, 1))], ""
+        return [], f"tuned has no {part}" + ("" if base.expert is None else f" of expert {base.expert}")
 
     def _piece(
         self,
         base: StoredPart,
         tuned: StoredPart,
         part: str,
-        experts: tuple[int | None, int | None],
+        experts: tuple[Range | None, Range | None],
         flips: Flips,
     ) -> Piece:
         indices, bodies = [], self._bodies[flips]
-        for stored, expert, flip in zip((base, tuned), experts, flips, strict=True):
+        for stored, some, flip in zip((base, tuned), experts, flips, strict=True):
             parts, body = self._parts(stored), stored.body(flip)
             expected = bodies.get(part, base.body(flips[0]))
-            if len(parts) == 1 and body != expected:
+            if len(parts) > 1:
+                expected = (sum(bodies[one][0] for one in parts), *expected[1:])
+            if body != expected:
                 raise UnfitError(f"{stored.source.name} has shape {stored.source.shape}, where {expected} is right")
-            indices.append(stored.index(body, _rows(stored, parts, part, bodies, body[0]), expert, flip))
+            indices.append(stored.index(body, _rows(stored, parts, part, bodies, body[0]), some, flip))
         transposed = base.flipped(flips[0]) != tuned.flipped(flips[1])
         return Piece(tuned.source, indices[0], indices[1], transposed)
 

@@ -44,10 +44,11 @@ def other_orders(block: Block, base: StoredPart, flips: Sequence[Flips]) -> Orde
         other = Block(mine, theirs)
         for flip in set(other.fitting()[0]) & set(flips):
             try:
-                pieces = other.pieces(mine[block.base.index(base)], flip)
+                pieces, missing = other.pieces(mine[block.base.index(base)], flip)
             except UnfitError:
                 continue
-            found.append((said, Assembled(base.source.name, pieces[0].source.dtype, base.source.shape, pieces)))
+            if not missing:
+                found.append((said, Assembled(base.source.name, pieces[0].source.dtype, base.source.shape, pieces)))
     return tuple(found)
 
 

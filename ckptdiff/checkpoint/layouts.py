@@ -39,7 +39,7 @@ class Assembly:
     renamed : dict of str to str
         Base name to tuned name, where both are whole tensors of one shape, or embeddings of one width.
     assembled : dict of str to Assembled
-        By base name.
+        By base name; in part, where the tuned side lacks pieces of it.
     rules : dict of str to str
         For each of both, the layouts by which it was found, such as "gate_up_proj = gate_proj, up_proj".
     used : frozenset of str
@@ -232,8 +232,8 @@ class _Search:
         """Put a tensor of the base together, or say why not."""
         name = base.source.name
         try:
-            pieces = block.pieces(base, flips[0])
-            if any(block.pieces(base, other) != pieces for other in flips[1:]):
+            pieces, missing = block.pieces(base, flips[0])
+            if any(block.pieces(base, other)[0] != pieces for other in flips[1:]):
                 raise UnfitError("shapes do not tell whether axes are swapped")
             if not base.source.numel:
                 raise UnfitError("it holds no values")
@@ -250,16 +250,18 @@ class _Search:
             return
         for note in block.notes:
             self._warnings[note].append(name)
+        if missing:
+            self._warnings[f"in part only, as {first_few(missing)}"].append(name)
         for piece in pieces:
             self._taken[piece.source.name] += piece.numel
         sources = dict.fromkeys(piece.source.name for piece in pieces)
-        if len(pieces) == 1 and not pieces[0].transposed and first.shape == base.source.shape:
+        if len(pieces) == 1 and not missing and not pieces[0].transposed and first.shape == base.source.shape:
             self._renamed[name] = first.name
         else:
             self._assembled[name] = Assembled(_pattern(sources), first.dtype, base.source.shape, pieces)
         theirs = dict.fromkeys(block.spellings[source] for source in sources)
         rule = self._rules[name] = f"{base.reading.spelling} = {', '.join(theirs)}"
-        if rule not in self._looked:
+        if rule not in self._looked and not missing:
             self._looked.add(rule)
             if block.has_halves:
                 self._orders[name] = other_orders(block, base, flips)
@@ -313,7 +315,7 @@ def _alike(base: Source, tuned: Source) -> bool:
 def _mirrored(gated: Block, down: Block, flips: Flips) -> bool:
     """Whether experts come back from where their gate leads to: [I, H] and [H, I]."""
     try:
-        there, back = gated.bodies(flips).get("gate"), down.bodies(flips).get("down")
+        there, back = gated.bodies(flips)[0].get("gate"), down.bodies(flips)[0].get("down")
     except UnfitError:
         return False
     return there is None or back is None or there == back[::-1]

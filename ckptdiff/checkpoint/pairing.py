@@ -21,7 +21,7 @@ from ckptdiff.checkpoint.renames import parse_renames, rename_all
 from ckptdiff.checkpoint.side_weights import SideWeights, weights_of
 from ckptdiff.checkpoint.suggested_map import Agreement, suggest_map
 from ckptdiff.checkpoint.ties import SameValues, find_ties, left_embedding
-from ckptdiff.checkpoint.weights import Assembled, Source, Weight
+from ckptdiff.checkpoint.weights import Assembled, CommonPart, Source
 from ckptdiff.errors import plural
 from ckptdiff.options import Values
 
@@ -127,7 +127,9 @@ def _sort_out(
     others |= {name: tuple(weight.taken) for name, weight in found.items()}
     chosen = {name: others[name] for name in base.named if name in others and globs.select(name, *others[name])}
     excluded = others.keys() - chosen.keys()
-    sources = {name: (base.named[name], found.get(name) or tuned.named[matched[name]]) for name in chosen}
+    sources: dict[str, tuple[Source, Source | Assembled]] = {
+        name: (base.named[name], found.get(name) or tuned.named[matched[name]]) for name in chosen
+    }
     pairs, mismatched = _compared(sources)
     used = {other for theirs in others.values() for other in theirs}
     # Without a pair this ends in an error, and there is no need to read anything.
@@ -156,23 +158,37 @@ def _sort_out(
         weights=(base.named, tuned.named),
         excluded=(of_base, of_tuned),
         orders=assembly.orders
-        | orders_by_name((one.base, one.tuned) for one in pairs if not isinstance(one.tuned, Assembled)),
+        | orders_by_name(
+            (one.base, one.tuned)
+            for one in pairs
+            if not isinstance(one.base, Assembled | CommonPart) and not isinstance(one.tuned, Assembled | CommonPart)
+        ),
     )
 
 
-def _compared(sources: Mapping[str, tuple[Source, Weight]]) -> tuple[list[TensorPair], list[Mismatch]]:
+def _compared(sources: Mapping[str, tuple[Source, Source | Assembled]]) -> tuple[list[TensorPair], list[Mismatch]]:
     """Tell what can be compared of the weights that belong together."""
     pairs: list[TensorPair] = []
     mismatched: list[Mismatch] = []
     for name, (base, tuned) in sources.items():
-        reason = None if isinstance(tuned, Assembled) else _mismatch(base, tuned)
-        if reason is None or isinstance(tuned, Assembled):
+        if isinstance(tuned, Assembled):
+            pairs.append(_assembled_pair(name, base, tuned))
+            continue
+        reason = _mismatch(base, tuned)
+        if reason is None:
             pairs.append(TensorPair(name, base, tuned))
         elif (common := _common_rows(name, base, tuned)) is not None:
             pairs.append(common)
         else:
             mismatched.append(Mismatch(name, base, tuned, reason))
     return pairs, mismatched
+
+
+def _assembled_pair(name: str, base: Source, tuned: Assembled) -> TensorPair:
+    region = tuned.region
+    if region.numel == base.numel:
+        return TensorPair(name, base, tuned)
+    return TensorPair(name, CommonPart(base, region), CommonPart(tuned, region))
 
 
 def _sizes(side: SideWeights, names: Collection[str]) -> Counter[str]:

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, TypeAlias
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.suggested_map import SuggestedMap
 from ckptdiff.checkpoint.ties import Evidence
-from ckptdiff.checkpoint.weights import Assembled, Decoded, Source, Weight
+from ckptdiff.checkpoint.weights import Assembled, CommonPart, Decoded, Piece, Source, Weight
 
 __all__ = ["Alias", "CommonRows", "Mismatch", "Orders", "Pairing", "TensorPair", "first_rows"]
 
@@ -37,20 +37,23 @@ class TensorPair:
         The two sides: equal shapes; both `FLOAT`, or the same dtype.
     rows : CommonRows, optional
         Where one side has more rows than the other, as of a vocabulary that has grown: the sides are those in common.
+        Where the tuned side lacks pieces of the base's tensor, both sides are a `CommonPart`.
     untied : bool
         Whether one side is an embedding, which the other side's head of that name has left.
     """
 
     name: str
-    base: Source
+    base: Weight
     tuned: Weight
     rows: CommonRows | None = None
     untied: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the base's tensor, all rows, which is the shape of masks."""
+        """Of the base's tensor, all of it, which is the shape of masks."""
         rows = self.rows
+        if isinstance(self.base, CommonPart):
+            return self.base.whole.shape
         return self.base.shape if rows is None else (rows.compared + rows.only_in_base, *self.base.shape[1:])
 
     @property
@@ -58,6 +61,12 @@ class TensorPair:
         """Whether it is two whole stored tensors, the base's under the pair's name."""
         whole = isinstance(self.base, TensorInfo) and isinstance(self.tuned, TensorInfo) and self.rows is None
         return whole and not self.untied
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What the tuned side is put together of, if it is."""
+        tuned = self.tuned.whole if isinstance(self.tuned, CommonPart) else self.tuned
+        return tuned.pieces if isinstance(tuned, Assembled) else ()
 
     @property
     def tuned_name(self) -> str | None:

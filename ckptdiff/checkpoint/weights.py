@@ -1,7 +1,7 @@
-"""Describe what a model multiplies with where that is not one stored tensor: decoded codes, and pieces put together.
+"""Describe what a model multiplies with where that is not one stored tensor: decoded codes, pieces put together, parts.
 
-Both stand in the place of a :class:`~ckptdiff.checkpoint.header.TensorInfo` in a pair. ``checkpoint/boxes.py`` reads
-all three.
+All stand in the place of a :class:`~ckptdiff.checkpoint.header.TensorInfo` in a pair, and ``checkpoint/boxes.py`` reads
+them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,18 @@ from typing import TypeAlias
 from ckptdiff.checkpoint.dtypes import DTYPES, Kind
 from ckptdiff.checkpoint.header import TensorInfo
 
-__all__ = ["Assembled", "Decoded", "Piece", "Range", "Source", "Weight", "sources_of", "stored_as"]
+__all__ = [
+    "Assembled",
+    "CommonPart",
+    "Decoded",
+    "Piece",
+    "Range",
+    "Region",
+    "Source",
+    "Weight",
+    "sources_of",
+    "stored_as",
+]
 
 Range: TypeAlias = tuple[int, int, int]
 """Start, stop and step along an axis."""
@@ -127,7 +138,9 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Assembled:
-    """Pieces that together are one tensor of the base. There may be thousands: each is equal to itself alone.
+    """Pieces that together are one tensor of the base, or as much of it as the tuned side has.
+
+    There may be thousands: each is equal to itself alone.
 
     Attributes
     ----------
@@ -138,7 +151,7 @@ class Assembled:
     shape : tuple of int
         Of the base's tensor.
     pieces : tuple of Piece
-        Each element of that tensor is in one.
+        No element of that tensor is in two.
     """
 
     name: str
@@ -150,6 +163,17 @@ class Assembled:
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def whole(self) -> bool:
+        """Whether each element is in a piece."""
+        return self.region.numel == self.numel
+
+    @property
+    def region(self) -> Region:
+        """What is in pieces."""
+        boxes = tuple(piece.base_index for piece in self.pieces)
+        return Region(self.shape, boxes, sum(piece.numel for piece in self.pieces))
 
     @property
     def taken(self) -> Counter[str]:
@@ -170,12 +194,79 @@ class Assembled:
         return DTYPES[self.dtype].kind
 
 
-Weight: TypeAlias = TensorInfo | Decoded | Assembled
+@dataclass(frozen=True, slots=True, eq=False)
+class Region:
+    """The elements of a tensor that lie in some boxes of it, in the order of the tensor; ``checkpoint/region.py``.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Of the tensor, which is not empty.
+    boxes : tuple of tuple of Range
+        A range for each axis. No two boxes have an element in common.
+    numel : int
+        Number of elements in it.
+    """
+
+    shape: tuple[int, ...]
+    boxes: tuple[tuple[Range, ...], ...]
+    numel: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CommonPart:
+    """Those elements of a side that the other one has too, one after the other in the order of the base's tensor.
+
+    Attributes
+    ----------
+    whole : TensorInfo, Decoded or Assembled
+        In the shape of the base's tensor.
+    region : Region
+        Which of its elements.
+    """
+
+    whole: Source | Assembled
+    region: Region
+
+    @property
+    def name(self) -> str:
+        """That of the whole."""
+        return self.whole.name
+
+    @property
+    def dtype(self) -> str:
+        """That of the whole."""
+        return self.whole.dtype
+
+    @property
+    def kind(self) -> Kind:
+        """What can be measured on its values."""
+        return self.whole.kind
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.region.numel
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """A list: what is left of a tensor has the axes of none."""
+        return (self.numel,)
+
+    @property
+    def nbytes(self) -> int:
+        """Its share of the bytes of the whole."""
+        return self.whole.nbytes * self.numel // self.whole.numel
+
+
+Weight: TypeAlias = TensorInfo | Decoded | Assembled | CommonPart
 """A side of a pair."""
 
 
 def sources_of(weight: Weight) -> tuple[Source, ...]:
     """The weights of its own side that a side of a pair is made of."""
+    if isinstance(weight, CommonPart):
+        return sources_of(weight.whole)
     return tuple(dict.fromkeys(piece.source for piece in weight.pieces)) if isinstance(weight, Assembled) else (weight,)
 
 

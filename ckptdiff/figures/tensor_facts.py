@@ -55,6 +55,11 @@ class TensorFacts:
         """Whether it is a whole stored tensor on either side, the base's under this name."""
         return not (self.pieces or self.rows or self.untied or self.kept)
 
+    @property
+    def numel(self) -> int:
+        """Coordinates that are compared."""
+        return math.prod(self.shape) if self.compared is None else max(self.compared)
+
     def compared_of(self, side: Side) -> int:
         """Values of a side that are compared."""
         return math.prod(self.shape) if self.compared is None else self.compared[SIDES.index(side)]

@@ -13,6 +13,7 @@ import numpy as np
 
 from ckptdiff.checkpoint import Kind, TensorPair, open_checkpoint
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
+from ckptdiff.checkpoint.weights import CommonPart
 from ckptdiff.errors import OptionError, PairingError
 from ckptdiff.events import Listener, Note, ignore, stage
 from ckptdiff.exports.adaptable import Adapted, Way
@@ -212,7 +213,7 @@ class _Update:
     @property
     def without(self) -> Extracted:
         """The same, left out of the adapter."""
-        return Extracted(self.pair.name, self.pair.base.shape, self.norm, 0, 1.0, self.reason)
+        return Extracted(self.pair.name, self.pair.shape, self.norm, 0, 1.0, self.reason)
 
     @property
     def dtype(self) -> np.dtype[np.floating]:
@@ -227,6 +228,8 @@ def _update(pair: TensorPair, norm: float, model: Adapted, strange: bool) -> _Up
         reason = "tied to the embedding on one side"
     elif pair.rows is not None:
         reason = "of other rows on the other side"
+    elif isinstance(pair.base, CommonPart):
+        reason = "the tuned side lacks a part of it"
     elif strange:
         reason = "NaN or Inf in it"
     return _Update(pair, called, norm, None if reason else way, reason or None)
@@ -246,7 +249,7 @@ def _written(writer: AdapterWriter, update: _Update, found: list[Factors | None]
         rank = len(down)
     writer.add(name if way in ("parameter", "stack") else name.removesuffix(".weight"), way, rank, down, up)
     lost = sum(factors.lost * factors.norm**2 for factors in found if factors is not None) / update.norm**2
-    return Extracted(update.pair.name, update.pair.base.shape, update.norm, rank, lost)
+    return Extracted(update.pair.name, update.pair.shape, update.norm, rank, lost)
 
 
 @dataclass(frozen=True, slots=True)

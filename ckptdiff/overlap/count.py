@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import combinations
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint.boxes import stored_parts
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.checkpoint.pairs import first_rows
+from ckptdiff.checkpoint.region import among
 from ckptdiff.checkpoint.side_weights import weights_of
-from ckptdiff.checkpoint.weights import Source
+from ckptdiff.checkpoint.weights import CommonPart, Region, Source, Weight
 from ckptdiff.errors import MaskError, OptionError, first_few, plural
 from ckptdiff.events import Listener, Stage, ignore, stage
 from ckptdiff.figures.result import Diff, TensorFacts
@@ -32,6 +34,7 @@ from ckptdiff.runfile.mask import Mask, population
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.runfile.schema import BIT_ORDER, mask_chunks
 
+_Packed: TypeAlias = tuple[NDArray[np.uint8], ...]
 _PIECE = 1 << 20
 """Bytes of each mask in memory: small enough for the cache, and eight stored chunks."""
 _MAGNITUDES = 1 << 15
@@ -219,7 +222,7 @@ class _Counting:
             bins = _by_octave(self._runs, facts.name)
         if bins is None:
             return counts, both, [math.nan] * len(self._pairs)
-        rest = np.array([masks[0].numel, *counts]) - bins.sum(axis=1)
+        rest = np.array([facts.numel, *counts]) - bins.sum(axis=1)
         return counts, both, [_expected(bins, rest, *pair) for pair in self._pairs]
 
     def _common(self, masks: Sequence[Mask]) -> NDArray[np.int64]:
@@ -249,16 +252,18 @@ class _Counting:
                 expected=masks[0].shape,
                 found=tensor.shape,
             )
+        pieces: Iterator[_Packed] = zip(*(mask.iter_packed(BLOCK // 8) for mask in masks), strict=True)
+        weight: Weight = tensor
         if facts.rows is not None:
-            tensor = first_rows(tensor, facts.rows.compared)
+            weight = first_rows(tensor, facts.rows.compared)
+        if facts.pieces and facts.compared is not None:
+            region = Region(facts.shape, tuple(piece.base_index for piece in facts.pieces), facts.numel)
+            weight, pieces = CommonPart(tensor, region), _inside(region, pieces)
         format = stored_format(tensor.dtype)
         shift = max(format.bits - 16, 0)
         bins = np.zeros((1 + len(masks), _MAGNITUDES), np.int64)
-        pieces: Iterator[tuple[NDArray[np.uint8], ...]] = zip(
-            *(mask.iter_packed(BLOCK // 8) for mask in masks), strict=True
-        )
         # Rows that are not compared come last, and are in no mask.
-        for stored, packed in zip(checked_blocks(self._shards, tensor, self._known[facts.name]), pieces, strict=False):
+        for stored, packed in zip(checked_blocks(self._shards, weight, self._known[facts.name]), pieces, strict=False):
             codes = stored.view(format.code_dtype)
             magnitudes = ((codes & format.code_dtype.type(format.magnitude)) >> shift).astype(np.uint16)
             bins[0] += np.bincount(magnitudes, minlength=_MAGNITUDES)
@@ -273,6 +278,21 @@ class _Counting:
         if self._stop.is_set():
             raise InterruptedError("the count was given up")
         self._read.append((chunks, name))
+
+
+def _inside(region: Region, blocks: Iterator[_Packed]) -> Iterator[_Packed]:
+    """Of masks in blocks of their tensor the bits of a region, in blocks of its own."""
+    first, left = 0, None
+    for packed in blocks:
+        stop = min(first + BLOCK, math.prod(region.shape))
+        bits = np.unpackbits(np.stack(packed), axis=1, count=stop - first, bitorder=BIT_ORDER)
+        found = bits[:, among(region, first, stop)]
+        left, first = found if left is None else np.concatenate([left, found], axis=1), stop
+        while left.shape[1] >= BLOCK:
+            yield tuple(np.packbits(left[:, :BLOCK], axis=1, bitorder=BIT_ORDER))
+            left = left[:, BLOCK:]
+    if left is not None:
+        yield tuple(np.packbits(left, axis=1, bitorder=BIT_ORDER))
 
 
 def _by_octave(runs: Sequence[RunFile], name: str) -> NDArray[np.int64]:

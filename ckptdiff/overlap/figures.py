@@ -127,7 +127,7 @@ class Overlap:
 
     def of_group(self, pair: PairCounts, rows: Sequence[int]) -> dict[str, Any]:
         """Figures of a pair over some tensors, by their places in :attr:`tensors`."""
-        numels = [math.prod(self.tensors[row].shape) for row in rows]
+        numels = [self.tensors[row].numel for row in rows]
         ones, twos = pair.ones[rows].tolist(), pair.twos[rows].tolist()
         total, one, two, both = sum(numels), sum(ones), sum(twos), int(pair.both[rows].sum())
         stratified = math.fsum(a * b / n for a, b, n in zip(ones, twos, numels, strict=True) if n)

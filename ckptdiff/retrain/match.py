@@ -86,7 +86,7 @@ def match_parameters(
     for other, name in {**left, **opened}.items():
         if other in assembly.renamed:
             whole[name] = rest[assembly.renamed[other]]
-        elif other in assembly.assembled:
+        elif other in assembly.assembled and assembly.assembled[other].whole:
             pieces[name] = assembly.assembled[other].pieces
             whole.pop(name, None)
     return Matches(

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint.kept import Kept
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
+from ckptdiff.checkpoint.weights import CommonPart
 from ckptdiff.errors import OptionError
 from ckptdiff.events import Finished, Listener, Note, Stage, Started, TensorsDone, ignore, stage
 from ckptdiff.figures.catalogue import COLUMNS
@@ -28,7 +29,7 @@ from ckptdiff.run.kept_results import KeptResults
 from ckptdiff.run.planning import Plan, prepare
 from ckptdiff.run.schedule import execute
 from ckptdiff.run.tasks import Grain
-from ckptdiff.run.worker import Result
+from ckptdiff.run.worker import MaskChunks, PartialMask, Result
 from ckptdiff.runfile.belonging import belonging, resumable
 from ckptdiff.runfile.writer import RunFileWriter
 
@@ -70,6 +71,7 @@ def run_plan(
     started = datetime.now(UTC) - timedelta(seconds=time.perf_counter() - begun)
     _introduce(plan, tell)
     results = _Results(plan, tell)
+    partial: dict[int, PartialMask] = {}
     with (
         open_shards(plan.io, plan.memory.ahead) as shards,
         _unfinished(plan, out, shards, tell) as work,
@@ -81,7 +83,7 @@ def run_plan(
                 if work is not None:
                     work.tick()
                 if writer is not None:
-                    _write_masks(writer, plan, result)
+                    _write_masks(writer, plan, result, partial)
                 for measured in results.take(result, told):
                     if writer is not None:
                         writer.add_histograms(measured.histograms)
@@ -134,12 +136,16 @@ def _run_file(plan: Plan, out: Path | None, title: str | None) -> Iterator[RunFi
         yield writer
 
 
-def _write_masks(writer: RunFileWriter, plan: Plan, result: Result) -> None:
+def _write_masks(writer: RunFileWriter, plan: Plan, result: Result, partial: dict[int, PartialMask]) -> None:
     if not plan.want_masks:
         return
     for found in result.masks:
         pair = plan.pairs[found.tensor]
-        writer.add_mask_chunks(pair.name, pair.shape, found.first, found.chunks)
+        if not isinstance(found, MaskChunks):
+            assert isinstance(pair.base, CommonPart)
+            found = partial.setdefault(found.tensor, PartialMask(found.tensor, pair.base)).take(found)
+        if found.chunks:
+            writer.add_mask_chunks(pair.name, pair.shape, found.first, found.chunks)
     for index in result.tensors:
         if not plan.loads[index].numel:
             writer.begin_mask(plan.pairs[index].name, plan.pairs[index].shape)

@@ -11,7 +11,7 @@ import numpy as np
 
 import ckptdiff
 from ckptdiff.checkpoint import Checkpoint, Kind, Pairing, Place, TensorPair, locate_all
-from ckptdiff.checkpoint.weights import Assembled, Piece, Source, stored_as
+from ckptdiff.checkpoint.weights import CommonPart, Piece, Source, stored_as
 from ckptdiff.figures.catalogue import COLUMNS
 from ckptdiff.figures.coverage import by_pattern
 from ckptdiff.figures.result import SIDES, Diff, PieceFacts, RowCounts, Side, TensorFacts, UnmatchedTensor
@@ -69,10 +69,10 @@ def _tensor_facts(pair: TensorPair, place: Place, options: Options, groups: list
         tuned_name=pair.tuned_name,
         groups=tuple(name for name, pattern in groups if pattern.search(pair.name)) if groups else (),
         same_bytes=pair.same_bytes,
-        pieces=tuple(map(_piece_facts, tuned.pieces)) if isinstance(tuned, Assembled) else (),
+        pieces=tuple(map(_piece_facts, pair.pieces)),
         rows=None if pair.rows is None else RowCounts(*pair.rows),
         untied=pair.untied,
-        compared=_compared(pair) if pair.rows or pair.untied else None,
+        compared=_compared(pair) if pair.rows or pair.untied or isinstance(base, CommonPart) else None,
     )
 
 

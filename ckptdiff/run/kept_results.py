@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import astuple
 from typing import Any
 
+import numpy as np
+
 from ckptdiff.checkpoint.kept import Kept
 from ckptdiff.files.packed_entry import Unpacked, pack, unpack
 from ckptdiff.files.unfinished import Unfinished
@@ -13,7 +15,7 @@ from ckptdiff.measure.partial import Partial, Refined
 from ckptdiff.measure.records import Records
 from ckptdiff.run.planning import Plan
 from ckptdiff.run.tasks import SpanTask, plan_tasks
-from ckptdiff.run.worker import MaskChunks, Result
+from ckptdiff.run.worker import CommonBits, MaskChunks, Result
 
 _COUNTED = "counts", "within", "sums", "max_abs", "span", "ulp"
 """Arrays of a Partial that are kept whole."""
@@ -65,7 +67,12 @@ def packed_result(result: Result) -> list[bytes]:
     facts: dict[str, Any] = {
         "compared": result.compared,
         "unchanged": result.unchanged,
-        "masks": [(mask.tensor, mask.first, [kind for _, kind in mask.chunks]) for mask in result.masks],
+        "masks": [
+            (mask.tensor, mask.first, [kind for _, kind in mask.chunks])
+            if isinstance(mask, MaskChunks)
+            else (mask.tensor, mask.numel, None)
+            for mask in result.masks
+        ],
         "kept": [(tensor, astuple(kept)) for tensor, kept in result.kept.items()],
         "odd": sorted(result.odd),
     }
@@ -80,15 +87,20 @@ def packed_result(result: Result) -> list[bytes]:
         first, last, lowest, highest = found.span.tolist()
         arrays = {name: getattr(found, name) for name in _COUNTED}
         arrays |= {"weights": found.weights[:, first : last + 1], "deltas": found.deltas[:, lowest : highest + 1]}
-    return pack(facts, arrays, [payload for mask in result.masks for payload, _ in mask.chunks])
+    payloads: list[bytes] = []
+    for mask in result.masks:
+        payloads += [payload for payload, _ in mask.chunks] if isinstance(mask, MaskChunks) else [mask.packed.tobytes()]
+    return pack(facts, arrays, payloads)
 
 
 def result_of(entry: Unpacked, task: SpanTask, blank: Callable[[], Partial]) -> Result:
     """The result of a task from its entry; `blank` makes a Partial in which nothing is seen yet."""
     facts, arrays, payloads = entry
     following = iter(payloads)
-    masks = [
-        MaskChunks(tensor, first, [(next(following), kind) for kind in kinds])
+    masks: list[MaskChunks | CommonBits] = [
+        CommonBits(tensor, np.frombuffer(next(following), np.uint8), first)
+        if kinds is None
+        else MaskChunks(tensor, first, [(next(following), kind) for kind in kinds])
         for tensor, first, kinds in facts["masks"]
     ]
     result = Result(task.tensors, task.span, None, masks, facts["compared"], facts["unchanged"])

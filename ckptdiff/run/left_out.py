@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Literal
 
 from ckptdiff.checkpoint.pairs import Pairing
-from ckptdiff.checkpoint.weights import Assembled
+from ckptdiff.checkpoint.weights import Assembled, CommonPart
 from ckptdiff.figures.coverage import EXCLUDED, PARTLY
 
 __all__ = ["left_out"]
@@ -62,6 +62,8 @@ def _compared(pairing: Pairing, side: Literal["base", "tuned"]) -> tuple[set[str
     whole, partly = set[str](), Counter[str]()
     for pair in pairing.pairs:
         weight = pair.base if side == "base" else pair.tuned
+        if isinstance(weight, CommonPart) and isinstance(weight.whole, Assembled):
+            weight = weight.whole
         if isinstance(weight, Assembled):
             partly.update(weight.taken)
         elif weight is weights[weight.name]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, Shard, TensorPair, open_checkpoint, pair
-from ckptdiff.checkpoint.boxes import is_contiguous, room_to_read, runs_of
+from ckptdiff.checkpoint.boxes import is_contiguous
 from ckptdiff.checkpoint.layout_halves import unusual_halves
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.checkpoint.same_values import look_for_ties, sampled_agreement, sampled_likeness
-from ckptdiff.checkpoint.weights import Decoded, Weight, sources_of, stored_as
+from ckptdiff.checkpoint.weights import Decoded, sources_of
 from ckptdiff.errors import plural
 from ckptdiff.events import Listener, Note, ignore
 from ckptdiff.figures.columns import Measured, measured
@@ -25,14 +25,15 @@ from ckptdiff.figures.result import Diff
 from ckptdiff.files.unfinished import Saving
 from ckptdiff.formats import Formats, formats_of, is_wide
 from ckptdiff.measure.partial import BLOCK
-from ckptdiff.measure.passes import BitMeasurement, FloatMeasurement, Measurement, one_scan_suffices
+from ckptdiff.measure.passes import BitMeasurement, FloatMeasurement, Measurement
 from ckptdiff.measure.records import Records
 from ckptdiff.memory import DEFAULT_MEMORY, peak_resident, resident, room_to_grow
 from ckptdiff.options import Options, default_threads
 from ckptdiff.remote.hub import is_hub_name, may_be_hub
-from ckptdiff.run.coded_pair import goes_as_codes, room_to_send
+from ckptdiff.run.coded_pair import goes_as_codes
 from ckptdiff.run.devices import Device, open_device
 from ckptdiff.run.facts import facts_of_run
+from ckptdiff.run.loads import loads_of
 from ckptdiff.run.shard_source import most_fetched, remote_parts
 from ckptdiff.run.tasks import GRAIN, Grain, Load, Memory, Span, SpanTask, fit_memory
 from ckptdiff.run.warm_up import Uses, uses
@@ -261,7 +262,7 @@ def prepare(
     want_masks = out is not None and options.mask.kind != "none"
     # Reads into a cached buffer cost less than mapping pages and dropping them again, and report a lost page.
     io = "pread" if options.io == "auto" else options.io
-    loads = _loads(pairing.pairs, options, device, io, grain)
+    loads = loads_of(pairing.pairs, options, device, io, grain)
     remote = any(shard.remote is not None for side in sides for shard in side.shards)
     fetched = most_fetched(pairing.pairs, loads, grain) if remote else 0
     asked = _uses(pairing, loads, options, want_masks)
@@ -317,44 +318,5 @@ def _uses(pairing: Pairing, loads: tuple[Load, ...], options: Options, want_mask
     decoded = any(isinstance(source, Decoded) for side in others for source in sources_of(side))
     in_boxes = pairing.orders or not all(is_contiguous(side) for one in pairs for side in (one.base, one.tuned))
     reading = ["decoded"] if decoded else ["boxes"] if in_boxes else []
-    mask_chunk = mask_chunk_bytes(max((load.numel for load in loads), default=0)) if want_masks else 0
+    mask_chunk = mask_chunk_bytes(max((math.prod(one.shape) for one in pairs), default=0)) if want_masks else 0
     return uses(alike, alone, mask_chunk, reading)
-
-
-def _loads(pairs: tuple[TensorPair, ...], options: Options, device: Device, io: str, grain: Grain) -> tuple[Load, ...]:
-    shared: dict[Hashable, Load] = {}
-    asked = [
-        (*_reading(one.base), *_reading(one.tuned), one.base.numel, one.same_bytes, one.rows is None) for one in pairs
-    ]
-    for what, one in zip(asked, pairs, strict=True):
-        if what not in shared:
-            shared[what] = _load(one, options, device)
-    if not device.batches or io != "pread" or sum(shared[what].kind is not None for what in asked) < grain.many:
-        shared = {what: replace(load, kind=None) for what, load in shared.items()}
-    return tuple(shared[what] for what in asked)
-
-
-def _load(pair: TensorPair, options: Options, device: Device) -> Load:
-    same, numel = pair.same_bytes, pair.base.numel
-    sides: list[Weight] = [pair.base] if same else [pair.base, pair.tuned]
-    # Of codes with scales, what they take together.
-    bits = tuple(8 * side.nbytes // max(numel, 1) for side in sides)
-    if device.decodes and goes_as_codes(pair.base, pair.tuned):
-        reading = room_to_send(pair.base, pair.tuned, min(numel, BLOCK))
-    else:
-        reading = sum(room_to_read(side, min(numel, BLOCK)) for side in sides)
-    if pair.base.kind is not Kind.FLOAT:
-        return Load(numel, bits, reading + min(numel, BLOCK) * 4)
-    formats = formats_of(pair.base.dtype, pair.tuned.dtype, options.compare)
-    alike = not same and 0 < numel <= BLOCK and one_scan_suffices(formats[2], options.mask)
-    alike = (
-        alike and pair.rows is None and all(is_contiguous(side) and len(runs_of(side, 0, numel)) == 1 for side in sides)
-    )
-    return Load(numel, bits, reading + device.scratch(numel), formats if alike else None)
-
-
-def _reading(side: Weight) -> tuple[Hashable, ...]:
-    """What tells how a side is read, beside its size."""
-    if isinstance(side, Decoded):
-        return stored_as(side), (side.shape, side.block)
-    return stored_as(side), is_contiguous(side) and len(runs_of(side, 0, side.numel))

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint import TensorPair
 from ckptdiff.checkpoint.kept import Kept
 from ckptdiff.checkpoint.open_shards import OpenShards
+from ckptdiff.checkpoint.region import Spread
+from ckptdiff.checkpoint.weights import CommonPart
 from ckptdiff.measure.backend import Batching
 from ckptdiff.measure.bitwise import scan_bits
 from ckptdiff.measure.partial import BLOCK, BitScan, Count, Partial, Refined, Scan, Targets
@@ -23,9 +25,9 @@ from ckptdiff.run.planning import Plan
 from ckptdiff.run.shard_source import ShardSource, SideRooms, small_pairs
 from ckptdiff.run.tasks import Span
 from ckptdiff.runfile.compress import compress_chunk, compress_parts
-from ckptdiff.runfile.schema import MASK_CHUNK, mask_chunk_bytes
+from ckptdiff.runfile.schema import BIT_ORDER, MASK_CHUNK, mask_chunk_bytes
 
-__all__ = ["MaskChunks", "Result", "Worker"]
+__all__ = ["CommonBits", "MaskChunks", "PartialMask", "Result", "Worker"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,15 @@ class MaskChunks:
     tensor: int
     first: int
     chunks: list[tuple[bytes, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class CommonBits:
+    """The mask of a span of a tensor of which both sides have a part, of that part alone, bit-packed."""
+
+    tensor: int
+    packed: NDArray[np.uint8]
+    numel: int
 
 
 @dataclass(slots=True)
@@ -49,8 +60,8 @@ class Result:
         Of a part of a large tensor.
     found : Partial, Refined or None
         To be merged with the other spans of the tensor; None once it is.
-    masks : list of MaskChunks
-        In order.
+    masks : list of MaskChunks or CommonBits
+        Chunks, or what :class:`PartialMask` makes them of, in order.
     compared, unchanged : int
         Floating coordinates that were seen for the first time, and those of them that did not change.
     records : Records or None
@@ -64,7 +75,7 @@ class Result:
     tensors: range
     span: Span | None = None
     found: Partial | Refined | None = None
-    masks: list[MaskChunks] = field(default_factory=list)
+    masks: list[MaskChunks | CommonBits] = field(default_factory=list)
     compared: int = 0
     unchanged: int = 0
     records: Records | None = None
@@ -96,7 +107,7 @@ class Worker:
     def measure(self, tensors: range, alike: bool) -> Result:
         """Measure whole tensor pairs: in one call those of the same formats, then one by one what is not complete."""
         plan, records = self._plan, empty_records(len(tensors))
-        masks = self._scan_alike(tensors, records) if alike else []
+        masks: list[MaskChunks | CommonBits] = [*self._scan_alike(tensors, records)] if alike else []
         for row in np.flatnonzero(~records.complete).tolist():
             index = tensors[row]
             # What was scanned alike has its mask already.
@@ -139,7 +150,7 @@ class Worker:
         payloads = compress_parts(masks, starts, -(-small.numel // 8)) if model.next.want_mask else []
         return [MaskChunks(index, 0, [payload]) for index, payload in zip(tensors, payloads, strict=False)]
 
-    def _pass(self, measurement: Measurement, span: Span) -> tuple[Partial | Refined, list[MaskChunks]]:
+    def _pass(self, measurement: Measurement, span: Span) -> tuple[Partial | Refined, list[MaskChunks | CommonBits]]:
         todo, pair = measurement.next, self._plan.pairs[span.tensor]
         assert todo is not None
         # What both sides have in common is counted by the pass that sees all of it first.
@@ -160,6 +171,8 @@ class Worker:
             self._kept[span.tensor] = source.kept
         if mask is None:
             return partial, []
+        if isinstance(pair.base, CommonPart):
+            return partial, [CommonBits(span.tensor, mask.copy(), source.numel)]
         masks = _compressed(mask, span, pair)
         return partial, [masks] if masks.chunks else []
 
@@ -171,6 +184,34 @@ class Worker:
             return Partial()
         partial.clear()
         return partial
+
+
+class PartialMask:
+    """Makes the mask chunks of a whole tensor of those of the part of it that both sides have, as they come in order.
+
+    Parameters
+    ----------
+    tensor : int
+        In plan order.
+    part : CommonPart
+        The base's side.
+    """
+
+    def __init__(self, tensor: int, part: CommonPart) -> None:
+        self._tensor, self._spread = tensor, Spread(part.region, BLOCK)
+        self._size = mask_chunk_bytes(part.whole.numel)
+        self._next = 0
+
+    def take(self, bits: CommonBits) -> MaskChunks:
+        """The chunks that are complete with these."""
+        chunks = []
+        for start in range(0, bits.numel, BLOCK):
+            packed, count = bits.packed[start // 8 :], min(BLOCK, bits.numel - start)
+            common = np.unpackbits(packed, count=count, bitorder=BIT_ORDER).view(np.bool_)
+            for block in self._spread.take(common):
+                chunks.append(compress_chunk(np.packbits(block, bitorder=BIT_ORDER), self._size))
+        first, self._next = self._next, self._next + len(chunks)
+        return MaskChunks(self._tensor, first, chunks)
 
 
 def _compressed(mask: NDArray[np.uint8], span: Span, pair: TensorPair) -> MaskChunks:

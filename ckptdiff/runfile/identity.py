@@ -166,6 +166,8 @@ def _other_base(first: Diff, other: Diff) -> MaskError | None:
     known = {facts.name: (facts, norm) for facts, norm in zip(other.tensors, norms[1], strict=True)}
     for ours, our_norm in zip(first.tensors, norms[0], strict=True):
         theirs, norm = known.get(ours.name, (ours, our_norm))
+        if _part(ours) != _part(theirs):
+            continue  # norms of other weights
         comparable = ours.compare == theirs.compare or (_is_kept(ours) and _is_kept(theirs))
         if comparable and not math.isnan(our_norm + norm) and not math.isclose(our_norm, norm, rel_tol=_SAME):
             return MaskError(
@@ -184,6 +186,11 @@ def _other_base(first: Diff, other: Diff) -> MaskError | None:
                 hint="run ckptdiff diff again with one --compare; --force compares them all the same",
             )
     return None
+
+
+def _part(facts: TensorFacts) -> object:
+    """What was compared of a tensor of the base, if not all of it."""
+    return facts.compared and (facts.compared, facts.rows, frozenset(piece.base_index for piece in facts.pieces))
 
 
 def _is_kept(facts: TensorFacts) -> bool:

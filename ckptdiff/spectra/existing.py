@@ -12,7 +12,7 @@ import h5py
 
 from ckptdiff.checkpoint import Checkpoint, TensorPair, pair
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
-from ckptdiff.checkpoint.weights import Assembled, Weight
+from ckptdiff.checkpoint.weights import Weight
 from ckptdiff.errors import OptionError, RunFileError
 from ckptdiff.events import Listener, Stage, ignore, stage
 from ckptdiff.figures.result import Diff
@@ -180,7 +180,7 @@ def _pairs(path: str, diff: Diff, base: Checkpoint, tuned: Checkpoint) -> Sequen
     )
     # A head that the run saw to be its embedding is an alias there, and here it may be a pair; 0.1.0 knew no pieces.
     asked = [(tensor.name, bool(tensor.pieces)) for tensor in diff.tensors]
-    pairs = {(one.name, isinstance(one.tuned, Assembled)): one for one in found.pairs}
+    pairs = {(one.name, bool(one.pieces)): one for one in found.pairs}
     if not pairs.keys() >= set(asked):
         raise OptionError("the checkpoints do not pair as in the run", file=path, hint="run ckptdiff diff again")
     return [pairs[tensor] for tensor in asked]

@@ -47,11 +47,20 @@ class MatrixJob:
     """Part of the base that lies off the grid of bfloat16, which the rounding null takes; NaN makes none."""
     unchanged: bool
     """Whether the update is known to be zero."""
+    known: bool = True
+    """Whether the tuned side has all of it."""
+
+    @property
+    def left_out(self) -> str:
+        """Why it is not measured; empty if it is."""
+        if not self.known:
+            return "the tuned side lacks it, or a part of it"
+        return "the update is zero" if self.unchanged else ""
 
     @property
     def size(self) -> int:
         """Entries to read."""
-        return 0 if self.unchanged else self.view.long * self.view.short
+        return 0 if self.left_out else self.view.long * self.view.short
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +79,11 @@ class Measuring:
 
     def slots(self, job: MatrixJob) -> int:
         """How many slots of the budget a matrix takes."""
-        return 1 if job.unchanged else self.budget.slots(job.view)
+        return 1 if job.left_out else self.budget.slots(job.view)
 
     def work(self, job: MatrixJob) -> float:
         """Foresee the work of a matrix, before anything of it is known, as :mod:`~ckptdiff.linalg.work` counts."""
-        if job.unchanged:
+        if job.left_out:
             return 0.0
         view, share = job.view, self.budget.share(self.slots(job))
         exact, needed = self.budget.exact(view), self.budget.needs(view)
@@ -107,8 +116,8 @@ class Measuring:
 
         With no bytes it is read in every pass.
         """
-        if job.unchanged:
-            return _failed("the update is zero")
+        if job.left_out:
+            return _failed(job.left_out)
         budget, view = self.budget, job.view
         exact, needed = budget.exact(view), budget.needs(view)
         if needed > budget.free:

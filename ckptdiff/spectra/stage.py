@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint import Kind, TensorPair
 from ckptdiff.checkpoint.boxes import stored_parts
 from ckptdiff.checkpoint.open_shards import OpenShards
+from ckptdiff.checkpoint.region import holds
+from ckptdiff.checkpoint.weights import CommonPart
 from ckptdiff.events import Listener, stage
 from ckptdiff.figures.result import Diff
 from ckptdiff.figures.spectral import SPECTRAL_KEYS, Spectra
@@ -91,7 +93,7 @@ def plan_spectra(
 ) -> SpectraPlan:
     """Say what spectra will take in a process that will hold `taken` bytes when they begin, without reading data."""
     assert options.spectra is not None
-    views = [view for _, _, view in _matrices(pairs)]
+    views = [view for _, _, view, known in _matrices(pairs) if known]
     budget = gpu.budget(options) if gpu else Budget.of(options, taken, views)
     sizes = [budget.takes(view) for view in views]
     at_once = min(sum(sorted(sizes, reverse=True)[: budget.threads]), budget.free)
@@ -123,7 +125,8 @@ def measure_spectra(
     off_grid = diff.columns["off_grid"] / np.maximum(diff.columns["numel"], 1)
     off_grid[[tensor.compare != "bf16" for tensor in diff.tensors]] = np.nan
     jobs = [
-        MatrixJob(row, pair, view, float(off_grid[row]), bool(unchanged[row])) for row, pair, view in _matrices(pairs)
+        MatrixJob(row, pair, view, float(off_grid[row]), bool(unchanged[row]), known)
+        for row, pair, view, known in _matrices(pairs)
     ]
     sides = (side for job in jobs for side in (job.pair.base, job.pair.tuned))
     remote = any(part.shard.remote is not None for side in sides for part in stored_parts(side))
@@ -152,11 +155,15 @@ def measure_spectra(
             tell_of_work()
 
 
-def _matrices(pairs: Sequence[TensorPair]) -> Iterator[tuple[int, TensorPair, MatrixView]]:
-    """The matrices of floating tensors, each with the row of its tensor."""
+def _matrices(pairs: Sequence[TensorPair]) -> Iterator[tuple[int, TensorPair, MatrixView, bool]]:
+    """The matrices of floating tensors, each with the row of its tensor, and whether both sides have all of it."""
     for index, pair in enumerate(pairs):
-        for view in matrices_of(pair.name, pair.base.shape) if pair.base.kind is Kind.FLOAT else ():
-            yield index, pair, view
+        base, tuned, region = pair.base, pair.tuned, None
+        if isinstance(base, CommonPart) and isinstance(tuned, CommonPart):
+            pair, region = replace(pair, base=base.whole, tuned=tuned.whole), base.region
+        for view in matrices_of(pair.name, pair.base.shape) if base.kind is Kind.FLOAT else ():
+            whole = region is None or holds(region, view.offset, view.offset + view.long * view.short)
+            yield index, pair, view, whole
 
 
 def _tasks(

@@ -164,6 +164,40 @@ def test_experts_without_a_mask_are_named_and_what_is_left_out_counted(tmp_path:
     assert report.coordinates == sum(counts.values())
 
 
+@pytest.mark.parametrize("names", ["base", "tuned"])
+def test_masks_of_what_the_tuned_side_has_in_part(names: str, tmp_path: Path) -> None:
+    """They have the shape of the base's tensor, and nothing where there was nothing to compare."""
+    base, tuned = build("qwen3_moe"), build("qwen3_moe")
+    moved(tuned, 1)
+    base.save_pretrained(tmp_path / "base", save_original_format=False)
+    tuned.save_pretrained(tmp_path / "tuned")
+    tensors = load_file(tmp_path / "tuned" / "model.safetensors")
+    gone = "model.layers.1.mlp.experts.2.up_proj.weight"
+    del tensors[gone]
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors")
+    run = compared(tmp_path)
+    fused = "model.layers.1.mlp.experts.gate_up_proj"
+    expected = (base.get_parameter(fused) != tuned.get_parameter(fused)).numpy()
+    expected[2, expected.shape[1] // 2 :] = False
+    if names == "base":
+        masks = load_masks(run, base)
+        assert masks.report.complete and np.array_equal(masks[base.get_parameter(fused)].dense(), expected)
+        return
+    single = Holder(tensors)
+    masks = load_masks(run, single, names=names)
+    assert masks.report.complete and masks.count == sum(mask.count for mask in load_masks(run, base).values())
+    # A model that has the expert has no mask for it.
+    with pytest.raises(MaskError, match="do not match") as caught:
+        load_masks(run, Holder(tensors | {gone: torch.zeros(24, 32)}), names=names)
+    assert gone in str(caught.value.found)
+    # Of a mask that is whole, a model without the expert has no place for a part.
+    tuned.save_pretrained(tmp_path / "fused", save_original_format=False)
+    whole = compared(tmp_path, tuned="fused")
+    with pytest.raises(MaskError, match="do not match") as caught:
+        load_masks(whole, single)
+    assert fused in str(caught.value.found) and "tuned has no up of expert 2" in str(caught.value.found)
+
+
 def test_training_moves_masked_coordinates_of_experts_only(tmp_path: Path) -> None:
     base, _ = saved("qwen3_moe", tmp_path)
     masks = load_masks(compared(tmp_path), base)

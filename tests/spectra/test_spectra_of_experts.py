@@ -130,6 +130,51 @@ def test_spectra_are_added_to_a_run_of_pieces(folder: Path, tmp_path: Path) -> N
             assert run.load().grouped("module") == expected.grouped("module")
 
 
+@pytest.mark.parametrize("base", ["fused", "transposed"])
+@pytest.mark.parametrize("mode", ["randomized", "exact"])
+def test_experts_that_the_tuned_side_lacks_have_none(folder: Path, mode: str, base: str, tmp_path: Path) -> None:
+    """The others have what they have in a whole tensor, and one without its gate has none either."""
+    tensors = load_file(folder / "tuned_split.safetensors")
+    for name in ("0.down_proj", "2.gate_proj"):
+        del tensors[f"{INSIDE}.{name}.weight"]
+    save_file(tensors, tmp_path / "tuned.safetensors")
+    base_path = folder / f"base_{base}.safetensors"
+    found = ckptdiff.diff(base_path, tmp_path / "tuned.safetensors", spectra=mode, out=tmp_path / "run.h5")
+    expected = compared(folder, base, "split", spectra=mode)
+    missing = {f"{INSIDE}.gate_up_proj": 2, f"{INSIDE}.down_proj": 0}
+    index = {facts.name: row for row, facts in enumerate(found.tensors)}
+    assert index == {facts.name: row for row, facts in enumerate(expected.tensors)}
+    for name, expert in missing.items():
+        ours, theirs = (diff.spectra.experts[index[name]] for diff in (found, expected))
+        assert np.isnan(ours[expert]).all() and len(ours) == EXPERTS
+        others = [row for row in range(EXPERTS) if row != expert]
+        np.testing.assert_allclose(ours[others], theirs[others], rtol=1e-9, atol=1e-12)
+        assert "lacks it, or a part of it" in spectral(found)[name]["reason"]
+    assert spectral(found)[ATTENTION] == spectral(expected)[ATTENTION]
+    # Later, and of checkpoints that have moved.
+    later = tmp_path / "later.h5"
+    ckptdiff.diff(base_path, tmp_path / "tuned.safetensors", out=later)
+    for name in ("base", "tuned"):
+        (tmp_path / "moved" / name).mkdir(parents=True)
+    save_file(load_file(base_path), tmp_path / "moved" / "base" / "model.safetensors")
+    save_file(tensors, tmp_path / "moved" / "tuned" / "model.safetensors")
+    moved = {name: tmp_path / "moved" / name / "model.safetensors" for name in ("base", "tuned")}
+    assert add_spectra(later, mode, **moved).per_tensor == found.per_tensor
+    with RunFile(tmp_path / "run.h5") as run:
+        assert run.load().per_tensor == found.per_tensor
+
+
+def test_an_adapter_leaves_out_what_the_tuned_side_has_in_part(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(folder / "tuned_split.safetensors")
+    del tensors[f"{INSIDE}.2.gate_proj.weight"]
+    save_file(tensors, tmp_path / "tuned.safetensors")
+    made = extract_lora(folder / "base_fused.safetensors", tmp_path / "tuned.safetensors", tmp_path / "out", rank=4)
+    reasons = {tensor.name: (tensor.shape, tensor.reason) for tensor in made.tensors}
+    shape = (EXPERTS, 2 * INNER, HIDDEN)
+    assert reasons[f"{INSIDE}.gate_up_proj"] == (shape, "the tuned side lacks a part of it")
+    assert reasons[f"{INSIDE}.down_proj"][1] is None
+
+
 def test_figures_of_each_expert_in_a_run_file(folder: Path, tmp_path: Path) -> None:
     path, place = tmp_path / "run.h5", f"spectra/{INSIDE}.down_proj/figures"
     compared(folder, "fused", "fused", spectra="randomized", out=path)

@@ -124,6 +124,126 @@ def test_masks_are_those_of_the_base_in_its_own_layout(tmp_path: Path) -> None:
                 np.testing.assert_array_equal(mask.dense(), before[name] != after[name])
 
 
+LACKING = ["qwen3_moe", "mixtral", "deepseek_v3", "jamba", "phimoe", "minimax_m2"]
+
+
+@pytest.mark.parametrize("family", LACKING)
+def test_a_tuned_side_that_lacks_pieces(family: str, tmp_path: Path) -> None:
+    """What is left of a fused tensor is compared; the library itself says which of its values are missing."""
+    saved = save(build(family), tmp_path)
+    tuned = tmp_path / "tuned_published"
+    tensors = stored(tuned)
+    gone = set(np.random.default_rng(3).choice([name for name in tensors if ".experts." in name], 5))
+    known = known_values(build(family), tuned, gone, tmp_path / "marked", saved.base)
+    write(tuned, {name: codes for name, codes in tensors.items() if name not in gone})
+    assert_part(saved, known, gone, tmp_path)
+
+
+def known_values(model: Any, published: Path, gone: set[str], folder: Path, like: Codes) -> Codes:
+    """Load ones, and zeros in place of what is gone, from the published layout: ones are what is known of a model."""
+    shutil.copytree(published, folder)
+    one = np.array(1, ml_dtypes.bfloat16).view(np.uint16)
+    marks = {name: np.full_like(codes, one * (name not in gone)) for name, codes in stored(published).items()}
+    write(folder, marks)
+    loaded = codes_of(type(model).from_pretrained(folder, dtype=torch.bfloat16))
+    return {name: loaded[name] == one if name in loaded else np.ones_like(codes, bool) for name, codes in like.items()}
+
+
+def write(folder: Path, tensors: Codes) -> None:
+    from safetensors.torch import save_file
+
+    held = {name: torch.from_numpy(codes.view(np.int16)).view(torch.bfloat16) for name, codes in tensors.items()}
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+
+
+def assert_part(saved: Saved, known: Codes, gone: set[str], folder: Path) -> None:
+    """Figures and masks are those of the known values; the others count as only in base."""
+    diff = saved.diff("modules", "published", mask="bitwise", out=folder / "run.h5")
+    lost = {name: int((~there).sum()) for name, there in known.items() if not there.all()}
+    everything = sum(codes.size for codes in saved.base.values())
+    left = everything - sum(lost.values())
+    assert lost and diff.coverage["base"].values == everything
+    assert [side.compared for side in diff.coverage.values()] == [left, left] == [left, diff.coverage["tuned"].values]
+    assert sum(group["values"] for group in diff.base["left_out"]) == sum(lost.values()) and not diff.identical
+    plain = saved.diff("modules", "published")
+    check(plain, *(joined(codes[known[name]] for name, codes in side.items()) for side in (saved.base, saved.tuned)))
+    rows = {row["name"]: row for row in document(diff)["tensors"]}
+    whole = {name for name in lost if known[name].any()}
+    assert set(diff.only_in_base) == lost.keys() - whole
+    with RunFile(folder / "run.h5") as run:
+        for name, there in known.items():
+            if name in whole:
+                assert rows[name]["shape"] == list(there.shape) and rows[name]["numel"] == there.sum()
+                assert all(piece["tuned_name"] not in gone for piece in rows[name]["pieces"])
+            if name in rows:
+                expected = (saved.base[name] != saved.tuned[name]) & there
+                np.testing.assert_array_equal(run.masks[name].dense(), expected)
+
+
+def halves(name: str, array: np.ndarray, start: int) -> np.ndarray:
+    """Gate or up of a fused tensor, as [out, in]: one after the other, or in turns in GPT-OSS."""
+    if name.endswith("_bias"):
+        return array[..., start::2]
+    return np.ascontiguousarray(array[..., start::2].swapaxes(1, 2))
+
+
+def split(family: str, name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """A tensor of a model that the library never splits, in the pieces that other families have."""
+    stem, _, leaf = name.rpartition(".")
+    if family == "gpt2" and ".c_attn." in name:
+        parts = np.split(array, 3, -1)
+        letters = (f"{stem.removesuffix('c_attn')}{letter}_proj.{leaf}" for letter in "qkv")
+        return {one: np.ascontiguousarray(part.T) for one, part in zip(letters, parts, strict=True)}
+    if family == "phi3" and ".qkv_proj." in name:
+        parts = np.split(array, [32, 48])  # four heads of q, two of k and v
+        return {name.replace("qkv", letter): part for letter, part in zip("qkv", parts, strict=True)}
+    if family == "phi3" and ".gate_up_proj." in name:
+        return {
+            name.replace("gate_up", half): part for half, part in zip(("gate", "up"), np.split(array, 2), strict=True)
+        }
+    if family in ("gpt_oss", "llama4_text") and ".experts." in name:
+        bias = leaf.endswith("_bias")
+        kind = "bias" if bias else "weight"
+        if "gate_up" not in leaf:
+            parts = {"down": array if bias else array.swapaxes(1, 2)}
+        elif family == "gpt_oss":
+            parts = {half: halves(name, array, start) for start, half in enumerate(("gate", "up"))}
+        else:
+            parts = dict(zip(("gate", "up"), np.split(array.swapaxes(1, 2), 2, 1), strict=True))
+        return {
+            f"{stem}.{expert}.{part}_proj.{kind}": np.ascontiguousarray(one)
+            for part, stack in parts.items()
+            for expert, one in enumerate(stack)
+        }
+    return {name: array}
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4_text", "phi3", "gpt2"])
+def test_a_tuned_side_in_pieces_that_lacks_some(family: str, tmp_path: Path) -> None:
+    """Transposed, in turns, biases, q, k and v: families that the library stores in one layout."""
+    saved = save(build(family), tmp_path)
+    tuned = tmp_path / "tuned_published"
+    tensors = {}
+    for name, codes in stored(tuned).items():
+        tensors |= split(family, name, codes)
+    gone = {"gpt_oss": ("0.gate_proj.weight", "1.up_proj.bias", "2.down_proj.weight", "3.down_proj.bias")}
+    gone["llama4_text"] = ("0.gate_proj.weight", "1.up_proj.weight", "1.gate_proj.weight", "3.down_proj.weight")
+    gone["phi3"] = ("0.self_attn.k_proj.weight", "1.self_attn.v_proj.weight", "1.mlp.gate_proj.weight")
+    gone["gpt2"] = ("0.attn.k_proj.weight", "0.attn.q_proj.bias", "1.attn.v_proj.weight")
+    lost = {name for name in tensors if name.endswith(gone[family])}
+    assert len(lost) >= 3
+    known = {name: np.ones_like(codes, bool) for name, codes in saved.base.items()}
+    at = np.cumsum([0] + [codes.size for codes in saved.base.values()])
+    for name, begin, end in zip(saved.base, at[:-1].tolist(), at[1:].tolist(), strict=True):
+        # Each value's own number takes the way into pieces, and says where it was.
+        numbers = np.arange(begin, end).reshape(saved.base[name].shape)
+        for piece, held in split(family, name, numbers).items():
+            if piece in lost:
+                known[name].reshape(-1)[held.reshape(-1) - begin] = False
+    write(tuned, {name: codes for name, codes in tensors.items() if name not in lost})
+    assert_part(saved, known, lost, tmp_path)
+
+
 def stored(folder: Path) -> Codes:
     from safetensors.torch import load_file
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import ckptdiff
 from ckptdiff.checkpoint import open_checkpoint
 from ckptdiff.checkpoint.matching import match_names
 from ckptdiff.checkpoint.open_shards import open_shards
@@ -49,3 +50,25 @@ def test_old_names_against_new_ones(family: str, tmp_path: Path) -> None:
     }
     for name, other in matched.items():
         assert np.array_equal(stored["old"][name], stored["new"][other]), (name, other)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "phi3"])
+@pytest.mark.parametrize(("old", "new"), [("model.", "thinker.core."), ("model.layers.", "model.decoder.stack.")])
+def test_a_rule_that_whole_tensors_tell_pairs_pieces_too(family: str, old: str, new: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = build(family)
+    model.save_pretrained(tmp_path / "tuned", save_original_format=False)
+    model.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = {name.replace(old, new, 1): tensor for name, tensor in load_file(path).items()}
+    if family == "phi3":  # which has q, k and v in one tensor
+        for name in [name for name in tensors if ".qkv_proj." in name]:
+            parts = tensors.pop(name).split([32, 16, 16])
+            tensors |= {name.replace("qkv", letter): part.clone() for letter, part in zip("qkv", parts, strict=True)}
+    save_file(tensors, path)
+    found = ckptdiff.diff(tmp_path / "base", tmp_path / "tuned")
+    assert found.coverage["base"].share < 0.5
+    assert len(found.suggested_map) == 1
+    again = ckptdiff.diff(tmp_path / "base", tmp_path / "tuned", renames=found.suggested_map)
+    assert [coverage.share for coverage in again.coverage.values()] == [1, 1] and any(t.pieces for t in again.tensors)
