@@ -89,7 +89,7 @@ def is_contiguous(weight: Weight) -> bool:
     """Whether compiled code can read a side by itself: it lies in runs that are long enough."""
     if isinstance(weight, TensorInfo) and not weight.slices:
         return True
-    return not isinstance(weight, Decoded) and _all_runs(weight) is not None
+    return not isinstance(weight, Decoded | CommonPart) and _all_runs(weight) is not None
 
 
 def room_to_read(weight: Weight, numel: int) -> int:
@@ -108,7 +108,7 @@ def runs_of(weight: Weight, first: int, stop: int) -> list[Run]:
     """The runs that hold elements ``first`` to ``stop`` - 1 of a contiguous side, cut to them."""
     if isinstance(weight, TensorInfo) and not weight.slices:
         return [Run(first, weight, first, stop - first)]
-    runs = None if isinstance(weight, Decoded) else _all_runs(weight)
+    runs = None if isinstance(weight, Decoded | CommonPart) else _all_runs(weight)
     assert runs is not None
     found = []
     for run in runs:

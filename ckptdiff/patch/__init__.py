@@ -5,13 +5,13 @@ from ckptdiff.patch.contents import PatchContents, contents_of
 from ckptdiff.patch.delta import Delta, TensorDelta
 from ckptdiff.patch.delta_file import is_delta, open_delta
 from ckptdiff.patch.in_place import apply_in_place
-from ckptdiff.patch.make import Made, make
+from ckptdiff.patch.make import MadeDelta, make
 from ckptdiff.patch.squash import squash
 
 __all__ = [
     "AppliedDelta",
     "Delta",
-    "Made",
+    "MadeDelta",
     "PatchContents",
     "TensorDelta",
     "apply",

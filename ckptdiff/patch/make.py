@@ -27,11 +27,11 @@ from ckptdiff.patch.digests import TensorDigest, digest_of, require_xxhash
 from ckptdiff.patch.spans import Piece, in_pieces, load_kernels, read_block_of, threads_for, work_in_order
 from ckptdiff.runfile.check_target import check_new
 
-__all__ = ["Made", "make"]
+__all__ = ["MadeDelta", "make"]
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class MadeDelta:
     """A delta that was written.
 
     Attributes
@@ -55,7 +55,7 @@ def make(
     *,
     threads: int = 0,
     listener: Listener | None = None,
-) -> Made:
+) -> MadeDelta:
     """Write what makes `tuned` of `base`, to the last bit of every file.
 
     Tensors are paired by their names. Of those that have one dtype and shape on both sides, changed codes are kept, and
@@ -100,7 +100,7 @@ def make(
             made = _Making(sides, shards, layout, staged, told, threads_for(threads)).run()
         shards.check()
         staged.commit()
-    return Made(made, staged.tell(), tuple(warning for side in sides for warning in side.warnings))
+    return MadeDelta(made, staged.tell(), tuple(warning for side in sides for warning in side.warnings))
 
 
 class _Layout:
