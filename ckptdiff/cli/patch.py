@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ckptdiff.patch import AppliedDelta, PatchContents
 
 _SHOWN = 5
+_OF_KIND = dict.fromkeys(("encoding", "checksum", "version", "base_version", "level"), "delta-dir")
+"""Options of ``patch make``, and which format takes each."""
 
 
 @click.group(short_help="Make, apply, verify and join exact weight deltas.")
@@ -34,18 +36,44 @@ def patch() -> None:
 @click.argument("base", type=click.Path())
 @click.argument("tuned", type=click.Path())
 @click.option("-o", "--out", type=click.Path(), metavar="OUT", required=True, help="The patch to write.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["ckptdelta", "delta-dir"]),
+    default="ckptdelta",
+    show_default=True,
+    help="Our own, which is the smallest and says everything; or a directory that SGLang's /pull_weights applies.",
+)
+@click.option(
+    "--encoding",
+    type=click.Choice(["xor", "overwrite"]),
+    help="Of a delta-dir: all bytes xor the old ones (the default), or the changed ones, which may be applied again.",
+)
+@click.option(
+    "--checksum", type=click.Choice(["xxh3-128", "blake3", "adler32"]), help="Of a delta-dir; xxh3-128 by default."
+)
+@click.option("--version", type=int, metavar="N", help="Of a delta-dir; by default the one in OUT's name, or 1.")
+@click.option("--base-version", type=int, metavar="M", help="Of a delta-dir; by default N - 1. 0 is the checkpoint.")
+@click.option("--level", type=int, metavar="L", help="Of zstd, for a delta-dir; 1 by default.")
 @threads_option
 @progress_option
 @verbosity
-def make(base: str, tuned: str, out: str, **given: Any) -> int:
+def make(base: str, tuned: str, out: str, kind: str, **given: Any) -> int:
     r"""Write what makes TUNED of BASE, in one pass over both: every tensor, of any dtype, to the last bit.
 
     \b
-    Example:
+    Examples:
       ckptdiff patch make base/ step-100/ -o step-100.ckptdelta
+      ckptdiff patch make step-1/ step-2/ -o updates/weight_v000002 --format delta-dir
     """
     from ckptdiff.patch import make as make_patch
 
+    own = {name: given[name] for name in _OF_KIND if given[name] is not None}
+    for name in own:
+        if _OF_KIND[name] != kind:
+            raise OptionError(f"--{name.replace('_', '-')} is for --format {_OF_KIND[name]}", found=f"--format {kind}")
+    if kind != "ckptdelta":
+        return _ship(base, tuned, out, kind, own, **given)
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
         made = make_patch(base, tuned, out, threads=given["threads"], listener=tell)
     if given["quiet"]:
@@ -57,6 +85,27 @@ def make(base: str, tuned: str, out: str, **given: Any) -> int:
     say(f"{quantity(changed)} of {quantity(values)} values changed ({percent(changed / values if values else 0.0)})")
     say(f"written to {safe(out)}: {size(made.size)}, {percent(made.size / dense)} of the checkpoint")
     if made.size >= dense:
+        say("warning: the patch is not smaller than the checkpoint")
+    return OK
+
+
+def _ship(base: str, tuned: str, out: str, kind: str, own: dict[str, Any], **given: Any) -> int:
+    """Write a patch in a format of serving engines."""
+    from ckptdiff.patch import make_directory
+
+    with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
+        made = make_directory(base, tuned, out, **own, threads=given["threads"], listener=tell)
+    if given["quiet"]:
+        return OK
+    warn(made.warnings)
+    values = percent(made.changed / made.values if made.values else 0.0)
+    in_bytes = percent(made.changed_bytes / made.dense if made.dense else 0.0)
+    say(f"{quantity(made.changed)} of {quantity(made.values)} values changed ({values}; of bytes {in_bytes})")
+    say(
+        f"written to {safe(out)}: {plural(made.changed_tensors, 'tensor')} in {plural(made.files, 'file')}, "
+        f"{size(made.size)}, {percent(made.size / made.dense if made.dense else 0.0)} of the checkpoint"
+    )
+    if made.size >= made.dense:
         say("warning: the patch is not smaller than the checkpoint")
     return OK
 

@@ -6,6 +6,7 @@ from ckptdiff.patch.delta import Delta, TensorDelta
 from ckptdiff.patch.delta_file import is_delta, open_delta
 from ckptdiff.patch.in_place import apply_in_place
 from ckptdiff.patch.make import Made, make
+from ckptdiff.patch.make_directory import make_directory
 from ckptdiff.patch.squash import squash
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "contents_of",
     "is_delta",
     "make",
+    "make_directory",
     "open_delta",
     "squash",
     "verify",

@@ -16,7 +16,7 @@ from ckptdiff.events import Listener, stage
 from ckptdiff.files.staged import StagedFolder, write_whole
 from ckptdiff.patch.chain import Chain
 from ckptdiff.patch.delta_file import DeltaFile, open_delta
-from ckptdiff.patch.digests import require_xxhash
+from ckptdiff.patch.digests import required
 from ckptdiff.patch.making import Making
 from ckptdiff.patch.spans import load_kernels, threads_for
 from ckptdiff.runfile.check_target import check_new
@@ -143,7 +143,7 @@ def verify(
 @contextmanager
 def open_chain(base: PathLike, patches: Sequence[PathLike], listener: Listener | None) -> Iterator[Chain]:
     """Open a base and the patches that follow it, and check what needs no values."""
-    require_xxhash()
+    required("xxhash")
     if not patches:
         raise OptionError("no patch was given", expected="one at least")
     checkpoint = open_checkpoint(base)

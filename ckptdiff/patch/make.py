@@ -23,7 +23,7 @@ from ckptdiff.files.staged import StagedFile
 from ckptdiff.patch.coded_block import Coding, code_block, code_whole
 from ckptdiff.patch.delta import BLOCK_CODES, Delta, TensorDelta, TunedFile
 from ckptdiff.patch.delta_file import SIGNATURE, write_blob, write_index
-from ckptdiff.patch.digests import TensorDigest, digest_of, require_xxhash
+from ckptdiff.patch.digests import TensorDigest, digest_of, required
 from ckptdiff.patch.spans import Piece, in_pieces, load_kernels, read_block_of, threads_for, work_in_order
 from ckptdiff.runfile.check_target import check_new
 
@@ -88,7 +88,7 @@ def make(
     >>> patch.apply("fixtures/llama/base", ["update.ckptdelta"], "again").tensors == len(made.delta.tensors)
     True
     """
-    require_xxhash()
+    required("xxhash")
     target = Path(target)
     sides = open_checkpoint(base), open_checkpoint(tuned)
     check_new(target)
