@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from ckptdiff.patch import AppliedDelta, PatchContents
 
 _SHOWN = 5
-_OF_KIND = dict.fromkeys(("encoding", "checksum", "version", "base_version", "level"), "delta-dir")
+_OF_KIND = dict.fromkeys(("encoding", "checksum", "version", "base_version", "level"), "delta-dir") | {
+    "dense_rest": "flat"
+}
 """Options of ``patch make``, and which format takes each."""
 
 
@@ -39,10 +41,11 @@ def patch() -> None:
 @click.option(
     "--format",
     "kind",
-    type=click.Choice(["ckptdelta", "delta-dir"]),
+    type=click.Choice(["ckptdelta", "delta-dir", "flat"]),
     default="ckptdelta",
     show_default=True,
-    help="Our own, which is the smallest and says everything; or a directory that SGLang's /pull_weights applies.",
+    help="Our own, which is the smallest and says everything; a directory that SGLang's /pull_weights applies; or a "
+    "safetensors file of flat indices and values, as vLLM and verl take them.",
 )
 @click.option(
     "--encoding",
@@ -55,6 +58,13 @@ def patch() -> None:
 @click.option("--version", type=int, metavar="N", help="Of a delta-dir; by default the one in OUT's name, or 1.")
 @click.option("--base-version", type=int, metavar="M", help="Of a delta-dir; by default N - 1. 0 is the checkpoint.")
 @click.option("--level", type=int, metavar="L", help="Of zstd, for a delta-dir; 1 by default.")
+@click.option(
+    "--dense-rest",
+    is_flag=True,
+    default=None,
+    show_default="off",
+    help="In flat: send whole what has no sparse patch, which is other than floating dtypes and new NaNs.",
+)
 @threads_option
 @progress_option
 @verbosity
@@ -91,10 +101,11 @@ def make(base: str, tuned: str, out: str, kind: str, **given: Any) -> int:
 
 def _ship(base: str, tuned: str, out: str, kind: str, own: dict[str, Any], **given: Any) -> int:
     """Write a patch in a format of serving engines."""
-    from ckptdiff.patch import make_directory
+    from ckptdiff.patch import make_directory, make_flat
 
+    write = make_flat if kind == "flat" else make_directory
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
-        made = make_directory(base, tuned, out, **own, threads=given["threads"], listener=tell)
+        made = write(base, tuned, out, **own, threads=given["threads"], listener=tell)
     if given["quiet"]:
         return OK
     warn(made.warnings)

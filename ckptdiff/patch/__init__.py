@@ -7,6 +7,7 @@ from ckptdiff.patch.delta_file import is_delta, open_delta
 from ckptdiff.patch.in_place import apply_in_place
 from ckptdiff.patch.make import Made, make
 from ckptdiff.patch.make_directory import make_directory
+from ckptdiff.patch.make_flat import make_flat
 from ckptdiff.patch.squash import squash
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "is_delta",
     "make",
     "make_directory",
+    "make_flat",
     "open_delta",
     "squash",
     "verify",

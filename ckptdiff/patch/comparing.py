@@ -19,7 +19,7 @@ from ckptdiff.patch.coded_block import Coding
 from ckptdiff.patch.delta import BLOCK_CODES
 from ckptdiff.patch.spans import Piece, in_pieces, read_block_of, work_in_order
 
-__all__ = ["Bytes", "Shipped", "blocks_in", "compared", "pieces_of", "require_same_tensors"]
+__all__ = ["Bytes", "Shipped", "blocks_in", "compared", "pieces_of", "require_same_tensors", "shipped", "spooled"]
 
 Bytes = NDArray[np.uint8]
 Result = TypeVar("Result")
@@ -139,3 +139,26 @@ def pieces_of(spool: StagedFile, start: int, size: int) -> Iterator[bytes]:
     for at in range(start, start + size, _COPIED):
         spool.seek(at)
         yield spool.read(min(_COPIED, start + size - at))
+
+
+def spooled(spool: StagedFile, start: int, size: int) -> Callable[[], Iterator[bytes]]:
+    """The same, to be begun later."""
+    return lambda: pieces_of(spool, start, size)
+
+
+def shipped(
+    sides: tuple[Checkpoint, Checkpoint], changed_tensors: int, changed: int, changed_bytes: int, files: int, size: int
+) -> Shipped:
+    """What was written, beside the sizes of the tuned side."""
+    tensors = sides[1].tensors.values()
+    return Shipped(
+        tensors=len(tensors),
+        changed_tensors=changed_tensors,
+        values=sum(one.nbytes // Coding.of(one.dtype).width for one in tensors),
+        changed=changed,
+        dense=sum(one.nbytes for one in tensors),
+        changed_bytes=changed_bytes,
+        files=files,
+        size=size,
+        warnings=tuple(warning for side in sides for warning in side.warnings),
+    )

@@ -23,7 +23,16 @@ from ckptdiff.errors import OptionError, PatchError, RunFileError
 from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.files.staged import StagedFile, StagedFolder, sync_folder, write_whole
 from ckptdiff.patch.coded_block import Coding
-from ckptdiff.patch.comparing import Bytes, Shipped, blocks_in, compared, pieces_of, require_same_tensors
+from ckptdiff.patch.comparing import (
+    Bytes,
+    Shipped,
+    blocks_in,
+    compared,
+    pieces_of,
+    require_same_tensors,
+    shipped,
+    spooled,
+)
 from ckptdiff.patch.delta import BLOCK_CODES
 from ckptdiff.patch.digests import CHECKSUMS, TensorDigest, digest_of, required
 from ckptdiff.patch.spans import threads_for
@@ -175,7 +184,6 @@ class _Making:
         self._changed = self._changed_bytes = 0
 
     def run(self, metadata: dict[str, str]) -> Shipped:
-        tuned = self._sides[1]
         with ExitStack() as stack:
             spools = [
                 stack.enter_context(StagedFile(self._folder / name)) for name in ("frames", "positions", "values")
@@ -200,19 +208,7 @@ class _Making:
             sync_folder(self._folder)
         except OSError as error:
             raise RunFileError(f"cannot write the output: {error.strerror}", file=self._folder) from error
-        dense = sum(tensor.nbytes for tensor in tuned.tensors.values())
-        values = sum(tensor.nbytes // Coding.of(tensor.dtype).width for tensor in tuned.tensors.values())
-        return Shipped(
-            tensors=len(tuned.tensors),
-            changed_tensors=len(frames),
-            values=values,
-            changed=self._changed,
-            dense=dense,
-            changed_bytes=self._changed_bytes,
-            files=len(files),
-            size=size + len(index),
-            warnings=tuple(warning for side in self._sides for warning in side.warnings),
-        )
+        return shipped(self._sides, len(frames), self._changed, self._changed_bytes, len(files), size + len(index))
 
     def _by_shard(self) -> list[list[str]]:
         """Names of the tuned side, file by file, in the order of their bytes."""
@@ -255,7 +251,7 @@ class _Making:
                 elif values.tell():
                     self._join(frames, positions, values)
                 if size := frames.tell() - start:
-                    entries[tensor.name] = Entry(tensor.name, "U8", (size,), _pieces(frames, start, size))
+                    entries[tensor.name] = Entry(tensor.name, "U8", (size,), spooled(frames, start, size))
             for spool in (frames, positions, values):
                 spool.check()
         return entries
@@ -311,7 +307,3 @@ def _zeros(count: int) -> Iterator[bytes]:
     piece = bytes(min(count, 1 << 20))
     for at in range(0, count, 1 << 20):
         yield piece[: min(1 << 20, count - at)]
-
-
-def _pieces(spool: StagedFile, start: int, size: int) -> Any:
-    return lambda: pieces_of(spool, start, size)
