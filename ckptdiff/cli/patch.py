@@ -164,13 +164,13 @@ def apply(base: str, patches: Sequence[str], **given: Any) -> int:
       ckptdiff patch apply base/ step-100.ckptdelta step-200.ckptdelta -o step-200/
       ckptdiff patch apply serving/ step-200.ckptdelta --in-place
     """
-    from ckptdiff.patch import is_delta
+    from ckptdiff.patch import patch_kind
 
     if (given["out"] is None) != given["in_place"]:
         raise OptionError(
             "where the result goes is not clear", expected="-o OUT or --in-place, and not both", hint="-o OUT"
         )
-    if len(patches) == 1 and not is_delta(patches[0]):
+    if len(patches) == 1 and patch_kind(patches[0]) == "mask":
         return _apply_mask(base, patches[0], **given)
     if given["force"]:
         raise OptionError("--force is for patches of masks", found="an exact patch, which fits one base alone")
@@ -237,9 +237,11 @@ def info(path: str, **given: Any) -> int:
     """Say what is in a patch: how much changes, where, and what it takes beside the checkpoint."""
     from pathlib import Path
 
-    from ckptdiff.patch import contents_of
+    from ckptdiff.patch import contents_of, patch_kind
 
     target = ReportTarget.choose(given["output"], binary=False, kept=[Path(path)])
+    if patch_kind(path) in ("folder", "flat"):
+        return _info_of_shipped(path, target, given["format"])
     found = contents_of(path)
     if not given["quiet"]:
         warn(found.warnings)
@@ -248,6 +250,26 @@ def info(path: str, **given: Any) -> int:
             stream.write(dumps({**asdict(found), "warnings": list(found.warnings)}) + "\n")
         else:
             stream.write("\n".join(_lines(found)) + "\n")
+    return OK
+
+
+def _info_of_shipped(path: str, target: ReportTarget, format: str) -> int:
+    from ckptdiff.patch import contents_of_flat, contents_of_folder, patch_kind
+
+    found = contents_of_folder(path) if patch_kind(path) == "folder" else contents_of_flat(path)
+    with target.open() as stream:
+        if format == "json":
+            stream.write(dumps(asdict(found)) + "\n")
+            return OK
+        of = "bytes" if found.format == "delta-dir" else "values"
+        lines = [f"{safe(found.path)}, {found.format}"]
+        if found.version is not None:
+            lines.append(f"version     {found.version} of {found.base_version}, {found.encoding}, {found.checksum}")
+        lines.append(f"changed     {quantity(found.changed)} {of} of {plural(found.tensors, 'tensor')}")
+        if found.whole:
+            lines.append(f"whole       {plural(found.whole, 'tensor')}")
+        lines.append(f"size        {size(found.size)} in {plural(found.files, 'file')}")
+        stream.write("\n".join([*lines, f"identity    {found.identity}"]) + "\n")
     return OK
 
 

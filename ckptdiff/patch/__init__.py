@@ -8,6 +8,8 @@ from ckptdiff.patch.in_place import apply_in_place
 from ckptdiff.patch.make import Made, make
 from ckptdiff.patch.make_directory import make_directory
 from ckptdiff.patch.make_flat import make_flat
+from ckptdiff.patch.opening import patch_kind
+from ckptdiff.patch.shipped_contents import ShippedContents, contents_of_flat, contents_of_folder
 from ckptdiff.patch.squash import squash
 
 __all__ = [
@@ -15,15 +17,19 @@ __all__ = [
     "Delta",
     "Made",
     "PatchContents",
+    "ShippedContents",
     "TensorDelta",
     "apply",
     "apply_in_place",
     "contents_of",
+    "contents_of_flat",
+    "contents_of_folder",
     "is_delta",
     "make",
     "make_directory",
     "make_flat",
     "open_delta",
+    "patch_kind",
     "squash",
     "verify",
 ]

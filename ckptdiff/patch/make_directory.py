@@ -35,6 +35,7 @@ from ckptdiff.patch.comparing import (
 )
 from ckptdiff.patch.delta import BLOCK_CODES
 from ckptdiff.patch.digests import CHECKSUMS, TensorDigest, digest_of, required
+from ckptdiff.patch.file_layout import Layout
 from ckptdiff.patch.spans import threads_for
 from ckptdiff.runfile.check_target import check_new
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
@@ -173,6 +174,7 @@ class _Making:
         folder: Path,
     ) -> None:
         self._sides, self._checksum, self._told, self._folder = sides, checksum, told, folder
+        self._layout = Layout(sides[1], Path(sides[1].path))
         self._overwrite = encoding == "overwrite"
         self._level, self._threads, self._stop = level, threads, threading.Event()
         self._compressors = threading.local()
@@ -212,10 +214,10 @@ class _Making:
 
     def _by_shard(self) -> list[list[str]]:
         """Names of the tuned side, file by file, in the order of their bytes."""
-        of_shard: dict[str, list[TensorInfo]] = {shard.path: [] for shard in self._sides[1].shards}
-        for tensor in self._sides[1].tensors.values():
-            of_shard[tensor.shard.path].append(tensor)
-        return [[one.name for one in sorted(held, key=lambda one: (one.start, one.name))] for held in of_shard.values()]
+        held: list[list[str]] = [[] for _ in self._layout.shards]
+        for file, tensor in self._layout.tensors:
+            held[file].append(tensor.name)
+        return held
 
     def _frames(self, frames: StagedFile, positions: StagedFile, values: StagedFile) -> dict[str, Entry]:
         """Write the frames one after the other; an entry of each tensor that changed says where."""

@@ -33,7 +33,7 @@ class Making:
         """Write a file whole, and let it take its name."""
         place = self._link.delta.files.index(one)
         with StagedFile(target) as staged:
-            header = self._link.blob(one.header)
+            header = self._link.header(place)
             staged.write(header)
             self._told.more(len(header), one.name)
             self._blocks(place, staged)
@@ -44,7 +44,7 @@ class Making:
     def check(self, place: int) -> None:
         """Make the blocks of a file, and write them nowhere."""
         one = self._link.delta.files[place]
-        header = self._link.blob(one.header)
+        header = self._link.header(place)
         self._require_header(place, header, one)
         self._told.more(len(header), one.name)
         self._blocks(place, None)
@@ -66,6 +66,7 @@ class Making:
             raise _not_the_result(side, missing[0], kind, kind_of(side, missing[0]) or "no such tensor")
 
     def _blocks(self, place: int, staged: StagedFile | None) -> None:
+        self._chain.stop.clear()  # it was set when the file before this was done
         with open_shards("pread") as shards:
             results = work_in_order(
                 in_pieces(self._held[place]),
