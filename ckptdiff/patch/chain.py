@@ -89,17 +89,19 @@ class Chain:
 
     def made(self, shards: OpenShards, pieces: Sequence[Piece]) -> list[tuple[Piece, Bytes]]:
         """The bytes of blocks, with digests of base and result checked at the end of each tensor."""
-        return [(piece, self._block(shards, *piece)) for piece in pieces]
+        return [(piece, self.block(shards, *piece)[1]) for piece in pieces]
 
-    def _block(self, shards: OpenShards, name: str, place: int) -> Bytes:
+    def block(self, shards: OpenShards, name: str, place: int, *, keep: bool = False) -> tuple[Bytes | None, Bytes]:
+        """The bytes of a block before, if they are to be kept and the base has them, and after."""
         tensor = self.tensors[name]
         coding, origin = tensor.coding, self._origins[name]
         numel = min(BLOCK_CODES, tensor.codes - place * BLOCK_CODES)
         codes = np.empty(numel * coding.width, np.uint8)
-        before = None
+        before = old = None
         if self.takes_base(name):
-            read_block_of(shards, self.base.tensors[name], coding, place, codes)
+            self._read(shards, name, place, codes)
             before = self._digest(name, place, 0, codes)
+            old = codes.copy() if keep else None
         for link in self.links[origin:]:
             one = link.delta.tensors[name]
             if one.blocks:
@@ -108,7 +110,15 @@ class Chain:
         if place == max(tensor.blocks, 1) - 1:
             self._digests.pop(name, None)
             self._check(name, before, after)
-        return codes
+        return old, codes
+
+    def _read(self, shards: OpenShards, name: str, place: int, codes: Bytes) -> None:
+        """Fill an array with the base's bytes of a block."""
+        read_block_of(shards, self.base.tensors[name], self.tensors[name].coding, place, codes)
+
+    def _place_of(self, name: str) -> str:
+        """Where the base's bytes of a tensor lie."""
+        return self.base.tensors[name].shard.path
 
     def _check(self, name: str, before: str | None, after: str | None) -> None:
         """Compare the digests of a tensor with what the patches say of them."""
@@ -177,7 +187,7 @@ class Chain:
             file=self.links[0].path,
             tensor=name,
             expected="its base" if applied else f"values with the digest {self.links[0].delta.tensors[name].before}",
-            found=f"{found} in {self.base.tensors[name].shard.path}",
+            found=f"{found} in {self._place_of(name)}",
             hint=f"it was made for {made_for}" if made_for and not applied else None,
         )
 

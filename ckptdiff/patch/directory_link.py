@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from ckptdiff.checkpoint import Checkpoint, TensorInfo, read_header
+from ckptdiff.checkpoint import TensorInfo, read_header
 from ckptdiff.checkpoint.index import MAX_INDEX_BYTES
 from ckptdiff.checkpoint.regular_file import open_regular, read_bytes, read_whole
 from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
 from ckptdiff.errors import CheckpointError, PatchError
 from ckptdiff.patch.delta import BLOCK_CODES, TensorDelta
 from ckptdiff.patch.digests import CHECKSUMS, required
-from ckptdiff.patch.link import FETCH_AGAIN, Apply, StreamLink, scattered
+from ckptdiff.patch.link import FETCH_AGAIN, Apply, Side, StreamLink, scattered
 from ckptdiff.patch.make_directory import ENCODINGS, INDEX_NAME
 
 __all__ = ["DeltaFolder", "changed_bytes", "link_of_folder", "read_folder"]
@@ -135,9 +135,7 @@ def read_folder(path: str | os.PathLike[str]) -> DeltaFolder:
 
 
 @contextmanager
-def link_of_folder(
-    path: str | os.PathLike[str], base: Checkpoint, before: Sequence[StreamLink]
-) -> Iterator[StreamLink]:
+def link_of_folder(path: str | os.PathLike[str], base: Side, before: Sequence[StreamLink]) -> Iterator[StreamLink]:
     """Open a directory of deltas as a link of a chain that begins with a base, behind those before it.
 
     Raises

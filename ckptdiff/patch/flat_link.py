@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from ckptdiff.checkpoint import DTYPES, Checkpoint, Shard, TensorInfo, read_header
+from ckptdiff.checkpoint import DTYPES, Shard, TensorInfo, read_header
 from ckptdiff.checkpoint.regular_file import open_regular, read_bytes
 from ckptdiff.errors import CheckpointError, PatchError, first_few
+from ckptdiff.patch.coded_block import Coding
 from ckptdiff.patch.delta import BLOCK_CODES, TensorDelta
-from ckptdiff.patch.link import FETCH_AGAIN, Apply, StreamLink, scattered
+from ckptdiff.patch.link import FETCH_AGAIN, Apply, Side, StreamLink, scattered
 from ckptdiff.patch.make_flat import FLAT_FORMAT, FLAT_VERSION, INDICES, VALUES
 
-__all__ = ["FlatPatch", "FlatTensor", "link_of_flat", "read_flat"]
+__all__ = ["FlatPatch", "FlatTensor", "changes_of_flat", "link_of_flat", "read_flat"]
 
 _INDEX_DTYPES = {"I32": "<i4", "I64": "<i8"}
 
@@ -98,7 +99,7 @@ def _require_match(shard: Shard, name: str, tensor: FlatTensor) -> None:
 
 
 @contextmanager
-def link_of_flat(path: str | os.PathLike[str], base: Checkpoint, before: Sequence[StreamLink]) -> Iterator[StreamLink]:
+def link_of_flat(path: str | os.PathLike[str], base: Side, before: Sequence[StreamLink]) -> Iterator[StreamLink]:
     """Open a flat patch as a link of a chain that begins with a base.
 
     Raises
@@ -106,7 +107,7 @@ def link_of_flat(path: str | os.PathLike[str], base: Checkpoint, before: Sequenc
     PatchError
         As :func:`read_flat`; or the base has other tensors.
     """
-    del before  # digests tell whether it follows
+    del before  # their digests tell whether it follows
     flat = read_flat(path)
     kinds = {name: (one.values.dtype, one.shape) for name, one in flat.tensors.items()}
     found = {name: (one.dtype, one.shape) for name, one in base.tensors.items()}
@@ -132,12 +133,30 @@ def _begin(flat: FlatPatch, one: FlatTensor, descriptor: int) -> Callable[[Tenso
 
 
 def _changes(flat: FlatPatch, one: FlatTensor, tensor: TensorDelta, descriptor: int) -> Iterator[Apply]:
-    width = tensor.coding.width
-    values = _reader(one.values, descriptor)
     if one.indices is None:
-        for start in range(0, tensor.codes, BLOCK_CODES):
-            new = values(min(BLOCK_CODES, tensor.codes - start) * width)
-            yield lambda codes, new=new: np.copyto(codes, new)  # type: ignore[misc]
+        for _, new in changes_of_flat(flat, tensor.name, descriptor):
+            yield partial(np.copyto, src=new.view(np.uint8))
+        return
+    for at, new in changes_of_flat(flat, tensor.name, descriptor):
+        yield partial(_set, at, new)
+
+
+def changes_of_flat(flat: FlatPatch, name: str, descriptor: int) -> Iterator[tuple[Any, Any]]:
+    """Read the changes of a tensor.
+
+    Yields
+    ------
+    int64 array, unsigned array
+        Of each block of its codes which change, counted from the block's first, and the new codes.
+    """
+    one = flat.tensors[name]
+    width = Coding.of(one.values.dtype).width
+    codes = math.prod(one.shape) * DTYPES[one.values.dtype].bits // 8 // width
+    values, code = _reader(one.values, descriptor), np.dtype(f"<u{width}")
+    if one.indices is None:
+        for start in range(0, codes, BLOCK_CODES):
+            numel = min(BLOCK_CODES, codes - start)
+            yield np.arange(numel), values(numel * width).view(code)
         return
     kind = np.dtype(_INDEX_DTYPES[one.indices.dtype])
     indices = _reader(one.indices, descriptor)
@@ -145,11 +164,11 @@ def _changes(flat: FlatPatch, one: FlatTensor, tensor: TensorDelta, descriptor: 
         lambda some: indices(some * kind.itemsize).view(kind),
         lambda some: values(some * width),
         one.indices.numel,
-        tensor.codes,
+        codes,
         BLOCK_CODES,
-        lambda expected, found: _wrong(flat.shard, "an index of the patch cannot be", expected, found, tensor.name),
+        lambda expected, found: _wrong(flat.shard, "an index of the patch cannot be", expected, found, name),
     ):
-        yield partial(_set, at, new.view(f"<u{width}"))
+        yield at, new.view(code)
 
 
 def _set(at: Any, new: Any, codes: Any) -> None:

@@ -10,15 +10,15 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint import Checkpoint, TensorInfo
+from ckptdiff.checkpoint import Checkpoint
 from ckptdiff.checkpoint.index import MAX_INDEX_BYTES
 from ckptdiff.checkpoint.regular_file import open_regular, read_bytes, read_whole
 from ckptdiff.errors import PatchError
 from ckptdiff.patch.delta import Blob, Delta, TensorDelta, TunedFile
-from ckptdiff.patch.file_layout import Layout
 from ckptdiff.patch.in_turn import InTurn
+from ckptdiff.patch.side_files import SideFiles
 
-__all__ = ["Apply", "Link", "StreamLink", "scattered"]
+__all__ = ["FETCH_AGAIN", "Apply", "Link", "Side", "StreamLink", "scattered"]
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Apply: TypeAlias = Callable[[Bytes], None]
@@ -26,6 +26,27 @@ Apply: TypeAlias = Callable[[Bytes], None]
 _AT_ONCE = 1 << 18
 """Positions that are read at a time."""
 FETCH_AGAIN = "the download or copy may be incomplete: fetch it again, or make it again"
+
+
+class _Tensor(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+class Side(Protocol):
+    """What a patch is applied to: a checkpoint, or a live model."""
+
+    @property
+    def path(self) -> str:
+        """How errors name it."""
+
+    @property
+    def tensors(self) -> Mapping[str, _Tensor]:
+        """By name."""
 
 
 class Link(Protocol):
@@ -68,8 +89,8 @@ class StreamLink:
     Parameters
     ----------
     path, identity : str
-    base : Checkpoint
-        The base of the whole chain.
+    base : Checkpoint or other side
+        The base of the whole chain; only of a checkpoint are there files.
     digests : mapping of str to (str or None, str or None)
         Of each tensor of the base, before and after, as far as they are known.
     begin : mapping of str to callable
@@ -81,30 +102,37 @@ class StreamLink:
         self,
         path: str,
         identity: str,
-        base: Checkpoint,
+        base: Side,
         digests: Mapping[str, tuple[str | None, str | None]],
         begin: Mapping[str, Callable[[TensorDelta], Iterator[Apply]]],
         repeatable: bool = False,
     ) -> None:
         self.path, self.identity, self.repeatable = path, identity, repeatable
-        self._begin, self._layout = begin, Layout(base, Path(base.path))
+        self._begin, self._files = begin, SideFiles(base, Path(base.path)) if isinstance(base, Checkpoint) else None
         self._begun: dict[str, tuple[InTurn, Iterator[Apply]]] = {}
-        index, sizes = self._layout.index, self._layout.header_sizes
+        if self._files is None:
+            files: tuple[TunedFile, ...] = ()
+            held: list[tuple[int, _Tensor]] = [(0, one) for one in base.tensors.values()]
+            index = None
+        else:
+            sizes, index = self._files.header_sizes, self._files.index
+            files = tuple(
+                TunedFile(self._files.name(shard.path), shard.size, Blob(0, size, size))
+                for shard, size in zip(self._files.shards, sizes, strict=True)
+            )
+            held = list(self._files.tensors)
         self.delta = Delta(
             made_by="",
             base="",
             tuned="",
             base_files=(),
-            single=self._layout.single,
-            files=tuple(
-                TunedFile(self._layout.name(shard.path), shard.size, Blob(0, size, size))
-                for shard, size in zip(self._layout.shards, sizes, strict=True)
-            ),
+            single=self._files is not None and self._files.single,
+            files=files,
             index=None if index is None else (Path(index.path).name, Blob(0, 0, 0)),
-            tensors={one.name: self._tensor(one, file, *digests[one.name]) for file, one in self._layout.tensors},
+            tensors={one.name: self._tensor(one, file, *digests[one.name]) for file, one in held},
         )
 
-    def _tensor(self, one: TensorInfo, file: int, before: str | None, after: str | None) -> TensorDelta:
+    def _tensor(self, one: _Tensor, file: int, before: str | None, after: str | None) -> TensorDelta:
         state = "changed" if one.name in self._begin else "same"
         return TensorDelta(one.name, state, one.dtype, one.shape, file, before, after, 0)  # type: ignore[arg-type]
 
@@ -121,13 +149,15 @@ class StreamLink:
 
     def header(self, file: int) -> bytes:
         """The first bytes of a file of the base."""
-        path = self._layout.shards[file].path
+        if self._files is None:
+            raise ValueError("a live model has no files")
+        path = self._files.shards[file].path
         with open_regular(path) as (descriptor, _):
-            return read_bytes(descriptor, self._layout.header_sizes[file], 0, path)
+            return read_bytes(descriptor, self._files.header_sizes[file], 0, path)
 
     def side_index(self) -> tuple[str, bytes] | None:
         """Name and bytes of the base's ``index.json``."""
-        index = self._layout.index
+        index = None if self._files is None else self._files.index
         return None if index is None else (Path(index.path).name, read_whole(index.path, MAX_INDEX_BYTES))
 
     def damaged(self, problem: str, expected: object, found: object, tensor: str | None = None) -> PatchError:

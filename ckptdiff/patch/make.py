@@ -23,7 +23,7 @@ from ckptdiff.patch.coded_block import Coding, code_block, code_whole
 from ckptdiff.patch.delta import BLOCK_CODES, Delta, TensorDelta, TunedFile
 from ckptdiff.patch.delta_file import SIGNATURE, write_blob, write_index
 from ckptdiff.patch.digests import TensorDigest, digest_of, required
-from ckptdiff.patch.file_layout import Layout
+from ckptdiff.patch.side_files import SideFiles
 from ckptdiff.patch.spans import Piece, in_pieces, load_kernels, read_block_of, threads_for, work_in_order
 from ckptdiff.runfile.check_target import check_new
 
@@ -93,7 +93,7 @@ def make(
     sides = open_checkpoint(base), open_checkpoint(tuned)
     check_new(target)
     load_kernels(listener)
-    layout = Layout(sides[1], Path(tuned))
+    layout = SideFiles(sides[1], Path(tuned))
     total = sum(tensor.nbytes for side in sides for tensor in side.tensors.values())
     with StagedFile(target) as staged, open_shards("pread") as shards:
         with stage(listener, "making the patch", total, "bytes") as told:
@@ -113,7 +113,7 @@ class _Making:
         self,
         sides: tuple[Checkpoint, Checkpoint],
         shards: OpenShards,
-        layout: Layout,
+        layout: SideFiles,
         staged: StagedFile,
         told: Stage,
         threads: int,

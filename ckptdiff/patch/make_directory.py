@@ -35,7 +35,7 @@ from ckptdiff.patch.comparing import (
 )
 from ckptdiff.patch.delta import BLOCK_CODES
 from ckptdiff.patch.digests import CHECKSUMS, TensorDigest, digest_of, required
-from ckptdiff.patch.file_layout import Layout
+from ckptdiff.patch.side_files import SideFiles
 from ckptdiff.patch.spans import threads_for
 from ckptdiff.runfile.check_target import check_new
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
@@ -174,7 +174,7 @@ class _Making:
         folder: Path,
     ) -> None:
         self._sides, self._checksum, self._told, self._folder = sides, checksum, told, folder
-        self._layout = Layout(sides[1], Path(sides[1].path))
+        self._layout = SideFiles(sides[1], Path(sides[1].path))
         self._overwrite = encoding == "overwrite"
         self._level, self._threads, self._stop = level, threads, threading.Event()
         self._compressors = threading.local()

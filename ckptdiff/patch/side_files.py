@@ -7,10 +7,10 @@ from pathlib import Path
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.errors import CheckpointError
 
-__all__ = ["Layout"]
+__all__ = ["SideFiles"]
 
 
-class Layout:
+class SideFiles:
     """The files of a checkpoint, and its tensors in the order of their bytes.
 
     Raises
