@@ -64,7 +64,7 @@ def open_patch(path: str | os.PathLike[str], base: str | os.PathLike[str] | None
     >>> made = patch.make("fixtures/llama/base", "fixtures/llama/tuned", "read.ckptdelta")
     >>> changes = patch.open("read.ckptdelta", "fixtures/llama/base")
     >>> sum(change.indices.size for change in changes)
-    39452
+    39469
     """
     if base is None:
         if patch_kind(path) != "flat":

@@ -20,7 +20,7 @@ from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
 from ckptdiff.errors import CheckpointError, PatchError
 from ckptdiff.patch.delta import BLOCK_CODES, TensorDelta
 from ckptdiff.patch.digests import CHECKSUMS, required
-from ckptdiff.patch.link import FETCH_AGAIN, Apply, Side, StreamLink, scattered
+from ckptdiff.patch.link import FETCH_AGAIN, Apply, GivenSide, StreamLink, scattered
 from ckptdiff.patch.make_directory import ENCODINGS, INDEX_NAME
 
 __all__ = ["DeltaFolder", "changed_bytes", "link_of_folder", "read_folder"]
@@ -28,6 +28,7 @@ __all__ = ["DeltaFolder", "changed_bytes", "link_of_folder", "read_folder"]
 _DIGITS = {"xxh3-128": 32, "blake3": 64, "adler32": 8}
 _FRAME_HEADER = 18
 """Bytes that the header of a zstd frame takes at most."""
+_SMALL = 1 << 16
 _UNKNOWN = (1 << 64) - 1
 _LEAST_WINDOW, _MOST_WINDOW = 1 << 23, 1 << 27
 """Bytes that a frame may ask zstd to keep: of a small tensor, and of any."""
@@ -135,7 +136,7 @@ def read_folder(path: str | os.PathLike[str]) -> DeltaFolder:
 
 
 @contextmanager
-def link_of_folder(path: str | os.PathLike[str], base: Side, before: Sequence[StreamLink]) -> Iterator[StreamLink]:
+def link_of_folder(path: str | os.PathLike[str], base: GivenSide, before: Sequence[StreamLink]) -> Iterator[StreamLink]:
     """Open a directory of deltas as a link of a chain that begins with a base, behind those before it.
 
     Raises
@@ -225,10 +226,12 @@ class _Frame:
         self._frame, self._descriptor, self._at = frame, descriptor, frame.start
         zstandard = required("zstandard")
         self._error = zstandard.ZstdError
+        # A small frame is read at once.
+        held = self.read(frame.nbytes) if frame.nbytes <= _SMALL else None
         try:
-            self.size = self._said()
+            self.size = self._said(held)
             window = min(max(2 * most, _LEAST_WINDOW), _MOST_WINDOW)
-            self._stream = zstandard.ZstdDecompressor(max_window_size=window).stream_reader(self)
+            self._stream = zstandard.ZstdDecompressor(max_window_size=window).stream_reader(held or self)
         except self._error as error:
             raise self.wrong("a frame of the patch is damaged", "a zstd frame", error) from error
 
@@ -238,10 +241,12 @@ class _Frame:
         self._at += size
         return read_bytes(self._descriptor, size, self._at - size, self._frame.shard.path)
 
-    def _said(self) -> int | None:
+    def _said(self, held: bytes | None) -> int | None:
         """How many bytes the frame says it holds, if it says so."""
-        head = read_bytes(self._descriptor, min(_FRAME_HEADER, self._frame.nbytes), self._at, self._frame.shard.path)
-        size: int = required("zstandard").get_frame_parameters(head).content_size
+        frame = self._frame
+        if held is None:
+            held = read_bytes(self._descriptor, _FRAME_HEADER, frame.start, frame.shard.path)
+        size: int = required("zstandard").get_frame_parameters(held[:_FRAME_HEADER]).content_size
         return None if size == _UNKNOWN else size
 
     def nonzero(self) -> int:

@@ -18,7 +18,7 @@ from ckptdiff.checkpoint.regular_file import open_regular, read_bytes
 from ckptdiff.errors import CheckpointError, PatchError, first_few
 from ckptdiff.patch.coded_block import Coding
 from ckptdiff.patch.delta import BLOCK_CODES, TensorDelta
-from ckptdiff.patch.link import FETCH_AGAIN, Apply, Side, StreamLink, scattered
+from ckptdiff.patch.link import FETCH_AGAIN, Apply, GivenSide, StreamLink, scattered
 from ckptdiff.patch.make_flat import FLAT_FORMAT, FLAT_VERSION, INDICES, VALUES
 
 __all__ = ["FlatPatch", "FlatTensor", "changes_of_flat", "link_of_flat", "read_flat"]
@@ -99,7 +99,7 @@ def _require_match(shard: Shard, name: str, tensor: FlatTensor) -> None:
 
 
 @contextmanager
-def link_of_flat(path: str | os.PathLike[str], base: Side, before: Sequence[StreamLink]) -> Iterator[StreamLink]:
+def link_of_flat(path: str | os.PathLike[str], base: GivenSide, before: Sequence[StreamLink]) -> Iterator[StreamLink]:
     """Open a flat patch as a link of a chain that begins with a base.
 
     Raises

@@ -18,7 +18,7 @@ from ckptdiff.patch.delta import Blob, Delta, TensorDelta, TunedFile
 from ckptdiff.patch.in_turn import InTurn
 from ckptdiff.patch.side_files import SideFiles
 
-__all__ = ["FETCH_AGAIN", "Apply", "Link", "Side", "StreamLink", "scattered"]
+__all__ = ["FETCH_AGAIN", "Apply", "GivenSide", "Link", "StreamLink", "scattered"]
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Apply: TypeAlias = Callable[[Bytes], None]
@@ -37,7 +37,7 @@ class _Tensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-class Side(Protocol):
+class GivenSide(Protocol):
     """What a patch is applied to: a checkpoint, or a live model."""
 
     @property
@@ -102,7 +102,7 @@ class StreamLink:
         self,
         path: str,
         identity: str,
-        base: Side,
+        base: GivenSide,
         digests: Mapping[str, tuple[str | None, str | None]],
         begin: Mapping[str, Callable[[TensorDelta], Iterator[Apply]]],
         repeatable: bool = False,

@@ -14,7 +14,7 @@ from ckptdiff.exports.patch import PATCH_FORMAT
 from ckptdiff.patch.delta_file import is_delta, open_delta
 from ckptdiff.patch.directory_link import link_of_folder
 from ckptdiff.patch.flat_link import link_of_flat
-from ckptdiff.patch.link import Link, Side
+from ckptdiff.patch.link import GivenSide, Link
 from ckptdiff.patch.make_flat import FLAT_FORMAT
 
 __all__ = ["open_link", "patch_kind"]
@@ -39,7 +39,7 @@ def patch_kind(path: str | os.PathLike[str]) -> Literal["delta", "folder", "flat
 
 
 def open_link(
-    path: str | os.PathLike[str], base: Side, before: Sequence[tuple[str, Any]]
+    path: str | os.PathLike[str], base: GivenSide, before: Sequence[tuple[str, Any]]
 ) -> tuple[str, AbstractContextManager[Link]]:
     """Open a patch behind those before it, each of which is given with its kind; returns the same of this one."""
     kind = patch_kind(path)

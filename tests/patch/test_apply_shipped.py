@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import xxhash
 import zstandard
-from stored_tensors import Stored, random_tensor, read, write
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stored_tensors import BITS, Stored, random_tensor, read, write
 from test_delta_directory import ROOT, bytes_of, refused, run_of
 
 from ckptdiff import patch
@@ -96,6 +98,29 @@ def test_unnamed_tensors_are_compared_with_the_base(tmp_path: Path) -> None:
     shutil.copy(steps[1] / "model.safetensors.index.json", tmp_path / "other")
     assert patch.verify(steps[0], [link], steps[1]).tensors == len(held)
     refused(lambda: patch.verify(steps[0], [link], tmp_path / "other"), "not what the patches make", "frozen")
+
+
+@given(
+    kind=st.sampled_from([*KINDS, OWN]),
+    tensors=st.lists(st.tuples(st.sampled_from(sorted(BITS)), st.integers(0, 40)), min_size=1, max_size=4),
+    share=st.sampled_from([0.0, 0.02, 0.5, 1.0]),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60)
+def test_any_dtype(
+    kind: str, tensors: list[tuple[str, int]], share: float, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder, rng = tmp_path_factory.mktemp("any"), np.random.default_rng(seed)
+    sides: list[dict[str, Stored]] = [{}, {}]
+    for place, (dtype, size) in enumerate(tensors):
+        one = random_tensor(rng, dtype, (size, 2))
+        data = np.frombuffer(one.data, np.uint8).copy()
+        data[rng.random(data.size) < share] ^= 0x81
+        sides[0][f"t{place}"], sides[1][f"t{place}"] = one, one._replace(data=data.tobytes())
+    base, tuned = (write(folder / f"{k}.safetensors", side) for k, side in enumerate(sides))
+    link = make(kind, base, tuned, folder / "patch")
+    patch.apply(base, [link], folder / "out.safetensors")
+    assert (folder / "out.safetensors").read_bytes() == tuned.read_bytes()
 
 
 def small(folder: Path, kind: str) -> tuple[Path, Path, Path]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 import xxhash
 import zstandard
 from safetensors import safe_open
+from stopped_process import ended, go_on, stopped_at
 from stored_tensors import Stored, random_tensor, read, write
 
 from ckptdiff import patch
@@ -190,8 +194,6 @@ def test_options_that_make_no_sense(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("module", ["zstandard", "blake3"])
 def test_without_the_extra(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, module, None)
     base = ROOT / "fixtures" / "tied" / "base"
     make = lambda: patch.make_directory(base, base, tmp_path / "d", checksum="blake3")  # noqa: E731
@@ -208,3 +210,30 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     weights = bytes_of(base)
     assert pulled(weights, tmp_path / "weight_v000007", 6) == 7
     assert weights == bytes_of(tuned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "target"), [("delta-dir", "out"), ("flat", "out.safetensors")])
+def test_a_full_disk_and_a_signal_leave_nothing(kind: str, target: str, tmp_path: Path) -> None:
+    steps = run_of(tmp_path, 1)
+    before = set(tmp_path.iterdir())
+    words = ["patch", "make", str(steps[0]), str(steps[1]), "-o", str(tmp_path / target), "--format", kind]
+    words += ["--dense-rest"] if kind == "flat" else []
+    for size in (500, 20_000):
+        limit = (
+            "import resource, signal, sys\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, resource.RLIM_INFINITY))\n"
+            "from ckptdiff.cli import main\n"
+            "sys.exit(main(sys.argv[1:]))"
+        )
+        done = subprocess.run([sys.executable, "-c", limit, *words], capture_output=True, text=True, check=False)
+        assert (
+            done.returncode == 2 and "cannot write the output" in done.stderr and str(tmp_path / target) in done.stderr
+        )
+        assert set(tmp_path.iterdir()) == before
+    process = stopped_at("ckptdiff.files.hidden:Hidden.take_name", 1, *words)
+    process.send_signal(signal.SIGTERM)
+    go_on(process)
+    assert ended(process)[0] == 143
+    assert set(tmp_path.iterdir()) == before
