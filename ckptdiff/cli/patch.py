@@ -164,7 +164,7 @@ def apply(base: str, patches: Sequence[str], **given: Any) -> int:
       ckptdiff patch apply base/ step-100.ckptdelta step-200.ckptdelta -o step-200/
       ckptdiff patch apply serving/ step-200.ckptdelta --in-place
     """
-    from ckptdiff.patch import patch_kind
+    from ckptdiff.patch.opening import patch_kind
 
     if (given["out"] is None) != given["in_place"]:
         raise OptionError(
@@ -237,7 +237,8 @@ def info(path: str, **given: Any) -> int:
     """Say what is in a patch: how much changes, where, and what it takes beside the checkpoint."""
     from pathlib import Path
 
-    from ckptdiff.patch import contents_of, patch_kind
+    from ckptdiff.patch import contents_of
+    from ckptdiff.patch.opening import patch_kind
 
     target = ReportTarget.choose(given["output"], binary=False, kept=[Path(path)])
     if patch_kind(path) in ("folder", "flat"):
@@ -254,7 +255,8 @@ def info(path: str, **given: Any) -> int:
 
 
 def _info_of_shipped(path: str, target: ReportTarget, format: str) -> int:
-    from ckptdiff.patch import contents_of_flat, contents_of_folder, patch_kind
+    from ckptdiff.patch import contents_of_flat, contents_of_folder
+    from ckptdiff.patch.opening import patch_kind
 
     found = contents_of_folder(path) if patch_kind(path) == "folder" else contents_of_flat(path)
     with target.open() as stream:

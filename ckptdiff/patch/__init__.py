@@ -3,15 +3,14 @@
 from ckptdiff.patch.applying import AppliedDelta, apply, verify
 from ckptdiff.patch.changes import Change
 from ckptdiff.patch.changes import open_patch as open
+from ckptdiff.patch.comparing import Shipped
 from ckptdiff.patch.contents import PatchContents, contents_of
 from ckptdiff.patch.delta import Delta, TensorDelta
-from ckptdiff.patch.delta_file import is_delta, open_delta
 from ckptdiff.patch.in_place import apply_in_place
 from ckptdiff.patch.live_model import apply_to
 from ckptdiff.patch.make import Made, make
 from ckptdiff.patch.make_directory import make_directory
 from ckptdiff.patch.make_flat import make_flat
-from ckptdiff.patch.opening import patch_kind
 from ckptdiff.patch.shipped_contents import ShippedContents, contents_of_flat, contents_of_folder
 from ckptdiff.patch.squash import squash
 
@@ -21,6 +20,7 @@ __all__ = [
     "Delta",
     "Made",
     "PatchContents",
+    "Shipped",
     "ShippedContents",
     "TensorDelta",
     "apply",
@@ -29,13 +29,10 @@ __all__ = [
     "contents_of",
     "contents_of_flat",
     "contents_of_folder",
-    "is_delta",
     "make",
     "make_directory",
     "make_flat",
     "open",
-    "open_delta",
-    "patch_kind",
     "squash",
     "verify",
 ]

@@ -84,6 +84,14 @@ def apply(
         Base or patch cannot be read, or change while they are read.
     RunFileError
         The target exists or cannot be written.
+
+    Examples
+    --------
+    >>> base, tuned = "fixtures/llama/base", "fixtures/llama/tuned"
+    >>> from ckptdiff import patch
+    >>> made = patch.make(base, tuned, "apply.ckptdelta")
+    >>> patch.apply(base, ["apply.ckptdelta"], "applied").files
+    3
     """
     target = Path(target)
     with open_chain(base, patches, listener) as chain:
@@ -128,6 +136,14 @@ def verify(
     ------
     PatchError
         As :func:`apply`; or the result is not the tuned side.
+
+    Examples
+    --------
+    >>> base, tuned = "fixtures/llama/base", "fixtures/llama/tuned"
+    >>> from ckptdiff import patch
+    >>> made = patch.make(base, tuned, "verify.ckptdelta")
+    >>> patch.verify(base, ["verify.ckptdelta"], tuned).changed
+    30
     """
     with open_chain(base, patches, listener) as chain:
         files = chain.links[-1].delta.files

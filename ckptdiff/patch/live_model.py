@@ -97,6 +97,15 @@ def apply_to(
         A tensor is not contiguous, or no patch was given.
     PatchError
         A patch is damaged, was made for other values, or adds, drops, retypes or reshapes a tensor.
+
+    Examples
+    --------
+    >>> from safetensors.torch import load_file
+    >>> from ckptdiff import patch
+    >>> base, tuned = "fixtures/tied/base", "fixtures/tied/base"
+    >>> made = patch.make(base, tuned, "live.ckptdelta")
+    >>> patch.apply_to(load_file(f"{base}/model.safetensors"), ["live.ckptdelta"])
+    0
     """
     import torch
 

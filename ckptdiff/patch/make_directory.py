@@ -100,6 +100,14 @@ def make_directory(
         A tensor is new, lost, retyped or reshaped, or too large for `overwrite`.
     RunFileError
         The target exists or cannot be written.
+
+    Examples
+    --------
+    >>> base, tuned = "fixtures/llama/base", "fixtures/llama/tuned"
+    >>> from ckptdiff import patch
+    >>> made = patch.make_directory(base, tuned, "weight_v000001")
+    >>> made.changed_tensors, made.files
+    (30, 3)
     """
     target = Path(target)
     versions = _versions(target, version, base_version)

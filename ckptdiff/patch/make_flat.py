@@ -73,6 +73,13 @@ def make_flat(
         A tensor is new, lost, retyped or reshaped, or would have to be sent whole.
     RunFileError
         The target exists or cannot be written.
+
+    Examples
+    --------
+    >>> base, tuned = "fixtures/llama/base", "fixtures/llama/tuned"
+    >>> from ckptdiff import patch
+    >>> patch.make_flat(base, tuned, "flat.safetensors").changed
+    39469
     """
     required("xxhash")
     target = Path(target)

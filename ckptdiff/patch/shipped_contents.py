@@ -56,6 +56,14 @@ def contents_of_folder(path: str | os.PathLike[str]) -> ShippedContents:
         It is none, or is damaged.
     CheckpointError
         A file cannot be read.
+
+    Examples
+    --------
+    >>> base, tuned = "fixtures/llama/base", "fixtures/llama/tuned"
+    >>> from ckptdiff import patch
+    >>> made = patch.make_directory(base, tuned, "weight_v000003")
+    >>> patch.contents_of_folder("weight_v000003").base_version
+    2
     """
     folder = read_folder(path)
     return ShippedContents(
@@ -74,7 +82,16 @@ def contents_of_folder(path: str | os.PathLike[str]) -> ShippedContents:
 
 
 def contents_of_flat(path: str | os.PathLike[str]) -> ShippedContents:
-    """Read the header of a flat patch; raises as :func:`contents_of_folder`."""
+    """Read the header of a flat patch; raises as :func:`contents_of_folder`.
+
+    Examples
+    --------
+    >>> base, tuned = "fixtures/llama/base", "fixtures/llama/tuned"
+    >>> from ckptdiff import patch
+    >>> made = patch.make_flat(base, tuned, "read.safetensors")
+    >>> patch.contents_of_flat("read.safetensors").changed == made.changed
+    True
+    """
     flat = read_flat(path)
     return ShippedContents(
         path=flat.shard.path,

@@ -47,6 +47,14 @@ def squash(
         A patch is none or is damaged, or does not follow the one before.
     RunFileError
         The target exists or cannot be written.
+
+    Examples
+    --------
+    >>> from ckptdiff import patch
+    >>> base, tuned = "fixtures/addition/base", "fixtures/addition/tuned"
+    >>> steps = [patch.make(base, tuned, "1.ckptdelta"), patch.make(tuned, base, "2.ckptdelta")]
+    >>> sum(one.changed for one in patch.squash(["1.ckptdelta", "2.ckptdelta"], "both.ckptdelta").tensors.values())
+    0
     """
     target = Path(target)
     if len(patches) < 2:
