@@ -57,7 +57,7 @@ def patch() -> None:
 )
 @click.option("--version", type=int, metavar="N", help="Of a delta-dir; by default the one in OUT's name, or 1.")
 @click.option("--base-version", type=int, metavar="M", help="Of a delta-dir; by default N - 1. 0 is the checkpoint.")
-@click.option("--level", type=int, metavar="L", help="Of zstd, for a delta-dir; 1 by default.")
+@click.option("--level", type=int, metavar="L", help="Of zstd, 1 to 19, for a delta-dir; 1 by default.")
 @click.option(
     "--dense-rest",
     is_flag=True,

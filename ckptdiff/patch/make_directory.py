@@ -84,7 +84,7 @@ def make_directory(
         Which version it makes, and of which one. Without the first it is the number in a target named like
         ``weight_v000001``, or 1; without the second it is the one before.
     level : int
-        Of zstd, from 1 to 22.
+        Of zstd, from 1 to 19; above, each thread would keep hundreds of megabytes.
     threads : int
         0 stands for one per core. The result does not depend on it.
     listener : callable, optional
@@ -114,8 +114,8 @@ def make_directory(
     for name, value, known in (("encoding", encoding, ENCODINGS), ("checksum", checksum, CHECKSUMS)):
         if value not in known:
             raise OptionError(f"no such {name}", expected=", ".join(known), found=value)
-    if not 1 <= level <= 22:
-        raise OptionError("zstd has no such level", expected="1 to 22", found=level)
+    if not 1 <= level <= 19:
+        raise OptionError("zstd is used with no such level", expected="1 to 19", found=level)
     digest_of(b"", checksum)  # asks for its module
     required("zstandard")
     sides = open_checkpoint(base), open_checkpoint(tuned)

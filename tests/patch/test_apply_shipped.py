@@ -31,7 +31,7 @@ def make(kind: str, base: Path, tuned: Path, target: Path, version: int = 1) -> 
     elif kind == OWN:
         patch.make(base, tuned, target)
     else:
-        checksum = "adler32" if version == 2 else "xxh3-128"
+        checksum = {2: "adler32", 3: "blake3"}.get(version, "xxh3-128")
         patch.make_directory(base, tuned, target, encoding=kind, version=version, checksum=checksum)
     return target
 
