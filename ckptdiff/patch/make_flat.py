@@ -192,7 +192,7 @@ class _Making:
 
     def metadata(self) -> dict[str, str]:
         """What the file says about itself."""
-        digests = [{name: found[which] for name, found in self._found.items()} for which in (0, 1)]
+        digests = [{name: self._found[name][which] for name in self._sides[1].tensors} for which in (0, 1)]
         facts = {"shapes": self.shapes, "before": digests[0], "after": digests[1]}
         return {
             "format": FLAT_FORMAT,
