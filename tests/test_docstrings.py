@@ -83,6 +83,16 @@ def test_an_example_that_shows_something_else_is_found() -> None:
 
 
 RECORDS = {"Applied", "Extracted", "Extraction", "MatchReport", "PairCounts", "ShiraExport", "Verdict"}
+RECORDS |= {
+    "AppliedDelta",
+    "Change",
+    "Delta",
+    "MadeDelta",
+    "PatchContents",
+    "Shipped",
+    "ShippedContents",
+    "TensorDelta",
+}
 """What functions with an example return."""
 
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ckptdiff.patch import AppliedDelta, PatchContents
 
 _SHOWN = 5
+_OF_KIND = dict.fromkeys(("encoding", "checksum", "version", "base_version", "level"), "delta-dir") | {
+    "dense_rest": "flat"
+}
+"""Options of ``patch make``, and which format takes each."""
 
 
 @click.group(short_help="Make, apply, verify and join exact weight deltas.")
@@ -34,18 +38,52 @@ def patch() -> None:
 @click.argument("base", type=click.Path())
 @click.argument("tuned", type=click.Path())
 @click.option("-o", "--out", type=click.Path(), metavar="OUT", required=True, help="The patch to write.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["ckptdelta", "delta-dir", "flat"]),
+    default="ckptdelta",
+    show_default=True,
+    help="Our own, which is the smallest and says everything; a directory that SGLang's /pull_weights applies; or a "
+    "safetensors file of flat indices and values, as vLLM and verl take them.",
+)
+@click.option(
+    "--encoding",
+    type=click.Choice(["xor", "overwrite"]),
+    help="Of a delta-dir: all bytes xor the old ones (the default), or the changed ones, which may be applied again.",
+)
+@click.option(
+    "--checksum", type=click.Choice(["xxh3-128", "blake3", "adler32"]), help="Of a delta-dir; xxh3-128 by default."
+)
+@click.option("--version", type=int, metavar="N", help="Of a delta-dir; by default the one in OUT's name, or 1.")
+@click.option("--base-version", type=int, metavar="M", help="Of a delta-dir; by default N - 1. 0 is the checkpoint.")
+@click.option("--level", type=int, metavar="L", help="Of zstd, 1 to 19, for a delta-dir; 1 by default.")
+@click.option(
+    "--dense-rest",
+    is_flag=True,
+    default=None,
+    show_default="off",
+    help="In flat: send whole what has no sparse patch, which is other than floating dtypes and new NaNs.",
+)
 @threads_option
 @progress_option
 @verbosity
-def make(base: str, tuned: str, out: str, **given: Any) -> int:
+def make(base: str, tuned: str, out: str, kind: str, **given: Any) -> int:
     r"""Write what makes TUNED of BASE, in one pass over both: every tensor, of any dtype, to the last bit.
 
     \b
-    Example:
+    Examples:
       ckptdiff patch make base/ step-100/ -o step-100.ckptdelta
+      ckptdiff patch make step-1/ step-2/ -o updates/weight_v000002 --format delta-dir
     """
     from ckptdiff.patch import make as make_patch
 
+    own = {name: given[name] for name in _OF_KIND if given[name] is not None}
+    for name in own:
+        if _OF_KIND[name] != kind:
+            raise OptionError(f"--{name.replace('_', '-')} is for --format {_OF_KIND[name]}", found=f"--format {kind}")
+    if kind != "ckptdelta":
+        return _ship(base, tuned, out, kind, own, **given)
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
         made = make_patch(base, tuned, out, threads=given["threads"], listener=tell)
     if given["quiet"]:
@@ -61,6 +99,28 @@ def make(base: str, tuned: str, out: str, **given: Any) -> int:
     return OK
 
 
+def _ship(base: str, tuned: str, out: str, kind: str, own: dict[str, Any], **given: Any) -> int:
+    """Write a patch in a format of serving engines."""
+    from ckptdiff.patch import make_directory, make_flat
+
+    write = make_flat if kind == "flat" else make_directory
+    with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
+        made = write(base, tuned, out, **own, threads=given["threads"], listener=tell)
+    if given["quiet"]:
+        return OK
+    warn(made.warnings)
+    values = percent(made.changed / made.values if made.values else 0.0)
+    in_bytes = percent(made.changed_bytes / made.dense if made.dense else 0.0)
+    say(f"{quantity(made.changed)} of {quantity(made.values)} values changed ({values}; of bytes {in_bytes})")
+    say(
+        f"written to {safe(out)}: {plural(made.changed_tensors, 'tensor')} in {plural(made.files, 'file')}, "
+        f"{size(made.size)}, {percent(made.size / made.dense if made.dense else 0.0)} of the checkpoint"
+    )
+    if made.size >= made.dense:
+        say("warning: the patch is not smaller than the checkpoint")
+    return OK
+
+
 @patch.command("apply", short_help="Write the checkpoint that patches make of a base.")
 @click.argument("base", type=click.Path())
 @click.argument("patches", nargs=-1, required=True, type=click.Path(), metavar="PATCH [PATCH ...]")
@@ -69,6 +129,7 @@ def make(base: str, tuned: str, out: str, **given: Any) -> int:
     "--out",
     type=click.Path(),
     metavar="OUT",
+    show_default="none, with --in-place",
     help="What to make: F.safetensors if the result is a single file, else a folder.",
 )
 @click.option(
@@ -104,13 +165,13 @@ def apply(base: str, patches: Sequence[str], **given: Any) -> int:
       ckptdiff patch apply base/ step-100.ckptdelta step-200.ckptdelta -o step-200/
       ckptdiff patch apply serving/ step-200.ckptdelta --in-place
     """
-    from ckptdiff.patch import is_delta
+    from ckptdiff.patch.opening import patch_kind
 
     if (given["out"] is None) != given["in_place"]:
         raise OptionError(
             "where the result goes is not clear", expected="-o OUT or --in-place, and not both", hint="-o OUT"
         )
-    if len(patches) == 1 and not is_delta(patches[0]):
+    if len(patches) == 1 and patch_kind(patches[0]) == "mask":
         return _apply_mask(base, patches[0], **given)
     if given["force"]:
         raise OptionError("--force is for patches of masks", found="an exact patch, which fits one base alone")
@@ -134,7 +195,9 @@ def apply(base: str, patches: Sequence[str], **given: Any) -> int:
 @patch.command("verify", short_help="Check that patches fit a base, and lead to TUNED.")
 @click.argument("base", type=click.Path())
 @click.argument("patches", nargs=-1, required=True, type=click.Path(), metavar="PATCH [PATCH ...]")
-@click.option("--tuned", type=click.Path(), metavar="TUNED", help="Compare the result with this checkpoint.")
+@click.option(
+    "--tuned", type=click.Path(), metavar="TUNED", show_default="none", help="Compare the result with this checkpoint."
+)
 @threads_option
 @progress_option
 @verbosity
@@ -178,8 +241,11 @@ def info(path: str, **given: Any) -> int:
     from pathlib import Path
 
     from ckptdiff.patch import contents_of
+    from ckptdiff.patch.opening import patch_kind
 
     target = ReportTarget.choose(given["output"], binary=False, kept=[Path(path)])
+    if patch_kind(path) in ("folder", "flat"):
+        return _info_of_shipped(path, target, given["format"])
     found = contents_of(path)
     if not given["quiet"]:
         warn(found.warnings)
@@ -188,6 +254,27 @@ def info(path: str, **given: Any) -> int:
             stream.write(dumps({**asdict(found), "warnings": list(found.warnings)}) + "\n")
         else:
             stream.write("\n".join(_lines(found)) + "\n")
+    return OK
+
+
+def _info_of_shipped(path: str, target: ReportTarget, format: str) -> int:
+    from ckptdiff.patch import contents_of_flat, contents_of_folder
+    from ckptdiff.patch.opening import patch_kind
+
+    found = contents_of_folder(path) if patch_kind(path) == "folder" else contents_of_flat(path)
+    with target.open() as stream:
+        if format == "json":
+            stream.write(dumps(asdict(found)) + "\n")
+            return OK
+        of = "bytes" if found.format == "delta-dir" else "values"
+        lines = [f"{safe(found.path)}, {found.format}"]
+        if found.version is not None:
+            lines.append(f"version     {found.version} of {found.base_version}, {found.encoding}, {found.checksum}")
+        lines.append(f"changed     {quantity(found.changed)} {of} of {plural(found.tensors, 'tensor')}")
+        if found.whole:
+            lines.append(f"whole       {plural(found.whole, 'tensor')}")
+        lines.append(f"size        {size(found.size)} in {plural(found.files, 'file')}")
+        stream.write("\n".join([*lines, f"identity    {found.identity}"]) + "\n")
     return OK
 
 

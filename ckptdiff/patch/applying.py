@@ -15,9 +15,10 @@ from ckptdiff.errors import OptionError, RunFileError
 from ckptdiff.events import Listener, stage
 from ckptdiff.files.staged import StagedFolder, write_whole
 from ckptdiff.patch.chain import Chain
-from ckptdiff.patch.delta_file import DeltaFile, open_delta
-from ckptdiff.patch.digests import require_xxhash
+from ckptdiff.patch.digests import required
+from ckptdiff.patch.link import Link
 from ckptdiff.patch.making import Making
+from ckptdiff.patch.opening import open_link
 from ckptdiff.patch.spans import load_kernels, threads_for
 from ckptdiff.runfile.check_target import check_new
 
@@ -83,6 +84,14 @@ def apply(
         Base or patch cannot be read, or change while they are read.
     RunFileError
         The target exists or cannot be written.
+
+    Examples
+    --------
+    >>> base, tuned = "fixtures/llama/base", "fixtures/llama/tuned"
+    >>> from ckptdiff import patch
+    >>> made = patch.make(base, tuned, "apply.ckptdelta")
+    >>> patch.apply(base, ["apply.ckptdelta"], "applied").files
+    3
     """
     target = Path(target)
     with open_chain(base, patches, listener) as chain:
@@ -127,6 +136,14 @@ def verify(
     ------
     PatchError
         As :func:`apply`; or the result is not the tuned side.
+
+    Examples
+    --------
+    >>> base, tuned = "fixtures/llama/base", "fixtures/llama/tuned"
+    >>> from ckptdiff import patch
+    >>> made = patch.make(base, tuned, "verify.ckptdelta")
+    >>> patch.verify(base, ["verify.ckptdelta"], tuned).changed
+    30
     """
     with open_chain(base, patches, listener) as chain:
         files = chain.links[-1].delta.files
@@ -143,22 +160,29 @@ def verify(
 @contextmanager
 def open_chain(base: PathLike, patches: Sequence[PathLike], listener: Listener | None) -> Iterator[Chain]:
     """Open a base and the patches that follow it, and check what needs no values."""
-    require_xxhash()
+    required("xxhash")
     if not patches:
         raise OptionError("no patch was given", expected="one at least")
     checkpoint = open_checkpoint(base)
     with ExitStack() as stack:
-        chain = Chain(checkpoint, [stack.enter_context(open_delta(path)) for path in patches])
+        links: list[tuple[str, Link]] = []
+        for path in patches:
+            kind, link = open_link(path, checkpoint, links)
+            links.append((kind, stack.enter_context(link)))
+        chain = Chain(checkpoint, [link for _, link in links])
         load_kernels(listener)
         yield chain
 
 
 def applied(chain: Chain, left_out: tuple[str, ...]) -> AppliedDelta:
     """What became of a chain."""
-    total = len(chain.tensors)
-    return AppliedDelta(
-        total, total - len(chain.unchanged_names()), len(chain.links[-1].delta.files), left_out, chain.base.warnings
-    )
+    total, changed = len(chain.tensors), len(chain.tensors) - len(chain.unchanged_names())
+    warnings = chain.base.warnings
+    if chain.repeated:
+        how = "already" if len(chain.repeated) == changed else "in part"
+        found = f"{len(chain.repeated)} of {changed} tensors had their new values"
+        warnings += (f"the patches had been applied {how}: {found}",)
+    return AppliedDelta(total, changed, len(chain.links[-1].delta.files), left_out, warnings)
 
 
 def _made_folder(path: Path) -> Path:
@@ -166,11 +190,11 @@ def _made_folder(path: Path) -> Path:
     return path
 
 
-def write_side_index(link: DeltaFile, folder: Path) -> None:
+def write_side_index(link: Link, folder: Path) -> None:
     """Write the ``index.json`` of the tuned side, if it had one."""
-    if link.delta.index is not None:
-        name, blob = link.delta.index
-        write_whole(folder / name, link.blob(blob))
+    index = link.side_index()
+    if index is not None:
+        write_whole(folder / index[0], index[1])
 
 
 def folder_of(checkpoint: Checkpoint) -> Path:

@@ -12,18 +12,17 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.errors import PatchError, first_few
-from ckptdiff.patch.coded_block import DamagedBlockError, Steps, apply_block, read_block
 from ckptdiff.patch.delta import BLOCK_CODES, TensorDelta
-from ckptdiff.patch.delta_file import DeltaFile
-from ckptdiff.patch.digests import TensorDigest, digest_of
+from ckptdiff.patch.digests import TensorDigest, checksum_of, digest_of
+from ckptdiff.patch.link import Link
 from ckptdiff.patch.spans import Piece, read_block_of
 
-__all__ = ["Chain", "change_of", "check_links"]
+__all__ = ["Chain", "check_links"]
 
 Bytes = NDArray[np.uint8]
 
 
-def check_links(links: Sequence[DeltaFile]) -> None:
+def check_links(links: Sequence[Link]) -> None:
     """Refuse deltas that do not follow each other, by their digests.
 
     Raises
@@ -50,23 +49,9 @@ def check_links(links: Sequence[DeltaFile]) -> None:
             )
 
 
-def _leads_to(before: DeltaFile, after: DeltaFile) -> bool:
+def _leads_to(before: Link, after: Link) -> bool:
     left = {name: one.after for name, one in before.delta.tensors.items() if one.state != "lost"}
     return all(one.before in (None, left.get(name)) for name, one in after.delta.tensors.items())
-
-
-def change_of(link: DeltaFile, tensor: TensorDelta, place: int) -> Steps | Bytes | None:
-    """What a link does to one block of a tensor; steps are valid until the next is read in this thread.
-
-    Raises PatchError if the block is damaged.
-    """
-    if not tensor.sizes:
-        return None
-    numel = min(BLOCK_CODES, tensor.codes - place * BLOCK_CODES)
-    try:
-        return read_block(link.block(tensor, place), numel, tensor.coding)
-    except DamagedBlockError as error:
-        raise link.damaged("a block of the patch is damaged", "what ckptdiff writes", error, tensor.name) from error
 
 
 class Chain:
@@ -78,7 +63,7 @@ class Chain:
         The links do not follow each other, or the base lacks a tensor or has it in another dtype or shape.
     """
 
-    def __init__(self, base: Checkpoint, links: Sequence[DeltaFile]) -> None:
+    def __init__(self, base: Checkpoint, links: Sequence[Link]) -> None:
         check_links(links)
         self.base, self.links, self.stop = base, links, threading.Event()
         self.tensors: Mapping[str, TensorDelta] = {
@@ -87,6 +72,8 @@ class Chain:
         self._origins = {name: self._origin(name) for name in self.tensors}
         self._require_base()
         self._digests: dict[str, tuple[TensorDigest, TensorDigest]] = {}
+        self.repeated: set[str] = set()
+        """Tensors that were new already, by patches that may be applied again; complete when all blocks are made."""
 
     def takes_base(self, name: str) -> bool:
         """Whether a tensor begins with bytes of the base."""
@@ -102,40 +89,65 @@ class Chain:
 
     def made(self, shards: OpenShards, pieces: Sequence[Piece]) -> list[tuple[Piece, Bytes]]:
         """The bytes of blocks, with digests of base and result checked at the end of each tensor."""
-        return [(piece, self._block(shards, *piece)) for piece in pieces]
+        return [(piece, self.block(shards, *piece)[1]) for piece in pieces]
 
-    def _block(self, shards: OpenShards, name: str, place: int) -> Bytes:
+    def block(self, shards: OpenShards, name: str, place: int, *, keep: bool = False) -> tuple[Bytes | None, Bytes]:
+        """The bytes of a block before, if they are to be kept and the base has them, and after."""
         tensor = self.tensors[name]
         coding, origin = tensor.coding, self._origins[name]
         numel = min(BLOCK_CODES, tensor.codes - place * BLOCK_CODES)
         codes = np.empty(numel * coding.width, np.uint8)
-        before = None
+        before = old = None
         if self.takes_base(name):
-            read_block_of(shards, self.base.tensors[name], coding, place, codes)
+            self._read(shards, name, place, codes)
             before = self._digest(name, place, 0, codes)
+            old = codes.copy() if keep else None
         for link in self.links[origin:]:
             one = link.delta.tensors[name]
             if one.blocks:
-                apply_block(codes, change_of(link, one, place), coding)
+                link.apply(one, place, codes, self.stop)
         after = self._digest(name, place, 1, codes)
         if place == max(tensor.blocks, 1) - 1:
             self._digests.pop(name, None)
-            if before is not None and before != self.links[0].delta.tensors[name].before:
-                raise self._not_the_base(name, before)
-            if after != tensor.after:
-                raise self.links[-1].damaged(
-                    "the tensor is not what it should become: the patch is damaged",
-                    f"digest {tensor.after}",
-                    after,
-                    name,
-                )
-        return codes
+            self._check(name, before, after)
+        return old, codes
 
-    def _digest(self, name: str, place: int, which: int, codes: Bytes) -> str:
-        """Digest of a tensor up to a block, the whole of it at its last one."""
+    def _read(self, shards: OpenShards, name: str, place: int, codes: Bytes) -> None:
+        """Fill an array with the base's bytes of a block."""
+        read_block_of(shards, self.base.tensors[name], self.tensors[name].coding, place, codes)
+
+    def _place_of(self, name: str) -> str:
+        """Where the base's bytes of a tensor lie."""
+        return self.base.tensors[name].shard.path
+
+    def _check(self, name: str, before: str | None, after: str | None) -> None:
+        """Compare the digests of a tensor with what the patches say of them."""
+        taken, made = self.links[0].delta.tensors[name].before, self.tensors[name].after
+        if before is not None and taken is not None and before != taken:
+            raise self._not_the_base(name, before)
+        if after != made:
+            if before == made:
+                raise self._not_the_base(name, str(before))
+            problem = "the tensor is not what it should become: the patch is damaged"
+            if taken is None:
+                problem += ", or was made for another base"
+            raise self.links[-1].damaged(problem, f"digest {made}", after, name)
+        if before == made and any(
+            link.repeatable and link.delta.tensors[name].state == "changed" for link in self.links
+        ):
+            self.repeated.add(name)
+
+    def _digest(self, name: str, place: int, which: int, codes: Bytes) -> str | None:
+        """Digest of a tensor up to a block, the whole of it at its last one; None where no patch has one."""
+        made = self.tensors[name].after
+        if made is None:
+            return None
+        # What a directory of deltas takes has no digest; the one that it makes tells whether it was applied already.
+        known = (self.links[0].delta.tensors[name].before or made, made)
         if self.tensors[name].blocks <= 1:
-            return digest_of(codes)
-        both = self._digests.setdefault(name, (TensorDigest(self.stop), TensorDigest(self.stop)))
+            return digest_of(codes, checksum_of(known[which]))
+        first, second = (TensorDigest(self.stop, checksum_of(one)) for one in known)
+        both = self._digests.setdefault(name, (first, second))
         both[which].add(place, codes)
         return both[which].value() if place == self.tensors[name].blocks - 1 else ""
 
@@ -169,14 +181,14 @@ class Chain:
             )
 
     def _not_the_base(self, name: str, found: str) -> PatchError:
-        applied = found == self.tensors[name].after
+        applied, made_for = found == self.tensors[name].after, self.links[0].delta.base
         return PatchError(
             "the patch has been applied already" if applied else "the base is not the one that the patch was made for",
             file=self.links[0].path,
             tensor=name,
-            expected=f"values with the digest {self.links[0].delta.tensors[name].before}",
-            found=f"{found} in {self.base.tensors[name].shard.path}",
-            hint=None if applied else f"it was made for {self.links[0].delta.base}",
+            expected="its base" if applied else f"values with the digest {self.links[0].delta.tensors[name].before}",
+            found=f"{found} in {self._place_of(name)}",
+            hint=f"it was made for {made_for}" if made_for and not applied else None,
         )
 
 

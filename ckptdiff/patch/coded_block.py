@@ -17,6 +17,7 @@ from __future__ import annotations
 import threading
 import zlib
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ class Coding:
     """Whether it is a sign and a magnitude."""
 
     @classmethod
+    @cache
     def of(cls, dtype: str) -> Coding:
         """Codes of a dtype; elements of less than a byte are taken as bytes, complex numbers as their two parts."""
         known = DTYPES[dtype]

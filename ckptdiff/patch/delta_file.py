@@ -19,6 +19,7 @@ import json
 import math
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,12 +27,17 @@ from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ckptdiff.checkpoint import DTYPES
 from ckptdiff.checkpoint.regular_file import open_regular, read_bytes
 from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
 from ckptdiff.errors import CheckpointError, PatchError
 from ckptdiff.files.staged import StagedFile
+from ckptdiff.patch.coded_block import DamagedBlockError, Steps, apply_block, read_block
 from ckptdiff.patch.delta import BLOCK_CODES, Blob, Delta, TensorDelta, TunedFile
+from ckptdiff.patch.link import FETCH_AGAIN
 
 __all__ = ["SIGNATURE", "DeltaFile", "is_delta", "open_delta", "write_blob", "write_index"]
 
@@ -45,7 +51,6 @@ _MOST_BLOB = 200_000_000
 """A safetensors header has 100 MB at most."""
 _MOST_NUMBERS = 64
 """Bytes of a coded block beside what it holds."""
-_FETCH_AGAIN = "the download or copy may be incomplete: fetch it again, or make it again"
 
 
 def _index_bytes(delta: Delta) -> bytes:
@@ -110,6 +115,8 @@ class DeltaFile:
     delta : Delta
     """
 
+    repeatable = False
+
     def __init__(self, path: str, descriptor: int, size: int) -> None:
         self.path, self.size, self._descriptor = path, size, descriptor
         self._starts: dict[str, list[int]] = {}
@@ -122,6 +129,32 @@ class DeltaFile:
             starts = self._starts[tensor.name] = list(accumulate(tensor.sizes, initial=tensor.offset))
         return read_bytes(self._descriptor, tensor.sizes[place], starts[place], self.path)
 
+    def change(self, tensor: TensorDelta, place: int) -> Steps | NDArray[np.uint8] | None:
+        """What happens to one block of a tensor; steps are valid until the next is read in this thread.
+
+        Raises PatchError if the block is damaged.
+        """
+        if not tensor.sizes:
+            return None
+        numel = min(BLOCK_CODES, tensor.codes - place * BLOCK_CODES)
+        try:
+            return read_block(self.block(tensor, place), numel, tensor.coding)
+        except DamagedBlockError as error:
+            raise self.damaged("a block of the patch is damaged", "what ckptdiff writes", error, tensor.name) from error
+
+    def apply(self, tensor: TensorDelta, place: int, codes: NDArray[np.uint8], stop: threading.Event) -> None:
+        """Make the new bytes of one block of a tensor of the old ones, in place."""
+        del stop  # nothing is waited for
+        apply_block(codes, self.change(tensor, place), tensor.coding)
+
+    def header(self, file: int) -> bytes:
+        """The first bytes of a file of the tuned side."""
+        return self.blob(self.delta.files[file].header)
+
+    def side_index(self) -> tuple[str, bytes] | None:
+        """Name and bytes of the tuned side's ``index.json``."""
+        return None if self.delta.index is None else (self.delta.index[0], self.blob(self.delta.index[1]))
+
     def blob(self, blob: Blob) -> bytes:
         """What a zlib stream of the file holds."""
         if blob.size > _MOST_BLOB:
@@ -130,7 +163,7 @@ class DeltaFile:
 
     def damaged(self, problem: str, expected: object, found: object, tensor: str | None = None) -> PatchError:
         """An error that says that the file is damaged."""
-        return PatchError(problem, file=self.path, tensor=tensor, expected=expected, found=found, hint=_FETCH_AGAIN)
+        return PatchError(problem, file=self.path, tensor=tensor, expected=expected, found=found, hint=FETCH_AGAIN)
 
     def _inflated(self, stored: bytes, size: int) -> bytes:
         inflate = zlib.decompressobj()

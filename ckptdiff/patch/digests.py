@@ -1,9 +1,14 @@
-"""Digest the bytes of a tensor (xxh3-128) that several threads read, block by block."""
+"""Digest the bytes of a tensor that several threads read, block by block.
+
+A digest is text: hexadecimal digits of xxh3-128, or, of another checksum, its name, a colon, and its digits.
+"""
 
 from __future__ import annotations
 
+import importlib
 import threading
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,30 +18,62 @@ from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.errors import OptionError
 from ckptdiff.events import Stage
 from ckptdiff.in_order import Task, in_order
+from ckptdiff.patch.in_turn import InTurn
 
-__all__ = ["TensorDigest", "digest_of", "digests_of", "require_xxhash"]
+__all__ = ["CHECKSUMS", "TensorDigest", "checksum_of", "digest_of", "digests_of", "required"]
+
+CHECKSUMS = ("xxh3-128", "blake3", "adler32")
+"""What a directory of deltas may give of each tensor; all but the last take a module of their name."""
 
 _AT_ONCE = 4 << 20
 """Bytes that are read at a time."""
-_PATIENCE = 0.2
-"""Seconds between two looks whether the run was given up."""
 
 
-def require_xxhash() -> Any:
-    """The module xxhash, or an OptionError that says how to get it."""
+def required(name: str) -> Any:
+    """A module of the extra `patch`, or an OptionError that says how to get it."""
     try:
-        import xxhash
+        return importlib.import_module(name)
     except ImportError:
         raise OptionError(
-            "exact patches need xxhash, which is not installed", hint="pip install 'ckptdiff[patch]'"
+            f"this kind of patch needs {name}, which is not installed", hint="pip install 'ckptdiff[patch]'"
         ) from None
-    return xxhash
 
 
-def digest_of(data: Any) -> str:
+class _Adler32:
+    """Adler-32 from its start value 1, as eight digits."""
+
+    def __init__(self) -> None:
+        self._value = 1
+
+    def update(self, data: Any) -> None:
+        self._value = zlib.adler32(data, self._value)
+
+    def hexdigest(self) -> str:
+        return f"{self._value:08x}"
+
+
+def _hasher(checksum: str) -> Any:
+    if checksum == "adler32":
+        return _Adler32()
+    return required("blake3").blake3() if checksum == "blake3" else required("xxhash").xxh3_128()
+
+
+def checksum_of(digest: str) -> str:
+    """Which of :data:`CHECKSUMS` a digest is."""
+    name, colon, _ = digest.partition(":")
+    return name if colon else CHECKSUMS[0]
+
+
+def digest_of(data: Any, checksum: str = CHECKSUMS[0]) -> str:
     """Digest of bytes that are at hand."""
-    digest: str = require_xxhash().xxh3_128_hexdigest(data)
-    return digest
+    hasher = _hasher(checksum)
+    hasher.update(data)
+    return _text(hasher, checksum)
+
+
+def _text(hasher: Any, checksum: str) -> str:
+    digits: str = hasher.hexdigest()
+    return digits if checksum == CHECKSUMS[0] else f"{checksum}:{digits}"
 
 
 class TensorDigest:
@@ -46,48 +83,45 @@ class TensorDigest:
     ----------
     stop : threading.Event
         Set when the run is given up; who waits then raises InterruptedError.
+    checksum : str
+        One of :data:`CHECKSUMS`.
     """
 
-    def __init__(self, stop: threading.Event) -> None:
-        self._digest = require_xxhash().xxh3_128()
-        self._next, self._stop = 0, stop
-        self._turn = threading.Condition()
+    def __init__(self, stop: threading.Event, checksum: str = CHECKSUMS[0]) -> None:
+        self._digest, self._checksum = _hasher(checksum), checksum
+        self._turns = InTurn(stop)
 
     def add(self, place: int, data: Any) -> None:
         """Add a block, of which every one before this is being added by another thread, or has been."""
-        with self._turn:
-            while self._next != place:
-                if self._stop.is_set():
-                    raise InterruptedError("the run was given up")
-                self._turn.wait(_PATIENCE)
-        self._digest.update(data)
-        with self._turn:
-            self._next += 1
-            self._turn.notify_all()
+        with self._turns.at(place):
+            self._digest.update(data)
 
     def value(self) -> str:
-        """The digest of all that was added, in hexadecimal digits."""
-        found: str = self._digest.hexdigest()
-        return found
+        """The digest of all that was added."""
+        return _text(self._digest, self._checksum)
 
 
-def digests_of(checkpoint: Checkpoint, names: Sequence[str], threads: int, told: Stage) -> Iterator[tuple[str, str]]:
-    """Read tensors of a checkpoint, several at a time; yields the digest of each, in their order."""
-    stop, xxhash = threading.Event(), require_xxhash()
+def digests_of(
+    checkpoint: Checkpoint, checksums: Mapping[str, str], threads: int, told: Stage
+) -> Iterator[tuple[str, str]]:
+    """Read tensors of a checkpoint, several at a time; yields the digest of each, in their order.
+
+    `checksums` says of each name which of :data:`CHECKSUMS` is asked for.
+    """
+    stop = threading.Event()
     with open_shards("pread") as shards:
 
-        def digest(name: str) -> tuple[str, str, int]:
-            tensor = checkpoint.tensors[name]
-            found = xxhash.xxh3_128()
+        def digest(name: str, checksum: str) -> tuple[str, str, int]:
+            tensor, found = checkpoint.tensors[name], _hasher(checksum)
             buffer = np.empty(min(_AT_ONCE, tensor.nbytes), np.uint8)
             for start in range(tensor.start, tensor.stop, _AT_ONCE):
                 if stop.is_set():
                     raise InterruptedError("the run was given up")
                 with shards[tensor.shard].window(tensor, start, min(start + _AT_ONCE, tensor.stop), buffer) as data:
                     found.update(data)
-            return name, found.hexdigest(), tensor.nbytes
+            return name, _text(found, checksum), tensor.nbytes
 
-        tasks = (Task(lambda name=name: digest(name), 1, 1) for name in names)  # type: ignore[misc]
+        tasks = (Task(lambda one=one: digest(*one), 1, 1) for one in checksums.items())  # type: ignore[misc]
         for name, found, size in in_order(tasks, threads, stop.set, told.again):
             told.more(size, name)
             yield name, found

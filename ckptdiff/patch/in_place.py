@@ -34,6 +34,15 @@ def apply_in_place(
     PatchError
         As :func:`apply`; or the files of the result are not those of the base, so that it has to go to a new place; or
         other patches were being applied here.
+
+    Examples
+    --------
+    >>> from ckptdiff import patch
+    >>> base, tuned = "fixtures/addition/base", "fixtures/addition/tuned"
+    >>> made = patch.make(base, tuned, "on.ckptdelta"), patch.make(tuned, base, "back.ckptdelta")
+    >>> copied = patch.apply(base, ["on.ckptdelta"], "served")
+    >>> patch.apply_in_place("served", ["back.ckptdelta"]).changed
+    24
     """
     with open_chain(base, patches, listener) as chain:
         link = chain.links[-1]

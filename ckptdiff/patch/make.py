@@ -17,13 +17,13 @@ from ckptdiff.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from ckptdiff.checkpoint.index import MAX_INDEX_BYTES
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.checkpoint.regular_file import open_regular, read_bytes, read_whole
-from ckptdiff.errors import CheckpointError
 from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.files.staged import StagedFile
 from ckptdiff.patch.coded_block import Coding, code_block, code_whole
 from ckptdiff.patch.delta import BLOCK_CODES, Delta, TensorDelta, TunedFile
 from ckptdiff.patch.delta_file import SIGNATURE, write_blob, write_index
-from ckptdiff.patch.digests import TensorDigest, digest_of, require_xxhash
+from ckptdiff.patch.digests import TensorDigest, digest_of, required
+from ckptdiff.patch.side_files import SideFiles
 from ckptdiff.patch.spans import Piece, in_pieces, load_kernels, read_block_of, threads_for, work_in_order
 from ckptdiff.runfile.check_target import check_new
 
@@ -88,12 +88,12 @@ def make(
     >>> patch.apply("fixtures/llama/base", ["update.ckptdelta"], "again").tensors == len(made.delta.tensors)
     True
     """
-    require_xxhash()
+    required("xxhash")
     target = Path(target)
     sides = open_checkpoint(base), open_checkpoint(tuned)
     check_new(target)
     load_kernels(listener)
-    layout = _Layout(sides[1], Path(tuned))
+    layout = SideFiles(sides[1], Path(tuned))
     total = sum(tensor.nbytes for side in sides for tensor in side.tensors.values())
     with StagedFile(target) as staged, open_shards("pread") as shards:
         with stage(listener, "making the patch", total, "bytes") as told:
@@ -101,35 +101,6 @@ def make(
         shards.check()
         staged.commit()
     return MadeDelta(made, staged.tell(), tuple(warning for side in sides for warning in side.warnings))
-
-
-class _Layout:
-    """The files of the tuned side, and its tensors in the order of their bytes."""
-
-    def __init__(self, checkpoint: Checkpoint, path: Path) -> None:
-        self.single = checkpoint.index is None and not path.is_dir()
-        self.folder = Path(checkpoint.index.path if checkpoint.index else checkpoint.shards[0].path).parent
-        if checkpoint.index is not None and len(checkpoint.index.shard_paths) != len(checkpoint.shards):
-            raise CheckpointError(
-                "the index gives one file two names",
-                file=checkpoint.index.path,
-                expected=f"{len(checkpoint.index.shard_paths)} files",
-                found=f"{len(checkpoint.shards)}",
-            )
-        self.index = checkpoint.index
-        of_shard: dict[str, list[TensorInfo]] = {shard.path: [] for shard in checkpoint.shards}
-        for tensor in checkpoint.tensors.values():
-            of_shard[tensor.shard.path].append(tensor)
-        self.shards = checkpoint.shards
-        self.tensors: list[tuple[int, TensorInfo]] = []
-        self.header_sizes = []
-        for file, shard in enumerate(self.shards):
-            held = sorted(of_shard[shard.path], key=lambda tensor: (tensor.start, tensor.stop, tensor.name))
-            self.tensors += [(file, tensor) for tensor in held]
-            self.header_sizes.append(held[0].start if held else shard.size)
-
-    def name(self, path: str) -> str:
-        return Path(path).relative_to(self.folder).as_posix()
 
 
 _Coded: TypeAlias = list[tuple[Piece, bytes, int]]
@@ -142,7 +113,7 @@ class _Making:
         self,
         sides: tuple[Checkpoint, Checkpoint],
         shards: OpenShards,
-        layout: _Layout,
+        layout: SideFiles,
         staged: StagedFile,
         told: Stage,
         threads: int,

@@ -13,7 +13,7 @@ from ckptdiff.events import Stage
 from ckptdiff.files.staged import StagedFile
 from ckptdiff.patch.chain import Chain
 from ckptdiff.patch.delta import TunedFile
-from ckptdiff.patch.digests import digests_of
+from ckptdiff.patch.digests import CHECKSUMS, checksum_of, digests_of
 from ckptdiff.patch.spans import in_pieces, work_in_order
 
 __all__ = ["Making", "kind_of"]
@@ -33,7 +33,7 @@ class Making:
         """Write a file whole, and let it take its name."""
         place = self._link.delta.files.index(one)
         with StagedFile(target) as staged:
-            header = self._link.blob(one.header)
+            header = self._link.header(place)
             staged.write(header)
             self._told.more(len(header), one.name)
             self._blocks(place, staged)
@@ -44,23 +44,29 @@ class Making:
     def check(self, place: int) -> None:
         """Make the blocks of a file, and write them nowhere."""
         one = self._link.delta.files[place]
-        header = self._link.blob(one.header)
+        header = self._link.header(place)
         self._require_header(place, header, one)
         self._told.more(len(header), one.name)
         self._blocks(place, None)
 
     def compare(self, side: Checkpoint, names: Iterable[str]) -> None:
         """Compare tensors of a checkpoint that is there with what they become."""
-        tensors = self._chain.tensors
+        tensors, base = self._chain.tensors, self._chain.base
         missing = [name for name in names if kind_of(side, name) != (tensors[name].dtype, tensors[name].shape)]
-        for name, found in digests_of(side, [name for name in names if name not in missing], self._threads, self._told):
-            if found != tensors[name].after:
-                raise _not_the_result(side, name, f"digest {tensors[name].after}", found)
+        expected = {name: tensors[name].after for name in names if name not in missing}
+        # What a directory of deltas does not name is as it is in the base.
+        unnamed = {name: CHECKSUMS[0] for name, digest in expected.items() if digest is None}
+        expected |= dict(digests_of(base, unnamed, self._threads, self._told))
+        checksums = {name: checksum_of(digest or "") for name, digest in expected.items()}
+        for name, found in digests_of(side, checksums, self._threads, self._told):
+            if found != expected[name]:
+                raise _not_the_result(side, name, f"digest {expected[name]}", found)
         if missing:
-            expected = f"{tensors[missing[0]].dtype} {list(tensors[missing[0]].shape)}"
-            raise _not_the_result(side, missing[0], expected, kind_of(side, missing[0]) or "no such tensor")
+            kind = f"{tensors[missing[0]].dtype} {list(tensors[missing[0]].shape)}"
+            raise _not_the_result(side, missing[0], kind, kind_of(side, missing[0]) or "no such tensor")
 
     def _blocks(self, place: int, staged: StagedFile | None) -> None:
+        self._chain.stop.clear()  # it was set when the file before this was done
         with open_shards("pread") as shards:
             results = work_in_order(
                 in_pieces(self._held[place]),

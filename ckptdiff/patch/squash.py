@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from ckptdiff.errors import OptionError
 from ckptdiff.events import Listener, stage
 from ckptdiff.files.staged import StagedFile
-from ckptdiff.patch.chain import change_of, check_links
+from ckptdiff.patch.chain import check_links
 from ckptdiff.patch.coded_block import Coding, Steps, apply_block, code_steps, code_whole
 from ckptdiff.patch.delta import BLOCK_CODES, Blob, Delta, TensorDelta
 from ckptdiff.patch.delta_file import SIGNATURE, DeltaFile, open_delta, write_blob, write_index
+from ckptdiff.patch.opening import patch_kind
 from ckptdiff.patch.spans import load_kernels
 from ckptdiff.runfile.check_target import check_new
 
@@ -46,10 +47,21 @@ def squash(
         A patch is none or is damaged, or does not follow the one before.
     RunFileError
         The target exists or cannot be written.
+
+    Examples
+    --------
+    >>> from ckptdiff import patch
+    >>> base, tuned = "fixtures/addition/base", "fixtures/addition/tuned"
+    >>> steps = [patch.make(base, tuned, "1.ckptdelta"), patch.make(tuned, base, "2.ckptdelta")]
+    >>> sum(one.changed for one in patch.squash(["1.ckptdelta", "2.ckptdelta"], "both.ckptdelta").tensors.values())
+    0
     """
     target = Path(target)
     if len(patches) < 2:
         raise OptionError("there is nothing to squash", expected="two patches or more", found=f"{len(patches)}")
+    for path in patches:
+        if patch_kind(path) != "delta":
+            raise OptionError("only patches in ckptdiff's own format can be made one", file=Path(path))
     with ExitStack() as stack:
         links = [stack.enter_context(open_delta(path)) for path in patches]
         check_links(links)
@@ -143,7 +155,7 @@ def _block(chain: Sequence[tuple[DeltaFile, TensorDelta]], place: int, numel: in
     known: Bytes | None = None
     summed: Steps | None = None
     for link, tensor in chain:
-        change = change_of(link, tensor, place)
+        change = link.change(tensor, place)
         if isinstance(change, np.ndarray):
             known = change.copy()
         elif isinstance(change, Steps):
