@@ -50,14 +50,20 @@ def patch() -> None:
 @click.option(
     "--encoding",
     type=click.Choice(["xor", "overwrite"]),
-    help="Of a delta-dir: all bytes xor the old ones (the default), or the changed ones, which may be applied again.",
+    show_default="xor",
+    help="Of a delta-dir: all bytes xor the old ones, or the changed ones, which may be applied again.",
 )
 @click.option(
-    "--checksum", type=click.Choice(["xxh3-128", "blake3", "adler32"]), help="Of a delta-dir; xxh3-128 by default."
+    "--checksum",
+    type=click.Choice(["xxh3-128", "blake3", "adler32"]),
+    show_default="xxh3-128",
+    help="Of the tensors in a delta-dir.",
 )
-@click.option("--version", type=int, metavar="N", help="Of a delta-dir; by default the one in OUT's name, or 1.")
-@click.option("--base-version", type=int, metavar="M", help="Of a delta-dir; by default N - 1. 0 is the checkpoint.")
-@click.option("--level", type=int, metavar="L", help="Of zstd, 1 to 19, for a delta-dir; 1 by default.")
+@click.option("--version", type=int, metavar="N", show_default="the one in OUT's name, or 1", help="Of a delta-dir.")
+@click.option(
+    "--base-version", type=int, metavar="M", show_default="N - 1", help="Of a delta-dir. 0 is the checkpoint."
+)
+@click.option("--level", type=int, metavar="L", show_default="1", help="Of zstd, 1 to 19, for a delta-dir.")
 @click.option(
     "--dense-rest",
     is_flag=True,

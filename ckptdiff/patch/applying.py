@@ -76,6 +76,10 @@ def apply(
     listener : callable, optional
         Told of the stage "patching", in bytes.
 
+    Returns
+    -------
+    AppliedDelta
+
     Raises
     ------
     PatchError
@@ -131,6 +135,21 @@ def verify(
     """Read all that :func:`apply` would, and check every digest, but write nothing.
 
     With `tuned`, its bytes are compared with the digests of the result too.
+
+    Parameters
+    ----------
+    base : path-like
+    patches : sequence of path-like
+        In the order in which they were made.
+    tuned : path-like, optional
+    threads : int
+        0 stands for one per core.
+    listener : callable, optional
+        Told of the stage "verifying", in bytes.
+
+    Returns
+    -------
+    AppliedDelta
 
     Raises
     ------

@@ -43,9 +43,9 @@ def open_patch(path: str | os.PathLike[str], base: str | os.PathLike[str] | None
         The checkpoint that it was made for, which only a flat patch can do without: others say how values move from it.
         The digests of a tensor are compared with its last piece.
 
-    Yields
-    ------
-    Change
+    Returns
+    -------
+    iterator of Change
         Tensors that do not change are left out, and so are blocks that do not; a tensor that is new, or has another
         dtype or shape, comes as a whole.
 

@@ -65,6 +65,14 @@ class PatchContents:
 def contents_of(path: str | os.PathLike[str]) -> PatchContents:
     """Read the index of an exact delta.
 
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    PatchContents
+
     Raises
     ------
     PatchError

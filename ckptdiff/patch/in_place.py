@@ -29,6 +29,20 @@ def apply_in_place(
     name when it is complete, so none is ever half new; a journal in the folder says which patches are being applied,
     until all files are new.
 
+    Parameters
+    ----------
+    base : path-like
+    patches : sequence of path-like
+        In the order in which they were made.
+    threads : int
+        0 stands for one per core.
+    listener : callable, optional
+        Told of the stage "patching", in bytes.
+
+    Returns
+    -------
+    AppliedDelta
+
     Raises
     ------
     PatchError

@@ -72,6 +72,10 @@ def make(
     listener : callable, optional
         Told of the stage "making the patch", in bytes.
 
+    Returns
+    -------
+    MadeDelta
+
     Raises
     ------
     CheckpointError

@@ -90,6 +90,10 @@ def make_directory(
     listener : callable, optional
         Told of the stage "making the patch", in bytes.
 
+    Returns
+    -------
+    Shipped
+
     Raises
     ------
     CheckpointError

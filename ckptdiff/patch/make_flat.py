@@ -63,6 +63,10 @@ def make_flat(
     listener : callable, optional
         Told of the stage "making the patch", in bytes.
 
+    Returns
+    -------
+    Shipped
+
     Raises
     ------
     CheckpointError

@@ -50,6 +50,14 @@ class ShippedContents:
 def contents_of_folder(path: str | os.PathLike[str]) -> ShippedContents:
     """Read a directory of deltas, to the end of its frames.
 
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    ShippedContents
+
     Raises
     ------
     PatchError
@@ -82,7 +90,20 @@ def contents_of_folder(path: str | os.PathLike[str]) -> ShippedContents:
 
 
 def contents_of_flat(path: str | os.PathLike[str]) -> ShippedContents:
-    """Read the header of a flat patch; raises as :func:`contents_of_folder`.
+    """Read the header of a flat patch.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    ShippedContents
+
+    Raises
+    ------
+    PatchError, CheckpointError
+        As :func:`contents_of_folder`.
 
     Examples
     --------

@@ -41,6 +41,10 @@ def squash(
     listener : callable, optional
         Told of the stage "squashing", in bytes of the patches.
 
+    Returns
+    -------
+    Delta
+
     Raises
     ------
     PatchError
