@@ -126,6 +126,15 @@ def _from_index(at: Address) -> FoundShards:
 
     def locate(tensor: str, shard: str) -> str:
         check_shard_name(at.shown, tensor, shard)
+        if shard.endswith((".bin", ".pt", ".pth")):
+            raise IndexFileError(
+                "the index names a pickle, and these are read from local folders alone",
+                file=at.shown,
+                tensor=tensor,
+                expected="*.safetensors",
+                found=shard,
+                hint="download the folder, and name that",
+            )
         address = at.beside(shard)
         held[address.shown] = address, ""
         return address.shown
