@@ -6,6 +6,7 @@ below 1e-8 (Björck and Golub 1973).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,7 @@ class Angles:
 
     long: Float64
     short: Float64
-    """Between the subspaces of the long and of the short side; shape (k,)."""
+    """Between the subspaces of the long and of the short side; shape (k,), or (pairs, k) for a stack."""
 
 
 def angle_rank(short: int) -> int:
@@ -37,34 +38,38 @@ def angle_rank(short: int) -> int:
     return min(_MOST, short // 2)
 
 
-def principal_angles(base: Array, tuned: Array, library: Library = NUMPY) -> Stage[Angles]:
-    """Compare two pairs of subspaces in two passes.
+def principal_angles(
+    base: Array, tuned: Array, library: Library = NUMPY, missing: Array | None = None
+) -> Stage[Angles]:
+    """Compare two pairs of subspaces in two passes, or those of each pair of a stack.
 
-    They are given by the leading eigenvectors of W0^T W0 and W1^T W1, shape (short, k).
+    They are given by the leading eigenvectors of W0^T W0 and W1^T W1, shape (short, k). Where they are zeros, `missing`
+    is what :func:`~ckptdiff.linalg.symmetric.first_of_each` makes of that.
     """
-    xp, (short, count) = library.xp, base.shape
+    xp, (*stack, short, count) = library.xp, base.shape
     product, add_gram, solve_lower = library.product, library.add_gram, library.solve_lower
-    ours, theirs, crossed, outside = (library.zeros((count, count), np.float64) for _ in range(4))
+    ours, theirs, crossed, outside = (library.zeros((*stack, count, count), np.float64) for _ in range(4))
 
     def meet(panel: Panel) -> None:
         left, right = product(panel.base, base), product(panel.side("tuned"), tuned)
         add_gram(ours, left)
         add_gram(theirs, right)
-        library.add_product(crossed, left.T, right)
+        library.add_product(crossed, left.mT, right)
 
     yield meet
-    our_factor, their_factor = (xp.linalg.cholesky(whole(gram, library)) for gram in (ours, theirs))
-    cosines = solve_lower(their_factor, solve_lower(our_factor, crossed).T).T
+    grams = [whole(gram, library) for gram in (ours, theirs)]
+    our_factor, their_factor = (xp.linalg.cholesky(gram if missing is None else gram + missing) for gram in grams)
+    cosines = solve_lower(their_factor, solve_lower(our_factor, crossed).mT).mT
 
     def leave(panel: Panel) -> None:
-        left = solve_lower(our_factor, product(panel.base, base).T)
-        right = solve_lower(their_factor, product(panel.side("tuned"), tuned).T)
-        add_gram(outside, library.contiguous((right - cosines.T @ left).T))
-        count_work(product_work(count, count, right.shape[1], 8))
+        left = solve_lower(our_factor, product(panel.base, base).mT)
+        right = solve_lower(their_factor, product(panel.side("tuned"), tuned).mT)
+        add_gram(outside, library.contiguous((right - cosines.mT @ left).mT))
+        count_work(math.prod(stack) * product_work(count, count, right.shape[-1], 8))
 
     yield leave
-    with counted(_result_work(short, count), opaque=True):
-        across = base.T @ tuned
+    with counted(math.prod(stack) * _result_work(short, count), opaque=True):
+        across = base.mT @ tuned
         beyond = tuned - base @ across
         return Angles(
             _angles(library.singular_values(cosines), np.sqrt(np.maximum(library.eigenvalues(outside), 0.0))),
@@ -88,5 +93,5 @@ def _result_work(short: int, count: int) -> float:
 
 def _angles(cosines: Float64, sines: Float64) -> Float64:
     """Angles from both lists, each largest first."""
-    angles: Float64 = np.arctan2(sines[::-1], cosines)
+    angles: Float64 = np.arctan2(sines[..., ::-1], cosines)
     return angles

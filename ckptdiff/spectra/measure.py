@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,21 +13,32 @@ from numpy.typing import NDArray
 from ckptdiff.figures.catalogue import flat_key
 from ckptdiff.figures.spectral import ENERGY_RANKS, RANK_TAU
 from ckptdiff.linalg.angles import Angles, angle_rank, angles_work, principal_angles
-from ckptdiff.linalg.exact import SideSpectrum, effective_rank, nss, numerical_rank, side_spectrum, side_work
+from ckptdiff.linalg.exact import (
+    SideSpectrum,
+    effective_rank,
+    nss,
+    numerical_rank,
+    side_spectrum,
+    side_work,
+    values_of_each,
+)
 from ckptdiff.linalg.krylov import (
     KrylovOptions,
+    LeadingValues,
     direct_values,
+    direct_values_of_each,
     direct_work,
     krylov_passes,
     krylov_values,
     krylov_work,
 )
-from ckptdiff.linalg.principal import Principal, principal, principal_work
+from ckptdiff.linalg.principal import Principal, principal, principal_of_each, principal_work
 from ckptdiff.linalg.stages import PanelSource, Side, Stage, run_together
 from ckptdiff.linalg.survey import SURVEY_WORK, Survey
+from ckptdiff.linalg.symmetric import first_of_each
 from ckptdiff.measure.rounding_null import change_chances
 from ckptdiff.measure.thresholds import RHO, principal_rank
-from ckptdiff.options import SpectraOptions
+from ckptdiff.options import SpectraMode, SpectraOptions
 from ckptdiff.spectra.matrices import MatrixView
 
 Floats = NDArray[np.float64]
@@ -68,15 +80,26 @@ def measure_randomized(
         leading = krylov_values(short, ENERGY_RANKS, source.dtype, krylov, library)
     stage = principal(source, known, RHO, _chances(known, off_grid), error=_RANDOMIZED_ERROR)
     found, (base, subspaces) = run_together(source, leading, stage)
-    figures, reasons = _principal_figures(subspaces, view.wide)
+    return _randomized(known, found, base, subspaces, view.wide)
+
+
+def _randomized(
+    known: Survey, found: LeadingValues, base: Floats, subspaces: Sequence[Principal], wide: bool
+) -> MatrixSpectra:
+    figures, reasons = _principal_figures(subspaces, wide)
     figures |= _energies(found.lower, found.upper, known.delta_norm**2)
     values = {"delta": np.sqrt(found.lower), "base": np.sqrt(np.maximum(base[: ENERGY_RANKS[-1]], 0.0))}
     return MatrixSpectra("randomized", figures, values, reasons)
 
 
-def randomized_work(view: MatrixView, options: SpectraOptions, itemsize: int) -> tuple[float, int]:
-    """Foresee what a survey and :func:`measure_randomized` count, and how many passes they make."""
-    long, short, krylov = view.long, view.short, _krylov(view.short, options)
+def randomized_work(
+    view: MatrixView, options: SpectraOptions, itemsize: int, directly: bool = False
+) -> tuple[float, int]:
+    """Foresee what a survey and :func:`measure_randomized` count, and how many passes they make.
+
+    Or what they count for a matrix of a stack, whose leading values are found `directly`.
+    """
+    long, short, krylov = view.long, view.short, None if directly else _krylov(view.short, options)
     surveyed = SURVEY_WORK * long * short
     found, passes = principal_work(long, short, itemsize, RHO, error=_RANDOMIZED_ERROR, decomposed=False)
     if krylov is None:
@@ -104,19 +127,27 @@ def measure_exact(
         source, known, RHO, _chances(known, off_grid), error=_EXACT_ERROR, eigenpairs=base.eigenpairs
     )
     (_, subspaces), angles = run_together(source, principal_stage, _angles(source, base, tuned))
-    figures, reasons = _principal_figures(subspaces, view.wide)
-    squares = delta.values**2
+    return _exact((delta.values, base.values, tuned.values), subspaces, angles, view.wide)
+
+
+def _exact(
+    spectra: tuple[Floats, Floats, Floats], subspaces: Sequence[Principal], angles: Angles | None, wide: bool
+) -> MatrixSpectra:
+    """Of all singular values of the update, the base and the tuned side."""
+    delta, base, tuned = spectra
+    figures, reasons = _principal_figures(subspaces, wide)
+    squares = delta**2
     figures |= _energies(squares, {k: float(squares[:k].sum()) for k in ENERGY_RANKS}, float(squares.sum()))
-    figures |= {"effective_rank": effective_rank(delta.values), "nss": nss(base.values, tuned.values)}
+    figures |= {"effective_rank": effective_rank(delta), "nss": nss(base, tuned)}
     for tau in RANK_TAU:
-        fewest, most = numerical_rank(delta.values, tau)
+        fewest, most = numerical_rank(delta, tau)
         figures[flat_key("numerical_rank", tau)] = fewest
         figures[flat_key("numerical_rank_high", tau)] = most
-        figures[flat_key("numerical_rank_frac", tau)] = fewest / source.short
-    values = {"delta": delta.values, "base": base.values, "tuned": tuned.values}
+        figures[flat_key("numerical_rank_frac", tau)] = fewest / len(delta)
+    values = {"delta": delta, "base": base, "tuned": tuned}
     if angles is None:
         return MatrixSpectra("exact", figures, values, (*reasons, "no principal angles: no subspaces to compare"))
-    left, right = (angles.short, angles.long) if view.wide else (angles.long, angles.short)
+    left, right = (angles.short, angles.long) if wide else (angles.long, angles.short)
     for name, found in (("left", left), ("right", right)):
         values[f"angles_{name}"] = found
         figures |= {f"angle_{name}": float(found[-1]), f"angle_{name}_mean": float(found.mean())}
@@ -153,15 +184,66 @@ def _wanted_sides(short: int) -> Sequence[tuple[Side, int]]:
 
 def _angles(source: PanelSource, base: SideSpectrum, tuned: SideSpectrum) -> Stage[Angles | None]:
     count = angle_rank(source.short)
-    defined = count > 0 and all(
-        side.values[0] > 0 and side.values[count - 1] > _ANGLE_NOISE * side.values[0] for side in (base, tuned)
-    )
-    if not defined:
+    if not _have_angles(count, base.values, tuned.values):
         return None
     assert base.eigenpairs is not None
     assert tuned.eigenpairs is not None
     ours, theirs = base.eigenpairs[1][:, :count], tuned.eigenpairs[1][:, :count]
     return (yield from principal_angles(ours, theirs, source.library))
+
+
+def _have_angles(count: int, *sides: Floats) -> bool:
+    """Whether so many leading singular vectors of each side have directions."""
+    return count > 0 and all(values[0] > 0 and values[count - 1] > _ANGLE_NOISE * values[0] for values in sides)
+
+
+def measure_stack(
+    source: PanelSource, known: Sequence[Survey | None], wide: bool, off_grids: Sequence[float], mode: SpectraMode
+) -> list[MatrixSpectra | None]:
+    """Measure the pairs of a stack, each as by itself; its update's leading values are found directly in either mode.
+
+    Surveys and parts off the grid are those of its first pairs; None leaves a pair out, which has to hold zeros.
+    """
+    library, short, stack, members = source.library, source.short, source.stack, len(known)
+    chances = [
+        None if survey is None else _chances(survey, part) for survey, part in zip(known, off_grids, strict=True)
+    ]
+    if mode == "randomized":
+        leading = direct_values_of_each(short, ENERGY_RANKS, library, stack, members)
+        stage = principal_of_each(source, known, RHO, chances, error=_RANDOMIZED_ERROR)
+        values, subspaces = run_together(source, leading, stage)
+        return [
+            None if survey is None else _randomized(survey, found, one[0], one[1], wide)
+            for survey, found, one in zip(known, values, subspaces, strict=True)
+        ]
+    sides = [
+        run_together(source, values_of_each(side, short, vectors, library, stack, members))[0]
+        for side, vectors in _wanted_sides(short)
+    ]
+    (delta, _), (base, base_pairs), (tuned, tuned_pairs) = sides
+    count = angle_rank(short)
+    compared = [_have_angles(count, *pair) for pair in zip(base, tuned, strict=True)]
+    stages: list[Stage[Any]] = [
+        principal_of_each(source, known, RHO, chances, error=_EXACT_ERROR, eigenpairs=base_pairs)
+    ]
+    if any(compared):
+        counts = np.where(compared, count, 0)
+        ours, theirs = (
+            first_of_each(pairs[1][..., :count], counts, source.dtype, library) for pairs in (base_pairs, tuned_pairs)
+        )
+        stages.append(principal_angles(ours[0], theirs[0], library, ours[1]))
+    subspaces, *angles = run_together(source, *stages)
+    return [
+        None
+        if survey is None
+        else _exact(
+            (delta[member], base[member], tuned[member]),
+            subspaces[member][1],
+            Angles(angles[0].long[member], angles[0].short[member]) if compared[member] else None,
+            wide,
+        )
+        for member, survey in enumerate(known)
+    ]
 
 
 def _energies(squares: Floats, upper: Mapping[int, float], total: float) -> dict[str, float]:

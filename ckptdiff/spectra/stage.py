@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,6 +30,8 @@ from ckptdiff.spectra.spectra_gpu import HOST_ROOM, SpectraGpu
 
 _SMALL = 1 << 20
 """Entries of the matrices that are handed to a thread together."""
+_WAITING = 1024
+"""How many matrices later one of a kind may come that is measured together with the first; results wait meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,8 @@ def measure_spectra(
     off_grid = diff.columns["off_grid"] / np.maximum(diff.columns["numel"], 1)
     off_grid[[tensor.compare != "bf16" for tensor in diff.tensors]] = np.nan
     jobs = [
-        MatrixJob(row, pair, view, float(off_grid[row]), bool(unchanged[row])) for row, pair, view in _matrices(pairs)
+        MatrixJob(place, row, pair, view, float(off_grid[row]), bool(unchanged[row]))
+        for place, (row, pair, view) in enumerate(_matrices(pairs))
     ]
     with stage(tell, "spectra") as told, one_blas_thread():
         budget = gpu.budget(options) if gpu else Budget.of(options, resident(), (job.view for job in jobs))
@@ -128,8 +131,9 @@ def measure_spectra(
         def tell_of_work() -> None:
             told.at(meter.share(), meter.at_hand())
 
-        done = in_order(_tasks(jobs, measuring, meter), budget.threads, measuring.stop.set, tell_of_work)
-        for found in _by_tensor((found for batch in done for found in batch), len(pairs)):
+        tasks = _tasks(jobs, measuring, meter) if gpu is None else _gpu_tasks(jobs, measuring, meter)
+        done = in_order(tasks, budget.threads, measuring.stop.set, tell_of_work)
+        for found in _by_tensor(jobs, (found for batch in done for found in batch), len(pairs)):
             yield found
             tell_of_work()
 
@@ -160,14 +164,46 @@ def _tasks(
         yield taken()
 
 
-def _by_tensor(found: Iterator[tuple[int, MatrixSpectra]], tensors: int) -> Iterator[TensorSpectra]:
-    """Gather the matrices of each tensor."""
-    following = next(found, None)
+def _gpu_tasks(
+    jobs: Sequence[MatrixJob], measuring: Measuring, meter: WorkMeter
+) -> Iterator[Task[list[tuple[int, MatrixSpectra]]]]:
+    """Matrices as tasks for a GPU: small ones with others of their kind, as far as these are not far away."""
+    waiting: dict[Hashable, list[MatrixJob]] = {}
+
+    def taken(kind: Hashable) -> Task[list[tuple[int, MatrixSpectra]]]:
+        batch = tuple(waiting.pop(kind))
+        return Task(partial(measuring.measure_together, batch, meter), 1, sum(job.size for job in batch))
+
+    for job in jobs:
+        while waiting and job.place - next(iter(waiting.values()))[0].place >= _WAITING:
+            yield taken(next(iter(waiting)))
+        room = measuring.room(job)
+        if room == 1:
+            yield Task(partial(measuring.measure_all, (job,), 1, meter), 1, job.size)
+            continue
+        kind = measuring.kind(job)
+        waiting.setdefault(kind, []).append(job)
+        if len(waiting[kind]) == room:
+            yield taken(kind)
+    while waiting:
+        yield taken(next(iter(waiting)))
+
+
+def _by_tensor(
+    jobs: Sequence[MatrixJob], found: Iterator[tuple[int, MatrixSpectra]], tensors: int
+) -> Iterator[TensorSpectra]:
+    """Gather the matrices of each tensor, which come with their places in any order."""
+    early: dict[int, MatrixSpectra] = {}
+    following = iter(jobs)
+    job = next(following, None)
     for index in range(tensors):
         matrices = []
-        while following is not None and following[0] == index:
-            matrices.append(following[1])
-            following = next(found, None)
+        while job is not None and job.index == index:
+            while job.place not in early:
+                place, one = next(found)
+                early[place] = one
+            matrices.append(early.pop(job.place))
+            job = next(following, None)
         yield TensorSpectra(index, tuple(matrices))
 
 
