@@ -128,7 +128,7 @@ def test_panels_however_small_the_pieces(
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("rows", "columns", "same"), [(90, 20, False), (20, 90, False), (20, 90, True)])
 def test_a_stack_however_small_the_pieces(libraries: Any, rows: int, columns: int, same: bool, seed: int) -> None:
-    """Pieces of some rows, of which one may hold the end of a matrix and the start of the next, and of a part of one."""
+    """Pieces of some rows, which may be the end of one matrix and the start of the next, and of a part of a row."""
     gpu = ArrayGpu(libraries, seed, processors=1)
     library, _ = library_on(gpu, 0)
     pairs = [Codes(rows, columns, np.float32, same) for _ in range(3)]
