@@ -86,9 +86,12 @@ def _tallied(found: NDArray[np.int64], window: ScoreWindow | None) -> NDArray[np
     """What a kernel counted of a matrix, in floats; there may be more bins than it has."""
     if window is None:
         return np.empty(0)
-    entries, changed, above, beyond, tied, chances = found[: window.bins + 1].astype(np.float64).T
-    not_low = beyond + window.low[1] * tied
-    return np.stack([entries, changed, above, not_low, chances / _CERTAIN], axis=1)
+    found = found[: window.bins + 1]
+    tally = np.empty((len(found), 5))
+    tally[:, :4] = found[:, :4]
+    tally[:, 3] += window.low[1] * found[:, 4]
+    np.divide(found[:, 5], _CERTAIN, out=tally[:, 4])
+    return tally
 
 
 class CupyLibrary(GpuLibrary):
