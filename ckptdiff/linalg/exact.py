@@ -62,7 +62,10 @@ def side_spectrum(side: Side, short: int, vectors: int = 0, library: Library = N
 def values_of_each(
     side: Side, short: int, vectors: int, library: Library, stack: tuple[int, ...], members: int
 ) -> Stage[tuple[Float64, tuple[Array, Array]]]:
-    """The same of the first `members` matrices of a stack: their values in rows, and leading eigenpairs of all."""
+    """The same of the first `members` matrices of a stack: their values in rows, and leading eigenpairs of all.
+
+    Small values are found again matrix by matrix: how many there are differs.
+    """
     gram = yield from gram_of(side, short, np.float64, library, stack)
     found, pairs = eigh_top(gram, short, library)
     squares = library.home(found)[:members]

@@ -259,7 +259,7 @@ class _Energies:
         for k in ranks:
             joint, left = (xp.sum(part**2, axis=(-2, -1)) for part in (both[..., :k, :k], long_side[..., :k, :]))
             parts = joint, left, xp.sum(self._kept[..., :k], axis=-1)
-            yield np.stack([np.atleast_1d(library.home(part)) for part in parts])
+            yield np.array([library.home(part) for part in parts]).reshape(3, -1)
 
 
 class _Scores:

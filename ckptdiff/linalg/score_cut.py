@@ -100,7 +100,10 @@ class ScoreCut:
 
 
 class ScoreCuts:
-    """The cuts of one rank in each pair of a stack, or in the pair that there is; None where none is wanted."""
+    """The cuts of one rank in each pair of a stack, or in the pair that there is; None where none is wanted.
+
+    `open` says whether one is still to be found.
+    """
 
     def __init__(self, cuts: Sequence[ScoreCut | None], library: Library = NUMPY) -> None:
         self.cuts, self._library = cuts, library
@@ -109,11 +112,7 @@ class ScoreCuts:
     def _begin(self) -> None:
         self._windows = [cut.window if cut is not None and cut.covered is None else None for cut in self.cuts]
         self._lanes: list[Counts] = [None] * SCORE_LANES
-
-    @property
-    def open(self) -> bool:
-        """Whether a cut is still to be found."""
-        return any(self._windows)
+        self.open = any(self._windows)
 
     def add(self, scores: Array, panel: Panel, lane: int = 0) -> None:
         """Count a panel by its scores, C-contiguous arrays of one shape.
