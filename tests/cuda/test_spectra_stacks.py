@@ -22,7 +22,6 @@ from ckptdiff.options import SpectraOptions
 from ckptdiff.spectra.budget import ON_GPU, Budget
 from ckptdiff.spectra.gpu_panels import GpuStack, slots_bytes
 from ckptdiff.spectra.matrices import MatrixView
-from ckptdiff.spectra.measure import MatrixSpectra
 from ckptdiff.spectra.stage import _by_tensor, _gpu_tasks
 
 EXPERTS, INNER, HIDDEN = 4, 24, 40
@@ -203,4 +202,3 @@ def test_matrices_wait_for_their_kind_but_not_for_ever() -> None:
     tensors = list(_by_tensor(jobs, iter(found), len(jobs) // 3 + 1))  # type: ignore[arg-type]
     expected = [f"{place} {kind}" for place, kind in enumerate(kinds)]
     assert [one for tensor in tensors for one in tensor.matrices] == expected
-    assert isinstance(MatrixSpectra("").figures, dict)

@@ -120,10 +120,9 @@ def stacked(kinds: tuple[str, ...], library: str, mode: str, shape: tuple[int, i
     for member, kind in enumerate(kinds):
         base[member], delta[member] = sides_of(kind, *shape, dtype)
     source = panels_of(library_called(library))(base, delta, shape[0])
-    stage = survey_of_each(source.library, source.stack, len(kinds))
-    (known,) = run_together(source, stage)
+    (known,) = run_together(source, survey_of_each(source.library, source.stack, len(kinds)))
     chosen = [None if kind == "left out" else one for kind, one in zip(kinds, known, strict=True)]
-    found = measure_stack(source, chosen, shape == (90, 90), [0.0] * len(kinds), mode)  # type: ignore[arg-type]
+    found = measure_stack(source, chosen, False, [0.0] * len(kinds), mode)  # type: ignore[arg-type]
     return dict(zip(kinds, found, strict=True))
 
 
@@ -144,12 +143,14 @@ def test_a_pair_of_a_stack_is_measured_as_if_it_were_alone(
     for kind, one in found.items():
         assert one is not None
         close(one, known[kind], mode)
-    for others in (KINDS[:1], KINDS[::-1], KINDS[2:5]):
-        for kind, again in stacked(others, library, mode, shape).items():
-            if again is not None and library == "strict":  # torch's own products do not repeat to the last digit
-                expected = found[kind]
-                assert again.figures == pytest.approx(expected.figures, rel=0, abs=0, nan_ok=True)
-                assert all(np.array_equal(again.values[name], values) for name, values in expected.values.items())
+    if library == "strict":  # torch's own products do not repeat to the last digit
+        for others in (KINDS[:1], KINDS[::-1], KINDS[2:5]):
+            for kind, again in stacked(others, library, mode, shape).items():
+                expected = found.get(kind)
+                assert (again is None) == (expected is None)
+                if again is not None and expected is not None:
+                    assert again.figures == pytest.approx(expected.figures, rel=0, abs=0, nan_ok=True)
+                    assert all(np.array_equal(again.values[name], values) for name, values in expected.values.items())
 
 
 @pytest.mark.parametrize(("mode", "most"), [("randomized", 60), ("exact", 60)])
