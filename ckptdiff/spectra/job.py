@@ -99,7 +99,7 @@ class Measuring:
 
     def room(self, job: MatrixJob) -> int:
         """How many matrices of its kind are measured together."""
-        return 1 if job.unchanged else self.budget.stack(job.view)
+        return self.budget.stack(job.view) if job.size else 1
 
     def measure_all(self, jobs: Sequence[MatrixJob], slots: int, meter: WorkMeter) -> list[tuple[int, MatrixSpectra]]:
         """Measure matrices one after the other, within so many slots; each with its place in the run."""

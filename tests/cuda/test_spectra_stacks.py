@@ -17,8 +17,11 @@ from spectra_figures import assert_close, spectral
 
 import ckptdiff
 from ckptdiff.errors import DeviceError
+from ckptdiff.events import Event, StageProgress
+from ckptdiff.files.unfinished import Saving
 from ckptdiff.linalg.work import WorkMeter
-from ckptdiff.options import SpectraOptions
+from ckptdiff.options import Options, SpectraOptions
+from ckptdiff.run.engine import run
 from ckptdiff.spectra.budget import ON_GPU, Budget
 from ckptdiff.spectra.gpu_panels import GpuStack, slots_bytes
 from ckptdiff.spectra.matrices import MatrixView
@@ -91,6 +94,28 @@ def test_no_digit_of_an_expert_depends_on_the_others(folder: Path, on_gpu: Any, 
         on_gpu(seed=2)
         for name, row in spectral(compared(folder, spectra=mode, include=[pattern])).items():
             assert json.dumps(row) == json.dumps(together[name])
+
+
+@pytest.mark.slow
+def test_experts_of_a_run_that_was_stopped_are_not_measured_again(folder: Path, on_gpu: Any, tmp_path: Path) -> None:
+    """They are kept as soon as their stack is measured, and the others are those of a run in one go."""
+    on_gpu(seed=1)
+    whole = spectral(compared(folder))
+    sides = [str(folder / f"{side}.safetensors") for side in ("base", "tuned")]
+    asked = Options(device="cuda", spectra=SpectraOptions())
+
+    def after_the_first(event: Event) -> None:
+        if isinstance(event, StageProgress) and event.stage == "spectra" and event.done > 0.5:
+            raise InterruptedError
+
+    on_gpu(seed=2)
+    with pytest.raises(InterruptedError):
+        run(*sides, out=tmp_path / "run.h5", options=asked, listener=after_the_first, saving=Saving(0, 0))
+    gpu = on_gpu(seed=3)
+    found = spectral(run(*sides, out=tmp_path / "run.h5", options=asked, saving=Saving(0, 0)))
+    assert json.dumps(found) == json.dumps(whole)
+    panels = Counter(kernel for kernel in gpu.launched if kernel.startswith("panel"))
+    assert panels <= Counter({"panel_float32": 2, "panel_float64": 1})  # none of gate and up
 
 
 class Counted:
