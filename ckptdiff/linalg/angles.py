@@ -49,7 +49,7 @@ def angle_rank(short: int) -> int:
 
 def compared_rank(short: int) -> int:
     """How many singular vectors are compared at most: those of angles, or of rotations."""
-    return max(angle_rank(short), principal_rank(RHO[-1], short))
+    return Comparable.most(short).count
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +62,18 @@ class Comparable:
     """Of the subspaces that have rotations."""
 
     @classmethod
+    def most(cls, short: int) -> Comparable:
+        """All that can be, of sides with so many singular values."""
+        return cls(angle_rank(short), tuple(sorted({principal_rank(rho, short) for rho in RHO})))
+
+    @classmethod
     def of(cls, *sides: Float64) -> Comparable:
-        """Of all singular values of each side, largest first."""
-        short = sides[0].size
-        angles = angle_rank(short)
-        ranks = sorted({principal_rank(rho, short) for rho in RHO})
+        """What is defined, by all singular values of each side, largest first."""
+        most = cls.most(sides[0].size)
+        angles = most.angles if all(_has_directions(values, most.angles) for values in sides) else 0
         return cls(
-            angles if angles and all(_has_directions(values, angles) for values in sides) else 0,
-            tuple(k for k in ranks if all(_has_directions(values, k) and _has_gap(values, k) for values in sides)),
+            angles,
+            tuple(k for k in most.ranks if all(_has_directions(values, k) and _has_gap(values, k) for values in sides)),
         )
 
     @property

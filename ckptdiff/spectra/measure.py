@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.figures.catalogue import flat_key
 from ckptdiff.figures.spectral import ENERGY_RANKS, RANK_TAU, TOP_P
-from ckptdiff.linalg.angles import Angles, Comparable, angle_rank, angles_work, compared_rank, principal_angles
+from ckptdiff.linalg.angles import Angles, Comparable, angles_work, compared_rank, principal_angles
 from ckptdiff.linalg.exact import (
     SideSpectrum,
     effective_rank,
@@ -38,7 +38,7 @@ from ckptdiff.linalg.stages import PanelSource, Side, Stage, run_together
 from ckptdiff.linalg.survey import SURVEY_WORK, Survey
 from ckptdiff.linalg.symmetric import first_of_each
 from ckptdiff.measure.rounding_null import change_chances
-from ckptdiff.measure.thresholds import RHO, exactly, principal_rank
+from ckptdiff.measure.thresholds import RHO, exactly
 from ckptdiff.options import SpectraMode, SpectraOptions
 from ckptdiff.spectra.matrices import MatrixView
 
@@ -251,16 +251,13 @@ def measure_stack(
         principal_of_each(source, known, RHO, chances, error=_EXACT_ERROR, eigenpairs=base_pairs)
     ]
     if any(one.count for one in defined):
-        counts, most = np.array([one.count for one in defined]), compared_rank(short)
-        ours, theirs = (
-            first_of_each(pairs[1][..., :most], counts, source.dtype, library) for pairs in (base_pairs, tuned_pairs)
-        )
         # As if all were defined in each pair: then no digit of one depends on the others.
-        wanted = {principal_rank(rho, short) for rho in RHO}
-        angles = principal_angles(
-            ours[0], theirs[0], library, ranks=sorted(wanted), angles=angle_rank(short), missing=ours[1]
+        most, counts = Comparable.most(short), np.array([one.count for one in defined])
+        (ours, missing), (theirs, _) = (
+            first_of_each(pairs[1][..., : most.count], counts, source.dtype, library)
+            for pairs in (base_pairs, tuned_pairs)
         )
-        stages.append(angles)
+        stages.append(principal_angles(ours, theirs, library, ranks=most.ranks, angles=most.angles, missing=missing))
     subspaces, *compared = run_together(source, *stages)
     return [
         None
