@@ -87,7 +87,7 @@ SMALL = Sizes(
     ways=("io=mmap,threads=3,gpu_memory=64M,mask=top:5",),
     formats=("f32-f32-bf16", "f32-bf16-bf16"),
     tests=("-k", "tight and bf16-bf16-bf16 and not large"),
-    spectra=("--small", "--first", "1"),
+    spectra=("--small", "--first", "2"),
     nice=0,
 )
 

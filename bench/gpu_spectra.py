@@ -4,7 +4,8 @@
     python bench/host_device.py KERNELS bench/gpu_spectra.py --scratch DIR --small   # without one: does it run at all?
 
 One matrix of 11,008 x 4,096, 512 experts in one tensor, and a language model of 1.16 GB a side. The time is that of the
-stage alone, reading included, the second time; figures of both devices have to be as near as the mode promises.
+stage alone, reading included, the second time; figures of both devices have to be as near as the mode promises. Experts
+are measured many at a time there, and their updates' leading values directly, which the processor bounds.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from ckptdiff.events import Event, StageBegun, StageProgress
 
 NEAR = {"randomized": 1e-3, "exact": 1e-7}
 """Figures that count entries lie on both sides of a cut in float32."""
+_LEADING = ("topk_energy", "topk_energy_bound", "error_bound", "stable_rank")
+"""What the processor knows between bounds in randomized mode, and a device may know better."""
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -56,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def rows_of(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each pair and mode."""
-    long, short, count, size = (300, 140, 3, 1 << 20) if options.small else (11008, 4096, 512, 1_160_000_000)
+    long, short, count, size = (300, 140, 40, 1 << 20) if options.small else (11008, 4096, 512, 1_160_000_000)
     expert = (count, 64, 96) if options.small else (count, 768, 1024)
     pairs = {
         f"{long} x {short}": (one_tensor, Entry("weight", (long, short)), ("randomized", "exact")),
@@ -106,6 +109,13 @@ def measured(sides: tuple[Path, Path], mode: Any, device: str) -> tuple[float, l
 def near(found: Any, known: Any, error: float) -> bool:
     """Whether all figures are."""
     if isinstance(known, dict):
+        if known.get("error_bound"):
+            energies, missed = known["topk_energy"], known["topk_energy_bound"]
+            above = {k: found["topk_energy"][k] - energies[k] for k in energies}
+            known = {key: value for key, value in known.items() if key not in _LEADING}
+            found = {key: value for key, value in found.items() if key not in _LEADING}
+            if not all(-error <= above[k] <= missed[k] + error for k in above):
+                return False
         return found.keys() == known.keys() and all(near(found[key], known[key], error) for key in known)
     if isinstance(known, list):
         return len(found) == len(known) and all(map(near, found, known, [error] * len(known)))

@@ -16,10 +16,11 @@ template <class Real> struct Entry {
 };
 
 // Rows of a block of stored codes as rows of the panel, or, where they are `turned`, as columns: entry (r, c) lies at
-// r * line + c of the panel, or at c * line + r.
+// r * line + c of the panel, or at c * line + r. Rows that are turned may be those of several matrices of `line` rows,
+// one after the other: row 0 of the block is number `first` of all, and one matrix lies `stride` behind the other.
 template <class Real>
-__device__ void write_panel(const u8* base, const u8* tuned, u64 rows, u64 columns, u64 line, u32 turned, Real* weights,
-                            Real* deltas, Real (*held)[SQUARE][SQUARE + 1]) {
+__device__ void write_panel(const u8* base, const u8* tuned, u64 rows, u64 columns, u64 line, u32 turned, u64 first,
+                            u64 stride, Real* weights, Real* deltas, Real (*held)[SQUARE][SQUARE + 1]) {
     if (!turned) {
         for (u64 i = (u64)blockIdx.x * THREADS + threadIdx.x; i < rows * columns; i += (u64)gridDim.x * THREADS) {
             const Entry<Real> entry(base, tuned, i);
@@ -29,18 +30,19 @@ __device__ void write_panel(const u8* base, const u8* tuned, u64 rows, u64 colum
         return;
     }
     const u64 across = (columns + SQUARE - 1) / SQUARE, squares = across * ((rows + SQUARE - 1) / SQUARE);
-    const u32 lane = threadIdx.x % SQUARE, first = threadIdx.x / SQUARE;
+    const u32 lane = threadIdx.x % SQUARE, begin = threadIdx.x / SQUARE;
     for (u64 square = blockIdx.x; square < squares; square += gridDim.x) {
         const u64 top = square / across * SQUARE, left = square % across * SQUARE;
-        for (u32 k = first; k < SQUARE; k += THREADS / SQUARE) {
+        for (u32 k = begin; k < SQUARE; k += THREADS / SQUARE) {
             if (top + k >= rows || left + lane >= columns) continue;
             const Entry<Real> entry(base, tuned, (top + k) * columns + left + lane);
             held[0][k][lane] = entry.base, held[1][k][lane] = entry.delta;
         }
         __syncthreads();
-        for (u32 k = first; k < SQUARE; k += THREADS / SQUARE) {
+        const u64 row = first + top + lane;
+        for (u32 k = begin; k < SQUARE; k += THREADS / SQUARE) {
             if (top + lane >= rows || left + k >= columns) continue;
-            const u64 to = (left + k) * line + top + lane;
+            const u64 to = row / line * stride + (left + k) * line + row % line;
             weights[to] = held[0][lane][k], deltas[to] = held[1][lane][k];
         }
         __syncthreads(); // before the next square is written
@@ -56,11 +58,23 @@ __device__ inline void add_up(u64 own, u64* total) {
     if (threadIdx.x % WARP == 0 && sum) atomicAdd(total, sum);
 }
 
-// All entries, the changed ones, and those that changed by more than a threshold, by the leading 15 magnitude bits of the
-// base.
+// The matrix of a stack that a block counts, and the entries of it that a thread takes: as many blocks count each.
+struct Share {
+    u64 member, first, step;
+    __device__ explicit Share(u32 members)
+        : member(blockIdx.x / (gridDim.x / members)),
+          first((u64)(blockIdx.x % (gridDim.x / members)) * THREADS + threadIdx.x),
+          step((u64)(gridDim.x / members) * THREADS) {}
+};
+
+// All entries of each matrix, the changed ones, and those that changed by more than a threshold, by the leading 15
+// magnitude bits of the base.
 template <class Real>
-__device__ void add_magnitudes(const Real* base, const Real* delta, u64 numel, u32 threshold, u64* counts) {
-    for (u64 i = (u64)blockIdx.x * THREADS + threadIdx.x; i < numel; i += (u64)gridDim.x * THREADS) {
+__device__ void add_magnitudes(const Real* base, const Real* delta, u64 numel, u32 members, u32 threshold,
+                               u64* counts) {
+    const Share share(members);
+    base += share.member * numel, delta += share.member * numel, counts += share.member * 3 * BINS;
+    for (u64 i = share.first; i < numel; i += share.step) {
         const u32 bin = single_bits(base[i]) >> 16, size = single_bits(delta[i]);
         atomicAdd(&counts[bin], (u64)1);
         if (size) atomicAdd(&counts[BINS + bin], (u64)1);
@@ -68,14 +82,25 @@ __device__ void add_magnitudes(const Real* base, const Real* delta, u64 numel, u
     }
 }
 
-// Entries by the bin of their score: all, those changed, those above a threshold; of the last two those where the base is
-// beyond the cut of the smallest, then those where it is at that cut; and the sum of their chances in units of 2^-31. All
-// are integers, so any order gives the same.
+// Where the scores of a matrix are counted; without bins they are not.
+struct Window {
+    u32 shift, start, bins, low;
+};
+
+// Entries of each matrix by the bin of their score: all, those changed, those above a threshold; of the last two those
+// where the base is beyond the cut of the smallest, then those where it is at that cut; and the sum of their chances in
+// units of 2^-31. All are integers, so any order gives the same. There is room for so many bins, and one more.
 template <class Real>
-__device__ void add_scores(const Real* scores, const Real* base, const Real* delta, u64 numel, u32 shift, u32 start,
-                           u32 bins, u32 low, u32 threshold, const u32* chances, u64* counts) {
+__device__ void add_scores(const Real* scores, const Real* base, const Real* delta, u64 numel, u32 members,
+                           const Window* windows, u32 room, u32 threshold, const u32* chances, u64* counts) {
+    const Share share(members);
+    const u32 shift = windows[share.member].shift, start = windows[share.member].start;
+    const u32 bins = windows[share.member].bins, low = windows[share.member].low;
+    if (!bins) return;
+    scores += share.member * numel, base += share.member * numel, delta += share.member * numel;
+    chances += share.member * BINS, counts += share.member * (room + 1) * SCORE_FIELDS;
     u64 top[SCORE_FIELDS] = {}; // of the scores above all bins, which are most of those that count
-    for (u64 i = (u64)blockIdx.x * THREADS + threadIdx.x; i < numel; i += (u64)gridDim.x * THREADS) {
+    for (u64 i = share.first; i < numel; i += share.step) {
         const u32 code = single_bits(scores[i]) >> shift;
         if (code < start) continue;
         const u32 weight = single_bits(base[i]) >> 16, size = single_bits(delta[i]);
@@ -95,19 +120,20 @@ __device__ void add_scores(const Real* scores, const Real* base, const Real* del
 // Each for panels of float and of double.
 #define KERNELS_OF(REAL, BITS)                                                                                         \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        panel_float##BITS(const u8* base, const u8* tuned, u64 rows, u64 columns, u64 line, u32 turned, REAL* weights, \
-                          REAL* deltas) {                                                                              \
+        panel_float##BITS(const u8* base, const u8* tuned, u64 rows, u64 columns, u64 line, u32 turned, u64 first,     \
+                          u64 stride, REAL* weights, REAL* deltas) {                                                   \
         __shared__ REAL held[2][SQUARE][SQUARE + 1];                                                                   \
-        write_panel(base, tuned, rows, columns, line, turned, weights, deltas, held);                                  \
+        write_panel(base, tuned, rows, columns, line, turned, first, stride, weights, deltas, held);                   \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        magnitudes_float##BITS(const REAL* base, const REAL* delta, u64 numel, u32 threshold, u64* counts) {           \
-        add_magnitudes(base, delta, numel, threshold, counts);                                                         \
+        magnitudes_float##BITS(const REAL* base, const REAL* delta, u64 numel, u32 members, u32 threshold,             \
+                               u64* counts) {                                                                          \
+        add_magnitudes(base, delta, numel, members, threshold, counts);                                                \
     }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
-        scores_float##BITS(const REAL* scores, const REAL* base, const REAL* delta, u64 numel, u32 shift, u32 start,   \
-                           u32 bins, u32 low, u32 threshold, const u32* chances, u64* counts) {                        \
-        add_scores(scores, base, delta, numel, shift, start, bins, low, threshold, chances, counts);                   \
+        scores_float##BITS(const REAL* scores, const REAL* base, const REAL* delta, u64 numel, u32 members,            \
+                           const Window* windows, u32 room, u32 threshold, const u32* chances, u64* counts) {          \
+        add_scores(scores, base, delta, numel, members, windows, room, threshold, chances, counts);                    \
     }
 KERNELS_OF(float, 32)
 KERNELS_OF(double, 64)

@@ -396,7 +396,7 @@ def test_a_matrix_that_memory_puts_into_another_mode_is_measured_again(tmp_path:
 
     (one, *_) = pair(open_checkpoint(copied[0]), open_checkpoint(copied[1])).pairs
     (view,) = matrices_of(one.name, one.shape)
-    job = MatrixJob(0, one, view, 0.0, False)
+    job = MatrixJob(0, 0, one, view, 0.0, False)
     roomy, narrow = (Budget(SpectraOptions("exact"), bound, 0, 1) for bound in (1 << 40, 1000))
     found = MatrixSpectra("exact", {SPECTRAL_KEYS[0]: 0.5, "x": float("nan")}, {"delta": np.ones(3)}, ("because",))
     with Unfinished(tmp_path / "run.h5", {}, print, AT_ONCE) as unfinished:

@@ -59,6 +59,34 @@ def side_spectrum(side: Side, short: int, vectors: int = 0, library: Library = N
     return SideSpectrum(values, pairs)
 
 
+def values_of_each(
+    side: Side, short: int, vectors: int, library: Library, stack: tuple[int, ...], members: int
+) -> Stage[tuple[Float64, tuple[Array, Array]]]:
+    """The same of the first `members` matrices of a stack: their values in rows, and leading eigenpairs of all.
+
+    Small values are found again matrix by matrix: how many there are differs.
+    """
+    gram = yield from gram_of(side, short, np.float64, library, stack)
+    found, pairs = eigh_top(gram, short, library)
+    squares = library.home(found)[:members]
+    values = np.sqrt(np.maximum(squares, 0.0))
+    again = {member: few for member, row in enumerate(squares) if (few := _few(row))}
+    if again:
+        bottoms = {member: library.contiguous(pairs[member, :, short - few :]) for member, few in again.items()}
+        rests = {member: library.zeros((few, few), np.float64) for member, few in again.items()}
+
+        def project(panel: Panel) -> None:
+            matrices = panel.side(side)
+            for member, rest in rests.items():
+                library.add_gram(rest, library.product(matrices[member, ...], bottoms[member]))
+
+        yield project
+        for member, few in again.items():
+            values[member, short - few :] = np.sqrt(np.maximum(library.eigenvalues(rests[member]), 0.0))
+            values[member, ::-1].sort()
+    return values, (found[:, :vectors], library.contiguous(pairs[..., :vectors]))
+
+
 def side_work(long: int, short: int, vectors: int = 0) -> float:
     """Foresee what :func:`side_spectrum` counts, unless it has small singular values to find again."""
     found = gram_work(long, short, 8) + eigenvalues_work(short, 8)

@@ -158,6 +158,21 @@ def direct_values(
         values = library.home(found).astype(np.float64)
     else:
         values, vectors = library.eigenvalues(gram)[: ranks[-1]], library.zeros((short, 0), np.float64)
+    return _leading(values, ranks, short, vectors)
+
+
+def direct_values_of_each(
+    short: int, ranks: Sequence[int], library: Library, stack: tuple[int, ...], members: int
+) -> Stage[list[LeadingValues]]:
+    """The same without vectors, of the first `members` updates of a stack."""
+    ranks = _within(ranks, short)
+    gram = yield from gram_of("delta", short, np.float64, library, stack)
+    found = library.eigenvalues(gram)[:members, : ranks[-1]]
+    return [_leading(values, ranks, short, library.zeros((short, 0), np.float64)) for values in found]
+
+
+def _leading(values: Float64, ranks: Sequence[int], short: int, vectors: Array) -> LeadingValues:
+    """Leading values with no more error than their rounding."""
     lower = np.maximum(values, 0.0)
     slack = short * float(np.finfo(np.float64).eps) * float(lower[0])
     return LeadingValues(lower, {k: float(lower[:k].sum()) + k * slack for k in ranks}, vectors, 0)

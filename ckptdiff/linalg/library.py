@@ -2,11 +2,13 @@
 
 Stages are written once. What they do to large arrays is said in the calls that the standard, NumPy and CuPy share
 (`xp`), or, where a library has something much better, by a method here. What is small (a few hundred rows) they bring
-home and compute with NumPy: no GPU is quicker there.
+home and compute with NumPy: no GPU is quicker there. Many small matrices of a shape lie in one array, a stack, with an
+axis more in front, and are computed by the same calls; NumPy's library does without, since it would gain nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -39,6 +41,10 @@ class ScoreWindow:
     """Magnitude of W0 at which the smallest end, and which share of the entries there is not among them."""
     chances: NDArray[np.float64]
     """By magnitude of W0, the chance to be changed under the null; shape (32768,)."""
+
+
+Windows: TypeAlias = Sequence[ScoreWindow | None]
+"""One for each matrix, or None where nothing is to be counted."""
 
 
 class Library(Protocol):
@@ -80,14 +86,17 @@ class Library(Protocol):
     def add_gram(self, total: Array, panel: Array) -> None:
         """Add ``panel.T @ panel`` to the lower triangle of `total`: C-contiguous, shapes (rows, n) and (n, n)."""
 
-    def squares(self, values: Array, axis: int | None = None) -> Array:
-        """Sum of squares of a matrix in float64, over all of it or, along axis 0, of each column."""
+    def squares(self, values: Array, *, by_column: bool = False) -> Array:
+        """Sum of squares of a matrix in float64, over all of it or of each column."""
 
     def scaled(self, values: Array, exponent: int) -> Array:
         """``values * 2**exponent``, of which no digit is lost."""
 
     def eigenvalues(self, matrix: Array) -> NDArray[np.float64]:
-        """All eigenvalues of a symmetric matrix given by its lower triangle, largest first, on the host."""
+        """All eigenvalues of a symmetric matrix given by its lower triangle, largest first, on the host.
+
+        The matrices of a stack may be overwritten.
+        """
 
     def eigenpairs(self, matrix: Array, first: int, last: int) -> tuple[Array, Array]:
         """Eigenpairs of a symmetric matrix given by its lower triangle, by their place in ascending order.
@@ -108,19 +117,25 @@ class Library(Protocol):
         :meth:`magnitudes` tells what was counted.
         """
 
-    def magnitudes(self, counts: Counts) -> NDArray[np.int64]:
-        """All entries, those with ``delta != 0`` and those above the threshold, by magnitude, shape (3, 32768)."""
+    def magnitudes(self, counts: Counts) -> list[NDArray[np.int64]]:
+        """All entries, those with ``delta != 0`` and those above the threshold, by magnitude, shape (3, 32768).
+
+        Of each matrix; one that is alone makes a list of one.
+        """
 
     def count_scores(
-        self, counts: Counts, scores: Array, base: Array, delta: Array, window: ScoreWindow, threshold: float
+        self, counts: Counts, scores: Array, base: Array, delta: Array, windows: Windows, threshold: float
     ) -> Counts:
         """Count a panel by its scores, C-contiguous arrays of one shape, on what was counted before (or None).
 
-        :meth:`scores` tells what was counted.
+        Of a stack as many matrices as there are windows. :meth:`scores` tells what was counted.
         """
 
-    def scores(self, counts: Counts, window: ScoreWindow) -> NDArray[np.float64]:
-        """What :func:`~ckptdiff.linalg.kernels.scores.count_scores` counts, shape (bins + 1, 6)."""
+    def scores(self, counts: Counts, windows: Windows) -> list[NDArray[np.float64]]:
+        """What :func:`~ckptdiff.linalg.kernels.scores.count_scores` counts, shape (bins + 1, 6), of each matrix.
+
+        Nothing that can be used where there was no window.
+        """
 
 
 def library_of(array: Array) -> Library:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.formats import FORMATS
-from ckptdiff.linalg.cusolver import eigenpairs
-from ckptdiff.linalg.library import MAGNITUDES, Array, ScoreWindow
+from ckptdiff.linalg.cusolver import eigenpairs, eigenpairs_of_each
+from ckptdiff.linalg.library import MAGNITUDES, Array, ScoreWindow, Windows
 from ckptdiff.linalg.on_any import AnyLibrary
 from ckptdiff.measure.cuda.gpu import Buffer, CupyGpu, Gpu, Stream
 
@@ -31,45 +32,66 @@ class GpuLibrary(AnyLibrary):
     gpu: Gpu = field(kw_only=True)
     stream: Stream = field(kw_only=True)
     """On which all arrays are computed."""
-    array: Callable[[Buffer, np.dtype[Any], tuple[int, int]], Array] = field(kw_only=True)
+    array: Callable[[Buffer, np.dtype[Any], tuple[int, ...]], Array] = field(kw_only=True)
     """Gives the start of a buffer as an array, for what is computed after all that the stream holds by then."""
 
     def count_magnitudes(self, counts: Any, base: Array, delta: Array, threshold: float) -> Any:
         """Count by magnitude."""
+        members = math.prod(base.shape[:-2])
         if counts is None:
-            counts = self.zeros((3 * MAGNITUDES,), np.int64)
-        self._launch("magnitudes", base, base, delta, *self._size(base, threshold), counts)
+            counts = self.zeros((members, 3 * MAGNITUDES), np.int64)
+        self._launch("magnitudes", members, (base, delta), _bits(threshold), counts)
         return counts
 
-    def magnitudes(self, counts: Any) -> NDArray[np.int64]:
+    def magnitudes(self, counts: Any) -> list[NDArray[np.int64]]:
         """What was counted."""
-        return self.home(counts).reshape(3, MAGNITUDES)
+        return list(self.home(counts).reshape(-1, 3, MAGNITUDES))
 
     def count_scores(
-        self, counts: Any, scores: Array, base: Array, delta: Array, window: ScoreWindow, threshold: float
+        self, counts: Any, scores: Array, base: Array, delta: Array, windows: Windows, threshold: float
     ) -> Any:
         """Count by score."""
+        members, room = len(windows), max(window.bins for window in windows if window)
         if counts is None:
-            chances = np.rint(window.chances * _CERTAIN).astype(np.uint32)
-            counts = self.zeros((window.bins + 1, _FIELDS), np.int64), self.put(chances)
-        numel, size = self._size(base, threshold)
-        bins = (np.uint32(number) for number in (window.shift, window.start, window.bins, window.low[0]))
-        self._launch("scores", base, scores, base, delta, numel, *bins, size, counts[1], counts[0])
+            chances, places = np.zeros((members, MAGNITUDES), np.uint32), np.zeros((members, 4), np.uint32)
+            for member, window in enumerate(windows):
+                if window:
+                    chances[member] = np.rint(window.chances * _CERTAIN)
+                    places[member] = window.shift, window.start, window.bins, window.low[0]
+            counts = self.zeros((members, room + 1, _FIELDS), np.int64), self.put(chances), self.put(places)
+        found, weighed, opened = counts
+        self._launch(
+            "scores", members, (scores, base, delta), opened, np.uint32(room), _bits(threshold), weighed, found
+        )
         return counts
 
-    def scores(self, counts: Any, window: ScoreWindow) -> NDArray[np.float64]:
+    def scores(self, counts: Any, windows: Windows) -> list[NDArray[np.float64]]:
         """What was counted."""
-        counted = self.home(counts[0]).astype(np.float64)
-        beyond, tied = counted[:, 3:5], counted[:, 5:7]  # each of the changed, and of those above the threshold
-        return np.concatenate([counted[:, :3], beyond + window.low[1] * tied, counted[:, 7:] / _CERTAIN], axis=1)
+        return [_tallied(found, window) for found, window in zip(self.home(counts[0]), windows, strict=True)]
 
-    def _size(self, values: Array, threshold: float) -> tuple[np.uint64, np.uint32]:
-        """How many entries there are, and the bits of a threshold."""
-        return np.uint64(values.shape[0] * values.shape[1]), np.float32(threshold).view(np.uint32)
+    def _launch(self, kernel: str, members: int, panels: tuple[Array, ...], *args: Any) -> None:
+        """Let a kernel count so many matrices of stacks, as many blocks for each."""
+        *_, rows, columns = panels[0].shape
+        blocks = max(8 * self.gpu.processors // members, 1) * members
+        name = f"{kernel}_float{8 * self.itemsize(panels[0])}"
+        given = (*panels, np.uint64(rows * columns), np.uint32(members), *args)
+        self.gpu.launch(_ANY_FORMATS, name, blocks, given, self.stream)
 
-    def _launch(self, kernel: str, kind: Array, *args: Any) -> None:
-        name = f"{kernel}_float{8 * self.itemsize(kind)}"
-        self.gpu.launch(_ANY_FORMATS, name, 8 * self.gpu.processors, args, self.stream)
+
+def _bits(threshold: float) -> np.uint32:
+    return np.float32(threshold).view(np.uint32)
+
+
+def _tallied(found: NDArray[np.int64], window: ScoreWindow | None) -> NDArray[np.float64]:
+    """What a kernel counted of a matrix, in floats; there may be more bins than it has."""
+    if window is None:
+        return np.empty(0)
+    found = found[: window.bins + 1]
+    tally = np.empty((len(found), 6))
+    tally[:, :5] = found[:, :5]
+    tally[:, 3:5] += window.low[1] * found[:, 5:7]  # of the changed, and of those above the threshold, at the cut
+    np.divide(found[:, 7], _CERTAIN, out=tally[:, 5])
+    return tally
 
 
 class CupyLibrary(GpuLibrary):
@@ -99,7 +121,15 @@ class CupyLibrary(GpuLibrary):
         """The same values row by row."""
         return self.xp.ascontiguousarray(values)
 
+    def _eigenvalues(self, matrix: Array) -> Array:
+        if matrix.ndim > 2:
+            return eigenpairs_of_each(self.xp, matrix, vectors=False)[0]
+        return self.xp.linalg.eigvalsh(matrix)
+
     def _eigenpairs(self, matrix: Array, first: int, last: int) -> tuple[Array, Array]:
+        if matrix.ndim > 2:
+            values, vectors = eigenpairs_of_each(self.xp, matrix)
+            return values[:, first : last + 1], vectors[..., first : last + 1]
         return eigenpairs(self.xp, matrix, first, last)
 
     def _solved(self, factor: Array, right: Array) -> Array:
@@ -108,8 +138,8 @@ class CupyLibrary(GpuLibrary):
         return solve_triangular(factor, right, lower=True)
 
 
-def _start_of(buffer: Buffer, dtype: np.dtype[Any], shape: tuple[int, int]) -> Array:
-    return buffer[: shape[0] * shape[1] * dtype.itemsize].view(dtype).reshape(shape)
+def _start_of(buffer: Buffer, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+    return buffer[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
 
 @contextmanager

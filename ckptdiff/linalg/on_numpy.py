@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.linalg.blas import add_gram_block, add_product_block, eigh_all, eigh_part, solve_lower_block
 from ckptdiff.linalg.kernels.scores import count_magnitudes, count_scores
-from ckptdiff.linalg.library import MAGNITUDES, SCORE_LANES, Library, ScoreWindow
+from ckptdiff.linalg.library import MAGNITUDES, SCORE_LANES, Library, Windows
 from ckptdiff.linalg.threads import counted, cuts, in_parts
 from ckptdiff.linalg.work import eigenpairs_work, eigenvalues_work, few_of, gram_work, product_work
 
@@ -70,9 +70,9 @@ class NumpyLibrary:
 
         in_parts(add, len(at) - 1, gram_work(len(panel), panel.shape[1], panel.itemsize))
 
-    def squares(self, values: Floats, axis: int | None = None) -> Any:
+    def squares(self, values: Floats, *, by_column: bool = False) -> Any:
         """Sum of squares."""
-        return np.einsum("ij,ij->" if axis is None else "ij,ij->j", values, values, dtype=np.float64)
+        return np.einsum("ij,ij->j" if by_column else "ij,ij->", values, values, dtype=np.float64)
 
     def scaled(self, values: Floats, exponent: int) -> Floats:
         """``values * 2**exponent``."""
@@ -117,15 +117,16 @@ class NumpyLibrary:
         count_magnitudes(base.view(np.uint32), delta, np.float32(threshold), held)
         return held
 
-    def magnitudes(self, counts: Any) -> NDArray[np.int64]:
+    def magnitudes(self, counts: Any) -> list[NDArray[np.int64]]:
         """What was counted."""
-        found: NDArray[np.int64] = counts
-        return found
+        return [counts]
 
     def count_scores(
-        self, counts: Any, scores: Floats, base: Floats, delta: Floats, window: ScoreWindow, threshold: float
+        self, counts: Any, scores: Floats, base: Floats, delta: Floats, windows: Windows, threshold: float
     ) -> Any:
         """Count by score, in the compiled loop."""
+        (window,) = windows
+        assert window is not None
         if counts is None:
             counts = np.zeros((window.bins + 1, 6))
         singles = (side.astype(np.float32, copy=False) for side in (scores, base, delta))
@@ -142,10 +143,9 @@ class NumpyLibrary:
         )
         return counts
 
-    def scores(self, counts: Any, window: ScoreWindow) -> NDArray[np.float64]:
+    def scores(self, counts: Any, windows: Windows) -> list[NDArray[np.float64]]:
         """What was counted."""
-        found: NDArray[np.float64] = counts
-        return found
+        return [counts]
 
 
 def _products(out: Floats, left: Floats, right: Floats, *, keep: bool) -> None:

@@ -12,16 +12,16 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.linalg.library import Array, Library
-from ckptdiff.linalg.score_cut import Covered, ScoreCut, likely_zooms
+from ckptdiff.linalg.score_cut import ScoreCut, ScoreCuts, likely_zooms
 from ckptdiff.linalg.stages import Panel, PanelSource, Stage, meanwhile
 from ckptdiff.linalg.survey import Survey
-from ckptdiff.linalg.symmetric import eigh_top, gram_of, whole
+from ckptdiff.linalg.symmetric import eigh_top, first_of_each, gram_of, whole
 from ckptdiff.linalg.threads import count_work, counted, cuts, in_parts
 from ckptdiff.linalg.work import eigenpairs_work, gram_work, product_work
 from ckptdiff.measure.thresholds import exactly, principal_rank
@@ -61,6 +61,10 @@ class Principal:
     """What `coverage` would be for a rounded Gaussian update of the same support."""
 
 
+Measured: TypeAlias = tuple[NDArray[np.float64], list[Principal]]
+"""Leading eigenvalues of W0^T W0, and the figures of each rho."""
+
+
 def principal(
     source: PanelSource,
     known: Survey,
@@ -69,7 +73,7 @@ def principal(
     *,
     error: float,
     eigenpairs: tuple[Array, Array] | None = None,
-) -> Stage[tuple[NDArray[np.float64], list[Principal]]]:
+) -> Stage[Measured]:
     """Measure an update against the principal subspaces of its base.
 
     Parameters
@@ -92,21 +96,41 @@ def principal(
     figures : list of Principal
         One for each rho.
     """
+    (found,) = yield from principal_of_each(source, [known], rhos, [chances], error=error, eigenpairs=eigenpairs)
+    assert found is not None
+    return found
+
+
+def principal_of_each(
+    source: PanelSource,
+    known: Sequence[Survey | None],
+    rhos: Sequence[float],
+    chances: Sequence[NDArray[np.float64] | None],
+    *,
+    error: float,
+    eigenpairs: tuple[Array, Array] | None = None,
+) -> Stage[list[Measured | None]]:
+    """The same of the first pairs of a stack; one without a survey is left out."""
     short, dtype, library = source.short, source.dtype, source.library
     wanted = min(principal_rank(rhos[-1], short) + 1, short)
     if eigenpairs is None:
-        gram = yield from gram_of("base", short, dtype, library)
+        gram = yield from gram_of("base", short, dtype, library, source.stack)
         eigenpairs = yield from meanwhile(partial(eigh_top, gram, wanted, library))
         del gram
-    spectrum = library.home(eigenpairs[0][:wanted]).astype(np.float64)
-    figures = [_subspace(rho, short, spectrum, dtype) for rho in rhos]
-    defined = [figure for figure in figures if not figure.reason]
-    if not defined:
-        return spectrum, figures
-    vectors = library.contiguous(eigenpairs[1][:, : defined[-1].rank])
-    energies = _Energies(short, vectors, dtype, library)
-    cuts = _cuts(source, known, defined, vectors, chances, error)
-    scores = _Scores(vectors, [figure.rank for figure in defined], cuts, source)
+    spectra = library.home(eigenpairs[0][..., :wanted]).astype(np.float64).reshape(-1, wanted)
+    figures = [[_subspace(rho, short, spectrum, dtype) for rho in rhos] for spectrum in spectra[: len(known)]]
+    # Of a stack all, as if each were defined in each pair: then no digit of one depends on the others.
+    taken = [place for place, figure in enumerate(figures[0]) if source.stack or not figure.reason]
+    if not taken:
+        return [(spectra[0], figures[0])]
+    ranks = [figures[0][place].rank for place in taken]
+    vectors, missing = library.contiguous(eigenpairs[1][..., : ranks[-1]]), None
+    if source.stack:
+        last = [max((one.rank for one in row if not one.reason), default=0) for row in figures]
+        vectors, missing = first_of_each(vectors, np.array(last), dtype, library)
+    energies = _Energies(vectors, missing, dtype, library)
+    cuts = _cuts(source, known, [[row[place] for place in taken] for row in figures], vectors, chances, error)
+    scores = _Scores(vectors, ranks, cuts, source)
 
     def visit(panel: Panel) -> None:
         projected = library.product(panel.base, vectors)
@@ -116,13 +140,18 @@ def principal(
     yield visit
     while not scores.settle():
         yield scores.add
-    found = energies.shares([figure.rank for figure in defined], known.delta_norm**2)
-    expected = math.nan if chances is None else float(chances @ known.weights)
-    done = {
-        figure.rho: _complete(figure, shares, cut.covered, known, expected)
-        for figure, shares, cut in zip(defined, found, cuts, strict=True)
-    }
-    return spectrum, [done.get(figure.rho, figure) for figure in figures]
+    shares = list(energies.shares(ranks))
+    found: list[Measured | None] = []
+    for member, (survey, row, weighed) in enumerate(zip(known, figures, chances, strict=True)):
+        if survey is None:
+            found.append(None)
+            continue
+        expected = math.nan if weighed is None else float(weighed @ survey.weights)
+        for place, energy, cut in zip(taken, shares, cuts, strict=True):
+            if not row[place].reason:
+                row[place] = _complete(row[place], energy[:, member], cut.cuts[member], survey, expected)
+        found.append((spectra[member], row))
+    return found
 
 
 def principal_work(
@@ -170,107 +199,121 @@ def _subspace(rho: float, short: int, values: NDArray[np.float64], dtype: np.dty
 
 def _cuts(
     source: PanelSource,
-    known: Survey,
-    figures: Sequence[Principal],
+    known: Sequence[Survey | None],
+    figures: Sequence[Sequence[Principal]],
     vectors: Array,
-    chances: NDArray[np.float64] | None,
+    chances: Sequence[NDArray[np.float64] | None],
     error: float,
-) -> list[ScoreCut]:
-    """A cut for each rho, which starts from that of a sample of rows."""
+) -> list[ScoreCuts]:
+    """The cuts of each rho, each of which starts from that of a sample of rows; `figures` has a row for each pair."""
     library = source.library
-    rows = source.sample(max(_SAMPLED_ROWS, _SAMPLED // source.short))
-    projected = rows @ vectors
+    projected = source.sample(max(_SAMPLED_ROWS, _SAMPLED // source.short)) @ vectors
+    rhos = [figure.rho for figure in figures[0]]
+    lows = [[] if survey is None else list(survey.low_cuts(rhos)) for survey in known]
     found = []
-    weights = np.zeros(len(known.weights)) if chances is None else chances
-    for figure, low in zip(figures, known.low_cuts([figure.rho for figure in figures]), strict=True):
-        scores = abs(library.home(projected[:, : figure.rank] @ vectors[:, : figure.rank].T)).ravel()
-        place = int((1 - figure.rho) * (scores.size - 1))
-        guess = float(np.partition(scores, place)[place])
-        rank = max(1, math.ceil(exactly(figure.rho) * known.numel))
-        found.append(ScoreCut(rank, guess, weights, low, error * known.support, library))
+    for place, rank in enumerate([figure.rank for figure in figures[0]]):
+        scores = abs(library.home(projected[..., :rank] @ vectors[..., :rank].mT))
+        own = scores.reshape(-1, scores.shape[-2] * scores.shape[-1])
+        cuts: list[ScoreCut | None] = []
+        for member, (survey, low, weighed) in enumerate(zip(known, lows, chances, strict=True)):
+            figure = figures[member][place]
+            if survey is None or figure.reason:
+                cuts.append(None)
+                continue
+            at = int((1 - figure.rho) * (own[member].size - 1))
+            guess = float(np.partition(own[member], at)[at])
+            count = max(1, math.ceil(exactly(figure.rho) * survey.numel))
+            weights = np.zeros(len(survey.weights)) if weighed is None else weighed
+            cuts.append(ScoreCut(count, guess, weights, low[place], error * survey.support))
+        found.append(ScoreCuts(cuts, library))
     return found
 
 
 class _Energies:
     """Projections of the update, panel by panel."""
 
-    def __init__(self, short: int, vectors: Array, dtype: np.dtype[Any], library: Library) -> None:
-        rank = vectors.shape[1]
-        self._library, self._vectors = library, vectors
-        self._spanned = library.zeros((rank, rank), dtype)
-        self._met = library.zeros((rank, short), dtype)
-        self._kept = library.zeros((rank,), np.float64)
+    def __init__(self, vectors: Array, missing: Array | None, dtype: np.dtype[Any], library: Library) -> None:
+        *stack, short, rank = vectors.shape
+        self._library, self._vectors, self._missing = library, vectors, missing
+        self._spanned = library.zeros((*stack, rank, rank), dtype)
+        self._met = library.zeros((*stack, rank, short), dtype)
+        self._kept = library.zeros((*stack, rank), np.float64)
 
     def add(self, panel: Panel, projected: Array) -> None:
         """Take a panel and ``W0 V`` of its rows."""
         library = self._library
         library.add_gram(self._spanned, projected)
-        library.add_product(self._met, projected.T, panel.delta)
+        library.add_product(self._met, projected.mT, panel.delta)
         moved = library.product(panel.delta, self._vectors)
-        self._kept += library.squares(moved, axis=0)
-        count_work(_NORM_WORK * moved.shape[0] * moved.shape[1])
+        self._kept += library.squares(moved, by_column=True)
+        count_work(_NORM_WORK * math.prod(moved.shape))
 
-    def shares(self, ranks: Sequence[int], total: float) -> Iterator[tuple[float, float, float]]:
-        """Yield the share of the energy in both subspaces, the long side's, and the short side's, for each rank."""
+    def shares(self, ranks: Sequence[int]) -> Iterator[NDArray[np.float64]]:
+        """Yield the energy in both subspaces, the long side's, the short side's, shape (3, pairs), for each rank."""
         library, xp = self._library, self._library.xp
-        with counted(_shares_work(*self._met.shape), opaque=True):
-            factor = xp.linalg.cholesky(whole(self._spanned, library))
+        *stack, rank, short = self._met.shape
+        with counted(math.prod(stack) * _shares_work(rank, short), opaque=True):
+            spanned = whole(self._spanned, library)
+            factor = xp.linalg.cholesky(spanned if self._missing is None else spanned + self._missing)
             long_side = library.solve_lower(factor, library.cast(self._met, np.float64))
             both = long_side @ library.cast(self._vectors, np.float64)
         for k in ranks:
-            parts = xp.sum(both[:k, :k] ** 2), xp.sum(long_side[:k, :] ** 2), xp.sum(self._kept[:k])
-            joint, left, right = (float(library.home(part)) for part in parts)
-            yield joint / total, left / total, right / total
+            joint, left = (xp.sum(part**2, axis=(-2, -1)) for part in (both[..., :k, :k], long_side[..., :k, :]))
+            parts = joint, left, xp.sum(self._kept[..., :k], axis=-1)
+            yield np.array([library.home(part) for part in parts]).reshape(3, -1)
 
 
 class _Scores:
     """Scores |W0 V_k V_k^T| of every rho, each from the one before."""
 
-    def __init__(self, vectors: Array, ranks: Sequence[int], cuts: Sequence[ScoreCut], source: PanelSource) -> None:
+    def __init__(self, vectors: Array, ranks: Sequence[int], cuts: Sequence[ScoreCuts], source: PanelSource) -> None:
         self._vectors, self._ranks, self._cuts = vectors, ranks, cuts
         self._library, self._itemsize = source.library, source.dtype.itemsize
-        self._open = list(cuts)
 
     def add(self, panel: Panel, projected: Array | None = None) -> None:
-        """Count the scores of a panel for every cut that is not settled."""
+        """Count the scores of a panel for every rho with a cut that is not settled."""
         library = self._library
         if projected is None:
             projected = library.product(panel.base, self._vectors)
-        at = cuts(projected.shape[0], most=library.lanes)
-        lines = self._vectors.T
+        at = cuts(projected.shape[-2], most=library.lanes)
+        lines = self._vectors.mT
 
         def count(lane: int) -> None:
             rows = slice(at[lane], at[lane + 1])
-            part = Panel(panel.base[rows, :], panel.delta[rows, :])
+            part = Panel(panel.base[..., rows, :], panel.delta[..., rows, :])
             scores, done = None, 0
             for rank, cut in zip(self._ranks, self._cuts, strict=True):
                 if scores is None:
-                    scores = library.product(projected[rows, :rank], lines[:rank, :])
+                    scores = library.product(projected[..., rows, :rank], lines[..., :rank, :])
                 else:
-                    library.add_product(scores, projected[rows, done:rank], lines[done:rank, :])
+                    library.add_product(scores, projected[..., rows, done:rank], lines[..., done:rank, :])
                 done = rank
-                if cut in self._open:
+                if cut.open:
                     cut.add(scores, part, lane)
 
-        rows, short = panel.base.shape
-        with counted(_scores_work(rows, short, self._ranks[-1], self._itemsize, len(self._open))):
+        *rows, short = panel.base.shape
+        counted_at = sum(cut.open for cut in self._cuts)
+        with counted(_scores_work(math.prod(rows), short, self._ranks[-1], self._itemsize, counted_at)):
             in_parts(count, len(at) - 1)
 
     def settle(self) -> bool:
         """Finish a pass: True if every cut is found."""
-        self._open = [cut for cut in self._open if not cut.settle()]
-        return not self._open
+        for cut in self._cuts:
+            if cut.open:
+                cut.settle()
+        return not any(cut.open for cut in self._cuts)
 
 
 def _complete(
     figure: Principal,
-    shares: tuple[float, float, float],
-    covered: Covered | None,
+    energies: NDArray[np.float64],
+    cut: ScoreCut | None,
     known: Survey,
     expected: float,
 ) -> Principal:
-    """The figures of a rho; `expected` is how many entries the null changes."""
-    assert covered is not None
+    """The figures of a rho, of its three energies; `expected` is how many entries the null changes."""
+    assert cut is not None and cut.covered is not None
+    covered, (joint, long_side, short_side) = cut.covered, (energies / known.delta_norm**2).tolist()
 
     def of(part: float, whole: float) -> float:
         return part / whole if whole else math.nan
@@ -280,7 +323,9 @@ def _complete(
         figure.rank,
         figure.gap,
         "",
-        *shares,
+        joint,
+        long_side,
+        short_side,
         coverage=of(covered.changed, known.support),
         coverage_above=of(covered.above, known.above),
         not_low=of(covered.not_low, known.support),

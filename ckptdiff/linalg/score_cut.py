@@ -7,6 +7,7 @@ cut holds so many changed entries that their order in it matters, the window zoo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,21 +63,12 @@ class ScoreCut:
         As :meth:`~ckptdiff.linalg.survey.Survey.low_cuts` gives it.
     error : float
         Standard error of a count of changed entries that needs no further zoom.
-    library : Library
-        Of the scores.
     """
 
     def __init__(
-        self,
-        rank: int,
-        guess: float,
-        chances: NDArray[np.float64],
-        low: tuple[int, float],
-        error: float,
-        library: Library = NUMPY,
+        self, rank: int, guess: float, chances: NDArray[np.float64], low: tuple[int, float], error: float
     ) -> None:
         self._rank, self._chances, self._low, self._error = rank, chances, low, error
-        self._library = library
         self.covered: Covered | None = None
         code = int(np.float32(abs(guess)).view(np.uint32))
         if np.isfinite(guess) and code >> 23:
@@ -88,22 +80,11 @@ class ScoreCut:
             self._open(16, 0, _BINS)
 
     def _open(self, shift: int, start: int, bins: int) -> None:
-        self._window = ScoreWindow(shift, start, bins, self._low, self._chances)
-        self._lanes: list[Counts] = [None] * SCORE_LANES
+        self.window = ScoreWindow(shift, start, bins, self._low, self._chances)
 
-    def add(self, scores: Array, panel: Panel, lane: int = 0) -> None:
-        """Count a panel by its scores, C-contiguous arrays of one shape.
-
-        Lanes, from 0 to ``SCORE_LANES - 1``, may be filled at a time.
-        """
-        counts, sides = self._lanes[lane], (panel.base, panel.delta)
-        self._lanes[lane] = self._library.count_scores(counts, scores, *sides, self._window, SMALL_CHANGE)
-
-    def settle(self) -> bool:
-        """Finish a pass: True if the cut is found, False if another pass is needed."""
-        window, library = self._window, self._library
-        counts = sum(library.scores(lane, window) for lane in self._lanes if lane is not None)
-        assert isinstance(counts, np.ndarray)
+    def settle(self, counts: NDArray[np.float64]) -> bool:
+        """Finish a pass that counted in the window: True if the cut is found, False if another one is needed."""
+        window = self.window
         from_top = np.cumsum(counts[::-1, 0])
         place = int(np.searchsorted(from_top, self._rank))
         row = len(counts) - 1 - place
@@ -117,3 +98,36 @@ class ScoreCut:
         share = (self._rank - above[0]) / at[0]
         self.covered = Covered(*(above + share * at).tolist())
         return True
+
+
+class ScoreCuts:
+    """The cuts of one rank in each pair of a stack, or in the pair that there is; None where none is wanted.
+
+    `open` says whether one is still to be found.
+    """
+
+    def __init__(self, cuts: Sequence[ScoreCut | None], library: Library = NUMPY) -> None:
+        self.cuts, self._library = cuts, library
+        self._begin()
+
+    def _begin(self) -> None:
+        self._windows = [cut.window if cut is not None and cut.covered is None else None for cut in self.cuts]
+        self._lanes: list[Counts] = [None] * SCORE_LANES
+        self.open = any(self._windows)
+
+    def add(self, scores: Array, panel: Panel, lane: int = 0) -> None:
+        """Count a panel by its scores, C-contiguous arrays of one shape.
+
+        Lanes, from 0 to ``SCORE_LANES - 1``, may be filled at a time.
+        """
+        counts, sides = self._lanes[lane], (panel.base, panel.delta)
+        self._lanes[lane] = self._library.count_scores(counts, scores, *sides, self._windows, SMALL_CHANGE)
+
+    def settle(self) -> None:
+        """Finish a pass."""
+        lanes = [self._library.scores(lane, self._windows) for lane in self._lanes if lane is not None]
+        for cut, window, counts in zip(self.cuts, self._windows, zip(*lanes, strict=True), strict=True):
+            if window is not None:
+                assert cut is not None
+                cut.settle(sum(counts[1:], counts[0]))
+        self._begin()

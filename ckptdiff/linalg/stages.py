@@ -2,6 +2,9 @@
 
 Every matrix is seen tall: ``long`` by ``short``. A stored matrix that is wide comes transposed, which changes neither
 its singular values nor any figure that counts entries; left and right singular vectors trade places.
+
+A source may hold a stack of pairs of one shape: then every array has an axis more in front, each call computes all of
+them, and a stage gives a list. A stack has a fixed size, so that no digit of a pair depends on which others are in it.
 """
 
 from __future__ import annotations
@@ -23,11 +26,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Consecutive rows of a tall pair."""
+    """Consecutive rows of a tall pair, or of each pair of a stack."""
 
     base: Array
     delta: Array
-    """W0 and d = W1 - W0: C-contiguous float32 or float64 of shape (rows, short), overwritten by the next panel."""
+    """W0 and d = W1 - W0: C-contiguous float32 or float64 of shape (rows, short), or with an axis more in front,
+    overwritten by the next panel."""
 
     def side(self, name: Side) -> Array:
         """W0, d, or W1 = W0 + d."""
@@ -45,6 +49,8 @@ class PanelSource(Protocol):
     """Of the arrays of the panels."""
     kept: bool
     """Whether a pass reads nothing, since all is in memory."""
+    stack: tuple[int, ...]
+    """How many pairs there is room for, if it is a stack, else nothing; those without a pair hold zeros."""
 
     def panels(self) -> Iterator[Panel]:
         """All rows, in order."""
@@ -107,15 +113,19 @@ def run_together(source: PanelSource, *stages: Stage[Any]) -> list[Any]:
 
 
 class ArrayPanels:
-    """A pair in memory: C-contiguous float arrays of shape (long, short), handed out so many rows at a time."""
+    """A pair in memory, handed out so many rows at a time.
+
+    C-contiguous float arrays of shape (long, short), or (pairs, long, short) for a stack.
+    """
 
     kept = True
 
     def __init__(self, base: Array, delta: Array, rows: int = 512, library: Library | None = None) -> None:
-        if base.shape != delta.shape or base.shape[0] < base.shape[1]:
+        if base.shape != delta.shape or base.shape[-2] < base.shape[-1]:
             raise ValueError(f"a tall pair of equal shapes is needed, not {base.shape} and {delta.shape}")
         self._base, self._delta, self._rows = base, delta, rows
-        self.long, self.short = base.shape
+        *stack, self.long, self.short = base.shape
+        self.stack = tuple(stack)
         self.library = library or library_of(base)
         self.dtype = np.dtype(np.float32 if base.dtype == self.library.xp.float32 else np.float64)
 
@@ -123,8 +133,8 @@ class ArrayPanels:
         """All rows, in order."""
         for first in range(0, self.long, self._rows):
             rows = slice(first, min(first + self._rows, self.long))
-            yield Panel(self._base[rows, :], self._delta[rows, :])
+            yield Panel(self._base[..., rows, :], self._delta[..., rows, :])
 
     def sample(self, count: int) -> Array:
         """About `count` rows of W0, evenly spaced."""
-        return self._base[:: max(1, self.long // count), :]
+        return self._base[..., :: max(1, self.long // count), :]

@@ -65,19 +65,28 @@ class Survey:
 
 def survey(library: Library = NUMPY) -> Stage[Survey]:
     """One pass over a pair, which adds up norms, and counts entries by their magnitudes."""
-    squares = [library.zeros((), np.float64) for _ in range(2)]
+    (found,) = yield from survey_of_each(library)
+    return found
+
+
+def survey_of_each(library: Library, stack: tuple[int, ...] = (), members: int = 1) -> Stage[list[Survey]]:
+    """The same over the first `members` pairs of a stack."""
+    squares = [library.zeros(stack, np.float64) for _ in range(2)]
+    filled = (slice(members),) if stack else ()
     counts: Counts = None
     numel = 0
 
     def add(panel: Panel) -> None:
         nonlocal counts, numel
-        size = panel.base.shape[0] * panel.base.shape[1]
-        with counted(SURVEY_WORK * size):
+        rows, short = panel.base.shape[-2:]
+        with counted(SURVEY_WORK * rows * short * members):
             for side, values in enumerate((panel.base, panel.delta)):
                 squares[side] = squares[side] + library.squares(values)
-            numel += size
-            counts = library.count_magnitudes(counts, panel.base, panel.delta, SMALL_CHANGE)
+            numel += rows * short
+            sides = panel.base[*filled, ...], panel.delta[*filled, ...]
+            counts = library.count_magnitudes(counts, *sides, SMALL_CHANGE)
 
     yield add
-    base, delta = (math.sqrt(float(library.home(square))) for square in squares)
-    return Survey(numel, base, delta, *library.magnitudes(counts))
+    base, delta = (np.sqrt(library.home(square)).reshape(-1)[:members].tolist() for square in squares)
+    found = zip(base, delta, library.magnitudes(counts), strict=True)
+    return [Survey(numel, weight, change, *kinds) for weight, change, kinds in found]

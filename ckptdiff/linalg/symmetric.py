@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptdiff.linalg.library import Array, Library
 from ckptdiff.linalg.stages import Panel, Side, Stage
 
 
-def gram_of(side: Side, short: int, dtype: Any, library: Library) -> Stage[Array]:
+def gram_of(side: Side, short: int, dtype: Any, library: Library, stack: tuple[int, ...] = ()) -> Stage[Array]:
     """One pass: the Gram matrix ``A.T @ A`` of one side, lower triangle, shape (short, short), of the dtype given."""
-    total = library.zeros((short, short), dtype)
+    total = library.zeros((*stack, short, short), dtype)
 
     def add(panel: Panel) -> None:
         library.add_gram(total, library.cast(panel.side(side), dtype))
@@ -24,7 +25,7 @@ def gram_of(side: Side, short: int, dtype: Any, library: Library) -> Stage[Array
 def whole(lower: Array, library: Library) -> Array:
     """The symmetric matrix of a lower triangle, in float64."""
     triangle = library.cast(library.xp.tril(lower), np.float64)
-    return triangle + library.xp.tril(triangle, k=-1).T
+    return triangle + library.xp.tril(triangle, k=-1).mT
 
 
 def eigh_top(matrix: Array, count: int, library: Library) -> tuple[Array, Array]:
@@ -32,9 +33,24 @@ def eigh_top(matrix: Array, count: int, library: Library) -> tuple[Array, Array]
 
     Values come largest first, vectors in shape (n, count).
     """
-    xp, n = library.xp, matrix.shape[0]
+    xp, n = library.xp, matrix.shape[-1]
     values, vectors = library.eigenpairs(matrix, n - count, n - 1)
-    return xp.flip(values), library.contiguous(xp.flip(vectors, axis=1))
+    return xp.flip(values, axis=-1), library.contiguous(xp.flip(vectors, axis=-1))
+
+
+def first_of_each(
+    vectors: Array, counts: NDArray[np.int64], dtype: np.dtype[Any], library: Library
+) -> tuple[Array, Array]:
+    """Of each matrix of a stack so many of its vectors and then zeros, and what makes a Gram matrix of those definite.
+
+    That is ones, float64, in the places of its diagonal that are zero. There may be more matrices than counts; of
+    those nothing is left.
+    """
+    room, _, rank = vectors.shape
+    beyond = np.ones((room, 1, rank), bool)
+    beyond[: len(counts), 0] = np.arange(rank) >= counts[:, None]
+    kept, ones = library.put((~beyond).astype(dtype)), library.put(beyond.astype(np.float64))
+    return vectors * kept, library.put(np.eye(rank)) * ones
 
 
 def eigh_bottom(matrix: Array, count: int, library: Library) -> Array:

@@ -249,7 +249,7 @@ def _fill_row() -> None:
 
 
 def _count_scores() -> None:
-    from ckptdiff.linalg.score_cut import ScoreCut
+    from ckptdiff.linalg.score_cut import ScoreCut, ScoreCuts
     from ckptdiff.linalg.stages import ArrayPanels, run_together
     from ckptdiff.linalg.survey import survey
     from ckptdiff.measure.rounding_null import change_chances
@@ -258,9 +258,9 @@ def _count_scores() -> None:
     source = ArrayPanels(values, values)
     (known,) = run_together(source, survey())
     (low,) = known.low_cuts([0.5])
-    cut = ScoreCut(1, 1.0, np.zeros(len(known.weights)), low, 1.0)
+    cuts = ScoreCuts([ScoreCut(1, 1.0, np.zeros(len(known.weights)), low, 1.0)])
     for panel in source.panels():
-        cut.add(values, panel)
+        cuts.add(values, panel)
     two = np.zeros_like(known.weights)
     two[0] = 2
     change_chances(two, two // 2)

@@ -24,6 +24,8 @@ class WorkSpace:
     """Entries of a panel, about."""
     solver: int = 0
     """Matrices of the short side that the solver of eigenproblems takes for itself."""
+    together: int = 1
+    """Matrices of one shape that are measured at a time, at most, if a panel holds so many."""
 
     def randomized(self, view: MatrixView, itemsize: int, krylov: int) -> int:
         """Bytes of randomized mode.
@@ -43,16 +45,31 @@ class WorkSpace:
         vectors = 6 * 8 * short * (principal_rank(RHO[-1], short) + compared_rank(short) + 2)
         return squares + vectors + self._panels(view, 8)
 
+    def stack(self, view: MatrixView) -> int:
+        """How many matrices of a shape are measured at a time. It tells how many, not memory: digits depend on it."""
+        return max(min(self.panel // (view.long * view.short), self.together), 1)
+
+    def stacked(self, view: MatrixView, itemsize: int) -> int:
+        """Bytes of so many: of both sides and what is computed of them, of Gram matrices in float64, and of counts."""
+        held = 10 * itemsize * view.long * view.short + 8 * (1 + self.solver) * view.short**2
+        return self.stack(view) * (held + _COUNTS)
+
     def least(self, mode: SpectraMode) -> int:
-        """Bytes of the smallest matrix."""
-        return self._panels(MatrixView(0, 1, 1), 8 if mode == "exact" else 4)
+        """Bytes that suffice for the smallest matrix, and for as many of any shape as are measured at a time."""
+        itemsize = 8 if mode == "exact" else 4
+        if self.together == 1:
+            return self._panels(MatrixView(0, 1, 1), itemsize)
+        return (10 * itemsize + 8 * (1 + self.solver)) * self.panel + self.together * _COUNTS
 
     def _panels(self, view: MatrixView, itemsize: int) -> int:
         """A panel of both sides with its raw bytes, and what is computed from it."""
         return 10 * itemsize * max(self.panel, view.short)
 
 
-ON_GPU = WorkSpace(GPU_PANEL, solver=3)
+_COUNTS = 10 << 20
+"""Of the entries of a matrix of a stack, by magnitude and by four scores, with the chances that are added up."""
+
+ON_GPU = WorkSpace(GPU_PANEL, solver=3, together=32)
 """As far as is known: no GPU has run it."""
 
 
@@ -104,9 +121,17 @@ class Budget:
         return slots * self.free // self.threads
 
     def takes(self, view: MatrixView) -> int:
-        """Bytes that a matrix takes, as far as its shape tells; 0 if there is no room for it."""
+        """Bytes that a matrix takes, as far as its shape tells, with those beside it; 0 if there is no room for it."""
+        if self.stack(view) > 1:
+            return self.space.stacked(view, 8 if self.spectra.mode == "exact" else 4)
         needed = self.needs(view)
         return 0 if needed > self.free else max(needed, min(self._best(view), self.share(self.slots(view))))
+
+    def stack(self, view: MatrixView) -> int:
+        """How many matrices of a shape are measured at a time; 1 for one that is measured alone."""
+        if self.spectra.mode == "exact" and view.short > self.spectra.limit:
+            return 1
+        return self.space.stack(view)
 
     def needs(self, view: MatrixView) -> int:
         """Bytes that a matrix needs at least, in the mode that it allows."""

@@ -1,12 +1,15 @@
 """Hand out a matrix of a tensor pair as panels on a GPU: uploaded once if it fits there, else streamed in every pass.
 
+Or many small ones of one shape as a stack, which is uploaded once.
+
 Codes go up as they are stored, a piece at a time, and a kernel decodes, casts, subtracts and turns them there. Two
 pieces are under way: while one is read, the other goes up, and products of the panel before run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -116,6 +119,8 @@ class GpuPanels:
         Whether all of it stays on the GPU; MemoryError if that has no room for it.
     """
 
+    stack: tuple[int, ...] = ()
+
     def __init__(self, stored: StoredCodes, slots: PanelSlots, kept: bool, entries: int = GPU_PANEL) -> None:
         self.long, self.short, self.dtype = stored.long, stored.short, stored.dtype
         self.library: Library = slots.library
@@ -126,7 +131,7 @@ class GpuPanels:
         self._bits = max(format.bits for format in stored.formats[:2])
         self._buffers = self._room(self.long if kept else self._rows)
         if kept:
-            self._decode(0, self.long)
+            self._fill(0, self.long)
             self._all = self._arrays(self.long)
 
     @property
@@ -140,9 +145,9 @@ class GpuPanels:
             rows = slice(first, min(first + self._rows, self.long))
             if self._all is not None:
                 base, delta = self._all
-                yield Panel(base[rows, :], delta[rows, :])
+                yield Panel(base[..., rows, :], delta[..., rows, :])
             else:
-                self._decode(rows.start, rows.stop)
+                self._fill(rows.start, rows.stop)
                 yield Panel(*self._arrays(rows.stop - rows.start))
 
     def sample(self, count: int) -> Array:
@@ -150,24 +155,28 @@ class GpuPanels:
         return self.library.put(self._stored.sample(count))
 
     def _room(self, rows: int) -> list[Buffer]:
-        size = rows * self.short * self.dtype.itemsize
+        size = math.prod(self.stack) * rows * self.short * self.dtype.itemsize
         return [self._gpu.gpu.empty(size) for _ in range(2)]
 
     def _arrays(self, rows: int) -> tuple[Array, Array]:
-        base, delta = (self._gpu.array(buffer, self.dtype, (rows, self.short)) for buffer in self._buffers)
+        shape = (*self.stack, rows, self.short)
+        base, delta = (self._gpu.array(buffer, self.dtype, shape) for buffer in self._buffers)
         return base, delta
 
-    def _decode(self, first: int, stop: int) -> None:
-        """Queue all that makes a panel of these rows of the tall pair; if that fails nothing is left under way."""
+    def _fill(self, first: int, stop: int) -> None:
+        """Queue all that makes a panel of these rows of the tall pair."""
         wide = self._stored.view.wide
-        rows, columns = ((0, self.short), (first, stop)) if wide else ((first, stop), (0, self.short))
+        self._decode(*(((0, self.short), (first, stop)) if wide else ((first, stop), (0, self.short))))
+        count_work(self.work * (stop - first) / self.long)
+
+    def _decode(self, rows: tuple[int, int], columns: tuple[int, int]) -> None:
+        """Queue all that makes a panel of a block as it is stored; if that fails nothing is left under way."""
         try:
             for piece in self._pieces(rows, columns):
                 self._send(*piece, (rows[0], columns[0]))
         except BaseException:
             self._slots.drain()
             raise
-        count_work(self.work * (stop - first) / self.long)
 
     def _pieces(
         self, rows: tuple[int, int], columns: tuple[int, int]
@@ -196,10 +205,58 @@ class GpuPanels:
         slot.up = gpu.record(slots.up)
         gpu.wait(self._gpu.stream, slot.up)
         top, left = rows[0] - origin[0], columns[0] - origin[1]
-        start = (left * self.short + top if wide else top * self.short + left) * self.dtype.itemsize
+        # Rows that are turned may be those of several matrices, whose places the kernel finds.
+        start = (left * self.short if wide else top * self.short + left) * self.dtype.itemsize
         arguments: list[Any] = [slot.there[0], slot.there[0 if same else 1]]
         arguments += [np.uint64(height), np.uint64(width), np.uint64(self.short), np.uint32(wide)]
+        arguments += [np.uint64(top), np.uint64(self.long * self.short)]
         arguments += [buffer[start:] for buffer in self._buffers]
         kernel = f"panel_{self.dtype.name}"
         gpu.launch(stored.formats, kernel, 8 * gpu.processors, arguments, self._gpu.stream)
         slot.decoded = gpu.record(self._gpu.stream)
+
+
+class _Joined:
+    """Pairs of matrices of one shape, formats and layout, read as if their rows were those of one."""
+
+    def __init__(self, parts: Sequence[StoredCodes]) -> None:
+        self.parts, first = parts, parts[0]
+        self.long, self.short, self.dtype = first.long, first.short, first.dtype
+        self.formats, self.view, self.same_bytes = first.formats, first.view, first.same_bytes
+        self.work, self.sample = sum(part.work for part in parts), first.sample
+
+    def read_codes(self, side: int, rows: tuple[int, int], columns: tuple[int, int], out: ByteArray) -> None:
+        """Read a block of one side as it is stored, row by row."""
+        height, line = self.view.rows, out.nbytes // (rows[1] - rows[0])
+        for member in range(rows[0] // height, -(-rows[1] // height)):
+            above = member * height
+            first, stop = max(rows[0], above), min(rows[1], above + height)
+            part = out[(first - rows[0]) * line : (stop - rows[0]) * line]
+            self.parts[member].read_codes(side, (first - above, stop - above), columns, part)
+
+
+class GpuStack(GpuPanels):
+    """Pairs of floating matrices of one shape, formats and layout, in a stack with room for so many."""
+
+    def __init__(self, stored: Sequence[StoredCodes], slots: PanelSlots, room: int) -> None:
+        self.stack, self._members = (room,), len(stored)
+        joined = _Joined(stored)
+        super().__init__(joined, slots, True, joined.long * joined.short)
+
+    def _fill(self, first: int, stop: int) -> None:
+        for buffer in self._buffers:
+            self._gpu.gpu.clear(buffer, self._gpu.stream)
+        view = self._stored.view
+        self._decode((0, self._members * view.rows), (0, view.columns))
+        count_work(self.work)
+
+    def sample(self, count: int) -> Array:
+        """About `count` rows of each W0, evenly spaced."""
+        assert self._all is not None
+        return self._all[0][:, :: max(1, self.long // count), :]
+
+    def clear(self, member: int) -> None:
+        """Make zeros of a pair, which are in no other's way."""
+        assert self._all is not None
+        for side in self._all:
+            side[member, ...] = 0.0

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.figures.catalogue import flat_key
 from ckptdiff.figures.spectral import ENERGY_RANKS, RANK_TAU, TOP_P
-from ckptdiff.linalg.angles import Angles, angle_rank, angles_work, compared_rank, principal_angles
+from ckptdiff.linalg.angles import Angles, Comparable, angles_work, compared_rank, principal_angles
 from ckptdiff.linalg.exact import (
     SideSpectrum,
     effective_rank,
@@ -20,21 +21,25 @@ from ckptdiff.linalg.exact import (
     numerical_rank,
     side_spectrum,
     side_work,
+    values_of_each,
 )
 from ckptdiff.linalg.krylov import (
     KrylovOptions,
+    LeadingValues,
     direct_values,
+    direct_values_of_each,
     direct_work,
     krylov_passes,
     krylov_values,
     krylov_work,
 )
-from ckptdiff.linalg.principal import SMALLEST_GAP, Principal, principal, principal_work
+from ckptdiff.linalg.principal import Principal, principal, principal_of_each, principal_work
 from ckptdiff.linalg.stages import PanelSource, Side, Stage, run_together
 from ckptdiff.linalg.survey import SURVEY_WORK, Survey
+from ckptdiff.linalg.symmetric import first_of_each
 from ckptdiff.measure.rounding_null import change_chances
-from ckptdiff.measure.thresholds import RHO, exactly, principal_rank
-from ckptdiff.options import SpectraOptions
+from ckptdiff.measure.thresholds import RHO, exactly
+from ckptdiff.options import SpectraMode, SpectraOptions
 from ckptdiff.spectra.matrices import MatrixView
 
 Floats = NDArray[np.float64]
@@ -42,8 +47,6 @@ Floats = NDArray[np.float64]
 _HEADLINE = 16
 _RANDOMIZED_ERROR, _EXACT_ERROR = 4e-6, 1e-7
 """Standard error of a coverage that needs no further pass."""
-_ANGLE_NOISE = 1e-6
-"""Singular values below this share of the largest have no direction to speak of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +79,26 @@ def measure_randomized(
         leading = krylov_values(short, ENERGY_RANKS, source.dtype, krylov, library)
     stage = principal(source, known, RHO, _chances(known, off_grid), error=_RANDOMIZED_ERROR)
     found, (base, subspaces) = run_together(source, leading, stage)
-    figures, reasons = _principal_figures(known, subspaces, view.wide)
+    return _randomized(known, found, base, subspaces, view.wide)
+
+
+def _randomized(
+    known: Survey, found: LeadingValues, base: Floats, subspaces: Sequence[Principal], wide: bool
+) -> MatrixSpectra:
+    figures, reasons = _principal_figures(known, subspaces, wide)
     figures |= _energies(found.lower, found.upper, known.delta_norm**2)
     values = {"delta": np.sqrt(found.lower), "base": np.sqrt(np.maximum(base[: ENERGY_RANKS[-1]], 0.0))}
     return MatrixSpectra("randomized", figures, values, reasons)
 
 
-def randomized_work(view: MatrixView, options: SpectraOptions, itemsize: int) -> tuple[float, int]:
-    """Foresee what a survey and :func:`measure_randomized` count, and how many passes they make."""
-    long, short, krylov = view.long, view.short, _krylov(view.short, options)
+def randomized_work(
+    view: MatrixView, options: SpectraOptions, itemsize: int, directly: bool = False
+) -> tuple[float, int]:
+    """Foresee what a survey and :func:`measure_randomized` count, and how many passes they make.
+
+    Or what they count for a matrix of a stack, whose leading values are found `directly`.
+    """
+    long, short, krylov = view.long, view.short, None if directly else _krylov(view.short, options)
     surveyed = SURVEY_WORK * long * short
     found, passes = principal_work(long, short, itemsize, RHO, error=_RANDOMIZED_ERROR, decomposed=False)
     if krylov is None:
@@ -112,16 +126,28 @@ def measure_exact(
         source, known, RHO, _chances(known, off_grid), error=_EXACT_ERROR, eigenpairs=base.eigenpairs
     )
     (_, subspaces), angles = run_together(source, principal_stage, _angles(source, base, tuned))
+    return _exact(known, (delta.values, base.values, tuned.values), subspaces, angles, view)
+
+
+def _exact(
+    known: Survey,
+    spectra: tuple[Floats, Floats, Floats],
+    subspaces: Sequence[Principal],
+    angles: Angles | None,
+    view: MatrixView,
+) -> MatrixSpectra:
+    """Of all singular values of the update, the base and the tuned side."""
+    delta, base, tuned = spectra
     figures, reasons = _principal_figures(known, subspaces, view.wide)
-    squares = delta.values**2
+    squares = delta**2
     figures |= _energies(squares, {k: float(squares[:k].sum()) for k in ENERGY_RANKS}, float(squares.sum()))
-    figures |= _all_values(delta.values, source.long) | _drift(base.values, tuned.values, known)
+    figures |= _all_values(delta, view.long) | _drift(base, tuned, known)
     for tau in RANK_TAU:
-        fewest, most = numerical_rank(delta.values, tau)
+        fewest, most = numerical_rank(delta, tau)
         figures[flat_key("numerical_rank", tau)] = fewest
         figures[flat_key("numerical_rank_high", tau)] = most
-        figures[flat_key("numerical_rank_frac", tau)] = fewest / source.short
-    values = {"delta": delta.values, "base": base.values, "tuned": tuned.values}
+        figures[flat_key("numerical_rank_frac", tau)] = fewest / view.short
+    values = {"delta": delta, "base": base, "tuned": tuned}
     sides = ("right", "left") if view.wide else ("left", "right")
     if angles is None or not angles.long.size:
         reasons = (*reasons, "no principal angles: no subspaces to compare")
@@ -133,7 +159,7 @@ def measure_exact(
         turned = None if angles is None else angles.rotations.get(subspace.rank)
         if turned is not None:
             keys = (flat_key(f"top_subspace_rotation_{name}", subspace.rho) for name in sides)
-            figures |= dict(zip(keys, turned, strict=True))
+            figures |= dict(zip(keys, map(float, turned), strict=True))
         elif not subspace.reason:
             reasons = (*reasons, f"no rotation at rho {subspace.rho:g}: no gap in the tuned side's spectrum, or noise")
     return MatrixSpectra("exact", figures, values, reasons)
@@ -168,30 +194,13 @@ def _wanted_sides(short: int) -> Sequence[tuple[Side, int]]:
 
 def _angles(source: PanelSource, base: SideSpectrum, tuned: SideSpectrum) -> Stage[Angles | None]:
     """Angles and rotations between the leading subspaces of both sides, as far as these are defined."""
-    sides = (base.values, tuned.values)
-    angles = angle_rank(source.short)
-    if not (angles and all(_has_directions(values, angles) for values in sides)):
-        angles = 0
-    ranks = {principal_rank(rho, source.short) for rho in RHO}
-    ranks = {k for k in ranks if all(_has_directions(values, k) and _has_gap(values, k) for values in sides)}
-    count = max((angles, *ranks))
-    if not count:
+    defined = Comparable.of(base.values, tuned.values)
+    if not defined.count:
         return None
     assert base.eigenpairs is not None
     assert tuned.eigenpairs is not None
-    ours, theirs = base.eigenpairs[1][:, :count], tuned.eigenpairs[1][:, :count]
-    return (yield from principal_angles(ours, theirs, source.library, ranks=sorted(ranks), angles=angles))
-
-
-def _has_directions(values: Floats, count: int) -> bool:
-    """Whether so many leading singular vectors are no noise."""
-    return bool(values[0] > 0 and values[count - 1] > _ANGLE_NOISE * values[0])
-
-
-def _has_gap(values: Floats, count: int) -> bool:
-    """Whether the space that they span is defined."""
-    following = values[count] if count < values.size else 0.0
-    return bool(values[count - 1] ** 2 - following**2 >= SMALLEST_GAP[8] * values[0] ** 2)
+    ours, theirs = base.eigenpairs[1][:, : defined.count], tuned.eigenpairs[1][:, : defined.count]
+    return (yield from principal_angles(ours, theirs, source.library, ranks=defined.ranks, angles=defined.angles))
 
 
 def _all_values(values: Floats, long: int) -> dict[str, float]:
@@ -211,6 +220,57 @@ def _drift(base: Floats, tuned: Floats, known: Survey) -> dict[str, float]:
     """How far the base's singular values moved, by their norm and by that of the update."""
     moved = nss(base, tuned)
     return {"nss": moved, "spectral_drift": moved * known.base_norm / known.delta_norm}
+
+
+def measure_stack(
+    source: PanelSource, known: Sequence[Survey | None], view: MatrixView, off_grids: Sequence[float], mode: SpectraMode
+) -> list[MatrixSpectra | None]:
+    """Measure the pairs of a stack, each as by itself; its update's leading values are found directly in either mode.
+
+    Surveys and parts off the grid are those of its first pairs; None leaves a pair out, which has to hold zeros.
+    """
+    library, short, stack, members = source.library, source.short, source.stack, len(known)
+    chances = [
+        None if survey is None else _chances(survey, part) for survey, part in zip(known, off_grids, strict=True)
+    ]
+    if mode == "randomized":
+        leading = direct_values_of_each(short, ENERGY_RANKS, library, stack, members)
+        stage = principal_of_each(source, known, RHO, chances, error=_RANDOMIZED_ERROR)
+        values, subspaces = run_together(source, leading, stage)
+        return [
+            None if survey is None else _randomized(survey, found, one[0], one[1], view.wide)
+            for survey, found, one in zip(known, values, subspaces, strict=True)
+        ]
+    sides = [
+        run_together(source, values_of_each(side, short, vectors, library, stack, members))[0]
+        for side, vectors in _wanted_sides(short)
+    ]
+    (delta, _), (base, base_pairs), (tuned, tuned_pairs) = sides
+    defined = [Comparable.of(*pair) for pair in zip(base, tuned, strict=True)]
+    stages: list[Stage[Any]] = [
+        principal_of_each(source, known, RHO, chances, error=_EXACT_ERROR, eigenpairs=base_pairs)
+    ]
+    if any(one.count for one in defined):
+        # As if all were defined in each pair: then no digit of one depends on the others.
+        most, counts = Comparable.most(short), np.array([one.count for one in defined])
+        (ours, missing), (theirs, _) = (
+            first_of_each(pairs[1][..., : most.count], counts, source.dtype, library)
+            for pairs in (base_pairs, tuned_pairs)
+        )
+        stages.append(principal_angles(ours, theirs, library, ranks=most.ranks, angles=most.angles, missing=missing))
+    subspaces, *compared = run_together(source, *stages)
+    return [
+        None
+        if survey is None
+        else _exact(
+            survey,
+            (delta[member], base[member], tuned[member]),
+            subspaces[member][1],
+            defined[member].chosen(compared[0], member) if compared else None,
+            view,
+        )
+        for member, survey in enumerate(known)
+    ]
 
 
 def _energies(squares: Floats, upper: Mapping[int, float], total: float) -> dict[str, float]:

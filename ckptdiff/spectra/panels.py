@@ -34,6 +34,7 @@ class StoredPanels:
 
     library = NUMPY
     kept = False
+    stack: tuple[int, ...] = ()
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from ckptdiff.spectra.trial import wrong_spectra
 
 Result = TypeVar("Result")
 
-HOST_ROOM = slots_bytes() + (64 << 20)
+HOST_ROOM = slots_bytes() + (128 << 20)
 """Bytes of host memory beside a GPU: what goes up, and small problems."""
 _WHOLE_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 """Compute capabilities of half as many float64 operations as of float32; of others they have a 32nd or a 64th."""

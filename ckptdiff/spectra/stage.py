@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -35,6 +35,8 @@ from ckptdiff.spectra.spectra_gpu import HOST_ROOM, SpectraGpu
 
 _SMALL = 1 << 20
 """Entries of the matrices that are handed to a thread together."""
+_WAITING = 1024
+"""How many matrices later one of a kind may come that is measured together with the first; results wait meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +127,8 @@ def measure_spectra(
     off_grid = diff.columns["off_grid"] / np.maximum(diff.columns["numel"], 1)
     off_grid[[tensor.compare != "bf16" for tensor in diff.tensors]] = np.nan
     jobs = [
-        MatrixJob(row, pair, view, float(off_grid[row]), bool(unchanged[row]), known)
-        for row, pair, view, known in _matrices(pairs)
+        MatrixJob(place, row, pair, view, float(off_grid[row]), bool(unchanged[row]), known)
+        for place, (row, pair, view, known) in enumerate(_matrices(pairs))
     ]
     sides = (side for job in jobs for side in (job.pair.base, job.pair.tuned))
     remote = any(part.shard.remote is not None for side in sides for part in stored_parts(side))
@@ -147,8 +149,9 @@ def measure_spectra(
 
         missing = [job for job, is_ready in zip(jobs, ready, strict=True) if not is_ready]
         tell_of_work()
-        batches = in_order(_tasks(missing, measuring, meter), budget.threads, measuring.stop.set, tell_of_work)
-        measured = (found for batch in batches for found in batch)
+        tasks = _tasks(missing, measuring, meter) if gpu is None else _gpu_tasks(missing, measuring, meter)
+        batches = in_order(tasks, budget.threads, measuring.stop.set, tell_of_work)
+        measured = _in_turn(missing, (found for batch in batches for found in batch))
         each = measured if kept is None else kept.filled_in(jobs, ready, measured)
         for found in _by_tensor(each, len(pairs)):
             yield found
@@ -183,6 +186,43 @@ def _tasks(
         batch.append(job)
     if batch:
         yield taken()
+
+
+def _gpu_tasks(
+    jobs: Sequence[MatrixJob], measuring: Measuring, meter: WorkMeter
+) -> Iterator[Task[list[tuple[int, MatrixSpectra]]]]:
+    """Matrices as tasks for a GPU: small ones with others of their kind, as far as these are not far away."""
+    waiting: dict[Hashable, list[MatrixJob]] = {}
+
+    def taken(kind: Hashable) -> Task[list[tuple[int, MatrixSpectra]]]:
+        batch = tuple(waiting.pop(kind))
+        return Task(partial(measuring.measure_together, batch, meter), 1, sum(job.size for job in batch))
+
+    for job in jobs:
+        while waiting and job.place - next(iter(waiting.values()))[0].place >= _WAITING:
+            yield taken(next(iter(waiting)))
+        room = measuring.room(job)
+        if room == 1:
+            yield Task(partial(measuring.measure_all, (job,), 1, meter), 1, job.size)
+            continue
+        kind = measuring.kind(job)
+        waiting.setdefault(kind, []).append(job)
+        if len(waiting[kind]) == room:
+            yield taken(kind)
+    while waiting:
+        yield taken(next(iter(waiting)))
+
+
+def _in_turn(
+    jobs: Sequence[MatrixJob], found: Iterator[tuple[int, MatrixSpectra]]
+) -> Iterator[tuple[int, MatrixSpectra]]:
+    """Yield each matrix with the row of its tensor, in the order of the jobs, as they come with their places in any."""
+    early: dict[int, MatrixSpectra] = {}
+    for job in jobs:
+        while job.place not in early:
+            place, one = next(found)
+            early[place] = one
+        yield job.index, early.pop(job.place)
 
 
 def _by_tensor(found: Iterator[tuple[int, MatrixSpectra]], tensors: int) -> Iterator[TensorSpectra]:

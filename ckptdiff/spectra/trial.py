@@ -1,7 +1,8 @@
-"""Try a GPU: figures of a small matrix in both modes, beside those of the processor."""
+"""Try a GPU: figures of a matrix and of smaller ones in a stack, in both modes, beside those of the processor."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +11,16 @@ from numpy.typing import NDArray
 
 from ckptdiff.formats import FORMATS
 from ckptdiff.linalg.stages import ArrayPanels, PanelSource, run_together
-from ckptdiff.linalg.survey import survey
+from ckptdiff.linalg.survey import survey, survey_of_each
 from ckptdiff.measure.source import ByteArray
-from ckptdiff.options import SpectraOptions
-from ckptdiff.spectra.gpu_panels import GpuPanels, PanelSlots
+from ckptdiff.options import SpectraMode, SpectraOptions
+from ckptdiff.spectra.gpu_panels import GpuPanels, GpuStack, PanelSlots
 from ckptdiff.spectra.matrices import MatrixView
-from ckptdiff.spectra.measure import MatrixSpectra, measure_exact, measure_randomized
+from ckptdiff.spectra.measure import MatrixSpectra, measure_exact, measure_randomized, measure_stack
 
 _ROWS = 520
 """More than a problem has that stays on the host."""
+_SMALL_ROWS = 64
 _NEAR = {"randomized": 1e-3, "exact": 1e-7}
 """How far figures may be apart; those that count entries lie on both sides of a cut in float32."""
 
@@ -51,28 +53,43 @@ class _InMemory:
 
 
 def wrong_spectra(slots: PanelSlots, rows: int = _ROWS) -> str:
-    """What a GPU computes otherwise than the processor of a matrix of so many rows, by mode; "" if nothing."""
+    """What a GPU computes otherwise than the processor, by mode; "" if nothing.
+
+    Of a matrix of so many rows, and of two small ones in a stack that has room for a third.
+    """
     return "; ".join(found for mode in ("randomized", "exact") if (found := _wrong(slots, mode, rows)))
 
 
-def _wrong(slots: PanelSlots, mode: str, rows: int) -> str:
-    view, rng = MatrixView(0, rows, rows + 150), np.random.default_rng(0)  # wide, so that it is turned
+def _wrong(slots: PanelSlots, mode: SpectraMode, rows: int) -> str:
+    dtype = np.dtype(np.float64 if mode == "exact" else np.float32)
+    alone, *small = (_pair(size, dtype, seed) for seed, size in enumerate((rows, _SMALL_ROWS, _SMALL_ROWS)))
+    found = [_measured(GpuPanels(alone, slots, kept=mode == "exact"), mode, alone.view), *_stacked(small, slots, mode)]
+    wrong = [
+        key
+        for pair, one in zip((alone, *small), found, strict=True)
+        for key, value in _measured(ArrayPanels(*pair.sides()), mode, pair.view).figures.items()
+        if not np.isclose(one.figures.get(key, np.nan), value, _NEAR[mode], _NEAR[mode], equal_nan=True)
+    ]
+    return f"{', '.join(dict.fromkeys(wrong))} of {mode} spectra" if wrong else ""
+
+
+def _pair(rows: int, dtype: np.dtype[Any], seed: int) -> _InMemory:
+    view, rng = MatrixView(0, rows, rows + 150), np.random.default_rng(seed)  # wide, so that it is turned
     base = rng.standard_normal((rows, view.columns)) * np.linspace(1, 3, rows)[:, None]
     tuned = base + 0.01 * rng.standard_normal(base.shape)
     codes = [(side.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16) for side in (base, tuned)]
-    pair = _InMemory((codes[0], codes[1]), np.dtype(np.float64 if mode == "exact" else np.float32), view)
-    sources = GpuPanels(pair, slots, kept=mode == "exact"), ArrayPanels(*pair.sides())
-    found, known = (_measured(source, mode, view) for source in sources)
-    wrong = [
-        key
-        for key, value in known.figures.items()
-        if not np.isclose(found.figures.get(key, np.nan), value, _NEAR[mode], _NEAR[mode], equal_nan=True)
-    ]
-    return f"{', '.join(wrong)} of {mode} spectra" if wrong else ""
+    return _InMemory((codes[0], codes[1]), dtype, view)
 
 
-def _measured(source: PanelSource, mode: str, view: MatrixView) -> MatrixSpectra:
+def _measured(source: PanelSource, mode: SpectraMode, view: MatrixView) -> MatrixSpectra:
     (known,) = run_together(source, survey(source.library))
     if mode == "exact":
         return measure_exact(source, known, view, 0.0, True)
     return measure_randomized(source, known, view, 0.0, SpectraOptions(block=8, steps=16))
+
+
+def _stacked(pairs: Sequence[_InMemory], slots: PanelSlots, mode: SpectraMode) -> list[MatrixSpectra]:
+    source = GpuStack(pairs, slots, len(pairs) + 1)
+    (known,) = run_together(source, survey_of_each(source.library, source.stack, len(pairs)))
+    found = measure_stack(source, known, pairs[0].view, [0.0] * len(pairs), mode)
+    return [one for one in found if one is not None]

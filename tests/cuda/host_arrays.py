@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
@@ -30,9 +31,9 @@ def library_on(gpu: ArrayGpu, memory: int) -> tuple[GpuLibrary, Callable[[], Abs
     """In the place of :func:`ckptdiff.spectra.spectra_gpu.library_on`."""
     stream, device = gpu.stream(), array_api_strict.Device("device1")
 
-    def start_of(buffer: Memory, dtype: np.dtype[Any], shape: tuple[int, int]) -> Any:
+    def start_of(buffer: Memory, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
         gpu.finish(stream)
-        held = buffer.held[: shape[0] * shape[1] * dtype.itemsize].view(dtype).reshape(shape)
+        held = buffer.held[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
         return array_api_strict.asarray(held, device=device, copy=False)
 
     return GpuLibrary(array_api_strict, device, 48, gpu=gpu, stream=stream, array=start_of), nullcontext

@@ -19,13 +19,14 @@ from host_arrays import ArrayGpu
 from host_kernels import COMPILER, HERE
 
 from ckptdiff.linalg import cusolver
-from ckptdiff.linalg.cusolver import eigenpairs
+from ckptdiff.linalg.cusolver import eigenpairs, eigenpairs_of_each
 from ckptdiff.linalg.on_cupy import CupyLibrary, in_use
 from ckptdiff.linalg.stages import ArrayPanels, run_together
-from ckptdiff.linalg.survey import survey
+from ckptdiff.linalg.survey import survey, survey_of_each
+from ckptdiff.measure.cuda.gpu import failure
 from ckptdiff.options import SpectraOptions
 from ckptdiff.spectra.matrices import MatrixView
-from ckptdiff.spectra.measure import MatrixSpectra, measure_exact, measure_randomized
+from ckptdiff.spectra.measure import MatrixSpectra, measure_exact, measure_randomized, measure_stack
 
 
 class CupyArray(np.ndarray):
@@ -183,6 +184,35 @@ def test_a_solver_that_fails_is_an_error(solver: Any, cupy: Cupy) -> None:
     assert cupy.noted.count("params gone") == cupy.noted.count("params made") == 2
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("vectors", [True, False])
+def test_the_eigenpairs_of_many(solver: Any, cupy: Cupy, dtype: Any, vectors: bool) -> None:
+    n, matrices = 24, np.stack([symmetric(24, dtype) * (k + 1) for k in range(5)])
+    matrices[3] = 0
+    known = np.linalg.eigvalsh(matrices.astype(np.float64))
+    values, found = eigenpairs_of_each(cupy, np.tril(matrices).view(CupyArray), vectors=vectors)
+    error = 200 * float(np.finfo(dtype).eps) * n
+    assert values.shape == (5, n) and np.allclose(values, known, rtol=0, atol=error)
+    if vectors:
+        assert np.allclose(matrices @ found, found * values[:, None, :], rtol=0, atol=error)
+    assert cupy.noted == [(5, Stream.ptr), "params made", "params gone"]
+
+
+def test_one_of_many_that_fails_is_an_error(solver: Any, cupy: Cupy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever it is; and so is a cuSOLVER that has no such routine."""
+    ctypes.c_int.in_dll(solver, "failure").value = 3
+    stack = np.stack([symmetric(8, np.float64)] * 4).view(CupyArray)
+    with pytest.raises(np.linalg.LinAlgError, match="1 of 4 matrices: info 3 of number 3"):
+        eigenpairs_of_each(cupy, stack)
+    ctypes.c_int.in_dll(solver, "status").value = 7
+    with pytest.raises(RuntimeError, match="cusolverDnXsyevBatched failed: CUSOLVER_STATUS 7"):
+        eigenpairs_of_each(cupy, stack)
+    monkeypatch.setattr(cusolver, "_library", object)
+    with pytest.raises(RuntimeError, match="libcusolver is too old") as caught:
+        eigenpairs_of_each(cupy, stack)
+    assert "[ctk]" in str(failure(caught.value, "cuda:0").hint)
+
+
 def measured(source: ArrayPanels, mode: str) -> MatrixSpectra:
     view = MatrixView(0, source.long, source.short)
     (known,) = run_together(source, survey(source.library))
@@ -208,6 +238,27 @@ def test_figures_are_those_of_numpy(libraries: Any, solver: Any, cupy: Cupy, mod
         assert found.figures[key] == pytest.approx(value, rel=near, abs=near, nan_ok=True), key
 
 
+@pytest.mark.parametrize("mode", ["randomized", "exact"])
+def test_a_stack_is_measured_as_by_numpy(libraries: Any, solver: Any, cupy: Cupy, mode: Any) -> None:
+    gpu, stream = ArrayGpu(libraries, 0, processors=1), Stream()
+    gpu._streams.append(stream)
+    gpu.cupy, gpu.index = cupy, 0  # type: ignore[attr-defined]
+    library = CupyLibrary(gpu, stream)  # type: ignore[arg-type]
+    rng, dtype, shape = np.random.default_rng(0), np.float64 if mode == "exact" else np.float32, (3, 120, 50)
+    base = (rng.standard_normal(shape) * np.linspace(1, 3, 50)).astype(dtype)
+    delta = (1e-3 * rng.standard_normal(shape)).astype(dtype)
+    base[2], delta[2] = 0, 0  # room that is not taken
+    source = ArrayPanels(library.put(base), library.put(delta), 120, library)
+    (surveys,) = run_together(source, survey_of_each(library, source.stack, 2))
+    view = MatrixView(0, *shape[1:])
+    for found, *sides in zip(measure_stack(source, surveys, view, [0.0, 0.0], mode), base, delta, strict=False):
+        known = measured(ArrayPanels(*sides, 150), mode)
+        assert found is not None and found.reasons == known.reasons
+        for key, value in known.figures.items():
+            near = 1e-9 if mode == "exact" else 3e-4 if "coverage" in key or "not_low" in key else 2e-5
+            assert found.figures[key] == pytest.approx(value, rel=near, abs=near, nan_ok=True), key
+
+
 @pytest.mark.parametrize("tf32", [False, True])
 def test_cupy_is_used_as_figures_need_it_and_left_as_it_was(cupy: Cupy, tf32: bool) -> None:
     cupy.compute = before = 7 if tf32 else 1
@@ -229,7 +280,7 @@ def test_cupy_has_what_the_spectra_call() -> None:
     called: dict[Any, tuple[str, ...]] = {
         cupy: ("asarray", "ascontiguousarray", "empty", "flip", "get_default_memory_pool", "sum", "tril", "zeros"),
         cupy.linalg: ("cholesky", "eigvalsh", "qr"),
-        cupy.ndarray: ("astype", "get", "reshape", "view"),
+        cupy.ndarray: ("astype", "get", "mT", "reshape", "view"),
         cupy.cuda: ("Device", "get_current_stream"),
         cupy.cuda.Device: ("__enter__", "cusolver_handle"),
         cupy.cuda.Stream: ("__enter__", "__exit__"),

@@ -27,8 +27,11 @@ def gpu() -> Any:
 
 @pytest.mark.parametrize("mode", ["randomized", "exact"])
 def test_figures_are_those_of_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
-    """Eigenproblems that are large enough for the GPU; kept and streamed, and no digit differs from run to run."""
-    sides = write_pair(tmp_path, {"tall": (1500, 700), "wide": (600, 900), "model.experts.down": (3, 96, 160)})
+    """Kept, streamed and in stacks that are full or not; and no digit differs from run to run."""
+    large, small = {"tall": (9000, 1000), "wide": (950, 9000)}, {"a": (1500, 700), "b": (600, 900)}
+    sides = write_pair(
+        tmp_path, {**large, **small, "model.experts.down": (40, 96, 160), "model.experts.up": (3, 160, 96)}
+    )
     known = spectral(ckptdiff.diff(*sides, device="cpu", spectra=mode))
     on_gpu = {"device": "cuda", "spectra": mode, "gpu_memory": "4G"}
     once, again = (spectral(ckptdiff.diff(*sides, **on_gpu)) for _ in range(2))
@@ -37,6 +40,7 @@ def test_figures_are_those_of_the_processor(tmp_path: Path, monkeypatch: pytest.
     streamed = spectral(ckptdiff.diff(*sides, **on_gpu))
     for found in (once, streamed):
         assert_close(found, known, 1e-4 if mode == "randomized" else 1e-7)
+    assert [streamed[name] for name in large] == [once[name] for name in large]
 
 
 def test_an_adapter_is_that_of_the_processor(tmp_path: Path) -> None:

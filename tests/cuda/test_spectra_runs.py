@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,9 @@ from ckptdiff.formats import FORMATS
 from ckptdiff.lora.extract import extract_lora
 from ckptdiff.measure.cuda import choice
 from ckptdiff.options import Options, SpectraOptions
-from ckptdiff.run import planning
-from ckptdiff.run.devices import open_device
 from ckptdiff.spectra import spectra_gpu as gpu_module
 from ckptdiff.spectra.budget import Budget
-from ckptdiff.spectra.gpu_panels import GpuPanels, PanelSlots
+from ckptdiff.spectra.gpu_panels import GpuPanels, GpuStack, PanelSlots
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.spectra_gpu import open_spectra_gpu
 from ckptdiff.spectra.trial import wrong_spectra
@@ -52,22 +49,6 @@ SHAPES = {
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return write_pair(tmp_path_factory.mktemp("pair"), SHAPES, singles=("model.wide",))
-
-
-@pytest.fixture
-def on_gpu(libraries: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Let the spectra of `--device cuda` be measured on a host device, and all else on the processor."""
-
-    def use(seed: int = 0, **options: Any) -> ArrayGpu:
-        gpu = ArrayGpu(libraries, seed, processors=1, **options)
-        monkeypatch.setattr(gpu_module, "find_gpu", lambda index: gpu)
-        monkeypatch.setattr(gpu_module, "library_on", library_on)
-        monkeypatch.setattr(gpu_module, "PanelSlots", partial(PanelSlots, piece=1 << 13))
-        monkeypatch.setattr(gpu_module, "wrong_spectra", lambda slots: "")  # it takes seconds
-        monkeypatch.setattr(planning, "open_device", lambda options: open_device(Options(device="cpu")))
-        return gpu
-
-    return use
 
 
 @pytest.mark.parametrize(("mode", "error"), [("randomized", 1e-4), ("exact", 1e-7)])
@@ -144,6 +125,27 @@ def test_panels_however_small_the_pieces(
     assert set(gpu.launched) == {"panel_float32"}
 
 
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("rows", "columns", "same"), [(90, 20, False), (20, 90, False), (20, 90, True)])
+def test_a_stack_however_small_the_pieces(libraries: Any, rows: int, columns: int, same: bool, seed: int) -> None:
+    """Pieces of some rows, which may be the end of one matrix and the start of the next, and of a part of a row."""
+    gpu = ArrayGpu(libraries, seed, processors=1)
+    library, _ = library_on(gpu, 0)
+    pairs = [Codes(rows, columns, np.float32, same) for _ in range(3)]
+    for k, one in enumerate(pairs):
+        one.sides = [np.roll(side, k, 1) for side in one.sides]
+    for piece in (2560, 350, 30):
+        stack = GpuStack(pairs, PanelSlots(library, piece), 4)
+        (panel,) = stack.panels()
+        for side, found in enumerate((panel.base, panel.delta)):
+            expected = np.stack([*(one.tall[side] for one in pairs), np.zeros((90, 20), np.float32)])
+            np.testing.assert_array_equal(library.home(found), expected)
+        assert np.array_equal(library.home(stack.sample(5))[:3], np.stack([one.sample(5) for one in pairs]))
+        stack.clear(1)
+        assert not library.home(panel.base)[1].any() and library.home(panel.base)[2].any()
+    assert set(gpu.launched) == {"panel_float32"}
+
+
 def test_a_read_that_fails_leaves_nothing_under_way(libraries: Any) -> None:
     gpu = ArrayGpu(libraries, 0, processors=1)
     library, _ = library_on(gpu, 0)
@@ -177,7 +179,7 @@ def test_a_matrix_that_does_not_fit_is_streamed(
     monkeypatch.setattr(GpuPanels, "__init__", init)
     on_gpu()
     assert_close(spectral(ckptdiff.diff(*pair, spectra="randomized", device="cuda")), known, 1e-4)
-    assert made == [True, False] * 8
+    assert made == [True, False] * 3 + [True, *3 * [False]] + [True, False] * 2  # experts lie in a stack together
 
     def lacking(self: Any, *args: Any, **options: Any) -> None:
         raise MemoryError
@@ -191,13 +193,13 @@ def test_a_matrix_that_does_not_fit_is_streamed(
 def test_memory_of_the_gpu_is_told_beforehand_and_kept(
     pair: tuple[str, str], on_gpu: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gpu = on_gpu(memory=3 << 30)
+    gpu = on_gpu(memory=6 << 30)
     assert main(["diff", *pair, "--spectra", "exact", "--device", "cuda", "--dry-run"]) == 0
     assert "on cuda:0, " in capsys.readouterr().out
-    bound = ["--gpu-memory", "2G", "--format", "json"]
+    bound = ["--gpu-memory", "3G", "--format", "json"]
     assert main(["diff", *pair, "--spectra", "exact", "--device", "cuda", "--dry-run", *bound]) == 0
     plan = json.loads(capsys.readouterr().out)["spectra"]
-    assert (plan["device"], plan["gpu_memory"], plan["too_large"]) == ("cuda:0", 2 << 30, 0)
+    assert (plan["device"], plan["gpu_memory"], plan["too_large"]) == ("cuda:0", 3 << 30, 0)
     assert plan["projected_gpu_memory"] <= plan["gpu_memory"] < gpu.free_memory()[0]
     budget = Budget.on_gpu(SpectraOptions("exact"), 2 << 30, 0)
     assert "--gpu-memory leaves 2048 MiB" in budget.too_large(MatrixView(0, 11008, 4096))
@@ -231,17 +233,19 @@ def test_every_command_takes_the_device(
     assert [claim["outcome"] for claim in found["claims"]] == [claim["outcome"] for claim in claims["claims"]]
 
 
-def test_a_trial_sees_what_is_wrong(libraries: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [GpuPanels, GpuStack])
+def test_a_trial_sees_what_is_wrong(libraries: Any, monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    """Of a matrix alone, or of those of a stack alone."""
     library, _ = library_on(ArrayGpu(libraries, 0, processors=1), 0)
     slots = PanelSlots(library, 1 << 13)
     assert wrong_spectra(slots, rows=64) == ""
-    real = GpuPanels.panels
+    real = kind.panels
 
     def wrong(self: Any) -> Any:
         for panel in real(self):
             yield replace(panel, delta=panel.delta * 1.01)
 
-    monkeypatch.setattr(GpuPanels, "panels", wrong)
+    monkeypatch.setattr(kind, "panels", wrong)
     found = wrong_spectra(slots, rows=64)
     assert "nss" in found and found.endswith(" of exact spectra")
 

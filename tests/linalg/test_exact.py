@@ -3,12 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import scipy.linalg
-from array_libraries import Made
+from array_libraries import Made, library_called, panels_of
 from spectrum_cases import base, singular_values, update
 
-from ckptdiff.linalg.angles import angle_rank, compared_rank, principal_angles
+from ckptdiff.linalg.angles import Comparable, angle_rank, compared_rank, principal_angles
 from ckptdiff.linalg.exact import effective_rank, hard_threshold, nss, numerical_rank, side_spectrum
 from ckptdiff.linalg.stages import ArrayPanels, run_together
+from ckptdiff.linalg.symmetric import first_of_each
 
 KINDS = ("flat", "s1", "power", "exponential", "low rank", "deficient")
 SHAPES = [(500, 260), (260, 260), (3000, 30), (7, 1), (3, 2)]
@@ -83,6 +84,38 @@ def test_rotations_of_leading_parts(shape: tuple[int, int], scale: float, on_lib
     if few:
         assert np.allclose(found.long, scipy.linalg.subspace_angles(first[0][:, :few], second[0][:, :few])[::-1])
         assert np.allclose(found.short, scipy.linalg.subspace_angles(first[2][:few].T, second[2][:few].T)[::-1])
+
+
+@pytest.mark.parametrize("few", [0, 12, 40])
+@pytest.mark.parametrize("library", ["strict", "torch"])
+def test_angles_of_a_stack_are_those_of_each_pair(few: int, library: str) -> None:
+    """Two small updates and a large one, of which less is defined, in a stack with room for another pair."""
+    weights, delta = np.zeros((2, 4, 130, 60))
+    for k, scale in enumerate((1.0, 1e-6, 100.0)):
+        weights[k], delta[k] = base(130, 60, seed=k), scale * update("s1", 130, 60, seed=9 + k)
+    source, most, all_ranks = panels_of(library_called(library))(weights, delta, 130), 40, (3, 7, 40)
+    compared = [Comparable(few, all_ranks), Comparable(few, all_ranks[:2]), Comparable(0, all_ranks[:2])]
+    sides = [np.linalg.svd(matrices, full_matrices=False) for matrices in (weights, weights + delta)]
+    counts, double = np.array([one.count for one in compared]), np.dtype(np.float64)
+    ours, theirs = (
+        first_of_each(source.library.put(np.ascontiguousarray(side[2][:, :most].mT)), counts, double, source.library)
+        for side in sides
+    )
+    stage = principal_angles(ours[0], theirs[0], source.library, ranks=all_ranks, angles=few, missing=ours[1])
+    (found,) = run_together(source, stage)
+    for member, defined in enumerate(compared):
+        one = defined.chosen(found, member)
+        assert one is not None and set(one.rotations) == set(defined.ranks)
+        long, short = (
+            {k: scipy.linalg.subspace_angles(left[:, :k], right[:, :k])[::-1] for k in (*defined.ranks, defined.angles)}
+            for left, right in ([side[0][member] for side in sides], [side[2][member].T for side in sides])
+        )
+        for k, rotations in one.rotations.items():
+            known = np.sin(long[k]).mean(), np.sin(short[k]).mean()
+            assert rotations == pytest.approx(known, rel=1e-6, abs=1e-13)
+        for angles, known_angles in ((one.long, long), (one.short, short)):
+            assert angles == pytest.approx(known_angles[defined.angles], rel=1e-6, abs=1e-12)
+    assert Comparable(0, ()).chosen(found, 3) is None
 
 
 def test_how_many_vectors_are_compared() -> None:

@@ -9,7 +9,7 @@ from spectrum_cases import base, orthonormal, principal_figures, to_bf16, update
 
 from ckptdiff.formats import FORMATS
 from ckptdiff.linalg.principal import Principal, principal
-from ckptdiff.linalg.score_cut import ScoreCut
+from ckptdiff.linalg.score_cut import ScoreCut, ScoreCuts
 from ckptdiff.linalg.stages import ArrayPanels, run_together
 from ckptdiff.linalg.survey import survey
 from ckptdiff.measure.rounding_null import change_chances
@@ -114,12 +114,12 @@ def test_a_cut_is_found_from_any_guess(guess: float, on_library: Made) -> None:
     weights, delta = rng.standard_normal((2, 200, 90)).astype(np.float32)
     delta[rng.random(delta.shape) < 0.7] = 0
     source, scored = on_library(weights, delta, 64), on_library(scores, scores, 64)
-    cut = ScoreCut(1800, guess, np.ones(1 << 15), (0, 1.0), 0.0, source.library)
-    for _ in range(4):
+    cut = ScoreCut(1800, guess, np.ones(1 << 15), (0, 1.0), 0.0)
+    cuts = ScoreCuts([cut], source.library)
+    while cuts.open:
         for panel, part in zip(source.panels(), scored.panels(), strict=True):
-            cut.add(part.base, panel)
-        if cut.settle():
-            break
+            cuts.add(part.base, panel)
+        cuts.settle()
     assert cut.covered is not None
     top = np.argsort(-np.abs(scores).ravel())[:1800]
     assert cut.covered.entries == 1800
@@ -133,10 +133,10 @@ def test_ties_at_a_cut_count_fractionally() -> None:
     delta = np.zeros((10, 10), np.float32)
     delta[:5] = 1
     cut = ScoreCut(20, 1.0, np.ones(1 << 15), (0, 1.0), 0.0)
-    for _ in range(3):
-        cut.add(scores, next(ArrayPanels(delta, delta).panels()))
-        if cut.settle():
-            break
+    cuts = ScoreCuts([cut])
+    while cuts.open:
+        cuts.add(scores, next(ArrayPanels(delta, delta).panels()))
+        cuts.settle()
     assert cut.covered is not None
     assert cut.covered.changed == pytest.approx(10)
 

@@ -99,7 +99,7 @@ class Passes:
     def __init__(self, source: ArrayPanels) -> None:
         self._source, self.count = source, 0
         self.long, self.short, self.dtype = source.long, source.short, source.dtype
-        self.library, self.kept = source.library, source.kept
+        self.library, self.kept, self.stack = source.library, source.kept, source.stack
 
     def panels(self) -> Any:
         self.count += 1

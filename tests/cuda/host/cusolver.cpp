@@ -1,5 +1,5 @@
-// In the place of cuSOLVER: its routine for a part of the eigenpairs, with the arguments that its manual lists, over
-// memory of the host, by Jacobi's rotations.
+// In the place of cuSOLVER: its routines for a part of the eigenpairs and for those of many matrices, with the arguments
+// that its manual lists, over memory of the host, by Jacobi's rotations.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -8,7 +8,7 @@
 #include <vector>
 
 extern "C" {
-int failure = 0; // what a call leaves as its info
+int failure = 0; // what a call leaves as its info, of many matrices as that of the last one
 int status = 0;  // what it returns
 }
 
@@ -65,5 +65,36 @@ extern "C" int cusolverDnXsyevdx(ASKED, void* device, size_t on_device, void* ho
     else solve((float*)a, n, first - 1, last - 1, (float*)w);
     *found = last - first + 1;
     *info = failure;
+    return status;
+}
+
+#define ALL_ASKED                                                                                                      \
+    void *handle, void *params, int jobz, int uplo, int64_t n, int kind_of_a, void *a, int64_t lda, int kind_of_w,     \
+        void *w, int compute
+#define ALL_REFUSED                                                                                                    \
+    (!handle || !params || jobz < 0 || jobz > 1 || uplo != 1 || lda != n || kind_of_a != kind_of_w ||                  \
+     kind_of_a != compute || kind_of_a > 1 || !a || !w || batch < 1)
+
+extern "C" int cusolverDnXsyevBatched_bufferSize(ALL_ASKED, size_t* on_device, size_t* on_host, int64_t batch) {
+    if (ALL_REFUSED) return 3;
+    *on_device = batch * DEVICE_BYTES, *on_host = HOST_BYTES;
+    return 0;
+}
+
+template <class Real> static void solve_each(Real* a, int64_t n, Real* w, int64_t batch, bool vectors) {
+    for (int64_t k = 0; k < batch; ++k, a += n * n, w += n) {
+        solve(a, n, 0, n - 1, w);
+        if (!vectors) std::fill(a, a + n * n, (Real)7); // whatever is left there
+    }
+}
+
+extern "C" int cusolverDnXsyevBatched(ALL_ASKED, void* device, size_t on_device, void* host, size_t on_host, int* info,
+                                      int64_t batch) {
+    if (ALL_REFUSED || on_device != batch * DEVICE_BYTES || on_host != HOST_BYTES || !info) return 3;
+    memset(device, 7, on_device), memset(host, 7, on_host);
+    if (kind_of_a) solve_each((double*)a, n, (double*)w, batch, jobz);
+    else solve_each((float*)a, n, (float*)w, batch, jobz);
+    std::fill(info, info + batch, 0);
+    info[batch - 1] = failure;
     return status;
 }

@@ -100,23 +100,25 @@ static std::vector<u8> random_codes(u64 numel, u32 bits) {
     return std::vector<u8>((const u8*)drawn.data(), (const u8*)drawn.data() + numel * bits / 8);
 }
 
-// A matrix both ways, and its entries counted.
+// A matrix both ways, and as many as there are blocks turned and counted at a time.
 template <class Real, class Panel, class Magnitudes, class Scores>
 static void run_spectra(Panel panel, Magnitudes magnitudes, Scores scores, u64 rows, u64 columns, u32 blocks) {
-    const u64 numel = rows * columns;
-    const std::vector<u8> base = random_codes(numel, BASE::BITS), tuned = random_codes(numel, TUNED::BITS);
-    std::vector<Real> weights(numel), deltas(numel);
-    std::vector<u64> sizes(3 * BINS), places(9 * SCORE_FIELDS);
-    const std::vector<u32> chances(BINS, 1);
+    const u64 numel = rows * columns, all = blocks * numel;
+    const std::vector<u8> base = random_codes(all, BASE::BITS), tuned = random_codes(all, TUNED::BITS);
+    std::vector<Real> weights(all), deltas(all);
+    std::vector<u64> sizes(blocks * 3 * BINS), places(blocks * 9 * SCORE_FIELDS);
+    const std::vector<u32> chances(blocks * BINS, 1);
+    const std::vector<Window> windows(blocks, Window{16, 1000, 8, 5});
     const auto launch = [&](auto body) { on_host::launch(blocks, THREADS, (u32)numel, body); };
     for (u32 turned = 0; turned < 2; ++turned)
         launch([&] {
-            panel(base.data(), tuned.data(), rows, columns, turned ? rows : columns, turned, weights.data(),
-                  deltas.data());
+            panel(base.data(), tuned.data(), blocks * rows, columns, turned ? rows : columns, turned, 0, numel,
+                  weights.data(), deltas.data());
         });
-    launch([&] { magnitudes(weights.data(), deltas.data(), numel, 0, sizes.data()); });
+    launch([&] { magnitudes(weights.data(), deltas.data(), numel, blocks, 0, sizes.data()); });
     launch([&] {
-        scores(weights.data(), weights.data(), deltas.data(), numel, 16, 1000, 8, 5, 0, chances.data(), places.data());
+        scores(weights.data(), weights.data(), deltas.data(), numel, blocks, windows.data(), 8, 0, chances.data(),
+               places.data());
     });
 }
 
