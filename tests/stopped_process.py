@@ -11,7 +11,7 @@ from pathlib import Path
 from patience import PATIENCE
 
 _STOPPING = """
-import importlib, os, signal, sys
+import importlib, os, signal, sys, time
 from ckptdiff.cli import main
 
 module, path = sys.argv[1].split(":")
@@ -26,6 +26,7 @@ def stopping(*arguments, **options):
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(0.05)  # a signal that came meanwhile may have been taken by a thread that has yet to note it
     return function(*arguments, **options)
 
 setattr(owner, name, stopping)

@@ -55,6 +55,7 @@ shapes = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(base=shapes, tuned=shapes, exclude=st.sampled_from([(), ("b.*",), ("*.0.w",)]))
 def test_every_value_is_accounted_for(

@@ -70,6 +70,7 @@ def test_a_shell_pipeline(tmp_path: Path) -> None:
     run("bash", "examples/pipeline.sh", PAIR[0], tmp_path / "nothing", status=2)
 
 
+@pytest.mark.slow
 def test_retraining() -> None:
     pytest.importorskip("torch")
     said = run(sys.executable, "examples/retrain.py")

@@ -18,7 +18,10 @@ from patience import PATIENCE
 
 from ckptdiff.memory import machine_memory
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc"),
+]
 
 MIB = 2**20
 # The peak is asked of the process itself: what wait4 tells may be that of the process it was forked from.

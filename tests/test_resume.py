@@ -159,7 +159,7 @@ def test_what_is_kept_is_not_measured_again(large: tuple[str, str], tmp_path: Pa
 
     for owner, method in ((Worker, "measure"), (Worker, "pass_over"), (Measuring, "measure_all")):
         monkeypatch.delattr(owner, method)
-    options = replace(options, threads=3, max_memory=2 << 30, io="mmap", groups=("norms=norm",))
+    options = replace(options, threads=3, max_memory=16 << 30, io="mmap", groups=("norms=norm",))
     found = run(*large, out=out, options=options, saving=AT_ONCE, listener=heard.append, title="again")
     assert found.tensors[0].groups == ("norms",)
     assert found.spectra is not None and found.spectra.methods.count("randomized") == 1
@@ -341,6 +341,7 @@ def test_resume_takes_a_run_file(copied: tuple[str, str], capsys: pytest.Capture
     assert "try:      -o RUN.h5" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_signal_keeps_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And the command line goes on from there; nothing has been written yet when the signal comes."""
     out, whole = tmp_path / "run.h5", tmp_path / "whole.h5"

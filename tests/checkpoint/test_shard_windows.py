@@ -316,6 +316,7 @@ def test_a_file_system_without_maps(steady: tuple[Path, Shard, TensorInfo], monk
     assert caught.value.hint == "--io pread"
 
 
+@pytest.mark.slow
 def test_files_are_closed(steady: tuple[Path, Shard, TensorInfo]) -> None:
     def open_files() -> int:
         gc.collect()  # what other tests left behind must not be closed in between

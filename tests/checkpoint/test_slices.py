@@ -45,6 +45,7 @@ def test_what_torch_writes_is_what_is_looked_for(tmp_path):
     assert shard.path.endswith("shard-00001-model-00001-of-00001.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["slices", "it's a 'folder'"])
 def test_the_command_puts_slices_together(tmp_path, folder):
     slices = save_slices(tmp_path / folder)

@@ -9,6 +9,8 @@ from ckptdiff.measure.cuda.backend import CudaBackend
 from ckptdiff.measure.cuda.slots import Room
 from ckptdiff.measure.self_test import SELF_TESTED, self_test
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("names", SELF_TESTED, ids="-".join)
 def test_the_kernels_pass(libraries, names):

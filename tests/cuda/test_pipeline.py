@@ -23,6 +23,8 @@ from ckptdiff.measure.reference import ReferenceBackend
 from ckptdiff.measure.source import InMemory, SmallPairs, Window, in_memory
 from ckptdiff.measure.thresholds import EPS as EPS_OF_RUNS
 
+pytestmark = pytest.mark.slow
+
 EPS = (0.0, 1e-8, 1e-5, 1e-4)
 BF16, F32, F64 = (FORMATS[name] for name in ("bf16", "f32", "f64"))
 SMALL = Room(8 << 15, 2)

@@ -20,6 +20,8 @@ from ckptdiff.report.as_json import document
 from ckptdiff.run import planning
 from ckptdiff.run.devices import Device
 
+pytestmark = pytest.mark.slow
+
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 
 

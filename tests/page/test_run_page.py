@@ -143,6 +143,7 @@ def test_a_page_depends_on_its_run_file_alone(run: Path, tmp_path: Path) -> None
     assert pages[0].stdout.decode() == page_of(run).source
 
 
+@pytest.mark.slow
 def test_400_tensors_are_below_a_megabyte_and_a_half(make_run, make_diff, tmp_path: Path) -> None:
     diff = with_spectra(make_diff(layers=50))
     assert len(diff.tensors) > 400

@@ -12,6 +12,8 @@ import pytest
 from pseudo_terminal import Terminal, run_under_terminal
 from safetensors.numpy import save_file
 
+pytestmark = pytest.mark.slow
+
 LONG = "model.language_model.layers.0.self_attn.q_proj.weight"
 NAMES = (LONG, "model.language_model.layers.0.mlp.gate_proj.weight", "model.norm.weight")
 

@@ -30,6 +30,8 @@ from ckptdiff.run.engine import run
 from ckptdiff.run.planning import prepare
 from ckptdiff.run.tasks import GRAIN, Grain
 
+pytestmark = pytest.mark.slow
+
 BLOCK = 2**20
 BASELINE = 100 << 20
 BF16 = np.dtype(ml_dtypes.bfloat16)
