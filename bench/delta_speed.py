@@ -4,8 +4,8 @@
 
 Llama-shaped bf16 pairs whose changed positions are drawn afresh for each tensor: 9.5 % moved by one to three steps, as
 a fine-tune, and 1.5 %, as between two steps of RL training. Beside `patch make` stand `diff -o`, zstd level 1 of the
-exclusive or, and `zstd --patch-from` where zstd is installed; beside `patch apply` a copy of the files. What `apply`
-writes is compared with the tuned side.
+exclusive or, and `zstd --patch-from` where zstd is installed; beside `patch apply` a copy of the files that is synced
+too. What `apply` writes is compared with the tuned side.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def compare(folder: Path, size: int, share: float, rounds: int) -> dict[str, flo
         "diff -o": lambda: [*program, "diff", str(base), str(tuned), "-o", str(folder / "run.h5"), "--mask", "bitwise"],
         "make": lambda: [*program, "patch", "make", str(base), str(tuned), "-o", str(delta), "-q"],
         "apply": lambda: [*program, "patch", "apply", str(base), str(delta), "-o", str(out), "-q"],
-        "copy": lambda: ["cp", "-r", str(tuned), str(out)],
+        # On the disk, as what `apply` writes is before it takes its name.
+        "copy": lambda: ["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(tuned), str(out)],
         "zstd -1 of the xor": lambda: [sys.executable, __file__, "xor", str(base), str(tuned), str(folder / "xor.zst")],
     }
     if shutil.which("zstd"):
