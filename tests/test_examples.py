@@ -61,6 +61,7 @@ def test_a_run_without_masks(tmp_path: Path) -> None:
     run(sys.executable, "examples/read_masks.py", tmp_path / "run.h5", status=1)
 
 
+@pytest.mark.slow
 def test_a_shell_pipeline(tmp_path: Path) -> None:
     rows = sorted(ckptdiff.diff(*PAIR).per_tensor, key=lambda row: row["rel_norm"], reverse=True)
     said = run("bash", "examples/pipeline.sh", *PAIR).splitlines()

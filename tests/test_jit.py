@@ -318,6 +318,7 @@ def start(code: str, cache: Path, folder: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_processes_that_start_at_once(tmp_path: Path) -> None:
     (tmp_path / "tiny.py").write_text(TINY)
     code = """

@@ -225,6 +225,7 @@ def test_every_thread_of_an_overlap_works(
     assert crowd.most == threads
 
 
+@pytest.mark.slow
 def test_no_count_of_an_overlap_depends_on_threads(runs: tuple[Path, Path], matrices: tuple[str, str]) -> None:
     known = count.overlap(runs, base=matrices[0], threads=1)
     for threads in (2, 7):

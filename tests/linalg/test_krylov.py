@@ -37,6 +37,7 @@ def test_values_are_those_of_a_full_decomposition(kind: str, shape: tuple[int, i
         assert found.upper[k] >= np.sum(known[:k] ** 2)
 
 
+@pytest.mark.slow
 def test_bound_holds_and_is_small_on_updates_like_the_papers() -> None:
     small, held = [], 0
     for seed in range(12):

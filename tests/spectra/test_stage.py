@@ -169,6 +169,7 @@ def test_slices_of_experts_and_convolutions(pair: tuple[Path, Path], sides: Side
     assert diff.median_2d["spectral"]["stable_rank"] == pytest.approx(np.median(native))
 
 
+@pytest.mark.slow
 def test_a_matrix_streamed_is_a_matrix_in_memory(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {mode: spectral(ckptdiff.diff(*pair, spectra=mode)) for mode in ("randomized", "exact")}
     monkeypatch.setattr("ckptdiff.spectra.job.cache_bytes", lambda view, itemsize: 1 << 60)
