@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
 
 __all__ = [
     "ChangedFileError",
@@ -36,6 +38,7 @@ __all__ = [
     "RunFileError",
     "first_few",
     "plural",
+    "required",
 ]
 
 
@@ -129,6 +132,21 @@ class PatchError(CkptdiffError):
 
 class RunFileError(CkptdiffError):
     """A run file that cannot be read or written."""
+
+
+def required(module: str, who_needs: str, extra: str) -> Any:
+    """Import a module that an extra brings, or raise an OptionError that says how to get it.
+
+    >>> required("no_such_module", "this needs", "spectra")
+    Traceback (most recent call last):
+    ckptdiff.errors.OptionError: this needs no_such_module, which is not installed
+      try:      pip install 'ckptdiff[spectra]'
+    """
+    try:
+        return import_module(module)
+    except ImportError:
+        problem = f"{who_needs} {module}, which is not installed"
+        raise OptionError(problem, hint=f"pip install 'ckptdiff[{extra}]'") from None
 
 
 def first_few(names: Iterable[str], most: int = 3, between: str = ", ") -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ckptdiff.checkpoint.header import TensorInfo
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
-from ckptdiff.errors import OptionError
+from ckptdiff.errors import required
 from ckptdiff.events import Listener, stage
 from ckptdiff.in_order import Task, in_order
 
@@ -23,12 +23,9 @@ _PIECE = 8 << 20
 """Bytes that a thread reads at a time."""
 
 
-def require_xxhash() -> None:
-    """Raise an OptionError if xxhash is missing."""
-    try:
-        import xxhash  # noqa: F401
-    except ImportError:
-        raise OptionError("hashes need xxhash, which is not installed", hint="pip install 'ckptdiff[patch]'") from None
+def require_xxhash() -> Any:
+    """The module xxhash; raises an OptionError if it is missing."""
+    return required("xxhash", "hashes need", "patch")
 
 
 def content_hashes(
@@ -87,16 +84,12 @@ def content_hashes(
 
 def hash_of_all(hashes: Iterable[str]) -> str:
     """Hash a checkpoint: XXH3-128 over the hashes of its tensors, 16 bytes each, in ascending order."""
-    import xxhash
-
-    return str(xxhash.xxh3_128_hexdigest(b"".join(sorted(map(bytes.fromhex, hashes)))))
+    return str(require_xxhash().xxh3_128_hexdigest(b"".join(sorted(map(bytes.fromhex, hashes)))))
 
 
 def _begun(tensor: TensorInfo) -> Any:
-    import xxhash
-
     head = (tensor.name, tensor.dtype, ",".join(map(str, tensor.shape)))
-    return xxhash.xxh3_128(b"".join(part.encode() + b"\0" for part in head))
+    return require_xxhash().xxh3_128(b"".join(part.encode() + b"\0" for part in head))
 
 
 def _updates(digest: Any, tensor: TensorInfo, shards: OpenShards, piece: int) -> Iterator[int]:

@@ -5,7 +5,6 @@ A digest is text: hexadecimal digits of xxh3-128, or, of another checksum, its n
 
 from __future__ import annotations
 
-import importlib
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
@@ -13,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from ckptdiff import errors
 from ckptdiff.checkpoint import Checkpoint
 from ckptdiff.checkpoint.open_shards import open_shards
-from ckptdiff.errors import OptionError
 from ckptdiff.events import Stage
 from ckptdiff.in_order import Task, in_order
 from ckptdiff.patch.in_turn import InTurn
@@ -31,12 +30,7 @@ _AT_ONCE = 4 << 20
 
 def required(name: str) -> Any:
     """A module of the extra `patch`, or an OptionError that says how to get it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise OptionError(
-            f"this kind of patch needs {name}, which is not installed", hint="pip install 'ckptdiff[patch]'"
-        ) from None
+    return errors.required(name, "this kind of patch needs", "patch")
 
 
 class _Adler32:
