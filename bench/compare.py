@@ -4,24 +4,30 @@
     python bench/compare.py --quick                  # the same at 1 MiB, in seconds; the figures mean nothing
     python bench/compare.py --sections main,cold --size 4GiB --pairs /data/pairs --json figures.json
     python bench/compare.py --sections memory --memory-sizes 1GiB 4GiB 8GiB
+    python bench/compare.py --levels v3 --history figures.csv
 
 Sections: main (bf16 pair: whole command, engine in process, read limit, torch diff, cmp), dtypes, tiny (30,000
 tensors), memory, startup, cold (files out of the page cache), stages (what each stage of the kernel costs).
-Times are medians; GB/s count both sides. The torch diff needs torch==2.13.0 and is left out without it. Where
-/tmp is memory, cold means nothing: give --pairs on a disk.
+Everything is measured once with kernels for AVX2 (v3) and once with what else the processor has (v4: AVX-512); a line
+for each goes to the history, which docs/speed.md shows. Times are medians; GB/s count both sides. The torch diff needs
+torch==2.13.0 and is left out without it. Where /tmp is memory, cold means nothing: give --pairs on a disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import history
 from harness import Bench, Section, show
+from levels import chosen, environment, levels_here
 from make_pair import parse_size
 from measure import machine
 from sections import SECTIONS, names
@@ -40,6 +46,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer-rounds", type=int, default=3, help="how often the slow peers are run (3)")
     parser.add_argument("--pairs", type=Path, help="keep the synthetic pairs here and use them again")
     parser.add_argument("--scratch", type=Path, help="where run files go (default: beside the pairs)")
+    there = levels_here()
+    parser.add_argument("--levels", type=chosen, default=there, help=f"instruction sets ({','.join(there)})")
+    parser.add_argument("--history", type=Path, help="add a line for each (bench/results/history.csv, unless --quick)")
     parser.add_argument("--json", type=Path, help="write all figures here too")
     parser.add_argument("--quick", action="store_true", help="1 MiB a side, one round: does it run at all?")
     return parser.parse_args(argv)
@@ -51,6 +60,28 @@ def as_json(section: Section) -> dict[str, Any]:
     return asdict(section) | {"targets": targets}
 
 
+def measured(bench: Bench, names: Sequence[str], level: str) -> dict[str, Any]:
+    """Sections by name, each shown as soon as it is there."""
+    found = {}
+    for name in names:
+        section = SECTIONS[name](bench)
+        show(replace(section, title=f"{section.title}; kernels for {level}"))
+        found[name] = as_json(section)
+    return found
+
+
+@contextmanager
+def only(variables: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for all that is started within."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line entry."""
     options = arguments(argv)
@@ -59,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.rounds = options.peer_rounds = 1
     if options.stages:
         options.sections = [*options.sections, "stages"]
-    report: dict[str, Any] = {"machine": machine(), "sections": {}}
+    if options.history is None and not options.quick:
+        options.history = history.HISTORY
+    report: dict[str, Any] = {"machine": machine(), "levels": {}}
     print(json.dumps(report["machine"], indent=1))
     for folder in (options.scratch, options.pairs):
         if folder is not None:
@@ -74,12 +107,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             rounds=options.rounds,
             peer_rounds=options.peer_rounds,
         )
-        for name in options.sections:
-            section = SECTIONS[name](bench)
-            show(section)
-            report["sections"][name] = as_json(section)
+        for level in options.levels:
+            with only(environment(level)):
+                report["levels"][level] = measured(bench, options.sections, level)
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.history:
+        lines = [history.line(report["machine"], *found, options.size) for found in report["levels"].items()]
+        history.append(options.history, lines)
+        print(f"added to {options.history}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
 import json
 import subprocess
@@ -234,12 +235,57 @@ def test_known_figures_of_the_real_pair_are_held_to_their_digits():
 @pytest.mark.slow
 def test_compare_runs(tmp_path):
     report = tmp_path / "report.json"
-    printed = script("compare.py", "--quick", "--sections", "main", "--scratch", tmp_path, "--json", report)
-    section = json.loads(report.read_bytes())["sections"]["main"]
-    assert {row["what"] for row in section["rows"]} >= {"ckptdiff, masks", "engine in process, masks", "read limit"}
-    assert all(row["seconds"] > 0 for row in section["rows"])
-    assert section["title"] in printed
-    assert list(tmp_path.iterdir()) == [report]
+    lines = tmp_path / "history.csv"
+    options = ("--quick", "--sections", "main", "--scratch", tmp_path, "--json", report, "--history", lines)
+    printed = script("compare.py", *options)
+    found = json.loads(report.read_bytes())["levels"]
+    for level, sections in found.items():
+        section = sections["main"]
+        assert {row["what"] for row in section["rows"]} >= {"ckptdiff, masks", "engine in process, masks", "read limit"}
+        assert all(row["seconds"] > 0 for row in section["rows"])
+        assert f"{section['title']}; kernels for {level}" in printed
+    with lines.open(newline="") as file:
+        kept = list(csv.DictReader(file))
+    assert [one["level"] for one in kept] == list(found)
+    assert all(float(one["engine, s"]) > 0 and one["fixture, s"] == "" for one in kept)
+    assert sorted(tmp_path.iterdir()) == [lines, report]
+
+
+def test_a_history_grows_and_keeps_its_columns(tmp_path):
+    import history
+
+    machine = {"packages": {"ckptdiff": "1.0"}, "processor": "x", "cores": 2}
+    rows = {"startup": {"rows": [{"what": "diff of a fixture, warm", "seconds": 0.4321}], "targets": []}}
+    rows["main"] = {"rows": [], "targets": [{"name": "peak MB, masks", "value": 150.4}]}
+    path = tmp_path / "deep" / "history.csv"
+    for level in ("v3", "v4"):
+        history.append(path, [history.line(machine, level, rows, 1 << 30)])
+    with path.open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["level"], second["level"]) == ("v3", "v4")
+    assert (first["fixture, s"], first["peak MB"], first["diff -o, s"], first["GiB a side"]) == (
+        "0.432",
+        "150",
+        "",
+        "1",
+    )
+    path.write_text("other,columns\n")
+    with pytest.raises(SystemExit, match="other columns"):
+        history.append(path, [])
+
+
+def test_levels_are_what_the_processor_says(tmp_path):
+    import levels
+
+    cpuinfo = tmp_path / "cpuinfo"
+    assert levels.levels_here(cpuinfo) == ["native"]
+    cpuinfo.write_text("processor : 0\nflags\t\t: fpu avx avx2 bmi2 fma\n")
+    assert levels.levels_here(cpuinfo) == ["v3"]
+    flags = " ".join(set().union(*levels.NEEDED.values()))
+    cpuinfo.write_text(f"flags : {flags}\n")
+    assert levels.levels_here(cpuinfo) == ["v3", "v4"]
+    with pytest.raises(SystemExit, match="no v9"):
+        levels.chosen("v9")
 
 
 @pytest.mark.slow
