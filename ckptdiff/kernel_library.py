@@ -187,7 +187,7 @@ def open_library(folder: Path, asked: str) -> ctypes.CDLL | None:
         try:
             return ctypes.CDLL(str(path))
         except OSError as error:  # another architecture
-            problem = str(error)
+            problem = str(error).removeprefix(f"{path}: ")
     logger.warning("kernels are compiled on the spot, %s cannot be used: %s", path, problem)
     return None
 
