@@ -285,7 +285,7 @@ def _write(recorder: Recorder, name: str, folder: str) -> None:
 def linker() -> list[str] | None:
     """A command that makes a shared library of objects, None if there is none."""
     found = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "cc", "gcc", "clang"))), None)
-    return [found, "-shared", "-fPIC", "-O2", "-s"] if found else None
+    return [found, "-shared", "-fPIC", "-O2", "-s", "-Wl,-z,defs"] if found else None
 
 
 def set_target(level: str) -> None:

@@ -1,5 +1,7 @@
-/* What compiled kernels ask of Numba's runtime: memory that counts its users, and strides of a reshaped array. */
+/* What compiled kernels ask of Numba's runtime: memory that counts its users, and the like. */
+#include <math.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 #define INSIDE __attribute__((visibility("hidden")))
@@ -40,3 +42,26 @@ INSIDE int numba_attempt_nocopy_reshape(int64_t count, const int64_t *sizes, con
         new_strides[i] = step;
     return 1;
 }
+
+INSIDE double numba_ldexp(double value, int exponent)
+{
+    return ldexp(value, exponent);
+}
+
+/* Compiled code has ways to raise errors with texts, which no kernel goes: it would have to be wrong to begin with. */
+#define NEVER(name)                                                 \
+    INSIDE void name(void)                                          \
+    {                                                               \
+        fputs("ckptdiff: a compiled kernel called " #name "\n", stderr); \
+        abort();                                                    \
+    }
+
+NEVER(NRT_Allocate)
+NEVER(NRT_Free)
+NEVER(NRT_MemInfo_alloc)
+NEVER(PyErr_SetString)
+NEVER(PyObject_Hash)
+NEVER(PyTuple_Pack)
+NEVER(PyUnicode_FromKindAndData)
+
+INSIDE void *PyExc_RuntimeError = NULL;
