@@ -223,10 +223,10 @@ def troubled_diff(make_diff: MakeDiff) -> Diff:
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder that CKPTDIFF_CACHE_DIR names, in which no kernel was kept yet."""
-    from ckptdiff import jit
+    from ckptdiff import kernel_cache
 
     folder = tmp_path / "cache"
     monkeypatch.setenv("CKPTDIFF_CACHE_DIR", str(folder))
-    jit.cache_folder.cache_clear()
+    kernel_cache.cache_folder.cache_clear()
     yield folder
-    jit.cache_folder.cache_clear()
+    kernel_cache.cache_folder.cache_clear()

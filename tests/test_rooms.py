@@ -10,9 +10,9 @@ import pytest
 import ckptdiff
 
 PACKAGE = Path(ckptdiff.__file__).parent
-GROUND = {"errors", "formats", "jit", "options"}
+GROUND = {"errors", "formats", "jit", "kernel_library", "options"}
 MAY_IMPORT = {
-    "codes": {"jit"},
+    "codes": {"jit", "kernel_cache"},
     "deflate": {"jit"},
     "files": {"errors", "interrupts"},
     "remote": {"errors", "interrupts"},

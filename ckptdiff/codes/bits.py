@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
+from ckptdiff.jit import Later, intrinsic
+
+ir, types, arrayobj = Later("llvmlite.ir"), Later("numba.types"), Later("numba.np.arrayobj")
 
 _FLAGS = 64
 
@@ -20,7 +19,7 @@ def pack64(typing: Any, flags: Any, start: Any) -> Any:
     """Word whose bit k is set where the byte ``flags[start + k]`` is not zero; flags of shape (start + 64,) or more."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = make_array(signature.args[0])(context, builder, args[0])
+        array = arrayobj.make_array(signature.args[0])(context, builder, args[0])
         vector = ir.VectorType(ir.IntType(8), _FLAGS)
         address = builder.gep(array.data, [args[1]])
         load = builder.load(builder.bitcast(address, vector.as_pointer()))
@@ -35,7 +34,7 @@ def unpack64(typing: Any, word: Any, flags: Any, start: Any) -> Any:
     """Set the byte ``flags[start + k]`` to bit k of a word; flags of shape (start + 64,) or more."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = make_array(signature.args[1])(context, builder, args[1])
+        array = arrayobj.make_array(signature.args[1])(context, builder, args[1])
         vector = ir.VectorType(ir.IntType(8), _FLAGS)
         address = builder.gep(array.data, [args[2]])
         bits = builder.bitcast(args[0], ir.VectorType(ir.IntType(1), _FLAGS))
@@ -50,7 +49,7 @@ def fill16(typing: Any, out: Any, start: Any, value: Any) -> Any:
     """Set ``out[start]`` to ``out[start + 15]``, of shape (start + 16,) or more, to a float32."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = make_array(signature.args[0])(context, builder, args[0])
+        array = arrayobj.make_array(signature.args[0])(context, builder, args[0])
         vector, lane = ir.VectorType(ir.FloatType(), 16), ir.IntType(32)
         first = builder.insert_element(ir.Constant(vector, ir.Undefined), args[2], lane(0))
         everywhere = ir.Constant(ir.VectorType(lane, 16), [0] * 16)

@@ -9,30 +9,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from llvmlite import ir
-from numba import types
-from numba.core.datamodel import models
-from numba.core.datamodel.registry import register_default
-from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
-
 from ckptdiff.codes.lanes import LANES, SUMS, part_of, values_of_codes
+from ckptdiff.jit import Later, intrinsic
+
+ir, types, arrayobj = Later("llvmlite.ir"), Later("numba.types"), Later("numba.np.arrayobj")
+lane_types = Later("ckptdiff.codes.lane_types")
 
 PRODUCT_SUMS = 8
 """Sums of products that are kept apart."""
-
-
-class Reals(types.Type):  # type: ignore[misc]
-    """Sixty-four values of float64, in the order of :func:`~ckptdiff.codes.lanes.values_of_codes`."""
-
-    def __init__(self) -> None:
-        super().__init__(name="Reals")
-
-
-@register_default(Reals)
-class _RealsModel(models.PrimitiveModel):  # type: ignore[misc]
-    def __init__(self, manager: Any, kind: Reals) -> None:
-        super().__init__(manager, kind, ir.VectorType(ir.DoubleType(), LANES))
 
 
 @intrinsic
@@ -48,12 +32,12 @@ def differences(typing: Any, base: Any, codes: Any) -> Any:
         order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), list(range(LANES)))
         return builder.shuffle_vector(*parts, order)
 
-    return Reals()(base, codes), generate
+    return lane_types.Reals()(base, codes), generate
 
 
 def _parts_at(context: Any, builder: Any, array_type: Any, array: Any, row: Any, columns: int) -> Any:
     """Where a row of a float64 array begins, of shape (rows, columns), as a pointer to vectors of PRODUCT_SUMS."""
-    data = make_array(array_type)(context, builder, array).data
+    data = arrayobj.make_array(array_type)(context, builder, array).data
     start = builder.gep(data, [builder.mul(row, ir.Constant(row.type, columns))])
     return builder.bitcast(start, ir.VectorType(ir.DoubleType(), PRODUCT_SUMS).as_pointer())
 

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
-from numba.np.arrayobj import make_array, populate_array
+from ckptdiff.jit import Later, helper, intrinsic
 
-from ckptdiff.jit import helper
+ir, types = Later("llvmlite.ir"), Later("numba.types")
+arrayobj, cgutils = Later("numba.np.arrayobj"), Later("numba.core.cgutils")
 
 FETCH = 1 << 17
 """Coordinates that are fetched at a time; divides ``BLOCK``."""
@@ -55,7 +52,7 @@ def read_at(typing: Any, descriptor: Any, buffer: Any, start: Any, size: Any, of
             function = ir.Function(
                 builder.module, ir.FunctionType(word, [ir.IntType(32), pointer, word, word]), "pread"
             )
-        data = make_array(signature.args[1])(context, builder, args[1]).data
+        data = arrayobj.make_array(signature.args[1])(context, builder, args[1]).data
         address = builder.gep(data, [args[2]])
         return builder.call(function, [builder.trunc(args[0], ir.IntType(32)), address, args[3], args[4]])
 
@@ -67,7 +64,7 @@ def copy_from(typing: Any, address: Any, buffer: Any, start: Any, size: Any) -> 
     """Copy memory into a uint8 array, shape (bytes,), from byte ``start`` on; also if Numba takes it for read-only."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = make_array(signature.args[1])(context, builder, args[1]).data
+        data = arrayobj.make_array(signature.args[1])(context, builder, args[1]).data
         source = builder.inttoptr(args[0], data.type)
         cgutils.raw_memcpy(builder, builder.gep(data, [args[2]]), source, args[3], 1)
         return context.get_dummy_value()
@@ -80,10 +77,10 @@ def memory_at(typing: Any, address: Any, size: Any, like: Any) -> Any:
     """Memory that someone else keeps alive, as an array of the type of ``like``, shape (size,)."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = make_array(signature.return_type)(context, builder)
+        array = arrayobj.make_array(signature.return_type)(context, builder)
         data = builder.inttoptr(args[0], array.data.type)
         step = context.get_constant(types.intp, context.get_abi_sizeof(array.data.type.pointee))
-        populate_array(array, data=data, shape=[args[1]], strides=[step], itemsize=step, meminfo=None)
+        arrayobj.populate_array(array, data=data, shape=[args[1]], strides=[step], itemsize=step, meminfo=None)
         return array._getvalue()
 
     return like(types.int64, types.int64, like), generate

@@ -10,48 +10,28 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba import types
-from numba.core.datamodel import models
-from numba.core.datamodel.registry import register_default
-from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
 
-from ckptdiff.jit import processor_features
+from ckptdiff.jit import Later, intrinsic
+
+ir, types, arrayobj = Later("llvmlite.ir"), Later("numba.types"), Later("numba.np.arrayobj")
+lane_types = Later("ckptdiff.codes.lane_types")
 
 LANES = 64
 SUMS = LANES // 2
 """Sums that are kept apart: two codes each."""
-PACKS = llvmlite.binding.llvm_version_info >= (20,) and "+avx512vbmi2" in processor_features().split(",")
-"""Whether ``pack_lanes`` is a few instructions here; without them it would be slower than a loop over bits."""
 
 _ODD = 0x9E37_79B1
 _REGISTER = 512
 _LINE = 64
 
 
-class Codes(types.Type):  # type: ignore[misc]
-    """Sixty-four codes of some bits each."""
-
-    def __init__(self, bits: int) -> None:
-        self.bits = bits
-        super().__init__(name=f"Codes({bits})")
-
-
-@register_default(Codes)
-class _CodesModel(models.PrimitiveModel):  # type: ignore[misc]
-    def __init__(self, manager: Any, kind: Codes) -> None:
-        super().__init__(manager, kind, ir.VectorType(ir.IntType(kind.bits), LANES))
-
-
-def _filled(vector: ir.VectorType, value: int) -> ir.Constant:
+def _filled(vector: Any, value: int) -> Any:
     return ir.Constant(vector, [value] * vector.count)
 
 
-def _everywhere(builder: Any, value: Any, vector: ir.VectorType) -> Any:
+def _everywhere(builder: Any, value: Any, vector: Any) -> Any:
     """The same value in all lanes."""
     return part_of(builder, builder.insert_element(_filled(vector, 0), value, ir.IntType(32)(0)), [0] * vector.count)
 
@@ -62,9 +42,17 @@ def part_of(builder: Any, vector: Any, lanes: Sequence[int]) -> Any:
     return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), order)
 
 
-def _lowest(codes: Any) -> ir.Constant:
+def _lowest(codes: Any) -> Any:
     """The sign bit alone."""
     return _filled(codes.type, -(1 << (codes.type.element.width - 1)))
+
+
+def packs() -> bool:
+    """Whether ``pack_lanes`` is a few instructions there; without them it would be slower than a loop over bits."""
+    from ckptdiff.kernel_cache import processor_features
+
+    versions = Later("llvmlite.binding").llvm_version_info
+    return bool(versions >= (20,)) and "+avx512vbmi2" in processor_features().split(",")
 
 
 def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -78,10 +66,10 @@ def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
 @intrinsic
 def load_codes(typing: Any, codes: Any, row: Any, start: Any) -> Any:
     """Codes ``start`` to ``start + 63`` of a row of an array, shape (rows, n)."""
-    loaded = Codes(codes.dtype.bitwidth)
+    loaded = lane_types.Codes(codes.dtype.bitwidth)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = make_array(signature.args[0])(context, builder, args[0])
+        array = arrayobj.make_array(signature.args[0])(context, builder, args[0])
         at = builder.add(builder.mul(args[1], builder.extract_value(array.shape, 1)), args[2])
         vector = context.get_value_type(loaded)
         load = builder.load(builder.bitcast(builder.gep(array.data, [at]), vector.as_pointer()))
@@ -94,7 +82,7 @@ def load_codes(typing: Any, codes: Any, row: Any, start: Any) -> Any:
 @intrinsic
 def codes_at(typing: Any, address: Any, like: Any) -> Any:
     """The sixty-four codes at an address, each as wide as an element of the array `like`."""
-    loaded = Codes(like.dtype.bitwidth)
+    loaded = lane_types.Codes(like.dtype.bitwidth)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         load = builder.load(builder.inttoptr(args[0], context.get_value_type(loaded).as_pointer()))
@@ -183,7 +171,7 @@ def pack_lanes(typing: Any, codes: Any, word: Any, packed: Any, at: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         codes, word, _, at = args
-        data = make_array(signature.args[2])(context, builder, args[2]).data
+        data = arrayobj.make_array(signature.args[2])(context, builder, args[2]).data
         code = codes.type.element
         count = _REGISTER // code.width
         part, flags = ir.VectorType(code, count), ir.VectorType(ir.IntType(1), count)
@@ -256,7 +244,7 @@ def add_squares(typing: Any, sums: Any, row: Any, base: Any, codes: Any) -> Any:
     """Add squared differences to a row of shape (rows, SUMS): float32 of bfloat16 codes, float64 of wider ones."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = make_array(signature.args[0])(context, builder, args[0])
+        array = arrayobj.make_array(signature.args[0])(context, builder, args[0])
         reals = ir.VectorType(context.get_data_type(signature.args[0].dtype), SUMS)
         address = builder.gep(array.data, [builder.mul(args[1], ir.Constant(args[1].type, SUMS))])
         address = builder.bitcast(address, reals.as_pointer())

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any, TypeAlias
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from ckptdiff.deflate.huffman import Array
-from ckptdiff.jit import helper
+from ckptdiff.jit import Later, helper, intrinsic
+
+ir, types = Later("llvmlite.ir"), Later("numba.types")
 
 Bits: TypeAlias = tuple[Any, Any, Any]
 """Bits that are not in a full byte yet (uint64), how many they are (uint64, below 8), and the byte they go to."""
@@ -22,7 +21,7 @@ def _place(context: Any, builder: Any, kind: Any, array: Any, offset: Any) -> An
     return builder.bitcast(byte, ir.IntType(64).as_pointer())
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def load_word(_: Any, array: Any, offset: Any) -> Any:
     """The eight bytes of a uint8 array from an offset on, as a uint64 in the machine's order; nothing checks bounds."""
 
@@ -32,7 +31,7 @@ def load_word(_: Any, array: Any, offset: Any) -> Any:
     return types.uint64(array, types.intp), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def store_word(_: Any, array: Any, offset: Any, word: Any) -> Any:
     """Write a uint64 to the eight bytes of a uint8 array from an offset on; nothing checks bounds."""
 
@@ -43,7 +42,7 @@ def store_word(_: Any, array: Any, offset: Any, word: Any) -> Any:
     return types.void(array, types.intp, types.uint64), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def equal_after(_: Any, difference: Any) -> Any:
     """How many of the first bytes are equal in two words that differ, from their exclusive or."""
 
@@ -53,7 +52,7 @@ def equal_after(_: Any, difference: Any) -> Any:
     return types.int64(types.uint64), build
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def equal_before(_: Any, difference: Any) -> Any:
     """How many of the last bytes are equal in two words that differ, from their exclusive or."""
 

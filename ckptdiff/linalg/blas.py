@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache, lru_cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -40,9 +41,12 @@ def require_scipy() -> None:
 @cache
 def _routine(library: str, name: str, arguments: int) -> Any:
     """A routine of SciPy's as a function of pointers."""
-    from numba.extending import get_cython_function_address
-
-    address = get_cython_function_address(f"scipy.linalg.{library}", name)
+    # Cython keeps the address in a capsule, which is named after the routine's C declaration.
+    capsule = ctypes.py_object(import_module(f"scipy.linalg.{library}").__pyx_capi__[name])
+    pointer, python = ctypes.c_void_p, ctypes.pythonapi
+    name_of = ctypes.PYFUNCTYPE(pointer, ctypes.py_object)(("PyCapsule_GetName", python))
+    address_of = ctypes.PYFUNCTYPE(pointer, ctypes.py_object, pointer)(("PyCapsule_GetPointer", python))
+    address = address_of(capsule, name_of(capsule))
     return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(address)
 
 

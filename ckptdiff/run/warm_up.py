@@ -23,7 +23,7 @@ from ckptdiff.checkpoint import Kind, TensorPair
 from ckptdiff.events import Listener, Note, Stage, stage
 from ckptdiff.formats import FORMATS, Format, Formats, formats_of
 from ckptdiff.interrupts import raise_pending
-from ckptdiff.jit import NotCachedError, cache_folder, only_cached
+from ckptdiff.jit import NotCachedError, only_cached
 from ckptdiff.measure.backend import Backend, Batching
 from ckptdiff.measure.kernels.row import fill_row
 from ckptdiff.measure.kernels.tiles import totals_of
@@ -47,8 +47,8 @@ Use: TypeAlias = tuple[str, ...]
 """A call of kernels, as words that another process can be given.
 
 "alike", "alone" or "refine" with the formats of base, tuned side and comparison; "row"; "mask" with the bytes
-of a chunk; "panel" with the stored format and that of the comparison; "scores"; "decoded"; "boxes"; "delta"; "track"
-with that of the comparison.
+of a chunk; "panel" with the stored format and that of the comparison; "scores"; "decoded"; "boxes"; "delta"; "steps",
+those of training; "track" with the format of the comparison.
 """
 
 _AT_ONCE = 2
@@ -112,10 +112,12 @@ def load(worker: Backend | None, asked: Uses, tell: Listener) -> None:
     ``worker`` is that of Numba's kernels, None if there is no comparison; if some are missing, a stage "compiling" is
     told.
     """
-    kept = cache_folder() is not None
-    missing = [use for use in asked.certain if not (kept and _load_cached(worker, use))]
+    missing = [use for use in asked.certain if not _load_cached(worker, use)]
     if not missing:
         return
+    from ckptdiff.kernel_cache import cache_folder
+
+    kept = cache_folder() is not None
     apart = [*missing, *asked.seldom] if kept else []
     tell(Note(f"compiling kernels, {_ONCE if kept else _EACH_TIME}"))
     with stage(tell, "compiling", len(apart) or len(missing), "kernels") as told:
@@ -148,6 +150,7 @@ def make_call(worker: Backend | None, use: Use) -> None:
             "decoded": _decode_weight,
             "boxes": _read_box,
             "delta": _code_block,
+            "steps": _step_nothing,
         }[kind]()
         return
     formats = [FORMATS[name] for name in words]
@@ -301,6 +304,20 @@ def _code_block() -> None:
     base, tuned, coding = np.zeros(2, np.uint8), np.full(2, 7, np.uint8), Coding(1, True)
     coded, _ = code_block(base, tuned, coding)
     apply_block(base, read_block(coded, 2, coding), coding)
+
+
+def _step_nothing() -> None:
+    from ckptdiff.retrain.kernels.mask_bits import add_bits
+    from ckptdiff.retrain.kernels.masked_steps import MASKED, masked_steps, sum_masked_squares
+    from ckptdiff.retrain.kernels.outside import OUTSIDE, prepare, restore
+
+    bits, counter = np.zeros(1, np.uint8), np.zeros(1, np.int64)
+    add_bits(bits, 0, 0, 1, bits, 0, 0, 1, 1, 1)
+    masked_steps(np.empty(0, MASKED), np.empty((0, 6), np.float32), counter)
+    sum_masked_squares(np.empty(0, MASKED), np.zeros(1), counter)
+    for code in (np.uint16, np.uint32, np.uint64):
+        prepare(np.empty(0, OUTSIDE), np.empty(0, code), counter)
+        restore(np.empty(0, OUTSIDE), np.empty(0, code), counter)
 
 
 def _follow(compare: Format) -> None:

@@ -204,7 +204,7 @@ REFUSING = """
 import sys
 from pathlib import Path
 import numpy as np
-from ckptdiff import jit
+from ckptdiff import kernel_cache
 from ckptdiff.run.warm_up import make_call
 
 make_call(None, ("decoded",))
@@ -212,7 +212,7 @@ make_call(None, ("decoded",))
 def refuse(cache, *_):
     raise RuntimeError(f"{cache.cache_path} was not loaded: {cache._py_func}")
 
-jit._Cache.load_overload = refuse
+kernel_cache._Cache.load_overload = refuse
 from ckptdiff.checkpoint import open_checkpoint
 from ckptdiff.checkpoint.decoding import DecodingRoom, decode_box
 from ckptdiff.checkpoint.encodings import find_encoded

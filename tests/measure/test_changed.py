@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from patience import PATIENCE
 
 from ckptdiff.codes.bits import population
-from ckptdiff.codes.lanes import LANES, PACKS
+from ckptdiff.codes.lanes import LANES, packs
 from ckptdiff.measure.kernels.changed import pack_codes, pick_codes
 from ckptdiff.measure.kernels.tiles import new_tile
 
@@ -32,7 +32,7 @@ def gathering(append):
     return gather
 
 
-WITHOUT = pytest.mark.skipif(not PACKS, reason="no instructions for it here")
+WITHOUT = pytest.mark.skipif(not packs(), reason="no instructions for it here")
 WAYS = [pytest.param(gathering(pack_codes), id="pack", marks=WITHOUT), pytest.param(gathering(pick_codes), id="pick")]
 
 
@@ -55,9 +55,9 @@ def test_a_processor_without_the_instructions():
     """The whole kernel as it is compiled elsewhere: its self-test compares it with the reference."""
     code = """
 from ckptdiff.measure.cpu import CpuBackend
-from ckptdiff.codes.lanes import PACKS
+from ckptdiff.codes.lanes import packs
 from ckptdiff.measure.self_test import self_test
-print(PACKS, self_test(CpuBackend()))
+print(packs(), self_test(CpuBackend()))
 """
     done = subprocess.run(
         [sys.executable, "-c", code],

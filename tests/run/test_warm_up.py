@@ -180,7 +180,7 @@ PAIRS: dict[str, tuple[tuple[Any, Any], int, tuple[int, int], list[str]]] = {
 REFUSING = """
 import sys
 from ckptdiff.run import devices, warm_up
-from ckptdiff import jit
+from ckptdiff import kernel_cache
 from ckptdiff.cli import main
 
 def refuse(cache, *_):
@@ -190,7 +190,7 @@ def load(worker, asked, tell):
     warm_up.load(worker, asked, tell)
     for use in asked.seldom:
         warm_up.make_call(worker, use)
-    jit._Cache.load_overload = refuse
+    kernel_cache._Cache.load_overload = refuse
 
 devices.load = load
 sys.exit(main())
@@ -216,7 +216,7 @@ def test_a_run_calls_no_other_kernel(name: str, tmp_path: Path, monkeypatch: pyt
 REFUSING_LATER = """
 import importlib, sys
 from ckptdiff.run import warm_up
-from ckptdiff import jit
+from ckptdiff import kernel_cache
 from ckptdiff.cli import main
 
 def refuse(cache, *_):
@@ -224,7 +224,7 @@ def refuse(cache, *_):
 
 def load(worker, asked, tell):
     warm_up.load(worker, asked, tell)
-    jit._Cache.load_overload = refuse
+    kernel_cache._Cache.load_overload = refuse
 
 importlib.import_module(sys.argv.pop(1)).load = load
 sys.exit(main())

@@ -19,7 +19,7 @@ from typing import Any
 
 from ckptdiff.errors import DeviceError
 from ckptdiff.formats import FORMATS, Format
-from ckptdiff.jit import private_folder
+from ckptdiff.kernel_library import private_folder
 
 KERNELS = ("decode", "harvest", "refine", "scan", "spectra", "ties")
 SPECTRA_KERNELS = tuple(

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from ckptdiff.codes.fetch import FETCH, Side, fetch
-from ckptdiff.jit import STEP, helper, kernel
+from ckptdiff.jit import STEP, Later, helper, kernel, overload
 from ckptdiff.measure.kernels.codes import find_bins, measure_codes, note_bins, take_values
 from ckptdiff.measure.kernels.deltas import add_ulp
 from ckptdiff.measure.kernels.stored import Cast, Stored, count_stored, decode
 from ckptdiff.measure.kernels.tiles import TILE, Array, Facts, Measure, Tile, Totals, new_tile
 from ckptdiff.measure.kernels.wide import measure_wide, take_floats
 from ckptdiff.measure.partial import BLOCK
+
+types = Later("numba.types")
 
 NO_CAST = int(Cast.NONE)
 MANY = 1 << 19

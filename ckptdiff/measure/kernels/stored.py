@@ -6,15 +6,15 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from ckptdiff.codes.bfloat16 import bf16_to_f32, round_to_bf16
 from ckptdiff.codes.bits import bits_float, float_bits
-from ckptdiff.jit import STEP, helper, reducer
+from ckptdiff.jit import STEP, Later, helper, overload, reducer
 from ckptdiff.measure.kernels.changed import count_nonfinite
 from ckptdiff.measure.kernels.tiles import Array, Measure
 from ckptdiff.measure.partial import Count, Sum
+
+types = Later("numba.types")
 
 
 class Cast(IntEnum):

@@ -10,17 +10,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from ckptdiff.codes.bfloat16 import bf16_to_f32, round_to_bf16
 from ckptdiff.codes.bits import bits_float, float_bits
 from ckptdiff.codes.fetch import memory_at
-from ckptdiff.jit import helper, kernel, reducer
+from ckptdiff.jit import Later, helper, kernel, overload, reducer
 from ckptdiff.measure.kernels.tiles import Array
 from ckptdiff.retrain.kernels.shared_work import next_unit, table_of
 
 __all__ = ["MASKED", "SPAN", "masked_steps", "sum_masked_squares"]
+
+types = Later("numba.types")
 
 MASKED = table_of(
     *("values", "gradients", "numel", "narrow", "narrow_gradients"),

@@ -9,14 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
 
-from ckptdiff.jit import helper
+from ckptdiff.jit import Later, helper, intrinsic
 from ckptdiff.measure.kernels.tiles import Array
 
 __all__ = ["next_unit", "table_of"]
+
+types, arrayobj = Later("numba.types"), Later("numba.np.arrayobj")
 
 
 def table_of(*columns: str) -> np.dtype[Any]:
@@ -29,7 +28,7 @@ def _take(typing: Any, counter: Any) -> Any:
     """What ``counter[0]`` is, before it becomes one more, whoever else takes one now."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address = make_array(signature.args[0])(context, builder, args[0]).data
+        address = arrayobj.make_array(signature.args[0])(context, builder, args[0]).data
         return builder.atomic_rmw("add", address, context.get_constant(types.int64, 1), "monotonic")
 
     return types.int64(counter), generate

@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from ckptdiff.codes.bfloat16 import bf16_to_f32
 from ckptdiff.codes.bits import bits_float
 from ckptdiff.codes.differences import add_products, add_squared_products, differences, put_reals
 from ckptdiff.codes.lanes import LANES, differing, load_codes
-from ckptdiff.jit import helper
+from ckptdiff.jit import Later, helper, overload
 from ckptdiff.measure.kernels.tiles import Array
+
+types = Later("numba.types")
 
 TRACK_TILE = 1 << 13
 """Coordinates that are taken at a time. Their squares are summed in float32, 256 in each sum, before float64."""

@@ -1,0 +1,248 @@
+"""Kernels that were built with the package: called as Numba would call them, without it, and checked before use."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from patience import PATIENCE
+
+from ckptdiff.errors import OptionError
+from ckptdiff.kernel_library import (
+    LEVELS,
+    UnlistedTypeError,
+    flatten,
+    has_level,
+    marked,
+    open_library,
+    path_of,
+    processor_level,
+)
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "addition"
+HAS = [level for level in LEVELS if has_level(level)]
+
+
+def python(code: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+COMMANDS = "run.engine cli.diff spectra.stage lora.extract track.follow overlap.combine patch.make exports.apply"
+
+
+@pytest.mark.parametrize("modules", [COMMANDS, "retrain.optimizer retrain.freezing"], ids=["commands", "retrain"])
+def test_nothing_imports_numba(modules: str) -> None:
+    """It takes half a second and 70 MB, and what is built does without."""
+    done = python(
+        f"import sys; import {', '.join(f'ckptdiff.{name}' for name in modules.split())}; print(*sys.modules)"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ckptdiff.jit" in done.stdout.split()
+    assert {"numba", "llvmlite", "scipy"}.isdisjoint(done.stdout.split())
+
+
+class Two(NamedTuple):
+    left: Any
+    right: Any
+
+
+SCALARS = [True, 1, -1, 1.5, None, np.bool_(True), *(np.dtype(char).type(1) for char in "bBhHiIlLfd"), 2**63]
+DTYPES = [*(np.dtype(char) for char in "?bBhHiIlLfd"), np.dtype([("a", "i8"), ("b", "i4")]), np.dtype([("b", "i8")])]
+
+
+@st.composite
+def arrays(draw: st.DrawFn) -> np.ndarray:
+    """Of any layout: whole, transposed, sliced, read-only, with rows of one or none."""
+    array = np.zeros(draw(st.lists(st.integers(0, 3), min_size=1, max_size=3)), draw(st.sampled_from(DTYPES)))
+    array = array.T if draw(st.booleans()) else array
+    array = array[:: draw(st.sampled_from([1, 2]))]
+    array.flags.writeable = draw(st.booleans())
+    return array
+
+
+ARGUMENTS = st.recursive(
+    st.sampled_from(SCALARS) | arrays(),
+    lambda inner: st.tuples(inner) | st.tuples(inner, inner) | st.builds(Two, inner, inner),
+)
+
+
+def key_of(value: Any) -> list[Any]:
+    key: list[Any] = []
+    flatten((value,), key, [])
+    return key
+
+
+def without_names(kind: Any) -> Any:
+    """A type of Numba's in which a tuple is one, whatever its fields are called: their memory is the same."""
+    if isinstance(kind, numba.types.BaseTuple):
+        return tuple(map(without_names, kind))
+    return kind
+
+
+@given(ARGUMENTS, ARGUMENTS)
+def test_types_are_told_apart_as_numba_does(left: Any, right: Any) -> None:
+    same = without_names(numba.typeof(left)) == without_names(numba.typeof(right))
+    assert (key_of(left) == key_of(right)) == same
+    assert key_of(left) == key_of(left)
+
+
+@pytest.mark.parametrize("value", ["text", 1j, np.float16(1), [1], {}, np.ma.masked_array([1])])
+def test_what_no_kernel_takes_is_left_to_numba(value: Any) -> None:
+    with pytest.raises(UnlistedTypeError):
+        key_of(value)
+
+
+Open = Callable[[bytes], str]
+
+
+@pytest.fixture
+def opened(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> Open:
+    """Open a library of some bytes, which is not used; what is said then."""
+
+    def refused(data: bytes) -> str:
+        path = tmp_path / path_of(processor_level()).name
+        path.write_bytes(data)
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "ckptdiff"):
+            assert open_library(tmp_path, "") is None
+        (said,) = caplog.messages
+        assert said.startswith(f"kernels are compiled on the spot, {path} cannot be used: ")
+        return said
+
+    return refused
+
+
+def test_a_library_that_does_not_fit_is_said(opened: Open) -> None:
+    other = 183 if platform.machine() == "x86_64" else 62  # ARM's, and that of x86-64
+    whole = marked(b"\x7fELF\2\1\1" + bytes(9) + struct.pack("<HHI", 3, other, 1) + bytes(99))
+    assert "cannot open shared object file" in opened(whole)
+    for cut in (b"", whole[:10], whole[:-1], whole[:-90]):
+        assert "its end was cut off" in opened(cut)
+    for place in (0, 10, len(whole) - 1):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1
+        assert "it is damaged" in opened(bytes(flipped))
+
+
+def test_a_library_of_other_sources_is_said(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ckptdiff import kernel_library
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kernel_library, "sources_hash", lambda: bytes(32))
+        stale = marked(b"code")
+    assert "built of other sources" in opened(stale)
+
+
+def test_what_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert open_library(tmp_path, "") is None and open_library(tmp_path, "jit") is None
+    assert caplog.messages == []
+    assert open_library(tmp_path, "v2") is None
+    assert len(caplog.messages) == 1
+    with pytest.raises(OptionError, match="v5"):
+        open_library(tmp_path, "v5")
+
+
+def test_a_level_that_is_none_ends_a_command(tmp_path: Path) -> None:
+    code = "import sys; from ckptdiff.cli import main; sys.exit(main())"
+    sides = [str(FIXTURE / side) for side in ("base", "tuned")]
+    done = python(code, "diff", *sides, "-o", str(tmp_path / "run.h5"), CKPTDIFF_KERNELS="v5")
+    assert done.returncode == 2 and "CKPTDIFF_KERNELS is 'v5', not one of v4, v3, v2 and jit" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+PANELS = """
+import sys
+from pathlib import Path
+from ckptdiff.kernel_compiler import compile_library
+from ckptdiff.kernel_library import path_of
+
+if __name__ == "__main__":
+    found = compile_library(sys.argv[1], Path(sys.argv[2], path_of(sys.argv[1]).name), uses=[("panel", "f32", "bf16")])
+    assert [one.name for one in found] == ["cast_to_bf16"]
+"""
+
+CALLS = """
+import sys
+from pathlib import Path
+import numpy as np
+from ckptdiff import kernel_library
+from ckptdiff.kernel_library import open_library
+
+opened = open_library(Path(sys.argv[2]), sys.argv[1])
+kernel_library.library = lambda: opened
+from ckptdiff.formats import round_to_bf16
+from ckptdiff.spectra.kernels.panels import cast_to_bf16
+
+codes = np.random.default_rng(0).integers(0, 1 << 32, 70_001, np.uint32)
+codes.flags.writeable = False
+out = np.zeros_like(codes)
+assert cast_to_bf16(codes, out) is None
+assert (out == round_to_bf16(codes).astype(np.uint32) << 16).all()
+assert "numba" not in sys.modules
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS, reason="levels are those of x86-64")
+def test_a_built_kernel_is_called_without_numba(tmp_path: Path, opened: Open) -> None:
+    for level in HAS:
+        for code in (PANELS, CALLS):
+            done = python(code, level, str(tmp_path))
+            assert done.returncode == 0, done.stderr
+    whole = (tmp_path / path_of(HAS[0]).name).read_bytes()
+    assert "its end was cut off" in opened(whole[:-1000])
+
+
+SCAN = """
+import hashlib, pickle, sys
+import numpy as np
+from ckptdiff import jit
+from ckptdiff.kernel_compiler import Recorder, set_target
+
+set_target(sys.argv[1])
+from ckptdiff.formats import FORMATS
+from ckptdiff.measure.cpu import CpuBackend
+from ckptdiff.measure.partial import Partial, Rule, Scan
+from ckptdiff.measure.source import InMemory
+from ckptdiff.measure.thresholds import EPS, ETA
+
+jit.recorder.set(Recorder(sys.argv[1]))
+rng = np.random.default_rng(0)
+base = (0.05 * rng.standard_normal(200_003)).astype(np.float32)
+tuned = base + np.float32(1e-4) * rng.standard_normal(base.size).astype(np.float32) * (rng.random(base.size) < 0.3)
+for compare in ("bf16", "f32"):
+    scan = Scan(FORMATS["f32"], FORMATS["f32"], FORMATS[compare], EPS, ETA, Rule.BITWISE, want_mask=True)
+    partial = Partial()
+    mask = CpuBackend().scan(scan, InMemory(base.view(np.uint8), tuned.view(np.uint8), base.size), partial)
+    for name in ("counts", "within", "sums", "weights", "deltas", "ulp", "max_abs"):
+        print(compare, name, hashlib.sha256(np.ascontiguousarray(getattr(partial, name))).hexdigest()[:12])
+    print(compare, hashlib.sha256(mask).hexdigest()[:12])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(HAS) < 2, reason="this processor has no two levels of x86-64")
+def test_no_digit_depends_on_the_level() -> None:
+    """Sums of floats above all: with wider registers, and where a product and a sum are one step, they could."""
+    found = {level: python(SCAN, level) for level in HAS}
+    assert [done.stderr for done in found.values()] == [""] * len(HAS)
+    assert len({done.stdout for done in found.values()}) == 1, {level: done.stdout for level, done in found.items()}
