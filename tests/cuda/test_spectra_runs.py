@@ -296,7 +296,7 @@ def test_a_gpu_lost_in_mid_run_ends_in_an_error(
     def lost(event: Any) -> None:
         raise RuntimeError("cudaErrorDevicesUnavailable: GPU has fallen off the bus")
 
-    monkeypatch.setattr(gpu, "record", lambda stream: lost(None))
+    monkeypatch.setattr(gpu, "record", lambda stream, event: lost(event))
     with pytest.raises(DeviceError, match="fallen off the bus"):
         ckptdiff.diff(*pair, spectra="randomized", out=tmp_path / "run.h5", device="cuda")
     assert list(tmp_path.iterdir()) == []
