@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from ckptdiff.formats import FORMATS
 from ckptdiff.lora.extract import extract_lora
 from ckptdiff.measure.cuda import choice
 from ckptdiff.options import Options, SpectraOptions
+from ckptdiff.run import planning
+from ckptdiff.run.devices import open_device
 from ckptdiff.spectra import spectra_gpu as gpu_module
 from ckptdiff.spectra.budget import Budget
-from ckptdiff.spectra.gpu_panels import GpuPanels, GpuStack, PanelSlots
+from ckptdiff.spectra.gpu_panels import GpuPanels, GpuStack, PanelSlots, slots_bytes
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.spectra_gpu import open_spectra_gpu
 from ckptdiff.spectra.trial import wrong_spectra
@@ -76,6 +79,32 @@ def test_no_digit_differs_from_run_to_run(pair: tuple[str, str], on_gpu: Any) ->
         on_gpu(seed)
         rows.append(json.dumps(spectral(ckptdiff.diff(*pair, spectra="randomized", device="cuda"))))
     assert rows[0] == rows[1]
+
+
+def test_slots_of_the_spectra_are_taken_when_those_of_the_coordinate_pass_are_gone(
+    pair: tuple[str, str], on_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the host and on the GPU: what lies idle beside the others would be beyond their bounds."""
+    gpu = on_gpu(memory=8 << 30)
+    held, taken = [0], []
+    locked = gpu.pinned
+
+    def pinned(size: int) -> np.ndarray:
+        taken.append((size, held[0], (8 << 30) - gpu.free_memory()[0] < 1 << 20))
+        block = locked(size)
+        held[0] += size
+        weakref.finalize(block, lambda: held.__setitem__(0, held[0] - size))
+        return block
+
+    monkeypatch.setattr(gpu, "pinned", pinned)
+    monkeypatch.setattr(choice, "find_gpu", lambda index: gpu)
+    monkeypatch.setattr("ckptdiff.measure.cuda.gpu.CupyGpu", lambda index: gpu)
+    monkeypatch.setattr("ckptdiff.measure.self_test.wrong_figures", lambda backend: "")
+    monkeypatch.setattr(planning, "open_device", open_device)
+    monkeypatch.setattr(gpu_module, "PanelSlots", PanelSlots)
+    ckptdiff.diff(*pair, spectra="randomized", device="cuda", threads=2, include=["*proj*"])
+    ours = [beside for size, *beside in taken if size == slots_bytes()]
+    assert ours == [[0, True]] and len(taken) > 3
 
 
 class Codes:
