@@ -155,6 +155,23 @@ def test_panels_however_small_the_pieces(
     assert set(gpu.launched) == {"panel_float32"}
 
 
+def test_codes_are_read_while_those_before_go_up_and_become_a_panel(libraries: Any) -> None:
+    """The host waits for the slot that it needs, and for nothing else: so two pieces are under way."""
+    gpu = ArrayGpu(libraries, 0, processors=1)
+    library, _ = library_on(gpu, 0)
+    source, queued = Codes(64, 32, np.float32), []
+    read = source.read_codes
+
+    def noted(side: int, *rest: Any) -> None:
+        if not side:
+            queued.append(gpu.queued)
+        read(side, *rest)
+
+    source.read_codes = noted  # type: ignore[method-assign]
+    GpuPanels(source, PanelSlots(library, 512), kept=True)
+    assert len(queued) == 8 and queued[0] == 0 and min(queued[1:]) >= 2  # the kernel of the piece before, and an event
+
+
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("rows", "columns", "same"), [(90, 20, False), (20, 90, False), (20, 90, True)])
 def test_a_stack_however_small_the_pieces(libraries: Any, rows: int, columns: int, same: bool, seed: int) -> None:
