@@ -1,5 +1,5 @@
-// Matrices of a pair for the spectra: stored codes become panels of W0 and d, which lie tall, and entries are counted
-// by magnitude and by score.
+// Matrices of a pair for the spectra: stored codes become panels of W0 and d, which lie tall, entries are counted by
+// magnitude and by score, and squares are added up.
 #include "pair.cuh"
 #include "reduce.cuh"
 
@@ -117,6 +117,24 @@ __device__ void add_scores(const Real* scores, const Real* base, const Real* del
     for (u32 k = 0; k < SCORE_FIELDS; ++k) add_up(top[k], &counts[(u64)bins * SCORE_FIELDS + k]);
 }
 
+// Sums of the squares in each column of matrices, of so many rows of it at a time. They do not depend on the grid, and the
+// square of a float is exact.
+template <class Real>
+__device__ void add_squares(const Real* values, u64 rows, u64 columns, u64 matrices, u64 rows_of_sum, double* sums) {
+    const u64 parts = (rows + rows_of_sum - 1) / rows_of_sum, all = matrices * parts * columns;
+    for (u64 i = (u64)blockIdx.x * THREADS + threadIdx.x; i < all; i += (u64)gridDim.x * THREADS) {
+        const u64 part = i / columns, first = part % parts * rows_of_sum;
+        const u64 stop = first + rows_of_sum < rows ? first + rows_of_sum : rows;
+        const Real* column = values + part / parts * rows * columns + i % columns;
+        double sum = 0;
+        for (u64 row = first; row < stop; ++row) {
+            const double value = column[row * columns];
+            sum += value * value;
+        }
+        sums[i] = sum;
+    }
+}
+
 // Each for panels of float and of double.
 #define KERNELS_OF(REAL, BITS)                                                                                         \
     extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
@@ -134,6 +152,10 @@ __device__ void add_scores(const Real* scores, const Real* base, const Real* del
         scores_float##BITS(const REAL* scores, const REAL* base, const REAL* delta, u64 numel, u32 members,            \
                            const Window* windows, u32 room, u32 threshold, const u32* chances, u64* counts) {          \
         add_scores(scores, base, delta, numel, members, windows, room, threshold, chances, counts);                    \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS)                                                              \
+        squares_float##BITS(const REAL* values, u64 rows, u64 columns, u64 matrices, u64 rows_of_sum, double* sums) {  \
+        add_squares(values, rows, columns, matrices, rows_of_sum, sums);                                               \
     }
 KERNELS_OF(float, 32)
 KERNELS_OF(double, 64)

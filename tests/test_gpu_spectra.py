@@ -26,5 +26,6 @@ def test_spectra_are_timed_and_compared(tmp_path: Path) -> None:
         ("randomized", False),
         ("exact", False),
         ("randomized", False),
+        ("adapter", False),
         ("randomized", False),
     ]

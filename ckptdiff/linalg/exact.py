@@ -7,6 +7,7 @@ all such vectors, found the same way from a much smaller Gram matrix, replace th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -64,27 +65,43 @@ def values_of_each(
 ) -> Stage[tuple[Float64, tuple[Array, Array]]]:
     """The same of the first `members` matrices of a stack: their values in rows, and leading eigenpairs of all.
 
-    Small values are found again matrix by matrix: how many there are differs.
+    Small values are found again for all matrices at once that have about as many, up to the next power of two: there
+    are few such powers, and what a matrix has then does not depend on the others.
     """
     gram = yield from gram_of(side, short, np.float64, library, stack)
     found, pairs = eigh_top(gram, short, library)
     squares = library.home(found)[:members]
     values = np.sqrt(np.maximum(squares, 0.0))
-    again = {member: few for member, row in enumerate(squares) if (few := _few(row))}
+    again: dict[int, dict[int, int]] = {}
+    for member, few in enumerate(map(_few, squares)):
+        if few:
+            again.setdefault(min(1 << (few - 1).bit_length(), short), {})[member] = few
+    bottoms = {count: library.contiguous(pairs[..., short - count :]) for count in again}
+    for count, numbers in again.items():
+        bottoms[count] = bottoms[count] * library.put(_last_of_each(numbers, (*stack, 1, count)))
+    rests = {count: library.zeros((*stack, count, count), np.float64) for count in again}
+
+    def project(panel: Panel) -> None:
+        matrices = panel.side(side)
+        for count, rest in rests.items():
+            library.add_gram(rest, library.product(matrices, bottoms[count]))
+
     if again:
-        bottoms = {member: library.contiguous(pairs[member, :, short - few :]) for member, few in again.items()}
-        rests = {member: library.zeros((few, few), np.float64) for member, few in again.items()}
-
-        def project(panel: Panel) -> None:
-            matrices = panel.side(side)
-            for member, rest in rests.items():
-                library.add_gram(rest, library.product(matrices[member, ...], bottoms[member]))
-
         yield project
-        for member, few in again.items():
-            values[member, short - few :] = np.sqrt(np.maximum(library.eigenvalues(rests[member]), 0.0))
-            values[member, ::-1].sort()
+    for count, numbers in again.items():
+        small = np.sqrt(np.maximum(library.eigenvalues(rests[count])[:members], 0.0))
+        for member, few in numbers.items():
+            values[member, short - few :] = small[member, :few]
+    values[:, ::-1].sort()
     return values, (found[:, :vectors], library.contiguous(pairs[..., :vectors]))
+
+
+def _last_of_each(numbers: Mapping[int, int], shape: tuple[int, ...]) -> Float64:
+    """Ones at so many of the last vectors of some matrices, by their place in a stack, else zeros."""
+    kept = np.zeros(shape)
+    for member, few in numbers.items():
+        kept[member, 0, shape[-1] - few :] = 1.0
+    return kept
 
 
 def side_work(long: int, short: int, vectors: int = 0) -> float:

@@ -87,7 +87,7 @@ class Library(Protocol):
         """Add ``panel.T @ panel`` to the lower triangle of `total`: C-contiguous, shapes (rows, n) and (n, n)."""
 
     def squares(self, values: Array, *, by_column: bool = False) -> Array:
-        """Sum of squares of a matrix in float64, over all of it or of each column."""
+        """Sum of squares of a C-contiguous matrix in float64, over all of it or of each column."""
 
     def scaled(self, values: Array, exponent: int) -> Array:
         """``values * 2**exponent``, of which no digit is lost."""

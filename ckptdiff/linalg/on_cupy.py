@@ -21,19 +21,31 @@ _FIELDS = 8
 """What kernels count of each entry by its score; see `cuda/spectra.cu`."""
 _CERTAIN = 1 << 31
 """A chance of one, as kernels add chances up: integers, so that no digit depends on the order."""
+_SQUARED_ROWS = 64
+"""Rows of a column whose squares are added up at a time: then there are many such sums, and few beside the entries."""
 _ANY_FORMATS = (FORMATS["bf16"],) * 3
 """Of kernels that read floats: those of any formats do."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuLibrary(AnyLibrary):
-    """The arrays of a GPU, with counts by its kernels; see :class:`~ckptdiff.linalg.library.Library`."""
+    """The arrays of a GPU, with counts and squares by its kernels; see :class:`~ckptdiff.linalg.library.Library`."""
 
     gpu: Gpu = field(kw_only=True)
     stream: Stream = field(kw_only=True)
     """On which all arrays are computed."""
     array: Callable[[Buffer, np.dtype[Any], tuple[int, ...]], Array] = field(kw_only=True)
     """Gives the start of a buffer as an array, for what is computed after all that the stream holds by then."""
+
+    def squares(self, values: Array, *, by_column: bool = False) -> Array:
+        """Sum of squares, in one pass over them; the standard would have to copy all of them to float64."""
+        *stack, rows, columns = values.shape
+        sums = self.zeros((*stack, -(-rows // _SQUARED_ROWS), columns), np.float64)
+        sizes = rows, columns, math.prod(stack), _SQUARED_ROWS
+        given = (values, *map(np.uint64, sizes), sums)
+        name = f"squares_float{8 * self.itemsize(values)}"
+        self.gpu.launch(_ANY_FORMATS, name, 8 * self.gpu.processors, given, self.stream)
+        return self.xp.sum(sums, axis=-2 if by_column else (-2, -1))
 
     def count_magnitudes(self, counts: Any, base: Array, delta: Array, threshold: float) -> Any:
         """Count by magnitude."""
@@ -147,7 +159,8 @@ def in_use(gpu: CupyGpu, stream: Stream, memory: int) -> Iterator[None]:
     """Let this thread compute with CuPy as figures need it, in so many bytes of GPU memory.
 
     On one stream; in full float32, whatever CUPY_TF32 says; and a cuSOLVER routine that fails raises, where CuPy would
-    go on with what it left.
+    go on with what it left. What CuPy keeps for whoever asks next counts as taken there, also what only another stream
+    may use: so it is given back where memory would lack else.
     """
     import cupyx
     from cupy._core import _routines_linalg as routines
@@ -157,7 +170,8 @@ def in_use(gpu: CupyGpu, stream: Stream, memory: int) -> Iterator[None]:
     before = routines.get_compute_type(single)
     routines.set_compute_type(single, routines.COMPUTE_TYPE_DEFAULT)
     try:
-        with cupy.cuda.Device(gpu.index), stream, cupyx.errstate(linalg="raise"):
+        allocator = cupy.cuda.using_allocator(lambda size: _allocated(pool, size))
+        with cupy.cuda.Device(gpu.index), stream, cupyx.errstate(linalg="raise"), allocator:
             limit = pool.get_limit()
             pool.set_limit(size=memory)
             try:
@@ -166,3 +180,11 @@ def in_use(gpu: CupyGpu, stream: Stream, memory: int) -> Iterator[None]:
                 pool.set_limit(size=limit)
     finally:
         routines.set_compute_type(single, before)
+
+
+def _allocated(pool: Any, size: int) -> Any:
+    try:
+        return pool.malloc(size)
+    except MemoryError:
+        pool.free_all_blocks()
+    return pool.malloc(size)

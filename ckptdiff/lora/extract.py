@@ -1,42 +1,31 @@
-"""Make an adapter of two checkpoints, one tensor at a time."""
+"""Make an adapter of two checkpoints."""
 
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from ckptdiff.checkpoint import Kind, TensorPair, open_checkpoint
-from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
+from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.checkpoint.weights import CommonPart
 from ckptdiff.errors import OptionError, PairingError
 from ckptdiff.events import Listener, Note, ignore, stage
-from ckptdiff.exports.adaptable import Adapted, Way
+from ckptdiff.exports.adaptable import Adapted
 from ckptdiff.files.staged import StagedFile, StagedFolder
-from ckptdiff.formats import formats_of
-from ckptdiff.in_order import Task, in_order
 from ckptdiff.linalg.blas import require_scipy
-from ckptdiff.linalg.stages import run_together
-from ckptdiff.linalg.threads import one_blas_thread, product_threads, work_counted_in
-from ckptdiff.linalg.work import WorkMeter
 from ckptdiff.lora.adapter import AdapterWriter, stacked
-from ckptdiff.lora.factors import Factors, factor_work, factorize, krylov_block, update_norm
+from ckptdiff.lora.factoring import Factoring, Update
+from ckptdiff.lora.factors import Factors, krylov_block
 from ckptdiff.memory import resident
-from ckptdiff.options import Compare, MaskRule, Options, SpectraOptions
+from ckptdiff.options import MaskRule, Options, SpectraOptions
 from ckptdiff.report.text import percent
 from ckptdiff.run.engine import run_plan
 from ckptdiff.run.planning import prepare
 from ckptdiff.run.warm_up import Uses, load, panel_uses
 from ckptdiff.runfile.check_target import check_new
-from ckptdiff.spectra.budget import Budget, cache_bytes
-from ckptdiff.spectra.matrices import MatrixView, matrices_of
-from ckptdiff.spectra.panels import StoredPanels
-from ckptdiff.spectra.spectra_gpu import SpectraGpu, open_spectra_gpu, or_streamed, source_of
+from ckptdiff.spectra.budget import Budget
+from ckptdiff.spectra.spectra_gpu import open_spectra_gpu
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +165,9 @@ def extract_lora(
             asked = replace(options, spectra=SpectraOptions(block=min(krylov_block(rank), 1024)))
             views = (update.views[0] for update in updates if update.reason is None)
             budget = gpu.budget(asked) if gpu else Budget.of(asked, resident(), views)
-            factoring = _Factoring(shards, options.compare, budget, gpu, rank, energy, seed)
+            factoring = Factoring(shards, options.compare, budget, gpu, rank, energy, seed)
             for update, factors in factoring.factors(updates, tell):
-                found.append(_written(writer, update, factors, model) if factors else update.without)
+                found.append(_written(writer, update, factors, model) if factors else _left_out(update))
                 made_of = f"rank {found[-1].rank}, {percent(found[-1].lost)} lost"
                 tell(Note(f"{update.pair.name}: {made_of if factors else f'left out: {update.reason}'}"))
             if not any(tensor.rank for tensor in found):
@@ -194,34 +183,7 @@ def extract_lora(
     return Extraction(folder, tuple(found), len(plan.pairs) - len(found))
 
 
-@dataclass(frozen=True, slots=True)
-class _Update:
-    """The update of one tensor, and how an adapter holds it, or why it cannot."""
-
-    pair: TensorPair
-    called: str
-    """By the model."""
-    norm: float
-    way: Way | None
-    reason: str | None
-
-    @property
-    def views(self) -> list[MatrixView]:
-        """Its matrices: one, or that of each expert."""
-        return matrices_of(self.called, self.pair.base.shape)
-
-    @property
-    def without(self) -> Extracted:
-        """The same, left out of the adapter."""
-        return Extracted(self.pair.name, self.pair.shape, self.norm, 0, 1.0, self.reason)
-
-    @property
-    def dtype(self) -> np.dtype[np.floating]:
-        """In which its square is a number."""
-        return np.dtype(np.float32 if 1e-12 < self.norm < 1e12 else np.float64)
-
-
-def _update(pair: TensorPair, norm: float, model: Adapted, strange: bool) -> _Update:
+def _update(pair: TensorPair, norm: float, model: Adapted, strange: bool) -> Update:
     called = model.called(pair.name)
     way, reason = model.way(called, pair.shape, pair.base.kind is Kind.FLOAT, "lora")
     if pair.untied:
@@ -232,10 +194,14 @@ def _update(pair: TensorPair, norm: float, model: Adapted, strange: bool) -> _Up
         reason = "the tuned side lacks a part of it"
     elif strange:
         reason = "NaN or Inf in it"
-    return _Update(pair, called, norm, None if reason else way, reason or None)
+    return Update(pair, called, norm, None if reason else way, reason or None)
 
 
-def _written(writer: AdapterWriter, update: _Update, found: list[Factors | None], model: Adapted) -> Extracted:
+def _left_out(update: Update) -> Extracted:
+    return Extracted(update.pair.name, update.pair.shape, update.norm, 0, 1.0, update.reason)
+
+
+def _written(writer: AdapterWriter, update: Update, found: list[Factors | None], model: Adapted) -> Extracted:
     name, way = update.called, update.way
     assert way is not None
     parts = [None if factors is None else factors.of(view) for factors, view in zip(found, update.views, strict=True)]
@@ -250,79 +216,3 @@ def _written(writer: AdapterWriter, update: _Update, found: list[Factors | None]
     writer.add(name if way in ("parameter", "stack") else name.removesuffix(".weight"), way, rank, down, up)
     lost = sum(factors.lost * factors.norm**2 for factors in found if factors is not None) / update.norm**2
     return Extracted(update.pair.name, update.pair.shape, update.norm, rank, lost)
-
-
-@dataclass(frozen=True, slots=True)
-class _Factoring:
-    """Finds factors of updates: all that they have in common."""
-
-    shards: OpenShards
-    compare: Compare
-    budget: Budget
-    """Of memory and threads; its Krylov space is that of the randomized SVD."""
-    gpu: SpectraGpu | None
-    rank: int
-    energy: float | None
-    seed: int
-    stop: threading.Event = field(default_factory=threading.Event)
-    """Set to end what is under way."""
-
-    def factors(self, updates: Sequence[_Update], tell: Listener) -> Iterator[tuple[_Update, list[Factors | None]]]:
-        """Yield the factors of each update, in order; as many are under way as there are slots for."""
-        with stage(tell, "factors") as told, one_blas_thread():
-            meter = WorkMeter(sum(map(self._work, updates)))
-
-            def tell_of_work() -> None:
-                told.at(meter.share(), meter.at_hand())
-
-            tasks = (self._task(update, meter) for update in updates)
-            # Factors that wait for their turn may be large, so none is begun that many slots ahead.
-            done = in_order(tasks, self.budget.threads, self.stop.set, tell_of_work, ahead=1)
-            for update, factors in zip(updates, done, strict=True):
-                yield update, factors
-                tell_of_work()
-
-    def _task(self, update: _Update, meter: WorkMeter) -> Task[list[Factors | None]]:
-        if update.reason is not None:
-            return Task(list, 1, 0)
-        view = update.views[0]
-        slots = self.budget.slots(view)
-        return Task(partial(self._factors, update, slots, meter), slots, update.pair.base.numel)
-
-    def _factors(self, update: _Update, slots: int, meter: WorkMeter) -> list[Factors | None]:
-        with (
-            product_threads(slots, self.stop),
-            meter.matrix(update.pair.name, self._work(update), slots) as work,
-            work_counted_in(work),
-        ):
-            share, name = self.budget.share(slots), update.pair.name
-            return [or_streamed(self.gpu, partial(self._factored, update, view), share, name) for view in update.views]
-
-    def _factored(self, update: _Update, view: MatrixView, share: int) -> Factors | None:
-        """The factors of one of its matrices, in `share` bytes; None if that one of several did not change."""
-        source = source_of(self._panels(update, view), self._fits(update, share), self.gpu)
-        norm = update.norm
-        if len(update.views) > 1:
-            (norm,) = run_together(source, update_norm(source.library))
-        return factorize(source, norm, min(self.rank, view.short), self.energy, self.seed) if norm else None
-
-    def _panels(self, update: _Update, view: MatrixView) -> StoredPanels:
-        pair = update.pair
-        formats = formats_of(pair.base.dtype, pair.tuned.dtype, self.compare)
-        return StoredPanels(self.shards, pair, formats, view, update.dtype)
-
-    def _fits(self, update: _Update, share: int) -> bool:
-        """Whether there is room for a decoded pair, beside its factors and what computes them."""
-        view, itemsize = update.views[0], update.dtype.itemsize
-        factors = 2 * itemsize * len(update.views) * (view.long + view.short) * min(self.rank, view.short)
-        needed = self.budget.randomized_bytes(view, itemsize) + factors
-        return cache_bytes(view, itemsize) + needed <= share
-
-    def _work(self, update: _Update) -> float:
-        """Foresee the work of an update, as far as its sizes tell."""
-        if update.reason is not None:
-            return 0.0
-        view, count = update.views[0], len(update.views)
-        found, passes = factor_work(view.long, view.short, update.dtype.itemsize, self.rank)
-        reads = 1 if self._fits(update, self.budget.share(self.budget.slots(view))) else passes + (count > 1)
-        return count * (found + self._panels(update, view).work * reads)

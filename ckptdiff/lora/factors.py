@@ -18,6 +18,7 @@ from ckptdiff.linalg.krylov import (
 )
 from ckptdiff.linalg.library import Array, Library
 from ckptdiff.linalg.stages import Panel, PanelSource, Stage, run_together
+from ckptdiff.linalg.symmetric import eigh_top, gram_of
 from ckptdiff.linalg.work import product_work
 from ckptdiff.spectra.matrices import MatrixView
 
@@ -62,18 +63,58 @@ def factorize(source: PanelSource, delta_norm: float, most: int, energy: float |
     else:
         leading = krylov_values(source.short, (wanted,), dtype, krylov, library)
     (found,) = run_together(source, leading)
-    shares = np.cumsum(found.lower) / delta_norm**2
-    kept = int((found.lower > np.finfo(np.float32).eps ** 2 * found.lower[0]).sum())
-    rank = max(1, min(kept, found.vectors.shape[1]))
-    if energy is not None:
-        rank = min(rank, int(np.searchsorted(shares, energy)) + 1)
+    rank = min(_rank(found.lower, delta_norm, energy), max(1, found.vectors.shape[1]))
     down = library.contiguous(library.cast(found.vectors[:, :rank], dtype))
     (projected,) = run_together(source, _moved(down, source))
-    vectors, moved = library.home(down), library.home(projected)
+    return _split(library.home(down), library.home(projected), delta_norm)
+
+
+def factorize_each(source: PanelSource, members: int, most: int, energy: float | None) -> list[Factors | None]:
+    """The same of the first `members` updates of a stack, from their Gram matrices; None of one that is zero."""
+    library, wanted = source.library, min(most, source.short)
+    squares, (found, vectors) = run_together(source, _squares_of_each(source), _leading_of_each(source, wanted))
+    down = library.contiguous(library.cast(vectors, source.dtype))
+    (projected,) = run_together(source, _moved(down, source))
+    values, vectors, moved = map(library.home, (found, down, projected))
+    factors: list[Factors | None] = []
+    for member, norm in enumerate(np.sqrt(squares[:members]).tolist()):
+        rank = _rank(np.maximum(values[member], 0.0), norm, energy) if norm else 0
+        factors.append(_split(vectors[member, :, :rank], moved[member, :, :rank], norm) if norm else None)
+    return factors
+
+
+def _rank(lower: NDArray[np.float64], delta_norm: float, energy: float | None) -> int:
+    """Of the leading eigenvalues so many that are no noise, or fewer that hold enough."""
+    rank = max(1, int((lower > np.finfo(np.float32).eps ** 2 * lower[0]).sum()))
+    if energy is not None:
+        rank = min(rank, int(np.searchsorted(np.cumsum(lower) / delta_norm**2, energy)) + 1)
+    return rank
+
+
+def _split(vectors: NDArray[np.floating], moved: NDArray[np.floating], delta_norm: float) -> Factors:
+    """Factors of ``d V V^T``, of V and ``d V``."""
     sizes = np.linalg.norm(moved.astype(np.float64), axis=0)
     roots = np.sqrt(np.where(sizes > 0, sizes, 1.0))
     lost = 1.0 - float(np.sum(sizes**2)) / delta_norm**2
     return Factors((moved / roots).astype(np.float32), (vectors * roots).astype(np.float32), max(lost, 0.0), delta_norm)
+
+
+def _squares_of_each(source: PanelSource) -> Stage[NDArray[np.float64]]:
+    """One pass: ``norm(d)^2`` of each update of a stack."""
+    total = source.library.zeros(source.stack, np.float64)
+
+    def add(panel: Panel) -> None:
+        nonlocal total
+        total = total + source.library.squares(panel.delta)
+
+    yield add
+    return source.library.home(total)
+
+
+def _leading_of_each(source: PanelSource, wanted: int) -> Stage[tuple[Array, Array]]:
+    """One pass: leading eigenpairs of ``d^T d`` of each update of a stack."""
+    gram = yield from gram_of("delta", source.short, np.float64, source.library, source.stack)
+    return eigh_top(gram, wanted, source.library)
 
 
 def update_norm(library: Library) -> Stage[float]:
@@ -88,9 +129,12 @@ def update_norm(library: Library) -> Stage[float]:
     return math.sqrt(float(library.home(total)))
 
 
-def factor_work(long: int, short: int, itemsize: int, most: int) -> tuple[float, int]:
-    """Foresee what :func:`factorize` counts, as far as sizes tell, and how many passes it makes."""
-    wanted, krylov = min(most, short), _krylov(short, most, 0)
+def factor_work(long: int, short: int, itemsize: int, most: int, directly: bool = False) -> tuple[float, int]:
+    """Foresee what :func:`factorize` counts, as far as sizes tell, and how many passes it makes.
+
+    Or what is counted of an update in a stack, whose leading values are found `directly`.
+    """
+    wanted, krylov = min(most, short), None if directly else _krylov(short, most, 0)
     moved = product_work(long, short, wanted, itemsize)
     if krylov is None:
         return moved + direct_work(long, short, (wanted,)), 2
@@ -110,13 +154,13 @@ def _krylov(short: int, most: int, seed: int) -> KrylovOptions | None:
 
 def _moved(vectors: Array, source: PanelSource) -> Stage[Array]:
     """One pass: ``d V``."""
-    projected = source.library.zeros((source.long, vectors.shape[1]), source.dtype)
+    projected = source.library.zeros((*source.stack, source.long, vectors.shape[-1]), source.dtype)
     done = 0
 
     def project(panel: Panel) -> None:
         nonlocal done
-        rows = slice(done, done + panel.delta.shape[0])
-        projected[rows, :] = source.library.product(panel.delta, vectors)
+        rows = slice(done, done + panel.delta.shape[-2])
+        projected[..., rows, :] = source.library.product(panel.delta, vectors)
         done = rows.stop
 
     yield project

@@ -2,8 +2,9 @@
 
 Or many small ones of one shape as a stack, which is uploaded once.
 
-Codes go up as they are stored, a piece at a time, and a kernel decodes, casts, subtracts and turns them there. Two
-pieces are under way: while one is read, the other goes up, and products of the panel before run.
+Codes go up as they are stored, a piece at a time, and a kernel decodes, casts, subtracts and turns them there. Pieces
+go up through slots like those of the coordinate pass: while one is read, the other goes up, and products of the panel
+before run.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,15 +22,14 @@ from ckptdiff.linalg.library import Array, Library
 from ckptdiff.linalg.on_cupy import GpuLibrary
 from ckptdiff.linalg.stages import Panel
 from ckptdiff.linalg.threads import count_work
-from ckptdiff.measure.cuda.gpu import Buffer, Event
+from ckptdiff.measure.cuda.gpu import Buffer
+from ckptdiff.measure.cuda.slots import SLOTS, HostBlock, UpSlot, aligned
 from ckptdiff.measure.source import ByteArray
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.panels import GPU_PANEL
 
 PIECE = 16 << 20
 """Bytes of one side that go up at a time."""
-_PIECES = 2
-"""Under way."""
 
 
 class StoredCodes(Protocol):
@@ -58,33 +57,20 @@ class StoredCodes(Protocol):
         """About `count` rows of W0, evenly spaced."""
 
 
-@dataclass(slots=True)
-class _Slot:
-    """Room for the codes of a piece, both sides, on the host and on the GPU."""
-
-    host: list[ByteArray]
-    there: list[Buffer]
-    up: Event = None
-    """When they are on the GPU: the host may read the next ones."""
-    decoded: Event = None
-    """When the GPU has no use for them any more."""
-
-
 def slots_bytes(piece: int = PIECE) -> int:
     """Bytes of page-locked memory that slots of both sides take, and of GPU memory."""
-    return 2 * _PIECES * piece
+    return SLOTS * 2 * aligned(piece)
 
 
 class PanelSlots:
-    """What the matrices of a run go up through, one after the other."""
+    """What the matrices of a run go up through, one after the other.
+
+    Nothing is taken before the first piece goes up: until then, the coordinate pass has slots of its own.
+    """
 
     def __init__(self, library: GpuLibrary, piece: int = PIECE) -> None:
-        self.library, self.piece = library, piece
-        gpu = library.gpu
-        self.up = gpu.stream()
-        host = gpu.pinned(slots_bytes(piece))
-        sides = [host[piece * k : piece * (k + 1)] for k in range(2 * _PIECES)]
-        self._slots = [_Slot(sides[2 * k : 2 * k + 2], [gpu.empty(piece) for _ in range(2)]) for k in range(_PIECES)]
+        self.library, self.piece, self.up = library, piece, library.gpu.stream()
+        self._slots: list[UpSlot] = []
         self._next = 0
 
     @property
@@ -92,13 +78,22 @@ class PanelSlots:
         """Bytes of page-locked memory that it takes, and of GPU memory."""
         return slots_bytes(self.piece)
 
-    def take(self) -> _Slot:
+    def take(self) -> UpSlot:
         """The slot of the next piece, once the host may write to it."""
-        slot = self._slots[self._next % _PIECES]
+        gpu = self.library.gpu
+        if not self._slots:
+            block = HostBlock(gpu, self.nbytes)
+            self._slots = [UpSlot(gpu, self.nbytes // SLOTS, block) for _ in range(SLOTS)]
+        slot = self._slots[self._next % SLOTS]
         self._next += 1
-        if slot.up is not None:
-            self.library.gpu.synchronize(slot.up)
+        if slot.sent is not None:
+            gpu.synchronize(slot.sent)
         return slot
+
+    def give_back(self) -> None:
+        """Take nothing until the next piece."""
+        self.drain()
+        self._slots.clear()
 
     def drain(self) -> None:
         """Wait for all that is queued; what fails on the way follows from what is being reported."""
@@ -194,26 +189,25 @@ class GpuPanels:
         stored, slots, gpu = self._stored, self._slots, self._gpu.gpu
         (height, width), wide = (rows[1] - rows[0], columns[1] - columns[0]), stored.view.wide
         slot, same = slots.take(), stored.same_bytes
-        sides = range(1 if same else 2)
         sizes = [height * width * format.bits // 8 for format in stored.formats[:2]]
-        for side in sides:
-            stored.read_codes(side, rows, columns, slot.host[side][: sizes[side]])
-        if slot.decoded is not None:
-            gpu.wait(slots.up, slot.decoded)
-        for side in sides:
-            gpu.upload(slot.there[side], slot.host[side][: sizes[side]], slots.up)
-        slot.up = gpu.record(slots.up)
-        gpu.wait(self._gpu.stream, slot.up)
+        tuned = 0 if same else aligned(sizes[0])
+        for side, start in enumerate([0] if same else [0, tuned]):
+            stored.read_codes(side, rows, columns, slot.host_up[start : start + sizes[side]])
+        if slot.ran is not None:
+            gpu.wait(slots.up, slot.ran)
+        gpu.upload(slot.up, slot.host_up[: tuned + sizes[1]], slots.up)
+        slot.sent = gpu.record(slots.up, slot.sent)
+        gpu.wait(self._gpu.stream, slot.sent)
         top, left = rows[0] - origin[0], columns[0] - origin[1]
         # Rows that are turned may be those of several matrices, whose places the kernel finds.
         start = (left * self.short if wide else top * self.short + left) * self.dtype.itemsize
-        arguments: list[Any] = [slot.there[0], slot.there[0 if same else 1]]
+        arguments: list[Any] = [slot.up, slot.up[tuned:]]
         arguments += [np.uint64(height), np.uint64(width), np.uint64(self.short), np.uint32(wide)]
         arguments += [np.uint64(top), np.uint64(self.long * self.short)]
         arguments += [buffer[start:] for buffer in self._buffers]
         kernel = f"panel_{self.dtype.name}"
         gpu.launch(stored.formats, kernel, 8 * gpu.processors, arguments, self._gpu.stream)
-        slot.decoded = gpu.record(self._gpu.stream)
+        slot.ran = gpu.record(self._gpu.stream, slot.ran)
 
 
 class _Joined:

@@ -107,6 +107,8 @@ def _open(options: Options, mode: SpectraMode) -> SpectraGpu:
         with use():
             slots = PanelSlots(library)
             wrong = wrong_spectra(slots)
+            slots.give_back()
+        gpu.release()  # for the coordinate pass comes first
     if wrong:
         raise DeviceError("the GPU computes wrong spectra", found=wrong, hint="--device cpu, and report this")
     return SpectraGpu(gpu.name, memory, slots, use)

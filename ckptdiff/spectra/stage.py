@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -32,6 +32,7 @@ from ckptdiff.spectra.kept_spectra import KeptSpectra
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.measure import MatrixSpectra
 from ckptdiff.spectra.spectra_gpu import HOST_ROOM, SpectraGpu
+from ckptdiff.spectra.stacks import in_stacks, in_turn
 
 _SMALL = 1 << 20
 """Entries of the matrices that are handed to a thread together."""
@@ -151,7 +152,8 @@ def measure_spectra(
         tell_of_work()
         tasks = _tasks(missing, measuring, meter) if gpu is None else _gpu_tasks(missing, measuring, meter)
         batches = in_order(tasks, budget.threads, measuring.stop.set, tell_of_work)
-        measured = _in_turn(missing, (found for batch in batches for found in batch))
+        in_place = in_turn(missing, (found for batch in batches for found in batch))
+        measured = ((job.index, found) for job, found in in_place)
         each = measured if kept is None else kept.filled_in(jobs, ready, measured)
         for found in _by_tensor(each, len(pairs)):
             yield found
@@ -192,37 +194,12 @@ def _gpu_tasks(
     jobs: Sequence[MatrixJob], measuring: Measuring, meter: WorkMeter
 ) -> Iterator[Task[list[tuple[int, MatrixSpectra]]]]:
     """Matrices as tasks for a GPU: small ones with others of their kind, as far as these are not far away."""
-    waiting: dict[Hashable, list[MatrixJob]] = {}
-
-    def taken(kind: Hashable) -> Task[list[tuple[int, MatrixSpectra]]]:
-        batch = tuple(waiting.pop(kind))
-        return Task(partial(measuring.measure_together, batch, meter), 1, sum(job.size for job in batch))
-
-    for job in jobs:
-        while waiting and job.place - next(iter(waiting.values()))[0].place >= _WAITING:
-            yield taken(next(iter(waiting)))
-        room = measuring.room(job)
-        if room == 1:
-            yield Task(partial(measuring.measure_all, (job,), 1, meter), 1, job.size)
-            continue
-        kind = measuring.kind(job)
-        waiting.setdefault(kind, []).append(job)
-        if len(waiting[kind]) == room:
-            yield taken(kind)
-    while waiting:
-        yield taken(next(iter(waiting)))
-
-
-def _in_turn(
-    jobs: Sequence[MatrixJob], found: Iterator[tuple[int, MatrixSpectra]]
-) -> Iterator[tuple[int, MatrixSpectra]]:
-    """Yield each matrix with the row of its tensor, in the order of the jobs, as they come with their places in any."""
-    early: dict[int, MatrixSpectra] = {}
-    for job in jobs:
-        while job.place not in early:
-            place, one = next(found)
-            early[place] = one
-        yield job.index, early.pop(job.place)
+    for batch in in_stacks(jobs, measuring.kind, measuring.room, lambda job: 1, _WAITING):
+        if measuring.room(batch[0]) == 1:
+            work = partial(measuring.measure_all, batch, 1, meter)
+        else:
+            work = partial(measuring.measure_together, batch, meter)
+        yield Task(work, 1, sum(job.size for job in batch))
 
 
 def _by_tensor(found: Iterator[tuple[int, MatrixSpectra]], tensors: int) -> Iterator[TensorSpectra]:

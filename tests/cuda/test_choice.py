@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import types
@@ -150,6 +151,45 @@ def test_what_a_user_reads_without_a_gpu(cupy_installed, monkeypatch, capsys, tm
     assert main([*command, "-v", "-O", os.devnull]) == 0
     told = capsys.readouterr().err
     assert "device cpu (no GPU: " in told and problem in told and out.exists()
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory):
+    """A run file, and the sides that it compared."""
+    sides = [str(FIXTURES / "llama" / side) for side in ("base", "tuned")]
+    path = tmp_path_factory.mktemp("run") / "run.h5"
+    ckptdiff.diff(*sides, out=path, device="cpu")
+    return path, sides
+
+
+COMMANDS = {
+    "spectra add": ["spectra", "add", "{run}"],
+    "claims": ["claims", "{base}", "{tuned}"],
+    "lora": ["lora", "{base}", "{tuned}", "-o", "{out}", "--rank", "4"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.parametrize("prepare", [no_package, no_driver, answers("cudaErrorInsufficientDriver"), answers(3)])
+def test_every_other_command_says_it_too(cupy_installed, monkeypatch, capsys, tmp_path, run_file, prepare, command):
+    run, (base, tuned) = run_file
+    asked = [word.format(run=run, base=base, tuned=tuned, out=tmp_path / "adapter") for word in command]
+    prepare(cupy_installed, monkeypatch)
+    before = run.read_bytes()
+    assert main([*asked, "--no-progress", "--device", "cuda:3"]) == 2
+    printed, told = capsys.readouterr()
+    assert printed == "" and told.startswith("ckptdiff: error: ") and "  try: " in told
+    assert list(tmp_path.iterdir()) == [] and run.read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_by_themselves_they_measure_on_the_processor_and_say_so(monkeypatch, capsys, tmp_path, run_file, command):
+    run, (base, tuned) = shutil.copy(run_file[0], tmp_path), run_file[1]
+    asked = [word.format(run=run, base=base, tuned=tuned, out=tmp_path / "adapter") for word in command]
+    no_package(None, monkeypatch)
+    assert main([*asked, "--no-progress", "-v"]) in (0, 1)  # 1: the claims do not hold for this pair
+    assert "spectra on the processor: CuPy is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -82,14 +82,36 @@ class Cupy(types.ModuleType):
             def __exit__(self, *raised: Any) -> None:
                 self._used.__exit__(*raised)
 
-        self.cuda = types.SimpleNamespace(Device=Device, get_current_stream=lambda: Stream())
+        @contextmanager
+        def using_allocator(allocator: Any) -> Iterator[None]:
+            before, self.allocator = self.allocator, allocator
+            yield
+            self.allocator = before
+
+        self.allocator: Any = None
+        self.cuda = types.SimpleNamespace(
+            Device=Device, get_current_stream=lambda: Stream(), using_allocator=using_allocator
+        )
         self.linalg = types.SimpleNamespace(
             cholesky=lambda a: np.linalg.cholesky(a).view(CupyArray),
             eigvalsh=lambda a: np.linalg.eigvalsh(a).view(CupyArray),
             qr=lambda a: [part.view(CupyArray) for part in np.linalg.qr(a)],
         )
-        pool = types.SimpleNamespace(get_limit=lambda: self.limit, set_limit=self.set_limit)
+        pool = types.SimpleNamespace(
+            get_limit=lambda: self.limit,
+            set_limit=self.set_limit,
+            malloc=self.malloc,
+            free_all_blocks=lambda: setattr(self, "kept", 0),
+        )
         self.get_default_memory_pool = lambda: pool
+
+    kept = 0
+    """Bytes that CuPy's pool keeps for whoever asks next, which may not be who asks now."""
+
+    def malloc(self, size: int) -> int:
+        if self.kept + size > self.limit:
+            raise MemoryError
+        return size
 
     def set_limit(self, size: int) -> None:
         self.limit = size
@@ -270,6 +292,17 @@ def test_cupy_is_used_as_figures_need_it_and_left_as_it_was(cupy: Cupy, tf32: bo
     assert (cupy.compute, cupy.limit) == (before, 0)
 
 
+def test_memory_that_cupy_keeps_is_given_back_before_it_lacks(cupy: Cupy) -> None:
+    """CuPy's pool counts as taken what it keeps, and raises where the limit is reached, whatever is free of it."""
+    with in_use(types.SimpleNamespace(cupy=cupy, index=0), Stream(), 1 << 20):  # type: ignore[arg-type]
+        cupy.kept = 1 << 19
+        assert (cupy.allocator(1 << 19), cupy.kept) == (1 << 19, 1 << 19)
+        assert (cupy.allocator(1 << 20), cupy.kept) == (1 << 20, 0)
+        with pytest.raises(MemoryError):
+            cupy.allocator(1 << 21)
+    assert cupy.allocator is None
+
+
 @pytest.mark.nvrtc
 def test_cupy_has_what_the_spectra_call() -> None:
     cupy = pytest.importorskip("cupy", reason="CuPy is missing")
@@ -281,10 +314,10 @@ def test_cupy_has_what_the_spectra_call() -> None:
         cupy: ("asarray", "ascontiguousarray", "empty", "flip", "get_default_memory_pool", "sum", "tril", "zeros"),
         cupy.linalg: ("cholesky", "eigvalsh", "qr"),
         cupy.ndarray: ("astype", "get", "mT", "reshape", "view"),
-        cupy.cuda: ("Device", "get_current_stream"),
+        cupy.cuda: ("Device", "get_current_stream", "using_allocator"),
         cupy.cuda.Device: ("__enter__", "cusolver_handle"),
         cupy.cuda.Stream: ("__enter__", "__exit__"),
-        cupy.cuda.MemoryPool: ("get_limit", "set_limit"),
+        cupy.cuda.MemoryPool: ("free_all_blocks", "get_limit", "malloc", "set_limit"),
         cupyx: ("errstate",),
         cuda.pathfinder: ("load_nvidia_dynamic_lib",),
         routines: ("COMPUTE_TYPE_DEFAULT", "get_compute_type", "set_compute_type"),

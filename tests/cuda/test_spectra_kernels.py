@@ -1,4 +1,4 @@
-"""The kernels of the spectra, beside NumPy: panels of every format both ways, and what is counted of their entries."""
+"""The kernels of the spectra, beside NumPy: panels of every format both ways, what is counted, and sums of squares."""
 
 from __future__ import annotations
 
@@ -142,6 +142,21 @@ def test_scores(libraries: Any, real: Any, shift: int, bins: int) -> None:
             sides = scores[member], base[member], delta[member]
             counted_scores(expected, *sides, shift, start, opened[member], low[member], chances[member])
         np.testing.assert_array_equal(counts[member], expected)
+
+
+@pytest.mark.parametrize("real", [np.float32, np.float64])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 3), (8, 70), (50, 200)])
+def test_squares(libraries: Any, real: Any, rows: int, columns: int) -> None:
+    """Of three matrices, seven rows at a time, one after the other: those of float32 to the last digit."""
+    values = np.random.default_rng(rows).standard_normal((3, rows, columns)) * np.logspace(-15, 15, columns)
+    values = values.astype(real)
+    parts = -(-rows // 7)
+    expected, found = np.zeros((3, parts, columns)), np.full((3, parts, columns), 77.0)
+    for row in range(rows):
+        expected[:, row // 7] += values[:, row].astype(np.float64) ** 2
+    sizes = [np.uint64(rows), np.uint64(columns), np.uint64(3), np.uint64(7)]
+    launch(libraries(*BF16), "squares", real, [[values], *sizes, [found]], seed=rows)
+    np.testing.assert_allclose(found, expected, rtol=0 if real == np.float32 else 1e-14)
 
 
 def counted_scores(

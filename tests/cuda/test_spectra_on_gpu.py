@@ -44,7 +44,8 @@ def test_figures_are_those_of_the_processor(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_an_adapter_is_that_of_the_processor(tmp_path: Path) -> None:
-    sides = write_pair(tmp_path, {"model.layers.0.mlp.up_proj.weight": (1500, 700)})
+    experts = {"model.layers.0.mlp.experts.down_proj": (40, 96, 160)}
+    sides = write_pair(tmp_path, {"model.layers.0.mlp.up_proj.weight": (1500, 700), **experts})
     lost = [
         extract_lora(*sides, tmp_path / device, rank=8, options=Options(device=device, gpu_memory=4 << 30)).lost
         for device in ("cpu", "cuda")

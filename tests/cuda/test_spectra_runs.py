@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from ckptdiff.formats import FORMATS
 from ckptdiff.lora.extract import extract_lora
 from ckptdiff.measure.cuda import choice
 from ckptdiff.options import Options, SpectraOptions
+from ckptdiff.run import planning
+from ckptdiff.run.devices import open_device
 from ckptdiff.spectra import spectra_gpu as gpu_module
 from ckptdiff.spectra.budget import Budget
-from ckptdiff.spectra.gpu_panels import GpuPanels, GpuStack, PanelSlots
+from ckptdiff.spectra.gpu_panels import GpuPanels, GpuStack, PanelSlots, slots_bytes
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.spectra_gpu import open_spectra_gpu
 from ckptdiff.spectra.trial import wrong_spectra
@@ -78,6 +81,33 @@ def test_no_digit_differs_from_run_to_run(pair: tuple[str, str], on_gpu: Any) ->
     assert rows[0] == rows[1]
 
 
+def test_slots_of_the_spectra_are_taken_when_those_of_the_coordinate_pass_are_gone(
+    pair: tuple[str, str], on_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the host and on the GPU: what lies idle beside the others would be beyond their bounds."""
+    gpu = on_gpu(memory=8 << 30)
+    held, taken = [0], []
+    locked = gpu.pinned
+
+    def pinned(size: int) -> np.ndarray:
+        taken.append((size, held[0], (8 << 30) - gpu.free_memory()[0]))
+        block = locked(size)
+        held[0] += size
+        weakref.finalize(block, lambda: held.__setitem__(0, held[0] - size))
+        return block
+
+    monkeypatch.setattr(gpu, "pinned", pinned)
+    monkeypatch.setattr(choice, "find_gpu", lambda index: gpu)
+    monkeypatch.setattr("ckptdiff.measure.cuda.gpu.CupyGpu", lambda index: gpu)
+    monkeypatch.setattr("ckptdiff.measure.self_test.wrong_figures", lambda backend: "")
+    monkeypatch.setattr(planning, "open_device", open_device)
+    monkeypatch.setattr(gpu_module, "PanelSlots", PanelSlots)
+    ckptdiff.diff(*pair, spectra="randomized", device="cuda", threads=2, include=["*proj*"])
+    ((locked_beside, on_the_gpu),) = [beside for size, *beside in taken if size == slots_bytes()]
+    assert locked_beside == 0 and on_the_gpu < 8 << 20  # the matrices alone; a pipeline takes 166 MiB
+    assert taken[-1][0] == slots_bytes() and len(taken) > 3
+
+
 class Codes:
     """Codes in memory, read as they would be from a file."""
 
@@ -123,6 +153,23 @@ def test_panels_however_small_the_pieces(
                 np.testing.assert_array_equal(np.concatenate([parts[side] for parts in found]), expected)
         assert np.array_equal(library.home(panels.sample(5)), source.sample(5))
     assert set(gpu.launched) == {"panel_float32"}
+
+
+def test_codes_are_read_while_those_before_go_up_and_become_a_panel(libraries: Any) -> None:
+    """The host waits for the slot that it needs, and for nothing else: so two pieces are under way."""
+    gpu = ArrayGpu(libraries, 0, processors=1)
+    library, _ = library_on(gpu, 0)
+    source, queued = Codes(64, 32, np.float32), []
+    read = source.read_codes
+
+    def noted(side: int, *rest: Any) -> None:
+        if not side:
+            queued.append(gpu.queued)
+        read(side, *rest)
+
+    source.read_codes = noted  # type: ignore[method-assign]
+    GpuPanels(source, PanelSlots(library, 512), kept=True)
+    assert len(queued) == 8 and queued[0] == 0 and min(queued[1:]) >= 2  # the kernel of the piece before, and an event
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -296,7 +343,7 @@ def test_a_gpu_lost_in_mid_run_ends_in_an_error(
     def lost(event: Any) -> None:
         raise RuntimeError("cudaErrorDevicesUnavailable: GPU has fallen off the bus")
 
-    monkeypatch.setattr(gpu, "record", lambda stream: lost(None))
+    monkeypatch.setattr(gpu, "record", lambda stream, event: lost(event))
     with pytest.raises(DeviceError, match="fallen off the bus"):
         ckptdiff.diff(*pair, spectra="randomized", out=tmp_path / "run.h5", device="cuda")
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from array_libraries import refuse_silent_transfers
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from spectra_figures import assert_close, spectral
 
 import ckptdiff
@@ -20,12 +20,14 @@ from ckptdiff.errors import DeviceError
 from ckptdiff.events import Event, StageProgress
 from ckptdiff.files.unfinished import Saving
 from ckptdiff.linalg.work import WorkMeter
+from ckptdiff.lora import Extraction, extract_lora
 from ckptdiff.options import Options, SpectraOptions
 from ckptdiff.run.engine import run
 from ckptdiff.spectra.budget import ON_GPU, Budget
 from ckptdiff.spectra.gpu_panels import GpuStack, slots_bytes
 from ckptdiff.spectra.matrices import MatrixView
-from ckptdiff.spectra.stage import _by_tensor, _gpu_tasks, _in_turn
+from ckptdiff.spectra.stacks import in_turn
+from ckptdiff.spectra.stage import _by_tensor, _gpu_tasks
 
 EXPERTS, INNER, HIDDEN = 4, 24, 40
 INSIDE = "model.layers.0.mlp.experts"
@@ -47,7 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for side, name in zip(sides, ("base", "tuned"), strict=True):
         save_file(side, folder / f"{name}.safetensors")
         fused = np.stack([side[f"{INSIDE}.{expert}.gate_proj.weight"] for expert in range(EXPERTS)])
-        save_file({f"{INSIDE}.gate_proj": fused}, folder / f"{name}_fused.safetensors")
+        save_file({f"{INSIDE}.down_proj": fused}, folder / f"{name}_fused.safetensors")
+    (folder / "config.json").write_text('{"model_type": "qwen3_moe"}')  # which PEFT has to know
     return folder
 
 
@@ -156,10 +159,113 @@ def test_calls_and_transfers_are_those_of_stacks_not_of_experts(
         counted[experts] = seen.calls
     for experts, (uploads, launches, transfers) in counted.items():
         stacks = -(-experts // 32)
-        assert uploads == 2 * stacks
-        once, passes = 2 + 4, 4 * 2  # a panel, magnitudes and the scores of four rhos; those again
+        assert uploads == stacks
+        # A panel, magnitudes, squares of three matrices, and the scores of four rhos; those again.
+        once, passes = 2 + 3 + 4, 4 * 2
         assert once * stacks <= launches <= (once + passes) * stacks
         assert transfers - launches == (counted[2][2] - counted[2][1]) * stacks
+
+
+def adapter(folder: Path, out: Path, device: str, form: str = "", **asked: Any) -> Extraction:
+    sides = (str(folder / f"{side}{form}.safetensors") for side in ("base", "tuned"))
+    include = asked.pop("include", ())
+    return extract_lora(*sides, out, **{"rank": 5} | asked, options=Options(device=device, include=include))
+
+
+def products(out: Path) -> dict[str, np.ndarray]:
+    """What an adapter adds to each matrix; to experts in one tensor, to all of them."""
+    tensors = load_file(out / "adapter_model.safetensors")
+    found = {}
+    for name, down in tensors.items():
+        if "lora_A" in name:
+            up = tensors[name.replace("lora_A", "lora_B")]
+            count = len(down) // 5 if name.endswith("experts.lora_A.weight") else 1
+            ours = down.reshape(count, -1, down.shape[1])
+            found[name] = np.einsum("ore,eri->eoi", up.reshape(len(up), -1, count), ours)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "energy"), [("", None), ("", 0.3), ("_fused", None)])
+def test_experts_are_factored_as_by_the_processor(
+    folder: Path, on_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str, energy: float | None
+) -> None:
+    """Gate and up in one stack, down in another; and each in its row again."""
+    known = adapter(folder, tmp_path / "cpu", "cpu", form, energy=energy)
+    gpu = on_gpu(seed=5)
+    refuse_silent_transfers(monkeypatch)
+    found = adapter(folder, tmp_path / "gpu", "cuda", form, energy=energy)
+    panels = Counter(kernel for kernel in gpu.launched if kernel.startswith("panel"))
+    # Of 8 KiB each: two for the eight of gate and up, one for down; what is beyond float32 comes alone.
+    assert panels == ({"panel_float32": 1} if form else {"panel_float32": 3, "panel_float64": 1})
+    for ours, theirs in zip(found.tensors, known.tensors, strict=True):
+        assert (ours.name, ours.rank, ours.reason) == (theirs.name, theirs.rank, theirs.reason)
+        assert ours.delta_norm == theirs.delta_norm and ours.lost == pytest.approx(theirs.lost, abs=1e-6)
+    expected = products(tmp_path / "cpu")
+    for name, product in products(tmp_path / "gpu").items():
+        size = np.abs(expected[name]).max()
+        np.testing.assert_allclose(product, expected[name], rtol=0, atol=1e-5 * size)
+
+
+@pytest.mark.slow
+def test_no_digit_of_an_experts_factors_depends_on_the_others(folder: Path, on_gpu: Any, tmp_path: Path) -> None:
+    on_gpu(seed=1)
+    adapter(folder, tmp_path / "together", "cuda")
+    together = load_file(tmp_path / "together" / "adapter_model.safetensors")
+    for expert in (0, 3):
+        on_gpu(seed=2)
+        adapter(folder, tmp_path / f"{expert}", "cuda", include=(f"*.{expert}.up_proj*",))
+        alone = load_file(tmp_path / f"{expert}" / "adapter_model.safetensors")
+        factors = {name: values for name, values in alone.items() if values.any()}  # PEFT wants zeros of the others
+        assert len(factors) == 2
+        for name, values in factors.items():
+            np.testing.assert_array_equal(values, together[name])
+
+
+@pytest.mark.slow
+def test_calls_and_transfers_of_an_adapter_are_those_of_stacks(
+    tmp_path: Path, on_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 512 experts in 16 stacks, each with one upload, two kernels, and four arrays that go home."""
+    rng = np.random.default_rng(0)
+    fetched = refuse_silent_transfers(monkeypatch)
+    base = (0.02 * rng.standard_normal((512, 14, 9))).astype(ml_dtypes.bfloat16)
+    tuned = (base.astype(np.float32) + 1e-3 * rng.standard_normal(base.shape)).astype(ml_dtypes.bfloat16)
+    for experts in (2, 32, 512):
+        for name, side in (("base", base), ("tuned", tuned)):
+            save_file({f"{INSIDE}.down_proj": side[:experts]}, tmp_path / f"{name}.safetensors")
+        gpu = on_gpu()
+        del fetched[:]
+        seen = Counted(gpu, fetched, monkeypatch)
+        (tensor,) = adapter(tmp_path, tmp_path / f"{experts}", "cuda").tensors
+        assert tensor.rank == 5
+        stacks = -(-experts // 32)
+        assert seen.calls == (stacks, 2 * stacks, 4 * stacks)
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_stack_without_memory_comes_one_by_one_and_then_an_error(
+    folder: Path, on_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    known = adapter(folder, tmp_path / "cpu", "cpu", "_fused")
+    on_gpu()
+    room = GpuStack._room
+    monkeypatch.setattr(GpuStack, "_room", lacking_room(lambda panels: bool(panels.stack), room))
+    found = adapter(folder, tmp_path / "gpu", "cuda", "_fused")
+    assert found.lost == pytest.approx(known.lost, abs=1e-6)
+    monkeypatch.setattr("ckptdiff.spectra.gpu_panels.GpuPanels._room", lacking_room(lambda panels: True, room))
+    with pytest.raises(DeviceError, match="lacks memory for the spectra of model"):
+        adapter(folder, tmp_path / "none", "cuda")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cpu", "gpu"]
+
+
+def lacking_room(lacks: Any, room: Any) -> Any:
+    def lacking(self: Any, rows: int) -> Any:
+        if lacks(self):
+            raise MemoryError
+        return room(self, rows)
+
+    return lacking
 
 
 def test_memory_of_a_stack_is_foreseen() -> None:
@@ -182,13 +288,7 @@ def test_a_stack_without_memory_is_measured_one_by_one_and_then_an_error(
     known = spectral(compared(folder, device="cpu"))
     gpu = on_gpu()
     room, real = GpuStack._room, gpu.empty
-
-    def lacking(self: GpuStack, rows: int) -> Any:
-        if self.stack:
-            raise MemoryError
-        return room(self, rows)
-
-    monkeypatch.setattr("ckptdiff.spectra.gpu_panels.GpuPanels._room", lacking)
+    monkeypatch.setattr("ckptdiff.spectra.gpu_panels.GpuPanels._room", lacking_room(lambda one: bool(one.stack), room))
     assert_close(spectral(compared(folder)), known, 1e-4)
 
     def none(size: int) -> Any:
@@ -224,6 +324,7 @@ def test_matrices_wait_for_their_kind_but_not_for_ever() -> None:
         assert len({kinds[place] for place in places}) == 1 and len(places) <= 32
         assert max(places) - min(places) <= 1024
     assert sum(len(places) == 32 for places in stacks) >= 2100 // 32 - 4
-    tensors = list(_by_tensor(_in_turn(jobs, iter(found)), len(jobs) // 3 + 1))  # type: ignore[arg-type]
+    in_place = ((job.index, one) for job, one in in_turn(jobs, iter(found)))
+    tensors = list(_by_tensor(in_place, len(jobs) // 3 + 1))  # type: ignore[arg-type]
     expected = [f"{place} {kind}" for place, kind in enumerate(kinds)]
     assert [one for tensor in tensors for one in tensor.matrices] == expected

@@ -8,7 +8,7 @@ from spectrum_cases import base, singular_values, update
 
 from ckptdiff.linalg.angles import Comparable, angle_rank, compared_rank, principal_angles
 from ckptdiff.linalg.exact import effective_rank, hard_threshold, nss, numerical_rank, side_spectrum
-from ckptdiff.linalg.stages import ArrayPanels, run_together
+from ckptdiff.linalg.stages import run_together
 from ckptdiff.linalg.symmetric import first_of_each
 
 KINDS = ("flat", "s1", "power", "exponential", "low rank", "deficient")
@@ -36,9 +36,10 @@ def test_a_rank_that_rounding_cannot_decide_is_an_interval() -> None:
     assert numerical_rank(np.array([1.0, 1.1e-5, 0.9e-5]), 1e-5) == (2, 2)
 
 
-def test_nss() -> None:
+def test_nss(on_library: Made) -> None:
     weights, delta = base(300, 90, seed=1).astype(np.float64), update("s1", 300, 90, seed=2)
-    ours, theirs = run_together(ArrayPanels(weights, delta), side_spectrum("base", 90), side_spectrum("tuned", 90))
+    source = on_library(weights, delta)
+    ours, theirs = run_together(source, *(side_spectrum(side, 90, 0, source.library) for side in ("base", "tuned")))
     known = singular_values(weights), singular_values(weights + delta)
     assert nss(ours.values, theirs.values) == pytest.approx(
         np.linalg.norm(known[1] - known[0]) / np.linalg.norm(known[0]), rel=1e-8

@@ -50,19 +50,19 @@ def test_figures_are_those_of_a_full_decomposition(shape: tuple[int, int], dtype
             assert getattr(figure, name) == pytest.approx(known[name], abs=1e-5 if dtype == np.float32 else 1e-6)
 
 
-def test_null_is_what_rounded_noise_does() -> None:
+def test_null_is_what_rounded_noise_does(on_library: Made) -> None:
     weights = base(1200, 400, seed=3)
     noise = np.random.default_rng(4).standard_normal(weights.shape)
     delta = to_bf16(weights + 3e-5 * noise) - weights
-    for figure in measure(weights, delta)[1:]:
+    for figure in measure(weights, delta, made=on_library)[1:]:
         assert figure.coverage == pytest.approx(figure.null, rel=0.03)
         assert figure.null < figure.rho  # large weights have a coarser grid
 
 
-def test_null_weighs_each_magnitude_by_its_chance_to_move() -> None:
+def test_null_weighs_each_magnitude_by_its_chance_to_move(on_library: Made) -> None:
     weights = base(300, 120, seed=5)
     delta = sparse_update(weights, 2e-5, seed=6)
-    figure = measure(weights, delta, np.float64)[2]
+    figure = measure(weights, delta, np.float64, made=on_library)[2]
     left, values, right = np.linalg.svd(weights.astype(np.float64), full_matrices=False)
     k = principal_rank(0.1, 120)
     scores = np.abs((left[:, :k] * values[:k]) @ right[:k]).ravel()
@@ -75,13 +75,13 @@ def test_null_weighs_each_magnitude_by_its_chance_to_move() -> None:
     assert figure.null == pytest.approx(chances[codes][top].sum() / chances[codes].sum(), abs=1e-6)
 
 
-def test_an_update_inside_the_principal_subspaces_is_seen_as_such() -> None:
+def test_an_update_inside_the_principal_subspaces_is_seen_as_such(on_library: Made) -> None:
     weights = base(300, 200, seed=7)
     left, _, right = np.linalg.svd(weights.astype(np.float64), full_matrices=False)
     inside = (left[:, :20] * np.linspace(2, 1, 20)) @ right[:20]
-    assert measure(weights, inside, np.float64)[2].energy == pytest.approx(1.0, abs=1e-9)
+    assert measure(weights, inside, np.float64, made=on_library)[2].energy == pytest.approx(1.0, abs=1e-9)
     outside = left[:, 100:] @ right[100:]
-    assert measure(weights, outside, np.float64)[2].energy == pytest.approx(0.0, abs=1e-12)
+    assert measure(weights, outside, np.float64, made=on_library)[2].energy == pytest.approx(0.0, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_no_figures_without_a_principal_subspace(weights: np.ndarray, reason: st
     assert np.isnan(found[-1].coverage)
 
 
-def test_one_column() -> None:
+def test_one_column(on_library: Made) -> None:
     weights = base(50, 1, seed=1)
-    figure = measure(weights, np.ones((50, 1)) * 1e-3)[2]
+    figure = measure(weights, np.ones((50, 1)) * 1e-3, made=on_library)[2]
     assert figure.rank == 1
     assert figure.energy_short == pytest.approx(1.0)
 
@@ -128,14 +128,15 @@ def test_a_cut_is_found_from_any_guess(guess: float, on_library: Made) -> None:
     assert cut.covered.chance == pytest.approx(1800)
 
 
-def test_ties_at_a_cut_count_fractionally() -> None:
+def test_ties_at_a_cut_count_fractionally(on_library: Made) -> None:
     scores = np.ones((10, 10), np.float32)
     delta = np.zeros((10, 10), np.float32)
     delta[:5] = 1
     cut = ScoreCut(20, 1.0, np.ones(1 << 15), (0, 1.0), 0.0)
-    cuts = ScoreCuts([cut])
+    source, scored = on_library(delta, delta), on_library(scores, scores)
+    cuts = ScoreCuts([cut], source.library)
     while cuts.open:
-        cuts.add(scores, next(ArrayPanels(delta, delta).panels()))
+        cuts.add(next(scored.panels()).base, next(source.panels()))
         cuts.settle()
     assert cut.covered is not None
     assert cut.covered.changed == pytest.approx(10)

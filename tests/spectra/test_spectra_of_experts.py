@@ -18,6 +18,8 @@ from ckptdiff.errors import RunFileError
 from ckptdiff.lora import extract_lora
 from ckptdiff.spectra import add_spectra
 
+pytestmark = pytest.mark.usefixtures("each_library")
+
 BF16 = ml_dtypes.bfloat16
 EXPERTS, INNER, HIDDEN = 3, 24, 40
 INSIDE = "model.layers.0.mlp.experts"

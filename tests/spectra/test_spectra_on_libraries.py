@@ -12,7 +12,7 @@ from ckptdiff.linalg.library import library_of
 from ckptdiff.linalg.on_numpy import NUMPY
 from ckptdiff.linalg.stages import ArrayPanels, run_together
 from ckptdiff.linalg.survey import survey, survey_of_each
-from ckptdiff.lora.factors import factorize
+from ckptdiff.lora.factors import factorize, factorize_each
 from ckptdiff.options import SpectraOptions
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.measure import MatrixSpectra, measure_exact, measure_randomized, measure_stack
@@ -96,15 +96,16 @@ def test_few_and_small_transfers_however_many_panels(mode: str, most: int, monke
     assert numbers[0] == numbers[1] <= most
 
 
-KINDS = ("usual", "another", "low rank", "no base", "left out", "small update")
+KINDS = ("usual", "another", "low rank", "half rank", "no base", "left out", "small update")
 
 
 def sides_of(kind: str, long: int, short: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     """Pairs with and without principal subspaces, and with singular values that have to be found again."""
     base, delta = pair(long, short, dtype)
     rng = np.random.default_rng(len(kind))
-    if kind == "low rank":
-        base = (base[:, : short // 15] @ rng.standard_normal((short // 15, short))).astype(dtype)
+    if kind in ("low rank", "half rank"):
+        rank = short // (15 if kind == "low rank" else 2)
+        base = (base[:, :rank] @ rng.standard_normal((rank, short))).astype(dtype)
     elif kind == "another":
         base, delta = base[::-1] * (1 + 1e-3 * rng.standard_normal(base.shape)), delta @ rng.standard_normal((short, 3))
         delta = (delta @ rng.standard_normal((3, short)) / short).astype(dtype)
@@ -153,15 +154,48 @@ def test_a_pair_of_a_stack_is_measured_as_if_it_were_alone(
                     assert all(np.array_equal(again.values[name], values) for name, values in expected.values.items())
 
 
-@pytest.mark.parametrize(("mode", "most"), [("randomized", 60), ("exact", 60)])
-def test_transfers_of_a_stack_do_not_grow_with_its_pairs(mode: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["usual", "low rank"])
+@pytest.mark.parametrize("mode", ["randomized", "exact"])
+def test_transfers_of_a_stack_do_not_grow_with_its_pairs(mode: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor with pairs whose small singular values have to be found again."""
     fetched = refuse_silent_transfers(monkeypatch)
     numbers = []
-    for kinds in (("usual",), ("usual", "small update"), tuple(f"usual {k}" for k in range(8))):
+    for count in (1, 2, 8):
         del fetched[:]
-        stacked(kinds, "strict", mode, (300, 90))
+        stacked((kind,) * count, "strict", mode, (300, 90))
         numbers.append(len(fetched))
-    assert numbers[0] == numbers[1] == numbers[2] <= most
+    assert numbers[0] == numbers[1] == numbers[2] <= 60
+
+
+@pytest.mark.parametrize("library", ["strict", "torch"])
+@pytest.mark.parametrize("energy", [None, 0.3])
+def test_factors_of_a_stack_are_those_of_each_update(
+    library: str, energy: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of updates of all ranks, of none, and beyond the range of squares in float32, in a stack with room for eight."""
+    rng, (rows, short) = np.random.default_rng(3), (130, 40)
+    delta = np.zeros((8, rows, short), np.float32)
+    for member, (rank, scale) in enumerate([(40, 1e-3), (3, 1.0), (0, 1.0), (40, 1e-25), (1, 1e15)]):
+        lead = rng.standard_normal((rows, rank)) @ rng.standard_normal((rank, short))
+        delta[member] = scale * lead
+    if library == "strict":
+        refuse_silent_transfers(monkeypatch)
+    source = panels_of(library_called(library))(np.zeros_like(delta), delta, 50)
+    found = factorize_each(source, 5, 12, energy)
+    assert [None if factors is None else factors.rank for factors in found[1:3]] == [3 if energy is None else 1, None]
+    for factors, update in zip(found, delta.astype(np.float64), strict=False):
+        left, values, right = np.linalg.svd(update, full_matrices=False)
+        if factors is None:
+            assert not values.any()
+            continue
+        shares = np.cumsum(values**2) / np.sum(values**2)
+        if energy is not None:
+            assert factors.rank == min(int(np.searchsorted(shares, energy)) + 1, 12)
+        best = (left[:, : factors.rank] * values[: factors.rank]) @ right[: factors.rank]
+        product = factors.long_side.astype(np.float64) @ factors.short_side.astype(np.float64).T
+        np.testing.assert_allclose(product, best, rtol=0, atol=1e-5 * values[0])
+        assert factors.norm == pytest.approx(np.linalg.norm(update), rel=1e-12)
+        assert factors.lost == pytest.approx(1 - shares[factors.rank - 1], abs=1e-6)
 
 
 def test_the_library_of_an_array_is_asked_of_the_array() -> None:

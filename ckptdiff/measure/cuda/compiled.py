@@ -23,7 +23,7 @@ from ckptdiff.kernel_library import private_folder
 
 KERNELS = ("decode", "harvest", "refine", "scan", "spectra", "ties")
 SPECTRA_KERNELS = tuple(
-    f"{name}_{real}" for name in ("panel", "magnitudes", "scores") for real in ("float32", "float64")
+    f"{name}_{real}" for name in ("panel", "magnitudes", "scores", "squares") for real in ("float32", "float64")
 )
 KERNEL_NAMES = ("decode", "scan", "refine", "harvest", "place_ties", "take_ties", *SPECTRA_KERNELS)
 """What can be launched."""

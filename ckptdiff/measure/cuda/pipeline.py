@@ -120,7 +120,7 @@ class Pipeline:
     def __init__(self, gpu: Gpu, room: Room) -> None:
         self.gpu, self.room = gpu, room
         self.up, self.run, self.down = gpu.stream(), gpu.stream(), gpu.stream()
-        block = HostBlock(gpu, room)
+        block = HostBlock(gpu, room.host_bytes)
         self._slots = [Slot(gpu, room, block) for _ in range(SLOTS)]
         self._totals = [GroupTotals(gpu, room, block) for _ in range(SLOTS)]
         self._bins = gpu.empty(room.bins * 8)

@@ -149,8 +149,8 @@ class HostBlock:
     One block, since each that is locked takes whole pages and a call of the driver.
     """
 
-    def __init__(self, gpu: Gpu, room: Room) -> None:
-        self._left = gpu.pinned(room.host_bytes)
+    def __init__(self, gpu: Gpu, size: int) -> None:
+        self._left = gpu.pinned(size)
 
     def take(self, size: int) -> ByteArray:
         """The next part, which starts at a multiple of ``ALIGN``."""
@@ -158,16 +158,24 @@ class HostBlock:
         return part
 
 
-class Slot:
-    """What goes up for one launch, and what comes down of it: on the host, and under the same name on the GPU."""
+class UpSlot:
+    """What goes up at a time: on the host, and under the same name on the GPU."""
+
+    def __init__(self, gpu: Gpu, size: int, block: HostBlock) -> None:
+        self.host_up, self.up = block.take(size), gpu.empty(size)
+        self.sent: Event = None
+        """When all of it is on the GPU."""
+        self.ran: Event = None
+        """When the kernels that read it there are done."""
+
+
+class Slot(UpSlot):
+    """What goes up for one launch, and what comes down of it, in the same way."""
 
     def __init__(self, gpu: Gpu, room: Room, block: HostBlock) -> None:
-        self.host_up, self.host_down = block.take(room.up_bytes), block.take(room.down_bytes)
-        self.up, self.down, self.first_ties = map(gpu.empty, (room.up_bytes, room.down_bytes, room.tiles * 8))
-        self.sent: Event = None
-        """When all is up that goes up."""
-        self.ran: Event = None
-        """When the kernels are done."""
+        super().__init__(gpu, room.up_bytes, block)
+        self.host_down = block.take(room.down_bytes)
+        self.down, self.first_ties = gpu.empty(room.down_bytes), gpu.empty(room.tiles * 8)
         self.done: Event = None
         """When all that was queued with this slot is done: host and GPU may use it again."""
 

@@ -24,6 +24,8 @@ LAUNCHER(magnitudes_float32)
 LAUNCHER(magnitudes_float64)
 LAUNCHER(scores_float32)
 LAUNCHER(scores_float64)
+LAUNCHER(squares_float32)
+LAUNCHER(squares_float64)
 
 extern "C" {
 void set_flush_to_zero(bool flush) { on_host::flush_to_zero = flush; }

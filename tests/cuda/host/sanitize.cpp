@@ -100,9 +100,10 @@ static std::vector<u8> random_codes(u64 numel, u32 bits) {
     return std::vector<u8>((const u8*)drawn.data(), (const u8*)drawn.data() + numel * bits / 8);
 }
 
-// A matrix both ways, and as many as there are blocks turned and counted at a time.
-template <class Real, class Panel, class Magnitudes, class Scores>
-static void run_spectra(Panel panel, Magnitudes magnitudes, Scores scores, u64 rows, u64 columns, u32 blocks) {
+// A matrix both ways, and as many as there are blocks turned, counted and squared at a time.
+template <class Real, class Panel, class Magnitudes, class Scores, class Squares>
+static void run_spectra(Panel panel, Magnitudes magnitudes, Scores scores, Squares squares, u64 rows, u64 columns,
+                        u32 blocks) {
     const u64 numel = rows * columns, all = blocks * numel;
     const std::vector<u8> base = random_codes(all, BASE::BITS), tuned = random_codes(all, TUNED::BITS);
     std::vector<Real> weights(all), deltas(all);
@@ -120,14 +121,17 @@ static void run_spectra(Panel panel, Magnitudes magnitudes, Scores scores, u64 r
         scores(weights.data(), weights.data(), deltas.data(), numel, blocks, windows.data(), 8, 0, chances.data(),
                places.data());
     });
+    std::vector<double> sums(blocks * ((rows + 6) / 7) * columns);
+    launch([&] { squares(deltas.data(), rows, columns, blocks, 7, sums.data()); });
 }
 
 int main(int, char** sizes) {
     for (u32 blocks = 2; *++sizes; blocks = 3 - blocks) {
         const u32 size = (u32)atoi(*sizes);
         run(size, blocks);
-        run_spectra<float>(panel_float32, magnitudes_float32, scores_float32, size % 100 + 1, 37, blocks);
-        run_spectra<double>(panel_float64, magnitudes_float64, scores_float64, 37, size % 100 + 1, blocks);
+        const u64 side = size % 100 + 1;
+        run_spectra<float>(panel_float32, magnitudes_float32, scores_float32, squares_float32, side, 37, blocks);
+        run_spectra<double>(panel_float64, magnitudes_float64, scores_float64, squares_float64, 37, side, blocks);
     }
     puts("clean");
 }
