@@ -147,6 +147,13 @@ class DeltaFile:
         del stop  # nothing is waited for
         apply_block(codes, self.change(tensor, place), tensor.coding)
 
+    def apply_small(
+        self, tensors: Sequence[TensorDelta], starts: Sequence[int], codes: NDArray[np.uint8], stop: threading.Event
+    ) -> None:
+        """Do so with several tensors of one block, each of which begins at one byte of the codes."""
+        for tensor, start in zip(tensors, starts, strict=True):
+            self.apply(tensor, 0, codes[start : start + tensor.nbytes], stop)
+
     def header(self, file: int) -> bytes:
         """The first bytes of a file of the tuned side."""
         return self.blob(self.delta.files[file].header)

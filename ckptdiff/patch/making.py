@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import numpy as np
 
 from ckptdiff.checkpoint import Checkpoint
 from ckptdiff.checkpoint.open_shards import open_shards
@@ -14,9 +17,12 @@ from ckptdiff.files.staged import StagedFile
 from ckptdiff.patch.chain import Chain
 from ckptdiff.patch.delta import TunedFile
 from ckptdiff.patch.digests import CHECKSUMS, checksum_of, digests_of
-from ckptdiff.patch.spans import in_pieces, work_in_order
+from ckptdiff.patch.spans import Piece, in_pieces, work_in_order
 
 __all__ = ["Making", "kind_of"]
+
+_ROOM = 2 << 20
+"""Bytes of a block in the formats of most checkpoints."""
 
 
 class Making:
@@ -36,9 +42,8 @@ class Making:
             header = self._link.header(place)
             staged.write(header)
             self._told.more(len(header), one.name)
-            self._blocks(place, staged)
-            staged.check()
             self._require_header(place, header, one)
+            self._blocks(place, len(header), staged)
             staged.commit()
 
     def check(self, place: int) -> None:
@@ -47,7 +52,7 @@ class Making:
         header = self._link.header(place)
         self._require_header(place, header, one)
         self._told.more(len(header), one.name)
-        self._blocks(place, None)
+        self._blocks(place, len(header), None)
 
     def compare(self, side: Checkpoint, names: Iterable[str]) -> None:
         """Compare tensors of a checkpoint that is there with what they become."""
@@ -65,22 +70,31 @@ class Making:
             kind = f"{tensors[missing[0]].dtype} {list(tensors[missing[0]].shape)}"
             raise _not_the_result(side, missing[0], kind, kind_of(side, missing[0]) or "no such tensor")
 
-    def _blocks(self, place: int, staged: StagedFile | None) -> None:
+    def _blocks(self, place: int, header: int, staged: StagedFile | None) -> None:
+        """Make all blocks of a file; each thread writes those that it makes, behind a header of so many bytes."""
         self._chain.stop.clear()  # it was set when the file before this was done
+        rooms = threading.local()
+
+        def pieces() -> Iterator[tuple[list[Piece], int, int]]:
+            start = header
+            for some in in_pieces(self._held[place]):
+                size = self._chain.size_of(some)
+                yield some, start, size
+                start += size
+
+        def work(given: tuple[list[Piece], int, int]) -> tuple[int, str]:
+            some, start, size = given
+            room = getattr(rooms, "room", None)
+            if room is None or room.size < size:
+                room = rooms.room = np.empty(max(size, _ROOM), np.uint8)
+            self._chain.make(shards, some, room[:size])
+            if staged is not None:
+                staged.write_at(room[:size].data, start)
+            return size, some[-1][0]
+
         with open_shards("pread") as shards:
-            results = work_in_order(
-                in_pieces(self._held[place]),
-                lambda pieces: self._chain.made(shards, pieces),
-                self._threads,
-                self._chain.stop,
-                self._told.again,
-            )
-            for made in results:
-                for (name, _), codes in made:
-                    if staged is not None:
-                        staged.write(codes.data)
-                        staged.check()
-                    self._told.more(codes.nbytes, name)
+            for size, name in work_in_order(pieces(), work, self._threads, self._chain.stop, self._told.again):
+                self._told.more(size, name)
 
     def _require_header(self, place: int, header: bytes, one: TunedFile) -> None:
         """The header that goes into the file has to say what the index says of its tensors."""
