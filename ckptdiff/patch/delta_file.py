@@ -21,7 +21,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
@@ -38,6 +38,7 @@ from ckptdiff.files.staged import StagedFile
 from ckptdiff.patch.coded_block import DamagedBlockError, Steps, apply_block, read_block
 from ckptdiff.patch.delta import BLOCK_CODES, Blob, Delta, TensorDelta, TunedFile
 from ckptdiff.patch.link import FETCH_AGAIN
+from ckptdiff.patch.small_tensors import apply_small, bytes_of, rows_of
 
 __all__ = ["SIGNATURE", "DeltaFile", "is_delta", "open_delta", "write_blob", "write_index"]
 
@@ -151,8 +152,19 @@ class DeltaFile:
         self, tensors: Sequence[TensorDelta], starts: Sequence[int], codes: NDArray[np.uint8], stop: threading.Event
     ) -> None:
         """Do so with several tensors of one block, each of which begins at one byte of the codes."""
-        for tensor, start in zip(tensors, starts, strict=True):
-            self.apply(tensor, 0, codes[start : start + tensor.nbytes], stop)
+        ones = [(tensor, start) for tensor, start in zip(tensors, starts, strict=True) if tensor.sizes]
+        sizes = [tensor.sizes[0] for tensor, _ in ones]
+        left: Iterable[int] = range(len(ones))
+        if len(ones) > 1 and sum(sizes) <= 2 * codes.size + _MOST_NUMBERS * len(ones):
+            rows = rows_of((start, one.codes, one.coding) for one, start in ones)
+            coded = bytes_of(self._descriptor, [(one.offset, one.sizes[0]) for one, _ in ones], self.path)
+            left = apply_small(codes, rows, coded, sizes)
+        for place in left:
+            tensor, start = ones[place]
+            old = codes[start : start + tensor.nbytes]
+            new = old.copy()  # at an address that suits its codes
+            self.apply(tensor, 0, new, stop)
+            old[:] = new
 
     def header(self, file: int) -> bytes:
         """The first bytes of a file of the tuned side."""
