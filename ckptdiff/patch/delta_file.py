@@ -52,6 +52,8 @@ _MOST_BLOB = 200_000_000
 """A safetensors header has 100 MB at most."""
 _MOST_NUMBERS = 64
 """Bytes of a coded block beside what it holds."""
+_OF_STATE = {"same": (0, 1, 1), "changed": (1, 1, 1), "whole": (1, 0, 1), "lost": (0, 0, 0)}
+"""Of a tensor: whether it has blocks, and a digest before and after."""
 
 
 def _index_bytes(delta: Delta) -> bytes:
@@ -299,17 +301,16 @@ def _delta(index: Mapping[str, Any], end: int) -> Delta:
 
 def _check_tensor(tensor: TensorDelta, files: int, end: int) -> None:
     bits = math.prod(tensor.shape) * DTYPES[tensor.dtype].bits
-    stored = {"same": 0, "lost": 0, "changed": tensor.blocks, "whole": tensor.blocks}[tensor.state]
-    digests = {"same": (True, True), "changed": (True, True), "whole": (False, True), "lost": (False, False)}
+    coded, before, after = _OF_STATE[tensor.state]
     if bits % 8 or bits >= 1 << 63 or tensor.coding.width * tensor.codes != tensor.nbytes:
         raise ValueError(f"{tensor.name} has {bits} bits")
-    if len(tensor.sizes) != stored or tensor.offset + tensor.stored > end:
+    if len(tensor.sizes) != (tensor.blocks if coded else 0) or tensor.offset + tensor.stored > end:
         raise ValueError(f"{tensor.name} has {len(tensor.sizes)} blocks at {tensor.offset}")
     if tensor.sizes and max(tensor.sizes) > BLOCK_CODES * tensor.coding.width + _MOST_NUMBERS:
         raise ValueError(f"{tensor.name} has a block of {max(tensor.sizes)} bytes")
-    if (isinstance(tensor.before, str), isinstance(tensor.after, str)) != digests[tensor.state]:
+    if isinstance(tensor.before, str) != before or isinstance(tensor.after, str) != after:
         raise ValueError(f"{tensor.name} lacks a digest")
-    if tensor.file not in (range(files) if tensor.state != "lost" else (-1,)):
+    if not 0 <= tensor.file < files if after else tensor.file != -1:
         raise ValueError(f"{tensor.name} is in file {tensor.file}")
 
 
