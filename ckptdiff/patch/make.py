@@ -246,9 +246,8 @@ class _Making:
         read_whole_tensors(self._shards, tensors, starts, after)
         read_whole_tensors(self._shards, [one for one in partners if one], [starts[place] for place in paired], before)
         codings = [Coding.of(tensor.dtype) for tensor in tensors]
-        rows = rows_of(
-            (starts[place], tensors[place].nbytes // codings[place].width, codings[place]) for place in paired
-        )
+        counts = [tensor.nbytes // coding.width for tensor, coding in zip(tensors, codings, strict=True)]
+        rows = rows_of((starts[place], counts[place], codings[place]) for place in paired)
         coded = dict(zip(paired, code_small(before, after, rows), strict=True))
         found: _Coded = []
         for place, name in enumerate(names):
