@@ -145,6 +145,9 @@ class StreamLink:
         """Make the new bytes of one block of a tensor of the old ones, in place."""
         if tensor.state == "same":
             return
+        if tensor.blocks == 1:
+            next(self._begin[tensor.name](tensor))(codes)
+            return
         turns, changes = self._begun.setdefault(tensor.name, (InTurn(stop), self._begin[tensor.name](tensor)))
         with turns.at(place):
             change = next(changes)
