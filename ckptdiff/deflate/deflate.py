@@ -94,12 +94,12 @@ def _encode_parts(data: Array, parts: Array, spans: Array, out: Array, ends: Arr
     """Write the stream of each part after that of the one before; ``ends[i + 1]`` tells where it stops."""
     for i in range(len(parts)):
         part = data[parts[i, 0] : parts[i, 1]]
-        size, repeats[i] = _encode(part, spans, min(parts[i, 2], part.size + 6), out[ends[i] :])
+        size, repeats[i] = encode(part, spans, min(parts[i, 2], part.size + 6), out[ends[i] :])
         ends[i + 1] = ends[i] + size
 
 
 @helper
-def _encode(data: Array, spans: Array, limit: int, out: Array) -> tuple[int, bool]:
+def encode(data: Array, spans: Array, limit: int, out: Array) -> tuple[int, bool]:
     """Write the stream; returns its bytes, 0 if there would be `limit` or more, and whether strings come again."""
     counts, costs = np.zeros(_SYMBOLS, np.int64), np.zeros(_SYMBOLS, np.int64)
     runs = count_symbols(data, spans, counts)

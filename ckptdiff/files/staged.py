@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from pathlib import Path
@@ -9,7 +10,16 @@ from pathlib import Path
 from ckptdiff.errors import CkptdiffError, RunFileError
 from ckptdiff.files.hidden import Hidden
 
+_WRITE_BACK = 2  # SYNC_FILE_RANGE_WRITE
 _FOLDERS_NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
+_libc = ctypes.CDLL(None)
+
+
+def _write_back(descriptor: int, offset: int, size: int) -> None:
+    """Begin to write dirty pages, where the system can be asked to: else all of a file waits until it is synced."""
+    begin = getattr(_libc, "sync_file_range", None)
+    if begin is not None and size:
+        begin(descriptor, ctypes.c_int64(offset), ctypes.c_int64(size), _WRITE_BACK)
 
 
 class StagedFile:
@@ -110,6 +120,23 @@ class StagedFile:
             found=f"{free.f_bavail * free.f_frsize:,} bytes free, {self._size:,} bytes written",
             hint=hint,
         )
+
+    def write_at(self, data: memoryview, offset: int) -> None:
+        """Write all of a buffer at an offset, in any thread, and have the disk begin with it.
+
+        Raises
+        ------
+        RunFileError
+            For a full disk, a quota, or whatever else ended the write.
+        """
+        done = 0
+        try:
+            while done < len(data):
+                done += os.pwrite(self._hidden.descriptor, data[done:], offset + done)
+            _write_back(self._hidden.descriptor, offset, len(data))
+        except OSError as error:
+            raise self._explained(error) from error
+        self._size = max(self._size, offset + len(data))
 
     # What h5py's fileobj driver calls.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence, Set
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from ckptdiff.errors import PatchError, first_few
 from ckptdiff.patch.delta import BLOCK_CODES, TensorDelta
 from ckptdiff.patch.digests import TensorDigest, checksum_of, digest_of
 from ckptdiff.patch.link import Link
-from ckptdiff.patch.spans import Piece, read_block_of
+from ckptdiff.patch.spans import Piece, read_block_of, read_whole_tensors
 
 __all__ = ["Chain", "check_links"]
 
@@ -71,6 +71,11 @@ class Chain:
         }
         self._origins = {name: self._origin(name) for name in self.tensors}
         self._require_base()
+        self._unchanged = {
+            name
+            for name in self.tensors
+            if self.takes_base(name) and all(link.delta.tensors[name].state == "same" for link in self.links)
+        }
         self._digests: dict[str, tuple[TensorDigest, TensorDigest]] = {}
         self.repeated: set[str] = set()
         """Tensors that were new already, by patches that may be applied again; complete when all blocks are made."""
@@ -79,42 +84,71 @@ class Chain:
         """Whether a tensor begins with bytes of the base."""
         return self._origins[name] == 0 and self.links[0].delta.tensors[name].state != "whole"
 
-    def unchanged_names(self) -> set[str]:
+    def unchanged_names(self) -> Set[str]:
         """Tensors that no link changes."""
-        return {
-            name
-            for name in self.tensors
-            if self.takes_base(name) and all(link.delta.tensors[name].state == "same" for link in self.links)
-        }
+        return self._unchanged
 
-    def made(self, shards: OpenShards, pieces: Sequence[Piece]) -> list[tuple[Piece, Bytes]]:
-        """The bytes of blocks, with digests of base and result checked at the end of each tensor."""
-        return [(piece, self.block(shards, *piece)[1]) for piece in pieces]
+    def size_of(self, pieces: Sequence[Piece]) -> int:
+        """Bytes of blocks."""
+        total = 0
+        for name, place in pieces:
+            tensor = self.tensors[name]
+            total += min(BLOCK_CODES, tensor.codes - place * BLOCK_CODES) * tensor.coding.width
+        return total
 
-    def block(self, shards: OpenShards, name: str, place: int, *, keep: bool = False) -> tuple[Bytes | None, Bytes]:
-        """The bytes of a block before, if they are to be kept and the base has them, and after."""
+    def make(self, shards: OpenShards, pieces: Sequence[Piece], out: Bytes) -> None:
+        """Make the bytes of blocks, one behind the other; digests are checked at the end of each tensor.
+
+        Several blocks are tensors of one block each, which travel together.
+        """
+        if len(pieces) == 1:
+            self.block(shards, *pieces[0], out)
+            return
+        names = [name for name, _ in pieces]
+        tensors = [self.tensors[name] for name in names]
+        starts = [0, *accumulate(tensor.nbytes for tensor in tensors)]
+        taken = [place for place, name in enumerate(names) if self.takes_base(name)]
+        self._read_small(shards, [names[place] for place in taken], [starts[place] for place in taken], out)
+        before = self._digests_of(names, taken, starts, out, 0)
+        for depth, link in enumerate(self.links):
+            ones, at = [], []
+            for name, start in zip(names, starts, strict=False):
+                if self._origins[name] <= depth and (one := link.delta.tensors[name]).codes:
+                    ones.append(one)
+                    at.append(start)
+            link.apply_small(ones, at, out, self.stop)
+        changed = [place for place, name in enumerate(names) if name not in self._unchanged]
+        after = before | self._digests_of(names, changed, starts, out, 1)
+        for place, name in enumerate(names):
+            self._check(name, before.get(place), after[place])
+
+    def block(self, shards: OpenShards, name: str, place: int, codes: Bytes, *, keep: bool = False) -> Bytes | None:
+        """Make the bytes of one block; returns what they were before, if that is to be kept and the base has them."""
         tensor = self.tensors[name]
-        coding, origin = tensor.coding, self._origins[name]
-        numel = min(BLOCK_CODES, tensor.codes - place * BLOCK_CODES)
-        codes = np.empty(numel * coding.width, np.uint8)
         before = old = None
         if self.takes_base(name):
             self._read(shards, name, place, codes)
             before = self._digest(name, place, 0, codes)
             old = codes.copy() if keep else None
-        for link in self.links[origin:]:
-            one = link.delta.tensors[name]
-            if one.blocks:
-                link.apply(one, place, codes, self.stop)
-        after = self._digest(name, place, 1, codes)
+        after = before
+        if name not in self._unchanged:
+            for link in self.links[self._origins[name] :]:
+                one = link.delta.tensors[name]
+                if one.blocks:
+                    link.apply(one, place, codes, self.stop)
+            after = self._digest(name, place, 1, codes)
         if place == max(tensor.blocks, 1) - 1:
             self._digests.pop(name, None)
             self._check(name, before, after)
-        return old, codes
+        return old
 
     def _read(self, shards: OpenShards, name: str, place: int, codes: Bytes) -> None:
         """Fill an array with the base's bytes of a block."""
         read_block_of(shards, self.base.tensors[name], self.tensors[name].coding, place, codes)
+
+    def _read_small(self, shards: OpenShards, names: Sequence[str], starts: Sequence[int], out: Bytes) -> None:
+        """Read tensors of the base whole, each to its place."""
+        read_whole_tensors(shards, [self.base.tensors[name] for name in names], starts, out)
 
     def _place_of(self, name: str) -> str:
         """Where the base's bytes of a tensor lie."""
@@ -137,19 +171,35 @@ class Chain:
         ):
             self.repeated.add(name)
 
-    def _digest(self, name: str, place: int, which: int, codes: Bytes) -> str | None:
-        """Digest of a tensor up to a block, the whole of it at its last one; None where no patch has one."""
+    def _checksums(self, name: str) -> tuple[str, str] | None:
+        """Which checksums a tensor's digests before and after are to be; None where no patch has one."""
         made = self.tensors[name].after
         if made is None:
             return None
         # What a directory of deltas takes has no digest; the one that it makes tells whether it was applied already.
-        known = (self.links[0].delta.tensors[name].before or made, made)
+        return checksum_of(self.links[0].delta.tensors[name].before or made), checksum_of(made)
+
+    def _digest(self, name: str, place: int, which: int, codes: Bytes) -> str | None:
+        """Digest of a tensor up to a block, the whole of it at its last one."""
+        checksums = self._checksums(name)
+        if checksums is None:
+            return None
         if self.tensors[name].blocks <= 1:
-            return digest_of(codes, checksum_of(known[which]))
-        first, second = (TensorDigest(self.stop, checksum_of(one)) for one in known)
+            return digest_of(codes, checksums[which])
+        first, second = (TensorDigest(self.stop, one) for one in checksums)
         both = self._digests.setdefault(name, (first, second))
         both[which].add(place, codes)
         return both[which].value() if place == self.tensors[name].blocks - 1 else ""
+
+    def _digests_of(
+        self, names: Sequence[str], places: Sequence[int], starts: Sequence[int], out: Bytes, which: int
+    ) -> dict[int, str | None]:
+        """Digests of some of the tensors that lie one behind the other."""
+        found: dict[int, str | None] = {}
+        for place in places:
+            checksums = self._checksums(names[place])
+            found[place] = checksums and digest_of(out[starts[place] : starts[place + 1]], checksums[which])
+        return found
 
     def _origin(self, name: str) -> int:
         """The last link that brings the tensor whole; else the first, which takes it from the base."""

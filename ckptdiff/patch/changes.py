@@ -83,7 +83,8 @@ def open_patch(path: str | os.PathLike[str], base: str | os.PathLike[str] | None
         for name, tensor in chain.tensors.items():
             for place in range(0 if name in unchanged else tensor.blocks):
                 code = f"<u{tensor.coding.width}"
-                before, after = chain.block(shards, name, place, keep=True)
+                after = np.empty(chain.size_of([(name, place)]), np.uint8)
+                before = chain.block(shards, name, place, after, keep=True)
                 new = after.view(code)
                 at = np.arange(new.size) if before is None else np.flatnonzero(before.view(code) != new)
                 if at.size:

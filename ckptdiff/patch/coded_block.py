@@ -25,24 +25,24 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import DTYPES, Kind
 from ckptdiff.deflate.deflate import deflate_parts
+from ckptdiff.patch.kernels.small_blocks import SEARCH, STEPS, STREAMS, WHOLE
 from ckptdiff.patch.kernels.steps import add_steps, find_steps, lay_out, read_positions, read_steps
 
 __all__ = [
     "Coding",
     "DamagedBlockError",
+    "Rooms",
     "Steps",
     "apply_block",
     "code_block",
     "code_steps",
     "code_whole",
+    "frozen",
+    "inflated",
     "read_block",
 ]
 
 Bytes = NDArray[np.uint8]
-_STEPS, _WHOLE = 0, 1
-_STREAMS = 4
-_SEARCH = 1 << 16
-"""Bytes from which strings that come again are worth a search by zlib."""
 _LEVEL = 6
 _rooms = threading.local()
 
@@ -80,8 +80,8 @@ class Steps:
     """By how much each, as :mod:`~ckptdiff.patch.kernels.steps` says."""
 
 
-class _Rooms:
-    """Arrays that one thread works in."""
+class Rooms:
+    """Arrays that one thread works in, on blocks of so many codes."""
 
     def __init__(self, numel: int, width: int) -> None:
         self.numel, self.width = numel, width
@@ -89,10 +89,10 @@ class _Rooms:
         self.out = np.empty(numel // 128 + (3 + width) * numel + 64, np.uint8)
 
 
-def _room(numel: int, coding: Coding) -> _Rooms:
-    found: _Rooms | None = getattr(_rooms, "found", None)
+def _room(numel: int, coding: Coding) -> Rooms:
+    found: Rooms | None = getattr(_rooms, "found", None)
     if found is None or found.numel < numel or found.width < coding.width:
-        found = _rooms.found = _Rooms(numel, coding.width)
+        found = _rooms.found = Rooms(numel, coding.width)
     return found
 
 
@@ -110,7 +110,7 @@ def code_block(base: Bytes, tuned: Bytes, coding: Coding) -> tuple[bytes, int]:
     int
         How many codes changed.
     """
-    base, tuned = _frozen(base), _frozen(tuned)
+    base, tuned = frozen(base), frozen(tuned)
     rooms = _room(base.size // coding.width, coding)
     count = find_steps(base, tuned, coding.width, coding.floating, rooms.positions, rooms.steps)
     if not count:
@@ -129,21 +129,21 @@ def code_steps(steps: Steps, numel: int, coding: Coding) -> bytes:
 def code_whole(tuned: Bytes) -> bytes:
     """Code a block by what it holds afterwards."""
     (stream,) = _squeezed(tuned, np.array([0, tuned.size]))
-    return _numbers(_WHOLE, len(stream)) + stream
+    return _numbers(WHOLE, len(stream)) + stream
 
 
 def _coded(positions: Any, z: Any, count: int, numel: int, out: Bytes) -> bytes:
-    bounds = np.empty(_STREAMS + 1, np.int64)
+    bounds = np.empty(STREAMS + 1, np.int64)
     shift, coding = lay_out(positions, z, count, numel, out, bounds)
     streams = _squeezed(out, bounds)
     sizes = np.diff(bounds).tolist()
     facts = [number for size, stream in zip(sizes, streams, strict=True) for number in (size, len(stream))]
-    return b"".join([_numbers(_STEPS, count, shift, coding, *facts), *streams])
+    return b"".join([_numbers(STEPS, count, shift, coding, *facts), *streams])
 
 
 def _squeezed(data: Bytes, bounds: NDArray[np.int64]) -> list[bytes]:
     """Each part of the data as a zlib stream where that is smaller, else as it is."""
-    view = _frozen(data)
+    view = frozen(data)
     rows = np.column_stack([bounds[:-1], bounds[1:], np.diff(bounds)])
     held = rows[rows[:, 2] > 0]
     found = iter(deflate_parts(view, held)) if held.size else iter(())
@@ -153,13 +153,13 @@ def _squeezed(data: Bytes, bounds: NDArray[np.int64]) -> list[bytes]:
         if size:
             mine = next(found)
             best = mine.stream or view[start:stop].tobytes()
-            if mine.repeats and size >= _SEARCH:
+            if mine.repeats and size >= SEARCH:
                 best = min(best, zlib.compress(view[start:stop].data, _LEVEL), key=len)
         streams.append(best)
     return streams
 
 
-def _frozen(data: Bytes) -> Bytes:
+def frozen(data: Bytes) -> Bytes:
     """Read-only bytes: kernels are compiled for each kind of array that they are given; this keeps it to one kind."""
     view = data.view()
     view.flags.writeable = False
@@ -201,21 +201,26 @@ class _Reader:
         if len(data) != stored or stored > size:
             raise DamagedBlockError("a stream is cut short")
         if stored < size:
-            inflate = zlib.decompressobj()
-            try:
-                found = inflate.decompress(data, size)
-                if len(found) < size or (not inflate.eof and inflate.decompress(inflate.unconsumed_tail, 1)):
-                    raise DamagedBlockError("a stream has another size than it says")
-            except zlib.error as error:
-                raise DamagedBlockError(f"a stream is damaged: {error}") from error
-            if not inflate.eof or inflate.unused_data:
-                raise DamagedBlockError("a stream has another size than it says")
-            data = found
+            data = inflated(data, size)
         return np.frombuffer(data, np.uint8)
 
     def end(self) -> None:
         if self._at != len(self._coded):
             raise DamagedBlockError("bytes follow its last stream")
+
+
+def inflated(data: bytes, size: int) -> bytes:
+    """What a zlib stream holds, if that is of this size; never is more made of it."""
+    inflate = zlib.decompressobj()
+    try:
+        found = inflate.decompress(data, size)
+        if len(found) < size or (not inflate.eof and inflate.decompress(inflate.unconsumed_tail, 1)):
+            raise DamagedBlockError("a stream has another size than it says")
+    except zlib.error as error:
+        raise DamagedBlockError(f"a stream is damaged: {error}") from error
+    if not inflate.eof or inflate.unused_data:
+        raise DamagedBlockError("a stream has another size than it says")
+    return found
 
 
 def read_block(coded: bytes, numel: int, coding: Coding) -> Steps | Bytes | None:
@@ -235,16 +240,16 @@ def read_block(coded: bytes, numel: int, coding: Coding) -> Steps | Bytes | None
         return None
     reader = _Reader(coded)
     mode = reader.number()
-    if mode == _WHOLE:
+    if mode == WHOLE:
         whole = reader.stream(numel * coding.width, reader.number())
         reader.end()
         return whole
-    if mode != _STEPS:
+    if mode != STEPS:
         raise DamagedBlockError(f"its mode is {mode}")
     count, shift, kind = reader.number(), reader.number(), reader.number()
     if not 0 < count <= numel or (shift > 24 and shift != 255) or kind > 1:
         raise DamagedBlockError(f"{count} changes of {numel}, shift {shift}, coding {kind}")
-    sizes = [(reader.number(), reader.number()) for _ in range(_STREAMS)]
+    sizes = [(reader.number(), reader.number()) for _ in range(STREAMS)]
     limits = (count + numel // 128 + 64, 3 * count + 1, count, 9 * count + 1)
     if any(size > limit for (size, _), limit in zip(sizes, limits, strict=True)) and shift != 255:
         raise DamagedBlockError("a stream is larger than any of such a block")

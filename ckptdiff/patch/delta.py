@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from ckptdiff.checkpoint import DTYPES
@@ -60,26 +60,24 @@ class TensorDelta:
     """Stored bytes of each block; none of a tensor that is the same."""
     replaces: bool = False
     """Whether the base has a tensor of this name, of another dtype or shape."""
+    nbytes: int = field(init=False, repr=False, compare=False)
+    """Stored bytes of the tensor."""
+    coding: Coding = field(init=False, repr=False, compare=False)
+    """How they are taken as codes."""
+    codes: int = field(init=False, repr=False, compare=False)
+    """How many these are."""
+    blocks: int = field(init=False, repr=False, compare=False)
+    """Blocks that they fill."""
 
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes of the tensor."""
-        return math.prod(self.shape) * DTYPES[self.dtype].bits // 8
-
-    @property
-    def coding(self) -> Coding:
-        """How its bytes are taken as codes."""
-        return Coding.of(self.dtype)
-
-    @property
-    def codes(self) -> int:
-        """How many they are."""
-        return self.nbytes // self.coding.width
-
-    @property
-    def blocks(self) -> int:
-        """Blocks that its codes fill."""
-        return -(-self.codes // BLOCK_CODES)
+    def __post_init__(self) -> None:
+        # Asked for again and again, of tens of thousands of tensors.
+        nbytes, coding = math.prod(self.shape) * DTYPES[self.dtype].bits // 8, Coding.of(self.dtype)
+        codes = nbytes // coding.width
+        keep = object.__setattr__
+        keep(self, "nbytes", nbytes)
+        keep(self, "coding", coding)
+        keep(self, "codes", codes)
+        keep(self, "blocks", -(-codes // BLOCK_CODES))
 
     @property
     def stored(self) -> int:

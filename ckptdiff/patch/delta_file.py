@@ -21,7 +21,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
@@ -38,6 +38,7 @@ from ckptdiff.files.staged import StagedFile
 from ckptdiff.patch.coded_block import DamagedBlockError, Steps, apply_block, read_block
 from ckptdiff.patch.delta import BLOCK_CODES, Blob, Delta, TensorDelta, TunedFile
 from ckptdiff.patch.link import FETCH_AGAIN
+from ckptdiff.patch.small_tensors import apply_small, bytes_of, rows_of
 
 __all__ = ["SIGNATURE", "DeltaFile", "is_delta", "open_delta", "write_blob", "write_index"]
 
@@ -51,6 +52,8 @@ _MOST_BLOB = 200_000_000
 """A safetensors header has 100 MB at most."""
 _MOST_NUMBERS = 64
 """Bytes of a coded block beside what it holds."""
+_OF_STATE = {"same": (0, 1, 1), "changed": (1, 1, 1), "whole": (1, 0, 1), "lost": (0, 0, 0)}
+"""Of a tensor: whether it has blocks, and a digest before and after."""
 
 
 def _index_bytes(delta: Delta) -> bytes:
@@ -146,6 +149,24 @@ class DeltaFile:
         """Make the new bytes of one block of a tensor of the old ones, in place."""
         del stop  # nothing is waited for
         apply_block(codes, self.change(tensor, place), tensor.coding)
+
+    def apply_small(
+        self, tensors: Sequence[TensorDelta], starts: Sequence[int], codes: NDArray[np.uint8], stop: threading.Event
+    ) -> None:
+        """Do so with several tensors of one block, each of which begins at one byte of the codes."""
+        ones = [(tensor, start) for tensor, start in zip(tensors, starts, strict=True) if tensor.sizes]
+        sizes = [tensor.sizes[0] for tensor, _ in ones]
+        left: Iterable[int] = range(len(ones))
+        if len(ones) > 1 and sum(sizes) <= 2 * codes.size + _MOST_NUMBERS * len(ones):
+            rows = rows_of((start, one.codes, one.coding) for one, start in ones)
+            coded = bytes_of(self._descriptor, [(one.offset, one.sizes[0]) for one, _ in ones], self.path)
+            left = apply_small(codes, rows, coded, sizes)
+        for place in left:
+            tensor, start = ones[place]
+            old = codes[start : start + tensor.nbytes]
+            new = old.copy()  # at an address that suits its codes
+            self.apply(tensor, 0, new, stop)
+            old[:] = new
 
     def header(self, file: int) -> bytes:
         """The first bytes of a file of the tuned side."""
@@ -280,17 +301,16 @@ def _delta(index: Mapping[str, Any], end: int) -> Delta:
 
 def _check_tensor(tensor: TensorDelta, files: int, end: int) -> None:
     bits = math.prod(tensor.shape) * DTYPES[tensor.dtype].bits
-    stored = {"same": 0, "lost": 0, "changed": tensor.blocks, "whole": tensor.blocks}[tensor.state]
-    digests = {"same": (True, True), "changed": (True, True), "whole": (False, True), "lost": (False, False)}
+    coded, before, after = _OF_STATE[tensor.state]
     if bits % 8 or bits >= 1 << 63 or tensor.coding.width * tensor.codes != tensor.nbytes:
         raise ValueError(f"{tensor.name} has {bits} bits")
-    if len(tensor.sizes) != stored or tensor.offset + tensor.stored > end:
+    if len(tensor.sizes) != (tensor.blocks if coded else 0) or tensor.offset + tensor.stored > end:
         raise ValueError(f"{tensor.name} has {len(tensor.sizes)} blocks at {tensor.offset}")
     if tensor.sizes and max(tensor.sizes) > BLOCK_CODES * tensor.coding.width + _MOST_NUMBERS:
         raise ValueError(f"{tensor.name} has a block of {max(tensor.sizes)} bytes")
-    if (isinstance(tensor.before, str), isinstance(tensor.after, str)) != digests[tensor.state]:
+    if isinstance(tensor.before, str) != before or isinstance(tensor.after, str) != after:
         raise ValueError(f"{tensor.name} lacks a digest")
-    if tensor.file not in (range(files) if tensor.state != "lost" else (-1,)):
+    if not 0 <= tensor.file < files if after else tensor.file != -1:
         raise ValueError(f"{tensor.name} is in file {tensor.file}")
 
 

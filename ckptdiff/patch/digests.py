@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -58,8 +59,17 @@ def checksum_of(digest: str) -> str:
     return name if colon else CHECKSUMS[0]
 
 
+@cache
+def _at_hand() -> Callable[[Any], str]:
+    """The digest of bytes at hand by the first of :data:`CHECKSUMS`, in one call."""
+    found: Callable[[Any], str] = required("xxhash").xxh3_128_hexdigest
+    return found
+
+
 def digest_of(data: Any, checksum: str = CHECKSUMS[0]) -> str:
     """Digest of bytes that are at hand."""
+    if checksum == CHECKSUMS[0]:
+        return _at_hand()(data)
     hasher = _hasher(checksum)
     hasher.update(data)
     return _text(hasher, checksum)

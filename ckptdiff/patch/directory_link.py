@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -219,13 +220,19 @@ def _overwrite(tensor: TensorDelta, frame: TensorInfo, descriptor: int) -> Itera
         yield lambda codes, at=at, new=new: codes.__setitem__(at, new)  # type: ignore[misc]
 
 
+@cache
+def _zstandard() -> Any:
+    """The module; to look it up each time would cost as much as a small frame."""
+    return required("zstandard")
+
+
 class _Frame:
     """One zstd frame, read piece by piece; what it holds is not believed before it is there."""
 
     def __init__(self, frame: TensorInfo, descriptor: int, most: int) -> None:
+        zstandard = _zstandard()
         self._frame, self._descriptor, self._at = frame, descriptor, frame.start
-        zstandard = required("zstandard")
-        self._error = zstandard.ZstdError
+        self._error, self._parameters = zstandard.ZstdError, zstandard.get_frame_parameters
         # A small frame is read at once.
         held = self.read(frame.nbytes) if frame.nbytes <= _SMALL else None
         try:
@@ -246,7 +253,7 @@ class _Frame:
         frame = self._frame
         if held is None:
             held = read_bytes(self._descriptor, _FRAME_HEADER, frame.start, frame.shard.path)
-        size: int = required("zstandard").get_frame_parameters(held[:_FRAME_HEADER]).content_size
+        size: int = self._parameters(held[:_FRAME_HEADER]).content_size
         return None if size == _UNKNOWN else size
 
     def nonzero(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -70,6 +70,11 @@ class Link(Protocol):
 
     def apply(self, tensor: TensorDelta, place: int, codes: Bytes, stop: threading.Event) -> None:
         """Make the new bytes of one block of a tensor of the old ones, in place."""
+
+    def apply_small(
+        self, tensors: Sequence[TensorDelta], starts: Sequence[int], codes: Bytes, stop: threading.Event
+    ) -> None:
+        """Do so with several tensors of one block, each of which begins at one byte of the codes."""
 
     def header(self, file: int) -> bytes:
         """The first bytes of a file of the result, up to the first tensor's."""
@@ -140,12 +145,22 @@ class StreamLink:
         """Make the new bytes of one block of a tensor of the old ones, in place."""
         if tensor.state == "same":
             return
+        if tensor.blocks == 1:
+            next(self._begin[tensor.name](tensor))(codes)
+            return
         turns, changes = self._begun.setdefault(tensor.name, (InTurn(stop), self._begin[tensor.name](tensor)))
         with turns.at(place):
             change = next(changes)
         if place == tensor.blocks - 1:
             del self._begun[tensor.name]
         change(codes)
+
+    def apply_small(
+        self, tensors: Sequence[TensorDelta], starts: Sequence[int], codes: Bytes, stop: threading.Event
+    ) -> None:
+        """Do so with several tensors of one block, each of which begins at one byte of the codes."""
+        for tensor, start in zip(tensors, starts, strict=True):
+            self.apply(tensor, 0, codes[start : start + tensor.nbytes], stop)
 
     def header(self, file: int) -> bytes:
         """The first bytes of a file of the base."""

@@ -18,7 +18,7 @@ from ckptdiff.patch.digests import required
 from ckptdiff.patch.flat_link import read_flat
 from ckptdiff.patch.link import Link
 from ckptdiff.patch.opening import open_link, patch_kind
-from ckptdiff.patch.spans import in_pieces, load_kernels, threads_for, work_in_order
+from ckptdiff.patch.spans import Piece, in_pieces, load_kernels, threads_for, work_in_order
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +62,10 @@ class _LiveChain(Chain):
         start = place * BLOCK_CODES * self.tensors[name].coding.width
         stored: Any = self.base.tensors[name]
         np.copyto(codes, stored.stored[start : start + codes.size].cpu().numpy())
+
+    def _read_small(self, shards: OpenShards, names: Sequence[str], starts: Sequence[int], out: Bytes) -> None:
+        for name, start in zip(names, starts, strict=True):
+            self._read(shards, name, 0, out[start : start + self.tensors[name].nbytes])
 
     def _place_of(self, name: str) -> str:
         """Where the base's bytes of a tensor lie."""
@@ -144,15 +148,20 @@ def _pass(chain: _LiveChain, names: Sequence[str], threads: int, *, write: bool)
     tensors: Any = chain.base.tensors
     if write:  # of two names of the same bytes, one
         names = list({(tensors[name].stored.data_ptr(), tensors[name].stored.device): name for name in names}.values())
+
+    def made(pieces: list[Piece]) -> tuple[list[Piece], Bytes]:
+        new = np.empty(chain.size_of(pieces), np.uint8)
+        chain.make(shards, pieces, new)
+        return pieces, new
+
     with open_shards("pread") as shards:
         codes = [(name, chain.tensors[name].codes) for name in names if chain.tensors[name].codes]
-        for made in work_in_order(
-            in_pieces(codes), lambda some: chain.made(shards, some), threads, chain.stop, lambda: None
-        ):
-            for (name, place), new in made:
-                if write:
-                    start = place * BLOCK_CODES * chain.tensors[name].coding.width
-                    _copy(tensors[name].stored[start : start + new.size], new)
+        for pieces, new in work_in_order(in_pieces(codes), made, threads, chain.stop, lambda: None):
+            stop = 0
+            for name, place in pieces if write else ():
+                first = place * BLOCK_CODES * chain.tensors[name].coding.width
+                start, stop = stop, stop + chain.size_of([(name, place)])
+                _copy(tensors[name].stored[first : first + stop - start], new[start:stop])
 
 
 def _copy(place: Any, new: Bytes) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import TypeAlias
 
@@ -24,7 +25,16 @@ from ckptdiff.patch.delta import BLOCK_CODES, Delta, TensorDelta, TunedFile
 from ckptdiff.patch.delta_file import SIGNATURE, write_blob, write_index
 from ckptdiff.patch.digests import TensorDigest, digest_of, required
 from ckptdiff.patch.side_files import SideFiles
-from ckptdiff.patch.spans import Piece, in_pieces, load_kernels, read_block_of, threads_for, work_in_order
+from ckptdiff.patch.small_tensors import code_small, rows_of
+from ckptdiff.patch.spans import (
+    Piece,
+    in_pieces,
+    load_kernels,
+    read_block_of,
+    read_whole_tensors,
+    threads_for,
+    work_in_order,
+)
 from ckptdiff.runfile.check_target import check_new
 
 __all__ = ["MadeDelta", "make"]
@@ -164,71 +174,88 @@ class _Making:
         return base if base is not None and (base.dtype, base.shape) == (tensor.dtype, tensor.shape) else None
 
     def _tensors(self) -> dict[str, TensorDelta]:
-        started: dict[str, TensorDelta] = {}
-        for file, stored in self._layout.tensors:
-            whole = self._partner(stored) is None
-            started[stored.name] = TensorDelta(
-                stored.name,
-                "whole" if whole else "same",
-                stored.dtype,
-                stored.shape,
-                file,
-                None,
-                "",
-                0,
-                replaces=whole and stored.name in self._base.tensors,
-            )
-        codes = ((name, one.codes) for name, one in started.items())
-        results = work_in_order(in_pieces(codes), self._coded, self._threads, self._stop, self._told.again)
+        done: dict[str, TensorDelta] = {}
+        file_of = {tensor.name: file for file, tensor in self._layout.tensors}
+        codes = ((one.name, one.nbytes // Coding.of(one.dtype).width) for _, one in self._layout.tensors)
         sizes: list[int] = []
-        changed = 0
-        for coded in results:
+        changed = start = 0
+        for coded in work_in_order(in_pieces(codes), self._coded, self._threads, self._stop, self._told.again):
+            at, read = self._staged.tell(), 0
+            self._staged.write(b"".join([data for _, data, _ in coded]))
             for (name, place), data, count in coded:
-                tensor = started[name]
                 if place == 0:
-                    sizes, changed = [], 0
-                    started[name] = tensor = replace(tensor, offset=self._staged.tell())
-                self._staged.write(data)
+                    sizes, changed, start = [], 0, at
+                at += len(data)
                 sizes.append(len(data))
                 changed += count
-                block = min(BLOCK_CODES, tensor.codes) * tensor.coding.width
-                self._told.more(block if tensor.state == "whole" else 2 * block, name)
-                if place == max(tensor.blocks, 1) - 1:
-                    started[name] = self._done(tensor, sizes, changed)
+                tensor = self._tuned.tensors[name]
+                coding = Coding.of(tensor.dtype)
+                block = BLOCK_CODES * coding.width
+                read += min(block, tensor.nbytes) * (1 if self._partner(tensor) is None else 2)
+                if (place + 1) * block >= tensor.nbytes:
+                    done[name] = self._done(tensor, file_of[name], start, sizes, changed)
+            self._told.more(read, name)
             self._staged.check()
         lost = {
             name: TensorDelta(name, "lost", tensor.dtype, tensor.shape, -1, None, None, 0)
             for name, tensor in self._base.tensors.items()
-            if name not in started
+            if name not in done
         }
-        return started | lost
+        return done | lost
 
-    def _done(self, tensor: TensorDelta, sizes: Sequence[int], changed: int) -> TensorDelta:
+    def _done(self, tensor: TensorInfo, file: int, start: int, sizes: Sequence[int], changed: int) -> TensorDelta:
         before, after = self._found.pop(tensor.name)
-        if tensor.state == "whole":
-            return replace(tensor, after=after, changed=tensor.codes, sizes=tuple(sizes[: tensor.blocks]))
-        if not changed:
-            return replace(tensor, before=before, after=after, offset=0)
-        return replace(
-            tensor, state="changed", before=before, after=after, changed=changed, sizes=tuple(sizes[: tensor.blocks])
+        whole = self._partner(tensor) is None
+        kept = changed > 0 or whole
+        return TensorDelta(
+            name=tensor.name,
+            state="whole" if whole else "changed" if changed else "same",
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            file=file,
+            before=before,
+            after=after,
+            changed=changed,
+            offset=start if kept else 0,
+            sizes=tuple(sizes) if kept and tensor.nbytes else (),
+            replaces=whole and tensor.name in self._base.tensors,
         )
 
     def _coded(self, pieces: Sequence[Piece]) -> _Coded:
-        return list(self._coded_pieces(pieces))
+        return self._coded_small([name for name, _ in pieces]) if len(pieces) > 1 else [self._coded_block(*pieces[0])]
 
-    def _coded_pieces(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, bytes, int]]:
-        for name, place in pieces:
-            tensor = self._tuned.tensors[name]
-            base, coding = self._partner(tensor), Coding.of(tensor.dtype)
-            buffers = self._buffers(min(BLOCK_CODES * coding.width, tensor.nbytes))
-            after = read_block_of(self._shards, tensor, coding, place, buffers[1])
-            before = None if base is None else read_block_of(self._shards, base, coding, place, buffers[0])
-            self._digest(tensor, place, before, after)
-            if before is None:
-                coded = (code_whole(after), after.size // coding.width) if after.size else (b"", 0)
-            else:
-                coded = code_block(before, after, coding)
-            yield (name, place), *coded
+    def _coded_block(self, name: str, place: int) -> tuple[Piece, bytes, int]:
+        tensor = self._tuned.tensors[name]
+        base, coding = self._partner(tensor), Coding.of(tensor.dtype)
+        buffers = self._buffers(min(BLOCK_CODES * coding.width, tensor.nbytes))
+        after = read_block_of(self._shards, tensor, coding, place, buffers[1])
+        before = None if base is None else read_block_of(self._shards, base, coding, place, buffers[0])
+        self._digest(tensor, place, before, after)
+        if before is not None:
+            return (name, place), *code_block(before, after, coding)
+        return (name, place), *((code_whole(after), after.size // coding.width) if after.size else (b"", 0))
+
+    def _coded_small(self, names: Sequence[str]) -> _Coded:
+        """Code tensors of one block each."""
+        tensors = [self._tuned.tensors[name] for name in names]
+        partners = [self._partner(tensor) for tensor in tensors]
+        starts = [0, *accumulate(tensor.nbytes for tensor in tensors)]
+        first, second = self._buffers(starts[-1])
+        before, after = first[: starts[-1]], second[: starts[-1]]
+        paired = [place for place, partner in enumerate(partners) if partner is not None]
+        read_whole_tensors(self._shards, tensors, starts, after)
+        read_whole_tensors(self._shards, [one for one in partners if one], [starts[place] for place in paired], before)
+        codings = [Coding.of(tensor.dtype) for tensor in tensors]
+        counts = [tensor.nbytes // coding.width for tensor, coding in zip(tensors, codings, strict=True)]
+        rows = rows_of((starts[place], counts[place], codings[place]) for place in paired)
+        coded = dict(zip(paired, code_small(before, after, rows), strict=True))
+        found: _Coded = []
+        for place, name in enumerate(names):
+            old, new = before[starts[place] : starts[place + 1]], after[starts[place] : starts[place + 1]]
+            self._digest(tensors[place], 0, old if place in coded else None, new)
+            whole = (code_whole(new), counts[place]) if place not in coded and new.size else (b"", 0)
+            found.append(((name, 0), *coded.get(place, whole)))
+        return found
 
     def _digest(self, tensor: TensorInfo, place: int, before: object, after: object) -> None:
         name = tensor.name

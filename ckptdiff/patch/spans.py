@@ -18,8 +18,9 @@ from ckptdiff.patch.coded_block import Coding
 from ckptdiff.patch.delta import BLOCK_CODES
 from ckptdiff.run.warm_up import Uses, load
 
-__all__ = ["Piece", "in_pieces", "load_kernels", "read_block_of", "threads_for", "work_in_order"]
+__all__ = ["Piece", "in_pieces", "load_kernels", "read_block_of", "read_whole_tensors", "threads_for", "work_in_order"]
 
+Given = TypeVar("Given")
 Result = TypeVar("Result")
 Piece = tuple[str, int]
 """A tensor and which of its blocks."""
@@ -62,14 +63,14 @@ def threads_for(asked: int) -> int:
 
 
 def work_in_order(
-    pieces: Iterable[list[Piece]],
-    work: Callable[[Sequence[Piece]], Result],
+    given: Iterable[Given],
+    work: Callable[[Given], Result],
     threads: int,
     stop: threading.Event,
     idle: Callable[[], None],
 ) -> Iterator[Result]:
-    """Do the work on all pieces in several threads, and give back its results in their order."""
-    tasks = (Task(lambda some=some: work(some), 1, 1) for some in pieces)  # type: ignore[misc]
+    """Do the work on all that is given in several threads, and give back its results in their order."""
+    tasks = (Task(lambda some=some: work(some), 1, 1) for some in given)  # type: ignore[misc]
     return in_order(tasks, threads, stop.set, idle, ahead=2)
 
 
@@ -81,3 +82,25 @@ def read_block_of(
     stop = min(start + BLOCK_CODES * coding.width, tensor.stop)
     with shards[tensor.shard].window(tensor, start, stop, buffer) as data:
         return data
+
+
+def read_whole_tensors(
+    shards: OpenShards, tensors: Sequence[TensorInfo], starts: Sequence[int], out: NDArray[np.uint8]
+) -> None:
+    """Read small tensors, each to its place; those that lie one behind the other in a file are read at once."""
+    first = 0
+    for last, tensor in enumerate(tensors):
+        if last + 1 < len(tensors):
+            following = tensors[last + 1]
+            size = tensor.stop - tensor.start
+            if (
+                following.start == tensor.stop
+                and following.shard.path == tensor.shard.path
+                and starts[last + 1] == starts[last] + size
+            ):
+                continue
+        begin, size = tensors[first].start, tensor.stop - tensors[first].start
+        with shards[tensor.shard].window(tensors[first], begin, tensor.stop, out[starts[first] :]) as data:
+            if tensor.shard.remote is not None:
+                out[starts[first] : starts[first] + size] = data
+        first = last + 1

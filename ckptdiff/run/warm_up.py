@@ -300,10 +300,14 @@ def _read_box() -> None:
 
 def _code_block() -> None:
     from ckptdiff.patch.coded_block import Coding, apply_block, code_block, read_block
+    from ckptdiff.patch.small_tensors import apply_small, code_small
 
     base, tuned, coding = np.zeros(2, np.uint8), np.full(2, 7, np.uint8), Coding(1, True)
     coded, _ = code_block(base, tuned, coding)
     apply_block(base, read_block(coded, 2, coding), coding)
+    blocks = np.array([[0, 2, 1, 1]])
+    ((coded, _),) = code_small(base, tuned, blocks)
+    apply_small(base, blocks, coded, [len(coded)])
 
 
 def _step_nothing() -> None:
