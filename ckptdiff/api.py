@@ -45,6 +45,7 @@ def diff(
     io: Io = "auto",
     spectra: SpectraMode | SpectraOptions | None = None,
     stream: bool = False,
+    quick: bool = False,
     listener: Listener | None = None,
     title: str | None = None,
     resume: bool = False,
@@ -85,6 +86,9 @@ def diff(
         Measure spectra too.
     stream : bool
         Read models of the hub where they are, and do not download them.
+    quick : bool
+        Leave unread, and undownloaded, tensors that are known to be the same on both sides: nothing of them changed,
+        and figures that take the base's values are undefined.
     listener : callable, optional
         Called with each event of :mod:`ckptdiff.events`, in the calling thread.
     title : str, optional
@@ -124,6 +128,7 @@ def diff(
         io=io,
         spectra=None if spectra is None else as_spectra(spectra),
         stream=stream,
+        quick=quick,
     )
     with written_to(out) as target:
         return run(

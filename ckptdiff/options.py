@@ -224,6 +224,9 @@ class Options:
         None measures no spectra.
     stream : bool
         Whether models of the hub are read where they are; else they are downloaded first.
+    quick : bool
+        Whether tensors that are known to be the same on both sides are left unread: those of one file, and of files
+        that the hub gives the same hash.
 
     Raises
     ------
@@ -252,6 +255,7 @@ class Options:
     io: Io = "auto"
     spectra: SpectraOptions | None = None
     stream: bool = False
+    quick: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("compare", Compare), ("values", Values), ("io", Io)):

@@ -170,6 +170,7 @@ def test_every_column_has_its_row() -> None:
         "name",
         "layer",
         "same_bytes",
+        "unread",
         "compared_base",
         "compared_tuned",
         *schema.TEXT_FACTS,

@@ -1,6 +1,6 @@
 """Read what is on disk: shards and their headers, the place of each name in its model, and pairs of tensors."""
 
-from ckptdiff.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from ckptdiff.checkpoint.checkpoint import Checkpoint, open_checkpoint, open_pair
 from ckptdiff.checkpoint.dtypes import DTYPES, DType, Kind
 from ckptdiff.checkpoint.header import Shard, TensorInfo, read_header
 from ckptdiff.checkpoint.names import Place, locate
@@ -22,6 +22,7 @@ __all__ = [
     "locate",
     "locate_all",
     "open_checkpoint",
+    "open_pair",
     "pair",
     "read_header",
 ]

@@ -18,7 +18,7 @@ from ckptdiff.errors import CheckpointError
 from ckptdiff.remote.address import is_url, shown
 from ckptdiff.remote.hub import may_be_hub
 
-__all__ = ["Checkpoint", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint", "open_pair"]
 
 _AT_ONCE = 16
 """Headers that are fetched at a time."""
@@ -109,8 +109,26 @@ def open_checkpoint(path: str | os.PathLike[str], stream: bool = False) -> Check
     180800
     """
     named, part = _split_part(os.fspath(path))
-    source = _find(named, stream)
-    called = source.path or (shown(named) if is_url(named) else os.fspath(path))
+    return _opened(os.fspath(path), _find(named, stream), part)
+
+
+def open_pair(base: str, tuned: str, stream: bool = False, quick: bool = False) -> tuple[Checkpoint, Checkpoint]:
+    """Open both sides of a comparison, as :func:`open_checkpoint` does each.
+
+    Of two models of the hub, shards that have the same hash there are downloaded once, or, if `quick`, not at all: they
+    are left where they are, and their headers read there.
+    """
+    if stream or not (may_be_hub(base) and may_be_hub(tuned)):
+        return open_checkpoint(base, stream), open_checkpoint(tuned, stream)
+    from ckptdiff.checkpoint.find_hub import find_hub_pair
+
+    first, second = find_hub_pair(base, tuned, quick)
+    return _opened(base, first), _opened(tuned, second)
+
+
+def _opened(path: str, source: FoundShards, part: str | None = None) -> Checkpoint:
+    """Read the headers of the shards that `path` means."""
+    called = source.path or (shown(path) if is_url(path) else path)
     warnings = list(source.warnings)
     shards: list[Shard] = []
     tensors: dict[str, TensorInfo] = {}

@@ -82,25 +82,32 @@ class OpenShards:
         return self._fetching
 
     def ahead(self, parts: Sequence[tuple[Shard, int, int]]) -> AbstractContextManager[object]:
-        """Have bytes of remote files fetched that a task will read, while tasks before it are worked on.
+        """:meth:`all_ahead` of one task."""
+        return self.all_ahead([parts])[0]
+
+    def all_ahead(self, tasks: Sequence[Sequence[tuple[Shard, int, int]]]) -> Sequence[AbstractContextManager[object]]:
+        """Have bytes of remote files fetched that tasks will read, while tasks before them are worked on.
 
         Parameters
         ----------
-        parts : sequence of (Shard, int, int)
-            Of remote files, from a byte to another.
+        tasks : sequence of sequences of (Shard, int, int)
+            Of each task, parts of remote files, from a byte to another.
 
         Returns
         -------
-        context manager
-            To be entered when the task begins; what was fetched is dropped when it is left.
+        sequence of context managers
+            To be entered when a task begins; what was fetched is dropped when it is left.
         """
-        if not parts:
-            return nullcontext()
+        if not any(tasks):
+            return [nullcontext()] * len(tasks)
         from ckptdiff.remote.fetching import ByteRange
 
-        ranges = [ByteRange(shard.remote, start, stop) for shard, start, stop in parts if shard.remote is not None]
+        ranges = [
+            [ByteRange(shard.remote, start, stop) for shard, start, stop in parts if shard.remote is not None]
+            for parts in tasks
+        ]
         with self._lock:
-            return self._fetcher().lease(ranges)
+            return self._fetcher().leases(ranges)
 
     def close(self) -> None:
         """Close all files."""

@@ -77,9 +77,19 @@ class TensorPair:
     def same_bytes(self) -> bool:
         """Whether both sides are the same bytes, of one file or of two of equal hash, so that they are read once."""
         base, tuned = self.base, self.tuned
-        if not (isinstance(base, TensorInfo) and isinstance(tuned, TensorInfo)):
-            return False
-        return base.start == tuned.start and base.region == tuned.region
+        return isinstance(base, TensorInfo) and isinstance(tuned, TensorInfo) and _same_place(base, tuned)
+
+    @property
+    def known_equal(self) -> bool:
+        """Whether both sides are known to hold the same before a byte of them is read, quantised ones too."""
+        base, tuned = self.base, self.tuned
+        if not (isinstance(base, Decoded) and isinstance(tuned, Decoded)):
+            return self.same_bytes
+        known = ("encoding", "shape", "code", "block", "divides")
+        return all(getattr(base, name) == getattr(tuned, name) for name in known) and all(
+            _same_place(getattr(base, name), getattr(tuned, name))
+            for name in ("codes", "scales", "zeros", "global_scale")
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +170,12 @@ class Pairing:
     suggested: SuggestedMap = field(default_factory=SuggestedMap)
     excluded: tuple[Mapping[str, int], Mapping[str, int]] = field(default_factory=lambda: ({}, {}))
     orders: Mapping[str, Orders] = field(default_factory=dict)
+
+
+def _same_place(base: TensorInfo | None, tuned: TensorInfo | None) -> bool:
+    if base is None or tuned is None:
+        return base is tuned
+    return base.start == tuned.start and base.region == tuned.region
 
 
 def first_rows(weight: Source, rows: int) -> Source:

@@ -25,7 +25,7 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
 }
 # The key is greedy, because a tensor's name may hold operators too.
 _CHECK = re.compile(r"(?P<key>.+?)\s*(?P<operator><=|>=|==|!=|<|>)\s*(?P<number>[^<>=!\s]+)\s*", re.DOTALL)
-_COUNTS = ("matched", "same_bytes", "only_in_base", "only_in_tuned", "mismatched", "aliased")
+_COUNTS = ("matched", "same_bytes", "unread", "only_in_base", "only_in_tuned", "mismatched", "aliased")
 _COVERAGE = tuple(f"{side}.{key}" for side in ("base", "tuned") for key in ("values", "compared", "share"))
 _AGGREGATES = ("global", "median_2d")
 

@@ -14,6 +14,7 @@ from ckptdiff.cli.display import progress
 from ckptdiff.cli.inputs import (
     device_options,
     progress_option,
+    quick_option,
     resource_options,
     resume_option,
     stream_option,
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, metavar="N", help="Seed of the randomized spectra.")
 @resume_option
 @stream_option
+@quick_option
 @click.option("--dry-run", is_flag=True, show_default="off", help="Print the plan and its memory, and read no data.")
 @view_options
 @progress_option
@@ -136,6 +138,7 @@ def _options(given: dict[str, Any]) -> Options:
         io=given["io"],
         spectra=SpectraOptions(given["spectra"], seed=given["seed"]) if given["spectra"] else None,
         stream=given["stream"],
+        quick=given["quick"],
     )
 
 

@@ -76,6 +76,14 @@ stream_option = click.option(
     help="Read models of the Hugging Face hub where they are, and keep nothing of them on disk.",
 )
 
+quick_option = click.option(
+    "--quick",
+    is_flag=True,
+    show_default="off",
+    help="Leave unread what is known to be the same on both sides: tensors of one file, and of files that the hub "
+    "gives the same hash, which are not downloaded either. What takes the base's values is undefined then.",
+)
+
 _DEVICE: Sequence[_Option] = (
     click.option(
         "--device",

@@ -57,6 +57,8 @@ class Figure:
     parameters: tuple[float, ...] = ()
     bitwise: bool = False
     """Defined for integer and opaque tensors too, where only bit equality is measured."""
+    of_base: bool = False
+    """Needs the base's values, and so is unknown where a tensor was not read because nothing of it changed."""
 
 
 def parameter_key(parameter: float) -> str:
@@ -257,6 +259,7 @@ FIGURES: tuple[Figure, ...] = (
         "the same for Gaussian noise of the update's norm, rounded to the grid",
         "ckptdiff",
         lambda groups, _: groups.mean("unchanged_null", groups.column("numel")),
+        of_base=True,
     ),
     Figure("unchanged_stored", "fraction", "equal values as stored", "ckptdiff", _unchanged_stored),
     Figure("absorbed_energy", "fraction", "share of the stored sum d^2 that vanishes in the cast", "PULSE", _absorbed),
@@ -267,13 +270,13 @@ FIGURES: tuple[Figure, ...] = (
     Figure("patch_bytes", "count", "index and tuned value of each coordinate that changed", "ckptdiff", _patch_bytes),
     Figure("dense_bytes", "count", "all tuned values, as stored", "ckptdiff", _dense_bytes),
     Figure("delta_norm", "norm", "norm of d", "S1", _delta_norm),
-    Figure("base_norm", "norm", "norm of W0", "S1", _base_norm),
-    Figure("tuned_norm", "norm", "norm of W1", "S1", _tuned_norm),
-    Figure("rel_norm", "fraction", "norm of d / norm of W0", "S1", _rel_norm),
+    Figure("base_norm", "norm", "norm of W0", "S1", _base_norm, of_base=True),
+    Figure("tuned_norm", "norm", "norm of W1", "S1", _tuned_norm, of_base=True),
+    Figure("rel_norm", "fraction", "norm of d / norm of W0", "S1", _rel_norm, of_base=True),
     Figure("delta_energy_share", "fraction", "sum d^2 of the group / of all", "S1", _delta_energy_share),
-    Figure("cosine", "cosine", "cosine of W0 and W1", "usual", _cosine),
+    Figure("cosine", "cosine", "cosine of W0 and W1", "usual", _cosine, of_base=True),
     Figure("l1", "norm", "sum of |d|", "usual", _l1),
-    Figure("mean", "value", "mean of d", "usual", _mean),
+    Figure("mean", "value", "mean of d", "usual", _mean, of_base=True),
     Figure("max_abs", "value", "largest |d|", "usual", _max_abs),
     Figure("coord_energy", "fraction", "share of sum d^2 in the p % largest |d|", "S1", _coord_energy, P),
     Figure(
@@ -292,7 +295,14 @@ FIGURES: tuple[Figure, ...] = (
         _coverage("low_coverage_null"),
         RHO,
     ),
-    Figure("nonfinite_base", "count", "NaN and Inf in the base", "ckptdiff", _total("nonfinite_base")),
-    Figure("nonfinite_tuned", "count", "NaN and Inf in the tuned side", "ckptdiff", _total("nonfinite_tuned")),
+    Figure("nonfinite_base", "count", "NaN and Inf in the base", "ckptdiff", _total("nonfinite_base"), of_base=True),
+    Figure(
+        "nonfinite_tuned",
+        "count",
+        "NaN and Inf in the tuned side",
+        "ckptdiff",
+        _total("nonfinite_tuned"),
+        of_base=True,
+    ),
 )
 """Every printed figure, in the order in which it is printed."""

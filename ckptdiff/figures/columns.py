@@ -33,12 +33,18 @@ _OF_BITS = {"numel", "unchanged_bitwise", "unchanged_stored", "changed", "masked
 
 
 def measured(
-    records: Records, numel: NDArray[np.int64], valued: NDArray[np.bool_], wide: NDArray[np.bool_], rule: MaskRule
+    records: Records,
+    numel: NDArray[np.int64],
+    valued: NDArray[np.bool_],
+    wide: NDArray[np.bool_],
+    unread: NDArray[np.bool_],
+    rule: MaskRule,
 ) -> Measured:
-    """Columns and histograms of k tensors: of each, coordinates, whether it holds floating values, and is wide.
+    """Columns and histograms of k tensors: of each, coordinates, whether it holds floating values, is wide, is unread.
 
-    `numel`, `valued` and `wide` have shape (k,). Of tensors that hold no floating values only bits are compared; a wide
-    one has a side that is stored wider than the compare format.
+    `numel`, `valued`, `wide` and `unread` have shape (k,). Of tensors that hold no floating values only bits are
+    compared; a wide one has a side that is stored wider than the compare format; of an unread one nothing changed, and
+    nothing is known of the base.
     """
     counts, sums, total = records.counts, records.sums, records.sums[:, Sum.DELTA_SQUARE]
     unchanged = numel - counts[:, Count.CHANGED]
@@ -58,7 +64,7 @@ def measured(
         "nonfinite_base": counts[:, Count.NONFINITE_BASE],
         "nonfinite_tuned": counts[:, Count.NONFINITE_TUNED],
         "delta_norm": np.sqrt(total),
-        "base_norm": np.sqrt(records.base_square),
+        "base_norm": np.where(unread, math.nan, np.sqrt(records.base_square)),
         "base_dot_delta": sums[:, Sum.BASE_DELTA],
         "delta_sum": sums[:, Sum.DELTA],
         "l1": sums[:, Sum.ABS_DELTA],

@@ -31,6 +31,8 @@ def values_of(groups: Grouping, figure: Figure, parameter: float | None) -> Floa
     with np.errstate(over="ignore", invalid="ignore"):
         values = figure.value(groups, parameter)
     known = np.isfinite(values)
+    if figure.of_base:
+        known &= groups.total("unread") == 0
     return np.where(known if figure.bitwise else known & (groups.total("valued") > 0), values, np.nan)
 
 

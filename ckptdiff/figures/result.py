@@ -142,6 +142,7 @@ class Diff:
         return {
             "matched": len(self.tensors),
             "same_bytes": sum(tensor.same_bytes for tensor in self.tensors),
+            "unread": sum(tensor.unread for tensor in self.tensors),
             "only_in_base": len(self.only_in_base),
             "only_in_tuned": len(self.only_in_tuned),
             "mismatched": len(self.mismatched),
@@ -274,7 +275,11 @@ class Diff:
         size: int = 0,
     ) -> Grouping:
         """Some tensors in groups, or all of them as a group each."""
-        columns: Mapping[str, NDArray[Any]] = {**self.columns, "value_bytes": self._value_bytes}
+        columns: Mapping[str, NDArray[Any]] = {
+            **self.columns,
+            "value_bytes": self._value_bytes,
+            "unread": np.array([tensor.unread for tensor in self.tensors], bool),
+        }
         if rows is None or labels is None:
             return Grouping(columns, np.arange(len(self.tensors)), len(self.tensors), self._delta_energy)
         return Grouping({name: values[rows] for name, values in columns.items()}, labels, size, self._delta_energy)

@@ -39,6 +39,8 @@ class TensorFacts:
     """The user's own groups that the name matches."""
     same_bytes: bool = False
     """Both names resolve to the same bytes of the same file."""
+    unread: bool = False
+    """Both sides are known to be the same, and were not read: nothing changed, and what needs values is unknown."""
     pieces: tuple[PieceFacts, ...] = ()
     """Of what the tuned side is put together, if it is not one tensor of the same layout."""
     rows: RowCounts | None = None

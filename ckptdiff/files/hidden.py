@@ -9,13 +9,17 @@ import secrets
 import shutil
 import stat
 import threading
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from ckptdiff.interrupts import raise_pending
 
 _LONGEST_STEM = 200
 _TOKEN_DIGITS = 8
+_MOMENT = 5.0
+"""Seconds to wait for the lock of a folder, which some other program may hold for longer."""
 _BOOT, _MOUNTS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/mountinfo")
 _OF_ONE_MACHINE = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "tmpfs", "xfs", "zfs"})
 """File systems that only one machine at a time has mounted, and whose locks all its processes see."""
@@ -30,10 +34,11 @@ class Hidden:
     """A new file or folder under a hidden name beside its target, locked as long as its process lives.
 
     A process that is killed cannot remove it, so a later one with the same target does, and must not touch anything
-    else. Such a name carries a *mark*, a hash that no name has by chance, and what bears a mark is locked from before
-    it got that name until after it lost it. If its lock is free, the process is gone, whatever container it ran in. The
-    mark also says where locks mean that: machines that share a folder do not know each other's marks. Where locks do
-    not work, and on systems other than Linux, names have no mark, and what a killed process left stays.
+    else. Such a name carries a *mark*, a hash that no name has by chance, and what bears a mark is locked as long as it
+    has that name, but for the moment in which it is made, when the folder around it is locked. If both locks are free,
+    the process is gone, whatever container it ran in. The mark also says where locks mean that: machines that share a
+    folder do not know each other's marks. Where locks do not work, and on systems other than Linux, names have no mark,
+    and what a killed process left stays.
 
     Parameters
     ----------
@@ -51,24 +56,22 @@ class Hidden:
     def __init__(self, target: Path) -> None:
         self._target = target
         self._token = secrets.token_hex(_TOKEN_DIGITS // 2)
-        self._plain = self.path = _hidden(target, self._token)
+        self.path = _hidden(target, self._token)
         self._is_folder = False
         self.descriptor = -1
 
     def make_file(self) -> None:
         """Make a file, open to read and write; what was abandoned is removed first. Raises as the system does."""
         remove_abandoned(self._target)
-        with _names:
-            self.descriptor = os.open(self._plain, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            self._lock()
+        with _names, self._making():
+            self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def make_folder(self) -> None:
         """Make a folder; what was abandoned is removed first. Raises as the system does."""
         remove_abandoned(self._target)
         self._is_folder = True
-        with _names:
-            self._plain.mkdir()
-            self._lock()
+        with _names, self._making():
+            self.path.mkdir()
 
     def take_name(self) -> None:
         """Close it and give it its final name, in place of the file that has it. Raises as the system does.
@@ -77,34 +80,38 @@ class Hidden:
         """
         with _names:
             raise_pending()
-            if self.path != self._plain:
-                self.path.rename(self._plain)
-            self._close()
-            self._plain.replace(self._target)
+            if self.descriptor >= 0:
+                os.close(os.dup(self.descriptor))  # says what could not be written, and leaves it locked
+            self.path.replace(self._target)
             _living.discard(self)
+            self._close()
 
     def remove(self, *, close: bool = True) -> None:
         """Remove it and all that is in it; harmless before it is made, and once it has its final name."""
-        for path in (self.path, self._plain):
-            _remove(path, self._is_folder)
+        _remove(self.path, self._is_folder)
         if close:
             _living.discard(self)
             self._close()
 
-    def _lock(self) -> None:
-        """Lock it, then mark its name; what cannot be locked has none."""
-        _living.add(self)
-        scope = _scope(self._target.parent)
-        if scope is None:
-            return
-        try:
-            if self._is_folder:
-                self.descriptor = os.open(self._plain, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.path = _marked(self._target, self._token, scope)
-            self._plain.rename(self.path)
-        except OSError:
-            self.path = self._plain
+    @contextmanager
+    def _making(self) -> Iterator[None]:
+        """Mark the name of what is made within the ``with``, and lock it; what cannot be locked has no mark."""
+        plain, scope = self.path, None if _is_inside(self._target) else _scope(self._target.parent)
+        marked = plain if scope is None else _marked(self._target, self._token, scope)
+        with _locked(self._target.parent) if scope else nullcontext() as locked:
+            # Nobody looks for what is abandoned as long as the folder is locked.
+            self.path = marked if locked else plain
+            yield
+            _living.add(self)
+            if scope is None:
+                return
+            try:
+                if self._is_folder:
+                    self.descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self.path = self.path.rename(marked)
+            except OSError:
+                self.path = self.path.rename(plain)
 
     def _close(self) -> None:
         # Forgotten first: if a signal comes with the closing, it is not closed a second time.
@@ -129,12 +136,42 @@ def remove_abandoned(target: Path) -> None:
     scope = _scope(target.parent)
     if scope is None:
         return
-    with suppress(OSError):
-        for path in target.parent.iterdir():
+    with suppress(OSError), _locked(target.parent) as locked:
+        for path in () if locked is False else target.parent.iterdir():
             token = path.stem[-2 * _TOKEN_DIGITS : -_TOKEN_DIGITS]
             if path.name.startswith(".") and path.name == _marked(target, token, scope).name:
                 with suppress(OSError):
                     _remove_unlocked(path)
+
+
+def _is_inside(target: Path) -> bool:
+    """Whether a target lies in a folder of ours that is hidden itself, and goes with it."""
+    return any(one._is_folder and target.is_relative_to(one.path) for one in list(_living))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool | None]:
+    """Lock a folder, which others do for moments: whether it is, or None on a file system that locks no folders.
+
+    There names are marked only after what they name is locked, and a process that is killed in between leaves it.
+    """
+    descriptor, locked, until = -1, None, time.monotonic() + _MOMENT
+    try:
+        with suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            while not locked:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    locked = True
+                except BlockingIOError:
+                    locked = False
+                    if time.monotonic() > until:
+                        break
+                    time.sleep(0.01)
+        yield locked
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def _remove_unlocked(path: Path) -> None:

@@ -107,6 +107,7 @@ def command(run: ShownRun) -> str:
     for key, flag in (("renames", "--map"), ("include", "--include"), ("exclude", "--exclude"), ("groups", "--group")):
         for value in options.get(key, ()):
             words += [flag, value]
+    words += ["--quick"] if options.get("quick") else []
     if diff.spectra is not None:
         words += ["--spectra", diff.spectra.mode]
         seed = (options.get("spectra") or {}).get("seed", 0)

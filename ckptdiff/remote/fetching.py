@@ -1,8 +1,9 @@
 """Hold ranges of remote files in memory: those that are asked for, and those that the next tasks will ask for.
 
 A *lease* names all that a task will read. Its ranges are fetched while tasks before it are worked on, in that order, as
-far as there is room ahead; a task that begins before its turn has them fetched at once. What nobody leased is fetched
-when it is asked for, with what follows it if a file is read in order.
+far as there is room ahead, and together with those of the next leases, so that requests are long where tasks are small;
+a task that begins before its turn has them fetched at once. What nobody leased is fetched when it is asked for, with
+what follows it if a file is read in order.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ PIECE = 16 << 20
 """Bytes of a request, at most; where there are several for one range, at least half of that."""
 _LONGEST = 2 * PIECE
 """Bytes up to which ranges grow together."""
+_TOGETHER = 2 * _LONGEST
+"""Bytes of leases that are fetched together, about: as long a range of either side."""
 _READ_ON = 8 << 20
 """Bytes fetched behind what is read in order."""
+_ALIGNED = 64
 _WAIT = 0.2
 
 
@@ -45,19 +49,64 @@ class ByteRange(NamedTuple):
 class _Extent:
     """A range that is being fetched, or is there."""
 
-    def __init__(self, what: ByteRange, piece: int) -> None:
-        self.what = what
+    def __init__(self, what: ByteRange, piece: int, room: NDArray[np.uint8]) -> None:
+        self.what, self.room = what, room
         size = what.stop - what.start
         # Aligned, so that compiled code can read elements where they lie.
-        room = np.empty(size + 64, np.uint8)
-        self.data = room[-room.ctypes.data % 64 :][:size]
+        self.data = room[-room.ctypes.data % _ALIGNED :][:size]
+        self.leases = self.not_begun = self.not_over = 0
         count = max(-(-size // piece), 1)
-        self.cuts = [size * part // count // 64 * 64 for part in range(count)] + [size]
+        self.cuts = [size * part // count // _ALIGNED * _ALIGNED for part in range(count)] + [size]
         self.pieces: list[Future[None]] = []
 
     def holds(self, file: RemoteFile, start: int, stop: int) -> bool:
         """Whether it has, or will have, these bytes."""
         return self.what.file == file and self.what.start <= start and stop <= self.what.stop
+
+    @property
+    def ahead(self) -> bool:
+        """Whether its bytes count as held ahead: not those of a task alone that has begun."""
+        return self.not_begun > 0 or (self.leases > 1 and self.not_over > 0)
+
+
+class _Rooms:
+    """Memory of extents, used again: the system takes half as long again to write to new pages.
+
+    What is kept is no more than what all extents took at once before.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[NDArray[np.uint8]] = []
+        self._used = self._most = 0
+
+    def take(self, size: int) -> NDArray[np.uint8]:
+        """Room for so many bytes and their alignment; up to an eighth larger, since others of that size will come."""
+        size += _ALIGNED
+        step = 1 << size.bit_length() - 4
+        size = -(-size // step) * step
+        self._used += size
+        for place, room in enumerate(self._free):
+            if room.size == size:
+                return self._free.pop(place)
+        self._most = max(self._most, self._used)
+        self._drop()
+        return np.empty(size, np.uint8)
+
+    def give(self, room: NDArray[np.uint8], still: bool) -> None:
+        """Take room back: for others, if it is `still`, and nobody writes to it."""
+        self._used -= room.size
+        if still:
+            self._free.append(room)
+            self._drop()
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        self._free.clear()
+        self._most = self._used
+
+    def _drop(self) -> None:
+        while self._free and self._used + sum(room.size for room in self._free) > self._most:
+            self._free.pop(0)
 
 
 class Lease:
@@ -68,8 +117,6 @@ class Lease:
         self.nbytes = sum(each.stop - each.start for each in ranges)
         self.extents: list[_Extent] | None = None
         """None before it is fetched."""
-        self.ahead = False
-        """Whether it is fetched, and no task has begun with it."""
 
     def __enter__(self) -> Lease:
         self._fetching.begin(self)
@@ -85,7 +132,7 @@ class Fetching:
     Parameters
     ----------
     room : int
-        Bytes that may be held for tasks that have not begun, and of what was read last.
+        Bytes that may be held for tasks that have not begun, or for several together, and of what was read last.
     requests : int
         Under way at a time, at most.
     piece : int
@@ -98,6 +145,7 @@ class Fetching:
         self._lock = threading.Lock()
         self._held: defaultdict[RemoteFile, list[_Extent]] = defaultdict(list)
         self._queue: deque[Lease] = deque()
+        self._rooms = _Rooms()
         self._ahead = 0
         self._recent: deque[_Extent] = deque()
         self._ends: defaultdict[RemoteFile, deque[int]] = defaultdict(lambda: deque(maxlen=64))
@@ -110,29 +158,36 @@ class Fetching:
 
     def lease(self, ranges: Sequence[ByteRange]) -> Lease:
         """Ranges that a task will read; the order of calls is that in which they are fetched."""
-        lease = Lease(self, coalesced(ranges))
+        return self.leases([ranges])[0]
+
+    def leases(self, wanted: Sequence[Sequence[ByteRange]]) -> list[Lease]:
+        """The same for several tasks at once, in their order: what is not fetched yet is fetched together."""
+        leases = [Lease(self, coalesced(ranges)) for ranges in wanted]
         with self._lock:
-            self._queue.append(lease)
+            self._queue += leases
             self._advance()
-        return lease
+        return leases
 
     def begin(self, lease: Lease) -> None:
         """Have a lease fetched now, if it is not yet; its task has begun."""
         with self._lock:
             if lease.extents is None:
                 self._queue.remove(lease)
-                self._start(lease)
-            elif lease.ahead:
-                self._ahead -= lease.nbytes
-            lease.ahead = False
+                self._start([lease])
+            for extent in lease.extents or ():
+                with self._counted(extent):
+                    extent.not_begun -= 1
             self._advance()
 
     def end(self, lease: Lease) -> None:
         """Forget what was fetched for a lease."""
         with self._lock:
             for extent in lease.extents or ():
-                self._held[extent.what.file].remove(extent)
+                self._leave(extent)
             lease.extents = []
+            self._advance()
+            if not self._queue and not any(self._held.values()):
+                self._rooms.clear()
 
     @contextmanager
     def view(self, file: RemoteFile, start: int, stop: int, end: int) -> Iterator[NDArray[np.uint8]]:
@@ -147,18 +202,24 @@ class Fetching:
             found = next((extent for extent in self._held[file] if extent.holds(file, start, stop)), None)
             if found is None:
                 found = self._unleased(ByteRange(file, start, stop), end)
-        first, last = start - found.what.start, stop - found.what.start
-        self._await(found, first, last)
-        view = found.data[first:last]
-        view.flags.writeable = False
-        yield view
+            # It may be that of another lease, which ends meanwhile.
+            found.not_over += 1
+        try:
+            first, last = start - found.what.start, stop - found.what.start
+            self._await(found, first, last)
+            view = found.data[first:last]
+            view.flags.writeable = False
+            yield view
+        finally:
+            with self._lock:
+                self._leave(found)
 
     def _unleased(self, what: ByteRange, end: int) -> _Extent:
         """What no lease holds; if that goes on where something ended, what follows is fetched too."""
-        found = next((extent for extent in self._recent if extent.holds(*what)), None) or self._fetched(what)
+        found = next((extent for extent in self._recent if extent.holds(*what)), None) or self._read(what)
         ends, behind = self._ends[what.file], min(found.what.stop + _READ_ON, end)
         if what.start in ends and found.what.stop < behind and not self._has(what.file, found.what.stop):
-            self._keep(self._fetched(ByteRange(what.file, found.what.stop, behind)))
+            self._keep(self._read(ByteRange(what.file, found.what.stop, behind)))
         ends.append(what.stop)
         return found
 
@@ -171,20 +232,59 @@ class Fetching:
         while len(self._recent) > 1 and sum(each.data.size for each in self._recent) > self._room:
             self._recent.popleft()
 
-    def _advance(self) -> None:
-        while self._queue and self._ahead + self._queue[0].nbytes <= self._room:
-            lease = self._queue.popleft()
-            lease.ahead = True
-            self._ahead += lease.nbytes
-            self._start(lease)
+    @contextmanager
+    def _counted(self, extent: _Extent) -> Iterator[None]:
+        """Keep the count of what is held ahead right where that may change."""
+        before = extent.ahead
+        yield
+        self._ahead += (extent.ahead - before) * extent.room.size
 
-    def _start(self, lease: Lease) -> None:
-        lease.extents = [self._fetched(each) for each in lease.ranges]
-        for extent in lease.extents:
+    def _advance(self) -> None:
+        while group := self._next():
+            for lease in group:
+                self._queue.remove(lease)
+            self._start(group)
+
+    def _next(self) -> list[Lease]:
+        """Leases to fetch now, together; none if there is no room, or if there soon will be for more of them."""
+        group: list[Lease] = []
+        size = 0
+        for lease in self._queue:
+            size += lease.nbytes
+            if group and size > min(_TOGETHER, self._room // 2):
+                return group
+            if self._ahead + size > self._room:
+                break
+            group.append(lease)
+        return group if self._ahead <= self._room // 2 else []
+
+    def _start(self, leases: Sequence[Lease]) -> None:
+        ranges = coalesced([each for lease in leases for each in lease.ranges])
+        found = [self._fetched(each, self._rooms.take(each.stop - each.start)) for each in ranges]
+        for lease in leases:
+            held = (next(one for one in found if one.holds(*each)) for each in lease.ranges)
+            lease.extents = list({id(extent): extent for extent in held}.values())
+            for extent in lease.extents:
+                with self._counted(extent):
+                    extent.leases += 1
+                    extent.not_begun += 1
+                    extent.not_over += 1
+        for extent in found:
             self._held[extent.what.file].append(extent)
 
-    def _fetched(self, what: ByteRange) -> _Extent:
-        extent = _Extent(what, self._piece)
+    def _leave(self, extent: _Extent) -> None:
+        """One of those who hold an extent no longer does."""
+        with self._counted(extent):
+            extent.not_over -= 1
+        if extent.leases and not extent.not_over:
+            self._held[extent.what.file].remove(extent)
+            self._rooms.give(extent.room, all(piece.done() for piece in extent.pieces))
+
+    def _read(self, what: ByteRange) -> _Extent:
+        return self._fetched(what, np.empty(what.stop - what.start + _ALIGNED, np.uint8))
+
+    def _fetched(self, what: ByteRange, room: NDArray[np.uint8]) -> _Extent:
+        extent = _Extent(what, self._piece, room)
         for first, last in zip(extent.cuts, extent.cuts[1:], strict=False):
             extent.pieces.append(self._pool.submit(self._fetch, what, extent.data[first:last], first))
         return extent

@@ -9,7 +9,7 @@ import glob
 import importlib.util
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ __all__ = [
     "download",
     "is_hub_name",
     "is_offline",
+    "link_cached",
     "look_up",
     "may_be_hub",
     "require_hub",
@@ -161,6 +162,23 @@ def download(place: HubFolder, names: Iterable[str]) -> str:
     return str(top / place.folder)
 
 
+def link_cached(source: HubFolder, target: HubFolder) -> None:
+    """Give files that the cache holds for one model, and that another has too by their hash, a second name for that.
+
+    They are no symbolic links, so either model may be removed from the cache. What cannot be linked is downloaded.
+    """
+    held, new = (_cache_of(place.repo) / "blobs" for place in (source, target))
+    if held == new:
+        return
+    for content in {*source.hashes.values()} & {*target.hashes.values()}:
+        kind, _, digest = content.partition(":")
+        # The cache calls a file by its ETag: the SHA-256 of what lies in large file storage.
+        if kind == "sha256" and (held / digest).is_file() and not (new / digest).exists():
+            with suppress(OSError):
+                new.mkdir(parents=True, exist_ok=True)
+                (new / digest).hardlink_to((held / digest).resolve())
+
+
 def is_offline() -> bool:
     """Whether the hub must not be asked (``HF_HUB_OFFLINE``)."""
     from huggingface_hub import constants
@@ -173,12 +191,9 @@ def cached_folder(path: str) -> tuple[str, dict[str, str]]:
 
     Not by huggingface_hub's own look-up, which asks for every file of a model, and not only for its weights.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
     with _told(path):
         repo, revision, folder = _parse(path)
-    held = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
+    held = _cache_of(repo)
     reference = held / "refs" / (revision or "main")
     commit = reference.read_text().strip() if reference.is_file() else revision or ""
     top = held / "snapshots" / commit
@@ -190,6 +205,14 @@ def cached_folder(path: str) -> tuple[str, dict[str, str]]:
             hint="unset HF_HUB_OFFLINE",
         )
     return str(top / folder), {"repo": repo, "commit": commit}
+
+
+def _cache_of(repo: str) -> Path:
+    """The folder in which the cache holds a model."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
 
 
 def _parse(path: str) -> tuple[str, str | None, str]:

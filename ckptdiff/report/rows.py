@@ -123,6 +123,8 @@ def tensor_row(facts: TensorFacts, numel: int, figures: Mapping[str, Any]) -> Ro
     row: Row = {"name": facts.name}
     if facts.tuned_name is not None:
         row["tuned_name"] = facts.tuned_name
+    if facts.unread:
+        row["unread"] = True
     return {
         **row,
         "shape": list(facts.shape),

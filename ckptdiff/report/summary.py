@@ -123,7 +123,8 @@ def _changes(diff: Diff) -> Iterator[str]:
     yield f"unchanged   {percent(figures['unchanged_bitwise'])} in {cast}{noise}"
     yield from _as_stored(diff)
     within = f"|d| <= 1e-5 {percent(figures['unchanged_abs'][_HEADLINE_EPS])}"
-    yield f"{within:<28} relative update {percent(figures['rel_norm'])}"
+    relative = figures["rel_norm"]
+    yield f"{within:<28} relative update {percent(relative)}" if relative is not None else within
     median = diff.median_2d
     if median["rel_norm"] is not None:
         equal, within = percent(median["unchanged_bitwise"]), percent(median["unchanged_abs"][_HEADLINE_EPS])

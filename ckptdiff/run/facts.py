@@ -12,6 +12,7 @@ import numpy as np
 import ckptdiff
 from ckptdiff.checkpoint import Checkpoint, Kind, Pairing, Place, TensorPair, locate_all
 from ckptdiff.checkpoint.weights import CommonPart, Piece, Source, stored_as
+from ckptdiff.errors import plural
 from ckptdiff.figures.catalogue import COLUMNS
 from ckptdiff.figures.coverage import by_pattern
 from ckptdiff.figures.result import SIDES, Diff, PieceFacts, RowCounts, Side, TensorFacts, UnmatchedTensor
@@ -50,7 +51,11 @@ def facts_of_run(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options:
         for side, found in diff.coverage.items()
         if found.share is not None and found.share < 0.5
     )
-    return replace(diff, warnings=(*diff.warnings, *little))
+    unread = diff.counts["unread"]
+    quick = (
+        f"{plural(unread, 'tensor')} known to be the same, not read (--quick): figures of W0's values are unknown",
+    )
+    return replace(diff, warnings=(*diff.warnings, *little, *(quick if unread else ())))
 
 
 def _tensor_facts(pair: TensorPair, place: Place, options: Options, groups: list[tuple[str, Any]]) -> TensorFacts:
@@ -69,6 +74,7 @@ def _tensor_facts(pair: TensorPair, place: Place, options: Options, groups: list
         tuned_name=pair.tuned_name,
         groups=tuple(name for name, pattern in groups if pattern.search(pair.name)) if groups else (),
         same_bytes=pair.same_bytes,
+        unread=options.quick and pair.known_equal,
         pieces=tuple(map(_piece_facts, pair.pieces)),
         rows=None if pair.rows is None else RowCounts(*pair.rows),
         untied=pair.untied,

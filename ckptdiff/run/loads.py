@@ -26,7 +26,8 @@ def loads_of(
     """The load of each pair; small ones of the same formats go together where there are many of them."""
     shared: dict[Hashable, Load] = {}
     asked = [
-        (*_reading(one.base), *_reading(one.tuned), one.base.numel, one.same_bytes, one.rows is None) for one in pairs
+        (*_reading(one.base), *_reading(one.tuned), one.base.numel, one.same_bytes, one.rows is None, one.known_equal)
+        for one in pairs
     ]
     for what, one in zip(asked, pairs, strict=True):
         if what not in shared:
@@ -38,6 +39,8 @@ def loads_of(
 
 def _load(pair: TensorPair, options: Options, device: Device) -> Load:
     same, numel = pair.same_bytes, pair.base.numel
+    if options.quick and pair.known_equal:
+        return Load(numel, ())
     sides: list[Weight] = [pair.base] if same else [pair.base, pair.tuned]
     # Of codes with scales, what they take together.
     bits = tuple(8 * side.nbytes // max(numel, 1) for side in sides)

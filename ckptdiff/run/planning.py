@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, Shard, TensorPair, open_checkpoint, pair
+from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, Pairing, Shard, TensorPair, open_pair, pair
 from ckptdiff.checkpoint.boxes import is_contiguous
 from ckptdiff.checkpoint.layout_halves import unusual_halves
 from ckptdiff.checkpoint.open_shards import open_shards
@@ -172,7 +172,7 @@ class Plan:
         if not self.remote:
             return []
         first, stop = (0, sys.maxsize) if task.span is None else (task.span.first * BLOCK, task.span.stop * BLOCK)
-        pairs = self.pairs[task.tensors.start : task.tensors.stop]
+        pairs = [self.pairs[index] for index in task.tensors if not self.loads[index].unread]
         return [part for pair in pairs for part in remote_parts(pair, first, min(stop, pair.base.numel))]
 
     def formats(self, index: int) -> Formats | None:
@@ -181,15 +181,16 @@ class Plan:
         return formats_of(base.dtype, tuned.dtype, self.options.compare) if base.kind is Kind.FLOAT else None
 
     def measurement(self, index: int, want_mask: bool) -> Measurement:
-        """A fresh measurement of one pair, that makes its mask or only counts it."""
+        """A fresh measurement of one pair, that makes its mask or only counts it: by bits where nothing is read."""
         base, formats, rule = self.pairs[index].base, self.formats(index), self.options.mask
-        if formats is None:
+        if formats is None or self.loads[index].unread:
             return BitMeasurement(DTYPES[base.dtype].bits, rule, want_mask)
         return FloatMeasurement(formats, base.numel, rule, want_mask)
 
     def measured(self, tensors: range, records: Records) -> Measured:
         """What is stored of consecutive pairs, from their rows."""
-        return measured(records, *self.coordinates(tensors), self.options.mask)
+        unread = np.array([self.loads[index].unread for index in tensors], bool)
+        return measured(records, *self.coordinates(tensors), unread, self.options.mask)
 
     def coordinates(self, tensors: range) -> Coordinates:
         """What is known of the coordinates of consecutive pairs before they are read."""
@@ -253,7 +254,7 @@ def prepare(
     for path in filter(is_hub_name, (base, tuned)):
         if not may_be_hub(path):
             tell(Note(f"{path} is what lies here, and not the model of that name in the hub"))
-    sides = open_checkpoint(base, options.stream), open_checkpoint(tuned, options.stream)
+    sides = open_pair(base, tuned, options.stream, options.quick)
     if out is not None:
         check_target(out, [(shard.path, shard.device, shard.inode) for side in sides for shard in side.shards])
     pairing = _paired(*sides, options, tell, read_data)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
+from itertools import islice
 
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.measure.partial import Partial
@@ -17,6 +18,8 @@ from ckptdiff.run.tasks import SpanTask, cut, plan_tasks
 from ckptdiff.run.worker import Result, Worker
 
 _PATIENCE = 0.2  # as in_order has it
+_AHEAD = 64
+"""Tasks whose remote bytes are asked for ahead: so many of small tensors keep connections busy."""
 
 
 def execute(
@@ -53,22 +56,29 @@ def execute(
             kept.keep(task, turn, result)
         return result
 
+    def ahead(tasks: Sequence[SpanTask]) -> Iterator[tuple[SpanTask, AbstractContextManager[object]]]:
+        turns = (large[task.span.tensor].turn if task.span and task.span.tensor in large else 0 for task in tasks)
+        known = [kept is not None and kept.has(task, turn) for task, turn in zip(tasks, turns, strict=True)]
+        parts = [() if done else plan.remote_parts(task) for task, done in zip(tasks, known, strict=True)]
+        return zip(tasks, shards.all_ahead(parts), strict=True)
+
     planned = plan_tasks(plan.loads, plan.grain)
+    upcoming: deque[tuple[SpanTask, AbstractContextManager[object]]] = deque()
     further: deque[SpanTask] = deque()
     pending: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(plan.threads, thread_name_prefix="ckptdiff")
     try:
         while True:
             while len(pending) < plan.memory.tasks_waiting:
-                task = further.popleft() if further else next(planned, None)
-                if task is None:
+                if len(upcoming) <= _AHEAD // 2:
+                    upcoming.extend(ahead(list(islice(planned, _AHEAD // 2))))
+                if not (further or upcoming):
                     break
+                task, fetched = next(ahead([further.popleft()])) if further else upcoming.popleft()
                 index = task.tensors.start
                 if task.span is not None and index not in large:
                     large[index] = plan.measurement(index, plan.want_masks)
-                known = kept is not None and kept.has(task, large[index].turn if task.span is not None else 0)
-                parts = () if known else plan.remote_parts(task)
-                pending.append(pool.submit(work, task, shards.ahead(parts)))
+                pending.append(pool.submit(work, task, fetched))
             if not pending:
                 return
             first = pending.popleft()

@@ -57,11 +57,17 @@ class Load:
     numel: int
     """Coordinates."""
     bits: tuple[int, ...]
-    """Bits of a stored element on each side that is read: two entries, or one if both sides are the same bytes."""
+    """Bits of a stored element on each side that is read: two entries, one if both sides are the same bytes, or none
+    if they are known to be and are not read."""
     scratch: int = 0
     """Bytes of work space a thread needs to decode it."""
     kind: Hashable = None
     """Small tensors of the same kind can be measured in one call; None if only alone."""
+
+    @property
+    def unread(self) -> bool:
+        """Whether nothing of it is read: both sides are known to be the same."""
+        return not self.bits
 
     @cached_property
     def blocks(self) -> int:

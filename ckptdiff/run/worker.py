@@ -126,7 +126,7 @@ class Worker:
         """Carry out the pass at hand over a part of a tensor pair."""
         found, masks = self._pass(measurement, span)
         result = Result(range(span.tensor, span.tensor + 1), span, found, masks)
-        if measurement.next is measurement.first and isinstance(measurement, FloatMeasurement):
+        if measurement.next is measurement.first and self._plan.coordinates(result.tensors).valued[0]:
             assert isinstance(found, Partial)
             result.compared, result.unchanged = found.numel, found.numel - int(found.counts[Count.CHANGED])
         return self._with_kept(result)
@@ -153,6 +153,9 @@ class Worker:
     def _pass(self, measurement: Measurement, span: Span) -> tuple[Partial | Refined, list[MaskChunks | CommonBits]]:
         todo, pair = measurement.next, self._plan.pairs[span.tensor]
         assert todo is not None
+        if self._plan.loads[span.tensor].unread:
+            assert isinstance(todo, BitScan)
+            return self._unread(todo, span)
         # What both sides have in common is counted by the pass that sees all of it first.
         count_as = todo.compare.name if isinstance(todo, Scan) and todo is measurement.first else None
         decodes = self._plan.device.decodes
@@ -175,6 +178,13 @@ class Worker:
             return partial, [CommonBits(span.tensor, mask.copy(), source.numel)]
         masks = _compressed(mask, span, pair)
         return partial, [masks] if masks.chunks else []
+
+    def _unread(self, scan: BitScan, span: Span) -> tuple[Partial, list[MaskChunks | CommonBits]]:
+        """What a look at both sides of a pair would find that are known to be the same."""
+        partial, pair = self.blank(), self._plan.pairs[span.tensor]
+        partial.numel = min(span.stop * BLOCK, pair.base.numel) - span.first * BLOCK
+        masks = _compressed(np.zeros(-(-partial.numel // 8), np.uint8), span, pair) if scan.want_mask else None
+        return partial, [masks] if masks is not None and masks.chunks else []
 
     def blank(self) -> Partial:
         """Nothing seen yet."""

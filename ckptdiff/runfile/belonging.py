@@ -26,7 +26,17 @@ _LIBRARIES = "numpy", "numba", "scipy", "cupy-cuda12x", "cupy-cuda13x"
 """Of another version they may give other digits."""
 _OPTIONS = {"values": "--values", "renames": "--map", "include": "--include", "exclude": "--exclude"}
 _PAIRED = attrgetter(
-    "name", "shape", "dtype_base", "dtype_tuned", "compare", "tuned_name", "same_bytes", "pieces", "rows", "untied"
+    "name",
+    "shape",
+    "dtype_base",
+    "dtype_tuned",
+    "compare",
+    "tuned_name",
+    "same_bytes",
+    "unread",
+    "pieces",
+    "rows",
+    "untied",
 )
 """What of a tensor pair is measured; groups are only reported."""
 
@@ -45,6 +55,7 @@ def belonging(command: str, diff: Diff, device: str, spectra: SpectraOptions | N
         "--device": device,
         "--compare": diff.compare,
         "--mask": diff.mask_rule,
+        "--quick": "yes" if diff.options.get("quick") else "",
         "--spectra": ", ".join(f"{key} {value}" for key, value in asdict(spectra).items()) if spectra else "",
     }
     found |= {option: " ".join(map(repr, _several(diff.options.get(name)))) for name, option in _OPTIONS.items()}

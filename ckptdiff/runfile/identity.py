@@ -47,7 +47,9 @@ def open_side(run: RunFile, side: str, path: str | os.PathLike[str] | None = Non
     except CheckpointError as error:
         error.hint = error.hint or f"name the place of the {side} checkpoint with --{side}"
         raise
-    fields = _HEADERS if path else _FILES
+    # A commit of a model says more than when a file of it came here.
+    same_commit = checkpoint.origin.get("commit", "") == known.get("commit")
+    fields = _HEADERS if path or same_commit else _FILES
     expected = sorted(map(itemgetter(*fields), known["shards"]))
     found = sorted(map(attrgetter(*fields), checkpoint.shards))
     if expected != found:

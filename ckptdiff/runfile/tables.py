@@ -72,6 +72,8 @@ def write_tensors(group: Any, diff: Diff) -> None:
     describe(_packed(group, "layer", np.array(layers, np.int64)), names, "1", "layer number, -1 for none")
     same = np.array([tensor.same_bytes for tensor in diff.tensors], np.uint8)
     describe(_packed(group, "same_bytes", same), names, "1", "1 if both sides are the same bytes of the same file")
+    unread = np.array([tensor.unread for tensor in diff.tensors], np.uint8)
+    describe(_packed(group, "unread", unread), names, "1", "1 if both sides are known to be the same and were not read")
     for side in SIDES:
         compared = np.array([tensor.compared_of(side) for tensor in diff.tensors], np.int64)
         describe(_packed(group, f"compared_{side}", compared), names, "1", f"values of {side} that are compared")
@@ -213,8 +215,10 @@ def read_facts(group: Any) -> tuple[TensorFacts, ...]:
     texts = {fact: texts_of_tensors(group, fact) for fact in ("name", *TEXT_FACTS)}
     layers = numbers_of_tensors(group, "layer", np.int64).tolist()
     same = numbers_of_tensors(group, "same_bytes", np.uint8).tolist()
+    # Run files of older versions have none.
+    unread = numbers_of_tensors(group, "unread", np.uint8).tolist() if "unread" in group else [0] * len(same)
     facts = [
-        _facts({fact: values[row] for fact, values in texts.items()}, layers[row], same[row] == 1)
+        _facts({fact: values[row] for fact, values in texts.items()}, layers[row], same[row] == 1, unread[row] == 1)
         for row in range(len(layers))
     ]
     if "compared_base" not in group:  # a run file of 0.1.0, which compared tensors of equal shape alone
@@ -250,7 +254,7 @@ def read_unmatched(file: Any) -> dict[str, Any]:
     }
 
 
-def _facts(texts: Mapping[str, str], layer: int, same_bytes: bool) -> TensorFacts:
+def _facts(texts: Mapping[str, str], layer: int, same_bytes: bool, unread: bool) -> TensorFacts:
     return TensorFacts(
         name=texts["name"],
         dtype_base=texts["dtype_base"],
@@ -264,6 +268,7 @@ def _facts(texts: Mapping[str, str], layer: int, same_bytes: bool) -> TensorFact
         tuned_name=None if texts["tuned_name"] == texts["name"] else texts["tuned_name"],
         groups=_parsed(texts["groups"], str, "/tensors/groups"),
         same_bytes=same_bytes,
+        unread=unread,
     )
 
 

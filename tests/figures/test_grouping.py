@@ -20,7 +20,8 @@ def columns_of(rows: list[dict[str, float]]) -> dict[str, np.ndarray]:
         column.name: np.array([row.get(column.name, undefined[column.dtype]) for row in rows], column.dtype)
         for column in COLUMNS
     }
-    return {**columns, "value_bytes": np.array([row.get("value_bytes", math.nan) for row in rows])}
+    added = {"value_bytes": math.nan, "unread": 0.0}
+    return {**columns, **{name: np.array([row.get(name, usual) for row in rows]) for name, usual in added.items()}}
 
 
 def test_bytes_of_an_update() -> None:

@@ -14,6 +14,7 @@ def test_counts_of_tensors(troubled_diff: Diff) -> None:
     assert troubled_diff.counts == {
         "matched": 6,
         "same_bytes": 1,
+        "unread": 0,
         "only_in_base": 4,
         "only_in_tuned": 1,
         "mismatched": 1,

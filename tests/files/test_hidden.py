@@ -41,6 +41,29 @@ else:
         shard.commit()
         staged.commit()
 """
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ckptdiff.files.staged import StagedFile, StagedFolder
+
+last, calls = int(sys.argv[3]), 0
+
+
+def hear(event, arguments):
+    global calls
+    if event.startswith(("open", "os.", "fcntl.flock")):
+        calls += 1
+        if calls == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+sys.addaudithook(hear)
+with (StagedFile if sys.argv[1] == "file" else StagedFolder)(Path(sys.argv[2])) as staged:
+    if sys.argv[1] == "file":
+        staged.write(b"whole")
+    staged.commit()
+"""
+"""Each call to the system is the last one of some process."""
 kinds = pytest.mark.parametrize("kind", ["file", "folder"])
 
 
@@ -80,6 +103,46 @@ def test_the_next_with_that_target_removes_what_is_abandoned(kind: str, killed: 
     other = abandon(killed, tmp_path / "out.h5")
     make(kind, target)
     assert sorted(tmp_path.iterdir()) == sorted([target, other])
+
+
+@pytest.mark.slow
+@kinds
+def test_a_process_that_is_killed_at_any_call_leaves_nothing_for_good(kind: str, tmp_path: Path) -> None:
+    codes, last = [], 0
+    while not codes or codes[-1]:
+        last += 1
+        folder = tmp_path / str(last)
+        folder.mkdir()
+        command = [sys.executable, "-c", KILLED, kind, str(folder / "out"), str(last)]
+        codes.append(subprocess.run(command, check=False).returncode)
+        assert codes[-1] in (0, -signal.SIGKILL)
+        if kind == "folder" and (folder / "out").exists():
+            (folder / "out").rmdir()
+        make(kind, folder / "out")
+        assert [path.name for path in folder.iterdir()] == ["out"], last
+    assert len(codes) > 8
+
+
+@kinds
+def test_a_folder_that_another_program_has_locked_is_waited_for_and_then_used_all_the_same(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = abandon(kind, tmp_path / "out")
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("time.sleep", sleep)
+    make(kind, tmp_path / "out")
+    assert now >= 5 and set(tmp_path.iterdir()) == {tmp_path / "out", left}
+    os.close(descriptor)
+    remove_abandoned(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 @kinds

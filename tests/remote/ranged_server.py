@@ -66,16 +66,18 @@ class Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             self.reply(404)
             return
-        whole, etag = path.read_bytes(), f'"{path.stat().st_mtime_ns}"'
+        size, etag = path.stat().st_size, f'"{path.stat().st_mtime_ns}"'
         if asked.range is None:
-            self.reply(200, whole, ETag=etag)
+            self.reply(200, path.read_bytes(), ETag=etag)
             return
         start, stop = asked.range
-        if start >= len(whole):
-            self.reply(416, Content_Range=f"bytes */{len(whole)}")
+        if start >= size:
+            self.reply(416, Content_Range=f"bytes */{size}")
             return
-        part = whole[start:stop]
-        place = f"bytes {start}-{start + len(part) - 1}/{len(whole)}"
+        with path.open("rb") as file:
+            file.seek(start)
+            part = file.read(stop - start)
+        place = f"bytes {start}-{start + len(part) - 1}/{size}"
         self.reply(206, part, **{"Content_Range": place, "ETag": etag} | headers)
 
     def reply(self, status: int, body: bytes = b"", cut: int | None = None, **headers: str) -> None:

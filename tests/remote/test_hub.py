@@ -127,6 +127,76 @@ def test_shards_of_equal_hash_are_read_once(hub: Hub, call: Call) -> None:
     assert data and all("/org/base/" in asked.path for asked in data)
 
 
+def data_of(hub: Hub) -> list[Asked]:
+    """What was asked for of large files beyond their headers."""
+    return [asked for asked in hub.store.asked if asked.range is None or asked.range[0]]
+
+
+@pytest.fixture
+def half_tuned(hub: Hub) -> tuple[str, str]:
+    """A model whose first file is that of the base, and whose second is not."""
+    shutil.copytree(FIXTURES / "llama/base", hub.hub.root / "org/half")
+    second = hub.hub.root / "org/half/model-00002-of-00002.safetensors"
+    stored = bytearray(second.read_bytes())
+    stored[-1] ^= 1
+    second.write_bytes(stored)
+    return "org/base", "org/half"
+
+
+def test_shards_of_equal_hash_are_downloaded_once(
+    hub: Hub, call: Call, tmp_path: Path, half_tuned: tuple[str, str]
+) -> None:
+    command = ("diff", *half_tuned, "--format", "json")
+    found = json.loads(call(*command).stdout)
+    asked = [asked.path.partition("?")[0] for asked in data_of(hub)]
+    files = ["/org/base/model-00001-of-00002.safetensors", "/org/base/model-00002-of-00002.safetensors"]
+    assert sorted(asked) == [*files, "/org/half/model-00002-of-00002.safetensors"]
+    assert found["counts"]["same_bytes"] > 0 and found["counts"]["unread"] == 0
+    blobs = [path.resolve() for path in sorted((tmp_path / "home").rglob("snapshots/**/model-00001*"))]
+    assert len(blobs) == 2 and blobs[0] != blobs[1] and blobs[0].samefile(blobs[1])
+    hub.store.asked.clear()
+    # Each of the two stands by itself, and is whole to the hub's own library.
+    shutil.rmtree(next((tmp_path / "home").rglob("models--org--base")))
+    assert call("inspect", "org/half", HF_HUB_OFFLINE="1").returncode == 0
+    assert json.loads(call(*command).stdout)["global"] == found["global"]
+    assert [path.partition("?")[0] for path in (one.path for one in data_of(hub))] == [files[1]]
+
+
+def test_shards_of_equal_hash_are_left_where_they_are_by_quick(
+    hub: Hub, call: Call, tmp_path: Path, half_tuned: tuple[str, str]
+) -> None:
+    command = ("diff", *half_tuned, "--quick", "--format", "json", "-o", "run.h5")
+    done = call(*command)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {asked.path.partition("?")[0].rpartition("/")[2] for asked in data_of(hub)} == {
+        "model-00002-of-00002.safetensors"
+    }
+    assert downloaded(tmp_path / "home") == {
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "config.json",
+    }
+    full = json.loads(call("diff", *half_tuned, "--format", "json").stdout)
+    assert found["counts"]["unread"] == full["counts"]["same_bytes"] > 0
+    assert found["global"]["changed"] == full["global"]["changed"] > 0 and found["global"]["rel_norm"] is None
+    read = [row for row in found["tensors"] if not row.get("unread")]
+    assert read and all(row in full["tensors"] for row in read)
+    # The run's checkpoints are found again, those of its own commits, whatever their files are called here.
+    assert call("spectra", "add", "run.h5").returncode == 0
+    hub.store.asked.clear()
+    streamed = call(*command, "--stream")
+    assert json.loads(streamed.stdout)["tensors"] == found["tensors"]
+    assert {asked.path.partition("?")[0] for asked in data_of(hub)} == {
+        f"/{name}/model-00002-of-00002.safetensors" for name in half_tuned
+    }
+    hub.store.asked.clear()
+    shutil.copytree(hub.hub.root / "org/base", hub.hub.root / "org/copy")
+    done = call("diff", "org/base", "org/copy", "--quick", "--format", "json", HF_HOME=str(tmp_path / "new"))
+    assert json.loads(done.stdout)["global"]["unchanged_bitwise"] == 1.0, done.stderr
+    assert not data_of(hub) and not downloaded(tmp_path / "new")
+
+
 def test_a_signature_that_expires_during_a_run_is_renewed(hub: Hub, call: Call, local: dict[str, Any]) -> None:
     signatures = ["c2lnbmVk"]
     stored = hub.store.answer

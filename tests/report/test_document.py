@@ -60,6 +60,7 @@ def test_what_is_left_out_is_listed(troubled_diff: Diff) -> None:
     assert result["counts"] == {
         "matched": 6,
         "same_bytes": 1,
+        "unread": 0,
         "only_in_base": 4,
         "only_in_tuned": 1,
         "mismatched": 1,
