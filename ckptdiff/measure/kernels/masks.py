@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ckptdiff.codes.bits import lowest_bit, pack64, population, unpack64
+from ckptdiff.codes.bits import pack64, unpack64
+from ckptdiff.codes.lanes import PACKS
+from ckptdiff.codes.positions import put_positions
 from ckptdiff.jit import helper
 from ckptdiff.measure.kernels.tiles import Array, Measure, Tile, Totals
 from ckptdiff.measure.partial import Count, Rule, Sum
@@ -20,16 +22,9 @@ def open_mask(tile: Tile, measure: Measure, n: int) -> None:
         return
     count = 0
     for j in range((n + 63) // 64):
-        word = tile.marks[j]
-        unpack64(word, tile.flags, j * 64)
-        total = population(word)
-        for k in range(8):  # whatever there is, as in `pick_codes`
-            tile.found[count + k] = np.uint16(np.uint64(j * 64) + lowest_bit(word))
-            word &= word - np.uint64(1)
-        for k in range(8, total):
-            tile.found[count + k] = np.uint16(np.uint64(j * 64) + lowest_bit(word))
-            word &= word - np.uint64(1)
-        count += total
+        unpack64(tile.marks[j], tile.flags, j * 64)
+        if PACKS:  # else they are noted already
+            count = put_positions(tile.marks[j], j * 64, tile.found, count)
 
 
 @helper
