@@ -11,72 +11,111 @@ from typing import Any
 
 import numpy as np
 
-from ckptdiff.codes.bits import lowest_bit, population
+from ckptdiff.codes.bits import population
 from ckptdiff.codes.lanes import LANES, changed_lanes, load_codes, pack_lanes, packs
+from ckptdiff.codes.positions import EIGHT, put_positions, take_eight
 from ckptdiff.jit import STEP, helper, overload
 from ckptdiff.measure.kernels.tiles import Array, Tile
 
 
 @helper
-def pack_codes(left: Array, right: Array, start: int, word: Any, tile: Tile, count: int) -> None:
-    """Append the codes of a word's coordinates, of both sides of shape (1, n), to those gathered so far."""
-    pack_lanes(load_codes(left, 0, start), word, tile.left, count)
-    pack_lanes(load_codes(right, 0, start), word, tile.right, count)
+def rows_of(a: Array, b: Array) -> tuple[Array, Array]:
+    """Codes that make whole words of marks, of both sides, as rows of 64."""
+    whole = a.size // LANES
+    return a[: whole * LANES].reshape(whole, LANES), b[: whole * LANES].reshape(whole, LANES)
 
 
 @helper
-def pick_codes(left: Array, right: Array, start: int, word: Any, tile: Tile, count: int) -> None:
-    """Do as ``pack_codes``, one bit after the other.
-
-    A loop that ends with the last set bit would end anywhere, and the processor guess wrong. So eight codes are written
-    whatever there is (what is too many is overwritten by the next word), and more only where there are more.
-    """
-    total = population(word)
-    for k in range(8):
-        at = np.uint64(start) + (lowest_bit(word) & np.uint64(63))
-        tile.left[count + k], tile.right[count + k] = left[0, at], right[0, at]
-        word &= word - np.uint64(1)
-    for k in range(8, total):
-        at = np.uint64(start) + lowest_bit(word)
-        tile.left[count + k], tile.right[count + k] = left[0, at], right[0, at]
-        word &= word - np.uint64(1)
-
-
-def append_codes(left: Array, right: Array, start: int, word: Any, tile: Tile, count: int) -> None:
-    """Do as ``pack_codes``, the way that is faster on the processor."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(append_codes, jit_options=STEP, inline="never", strict=False)
-def _append_codes(left: Any, right: Any, start: Any, word: Any, tile: Any, count: Any) -> Any:
-    chosen = pack_codes if packs() else pick_codes
-    return lambda left, right, start, word, tile, count: chosen(left, right, start, word, tile, count)
+def mark_word(left: Array, right: Array, j: int, magnitude: Any) -> Any:
+    """Word ``j`` of the marks of rows of codes."""
+    return changed_lanes(load_codes(left, j, 0), load_codes(right, j, 0), magnitude)
 
 
 @helper
-def find_changed(a: Array, b: Array, magnitude: Any, tile: Tile) -> int:
-    """Mark codes, of shape (n,), n <= ``TILE``, that differ and are not +0 and -0, and gather them; returns how many.
-
-    ``magnitude`` masks the magnitude bits, in the dtype of codes. Marks, and the first entries of ``left`` and
-    ``right``, are written.
-    """
+def mark_rest(a: Array, b: Array, magnitude: Any, tile: Tile) -> None:
+    """Mark what is left over behind the last 64 codes."""
     whole = a.size // LANES * LANES
-    left, right = a[:whole].reshape(1, whole), b[:whole].reshape(1, whole)
-    count = 0
-    for start in range(0, whole, LANES):
-        word = changed_lanes(load_codes(left, 0, start), load_codes(right, 0, start), magnitude)
-        tile.marks[start // LANES] = word
-        append_codes(left, right, start, word, tile, count)
-        count += population(word)
     if whole < a.size:
         word = np.uint64(0)
         for i in range(whole, a.size):
             if a[i] != b[i] and (a[i] | b[i]) & magnitude != 0:
                 word |= np.uint64(1) << np.uint64(i - whole)
-                tile.left[count], tile.right[count] = a[i], b[i]
-                count += 1
         tile.marks[whole // LANES] = word
+
+
+@helper
+def mark_changed(a: Array, b: Array, magnitude: Any, tile: Tile) -> None:
+    """Mark codes, of shape (n,), n <= ``TILE``, that differ and are not +0 and -0.
+
+    ``magnitude`` masks the magnitude bits, in the dtype of codes.
+    """
+    left, right = rows_of(a, b)
+    for j in range(len(left)):
+        tile.marks[j] = mark_word(left, right, j, magnitude)
+    mark_rest(a, b, magnitude, tile)
+
+
+@helper
+def pack_rows(left: Array, right: Array, tile: Tile) -> int:
+    """Gather the marked codes of rows by instructions made for it; returns how many."""
+    count = 0
+    for j in range(len(left)):
+        pack_lanes(load_codes(left, j, 0), tile.marks[j], tile.left, count)
+        pack_lanes(load_codes(right, j, 0), tile.marks[j], tile.right, count)
+        count += population(tile.marks[j])
     return count
+
+
+@helper
+def take_marked(a: Array, b: Array, tile: Tile, row: int, count: int) -> int:
+    """Gather marked codes, of shape (n,), from a row of 64 on by their positions, behind the first ``count``.
+
+    Returns how many there are then.
+    """
+    j = count
+    for k in range(row, (a.size + LANES - 1) // LANES):
+        count = put_positions(tile.marks[k], k * LANES, tile.found, count)
+    while j + EIGHT <= count:
+        take_eight(a, b, tile.found, tile.left, tile.right, j)
+        j += EIGHT
+    while j < count:
+        tile.left[j], tile.right[j] = a[tile.found[j]], b[tile.found[j]]
+        j += 1
+    return count
+
+
+@helper
+def gather_packed(a: Array, b: Array, tile: Tile) -> int:
+    """Do as ``gather_marked``, whole rows by instructions made for it."""
+    left, right = rows_of(a, b)
+    return take_marked(a, b, tile, len(left), pack_rows(left, right, tile))
+
+
+@helper
+def gather_taken(a: Array, b: Array, tile: Tile) -> int:
+    """Do as ``gather_marked``, by positions alone, which ``tile.found`` holds then."""
+    return take_marked(a, b, tile, 0, 0)
+
+
+def gather_marked(a: Array, b: Array, tile: Tile) -> int:
+    """Gather marked codes, of shape (n,), into the first entries of ``left`` and ``right``; returns how many.
+
+    The way that is faster on the processor.
+    """
+    raise NotImplementedError("compiled code only")
+
+
+@overload(gather_marked, jit_options=STEP, inline="never", strict=False)
+def _gather_marked(a: Any, b: Any, tile: Any) -> Any:
+    chosen = gather_packed if packs() else gather_taken
+    return lambda a, b, tile: chosen(a, b, tile)
+
+
+@helper
+def find_changed(a: Array, b: Array, magnitude: Any, tile: Tile) -> int:
+    """Do as ``mark_changed``, then as ``gather_marked``."""
+    mark_changed(a, b, magnitude, tile)
+    return gather_marked(a, b, tile)
 
 
 @helper

@@ -8,8 +8,18 @@ import numpy as np
 
 from ckptdiff.codes.bfloat16 import bf16_to_f32
 from ckptdiff.codes.bits import bits_float
+from ckptdiff.codes.lanes import count_lanes
 from ckptdiff.jit import helper
-from ckptdiff.measure.kernels.changed import count_nonfinite, count_strange, find_changed, first_of, keep_finite
+from ckptdiff.measure.kernels.changed import (
+    count_nonfinite,
+    count_strange,
+    first_of,
+    gather_marked,
+    keep_finite,
+    mark_rest,
+    mark_word,
+    rows_of,
+)
 from ckptdiff.measure.kernels.deltas import count_deltas, count_distances, summarise, widen_span
 from ckptdiff.measure.kernels.masks import mask_tile, open_mask
 from ckptdiff.measure.kernels.tiles import Array, Facts, Measure, Tile, Totals
@@ -41,19 +51,18 @@ def find_bins(counts: Array, span: Array) -> None:
 
 
 @helper
-def count_weights(codes: Array, magnitude: Any, weights: Array) -> None:
-    """Add the magnitudes of all base codes, uint16 of shape (n,), to the first row of ``weights``, shape (3, BINS)."""
-    # Four codes to a load: the loop is bound by its loads and stores.
-    whole = codes.size // 4 * 4
-    fours = codes[:whole].view(np.uint64)
-    for i in range(fours.size):
-        word = fours[i]
-        weights[0, word & magnitude] += 1
-        weights[0, (word >> 16) & magnitude] += 1
-        weights[0, (word >> 32) & magnitude] += 1
-        weights[0, (word >> 48) & magnitude] += 1
-    for i in range(whole, codes.size):
-        weights[0, codes[i] & magnitude] += 1
+def count_and_mark(a: Array, b: Array, magnitude: Any, tile: Tile, weights: Array) -> None:
+    """Do as ``mark_changed``, and add the magnitudes of all base codes to the first row of ``weights``, (3, BINS).
+
+    In one loop: a core stores once a cycle, and has time to compare codes while it counts them.
+    """
+    left, right = rows_of(a, b)
+    for j in range(len(left)):
+        tile.marks[j] = mark_word(left, right, j, np.uint16(magnitude))
+        count_lanes(left, j, magnitude, weights)
+    for i in range(left.size, a.size):
+        weights[0, a[i] & magnitude] += 1
+    mark_rest(a, b, np.uint16(magnitude), tile)
 
 
 @helper
@@ -61,13 +70,12 @@ def take_values(values: Array, tile: Tile) -> None:
     """Values and d of changed codes."""
     if values.size == 0:  # bfloat16: a code is the upper half of its float32
         for j in range(tile.delta.size):
-            tile.base[j] = bits_float(bf16_to_f32(tile.left[j]))
-            tile.tuned[j] = bits_float(bf16_to_f32(tile.right[j]))
+            base, tuned = bits_float(bf16_to_f32(tile.left[j])), bits_float(bf16_to_f32(tile.right[j]))
+            tile.base[j], tile.tuned[j], tile.delta[j] = base, tuned, tuned - base
     else:
         for j in range(tile.delta.size):
-            tile.base[j], tile.tuned[j] = values[tile.left[j]], values[tile.right[j]]
-    for j in range(tile.delta.size):
-        tile.delta[j] = tile.tuned[j] - tile.base[j]
+            base, tuned = values[tile.left[j]], values[tile.right[j]]
+            tile.base[j], tile.tuned[j], tile.delta[j] = base, tuned, tuned - base
 
 
 @helper
@@ -103,8 +111,8 @@ def measure_codes(
 ) -> None:
     """Measure one tile; parameters and shapes as in :func:`~ckptdiff.measure.kernels.span.measure_tile`."""
     magnitude, infinite = np.uint16(facts.magnitude), np.uint16(facts.infinite)
-    count_weights(a, facts.magnitude, totals.weights)
-    changed = find_changed(a, b, magnitude, tile)
+    count_and_mark(a, b, facts.magnitude, tile, totals.weights)
+    changed = gather_marked(a, b, tile)
     open_mask(tile, measure, a.size)
     found = first_of(tile, changed)
     take_values(facts.values, found)

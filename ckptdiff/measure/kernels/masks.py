@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from ckptdiff.codes.bits import lowest_bit, pack64, population, unpack64
-from ckptdiff.jit import helper
+from ckptdiff.codes.bits import pack64, unpack64
+from ckptdiff.codes.lanes import packs
+from ckptdiff.codes.positions import put_positions
+from ckptdiff.jit import STEP, helper, overload
 from ckptdiff.measure.kernels.tiles import Array, Measure, Tile, Totals
 from ckptdiff.measure.partial import Count, Rule, Sum
 
 MASKED, TIES = int(Count.MASKED), int(Sum.TIES)
 NO_RULE, BITWISE, ABOVE, ETA, TOP = (int(rule) for rule in Rule)
+
+
+@helper
+def put_noted(tile: Tile, j: int, count: int) -> int:
+    """Note where the changed coordinates of a word of marks are, behind those before; returns how many there are."""
+    return put_positions(tile.marks[j], j * 64, tile.found, count)
+
+
+@helper
+def count_noted(tile: Tile, j: int, count: int) -> int:
+    """Nothing: ``gather_taken`` has noted them already."""
+    return count
+
+
+def note_positions(tile: Tile, j: int, count: int) -> int:
+    """Do as ``put_noted`` where that is still to be done."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(note_positions, jit_options=STEP, inline="never", strict=False)
+def _note_positions(tile: Any, j: Any, count: Any) -> Any:
+    chosen = put_noted if packs() else count_noted
+    return lambda tile, j, count: chosen(tile, j, count)
 
 
 @helper
@@ -20,16 +47,8 @@ def open_mask(tile: Tile, measure: Measure, n: int) -> None:
         return
     count = 0
     for j in range((n + 63) // 64):
-        word = tile.marks[j]
-        unpack64(word, tile.flags, j * 64)
-        total = population(word)
-        for k in range(8):  # whatever there is, as in `pick_codes`
-            tile.found[count + k] = np.uint16(np.uint64(j * 64) + lowest_bit(word))
-            word &= word - np.uint64(1)
-        for k in range(8, total):
-            tile.found[count + k] = np.uint16(np.uint64(j * 64) + lowest_bit(word))
-            word &= word - np.uint64(1)
-        count += total
+        unpack64(tile.marks[j], tile.flags, j * 64)
+        count = note_positions(tile, j, count)
 
 
 @helper

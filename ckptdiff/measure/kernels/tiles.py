@@ -27,7 +27,7 @@ class Tile(NamedTuple):
     flags: Array
     """One byte per coordinate of the tile: in the mask; used by rules that leave changed coordinates out."""
     found: Array
-    """Positions in the tile; known to those rules only."""
+    """Positions in the tile; known to those rules, and to all where codes are gathered by them."""
     left: Array
     """Codes of the base."""
     right: Array
