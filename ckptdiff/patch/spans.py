@@ -10,7 +10,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint import TensorInfo
+from ckptdiff.checkpoint import DTYPES, TensorInfo
+from ckptdiff.checkpoint.boxes import read_elements
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.events import Listener, ignore
 from ckptdiff.in_order import Task, in_order
@@ -20,6 +21,7 @@ from ckptdiff.run.warm_up import Uses, load
 
 __all__ = ["Piece", "in_pieces", "load_kernels", "read_block_of", "threads_for", "work_in_order"]
 
+Key = TypeVar("Key")
 Result = TypeVar("Result")
 Piece = tuple[str, int]
 """A tensor and which of its blocks."""
@@ -27,18 +29,18 @@ _MOST_TENSORS = 256
 """Small tensors that are taken at a time."""
 
 
-def in_pieces(tensors: Iterable[tuple[str, int]]) -> Iterator[list[Piece]]:
+def in_pieces(tensors: Iterable[tuple[Key, int]], most: int = _MOST_TENSORS) -> Iterator[list[tuple[Key, int]]]:
     """Blocks in the order of their tensors, given with how many codes each has; small tensors together.
 
     Yields
     ------
-    list of (str, int)
+    list of (name, int)
         What one thread takes. A tensor without codes has one block, which is empty.
     """
-    small: list[Piece] = []
+    small: list[tuple[Key, int]] = []
     held = 0
     for name, codes in tensors:
-        if small and (held + codes > BLOCK_CODES or len(small) == _MOST_TENSORS):
+        if small and (held + codes > BLOCK_CODES or len(small) == most):
             yield small
             small, held = [], 0
         if codes > BLOCK_CODES:
@@ -76,8 +78,17 @@ def work_in_order(
 def read_block_of(
     shards: OpenShards, tensor: TensorInfo, coding: Coding, place: int, buffer: NDArray[np.uint8]
 ) -> NDArray[np.uint8]:
-    """Stored bytes of one block of a tensor, in the buffer; read-only."""
-    start = tensor.start + place * BLOCK_CODES * coding.width
-    stop = min(start + BLOCK_CODES * coding.width, tensor.stop)
-    with shards[tensor.shard].window(tensor, start, stop, buffer) as data:
-        return data
+    """Read the stored bytes of one block of a tensor into a buffer; returns them, read-only."""
+    first = place * BLOCK_CODES * coding.width
+    stop = min(first + BLOCK_CODES * coding.width, tensor.nbytes)
+    data = buffer[: stop - first]
+    if tensor.slices:
+        bits = DTYPES[tensor.dtype].bits
+        read_elements(shards, tensor, 8 * first // bits, 8 * stop // bits, data)
+    else:
+        with shards[tensor.shard].window(tensor, tensor.start + first, tensor.start + stop, data) as found:
+            if tensor.shard.remote is not None:
+                data[:] = found
+    data = data.view()
+    data.flags.writeable = False
+    return data
