@@ -22,7 +22,7 @@ from ckptdiff.checkpoint.boxes import read_elements
 from ckptdiff.checkpoint.encodings import find_encoded
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.cli import main
-from ckptdiff.errors import ChangedFileError, CheckpointError
+from ckptdiff.errors import ChangedFileError, CheckpointError, OptionError
 from ckptdiff.figures.result import Diff
 from ckptdiff.options import MaskRule, Options, SpectraOptions
 from ckptdiff.run.engine import run
@@ -260,6 +260,11 @@ def test_exact_patches_of_sides_that_lie_elsewhere(
         file.name: file.read_bytes() for file in pair[1].iterdir()
     }
     assert exact.verify(base, [link], tuned).tensors == 42
+    with pytest.raises(OptionError, match="in place"):
+        exact.apply_in_place(base, [link])
+    with pytest.raises(OptionError, match="from a folder"):
+        exact.apply(base, [link], tmp_path / "no", with_files=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["made", link.name, "served"])
 
 
 def test_patches_and_overlaps_take_a_base_that_lies_elsewhere(
