@@ -5,7 +5,8 @@
 The steps go back and forth between a tuned checkpoint and the base, so that every counter has something to count; the
 counts are checked. With --moved all of them are the tuned one, so that --gram has all products to make. Medians over
 rounds, files in the page cache. Each round has an order of its own: whatever comes after a reader that frees gigabytes
-is slower for it.
+is slower for it. With --patches it is instead the processor time and peak memory of `track --patches` beside those of
+`track` and of `patch make` of each two neighbours, in processes of their own.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ import os
 import random
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from make_pair import make_pair, parse_size
+from measure import run
 from read_limit import read_limit
 from safetensors import safe_open
 
@@ -40,12 +44,16 @@ def main() -> None:
     parser.add_argument("--size", default="1GiB", help="bytes of each checkpoint")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--folder", type=Path, help="where to write them; a temporary folder by default")
+    parser.add_argument("--patches", action="store_true", help="compare patches made on the way")
     parser.add_argument("--moved", action="store_true", help="let every step differ from the base")
     given = parser.parse_args()
     steps = STEPS[:1] * len(STEPS) if given.moved else STEPS
     threads = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         checkpoints = make(Path(folder), parse_size(given.size), steps)
+        if given.patches:
+            compare_patches(Path(folder), checkpoints, given.rounds)
+            return
         found = track(checkpoints[0], checkpoints[1:], gram=True)
         check(*checkpoints[:2], found.overall(), steps)
         shards = [shard for path in checkpoints for shard in sorted(path.glob("*.safetensors"))]
@@ -73,6 +81,40 @@ def main() -> None:
     for name, seconds in zip(medians, others, strict=False):
         print(f"track / {name}: {ours / seconds:.2f}")
     print(f"track --gram / track: {with_gram / ours:.2f}")
+
+
+def compare_patches(folder: Path, checkpoints: Sequence[Path], rounds: int) -> None:
+    """Print processor seconds and peak memory of one command for all, and of several; the first round compiles."""
+    track_words = [sys.executable, "-m", "ckptdiff", "track", *map(str, checkpoints), "-q", "-O", os.devnull]
+    spent: dict[str, list[float]] = {"track": [], "patch make, one by one": [], "track --patches": []}
+    peaks = dict.fromkeys(spent, 0)
+
+    def measured(name: str, words: Sequence[str]) -> float:
+        done = run(list(words))
+        peaks[name] = max(peaks[name], done.peak_rss)
+        return done.cpu
+
+    for number in range(rounds + 1):
+        taken = {"track": measured("track", track_words)}
+        (folder / "alone").mkdir()
+        taken["patch make, one by one"] = 0.0
+        for place, pair in enumerate(pairwise(checkpoints), 1):
+            target = folder / "alone" / f"patch_{place:06d}.ckptdelta"
+            words = [sys.executable, "-m", "ckptdiff", "patch", "make", *map(str, pair), "-o", str(target), "-q"]
+            taken["patch make, one by one"] += measured("patch make, one by one", words)
+        taken["track --patches"] = measured("track --patches", [*track_words, "--patches", str(folder / "all")])
+        for one in (folder / "alone").iterdir():
+            assert one.read_bytes() == (folder / "all" / one.name).read_bytes(), one.name
+        for made in ("alone", "all"):
+            shutil.rmtree(folder / made)
+        if number:
+            for name, seconds in taken.items():
+                spent[name].append(seconds)
+    medians = {name: statistics.median(seconds) for name, seconds in spent.items()}
+    for name, seconds in medians.items():
+        print(f"{name:<30}{seconds:8.2f} s of a processor {peaks[name] / 1e6:8.0f} MB")
+    alone, one_by_one, together = medians.values()
+    print(f"together / one after the other: {together / (alone + one_by_one):.2f}")
 
 
 def make(folder: Path, size: int, steps: Sequence[str]) -> list[Path]:

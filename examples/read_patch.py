@@ -1,15 +1,14 @@
-"""Apply an exact patch with NumPy and the standard library alone: a reference for readers in other languages.
+"""Apply an exact patch with NumPy and the standard library: a reference for readers in other languages.
 
     python examples/read_patch.py BASE.safetensors STEP.ckptdelta OUT.safetensors
 
-BASE is one file; the tuned side of the patch has to be one too. Digests are not checked here.
+Both sides are one file each. Whoever is to be trusted also compares the digests of the index.
 """
 
 import json
-import struct
 import sys
 import zlib
-from pathlib import Path
+from io import BytesIO
 
 import numpy as np
 
@@ -17,108 +16,59 @@ WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "C64": 4, 
 FLOATING = {"F64", "F32", "C64", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 
 
-def bits(stream: bytes, count: int) -> np.ndarray:
-    """The first bits of a stream, lowest first."""
-    return np.unpackbits(np.frombuffer(stream, np.uint8), bitorder="little")[:count].astype(np.uint64)
+def apply_block(coded: BytesIO, codes: np.ndarray, floating: bool) -> None:
+    """Change a block of codes, which are unsigned integers, in place."""
 
+    def number() -> int:  # seven bits a byte, lowest first; the high bit says that more follow
+        byte = coded.read(1)[0]
+        return byte if byte < 128 else byte - 128 + (number() << 7)
 
-def number(of_bits: np.ndarray) -> int:
-    """A whole number, its lowest bit first."""
-    return sum(int(bit) << place for place, bit in enumerate(of_bits))
+    def stream(size: int, stored: int) -> np.ndarray:  # deflated where that is shorter
+        return np.frombuffer(zlib.decompress(coded.read(stored)) if stored < size else coded.read(stored), np.uint8)
 
+    def value(bits: np.ndarray) -> np.ndarray:  # lowest bit first
+        return bits @ (np.uint64(1) << np.arange(bits.shape[-1], dtype=np.uint64))
 
-def apply_block(coded: bytes, codes: np.ndarray, floating: bool) -> None:
-    """Change a block of codes (unsigned integers) in place."""
-
-    def take() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte, at = coded[at], at + 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    def stream(size: int, stored: int) -> bytes:
-        nonlocal at
-        data, at = coded[at : at + stored], at + stored
-        return zlib.decompress(data) if stored < size else data
-
-    at = 0
-    if take() == 1:  # the block itself
-        codes[:] = np.frombuffer(stream(codes.nbytes, take()), codes.dtype)
+    if number() == 1:  # the new codes themselves
+        codes[:] = stream(codes.nbytes, number()).view(codes.dtype)
         return
-    count, shift, coding = take(), take(), take()
-    sizes = [(take(), take()) for _ in range(4)]
-    gaps, low, symbols, extra = (stream(*size) for size in sizes)
-    if shift == 255:  # a bitmap
-        positions = np.flatnonzero(bits(gaps, codes.size))
-    else:
-        ends = np.flatnonzero(np.frombuffer(gaps, np.uint8) < 255)  # a byte of 255 goes on in the next
-        sums = np.cumsum(np.frombuffer(gaps, np.uint8), dtype=np.int64)[ends]
-        steps = np.diff(sums, prepend=0) << shift
-        if shift:
-            steps += [number(part) for part in bits(low, count * shift).reshape(count, shift)]
-        positions = np.cumsum(steps + 1) - 1
-    bytes_of = np.frombuffer(symbols, np.uint8)
-    z = np.stack([bytes_of & 15, bytes_of >> 4], 1).reshape(-1)[:count] if coding == 0 else bytes_of
-    z, tail, place = [int(one) for one in z], bits(extra, 8 * len(extra)), 0
-    for k, symbol in enumerate(z):
-        if symbol == 15 if coding == 0 else symbol >= 192:
-            length = number(tail[place : place + 6]) if coding == 0 else symbol - 185
-            place += 6 if coding == 0 else 0
-            z[k] = 1 << length | number(tail[place : place + length])
-            place += length
-    width = 8 * codes.dtype.itemsize
-    sign, full = 1 << (width - 1), (1 << width) - 1
-    for position, one in zip(positions.tolist(), z, strict=True):
-        code = int(codes[position])
-        if floating:  # to its place in the order of values
-            code = ~code & full if code & sign else code | sign
-        code = (code + (-(one // 2) - 1 if one % 2 else one // 2 + 1)) & full
-        if floating:
-            code = code ^ sign if code & sign else ~code & full
-        codes[position] = code
+    count, shift, coding = number(), number(), number()
+    gaps, low, symbols, extra = (stream(*sizes) for sizes in [(number(), number()) for _ in range(4)])
+    low, extra = (np.unpackbits(one, bitorder="little") for one in (low, extra))
+    if shift == 255:  # which codes changed, as a bitmap
+        places = np.flatnonzero(np.unpackbits(gaps, bitorder="little"))
+    else:  # or how many lie between: the high parts, of which a byte of 255 goes on in the next, and the low bits
+        high = np.diff(np.cumsum(gaps, dtype=np.uint64)[gaps < 255], prepend=np.uint64(0)) << np.uint64(shift)
+        places = np.cumsum(high + value(low[: count * shift].reshape(count, shift)) + np.uint64(1)) - np.uint64(1)
+    z, at = (symbols if coding else np.stack([symbols & 15, symbols >> 4], 1).ravel()[:count]).astype(np.uint64), 0
+    for k in np.flatnonzero(z >= 192 if coding else z == 15):  # large ones: how many bits they have but one, and these
+        size, at = (int(z[k]) - 185, at) if coding else (int(value(extra[at : at + 6])), at + 6)
+        z[k], at = np.uint64(1 << size) | value(extra[at : at + size]), at + size
+    steps = np.where(z & np.uint64(1), ~(z >> np.uint64(1)), (z >> np.uint64(1)) + np.uint64(1)).astype(codes.dtype)
+    old, sign = codes[places], codes.dtype.type(1 << (8 * codes.itemsize - 1))
+    new = steps + (np.where(old & sign, ~old, old | sign) if floating else old)  # steps in the order of values, modulo
+    codes[places] = np.where(new & sign, new ^ sign, ~new) if floating else new
 
 
 def main(base: str, patch: str, out: str) -> None:
     """Write the tuned file that a patch makes of a base."""
-    raw, old = Path(patch).read_bytes(), Path(base).read_bytes()
-    signature, offset, stored, _, _ = struct.unpack("<8sQQQ32s", raw[-64:])
-    assert raw[:8] == signature == b"CKPTDLT1"
-    index = json.loads(zlib.decompress(raw[offset : offset + stored]))
-    header_size = 8 + int.from_bytes(old[:8], "little")
-    header = json.loads(old[8:header_size])
-    (file,) = index["tuned"]["files"]
-    made = [zlib.decompress(raw[file[2] : file[2] + file[3]])]
-    for tensor in index["tensors"]:
-        if tensor["state"] == "lost":
-            continue
-        width = WIDTHS.get(tensor["dtype"], 1)
-        if tensor["state"] == "whole":  # every block of it is in the patch
-            data = np.zeros(file[1], np.uint8)[: sum_of(tensor)]
-        else:
-            start, stop = header[tensor["name"]]["data_offsets"]
-            data = np.frombuffer(old[header_size + start : header_size + stop], np.uint8).copy()
-        codes, at = data.view(f"<u{width}"), tensor["offset"]
-        for block, size in enumerate(tensor["sizes"]):
-            if size:
-                part = codes[block * index["block"] : (block + 1) * index["block"]]
-                apply_block(raw[at : at + size], part, tensor["dtype"] in FLOATING)
-            at += size
-        made.append(data.tobytes())
-    Path(out).write_bytes(b"".join(made))
-
-
-def sum_of(tensor: dict) -> int:
-    """Bytes of a tensor."""
-    small = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
-    return (
-        int(np.prod(tensor["shape"], dtype=object))
-        * small.get(tensor["dtype"], 8 * WIDTHS.get(tensor["dtype"], 1))
-        // 8
-    )
+    raw, old = np.fromfile(patch, np.uint8), np.fromfile(base, np.uint8)
+    assert bytes(raw[:8]) == bytes(raw[-64:-56]) == b"CKPTDLT1"
+    offset, stored = raw[-56:-40].view("<u8").tolist()
+    index, start = json.loads(zlib.decompress(raw[offset : offset + stored])), 8 + int(old[:8].view("<u8")[0])
+    ((_, _, at, stored, _),) = index["tuned"]["files"]
+    made = [np.frombuffer(zlib.decompress(raw[at : at + stored]), np.uint8)]  # the header of the result
+    headers = [json.loads(bytes(header[8:])) for header in (old[:start], made[0])]
+    for tensor in (one for one in index["tensors"] if one["state"] != "lost"):  # in the order of their bytes
+        whole = tensor["state"] == "whole"
+        first, last = headers[whole][tensor["name"]]["data_offsets"]
+        made.append(np.zeros(last - first, np.uint8) if whole else old[start + first : start + last])
+        codes = made[-1].view(f"<u{WIDTHS.get(tensor['dtype'], 1)}")
+        ends = np.cumsum([tensor["offset"], *tensor["sizes"]])
+        for block in np.flatnonzero(tensor["sizes"]):  # those in which something changed
+            part = codes[block * index["block"] : (block + 1) * index["block"]]
+            apply_block(BytesIO(raw[ends[block] : ends[block + 1]]), part, tensor["dtype"] in FLOATING)
+    np.concatenate(made).tofile(out)
 
 
 if __name__ == "__main__":

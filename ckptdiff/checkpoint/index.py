@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -33,12 +33,15 @@ class Index:
         Where each of those shards is.
     total_size : int or None
         Bytes of all tensors, if the index says it as a number.
+    raw : bytes
+        The index file as it was read.
     """
 
     path: str
     weight_map: Mapping[str, str]
     shard_paths: Mapping[str, str]
     total_size: int | None
+    raw: bytes = field(repr=False)
 
 
 def read_index(path: str, limit: int = MAX_INDEX_BYTES) -> Index:
@@ -100,7 +103,7 @@ def parse_index(path: str, raw: bytes, locate: Callable[[str, str], str]) -> Ind
             shard_paths[shard] = locate(tensor, shard)
     metadata = content.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return Index(path, weight_map, shard_paths, int(total) if isinstance(total, (int, float)) else None)
+    return Index(path, weight_map, shard_paths, int(total) if isinstance(total, (int, float)) else None, raw)
 
 
 def check_index(index: Index, shards: Mapping[str, Shard], tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from ckptdiff.checkpoint.remote_shard import RemoteReader
     from ckptdiff.remote.fetching import Fetching
 
-__all__ = ["OpenShards", "open_shards"]
+__all__ = ["OTHER_FILES", "OpenShards", "allow_open_files", "open_shards"]
 
 REMOTE_ROOM = 64 << 20
 """Bytes of remote files that are held ahead where no plan says how many."""
 _AT_ONCE = 16
-_OTHER_FILES = 128
+OTHER_FILES = 128
 """Room left below the limit on open files for all that are not shards."""
 
 
-def _allow_open_files(count: int) -> None:
+def allow_open_files(count: int) -> None:
     """Raise the soft limit on open files if it is lower, as far as the hard one lets."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count:
@@ -63,7 +63,7 @@ class OpenShards:
         if reader is None:
             with self._lock:
                 # A mapped file takes two descriptors, and a checkpoint may have hundreds of shards.
-                _allow_open_files(2 * len(self._readers) + _OTHER_FILES)
+                allow_open_files(2 * len(self._readers) + OTHER_FILES)
                 reader = self._readers.get(shard.path) or self._readers.setdefault(shard.path, self._open(shard))
         return reader
 

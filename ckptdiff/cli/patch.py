@@ -11,6 +11,7 @@ import click
 from ckptdiff.cli.display import progress, say, warn
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option, threads_option
+from ckptdiff.cli.patch_formats import format_options, options_of
 from ckptdiff.cli.target import ReportTarget, output_option
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError, first_few, plural
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
     from ckptdiff.patch import AppliedDelta, PatchContents
 
 _SHOWN = 5
-_OF_KIND = dict.fromkeys(("encoding", "checksum", "version", "base_version", "level"), "delta-dir") | {
-    "dense_rest": "flat"
-}
-"""Options of ``patch make``, and which format takes each."""
 
 
 @click.group(short_help="Make, apply, verify and join exact weight deltas.")
@@ -47,29 +44,10 @@ def patch() -> None:
     help="Our own, which is the smallest and says everything; a directory that SGLang's /pull_weights applies; or a "
     "safetensors file of flat indices and values, as vLLM and verl take them.",
 )
-@click.option(
-    "--encoding",
-    type=click.Choice(["xor", "overwrite"]),
-    show_default="xor",
-    help="Of a delta-dir: all bytes xor the old ones, or the changed ones, which may be applied again.",
-)
-@click.option(
-    "--checksum",
-    type=click.Choice(["xxh3-128", "blake3", "adler32"]),
-    show_default="xxh3-128",
-    help="Of the tensors in a delta-dir.",
-)
+@format_options
 @click.option("--version", type=int, metavar="N", show_default="the one in OUT's name, or 1", help="Of a delta-dir.")
 @click.option(
     "--base-version", type=int, metavar="M", show_default="N - 1", help="Of a delta-dir. 0 is the checkpoint."
-)
-@click.option("--level", type=int, metavar="L", show_default="1", help="Of zstd, 1 to 19, for a delta-dir.")
-@click.option(
-    "--dense-rest",
-    is_flag=True,
-    default=None,
-    show_default="off",
-    help="In flat: send whole what has no sparse patch, which is other than floating dtypes and new NaNs.",
 )
 @threads_option
 @progress_option
@@ -84,10 +62,7 @@ def make(base: str, tuned: str, out: str, kind: str, **given: Any) -> int:
     """
     from ckptdiff.patch import make as make_patch
 
-    own = {name: given[name] for name in _OF_KIND if given[name] is not None}
-    for name in own:
-        if _OF_KIND[name] != kind:
-            raise OptionError(f"--{name.replace('_', '-')} is for --format {_OF_KIND[name]}", found=f"--format {kind}")
+    own = options_of(kind, given)
     if kind != "ckptdelta":
         return _ship(base, tuned, out, kind, own, **given)
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from ckptdiff.cli.display import progress, warn
+from ckptdiff.cli.display import progress, say, warn
 from ckptdiff.cli.failures import OK
 from ckptdiff.cli.inputs import progress_option, stream_option, threads_option
+from ckptdiff.cli.patch_formats import format_options, options_of
 from ckptdiff.cli.target import ReportTarget, files_of, output_option
 from ckptdiff.cli.view import format_option, verbosity, write_rows
-from ckptdiff.errors import OptionError
+from ckptdiff.errors import OptionError, plural
 from ckptdiff.figures.members import LABEL_KEYS
-from ckptdiff.report.text import dumps, number, percent, quantity, safe
+from ckptdiff.report.text import dumps, number, percent, quantity, safe, size
 from ckptdiff.runfile.schema import HDF5_SIGNATURE
 
 if TYPE_CHECKING:
@@ -76,6 +77,21 @@ _MEANINGS = {
     show_default="off",
     help="Also tell how far the leading singular subspaces of each matrix's update stay the same.",
 )
+@click.option(
+    "--patches",
+    type=click.Path(),
+    metavar="DIR",
+    show_default="none",
+    help="Also make, in this new folder, the exact patch from each checkpoint to the next, of the same reads.",
+)
+@click.option(
+    "--patch-format",
+    type=click.Choice(["ckptdelta", "delta-dir", "flat"]),
+    default="ckptdelta",
+    help="Their format, as ckptdiff patch make --format.",
+)
+@format_options
+@click.option("--version", type=int, metavar="N", show_default="1", help="Of the first delta-dir.")
 @stream_option
 @threads_option
 @format_option
@@ -88,6 +104,8 @@ def track(base: str, steps: tuple[str, ...], **given: Any) -> int:
     Support are the coordinates that differ from the base, union those that ever did. What moved since the step before
     is new (it never did before), returned (it did, but not one step ago), reverted (it is back at the base) or churned
     (it was in the support and has another value now). A TRACK.h5 alone is printed again, as it is.
+
+    With --patches, ckptdiff patch apply BASE DIR/* makes the last STEP of BASE, byte for byte.
     """
     out = None if given["out"] is None else Path(given["out"])
     kept = [*(file for path in (base, *steps) for file in files_of(path)), *([] if out is None else [out])]
@@ -131,6 +149,9 @@ def _found(base: str, steps: tuple[str, ...], out: Path | None, given: dict[str,
     if out is not None:
         shards = [shard for path in (base, *steps) for shard in open_checkpoint(path, given["stream"]).shards]
         check_target(out, [(shard.path, shard.device, shard.inode) for shard in shards], TRACK_FORMAT)
+    patch_options = options_of(given["patch_format"], given, "--patch-format")
+    if given["patches"] is None and (patch_options or given["patch_format"] != "ckptdelta"):
+        raise OptionError("which patches are to be made is not said", expected="--patches DIR")
     compare: Compare = given["compare"]
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
         found = follow(
@@ -142,18 +163,24 @@ def _found(base: str, steps: tuple[str, ...], out: Path | None, given: dict[str,
             gram=given["gram"],
             spectra=given["spectra"],
             threads=given["threads"],
+            patches=given["patches"],
+            patch_format=given["patch_format"],
+            patch_options=patch_options,
             listener=tell,
             stream=given["stream"],
         )
     if out is not None:
         save_track(found, out)
+    if given["patches"] is not None and not given["quiet"]:
+        made = sum(file.stat().st_size for file in Path(given["patches"]).rglob("*") if file.is_file())
+        say(f"{plural(len(steps), 'patch', 'patches')} written to {safe(given['patches'])}: {size(made)}")
     return found
 
 
 def _refuse_options(path: str) -> None:
     """A track file says what it says: nothing is read or chosen again."""
     context = click.get_current_context()
-    for name in ("out", "compare", "include", "exclude", "gram", "spectra"):
+    for name in ("out", "compare", "include", "exclude", "gram", "spectra", "patches"):
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise OptionError(
                 f"--{name} means nothing for a track file, which is only printed again",

@@ -80,6 +80,11 @@ class StagedFile:
                 # An interrupt that came just before the first line of a write, which h5py has wrapped in a SystemError.
                 raise cause
 
+    @property
+    def descriptor(self) -> int:
+        """Of the file while it has no name, for code that reads what was written."""
+        return self._hidden.descriptor
+
     def check(self) -> None:
         """Raise the failure of an earlier write, if there was one.
 

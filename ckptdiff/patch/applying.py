@@ -109,6 +109,10 @@ def apply(
             )
         check_new(target)
         others = () if last.single else _others(chain)
+        if with_files and chain.base.shards[0].remote is not None:
+            raise OptionError(
+                "other files are taken from a folder only", file=chain.base.path, hint="download it first"
+            )
         with stage(listener, "patching", sum(one.size for one in last.files), "bytes") as told:
             making = Making(chain, threads_for(threads), told)
             if last.single:
@@ -222,7 +226,9 @@ def folder_of(checkpoint: Checkpoint) -> Path:
 
 
 def _others(chain: Chain) -> tuple[str, ...]:
-    """What lies in the base's folder beside its weights."""
+    """What lies in the base's folder beside its weights; of one that lies elsewhere, nobody says."""
+    if chain.base.shards[0].remote is not None:
+        return ()
     folder = folder_of(chain.base)
     weights = {Path(shard.path).relative_to(folder).parts[0] for shard in chain.base.shards}
     weights |= {one.name.split("/")[0] for one in chain.links[-1].delta.files}

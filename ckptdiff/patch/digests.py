@@ -20,7 +20,7 @@ from ckptdiff.events import Stage
 from ckptdiff.in_order import Task, in_order
 from ckptdiff.patch.in_turn import InTurn
 
-__all__ = ["CHECKSUMS", "TensorDigest", "checksum_of", "digest_of", "digests_of", "required"]
+__all__ = ["CHECKSUMS", "BlockDigests", "TensorDigest", "checksum_of", "digest_of", "digests_of", "required"]
 
 CHECKSUMS = ("xxh3-128", "blake3", "adler32")
 """What a directory of deltas may give of each tensor; all but the last take a module of their name."""
@@ -103,6 +103,41 @@ class TensorDigest:
     def value(self) -> str:
         """The digest of all that was added."""
         return _text(self._digest, self._checksum)
+
+
+class BlockDigests:
+    """Digests of tensors of which several threads have the blocks of one or both sides.
+
+    Parameters
+    ----------
+    stop, checksum
+        As :class:`TensorDigest` takes them.
+
+    Attributes
+    ----------
+    found : dict of str to list of (str or None)
+        Of each tensor all of whose blocks were added, the digest of each side that there was.
+    """
+
+    def __init__(self, stop: threading.Event, checksum: str = CHECKSUMS[0]) -> None:
+        self._stop, self._checksum = stop, checksum
+        self._begun: dict[str, list[TensorDigest]] = {}
+        self.found: dict[str, list[str | None]] = {}
+
+    def add(self, name: str, place: int, blocks: int, *sides: Any) -> None:
+        """Add a block of a tensor that has so many; None stands for a side that lacks it."""
+        if blocks == 1:
+            self.found[name] = [None if side is None else digest_of(side, self._checksum) for side in sides]
+            return
+        digests = self._begun.setdefault(name, [TensorDigest(self._stop, self._checksum) for _ in sides])
+        for digest, side in zip(digests, sides, strict=True):
+            if side is not None:
+                digest.add(place, side)
+        if place == blocks - 1:
+            del self._begun[name]
+            self.found[name] = [
+                None if side is None else digest.value() for digest, side in zip(digests, sides, strict=True)
+            ]
 
 
 def digests_of(

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import Checkpoint
-from ckptdiff.checkpoint.index import MAX_INDEX_BYTES
-from ckptdiff.checkpoint.regular_file import open_regular, read_bytes, read_whole
 from ckptdiff.errors import PatchError
 from ckptdiff.patch.delta import Blob, Delta, TensorDelta, TunedFile
 from ckptdiff.patch.in_turn import InTurn
@@ -113,13 +110,14 @@ class StreamLink:
         repeatable: bool = False,
     ) -> None:
         self.path, self.identity, self.repeatable = path, identity, repeatable
-        self._begin, self._files = begin, SideFiles(base, Path(base.path)) if isinstance(base, Checkpoint) else None
+        self._begin, self._files = begin, SideFiles(base) if isinstance(base, Checkpoint) else None
         self._begun: dict[str, tuple[InTurn, Iterator[Apply]]] = {}
         if self._files is None:
             files: tuple[TunedFile, ...] = ()
             held: list[tuple[int, _Tensor]] = [(0, one) for one in base.tensors.values()]
             index = None
         else:
+            self._files.require_safetensors()
             sizes, index = self._files.header_sizes, self._files.index
             files = tuple(
                 TunedFile(self._files.name(shard.path), shard.size, Blob(0, size, size))
@@ -133,7 +131,7 @@ class StreamLink:
             base_files=(),
             single=self._files is not None and self._files.single,
             files=files,
-            index=None if index is None else (Path(index.path).name, Blob(0, 0, 0)),
+            index=None if index is None else (index[0], Blob(0, 0, 0)),
             tensors={one.name: self._tensor(one, file, *digests[one.name]) for file, one in held},
         )
 
@@ -166,14 +164,11 @@ class StreamLink:
         """The first bytes of a file of the base."""
         if self._files is None:
             raise ValueError("a live model has no files")
-        path = self._files.shards[file].path
-        with open_regular(path) as (descriptor, _):
-            return read_bytes(descriptor, self._files.header_sizes[file], 0, path)
+        return self._files.header(file)
 
     def side_index(self) -> tuple[str, bytes] | None:
         """Name and bytes of the base's ``index.json``."""
-        index = None if self._files is None else self._files.index
-        return None if index is None else (Path(index.path).name, read_whole(index.path, MAX_INDEX_BYTES))
+        return None if self._files is None else self._files.index
 
     def damaged(self, problem: str, expected: object, found: object, tensor: str | None = None) -> PatchError:
         """An error that says that the patch is damaged."""

@@ -11,8 +11,9 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +21,35 @@ import numpy as np
 
 from ckptdiff.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from ckptdiff.errors import OptionError, PatchError, RunFileError
-from ckptdiff.events import Listener, Stage, stage
+from ckptdiff.events import Listener
 from ckptdiff.files.staged import StagedFile, StagedFolder, sync_folder, write_whole
 from ckptdiff.patch.coded_block import Coding
 from ckptdiff.patch.comparing import (
     Bytes,
     Shipped,
+    Sides,
     blocks_in,
-    compared,
+    make_of_pair,
     pieces_of,
     require_same_tensors,
     shipped,
     spooled,
 )
 from ckptdiff.patch.delta import BLOCK_CODES
-from ckptdiff.patch.digests import CHECKSUMS, TensorDigest, digest_of, required
+from ckptdiff.patch.digests import CHECKSUMS, BlockDigests, digest_of, required
 from ckptdiff.patch.side_files import SideFiles
-from ckptdiff.patch.spans import threads_for
 from ckptdiff.runfile.check_target import check_new
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
 
-__all__ = ["ENCODINGS", "INDEX_NAME", "OVERWRITE_LIMIT", "folder_name", "make_directory"]
+__all__ = [
+    "ENCODINGS",
+    "INDEX_NAME",
+    "OVERWRITE_LIMIT",
+    "DirectoryMaking",
+    "begin_directory",
+    "folder_name",
+    "make_directory",
+]
 
 ENCODINGS = ("xor", "overwrite")
 INDEX_NAME = "model.safetensors.index.json"
@@ -114,6 +123,38 @@ def make_directory(
     (30, 3)
     """
     target = Path(target)
+    sides = open_checkpoint(base), open_checkpoint(tuned)
+    check_new(target)
+    begin = partial(
+        begin_directory,
+        sides,
+        target,
+        encoding=encoding,
+        checksum=checksum,
+        version=version,
+        base_version=base_version,
+        level=level,
+    )
+    return make_of_pair(sides, begin, threads, listener)
+
+
+@contextmanager
+def begin_directory(
+    sides: Sides,
+    target: Path,
+    stop: threading.Event,
+    threads: int,
+    *,
+    encoding: str = "xor",
+    checksum: str = CHECKSUMS[0],
+    version: int | None = None,
+    base_version: int | None = None,
+    level: int = 1,
+) -> Iterator[DirectoryMaking]:
+    """Begin a directory of two sides, which :func:`~ckptdiff.patch.comparing.make_of_pair` goes on with.
+
+    Parameters and errors as of :func:`make_directory`.
+    """
     versions = _versions(target, version, base_version)
     for name, value, known in (("encoding", encoding, ENCODINGS), ("checksum", checksum, CHECKSUMS)):
         if value not in known:
@@ -121,27 +162,23 @@ def make_directory(
     if not 1 <= level <= 19:
         raise OptionError("zstd is used with no such level", expected="1 to 19", found=level)
     digest_of(b"", checksum)  # asks for its module
-    required("zstandard")
-    sides = open_checkpoint(base), open_checkpoint(tuned)
-    require_same_tensors(*sides, "a directory of deltas")
+    zstandard = required("zstandard")
+    require_same_tensors(sides, "a directory of deltas")
     if encoding == "overwrite":
         _require_reach(sides[1])
-    check_new(target)
-    total = sum(tensor.nbytes for side in sides for tensor in side.tensors.values())
-    with StagedFolder(target) as folder:
-        with stage(listener, "making the patch", total, "bytes") as told:
-            making = _Making(sides, encoding, checksum, level, threads_for(threads), told, folder.path)
-            made = making.run(
-                {
-                    "version": f"{versions[0]:06d}",
-                    "base_version": f"{versions[1]:06d}",
-                    "delta_encoding": encoding,
-                    "compression_format": "zstd",
-                    "checksum_format": checksum,
-                }
-            )
-        folder.commit()
-    return made
+    facts = {
+        "version": f"{versions[0]:06d}",
+        "base_version": f"{versions[1]:06d}",
+        "delta_encoding": encoding,
+        "compression_format": "zstd",
+        "checksum_format": checksum,
+    }
+    with StagedFolder(target) as folder, ExitStack() as stack:
+        # Frames of large tensors are cut into jobs, whose bounds, and so the bytes, are the same with any number of
+        # threads but none.
+        parallel = zstandard.ZstdCompressor(level=level, threads=threads)
+        small = partial(zstandard.ZstdCompressor, level=level)
+        yield DirectoryMaking(sides, facts, parallel, small, folder, stack, stop)
 
 
 def _versions(target: Path, version: int | None, base_version: int | None) -> tuple[int, int]:
@@ -172,121 +209,42 @@ def _require_reach(side: Checkpoint) -> None:
             )
 
 
-class _Making:
+class DirectoryMaking:
     """One directory: frames go to a file without a name, and from there, with their header, into safetensors files."""
 
     def __init__(
         self,
-        sides: tuple[Checkpoint, Checkpoint],
-        encoding: str,
-        checksum: str,
-        level: int,
-        threads: int,
-        told: Stage,
-        folder: Path,
+        sides: Sides,
+        facts: dict[str, str],
+        parallel: Any,
+        small: Callable[[], Any],
+        folder: StagedFolder,
+        spools: ExitStack,
+        stop: threading.Event,
     ) -> None:
-        self._sides, self._checksum, self._told, self._folder = sides, checksum, told, folder
-        self._layout = SideFiles(sides[1], Path(sides[1].path))
-        self._overwrite = encoding == "overwrite"
-        self._level, self._threads, self._stop = level, threads, threading.Event()
+        self._sides, self._facts, self._parallel, self._small = sides, facts, parallel, small
+        self._folder, self._spools = folder, spools
+        self._frames, self._positions, self._values = (
+            spools.enter_context(StagedFile(folder.path / name)) for name in ("frames", "positions", "values")
+        )
+        layout = SideFiles(sides[1])
+        self._by_shard: list[list[str]] = [[] for _ in layout.shards]
+        for file, tensor in layout.tensors:
+            self._by_shard[file].append(tensor.name)
+        self.names = [name for names in self._by_shard for name in names]
+        self._overwrite = facts["delta_encoding"] == "overwrite"
+        self._digests = BlockDigests(stop, facts["checksum_format"])
         self._compressors = threading.local()
-        # Frames of large tensors are cut into jobs, whose bounds, and so the bytes, are the same with any number of
-        # threads but none.
-        self._parallel = required("zstandard").ZstdCompressor(level=level, threads=threads)
-        self._digests: dict[str, TensorDigest] = {}
-        self._found: dict[str, str] = {}
+        self._entries: dict[str, Entry] = {}
         self._changed = self._changed_bytes = 0
+        self._start, self._unchanged = 0, 0
+        self._stream: Any = None
 
-    def run(self, metadata: dict[str, str]) -> Shipped:
-        with ExitStack() as stack:
-            spools = [
-                stack.enter_context(StagedFile(self._folder / name)) for name in ("frames", "positions", "values")
-            ]
-            frames = self._frames(*spools)
-            held = [[frames[name] for name in names if name in frames] for names in self._by_shard()]
-            files = [entries for entries in held if entries]
-            weight_map: dict[str, str] = {}
-            size = 0
-            for place, entries in enumerate(files):
-                name = f"model-{place:05d}-of-{len(files):05d}.safetensors"
-                with StagedFile(self._folder / name) as staged:
-                    write_safetensors(
-                        staged, entries, {one.name: self._found[one.name].rpartition(":")[2] for one in entries}
-                    )
-                    staged.commit()
-                    size += staged.tell()
-                weight_map |= {one.name: name for one in entries}
-        index = json.dumps({"metadata": metadata, "weight_map": weight_map}, ensure_ascii=False).encode()
-        write_whole(self._folder / INDEX_NAME, index)
-        try:
-            sync_folder(self._folder)
-        except OSError as error:
-            raise RunFileError(f"cannot write the output: {error.strerror}", file=self._folder) from error
-        return shipped(self._sides, len(frames), self._changed, self._changed_bytes, len(files), size + len(index))
-
-    def _by_shard(self) -> list[list[str]]:
-        """Names of the tuned side, file by file, in the order of their bytes."""
-        held: list[list[str]] = [[] for _ in self._layout.shards]
-        for file, tensor in self._layout.tensors:
-            held[file].append(tensor.name)
-        return held
-
-    def _frames(self, frames: StagedFile, positions: StagedFile, values: StagedFile) -> dict[str, Entry]:
-        """Write the frames one after the other; an entry of each tensor that changed says where."""
-        entries: dict[str, Entry] = {}
-        names = [name for shard in self._by_shard() for name in shard]
-        start, stream, unchanged = 0, None, 0
-        for tensor, place, found in compared(self._sides, names, self._work, self._threads, self._stop, self._told):
-            if place == 0:
-                start, stream, unchanged = frames.tell(), None, 0
-            if found is not None:
-                payload, changed, changed_bytes = found
-                self._changed += changed
-                self._changed_bytes += changed_bytes
-                if isinstance(payload, bytes):
-                    frames.write(payload)
-                elif self._overwrite:
-                    positions.write(payload[0].view(np.uint8).data)
-                    values.write(payload[1].data)
-                else:
-                    if stream is None:
-                        stream = self._parallel.compressobj(size=tensor.nbytes)
-                        for zeros in _zeros(unchanged):
-                            frames.write(stream.compress(zeros))
-                    frames.write(stream.compress(payload.data))
-            elif stream is not None:
-                block = BLOCK_CODES * Coding.of(tensor.dtype).width
-                frames.write(stream.compress(bytes(min(block, tensor.nbytes - place * block))))
-            else:
-                unchanged += BLOCK_CODES * Coding.of(tensor.dtype).width
-            if place == blocks_in(tensor) - 1:
-                if stream is not None:
-                    frames.write(stream.flush())
-                elif values.tell():
-                    self._join(frames, positions, values)
-                if size := frames.tell() - start:
-                    entries[tensor.name] = Entry(tensor.name, "U8", (size,), spooled(frames, start, size))
-            for spool in (frames, positions, values):
-                spool.check()
-        return entries
-
-    def _join(self, frames: StagedFile, positions: StagedFile, values: StagedFile) -> None:
-        """Make a frame of the positions and the values of a large tensor, and begin again with the next."""
-        count = values.tell()
-        stream = self._parallel.compressobj(size=4 + 5 * count)
-        frames.write(stream.compress(count.to_bytes(4, "little")))
-        for spool, size in ((positions, 4 * count), (values, count)):
-            for piece in pieces_of(spool, 0, size):
-                frames.write(stream.compress(piece))
-            spool.seek(0)
-            spool.truncate(0)
-        frames.write(stream.flush())
-
-    def _work(self, tensor: TensorInfo, place: int, before: Bytes, after: Bytes) -> tuple[Any, int, int] | None:
+    def work(self, tensor: TensorInfo, place: int, before: Bytes, after: Bytes) -> tuple[Any, int, int] | None:
         """What changed in a block: the whole frame of a tensor of one block, else what goes into it; or None."""
-        coding, small = Coding.of(tensor.dtype), blocks_in(tensor) == 1
-        if not small:
-            self._digest(tensor, place, after)
+        coding, blocks = Coding.of(tensor.dtype), blocks_in(tensor)
+        if blocks > 1:
+            self._digests.add(tensor.name, place, blocks, after)
         apart = before ^ after
         changed_bytes = int(np.count_nonzero(apart))
         if not changed_bytes:
@@ -296,25 +254,92 @@ class _Making:
         if self._overwrite:
             at = np.flatnonzero(apart)
             payload = (at + place * BLOCK_CODES * coding.width).astype("<u4"), after[at]
-        if small:
-            self._found[tensor.name] = digest_of(after, self._checksum)
+        if blocks == 1:
+            self._digests.add(tensor.name, place, blocks, after)
             if self._overwrite:
                 payload = b"".join([changed_bytes.to_bytes(4, "little"), *map(np.ndarray.tobytes, payload)])
             payload = self._compressor().compress(payload)
         return payload, changed, changed_bytes
 
-    def _digest(self, tensor: TensorInfo, place: int, after: Bytes) -> None:
-        digest = self._digests.setdefault(tensor.name, TensorDigest(self._stop, self._checksum))
-        digest.add(place, after)
-        if place == blocks_in(tensor) - 1:
-            self._found[tensor.name] = self._digests.pop(tensor.name).value()
-
     def _compressor(self) -> Any:
         """One of each thread; none may be used by two at a time."""
         found = getattr(self._compressors, "found", None)
         if found is None:
-            found = self._compressors.found = required("zstandard").ZstdCompressor(level=self._level)
+            found = self._compressors.found = self._small()
         return found
+
+    def take(self, tensor: TensorInfo, place: int, found: tuple[Any, int, int] | None) -> None:
+        """Write what changed in a block; at the last of a tensor, note where its frame is."""
+        block = BLOCK_CODES * Coding.of(tensor.dtype).width
+        if place == 0:
+            self._start, self._stream, self._unchanged = self._frames.tell(), None, 0
+        if found is not None:
+            payload, changed, changed_bytes = found
+            self._changed += changed
+            self._changed_bytes += changed_bytes
+            if isinstance(payload, bytes):
+                self._frames.write(payload)
+            elif self._overwrite:
+                self._positions.write(payload[0].view(np.uint8).data)
+                self._values.write(payload[1].data)
+            else:
+                if self._stream is None:
+                    self._stream = self._parallel.compressobj(size=tensor.nbytes)
+                    for zeros in _zeros(self._unchanged):
+                        self._frames.write(self._stream.compress(zeros))
+                self._frames.write(self._stream.compress(payload.data))
+        elif self._stream is not None:
+            self._frames.write(self._stream.compress(bytes(min(block, tensor.nbytes - place * block))))
+        else:
+            self._unchanged += block
+        if place == blocks_in(tensor) - 1:
+            if self._stream is not None:
+                self._frames.write(self._stream.flush())
+            elif self._values.tell():
+                self._join()
+            if size := self._frames.tell() - self._start:
+                pieces = spooled(self._frames, self._start, size)
+                self._entries[tensor.name] = Entry(tensor.name, "U8", (size,), pieces)
+        for spool in (self._frames, self._positions, self._values):
+            spool.check()
+
+    def _join(self) -> None:
+        """Make a frame of the positions and the values of a large tensor, and begin again with the next."""
+        count = self._values.tell()
+        stream = self._parallel.compressobj(size=4 + 5 * count)
+        self._frames.write(stream.compress(count.to_bytes(4, "little")))
+        for spool, size in ((self._positions, 4 * count), (self._values, count)):
+            for piece in pieces_of(spool, 0, size):
+                self._frames.write(stream.compress(piece))
+            spool.seek(0)
+            spool.truncate(0)
+        self._frames.write(stream.flush())
+
+    def finish(self) -> Shipped:
+        """Copy the frames into files, write the index behind them, and let the directory take its name."""
+        entries, folder = self._entries, self._folder.path
+        held = [[entries[name] for name in names if name in entries] for names in self._by_shard]
+        files = [some for some in held if some]
+        digests = {name: str(digest).rpartition(":")[2] for name, (digest,) in self._digests.found.items()}
+        weight_map: dict[str, str] = {}
+        size = 0
+        for place, some in enumerate(files):
+            name = f"model-{place:05d}-of-{len(files):05d}.safetensors"
+            with StagedFile(folder / name) as staged:
+                write_safetensors(staged, some, {one.name: digests[one.name] for one in some})
+                staged.commit()
+                size += staged.tell()
+            weight_map |= {one.name: name for one in some}
+        self._spools.close()
+        index = json.dumps({"metadata": self._facts, "weight_map": weight_map}, ensure_ascii=False).encode()
+        write_whole(folder / INDEX_NAME, index)
+        try:
+            sync_folder(folder)
+        except OSError as error:
+            raise RunFileError(f"cannot write the output: {error.strerror}", file=folder) from error
+        self._folder.commit()
+        changed = self._changed, self._changed_bytes
+        return shipped(self._sides, len(entries), *changed, len(files), size + len(index))
 
 
 def _zeros(count: int) -> Iterator[bytes]:

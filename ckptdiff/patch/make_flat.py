@@ -11,28 +11,38 @@ from __future__ import annotations
 import json
 import os
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ckptdiff.checkpoint import DTYPES, Checkpoint, Kind, TensorInfo, open_checkpoint
+from ckptdiff.checkpoint import DTYPES, Kind, TensorInfo, open_checkpoint
 from ckptdiff.checkpoint.blocks import blocks_of
-from ckptdiff.checkpoint.open_shards import open_shards
+from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.errors import OptionError, PatchError
-from ckptdiff.events import Listener, Stage, stage
+from ckptdiff.events import Listener
 from ckptdiff.files.staged import StagedFile
 from ckptdiff.formats import stored_format
 from ckptdiff.patch.coded_block import Coding
-from ckptdiff.patch.comparing import Bytes, Shipped, blocks_in, compared, require_same_tensors, shipped, spooled
+from ckptdiff.patch.comparing import (
+    Bytes,
+    Shipped,
+    Sides,
+    blocks_in,
+    make_of_pair,
+    require_same_tensors,
+    shipped,
+    spooled,
+)
 from ckptdiff.patch.delta import BLOCK_CODES
-from ckptdiff.patch.digests import TensorDigest, required
-from ckptdiff.patch.spans import threads_for
+from ckptdiff.patch.digests import BlockDigests, required
 from ckptdiff.runfile.check_target import check_new
 from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
 
-__all__ = ["FLAT_FORMAT", "FLAT_VERSION", "INDICES", "VALUES", "make_flat"]
+__all__ = ["FLAT_FORMAT", "FLAT_VERSION", "INDICES", "VALUES", "FlatMaking", "begin_flat", "make_flat"]
 
 FLAT_FORMAT, FLAT_VERSION = "ckptdiff-flat", "1"
 INDICES, VALUES = ".indices", ".values"
@@ -85,96 +95,105 @@ def make_flat(
     >>> patch.make_flat(base, tuned, "flat.safetensors").changed
     39469
     """
-    required("xxhash")
     target = Path(target)
+    sides = open_checkpoint(base), open_checkpoint(tuned)
+    check_new(target)
+    return make_of_pair(sides, partial(begin_flat, sides, target, dense_rest=dense_rest), threads, listener)
+
+
+@contextmanager
+def begin_flat(
+    sides: Sides, target: Path, stop: threading.Event, threads: int, *, dense_rest: bool = False
+) -> Iterator[FlatMaking]:
+    """Begin a flat patch of two sides, which :func:`~ckptdiff.patch.comparing.make_of_pair` goes on with.
+
+    Parameters and errors as of :func:`make_flat`.
+    """
+    del threads  # who hands in blocks has them
+    required("xxhash")
     if target.suffix != ".safetensors":
         raise OptionError("a flat patch is a safetensors file", expected="a name in .safetensors", found=target.name)
-    sides = open_checkpoint(base), open_checkpoint(tuned)
-    require_same_tensors(*sides, "a flat patch")
-    check_new(target)
-    total = sum(tensor.nbytes for side in sides for tensor in side.tensors.values())
-    with ExitStack() as stack:
-        spools = [StagedFile(target.with_name(target.name + part)) for part in (INDICES, VALUES)]
-        indices, values = map(stack.enter_context, spools)
-        with stage(listener, "making the patch", total, "bytes") as told:
-            making = _Making(sides, dense_rest, threads_for(threads), told, indices, values)
-            entries = making.entries()
-        staged = stack.enter_context(StagedFile(target))
-        with open_shards("pread") as shards:
-            whole = [
-                Entry(name, sides[1].tensors[name].dtype, sides[1].tensors[name].shape, making.whole(shards, name))
-                for name in making.dense
-            ]
-            write_safetensors(staged, [*entries, *whole], making.metadata())
-        staged.commit()
-        return shipped(sides, len(making.shapes), making.changed, making.changed_bytes, 1, staged.tell())
+    require_same_tensors(sides, "a flat patch")
+    spools = [StagedFile(target.with_name(target.name + part)) for part in (INDICES, VALUES)]
+    with spools[0] as indices, spools[1] as values:
+        yield FlatMaking(sides, target, dense_rest, indices, values, stop)
 
 
-class _Making:
+class FlatMaking:
     """One flat patch: indices and values go to files without a name, from which they are copied behind the header."""
 
     def __init__(
         self,
-        sides: tuple[Checkpoint, Checkpoint],
+        sides: Sides,
+        target: Path,
         dense_rest: bool,
-        threads: int,
-        told: Stage,
         indices: StagedFile,
         values: StagedFile,
+        stop: threading.Event,
     ) -> None:
-        self._sides, self._dense_rest, self._threads, self._told = sides, dense_rest, threads, told
+        self._sides, self._target, self._dense_rest = sides, target, dense_rest
         self._indices, self._values = indices, values
-        self._stop = threading.Event()
-        self._digests: dict[str, list[TensorDigest]] = {}
-        self._found: dict[str, list[str]] = {}
-        self.shapes: dict[str, list[int]] = {}
-        self.dense: list[str] = []
-        self.changed = self.changed_bytes = 0
+        self.names = list(sides[1].tensors)
+        self._digests = BlockDigests(stop)
+        self._sparse: dict[str, list[Entry]] = {}
+        self._dense: set[str] = set()
+        self._changed = self._changed_bytes = 0
+        self._starts, self._count = (0, 0), 0
+        self._problem: str | None = None
 
-    def entries(self) -> list[Entry]:
-        """Spool what changed; an entry each of the indices and the values of a tensor says where they are."""
-        entries: list[Entry] = []
-        starts, count, problem = (0, 0), 0, None
-        for tensor, place, found in compared(
-            self._sides, list(self._sides[1].tensors), self._work, self._threads, self._stop, self._told
-        ):
-            if place == 0:
-                starts, count, problem = (self._indices.tell(), self._values.tell()), 0, None
-            if found is not None:
-                at, values, changed_bytes, wrong = found
-                count += at.size
-                self.changed_bytes += changed_bytes
-                problem = problem or wrong
-                if problem is None:
-                    self._indices.write(at.view(np.uint8).data)
-                    self._values.write(values.view(np.uint8).data)
-            if place == blocks_in(tensor) - 1 and count:
-                self.changed += count
-                self.shapes[tensor.name] = list(tensor.shape)
-                if problem is None:
-                    entries += self._entries(tensor, starts, count)
-                else:
-                    self._send_whole(tensor, problem, starts)
-            for spool in (self._indices, self._values):
-                spool.check()
-        return entries
+    def work(
+        self, tensor: TensorInfo, place: int, before: Bytes, after: Bytes
+    ) -> tuple[Any, Any, int, str | None] | None:
+        """Where values of a block changed, their new values, in how many bytes, and why not to send them; or None."""
+        self._digests.add(tensor.name, place, blocks_in(tensor), before, after)
+        code = f"<u{Coding.of(tensor.dtype).width}"
+        old, new = before.view(code), after.view(code)
+        at = np.flatnonzero(old != new)
+        if not at.size:
+            return None
+        values, problem = new[at], None
+        sign = 1 << (8 * values.itemsize - 1)
+        if DTYPES[tensor.dtype].kind is not Kind.FLOAT:
+            problem = "its dtype is not a floating one"
+        elif np.any((values & values.dtype.type(sign - 1)) >= stored_format(tensor.dtype).nan):
+            problem = "a value becomes NaN"
+        changed_bytes = int(np.count_nonzero(before != after))
+        return (at + place * BLOCK_CODES).astype(_index_of(tensor)), values, changed_bytes, problem
 
-    def _entries(self, tensor: TensorInfo, starts: tuple[int, int], count: int) -> list[Entry]:
-        index = _index_of(tensor)
-        sizes = count * index.itemsize, count * Coding.of(tensor.dtype).width
+    def take(self, tensor: TensorInfo, place: int, found: tuple[Any, Any, int, str | None] | None) -> None:
+        """Spool what changed in a block; at the last of a tensor, note where that is."""
+        spools = self._indices, self._values
+        if place == 0:
+            self._starts, self._count, self._problem = (spools[0].tell(), spools[1].tell()), 0, None
+        if found is not None:
+            at, values, changed_bytes, problem = found
+            self._count += at.size
+            self._changed_bytes += changed_bytes
+            self._problem = self._problem or problem
+            if self._problem is None:
+                self._indices.write(at.view(np.uint8).data)
+                self._values.write(values.view(np.uint8).data)
+        if place == blocks_in(tensor) - 1 and self._count:
+            self._changed += self._count
+            if self._problem is None:
+                self._sparse[tensor.name] = self._entries(tensor)
+            else:
+                self._send_whole(tensor, self._problem)
+        for spool in spools:
+            spool.check()
+
+    def _entries(self, tensor: TensorInfo) -> list[Entry]:
+        index, count = _index_of(tensor), self._count
+        parts = (
+            (INDICES, f"I{8 * index.itemsize}", self._indices, index.itemsize),
+            (VALUES, tensor.dtype, self._values, Coding.of(tensor.dtype).width),
+        )
         return [
-            Entry(tensor.name + part, dtype, (count,), spooled(spool, start, size))
-            for part, dtype, spool, start, size in zip(
-                (INDICES, VALUES),
-                (f"I{8 * index.itemsize}", tensor.dtype),
-                (self._indices, self._values),
-                starts,
-                sizes,
-                strict=True,
-            )
+            Entry(tensor.name + part, dtype, (count,), spooled(spool, start, count * size))
+            for (part, dtype, spool, size), start in zip(parts, self._starts, strict=True)
         ]
 
-    def _send_whole(self, tensor: TensorInfo, problem: str, starts: tuple[int, int]) -> None:
+    def _send_whole(self, tensor: TensorInfo, problem: str) -> None:
         if not self._dense_rest:
             raise PatchError(
                 f"engines take no sparse patch of this tensor: {problem}",
@@ -184,55 +203,34 @@ class _Making:
                 found=tensor.dtype,
                 hint="--dense-rest sends such tensors whole",
             )
-        self.dense.append(tensor.name)
-        for spool, start in zip((self._indices, self._values), starts, strict=True):
+        self._dense.add(tensor.name)
+        for spool, start in zip((self._indices, self._values), self._starts, strict=True):
             spool.seek(start)
             spool.truncate(start)
 
-    def whole(self, shards: Any, name: str) -> Any:
-        """Returns the bytes of a tensor of the tuned side, piece by piece."""
-        tensor = self._sides[1].tensors[name]
-        return lambda: (block.data for block in blocks_of(shards, tensor, BLOCK_CODES))
+    def finish(self) -> Shipped:
+        """Copy everything behind a header, and let the patch take its name; whole tensors are read for that."""
+        tensors = self._sides[1].tensors
+        changed = [name for name in self.names if name in self._sparse or name in self._dense]
+        digests = [{name: self._digests.found[name][which] for name in self.names} for which in (0, 1)]
+        shapes = {name: list(tensors[name].shape) for name in changed}
+        facts = {"shapes": shapes, "before": digests[0], "after": digests[1]}
+        texts = {key: json.dumps(value, ensure_ascii=False, separators=(",", ":")) for key, value in facts.items()}
+        with StagedFile(self._target) as staged:
+            with open_shards("pread") as shards:
+                entries = [entry for name in changed if name in self._sparse for entry in self._sparse[name]]
+                for name in changed:
+                    if name in self._dense:
+                        one = tensors[name]
+                        entries.append(Entry(name, one.dtype, one.shape, partial(_stored, shards, one)))
+                write_safetensors(staged, entries, {"format": FLAT_FORMAT, "version": FLAT_VERSION, **texts})
+            staged.commit()
+            return shipped(self._sides, len(changed), self._changed, self._changed_bytes, 1, staged.tell())
 
-    def metadata(self) -> dict[str, str]:
-        """What the file says about itself."""
-        digests = [{name: self._found[name][which] for name in self._sides[1].tensors} for which in (0, 1)]
-        facts = {"shapes": self.shapes, "before": digests[0], "after": digests[1]}
-        return {
-            "format": FLAT_FORMAT,
-            "version": FLAT_VERSION,
-            **{key: json.dumps(value, ensure_ascii=False, separators=(",", ":")) for key, value in facts.items()},
-        }
 
-    def _work(
-        self, tensor: TensorInfo, place: int, before: Bytes, after: Bytes
-    ) -> tuple[Any, Any, int, str | None] | None:
-        """Where values of a block changed, their new values, in how many bytes, and why not to send them; or None."""
-        self._digest(tensor, place, before, after)
-        code = f"<u{Coding.of(tensor.dtype).width}"
-        new = after.view(code)
-        at = np.flatnonzero(before.view(code) != new)
-        if not at.size:
-            return None
-        values, problem = new[at], None
-        sign = 1 << (8 * values.itemsize - 1)
-        if DTYPES[tensor.dtype].kind is not Kind.FLOAT:
-            problem = "its dtype is not a floating one"
-        elif np.any((values & values.dtype.type(sign - 1)) >= stored_format(tensor.dtype).nan):
-            problem = "a value becomes NaN"
-        return (
-            (at + place * BLOCK_CODES).astype(_index_of(tensor)),
-            values,
-            int(np.count_nonzero(before != after)),
-            problem,
-        )
-
-    def _digest(self, tensor: TensorInfo, place: int, *blocks: Bytes) -> None:
-        digests = self._digests.setdefault(tensor.name, [TensorDigest(self._stop) for _ in blocks])
-        for digest, block in zip(digests, blocks, strict=True):
-            digest.add(place, block)
-        if place == blocks_in(tensor) - 1:
-            self._found[tensor.name] = [digest.value() for digest in self._digests.pop(tensor.name)]
+def _stored(shards: OpenShards, tensor: TensorInfo) -> Iterator[Any]:
+    """The bytes of a tensor, piece by piece."""
+    return (block.data for block in blocks_of(shards, tensor, BLOCK_CODES))
 
 
 def _index_of(tensor: TensorInfo) -> np.dtype[Any]:

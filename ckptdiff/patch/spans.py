@@ -10,7 +10,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint import TensorInfo
+from ckptdiff.checkpoint import DTYPES, TensorInfo
+from ckptdiff.checkpoint.boxes import read_elements
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.events import Listener, ignore
 from ckptdiff.in_order import Task, in_order
@@ -21,6 +22,7 @@ from ckptdiff.run.warm_up import Uses, load
 __all__ = ["Piece", "in_pieces", "load_kernels", "read_block_of", "read_whole_tensors", "threads_for", "work_in_order"]
 
 Given = TypeVar("Given")
+Key = TypeVar("Key")
 Result = TypeVar("Result")
 Piece = tuple[str, int]
 """A tensor and which of its blocks."""
@@ -28,18 +30,18 @@ _MOST_TENSORS = 256
 """Small tensors that are taken at a time."""
 
 
-def in_pieces(tensors: Iterable[tuple[str, int]]) -> Iterator[list[Piece]]:
+def in_pieces(tensors: Iterable[tuple[Key, int]], most: int = _MOST_TENSORS) -> Iterator[list[tuple[Key, int]]]:
     """Blocks in the order of their tensors, given with how many codes each has; small tensors together.
 
     Yields
     ------
-    list of (str, int)
+    list of (name, int)
         What one thread takes. A tensor without codes has one block, which is empty.
     """
-    small: list[Piece] = []
+    small: list[tuple[Key, int]] = []
     held = 0
     for name, codes in tensors:
-        if small and (held + codes > BLOCK_CODES or len(small) == _MOST_TENSORS):
+        if small and (held + codes > BLOCK_CODES or len(small) == most):
             yield small
             small, held = [], 0
         if codes > BLOCK_CODES:
@@ -77,30 +79,43 @@ def work_in_order(
 def read_block_of(
     shards: OpenShards, tensor: TensorInfo, coding: Coding, place: int, buffer: NDArray[np.uint8]
 ) -> NDArray[np.uint8]:
-    """Stored bytes of one block of a tensor, in the buffer; read-only."""
-    start = tensor.start + place * BLOCK_CODES * coding.width
-    stop = min(start + BLOCK_CODES * coding.width, tensor.stop)
-    with shards[tensor.shard].window(tensor, start, stop, buffer) as data:
-        return data
+    """Read the stored bytes of one block of a tensor into a buffer; returns them, read-only."""
+    first = place * BLOCK_CODES * coding.width
+    stop = min(first + BLOCK_CODES * coding.width, tensor.nbytes)
+    data = buffer[: stop - first]
+    if tensor.slices:
+        bits = DTYPES[tensor.dtype].bits
+        read_elements(shards, tensor, 8 * first // bits, 8 * stop // bits, data)
+    else:
+        _read_run(shards, tensor, tensor.start + first, tensor.start + stop, data)
+    data = data.view()
+    data.flags.writeable = False
+    return data
 
 
 def read_whole_tensors(
     shards: OpenShards, tensors: Sequence[TensorInfo], starts: Sequence[int], out: NDArray[np.uint8]
 ) -> None:
     """Read small tensors, each to its place; those that lie one behind the other in a file are read at once."""
-    first = 0
-    for last, tensor in enumerate(tensors):
-        if last + 1 < len(tensors):
-            following = tensors[last + 1]
-            size = tensor.stop - tensor.start
-            if (
-                following.start == tensor.stop
-                and following.shard.path == tensor.shard.path
-                and starts[last + 1] == starts[last] + size
-            ):
-                continue
-        begin, size = tensors[first].start, tensor.stop - tensors[first].start
-        with shards[tensor.shard].window(tensors[first], begin, tensor.stop, out[starts[first] :]) as data:
-            if tensor.shard.remote is not None:
-                out[starts[first] : starts[first] + size] = data
-        first = last + 1
+    runs: list[tuple[TensorInfo, int, int]] = []  # the first of a run, where it goes, and how many bytes are read
+    end: tuple[object, ...] = ()
+    for tensor, start in zip(tensors, starts, strict=False):
+        if tensor.slices:
+            read_elements(
+                shards, tensor, 0, 8 * tensor.nbytes // DTYPES[tensor.dtype].bits, out[start:][: tensor.nbytes]
+            )
+            continue
+        if end == (tensor.shard.path, tensor.start, start):
+            first, place, size = runs.pop()
+            runs.append((first, place, size + tensor.nbytes))
+        else:
+            runs.append((tensor, start, tensor.nbytes))
+        end = (tensor.shard.path, tensor.stop, start + tensor.nbytes)
+    for first, place, size in runs:
+        _read_run(shards, first, first.start, first.start + size, out[place : place + size])
+
+
+def _read_run(shards: OpenShards, tensor: TensorInfo, start: int, stop: int, out: NDArray[np.uint8]) -> None:
+    with shards[tensor.shard].window(tensor, start, stop, out) as found:
+        if tensor.shard.remote is not None:
+            out[:] = found

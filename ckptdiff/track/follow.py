@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +20,18 @@ from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.events import Listener, Stage, ignore, stage
 from ckptdiff.in_order import Task, in_order
 from ckptdiff.linalg.blas import require_scipy
-from ckptdiff.measure.kernels.tiles import facts_of
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.options import Compare, as_tuple, check_threads, default_threads
 from ckptdiff.run.warm_up import Use, Uses, load
-from ckptdiff.track.kernels.products import TRACK_TILE, in_sample
-from ckptdiff.track.kernels.trajectory import Flow, Rooms, follow_spans, new_rooms
+from ckptdiff.track.kernels.products import TRACK_TILE
+from ckptdiff.track.kernels.trajectory import Flow
 from ckptdiff.track.plan import Followed, plan_track
 from ckptdiff.track.result import Track
 from ckptdiff.track.span_bytes import TrackSpan, announce, fail, lent, remote_parts
+from ckptdiff.track.sums import FollowedSums, JobSums, ThreadRooms, sum_spans
+
+if TYPE_CHECKING:
+    from ckptdiff.track.patching import PatchFormat
 
 MOST_STEPS = 12
 """Above so many, products are made of a sample: there are half as many as the square of the steps."""
@@ -36,34 +41,8 @@ _SPANS = 256
 """The most spans of a job: small tensors have a cost of their own."""
 _PRODUCTS = 1 << 20
 """The most products that a job sums up, unless one span has more."""
-_ROOM = 256 << 20
+ROOM = 256 << 20
 """Bytes of remote files that are fetched before the job that reads them begins, at most."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Found:
-    """Counts and sums of the spans of a job."""
-
-    tensors: NDArray[np.int64]
-    """Of each span."""
-    nbytes: int
-    """Bytes that were read."""
-    counts: NDArray[np.int64]
-    sums: NDArray[np.float64]
-    products: NDArray[np.float64]
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class FollowedSums:
-    """Counts and sums of all tensors."""
-
-    counts: NDArray[np.int64]
-    """Shape (tensors, steps, len(Flow))."""
-    squares: NDArray[np.float64]
-    """Sums of W0^2, then of (W - W0)^2 at each step; shape (tensors, 1 + steps)."""
-    products: NDArray[np.float64]
-    """Sums of (W - W0)(W' - W0), then of their squares; shape (tensors, kinds, pairs), pairs (0, 0), (1, 0), (1, 1),
-    (2, 0), ..."""
 
 
 def track(
@@ -75,6 +54,9 @@ def track(
     exclude: Sequence[str] = (),
     gram: bool = False,
     spectra: bool = False,
+    patches: str | os.PathLike[str] | None = None,
+    patch_format: PatchFormat = "ckptdelta",
+    patch_options: Mapping[str, Any] | None = None,
     threads: int = 0,
     listener: Listener | None = None,
     stream: bool = False,
@@ -99,11 +81,21 @@ def track(
     spectra : bool
         Also read every matrix again, for the leading singular subspaces of its updates and what those of each two steps
         have in common.
+    patches : path-like, optional
+        A folder to be made, with an exact patch of all tensors from each checkpoint to the next:
+        ``patch_000001.ckptdelta`` and so on. They are made of what is read to follow, so that each checkpoint is still
+        read once, and are what :func:`ckptdiff.patch.make` writes. The folder takes its name when all are complete.
+    patch_format : {"ckptdelta", "delta-dir", "flat"}
+        Of patches; the second makes directories ``weight_v000001`` and so on, the third ``patch_000001.safetensors``.
+    patch_options : mapping, optional
+        What :func:`ckptdiff.patch.make_directory` takes (encoding, checksum, level, and the version of the first), or
+        :func:`ckptdiff.patch.make_flat` (dense_rest).
     threads : int
         0 stands for one per available core.
     listener : callable, optional
         Told of the stages "looking for ties", if a step lacks a head of the base, "compiling", if kernels are
-        missing, and "following", in bytes, and then "spectra".
+        missing, and "following" (with patches "following and patching"), in bytes, and then "completing patches" and
+        "spectra".
     stream : bool
         Read models of the hub where they are, and do not download them.
 
@@ -119,6 +111,10 @@ def track(
         A checkpoint that cannot be read, or changes while it is read.
     PairingError
         A step that has no tensor of the base, or no floating tensor that all steps have.
+    PatchError
+        What the format of patches cannot say.
+    RunFileError
+        The folder for patches exists, or cannot be written.
 
     Examples
     --------
@@ -130,6 +126,11 @@ def track(
     check_threads(threads)
     steps, include, exclude = as_tuple("steps", steps), as_tuple("include", include), as_tuple("exclude", exclude)
     tell = listener or ignore
+    if patches is not None:
+        from ckptdiff.track.patching import Patches, follow_and_patch
+
+        wanted = Patches(Path(patches), patch_format, patch_options or {})
+        wanted.check()
     plan = plan_track(base, steps, compare=compare, include=include, exclude=exclude, tell=tell, stream=stream)
     tensors = plan.tensors
     threads, later = threads or default_threads(), list[Use]()
@@ -138,7 +139,12 @@ def track(
 
         require_scipy()
         later = locking_uses(tensors)
-    found = follow_all(tensors, threads, tell, kinds=int(gram), later=later)
+    if patches is None:
+        found = follow_all(tensors, threads, tell, kinds=int(gram), later=later)
+    else:
+        load(None, uses_of(tensors, [("delta",), *later]), tell)
+        every, most = one_tile_in(len(steps)), most_spans(1 + len(steps), int(gram))
+        found = follow_and_patch(plan, wanted, threads, tell, kinds=int(gram), every=every, room=ROOM, most=most)
     norms = np.sqrt(found.squares)
     locking = measure_locking(tensors, norms[:, 1:].T, threads, tell) if spectra else None
     return Track(
@@ -176,58 +182,51 @@ def follow_all(
     Tells of the stages "compiling", also of kernels that are called later, and `name`.
     """
     steps = len(tensors[0].sides) - 1
-    every = SAMPLED if steps > MOST_STEPS else 1
-    totals = FollowedSums(
-        np.zeros((len(tensors), steps, len(Flow)), np.int64),
-        np.zeros((len(tensors), 1 + steps)),
-        np.zeros((len(tensors), kinds, steps * (steps + 1) // 2)),
-    )
-    boxes = [("boxes",)] if any(side.slices for followed in tensors for side in followed.sides) else []
-    load(None, Uses((*sorted({("track", followed.compare.name) for followed in tensors}), *boxes, *later)), tell)
+    every, totals = one_tile_in(steps), FollowedSums.of(len(tensors), steps, kinds)
+    load(None, uses_of(tensors, later), tell)
     nbytes = sum(side.nbytes for followed in tensors for side in followed.sides)
-    with open_shards("pread", _ROOM) as shards, stage(tell, name, nbytes, "bytes") as told:
-        for found in _execute(tensors, shards, threads, told, kinds, every):
-            # In their order: no digit depends on threads.
-            np.add.at(totals.counts, found.tensors, found.counts)
-            np.add.at(totals.squares, found.tensors, found.sums)
-            np.add.at(totals.products, found.tensors, found.products)
-            told.more(found.nbytes, tensors[found.tensors[-1]].sides[0].name)
-    if every > 1:
-        numels = (followed.sides[0].numel for followed in tensors)
-        totals.products[:] *= np.array([_scale(numel, every) for numel in numels])[:, np.newaxis, np.newaxis]
+    with open_shards("pread", ROOM) as shards, stage(tell, name, nbytes, "bytes") as told:
+        for found, read in _execute(tensors, shards, threads, told, kinds, every):
+            totals.add(found)
+            told.more(read, tensors[found.tensors[-1]].sides[0].name)
+    totals.scale(tensors, every)
     return totals
 
 
-def _scale(numel: int, every: int) -> float:
-    """How many coordinates of a tensor stand behind one that is sampled."""
-    firsts = np.arange(0, numel, TRACK_TILE)
-    sampled = np.minimum(numel - firsts[in_sample(firsts // TRACK_TILE, every)], TRACK_TILE).sum()
-    return float(numel / sampled) if sampled else 1.0
+def one_tile_in(steps: int) -> int:
+    """Of so many tiles of a tensor one is multiplied."""
+    return SAMPLED if steps > MOST_STEPS else 1
+
+
+def uses_of(tensors: Sequence[Followed], later: Sequence[Use]) -> Uses:
+    """The kernels that follow tensors, and those that are called later."""
+    boxes = [("boxes",)] if any(side.slices for followed in tensors for side in followed.sides) else []
+    return Uses((*sorted({("track", followed.compare.name) for followed in tensors}), *boxes, *later))
+
+
+def most_spans(sides: int, kinds: int) -> int:
+    """The most spans of a job."""
+    return max(min(_SPANS, _PRODUCTS // max(kinds * sides**2, 1)), 1)
 
 
 def _execute(
     tensors: Sequence[Followed], shards: OpenShards, threads: int, told: Stage, kinds: int, every: int
-) -> Iterator[_Found]:
-    """Yield the counts and sums of each job, in order."""
-    local = threading.local()
+) -> Iterator[tuple[JobSums, int]]:
+    """Yield the counts and sums of each job, in order, and how many bytes it read."""
     stop = threading.Event()
     files = _files(tensors, shards)
+    rooms = ThreadRooms(files.shape[1], kinds)
 
-    def work(job: Sequence[TrackSpan], fetched: AbstractContextManager[object]) -> _Found:
+    def work(job: Sequence[TrackSpan], fetched: AbstractContextManager[object]) -> tuple[JobSums, int]:
         if stop.is_set():
             raise InterruptedError("the run was given up")
-        if not hasattr(local, "rooms"):
-            local.rooms = {}
-        code = tensors[job[0].tensor].code_dtype
-        if code.itemsize not in local.rooms:
-            local.rooms[code.itemsize] = new_rooms(code, files.shape[1], kinds)
         with fetched:
-            return _follow(tensors, files, job, shards, local.rooms[code.itemsize], every)
+            return _follow(tensors, files, job, shards, rooms, every)
 
-    most = max(min(_SPANS, _PRODUCTS // max(kinds * files.shape[1] ** 2, 1)), 1)
     # All of one size: in the order in which they lie on the disk. Jobs are short, so each thread has the next at hand.
     tasks = (
-        Task(partial(work, job, shards.ahead(remote_parts(tensors, job))), 1, 0) for job in _jobs(tensors, most=most)
+        Task(partial(work, job, shards.ahead(remote_parts(tensors, job))), 1, 0)
+        for job in _jobs(tensors, most=most_spans(files.shape[1], kinds))
     )
     return in_order(tasks, 2 * threads, stop.set, told.again, ahead=1, threads=threads)
 
@@ -253,14 +252,13 @@ def _jobs(tensors: Sequence[Followed], blocks: int = 48, most: int = _SPANS) -> 
     Jobs are so small that all threads end at about the same time, and so large that Python costs little beside them.
     """
     sides = len(tensors[0].sides)
-    longest = max(blocks // sides // 2, 1) * BLOCK  # by the tensor alone: what a sum rounds to depends on no other
     for _, alike in groupby(enumerate(tensors), key=lambda numbered: numbered[1].dtypes):
         job: list[TrackSpan] = []
         total = 0
         for index, followed in alike:
             numel = followed.sides[0].numel
-            for first in range(0, numel, longest):
-                job.append(TrackSpan(index, first, min(first + longest, numel)))
+            for first in range(0, numel, BLOCK):  # what a sum rounds to depends on nothing else
+                job.append(TrackSpan(index, first, min(first + BLOCK, numel)))
                 total += job[-1].stop - first
                 if total * sides >= blocks * BLOCK or len(job) == most:
                     yield job
@@ -274,21 +272,11 @@ def _follow(
     files: NDArray[np.int64],
     job: Sequence[TrackSpan],
     shards: OpenShards,
-    rooms: Rooms,
+    rooms: ThreadRooms,
     every: int,
-) -> _Found:
-    alike = tensors[job[0].tensor]
-    _, tables = alike.casts()
-    values, magnitude = facts_of(alike.compare).values, alike.code_dtype.type(alike.compare.magnitude)
-    spans = np.array(job)
-    found = _Found(
-        spans[:, 0].copy(),
-        sum(span.stop - span.first for span in job) * sum(DTYPES[dtype].bits // 8 for dtype in alike.dtypes),
-        np.zeros((len(job), files.shape[1] - 1, len(Flow)), np.int64),
-        np.zeros((len(job), files.shape[1])),
-        np.zeros((len(job), *rooms.products.shape[:2])),
-    )
-    sums = found.counts, found.sums, found.products
+) -> tuple[JobSums, int]:
+    alike, spans = tensors[job[0].tensor], np.array(job)
+    numbers = spans[:, 0].copy()
     with ExitStack() as stack:
         sides = (side for span in job for side in tensors[span.tensor].sides)
         if any(side.slices or side.shard.remote is not None for side in sides):
@@ -296,7 +284,8 @@ def _follow(
             spans[:, 0] = range(len(job))
         else:
             announce(tensors, job, shards)
-        done = follow_spans(spans, files, tables, values, magnitude, rooms, *sums, every)
+        found, done = sum_spans(alike, spans, files, rooms, every)
     if done < len(job):
         fail(tensors[job[done].tensor], job[done], shards)
-    return found
+    read = sum(span.stop - span.first for span in job) * sum(DTYPES[dtype].bits // 8 for dtype in alike.dtypes)
+    return replace(found, tensors=numbers), read

@@ -121,6 +121,7 @@ def test_an_independent_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """The reference reader of the examples, which knows only what the documentation says."""
     source = (ROOT / "examples/read_patch.py").read_text()
     assert "ckptdiff" not in [line.split()[1].split(".")[0] for line in source.splitlines() if " import " in line]
+    assert sum(bool(line.strip()) for line in source.splitlines()) <= 60, "short enough to be read at a sitting"
     names: dict[str, object] = {}
     exec(compile(source, "read_patch.py", "exec"), names)
     read_patch: Callable[[str, str, str], None] = names["main"]  # type: ignore[assignment]

@@ -16,12 +16,13 @@ from quantised import LAYOUTS, save
 from ranged_server import Asked, Handler, Server
 from safetensors.numpy import save_file
 
+from ckptdiff import patch as exact
 from ckptdiff.checkpoint import open_checkpoint
 from ckptdiff.checkpoint.boxes import read_elements
 from ckptdiff.checkpoint.encodings import find_encoded
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.cli import main
-from ckptdiff.errors import ChangedFileError, CheckpointError
+from ckptdiff.errors import ChangedFileError, CheckpointError, OptionError
 from ckptdiff.figures.result import Diff
 from ckptdiff.options import MaskRule, Options, SpectraOptions
 from ckptdiff.run.engine import run
@@ -226,6 +227,44 @@ def test_a_track_and_an_inspection_are_those_of_the_files(
         assert main(["inspect", str(where), "--format", "json"]) == 0
         found.append(json.loads(capsys.readouterr().out)["tensors"])
     assert found[0] == found[1]
+
+
+def test_patches_of_a_run_that_lies_elsewhere_take_each_byte_once(
+    server: Server, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, tuned = pair
+    local = track(base, [tuned, base], patches=tmp_path / "local")
+    server.asked.clear()
+    remote = track(f"{server.url}/base", [f"{server.url}/tuned", base], patches=tmp_path / "remote")
+    assert all(np.array_equal(local.counts[key], remote.counts[key]) for key in local.counts)
+    for side in pair:
+        for file in side.glob("*.safetensors"):
+            spans = [span for span in server.ranges_of(f"{side.name}/{file.name}") if span[0]]
+            data = sum(tensor.nbytes for tensor in open_checkpoint(file).tensors.values())
+            assert sum(stop - start for start, stop in spans) == data
+    links = sorted((tmp_path / "remote").iterdir())
+    exact.apply(base, links[:1], tmp_path / "made")
+    assert all((tmp_path / "made" / file.name).read_bytes() == file.read_bytes() for file in tuned.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["", "-dir", ".safetensors"])
+def test_exact_patches_of_sides_that_lie_elsewhere(
+    kind: str, server: Server, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    make = {"": exact.make, "-dir": exact.make_directory, ".safetensors": exact.make_flat}[kind]
+    base, tuned = (f"{server.url}/{side.name}" for side in pair)
+    link = tmp_path / f"patch{kind}"
+    make(base, tuned, link)
+    exact.apply(base, [link], tmp_path / "made")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "made").iterdir()} == {
+        file.name: file.read_bytes() for file in pair[1].iterdir()
+    }
+    assert exact.verify(base, [link], tuned).tensors == 42
+    with pytest.raises(OptionError, match="in place"):
+        exact.apply_in_place(base, [link])
+    with pytest.raises(OptionError, match="from a folder"):
+        exact.apply(base, [link], tmp_path / "no", with_files=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["made", link.name, "served"])
 
 
 def test_patches_and_overlaps_take_a_base_that_lies_elsewhere(

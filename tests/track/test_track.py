@@ -27,6 +27,7 @@ from ckptdiff.errors import ChangedFileError, CheckpointError, OptionError, Pair
 from ckptdiff.events import Event, StageBegun
 from ckptdiff.track import Track, load_track, save_track, track
 from ckptdiff.track import follow as follow_module
+from ckptdiff.track import sums as sums_module
 
 
 def assert_rows(found: list[dict], expected: list[dict]) -> None:
@@ -119,7 +120,7 @@ def test_tensors_of_many_jobs(trajectory: Trajectory, monkeypatch: pytest.Monkey
 
 def test_each_byte_is_read_once(trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int, int]] = []
-    real = follow_module.follow_spans
+    real = sums_module.follow_spans
 
     def spy(spans: np.ndarray, files: np.ndarray, *rest: object) -> int:
         for tensor, *extent in spans:
@@ -128,7 +129,7 @@ def test_each_byte_is_read_once(trajectory: Trajectory, monkeypatch: pytest.Monk
             )
         return real(spans, files, *rest)
 
-    monkeypatch.setattr(follow_module, "follow_spans", spy)
+    monkeypatch.setattr(sums_module, "follow_spans", spy)
     track(trajectory.paths[0], trajectory.paths[1:], exclude=("position_ids",))
     for path, tensors in zip(trajectory.paths, trajectory.sides, strict=True):
         spans = sorted(span[1:] for span in asked if span[0] == path.stat().st_ino)
@@ -345,19 +346,19 @@ def test_a_checkpoint_that_shrinks_is_an_error(
 ) -> None:
     copy = tmp_path / "step.safetensors"
     copy.write_bytes(trajectory.paths[1].read_bytes())
-    real = follow_module.follow_spans
+    real = sums_module.follow_spans
 
     def shrink(*arguments: object) -> int:
         os.truncate(copy, 1000)
         return real(*arguments)
 
-    monkeypatch.setattr(follow_module, "follow_spans", shrink)
+    monkeypatch.setattr(sums_module, "follow_spans", shrink)
     with pytest.raises(ChangedFileError):
         track(trajectory.paths[0], [copy])
 
 
 def test_a_read_that_fails_once_names_tensor_and_files(trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follow_module, "follow_spans", lambda *arguments: 0)
+    monkeypatch.setattr(sums_module, "follow_spans", lambda *arguments: 0)
     with pytest.raises(CheckpointError, match="could not be read, and then it could") as caught:
         track(trajectory.paths[0], trajectory.paths[1:3])
     assert caught.value.file == " or ".join(str(path) for path in trajectory.paths[:3])

@@ -20,7 +20,8 @@ NO_RULE, BITWISE, ABOVE, ETA, TOP = (int(rule) for rule in Rule)
 @helper
 def put_noted(tile: Tile, j: int, count: int) -> int:
     """Note where the changed coordinates of a word of marks are, behind those before; returns how many there are."""
-    return put_positions(tile.marks[j], j * 64, tile.found, count)
+    count = put_positions(tile.marks[j], j * 64, tile.found, count)
+    return count
 
 
 @helper
