@@ -15,7 +15,8 @@ from patience import PATIENCE
 
 import ckptdiff
 from ckptdiff.events import Event, Note
-from ckptdiff.lora import extract
+from ckptdiff.lora import extract_lora
+from ckptdiff.lora.factoring import Factoring
 from ckptdiff.options import Options, SpectraOptions, parse_size
 from ckptdiff.overlap import count
 from ckptdiff.run.planning import prepare
@@ -208,9 +209,9 @@ def test_every_thread_of_a_low_rank_adapter_works(
 ) -> None:
     crowd = Crowd(threads)
     monkeypatch.setattr("ckptdiff.memory.machine_memory", lambda: 1 << 40)
-    monkeypatch.setattr(extract._Factoring, "_factors", crowd.join(enough))
+    monkeypatch.setattr(Factoring, "_factors", crowd.join(enough))
     with pytest.raises(EnoughError):
-        extract.extract_lora(*matrices, tmp_path / "adapter", rank=8, options=Options(threads=threads, device="cpu"))
+        extract_lora(*matrices, tmp_path / "adapter", rank=8, options=Options(threads=threads, device="cpu"))
     assert crowd.most == threads and not list(tmp_path.iterdir())
 
 
