@@ -335,11 +335,14 @@ def compile_library(
 
 def main(asked: str, folder: str) -> None:
     """Compile libraries into a folder: for "this" processor, for "all", or for levels with commas between."""
-    levels = list(LEVELS) if asked == "all" and processor_level() != "baseline" else asked.split(",")
+    this = processor_level()
+    if asked in ("this", "all"):
+        levels = list(LEVELS) if asked == "all" and this != "baseline" else [this]
+    else:
+        levels = asked.split(",")
     recorded: list[Recorded] = []
-    # What this processor cannot run is compiled from what another level has.
+    # What this processor cannot run is compiled of what another level has.
     for level in sorted(levels, key=has_level, reverse=True):
-        level = processor_level() if level in ("this", "all") else level
         recorded = compile_library(level, Path(folder, path_of(level).name), recorded) or recorded
 
 

@@ -24,7 +24,22 @@ INSIDE struct memory *NRT_MemInfo_alloc_aligned(size_t size, uint32_t align)
     return found;
 }
 
+INSIDE struct memory *NRT_MemInfo_alloc(size_t size)
+{
+    return NRT_MemInfo_alloc_aligned(size, 1);
+}
+
 INSIDE void NRT_MemInfo_call_dtor(struct memory *unused)
+{
+    free(unused);
+}
+
+INSIDE void *NRT_Allocate(size_t size)
+{
+    return malloc(size);
+}
+
+INSIDE void NRT_Free(void *unused)
 {
     free(unused);
 }
@@ -48,7 +63,7 @@ INSIDE double numba_ldexp(double value, int exponent)
     return ldexp(value, exponent);
 }
 
-/* Compiled code has ways to raise errors with texts, which no kernel goes: it would have to be wrong to begin with. */
+/* What Numba's own wrappers would make an exception of Python's with; a failed kernel only says that it failed. */
 #define NEVER(name)                                                 \
     INSIDE void name(void)                                          \
     {                                                               \
@@ -56,9 +71,6 @@ INSIDE double numba_ldexp(double value, int exponent)
         abort();                                                    \
     }
 
-NEVER(NRT_Allocate)
-NEVER(NRT_Free)
-NEVER(NRT_MemInfo_alloc)
 NEVER(PyErr_SetString)
 NEVER(PyObject_Hash)
 NEVER(PyTuple_Pack)

@@ -169,26 +169,28 @@ def test_a_level_that_is_none_ends_a_command(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-PANELS = """
+BUILD = """
 import sys
 from pathlib import Path
 from ckptdiff.kernel_compiler import compile_library
 from ckptdiff.kernel_library import path_of
 
-if __name__ == "__main__":
-    found = compile_library(sys.argv[1], Path(sys.argv[2], path_of(sys.argv[1]).name), uses=[("panel", "f32", "bf16")])
-    assert [one.name for one in found] == ["cast_to_bf16"]
+level, folder, *uses = sys.argv[1:]
+found = compile_library(level, Path(folder, path_of(level).name), uses=[tuple(use.split()) for use in uses])
+print(*sorted({one.name for one in found}))
 """
-
-CALLS = """
+OPENED = """
 import sys
 from pathlib import Path
-import numpy as np
 from ckptdiff import kernel_library
-from ckptdiff.kernel_library import open_library
 
-opened = open_library(Path(sys.argv[2]), sys.argv[1])
+level, folder = sys.argv[1:3]
+opened = kernel_library.open_library(Path(folder), level)
+assert opened is not None
 kernel_library.library = lambda: opened
+"""
+CALL = f"""{OPENED}
+import numpy as np
 from ckptdiff.formats import round_to_bf16
 from ckptdiff.spectra.kernels.panels import cast_to_bf16
 
@@ -197,7 +199,15 @@ codes.flags.writeable = False
 out = np.zeros_like(codes)
 assert cast_to_bf16(codes, out) is None
 assert (out == round_to_bf16(codes).astype(np.uint32) << 16).all()
-assert "numba" not in sys.modules
+print("numba" in sys.modules)
+"""
+DIFF = f"""{OPENED}
+from ckptdiff.cli import main
+
+sys.argv[1:3] = []
+code = main()
+print("numba" in sys.modules)
+sys.exit(code)
 """
 
 
@@ -205,11 +215,26 @@ assert "numba" not in sys.modules
 @pytest.mark.skipif(not HAS, reason="levels are those of x86-64")
 def test_a_built_kernel_is_called_without_numba(tmp_path: Path, opened: Open) -> None:
     for level in HAS:
-        for code in (PANELS, CALLS):
-            done = python(code, level, str(tmp_path))
-            assert done.returncode == 0, done.stderr
+        done = python(BUILD, level, str(tmp_path), "panel f32 bf16")
+        assert done.stdout == "cast_to_bf16\n", done.stderr
+        done = python(CALL, level, str(tmp_path))
+        assert done.stdout == "False\n", done.stderr
     whole = (tmp_path / path_of(HAS[0]).name).read_bytes()
     assert "its end was cut off" in opened(whole[:-1000])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS, reason="levels are those of x86-64")
+def test_a_command_runs_without_numba(tmp_path: Path) -> None:
+    """And prints what it prints with kernels that were compiled on the spot."""
+    done = python(BUILD, HAS[0], str(tmp_path), "alone bf16 bf16 bf16", "refine bf16 bf16 bf16", "mask 4096", "row")
+    assert "scan_span" in done.stdout.split(), done.stderr
+    words = ["diff", *(str(FIXTURE / side) for side in ("base", "tuned")), "-o", str(tmp_path / "run.h5")]
+    built = python(DIFF, HAS[0], str(tmp_path), *words)
+    assert built.returncode == 0, built.stderr
+    report, _, last = built.stdout.rstrip().rpartition("\n")
+    assert last == "False"
+    assert report == python("import sys; from ckptdiff.cli import main; sys.exit(main())", *words).stdout.rstrip()
 
 
 SCAN = """
