@@ -1,8 +1,6 @@
 """``python -m ckptdiff`` is the command line."""
 
-import sys
-
-from ckptdiff.cli import main
+from ckptdiff.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

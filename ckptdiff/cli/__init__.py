@@ -10,6 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from ckptdiff import own_process
 from ckptdiff.cli.failures import OK, Session, failure
@@ -18,7 +19,7 @@ from ckptdiff.cli.signals import ended_soon, signals_noted
 from ckptdiff.cli.target import abandon_stdout
 from ckptdiff.interrupts import pending
 
-__all__ = ["main"]
+__all__ = ["main", "program"]
 
 _COMPLETE = "_CKPTDIFF_COMPLETE"
 
@@ -50,6 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (late := pending()) is not None:  # the command may have ended by itself
             code, _ = failure(late, session)
     return code
+
+
+def program() -> NoReturn:
+    """Run the command line of this process and end it: what the command ``ckptdiff`` is."""
+    own_process.leave(main())
 
 
 def _outcome(arguments: list[str], session: Session) -> tuple[int, str]:

@@ -1,7 +1,5 @@
 """``python -m ckptdiff.cli``."""
 
-import sys
+from ckptdiff.cli import program
 
-from ckptdiff.cli import main
-
-sys.exit(main())
+program()

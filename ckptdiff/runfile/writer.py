@@ -86,16 +86,8 @@ class RunFileWriter:
 
         :meth:`add_mask_chunks` calls it by itself. Raises ValueError if the mask exists, or the rule is ``none``.
         """
-        if name in self._masked or self._rule.kind == "none":
-            raise ValueError(f"no mask expected for {name!r} under {self._rule}")
-        blank = self._blanks.get(shape)
-        if blank is None:
-            blank = self._blanks[shape] = _blank(self._file.id, shape)
-        link = escape_name(name).encode()
-        # A copy costs half of a new dataset with its attribute, and the high-level calls several times as much: seconds
-        # over 30,000 tensors.
-        h5o.copy(blank.dataset, b".", self._masks.id, link)
-        self._masked[name] = blank.numel
+        blank = self._blank_for(name, shape)
+        link = self._place(name, blank)
         if blank.chunks:
             self._open[name] = _OpenMask(h5d.open(self._masks.id, link), blank.chunk, blank.chunks)
         self._staged.check()
@@ -109,6 +101,14 @@ class RunFileWriter:
         chunk, or one was added before.
         """
         if name not in self._open:
+            blank = self._blank_for(name, shape)
+            if self._paging and (blank.chunks, first, len(chunks)) == (1, 0, 1):
+                # Copied along, the chunk costs a sixth of what it takes to open the copy and write there. The last one
+                # of each shape is lost room, which is why files of few masks go without.
+                blank.dataset.write_direct_chunk((0,), *chunks[0])
+                self._place(name, blank)
+                self._staged.check()
+                return
             self.begin_mask(name, shape)
         mask = self._open[name]
         for index, (payload, filter_mask) in enumerate(chunks, first):
@@ -165,6 +165,23 @@ class RunFileWriter:
         self._masks.attrs.update(rule=str(self._rule), compare=self._compare, bit_order=BIT_ORDER)
         self._table = HistogramTable(self._file.create_group("histograms"))
 
+    def _blank_for(self, name: str, shape: tuple[int, ...]) -> _Blank:
+        """What a new mask begins as."""
+        if name in self._masked or self._rule.kind == "none":
+            raise ValueError(f"no mask expected for {name!r} under {self._rule}")
+        if shape not in self._blanks:
+            self._blanks[shape] = _blank(self._file.id, shape)
+        return self._blanks[shape]
+
+    def _place(self, name: str, blank: _Blank) -> bytes:
+        """Make a mask of a blank as it is; returns its link."""
+        link = escape_name(name).encode()
+        # A copy costs half of a new dataset with its attribute, and the high-level calls several times as much: seconds
+        # over 30,000 tensors.
+        h5o.copy(blank.dataset, b".", self._masks.id, link)
+        self._masked[name] = blank.numel
+        return link
+
     def _close(self) -> None:
         # What HDF5 still writes as it closes a file that is thrown away must not need room.
         self._staged.stop()
@@ -194,7 +211,7 @@ def _storable(text: str) -> str:
 
 
 class _Blank(NamedTuple):
-    """An empty mask of one shape, of which all of that shape begin as copies."""
+    """A mask of one shape, of which all of that shape begin as copies, empty or with the one chunk it was given."""
 
     numel: int
     chunk: int

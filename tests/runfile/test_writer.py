@@ -137,18 +137,29 @@ def test_a_diff_without_tensors_or_masks(tmp_path: Path, make_diff: Callable) ->
         assert len(file["masks"]) == 0
 
 
+def chunks_of(mask: h5py.Dataset) -> list[h5py.h5d.StoreInfo]:
+    return [mask.id.get_chunk_info(i) for i in range(mask.id.get_num_chunks())] if mask.size else []
+
+
 def test_pages_hold_the_same(tmp_path: Path, make_diff: Callable, make_facts: Callable) -> None:
     rng = np.random.default_rng(0)
-    masks = {f"w{i}": rng.random((i % 7, 1 + 50 * i)) < 0.5 for i in range(300)} | {"large": rng.random(3 << 20) < 0.5}
+    masks = {f"w{i}": rng.random((i % 7, 1 + 50 * (i % 12))) < (0.5, 0, 0.01)[i % 3] for i in range(300)}
+    masks["large"] = rng.random(3 << 20) < 0.5
     diff = make_diff(tensors=[(make_facts(name, mask.shape), 0.5) for name, mask in masks.items()])
-    held = []
+    held, stored = [], []
     for paged in (False, True):
         path = tmp_path / f"{paged}.h5"
         write(path, counted(diff, masks), masks, [HistogramRows.empty(len(masks))], paged=paged)
         with h5py.File(path) as file:
             held.append({name: (mask[:].tobytes(), tuple(mask.attrs["shape"])) for name, mask in file["masks"].items()})
+            stored.append(
+                {
+                    name: [(chunk.filter_mask, chunk.size) for chunk in chunks_of(mask)]
+                    for name, mask in file["masks"].items()
+                }
+            )
             assert file.id.get_create_plist().get_file_space_strategy()[0] == (1 if paged else 0)
-    assert held[0] == held[1]
+    assert held[0] == held[1] and stored[0] == stored[1]
     assert {name: shape for name, (_, shape) in held[0].items()} == {name: mask.shape for name, mask in masks.items()}
     assert all(
         bits == np.packbits(mask, bitorder="little").tobytes()
@@ -175,8 +186,8 @@ def test_chunks_of_several_masks_may_come_in_any_order(
             np.testing.assert_array_equal(np.unpackbits(file["masks"][name][:], bitorder="little"), mask.ravel())
 
 
-def start(tmp_path: Path, rule: MaskRule = RULE) -> RunFileWriter:
-    return RunFileWriter(tmp_path / "run.h5", rule=rule, compare="bf16")
+def start(tmp_path: Path, rule: MaskRule = RULE, paged: bool = False) -> RunFileWriter:
+    return RunFileWriter(tmp_path / "run.h5", rule=rule, compare="bf16", paged=paged)
 
 
 def test_wrong_use_is_refused(tmp_path: Path, make_diff: Callable, make_facts: Callable) -> None:
@@ -188,6 +199,12 @@ def test_wrong_use_is_refused(tmp_path: Path, make_diff: Callable, make_facts: C
     with start(tmp_path) as writer, pytest.raises(ValueError, match="added before"):
         writer.add_mask_chunks("w", shape, 0, [(zeros, 1)])
         writer.add_mask_chunks("w", shape, 0, [(zeros, 1)])
+    for paged in (False, True):
+        with start(tmp_path, paged=paged) as writer, pytest.raises(ValueError, match="no mask expected for 'v'"):
+            writer.add_mask_chunks("v", (8,), 0, [(b"1", 1)])
+            writer.add_mask_chunks("v", (8,), 0, [(b"1", 1)])
+        with start(tmp_path, paged=paged) as writer, pytest.raises(ValueError, match="out of range"):
+            writer.add_mask_chunks("v", (8,), 1, [(b"1", 1)])
     with start(tmp_path) as writer, pytest.raises(ValueError, match="chunks are missing in the masks of w"):
         writer.add_mask_chunks("w", shape, 0, [(zeros, 1)])
         writer.add_histograms(HistogramRows.empty(1))
