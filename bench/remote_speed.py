@@ -5,7 +5,7 @@
 Servers on loopback, each a process of its own: the tests' web server, and moto's for S3. The ways take turns: obstore
 alone, which fetches all ranges of the files, sixteen at a time, and drops them; the ranges of a diff, fetched and
 dropped by its own code; and the whole diff, whose figures are compared with those of the files on disk. Beside the
-medians of wall time stands processor time of this process for each GB, which other work on the machine disturbs less.
+medians of wall time stands processor time of this process for each GB, which other work disturbs less.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import click
 from ckptdiff.cli.display import progress as show_progress
 from ckptdiff.cli.display import say, warn
 from ckptdiff.cli.failures import OK
-from ckptdiff.cli.inputs import progress_option
+from ckptdiff.cli.inputs import progress_option, stream_option
 from ckptdiff.cli.target import ReportTarget, output_option
 from ckptdiff.cli.view import format_option, verbosity, write_rows
 from ckptdiff.errors import OptionError, first_few, plural
@@ -97,6 +97,7 @@ def list_masks(run: str, **given: Any) -> int:
     show_default="as the run found it",
     help="The tuned checkpoint, for shira and patch.",
 )
+@stream_option
 @progress_option
 @verbosity
 def export(run: str, names: tuple[str, ...], out: str, layout: str, **given: Any) -> int:
@@ -113,7 +114,7 @@ def export(run: str, names: tuple[str, ...], out: str, layout: str, **given: Any
         if layout == "shira":
             from ckptdiff.exports import export_shira
 
-            sides = {name: given[name] for name in ("rank", "base", "tuned")}
+            sides = {name: given[name] for name in ("rank", "base", "tuned", "stream")}
             adapter = export_shira(file, out, names=names, **sides, listener=tell)
             what = f"{quantity(adapter.coordinates)} coordinates of {plural(adapter.layers, 'layer')}"
             what += f", {percent(adapter.energy)} of their sum d^2 and {percent(adapter.whole)} of the whole update's,"
@@ -121,7 +122,7 @@ def export(run: str, names: tuple[str, ...], out: str, layout: str, **given: Any
         elif layout == "patch":
             from ckptdiff.exports import export_patch, missing_from_patch
 
-            changed = export_patch(file, out, names=names, tuned=given["tuned"], listener=tell)
+            changed = export_patch(file, out, names=names, tuned=given["tuned"], stream=given["stream"], listener=tell)
             what = plural(changed, "changed tensor")
             missing = _missing(*missing_from_patch(file, names))
         else:

@@ -9,7 +9,7 @@ import click
 
 from ckptdiff.cli.display import progress, warn
 from ckptdiff.cli.failures import OK
-from ckptdiff.cli.inputs import progress_option, threads_option
+from ckptdiff.cli.inputs import progress_option, stream_option, threads_option
 from ckptdiff.cli.target import ReportTarget, output_option
 from ckptdiff.cli.view import format_option, verbosity, write_rows
 from ckptdiff.errors import plural
@@ -64,6 +64,7 @@ _COUNTS = ("numel", "masked_1", "masked_2", "masked_both")
     help="Where a tuned checkpoint is now, for --values: one for each run, in their order.",
 )
 @click.option("--force", is_flag=True, show_default="off", help="Compare runs of different bases too.")
+@stream_option
 @threads_option
 @format_option
 @output_option
@@ -90,6 +91,7 @@ def overlap(runs: tuple[str, ...], **given: Any) -> int:
             tuned=given["tuned"],
             force=given["force"],
             threads=given["threads"],
+            stream=given["stream"],
             listener=tell,
         )
     if not given["quiet"]:

@@ -10,7 +10,7 @@ import click
 
 from ckptdiff.cli.display import progress, say, warn
 from ckptdiff.cli.failures import OK
-from ckptdiff.cli.inputs import progress_option, threads_option
+from ckptdiff.cli.inputs import progress_option, stream_option, threads_option
 from ckptdiff.cli.patch_formats import format_options, options_of
 from ckptdiff.cli.target import ReportTarget, output_option
 from ckptdiff.cli.view import verbosity
@@ -131,6 +131,7 @@ def _ship(base: str, tuned: str, out: str, kind: str, own: dict[str, Any], **giv
     show_default="off",
     help="Take a BASE with other headers than a patch of a mask was made for.",
 )
+@stream_option
 @threads_option
 @progress_option
 @verbosity
@@ -164,7 +165,13 @@ def apply(base: str, patches: Sequence[str], **given: Any) -> int:
             made = apply_in_place(base, patches, threads=given["threads"], listener=tell)
         else:
             made = apply_patches(
-                base, patches, given["out"], with_files=given["with_files"], threads=given["threads"], listener=tell
+                base,
+                patches,
+                given["out"],
+                with_files=given["with_files"],
+                threads=given["threads"],
+                stream=given["stream"],
+                listener=tell,
             )
     if not given["quiet"]:
         warn(made.warnings)
@@ -179,6 +186,7 @@ def apply(base: str, patches: Sequence[str], **given: Any) -> int:
 @click.option(
     "--tuned", type=click.Path(), metavar="TUNED", show_default="none", help="Compare the result with this checkpoint."
 )
+@stream_option
 @threads_option
 @progress_option
 @verbosity
@@ -187,7 +195,9 @@ def verify(base: str, patches: Sequence[str], **given: Any) -> int:
     from ckptdiff.patch import verify as verify_patches
 
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
-        made = verify_patches(base, patches, given["tuned"], threads=given["threads"], listener=tell)
+        made = verify_patches(
+            base, patches, given["tuned"], threads=given["threads"], stream=given["stream"], listener=tell
+        )
     if not given["quiet"]:
         warn(made.warnings)
         with_tuned = "" if given["tuned"] is None else f", and is {safe(given['tuned'])}"
@@ -296,7 +306,7 @@ def _apply_mask(base: str, path: str, **given: Any) -> int:
                 f"--{option.replace('_', '-')} is for exact patches", file=path, hint="ckptdiff patch make makes one"
             )
     with progress(shown=given["progress"], quiet=given["quiet"], verbose=given["verbose"]) as tell:
-        made = apply_patch(base, path, given["out"], force=given["force"], listener=tell)
+        made = apply_patch(base, path, given["out"], force=given["force"], stream=given["stream"], listener=tell)
     if given["quiet"]:
         return OK
     warn(made.warnings)

@@ -11,7 +11,7 @@ import click
 
 from ckptdiff.cli.display import progress
 from ckptdiff.cli.failures import OK
-from ckptdiff.cli.inputs import device_options, progress_option, resource_options, resume_option
+from ckptdiff.cli.inputs import device_options, progress_option, resource_options, resume_option, stream_option
 from ckptdiff.cli.view import verbosity
 from ckptdiff.errors import OptionError
 from ckptdiff.report.text import safe
@@ -33,6 +33,7 @@ def spectra() -> None:
 @device_options
 @resource_options
 @resume_option
+@stream_option
 @progress_option
 @verbosity
 def add(run: str, **given: Any) -> int:
@@ -52,6 +53,7 @@ def add(run: str, **given: Any) -> int:
             gpu_memory=given["gpu_memory"],
             listener=tell,
             resume=given["resume"],
+            stream=given["stream"],
         )
     if not given["quiet"]:
         print(f"spectra added      next: ckptdiff show {safe(run)} --by module")

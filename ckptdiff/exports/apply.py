@@ -56,6 +56,7 @@ def apply_patch(
     target: str | os.PathLike[str],
     *,
     force: bool = False,
+    stream: bool = False,
     listener: Listener | None = None,
     block: int = BLOCK,
 ) -> Applied:
@@ -73,6 +74,8 @@ def apply_patch(
         To be made: a file in ``.safetensors`` if the base is a single file, else a folder.
     force : bool
         Also take a base whose headers are not those of the base that the patch was made for.
+    stream : bool
+        Whether a model of the hub is read where it is; else it is downloaded first.
     listener : callable, optional
         Told of the stage "patching", in bytes.
     block : int
@@ -107,7 +110,7 @@ def apply_patch(
     (True, True)
     """
     target = Path(target)
-    checkpoint, found = open_checkpoint(base), open_patch(patch)
+    checkpoint, found = open_checkpoint(base, stream), open_patch(patch)
     _require_safetensors(checkpoint)
     single = checkpoint.index is None and [shard.path for shard in checkpoint.shards] == [checkpoint.path]
     _require_name(target, single)

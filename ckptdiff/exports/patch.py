@@ -34,6 +34,7 @@ def export_patch(
     *,
     names: Sequence[str] = (),
     tuned: str | os.PathLike[str] | None = None,
+    stream: bool = False,
     listener: Listener | None = None,
 ) -> int:
     """Write where the masked coordinates are and what the tuned checkpoint holds there.
@@ -53,6 +54,8 @@ def export_patch(
         Tensor names or globs; none stands for all.
     tuned : path-like, optional
         Where the tuned checkpoint is now; the norms of what is read must be those of the run.
+    stream : bool
+        Whether a model of the hub is read where it is; else it is downloaded first.
     listener : callable, optional
         Told of the stage "exporting".
 
@@ -82,7 +85,7 @@ def export_patch(
     if target.suffix != ".safetensors":
         raise OptionError("unknown format of a patch", expected="a name in .safetensors", found=target)
     masks = [run.masks[name] for name in chosen_masks(run, names)]
-    checkpoint = open_side(run, "tuned", tuned)
+    checkpoint = open_side(run, "tuned", tuned, stream)
     diff = run.load()
     facts_of = {facts.name: facts for facts in diff.tensors}
     for mask in masks:

@@ -97,6 +97,7 @@ def export_shira(
     names: Sequence[str] = (),
     base: str | os.PathLike[str] | None = None,
     tuned: str | os.PathLike[str] | None = None,
+    stream: bool = False,
     listener: Listener | None = None,
 ) -> ShiraExport:
     """Write a folder that ``PeftModel.from_pretrained`` loads onto the base model.
@@ -116,6 +117,8 @@ def export_shira(
         routers, and no experts, which SHiRA has no layer for where a model has fused them.
     base, tuned : path-like, optional
         Where the checkpoints are now; the norms of what is read must be those of the run.
+    stream : bool
+        Whether models of the hub are read where they are; else they are downloaded first.
     listener : callable, optional
         Told of the stage "exporting", in bytes that are read.
 
@@ -145,7 +148,7 @@ def export_shira(
     target = Path(target)
     diff = run.load()
     names = as_tuple("names", names)
-    sides = open_side(run, "base", base), open_side(run, "tuned", tuned)
+    sides = open_side(run, "base", base, stream), open_side(run, "tuned", tuned, stream)
     weights = ((one.name, one.shape) for one in diff.tensors)
     model = Adapted.of(sides[0].shards[0].path, weights)
     chosen, reasons = _chosen(diff.tensors, names, rank, model, run.path)

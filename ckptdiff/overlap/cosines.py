@@ -30,6 +30,7 @@ def update_products(
     base: str | os.PathLike[str] | None,
     tuned: Sequence[str | os.PathLike[str]],
     threads: int,
+    stream: bool,
     tell: Listener,
 ) -> tuple[NDArray[np.float64], list[str]]:
     """Sums over each tensor of the products of each two updates, and of the squares of these products.
@@ -44,10 +45,12 @@ def update_products(
         raise OptionError(
             "not a tuned checkpoint for each run", expected=f"{len(runs)}, in the order of the runs", found=len(tuned)
         )
-    first = open_side(runs[0], "base", base)
-    sides = [open_side(run, "tuned", path) for run, path in zip(runs, tuned or repeat(None, len(runs)), strict=True)]
+    first = open_side(runs[0], "base", base, stream)
+    sides = [
+        open_side(run, "tuned", path, stream) for run, path in zip(runs, tuned or repeat(None, len(runs)), strict=True)
+    ]
     mode = diffs[0].options["compare"]
-    plan = plan_track(first.path, [side.path for side in sides], compare=mode, tell=tell)
+    plan = plan_track(first.path, [side.path for side in sides], compare=mode, tell=tell, stream=stream)
     places = {facts.name: at for at, facts in enumerate(tensors)}
     followed = [tensor for tensor in plan.tensors if tensor.sides[0].name in places]
     if not followed:

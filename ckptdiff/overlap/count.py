@@ -48,6 +48,7 @@ def overlap(
     tuned: Sequence[str | os.PathLike[str]] = (),
     force: bool = False,
     threads: int = 0,
+    stream: bool = False,
     listener: Listener | None = None,
 ) -> Overlap:
     """Count the coordinates that each two of several runs have both in their masks.
@@ -69,6 +70,8 @@ def overlap(
         Also lay runs of different bases on top of each other.
     threads : int
         0 stands for one per available core.
+    stream : bool
+        Whether models of the hub are read where they are; else they are downloaded first.
     listener : callable, optional
         Told of the stage "overlap", and of "values" if they are read.
 
@@ -110,7 +113,7 @@ def overlap(
         weights = None
         if base is not None:
             encoded = diffs[0].options.get("values", "codes")
-            weights = weights_of(open_side(runs[0], "base", base), encoded).named
+            weights = weights_of(open_side(runs[0], "base", base, stream), encoded).named
             lacking = [facts.name for facts in tensors if facts.name not in weights]
             if lacking:
                 left_out.append(f"no chance by size where the base stores an embedding alone: {first_few(lacking)}")
@@ -118,7 +121,7 @@ def overlap(
         if values:
             from ckptdiff.overlap.cosines import update_products
 
-            asked = base, as_tuple("tuned", tuned), threads or default_threads(), listener or ignore
+            asked = base, as_tuple("tuned", tuned), threads or default_threads(), stream, listener or ignore
             products, unread = update_products(runs, diffs, tensors, *asked)
             left_out += unread
         shards = stack.enter_context(open_shards("pread"))

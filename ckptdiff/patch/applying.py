@@ -55,6 +55,7 @@ def apply(
     *,
     with_files: bool = False,
     threads: int = 0,
+    stream: bool = False,
     listener: Listener | None = None,
 ) -> AppliedDelta:
     """Write the checkpoint that a chain of patches makes of a base, with the files of the last one's tuned side.
@@ -73,6 +74,8 @@ def apply(
         Whether to link or copy what else lies in the base's folder: configuration, tokenizer.
     threads : int
         0 stands for one per core.
+    stream : bool
+        Whether a model of the hub is read where it is; else it is downloaded first.
     listener : callable, optional
         Told of the stage "patching", in bytes.
 
@@ -98,7 +101,13 @@ def apply(
     3
     """
     target = Path(target)
-    with open_chain(base, patches, listener) as chain:
+    with open_chain(base, patches, listener, stream) as chain:
+        if with_files and _is_elsewhere(chain.base):
+            raise OptionError(
+                "--with-files links what lies beside the base, and that lies elsewhere",
+                file=chain.base.path,
+                hint="leave it out, and fetch those files by other means",
+            )
         last = chain.links[-1].delta
         if last.single != (target.suffix == ".safetensors"):
             raise OptionError(
@@ -134,6 +143,7 @@ def verify(
     tuned: PathLike | None = None,
     *,
     threads: int = 0,
+    stream: bool = False,
     listener: Listener | None = None,
 ) -> AppliedDelta:
     """Read all that :func:`apply` would, and check every digest, but write nothing.
@@ -148,6 +158,8 @@ def verify(
     tuned : path-like, optional
     threads : int
         0 stands for one per core.
+    stream : bool
+        Whether a model of the hub is read where it is; else it is downloaded first.
     listener : callable, optional
         Told of the stage "verifying", in bytes.
 
@@ -168,7 +180,7 @@ def verify(
     >>> patch.verify(base, ["verify.ckptdelta"], tuned).changed
     30
     """
-    with open_chain(base, patches, listener) as chain:
+    with open_chain(base, patches, listener, stream) as chain:
         files = chain.links[-1].delta.files
         sides = 1 if tuned is None else 2
         with stage(listener, "verifying", sides * sum(one.size for one in files), "bytes") as told:
@@ -176,17 +188,19 @@ def verify(
             for file in range(len(files)):
                 making.check(file)
             if tuned is not None:
-                making.compare(open_checkpoint(tuned), chain.tensors)
+                making.compare(open_checkpoint(tuned, stream), chain.tensors)
         return applied(chain, ())
 
 
 @contextmanager
-def open_chain(base: PathLike, patches: Sequence[PathLike], listener: Listener | None) -> Iterator[Chain]:
+def open_chain(
+    base: PathLike, patches: Sequence[PathLike], listener: Listener | None, stream: bool = False
+) -> Iterator[Chain]:
     """Open a base and the patches that follow it, and check what needs no values."""
     required("xxhash")
     if not patches:
         raise OptionError("no patch was given", expected="one at least")
-    checkpoint = open_checkpoint(base)
+    checkpoint = open_checkpoint(base, stream)
     with ExitStack() as stack:
         links: list[tuple[str, Link]] = []
         for path in patches:
@@ -225,10 +239,14 @@ def folder_of(checkpoint: Checkpoint) -> Path:
     return Path(checkpoint.index.path if checkpoint.index else checkpoint.shards[0].path).parent
 
 
+def _is_elsewhere(checkpoint: Checkpoint) -> bool:
+    return any(shard.remote is not None for shard in checkpoint.shards)
+
+
 def _others(chain: Chain) -> tuple[str, ...]:
-    """What lies in the base's folder beside its weights; of one that lies elsewhere, nobody says."""
-    if chain.base.shards[0].remote is not None:
-        return ()
+    """What lies in the base's folder beside its weights."""
+    if _is_elsewhere(chain.base):
+        return ()  # what lies beside it there is not listed everywhere
     folder = folder_of(chain.base)
     weights = {Path(shard.path).relative_to(folder).parts[0] for shard in chain.base.shards}
     weights |= {one.name.split("/")[0] for one in chain.links[-1].delta.files}

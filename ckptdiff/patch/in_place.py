@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from ckptdiff.patch.applying import AppliedDelta, PathLike, applied, folder_of, 
 from ckptdiff.patch.chain import Chain
 from ckptdiff.patch.making import Making, kind_of
 from ckptdiff.patch.spans import threads_for
+from ckptdiff.remote.address import is_url, shown
+from ckptdiff.remote.hub import may_be_hub
 
 __all__ = ["apply_in_place"]
 
@@ -58,6 +61,13 @@ def apply_in_place(
     >>> patch.apply_in_place("served", ["back.ckptdelta"]).changed
     24
     """
+    if is_url(os.fspath(base)) or may_be_hub(os.fspath(base)):
+        raise OptionError(
+            "a checkpoint elsewhere cannot be changed where it lies, nor what the cache holds of it",
+            file=shown(os.fspath(base)),
+            expected="a folder or file here",
+            hint="write the result to a new place: -o OUT",
+        )
     with open_chain(base, patches, listener) as chain:
         link = chain.links[-1]
         folder, files = folder_of(chain.base), link.delta.files

@@ -35,15 +35,15 @@ _ROUNDED = 2.0**-22
 """A difference in float32 is off by 2^-24 of itself; twice that where it is multiplied, and twice again for room."""
 
 
-def open_side(run: RunFile, side: str, path: str | os.PathLike[str] | None = None) -> Checkpoint:
-    """Open the base or the tuned checkpoint of a run, by default where the run found it.
+def open_side(run: RunFile, side: str, path: str | os.PathLike[str] | None = None, stream: bool = False) -> Checkpoint:
+    """Open the base or the tuned checkpoint of a run, by default where the run found it; `stream` downloads nothing.
 
     Raises CheckpointError if it cannot be read, or is not what the run compared: another number of shards, or one of
     another size or header. At its old place a shard must not have been modified either.
     """
     known: dict[str, Any] = run.provenance[side]
     try:
-        checkpoint = open_checkpoint(path or known["path"])
+        checkpoint = open_checkpoint(path or known["path"], stream)
     except CheckpointError as error:
         error.hint = error.hint or f"name the place of the {side} checkpoint with --{side}"
         raise

@@ -44,6 +44,7 @@ def add_spectra(
     gpu_memory: str | int = 0,
     listener: Listener | None = None,
     resume: bool = False,
+    stream: bool = False,
 ) -> Diff:
     """Measure the spectra of a run's checkpoints and add them to its run file.
 
@@ -69,6 +70,8 @@ def add_spectra(
     resume : bool
         Keep what is measured in a folder beside the run file, ``PATH.part``, until it is added, and go on from what an
         earlier call kept there.
+    stream : bool
+        Whether a model of the hub is read where it is; else it is downloaded first.
 
     Returns
     -------
@@ -97,7 +100,7 @@ def add_spectra(
     """
     require_scipy()
     path, spectra = os.fspath(path), as_spectra(spectra)
-    diff, pairs = _without_spectra(path, base, tuned)
+    diff, pairs = _without_spectra(path, base, tuned, stream)
     options = Options(
         compare=cast(Compare, diff.compare),
         device=device,
@@ -156,7 +159,7 @@ def _require_values(
 
 
 def _without_spectra(
-    path: str, base: str | os.PathLike[str] | None, tuned: str | os.PathLike[str] | None
+    path: str, base: str | os.PathLike[str] | None, tuned: str | os.PathLike[str] | None, stream: bool
 ) -> tuple[Diff, Sequence[TensorPair]]:
     """What a run file holds, and the tensor pairs of its checkpoints."""
     with RunFile(path) as run:
@@ -164,7 +167,8 @@ def _without_spectra(
         if diff.spectra is not None:
             again = "for others compare again: ckptdiff diff BASE TUNED --spectra exact -o RUN.h5"
             raise RunFileError("the run file has spectra already", file=path, found=diff.spectra.mode, hint=again)
-        return diff, _pairs(path, diff, open_side(run, "base", base), open_side(run, "tuned", tuned))
+        sides = (open_side(run, side, given, stream) for side, given in (("base", base), ("tuned", tuned)))
+        return diff, _pairs(path, diff, *sides)
 
 
 def _pairs(path: str, diff: Diff, base: Checkpoint, tuned: Checkpoint) -> Sequence[TensorPair]:

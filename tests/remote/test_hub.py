@@ -197,6 +197,52 @@ def test_shards_of_equal_hash_are_left_where_they_are_by_quick(
     assert not data_of(hub) and not downloaded(tmp_path / "new")
 
 
+def test_every_command_reads_models_where_they_are(hub: Hub, call: Call, tmp_path: Path) -> None:
+    """With --stream none of them leaves a file in the cache."""
+    base, tuned = "org/base", "hf://org/tuned/last"
+    local = [str(FIXTURES / "llama" / side) for side in ("base", "tuned")]
+    stored = ("--compare", "stored", "--mask", "bitwise")
+    commands = [
+        ("diff", base, tuned, "--stream", *stored, "-o", "run.h5"),
+        ("spectra", "add", "run.h5", "--stream"),
+        ("overlap", "run.h5", "run.h5", "--base", base, "--values", "--stream"),
+        ("mask", "export", "run.h5", "--layout", "patch", "-o", "mask.safetensors", "--stream"),
+        ("mask", "export", "run.h5", "--layout", "shira", "--rank", "1", "-o", "shira", "--stream"),
+        ("patch", "apply", base, "mask.safetensors", "-o", "masked", "--stream"),
+        ("patch", "make", *local, "-o", "step.ckptdelta"),
+        ("patch", "apply", base, "step.ckptdelta", "-o", "made", "--stream"),
+        ("patch", "verify", base, "step.ckptdelta", "--tuned", tuned, "--stream"),
+        ("track", base, tuned, "--stream"),
+        ("claims", base, tuned, "--spectra", "randomized", "--stream"),
+        ("lora", base, tuned, "--rank", "2", "-o", "adapter", "--stream"),
+        ("inspect", base, "--hash"),
+    ]
+    lines = json.dumps(commands)
+    environment = os.environ | hub.environment(tmp_path / "home")
+    done = subprocess.run(
+        [sys.executable, "-c", ALL_OF_THEM, lines],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert [code for code, _ in told] == [0] * len(commands), told
+    assert not downloaded(tmp_path / "home")
+    assert all(TOKEN not in said and hub.signature not in said for _, said in told)
+    # What patches make of it is the tuned side, file by file.
+    for path in (FIXTURES / "llama/tuned").iterdir():
+        assert (tmp_path / "made" / path.name).read_bytes() == path.read_bytes()
+    assert (
+        main(["diff", str(tmp_path / "masked"), local[1], "--compare", "stored", "--fail-if", "global.changed>0"]) == 0
+    )
+    for words in (("--in-place",), ("-o", "out", "--with-files", "--stream")):
+        refused = call("patch", "apply", base, "step.ckptdelta", *words)
+        assert refused.returncode == 2 and "elsewhere" in refused.stderr, refused.stderr
+    assert not downloaded(tmp_path / "home") and not (tmp_path / "out").exists()
+
+
 def test_a_signature_that_expires_during_a_run_is_renewed(hub: Hub, call: Call, local: dict[str, Any]) -> None:
     signatures = ["c2lnbmVk"]
     stored = hub.store.answer
