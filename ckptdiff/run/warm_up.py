@@ -249,6 +249,7 @@ def _fill_row() -> None:
 
 
 def _count_scores() -> None:
+    from ckptdiff.linalg.kernels.sparse import add_sparse_product, add_sparse_transposed
     from ckptdiff.linalg.score_cut import ScoreCut, ScoreCuts
     from ckptdiff.linalg.stages import ArrayPanels, run_together
     from ckptdiff.linalg.survey import survey
@@ -261,6 +262,10 @@ def _count_scores() -> None:
     cuts = ScoreCuts([ScoreCut(1, 1.0, np.zeros(len(known.weights)), low, 1.0)])
     for panel in source.panels():
         cuts.add(values, panel)
+    for dtype in (np.float32, np.float64):
+        still = np.zeros((1, 1), dtype)
+        add_sparse_product(still, still, still)
+        add_sparse_transposed(still, still, still, 0, 1)
     two = np.zeros_like(known.weights)
     two[0] = 2
     change_chances(two, two // 2)
