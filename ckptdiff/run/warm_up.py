@@ -47,8 +47,8 @@ Use: TypeAlias = tuple[str, ...]
 """A call of kernels, as words that another process can be given.
 
 "alike", "alone" or "refine" with the formats of base, tuned side and comparison; "row"; "mask" with the bytes
-of a chunk; "panel" with the stored format and that of the comparison; "scores"; "decoded"; "boxes"; "delta"; "track"
-with that of the comparison.
+of a chunk; "panel" with the stored format and that of the comparison; "scores"; "sparse"; "decoded"; "boxes"; "delta";
+"track" with that of the comparison.
 """
 
 _AT_ONCE = 2
@@ -100,10 +100,10 @@ def _named(kind: str, all_formats: Set[Formats]) -> list[Use]:
 
 
 def panel_uses(pairs: Iterable[TensorPair], compare: Compare) -> list[Use]:
-    """What it takes to decode the matrices of these pairs."""
+    """What it takes to decode the matrices of these pairs, and to multiply their updates."""
     kinds = {(pair.base.dtype, pair.tuned.dtype) for pair in pairs if pair.base.kind is Kind.FLOAT}
     formats = [formats_of(*kind, compare) for kind in kinds]
-    return sorted({("panel", side.name, found[2].name) for found in formats for side in found[:2]})
+    return [("sparse",), *sorted({("panel", side.name, found[2].name) for found in formats for side in found[:2]})]
 
 
 def load(worker: Backend | None, asked: Uses, tell: Listener) -> None:
@@ -145,6 +145,7 @@ def make_call(worker: Backend | None, use: Use) -> None:
         {
             "row": _fill_row,
             "scores": _count_scores,
+            "sparse": _skip_zeros,
             "decoded": _decode_weight,
             "boxes": _read_box,
             "delta": _code_block,
@@ -249,7 +250,6 @@ def _fill_row() -> None:
 
 
 def _count_scores() -> None:
-    from ckptdiff.linalg.kernels.sparse import add_sparse_product, add_sparse_transposed
     from ckptdiff.linalg.score_cut import ScoreCut, ScoreCuts
     from ckptdiff.linalg.stages import ArrayPanels, run_together
     from ckptdiff.linalg.survey import survey
@@ -262,13 +262,18 @@ def _count_scores() -> None:
     cuts = ScoreCuts([ScoreCut(1, 1.0, np.zeros(len(known.weights)), low, 1.0)])
     for panel in source.panels():
         cuts.add(values, panel)
+    two = np.zeros_like(known.weights)
+    two[0] = 2
+    change_chances(two, two // 2)
+
+
+def _skip_zeros() -> None:
+    from ckptdiff.linalg.kernels.sparse import add_sparse_product, add_sparse_transposed
+
     for dtype in (np.float32, np.float64):
         still = np.zeros((1, 1), dtype)
         add_sparse_product(still, still, still)
         add_sparse_transposed(still, still, still, 0, 1)
-    two = np.zeros_like(known.weights)
-    two[0] = 2
-    change_chances(two, two // 2)
 
 
 def _decode(stored: Format, compare: Format) -> None:
