@@ -16,17 +16,18 @@ mu comes from a power method with fresh Gaussian probes. It is too small with a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.linalg.library import Array, Library
 from ckptdiff.linalg.on_numpy import NUMPY
-from ckptdiff.linalg.stages import Panel, Stage
-from ckptdiff.linalg.symmetric import eigh_top, gram_of
+from ckptdiff.linalg.stages import Panel, Stage, meanwhile
+from ckptdiff.linalg.symmetric import eigh_top, gram_of, mirrored
 from ckptdiff.linalg.threads import counted
 from ckptdiff.linalg.work import eigenpairs_work, eigenvalues_work, gram_work, product_work
 
@@ -36,7 +37,8 @@ _PROBES = 16
 _PROBE_PASSES = 3
 _CHI_SQUARE = 3.942
 """What a chi-square variable of 16 degrees of freedom exceeds with probability 0.999."""
-_FEWEST_STEPS = 3
+_LOOKS = range(3, 1 << 16, 2)
+"""The steps after which it may stop early: to find that out costs as much as a step."""
 _NEAR = 1e-8
 _COHERENT = 256
 """Units of rounding by which a sum of equal terms may be off: between two powers of two all round the same way."""
@@ -56,6 +58,8 @@ class KrylovOptions:
     """Stop early when every wanted Ritz value has a residual of at most this share of itself."""
     seed: int = 0
     """Of the starting block and the probes."""
+    gram: int = 4096
+    """Up to so many columns ``d^T d`` costs less than the products it saves, which are narrow and read d each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +76,46 @@ class LeadingValues:
     """Blocks that were used; 0 without a Krylov space."""
 
 
+_Search: TypeAlias = Generator[Array, Array, LeadingValues]
+"""Yields blocks, and is sent what ``d^T d`` makes of them."""
+
+
 def krylov_values(
     short: int, ranks: Sequence[int], dtype: Any, options: KrylovOptions, library: Library = NUMPY
 ) -> Stage[LeadingValues]:
-    """Find the leading eigenvalues of ``d^T d``; one pass a step, and three for the bound.
+    """Find the leading eigenvalues of ``d^T d``: in one pass, or if that is large, one a step and three for the bound.
 
     Sums are bounded at the `ranks`, ascending, of which the last is how many eigenvalues are wanted.
     """
-    ranks = _within(ranks, short)
+    search = _search(short, _within(ranks, short), dtype, options, library)
+    block = next(search)
+    if short <= options.gram:
+        gram = yield from gram_of("delta", short, dtype, library)
+        return (yield from meanwhile(partial(_found, search, block, gram, library)))
+    image = block
+
+    def apply(panel: Panel) -> None:
+        library.add_product(image, panel.delta.T, library.product(panel.delta, block))
+
+    try:
+        while True:
+            image = library.zeros(block.shape, dtype)
+            yield apply
+            block = search.send(image)
+    except StopIteration as end:
+        return cast(LeadingValues, end.value)
+
+
+def _found(search: _Search, block: Array, gram: Array, library: Library) -> LeadingValues:
+    gram = mirrored(gram, library)
+    try:
+        while True:
+            block = search.send(library.product(gram, block))
+    except StopIteration as end:
+        return cast(LeadingValues, end.value)
+
+
+def _search(short: int, ranks: Sequence[int], dtype: Any, options: KrylovOptions, library: Library) -> _Search:
     wanted = ranks[-1]
     rng = np.random.default_rng(options.seed)
     basis = _Basis(short, min(options.block * options.steps, short), dtype, library)
@@ -87,15 +123,14 @@ def krylov_values(
     block = _orthonormal(start, 0.0, dtype, library)
     steps = 0
     while True:
-        image = library.zeros(block.shape, dtype)
-        yield _applied(block, image, library)
+        image = yield block
         with counted(_step_work(short, basis.size + block.shape[1], block.shape[1])):
             basis.add(block, image)
             steps += 1
             if steps == options.steps or basis.full:
                 break
             rest = basis.deflate(image)
-            if steps >= _FEWEST_STEPS and basis.residual(rest, wanted) <= options.tolerance:
+            if steps in _LOOKS and basis.residual(rest, wanted) <= options.tolerance:
                 break
             block = basis.next_block(rest)
         if not block.shape[1]:
@@ -105,8 +140,7 @@ def krylov_values(
         probes = basis.deflate(library.put(rng.standard_normal((short, _PROBES)).astype(dtype)))
         scale = 0
         for _ in range(_PROBE_PASSES):
-            image = library.zeros(probes.shape, dtype)
-            yield _applied(probes, image, library)
+            image = yield probes
             with counted(_step_work(short, basis.size, _PROBES)):
                 probes = basis.deflate(image)
             # Third powers of eigenvalues may leave the range of float32; scaled by powers of two they lose no digit.
@@ -119,17 +153,17 @@ def krylov_values(
         return basis.result(ranks, beyond, steps)
 
 
-def krylov_passes(options: KrylovOptions) -> int:
+def krylov_passes(short: int, options: KrylovOptions) -> int:
     """How many passes :func:`krylov_values` makes, unless the space is complete early."""
-    return options.steps + _PROBE_PASSES
+    return 1 if short <= options.gram else options.steps + _PROBE_PASSES
 
 
 def krylov_work(long: int, short: int, itemsize: int, options: KrylovOptions) -> float:
     """Foresee what :func:`krylov_values` counts, unless the space is complete early."""
-    found = 0.0
+    found = gram_work(long, short, itemsize) if short <= options.gram else 0.0
     for block, passes in ((options.block, options.steps), (_PROBES, _PROBE_PASSES)):
-        once = product_work(long, short, block, itemsize) + product_work(short, long, block, itemsize)
-        found += passes * once
+        tall = product_work(short if short <= options.gram else long, short, block, itemsize)
+        found += passes * (1 if short <= options.gram else 2) * tall
     size = options.block * options.steps
     found += sum(_step_work(short, step * options.block, options.block) for step in range(1, options.steps + 1))
     return found + _PROBE_PASSES * _step_work(short, size, _PROBES) + _result_work(short, size)
@@ -189,15 +223,6 @@ def _within(ranks: Sequence[int], short: int) -> list[int]:
     return sorted({min(k, short) for k in ranks})
 
 
-def _applied(block: Array, image: Array, library: Library) -> Callable[[Panel], None]:
-    """Add ``d^T d block`` to `image`, panel by panel."""
-
-    def apply(panel: Panel) -> None:
-        library.add_product(image, panel.delta.T, library.product(panel.delta, block))
-
-    return apply
-
-
 def _sum_of_squares(values: Array, library: Library) -> float:
     wide = library.cast(values, np.float64)
     return float(library.home(library.xp.sum(wide**2)))
@@ -255,7 +280,11 @@ class _Basis:
 
     def next_block(self, rest: Array) -> Array:
         """The next block from what is outside the space of the newest image; without columns if nothing is."""
-        largest = float(self._ritz()[0][0])
+        met = self._met[: self.size, : self.size]
+        leading = met[:, np.argmax(np.diag(met))]
+        for _ in range(4):
+            leading = met @ (leading / (np.linalg.norm(leading) or 1.0))
+        largest = float(np.linalg.norm(leading))  # or hardly less
         block = _orthonormal(rest, 16 * self._unit * largest, self._dtype, self._library)
         block = block[:, : min(self._capacity - self.size, block.shape[1])]
         # Once more: what was small before it was scaled up is not orthogonal any more.

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.linalg.blas import add_gram_block, add_product_block, eigh_all, eigh_part, solve_lower_block
 from ckptdiff.linalg.kernels.scores import count_magnitudes, count_scores
+from ckptdiff.linalg.kernels.sparse import add_sparse_product, add_sparse_transposed
 from ckptdiff.linalg.library import MAGNITUDES, SCORE_LANES, Library, Windows
 from ckptdiff.linalg.threads import counted, cuts, in_parts
 from ckptdiff.linalg.work import eigenpairs_work, eigenvalues_work, few_of, gram_work, product_work
@@ -19,6 +20,10 @@ from ckptdiff.linalg.work import eigenpairs_work, eigenvalues_work, few_of, gram
 Floats = NDArray[Any]
 
 _GRAM_PART = 512
+_SPARSE = 5
+"""Where one of so many entries is not zero, or fewer, zeros are skipped."""
+_SMALLEST_SPARSE, _LOOKED_AT = 1 << 16, 32
+"""Entries of a matrix in which it is worth while, and how many rows are looked at."""
 
 
 class NumpyLibrary:
@@ -61,9 +66,13 @@ class NumpyLibrary:
     def add_gram(self, total: Floats, panel: Floats) -> None:
         """Add ``panel.T @ panel`` to the lower triangle."""
         at = cuts(panel.shape[1], _GRAM_PART)
+        sparse = _mostly_zero(panel, total)
 
         def add(part: int) -> None:
             first, stop = at[part], at[part + 1]
+            if sparse:
+                add_sparse_transposed(total[first:stop], panel, panel, first, first + 1)
+                return
             add_gram_block(total[first:stop, first:stop], panel[:, first:stop])
             if stop < at[-1]:
                 add_product_block(total[stop:, first:stop], panel[:, stop:].T, panel[:, first:stop])
@@ -149,12 +158,30 @@ class NumpyLibrary:
 
 
 def _products(out: Floats, left: Floats, right: Floats, *, keep: bool) -> None:
-    at = cuts(len(out))
-    in_parts(
-        lambda part: add_product_block(out[at[part] : at[part + 1]], left[at[part] : at[part + 1]], right, keep=keep),
-        len(at) - 1,
-        product_work(len(left), len(right), len(right.T), out.itemsize),
-    )
+    at, turned = cuts(len(out)), not left.flags.c_contiguous
+    sparse = _mostly_zero(left.T if turned else left, out, right)
+
+    def add(part: int) -> None:
+        first, stop = at[part], at[part + 1]
+        if not sparse:
+            add_product_block(out[first:stop], left[first:stop], right, keep=keep)
+            return
+        if not keep:
+            out[first:stop] = 0
+        if turned:
+            add_sparse_transposed(out[first:stop], left.T, right, first, right.shape[1])
+        else:
+            add_sparse_product(out[first:stop], left[first:stop], right)
+
+    in_parts(add, len(at) - 1, product_work(len(left), len(right), len(right.T), out.itemsize))
+
+
+def _mostly_zero(values: Floats, *others: Floats) -> bool:
+    """Whether a product is quicker that skips the zeros of an array, as some of its rows tell; all are C-contiguous."""
+    if values.size < _SMALLEST_SPARSE or not all(each.flags.c_contiguous for each in (values, *others)):
+        return False
+    some = values[:: -(-len(values) // _LOOKED_AT)]
+    return bool(np.count_nonzero(some) * _SPARSE < some.size)
 
 
 NUMPY: Library = NumpyLibrary()

@@ -163,7 +163,7 @@ def principal_work(
     """
     rank = principal_rank(rhos[-1], short)
     projected = 2 * product_work(long, short, rank, itemsize) + _NORM_WORK * long * rank
-    met = product_work(rank, long, short, itemsize) + gram_work(long, rank, itemsize)
+    met = product_work(short, long, rank, itemsize) + gram_work(long, rank, itemsize)
     scores = _scores_work(long, short, rank, itemsize, len(rhos))
     found, passes = projected + met + scores + _shares_work(rank, short), 1
     if not decomposed:
@@ -236,14 +236,14 @@ class _Energies:
         *stack, short, rank = vectors.shape
         self._library, self._vectors, self._missing = library, vectors, missing
         self._spanned = library.zeros((*stack, rank, rank), dtype)
-        self._met = library.zeros((*stack, rank, short), dtype)
+        self._met = library.zeros((*stack, short, rank), dtype)
         self._kept = library.zeros((*stack, rank), np.float64)
 
     def add(self, panel: Panel, projected: Array) -> None:
         """Take a panel and ``W0 V`` of its rows."""
         library = self._library
         library.add_gram(self._spanned, projected)
-        library.add_product(self._met, projected.mT, panel.delta)
+        library.add_product(self._met, panel.delta.mT, projected)
         moved = library.product(panel.delta, self._vectors)
         self._kept += library.squares(moved, by_column=True)
         count_work(_NORM_WORK * math.prod(moved.shape))
@@ -251,11 +251,12 @@ class _Energies:
     def shares(self, ranks: Sequence[int]) -> Iterator[NDArray[np.float64]]:
         """Yield the energy in both subspaces, the long side's, the short side's, shape (3, pairs), for each rank."""
         library, xp = self._library, self._library.xp
-        *stack, rank, short = self._met.shape
+        *stack, short, rank = self._met.shape
         with counted(math.prod(stack) * _shares_work(rank, short), opaque=True):
             spanned = whole(self._spanned, library)
             factor = xp.linalg.cholesky(spanned if self._missing is None else spanned + self._missing)
-            long_side = library.solve_lower(factor, library.cast(self._met, np.float64))
+            met = library.contiguous(library.cast(self._met, np.float64).mT)
+            long_side = library.solve_lower(factor, met)
             both = long_side @ library.cast(self._vectors, np.float64)
         for k in ranks:
             joint, left = (xp.sum(part**2, axis=(-2, -1)) for part in (both[..., :k, :k], long_side[..., :k, :]))

@@ -20,6 +20,7 @@ from ckptdiff.linalg.survey import SMALL_CHANGE
 
 _OCTAVE = 1 << 23
 _BINS = 1 << 15
+"""Of an octave, or of all codes."""
 _FEW_BINS, _FEW = 1 << 11, 1 << 15
 """So many scores above the cut are counted in few bins, which cost less than the scores."""
 
@@ -72,10 +73,10 @@ class ScoreCut:
         self.covered: Covered | None = None
         code = int(np.float32(abs(guess)).view(np.uint32))
         if np.isfinite(guess) and code >> 23:
-            # One octave around the guess.
+            # Half an octave around the guess.
             bins = _BINS if rank > _FEW else _FEW_BINS
             shift = (_OCTAVE // bins).bit_length() - 1
-            self._open(shift, (code - _OCTAVE // 2) >> shift, bins)
+            self._open(shift, (code - _OCTAVE // 4) >> shift, bins // 2)
         else:
             self._open(16, 0, _BINS)
 

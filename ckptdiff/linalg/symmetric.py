@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from ckptdiff.linalg.library import Array, Library
 from ckptdiff.linalg.stages import Panel, Side, Stage
 
+_ROWS = 512
+"""Rows of a triangle that are copied at a time."""
+
 
 def gram_of(side: Side, short: int, dtype: Any, library: Library, stack: tuple[int, ...] = ()) -> Stage[Array]:
     """One pass: the Gram matrix ``A.T @ A`` of one side, lower triangle, shape (short, short), of the dtype given."""
@@ -26,6 +29,18 @@ def whole(lower: Array, library: Library) -> Array:
     """The symmetric matrix of a lower triangle, in float64."""
     triangle = library.cast(library.xp.tril(lower), np.float64)
     return triangle + library.xp.tril(triangle, k=-1).mT
+
+
+def mirrored(lower: Array, library: Library) -> Array:
+    """The same matrix with its upper triangle filled from the lower one, where it lies."""
+    n = lower.shape[-1]
+    for first in range(0, n, _ROWS):
+        stop = min(first + _ROWS, n)
+        corner = library.xp.tril(lower[first:stop, first:stop])
+        lower[first:stop, first:stop] = corner + library.xp.tril(corner, k=-1).mT
+        if stop < n:
+            lower[first:stop, stop:] = lower[stop:, first:stop].mT
+    return lower
 
 
 def eigh_top(matrix: Array, count: int, library: Library) -> tuple[Array, Array]:

@@ -138,7 +138,7 @@ def factor_work(long: int, short: int, itemsize: int, most: int, directly: bool 
     moved = product_work(long, short, wanted, itemsize)
     if krylov is None:
         return moved + direct_work(long, short, (wanted,)), 2
-    return moved + krylov_work(long, short, itemsize, krylov), 1 + krylov_passes(krylov)
+    return moved + krylov_work(long, short, itemsize, krylov), 1 + krylov_passes(short, krylov)
 
 
 def krylov_block(wanted: int) -> int:

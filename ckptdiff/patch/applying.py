@@ -118,10 +118,6 @@ def apply(
             )
         check_new(target)
         others = () if last.single else _others(chain)
-        if with_files and chain.base.shards[0].remote is not None:
-            raise OptionError(
-                "other files are taken from a folder only", file=chain.base.path, hint="download it first"
-            )
         with stage(listener, "patching", sum(one.size for one in last.files), "bytes") as told:
             making = Making(chain, threads_for(threads), told)
             if last.single:

@@ -47,8 +47,8 @@ Use: TypeAlias = tuple[str, ...]
 """A call of kernels, as words that another process can be given.
 
 "alike", "alone" or "refine" with the formats of base, tuned side and comparison; "row"; "mask" with the bytes
-of a chunk; "panel" with the stored format and that of the comparison; "scores"; "decoded"; "boxes"; "delta"; "steps",
-those of training; "track" with the format of the comparison.
+of a chunk; "panel" with the stored format and that of the comparison; "scores"; "sparse"; "decoded"; "boxes"; "delta";
+"steps", those of training; "track" with the format of the comparison.
 """
 
 _AT_ONCE = 2
@@ -100,10 +100,10 @@ def _named(kind: str, all_formats: Set[Formats]) -> list[Use]:
 
 
 def panel_uses(pairs: Iterable[TensorPair], compare: Compare) -> list[Use]:
-    """What it takes to decode the matrices of these pairs."""
+    """What it takes to decode the matrices of these pairs, and to multiply their updates."""
     kinds = {(pair.base.dtype, pair.tuned.dtype) for pair in pairs if pair.base.kind is Kind.FLOAT}
     formats = [formats_of(*kind, compare) for kind in kinds]
-    return sorted({("panel", side.name, found[2].name) for found in formats for side in found[:2]})
+    return [("sparse",), *sorted({("panel", side.name, found[2].name) for found in formats for side in found[:2]})]
 
 
 def load(worker: Backend | None, asked: Uses, tell: Listener) -> None:
@@ -147,6 +147,7 @@ def make_call(worker: Backend | None, use: Use) -> None:
         {
             "row": _fill_row,
             "scores": _count_scores,
+            "sparse": _skip_zeros,
             "decoded": _decode_weight,
             "boxes": _read_box,
             "delta": _code_block,
@@ -267,6 +268,15 @@ def _count_scores() -> None:
     two = np.zeros_like(known.weights)
     two[0] = 2
     change_chances(two, two // 2)
+
+
+def _skip_zeros() -> None:
+    from ckptdiff.linalg.kernels.sparse import add_sparse_product, add_sparse_transposed
+
+    for dtype in (np.float32, np.float64):
+        still = np.zeros((1, 1), dtype)
+        add_sparse_product(still, still, still)
+        add_sparse_transposed(still, still, still, 0, 1)
 
 
 def _decode(stored: Format, compare: Format) -> None:

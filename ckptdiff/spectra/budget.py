@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ckptdiff.linalg.angles import compared_rank
+from ckptdiff.linalg.krylov import KrylovOptions
 from ckptdiff.measure.thresholds import RHO, principal_rank
 from ckptdiff.memory import SPECTRA_MEMORY, default_bound, room_to_grow
 from ckptdiff.options import Options, SpectraMode, SpectraOptions, default_threads
@@ -33,7 +34,9 @@ class WorkSpace:
         The Gram matrix with the eigenvectors it gives, then the products of the projection with their float64 copies.
         """
         short, rank = view.short, principal_rank(RHO[-1], view.short) + 1
-        leading = 2 * (itemsize + 8) * short * min(krylov, short) if short > 2 * krylov else 16 * short * short
+        leading = 2 * (itemsize + 8) * short * krylov if short > 2 * krylov else 16 * short * short
+        if 2 * krylov < short <= KrylovOptions().gram:
+            leading += itemsize * short * short
         decomposed = (1 + self.solver) * itemsize * short * short + 3 * itemsize * short * rank
         projected = (3 * itemsize + 24) * short * rank + 40 * rank * rank
         return leading + max(decomposed, projected) + self._panels(view, itemsize)

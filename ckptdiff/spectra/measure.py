@@ -104,7 +104,7 @@ def randomized_work(
     if krylov is None:
         return surveyed + found + direct_work(long, short, ENERGY_RANKS, with_vectors=False), 1 + passes
     found += krylov_work(long, short, itemsize, krylov)
-    return surveyed + found, 1 + max(passes, krylov_passes(krylov))
+    return surveyed + found, 1 + max(passes, krylov_passes(short, krylov))
 
 
 def _krylov(short: int, options: SpectraOptions) -> KrylovOptions | None:

@@ -39,7 +39,8 @@ _SAFE = (1e-12, 1e12)
 
 def locking_uses(tensors: Sequence[Followed]) -> list[Use]:
     """The kernels that it will call."""
-    return sorted({("panel", stored_format(dtype).name, f.compare.name) for f in tensors for dtype in f.dtypes})
+    panels = {("panel", stored_format(dtype).name, f.compare.name) for f in tensors for dtype in f.dtypes}
+    return [("sparse",), *sorted(panels)]
 
 
 def measure_locking(tensors: Sequence[Followed], norms: Floats, threads: int, tell: Listener) -> Locking:

@@ -22,11 +22,15 @@ def leading(
     return found
 
 
+@pytest.mark.parametrize("gram", [0, 4096], ids=["in passes", "of a Gram matrix"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(1800, 720), (720, 720), (4000, 400)], ids=str)
-def test_values_are_those_of_a_full_decomposition(kind: str, shape: tuple[int, int], on_library: Made) -> None:
+def test_values_are_those_of_a_full_decomposition(
+    kind: str, shape: tuple[int, int], gram: int, on_library: Made
+) -> None:
     delta = update(kind, *shape, seed=3)
-    found, known = leading(delta, made=on_library), singular_values(delta.astype(np.float32))
+    found = leading(delta, KrylovOptions(gram=gram), made=on_library)
+    known = singular_values(delta.astype(np.float32))
     total = np.sum(known**2)
     shares, expected = np.cumsum(found.lower) / total, np.cumsum(known**2) / total
     assert abs(shares[15] - expected[15]) <= min(0.005, 0.02 * expected[15])
@@ -59,11 +63,12 @@ def test_values_and_bound_scale_with_the_update(scale: float, on_library: Made) 
     assert [scaled.upper[k] / scale**2 for k in RANKS] == pytest.approx([found.upper[k] for k in RANKS], rel=1e-6)
 
 
+@pytest.mark.parametrize("gram", [0, 4096], ids=["in passes", "of a Gram matrix"])
 @pytest.mark.parametrize("value", [0.49408308, 0.82407445])
-def test_bound_holds_for_a_constant_update(value: float, on_library: Made) -> None:
+def test_bound_holds_for_a_constant_update(value: float, gram: int, on_library: Made) -> None:
     delta = np.full((1400, 650), value, np.float32)
     energy = delta.size * float(delta[0, 0]) ** 2
-    found = leading(delta, rows=1400, made=on_library)
+    found = leading(delta, KrylovOptions(gram=gram), rows=1400, made=on_library)
     assert energy <= found.upper[1] <= (1 + 1e-4) * energy
 
 

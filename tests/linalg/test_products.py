@@ -10,8 +10,10 @@ import pytest
 from array_libraries import NAMES, library_called
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from spectrum_cases import base, update
 
+from ckptdiff.linalg.kernels.sparse import add_sparse_product, add_sparse_transposed
 from ckptdiff.linalg.krylov import KrylovOptions, krylov_values
 from ckptdiff.linalg.on_numpy import NUMPY
 from ckptdiff.linalg.principal import principal
@@ -46,8 +48,59 @@ def test_products(dtype: Any, threads: int) -> None:
     assert np.allclose(np.tril(total), np.tril(2 * panel.T @ panel), rtol=0, atol=error)
 
 
-def test_no_digit_depends_on_the_number_of_threads() -> None:
+def mostly_zero(rows: int, columns: int, share: float, dtype: Any) -> Any:
+    rng = np.random.default_rng(1)
+    values = rng.standard_normal((rows, columns)) * (rng.random((rows, columns)) < share)
+    values[rows // 2] = 0  # a row, and a column, of which nothing is left
+    values[:, columns // 3] = 0
+    return values.astype(dtype)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.17, 0.5])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_products_that_skip_zeros(share: float, dtype: Any, threads: int) -> None:
+    delta = mostly_zero(611, 1100, share, dtype)
+    right, projected = (np.random.default_rng(2).standard_normal((n, 67)).astype(dtype) for n in (1100, 611))
+    known = delta.astype(np.float64)
+    error = 40 * float(np.finfo(dtype).eps)
+
+    def close(found: Any, exact: Any) -> bool:
+        return bool(np.abs(found - exact).max() <= error * max(np.abs(exact).max(), 1.0))
+
+    with product_threads(threads):
+        assert close(NUMPY.product(delta, right), known @ right)
+        met, total = np.ones((1100, 67), dtype), np.ones((1100, 1100), dtype)
+        NUMPY.add_product(met, delta.T, projected)
+        assert close(met, 1 + known.T @ projected)
+        NUMPY.add_gram(total, delta)
+    assert close(np.tril(total), np.tril(1 + known.T @ known))
+
+
+@given(
+    arrays(np.float32, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.integers(-3, 3)),
+    st.integers(1, 9),
+)
+def test_skipping_zeros_leaves_no_entry_out(left: Any, columns: int) -> None:
+    """Of whole numbers, whose sums are exact in any order."""
+    rows, inner = left.shape
+    right, above = (np.arange(1, n * columns + 1, dtype=np.float32).reshape(n, columns) for n in (inner, rows))
+    found, turned = np.ones((rows, columns), np.float32), np.ones((inner, columns), np.float32)
+    add_sparse_product(found, left, right)
+    add_sparse_transposed(turned, left, above, 0, columns)
+    assert np.array_equal(found, 1 + left @ right)
+    assert np.array_equal(turned, 1 + left.T @ above)
+    total = np.zeros((inner, inner), np.float32)
+    half = inner // 2
+    for first, stop in ((0, half), (half, inner)):
+        add_sparse_transposed(total[first:stop], left, left, first, first + 1)
+    assert np.array_equal(total, np.tril(left.T @ left))
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_no_digit_depends_on_the_number_of_threads(share: float) -> None:
     weights, delta = (side.astype(np.float32) for side in (base(1333, 701, 1), update("s1", 1333, 701, 2)))
+    delta[np.random.default_rng(3).random(delta.shape) > share] = 0
     source = ArrayPanels(weights, delta, 1100)
     found = []
     for threads in (1, 2, 5):

@@ -61,12 +61,16 @@ def count_scores(
     last = np.uint32(counts.shape[0] - 1)
     shift, start = window
     low_cut, not_low = low
+    least = start << shift
+    places = np.empty(scores.shape[1], np.int32)
     for i in range(scores.shape[0]):
+        # Gathered first, without a branch: which scores count, nobody can guess.
+        found = 0
         for j in range(scores.shape[1]):
-            code = (scores[i, j] & np.uint32(0x7FFF_FFFF)) >> shift
-            if code < start:
-                continue
-            bin_ = min(code - start, last)
+            places[found] = j
+            found += (scores[i, j] & np.uint32(0x7FFF_FFFF)) >= least
+        for j in places[:found]:
+            bin_ = min(((scores[i, j] & np.uint32(0x7FFF_FFFF)) >> shift) - start, last)
             magnitude = (base[i, j] >> np.uint32(16)) & np.uint32(0x7FFF)
             counts[bin_, 0] += 1.0
             counts[bin_, 5] += chances[magnitude]
