@@ -146,6 +146,29 @@ def test_what_is_kept_is_not_measured_again(large: tuple[str, str], tmp_path: Pa
     assert first.done == 1
 
 
+@pytest.mark.parametrize("harm", [False, True], ids=["whole", "damaged"])
+@pytest.mark.parametrize("first, second", [(1, 3), (3, 1), (64, 2)])
+def test_what_was_kept_in_other_spans_is_found(
+    large: tuple[str, str], tmp_path: Path, first: int, second: int, harm: bool
+) -> None:
+    options = Options(compare="stored", mask=MaskRule("top", 20), threads=1)
+    whole, out = tmp_path / "whole.h5", tmp_path / "run.h5"
+    run(*large, out=whole, options=options)
+
+    def late(event: Event) -> None:
+        if isinstance(event, StageProgress) and event.done > 20 << 20:
+            raise GivenUpError
+
+    with pytest.raises(GivenUpError):
+        run(*large, out=out, options=options, grain=Grain(blocks=first), saving=AT_ONCE, listener=late)
+    if harm:
+        damage(tmp_path / "run.h5.part")
+    heard: list[Event] = []
+    run(*large, out=out, options=options, grain=Grain(blocks=second), saving=AT_ONCE, listener=heard.append)
+    assert contents(out) == contents(whole)
+    assert next(event for event in heard if isinstance(event, StageBegun) and event.stage == "comparing").kept > 0
+
+
 def damage(folder: Path) -> None:
     for path in sorted(folder.glob("*.done"))[::2]:
         stored = bytearray(path.read_bytes())

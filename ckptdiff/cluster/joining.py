@@ -38,9 +38,9 @@ def joined_cluster(asked: RayOptions, options: Options, tell: Listener) -> Itera
     """
     ray = required("ray", "--engine ray", "ray")
     joins = not ray.is_initialized()
+    if joins:
+        _join(ray, asked.address)
     try:
-        if joins:
-            _join(ray, asked.address)
         nodes = _nodes(ray)
         if not nodes:
             raise ClusterError("the cluster has no node with a processor", hint="ray status shows its nodes")
@@ -67,6 +67,7 @@ def _join(ray: Any, address: str) -> None:
     try:
         ray.init(address=address or None, **quiet)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        ray.shutdown()
         found = str(error).partition("\n")[0]
         raise ClusterError("the cluster cannot be joined", file=named or None, found=found, hint=_LOOK_UP) from error
     finally:
@@ -75,8 +76,8 @@ def _join(ray: Any, address: str) -> None:
 
 
 _LOOK_UP = (
-    "ray status on a machine of the cluster tells its address, and RAY_AUTH_TOKEN or ~/.ray/auth_token holds its token if"
-    " it takes one; without --ray-address a cluster is started here"
+    "ray status on a machine of the cluster tells its address, and RAY_AUTH_TOKEN or ~/.ray/auth_token holds its token"
+    " if it takes one; without --ray-address a cluster is started here"
 )
 
 

@@ -8,9 +8,14 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+# Read when Ray is first imported. Whatever the machine has set up, clusters of tests have a token of their own.
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 @pytest.fixture(scope="session")
@@ -20,19 +25,17 @@ def nodes() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # short: sockets lie in it
-    before = signal.getsignal(signal.SIGTERM)
+    here, before = Path.cwd(), signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
         patch.setenv("NO_PROXY", "*")
         made = Cluster()
         try:
             made.add_node(num_cpus=1, include_dashboard=False, temp_dir=folder)
             made.add_node(num_cpus=1, temp_dir=folder)
+            patch.chdir(folder)  # workers import from the working directory first
             ray.init(address=made.address, log_to_driver=False, logging_level="ERROR")
             signal.signal(signal.SIGTERM, before)
-            assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+            patch.chdir(here)
             yield made
         finally:
             ray.shutdown()
