@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-
 # Read when Ray is first imported. Whatever the machine has set up, clusters of tests have a token of their own.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
 

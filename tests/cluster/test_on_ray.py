@@ -108,27 +108,30 @@ def test_nothing_depends_on_how_large_tasks_are_or_how_many(nodes: Any, large: t
     assert found[0] == found[1] == contents(tmp_path / "api.h5")
 
 
-def stopped_worker(node: Any) -> int:
-    """A worker of a node, stopped: it takes a task, and never ends it."""
+def worker_of(node: Any) -> int:
+    """The process of a worker of a node, which takes its next task too."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     where = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
     worker: int = ray.get(ray.remote(num_cpus=1)(lambda: os.getpid()).options(scheduling_strategy=where).remote())
-    os.kill(worker, signal.SIGSTOP)
     return worker
 
 
-def once_waiting(act: Callable[[], object]) -> Callable[[Event], None]:
-    """A listener that acts once, when tasks have been out for a while and the first of them is waited for."""
-    told = 0
+def stopping(worker: int, lose: Callable[[], object]) -> Callable[[Event], None]:
+    """A listener that stops a worker before it gets a task, and loses it when nothing else is left to wait for."""
+    done: list[float] = []
+    lost = False
 
     def listen(event: Event) -> None:
-        nonlocal told
-        told += isinstance(event, StageProgress) and event.stage == "comparing"
-        if told == 10:
-            told += 1
-            act()
+        nonlocal lost
+        if isinstance(event, StageBegun) and event.stage == "comparing":
+            os.kill(worker, signal.SIGSTOP)
+        if isinstance(event, StageProgress) and event.stage == "comparing":
+            done.append(event.done)
+            if not lost and len(done) >= 10 and len(set(done[-10:])) == 1:
+                lost = True
+                lose()
 
     return listen
 
@@ -140,16 +143,18 @@ def test_what_a_lost_worker_or_node_had_is_done_again(
     options = Options(threads=1)
     local, away = tmp_path / "local.h5", tmp_path / "away.h5"
     run(*large, out=local, options=options, grain=FINE)
-    node = nodes.add_node(num_cpus=1) if whole else nodes.worker_nodes.copy().pop()
-    worker = stopped_worker(node)
+    node = nodes.add_node(num_cpus=1) if whole else next(iter(nodes.worker_nodes))
+    worker = worker_of(node)
+    lost = []
 
     def lose() -> None:
         if whole:
             nodes.remove_node(node, allow_graceful=False)
         os.kill(worker, signal.SIGKILL)
+        lost.append(worker)
 
-    run(*large, out=away, options=options, grain=FINE, on_ray=SMALL, listener=once_waiting(lose))
-    assert contents(away) == contents(local)
+    run(*large, out=away, options=options, grain=FINE, on_ray=SMALL, listener=stopping(worker, lose))
+    assert lost and contents(away) == contents(local)
 
 
 def test_a_file_that_changes_is_told_with_the_node_and_not_tried_again(
