@@ -29,7 +29,7 @@ from ckptdiff.run import worker
 from ckptdiff.run.devices import Device
 from ckptdiff.run.engine import run
 from ckptdiff.run.planning import Plan, prepare
-from ckptdiff.run.schedule import execute
+from ckptdiff.run.schedule import Threads, execute
 
 
 class ReadOnly:
@@ -54,8 +54,8 @@ class ReadOnly:
 
 def drain(plan: Plan) -> None:
     """Carry out a plan and drop what it finds."""
-    with open_shards(plan.io) as shards:
-        for _ in execute(plan, shards, lambda: None):
+    with open_shards(plan.io) as shards, Threads(plan, shards) as threads:
+        for _ in execute(plan, threads, lambda: None):
             pass
 
 

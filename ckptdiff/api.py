@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Literal
 
 from ckptdiff.events import Listener
 from ckptdiff.figures.result import Diff
@@ -19,6 +20,7 @@ from ckptdiff.options import (
     as_bytes,
     as_spectra,
     as_tuple,
+    ray_options,
 )
 from ckptdiff.remote.uploading import written_to
 from ckptdiff.run.engine import run
@@ -49,6 +51,9 @@ def diff(
     listener: Listener | None = None,
     title: str | None = None,
     resume: bool = False,
+    engine: Literal["local", "ray"] = "local",
+    ray_address: str | None = None,
+    parallel: int = 0,
 ) -> Diff:
     """Compare two checkpoints, as ``ckptdiff diff`` does.
 
@@ -96,6 +101,13 @@ def diff(
     resume : bool
         Keep what is done in a folder beside `out`, ``OUT.part``, until the run file is there, and go on from what an
         earlier call kept there.
+    engine : {"local", "ray"}
+        Compute in this process, or on the nodes of a Ray cluster.
+    ray_address : str, optional
+        ``HOST:PORT`` of that cluster; by default the one that the program has joined, that ``RAY_ADDRESS`` names, that
+        runs on this machine, or that is started on it.
+    parallel : int
+        Tasks of Ray under way at a time, at most; 0 for as many as there is room for.
 
     Returns
     -------
@@ -130,6 +142,7 @@ def diff(
         stream=stream,
         quick=quick,
     )
+    on_ray = ray_options(engine, ray_address, parallel)
     with written_to(out) as target:
         return run(
             os.fspath(base),
@@ -139,4 +152,5 @@ def diff(
             listener=listener,
             title=title,
             saving=SAVING if resume else None,
+            on_ray=on_ray,
         )

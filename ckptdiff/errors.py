@@ -11,6 +11,7 @@
     ├── PairingError          two checkpoints with nothing to compare
     ├── PlanError             work that does not fit the memory it may use
     ├── DeviceError           a GPU that is missing, unusable or failing
+    ├── ClusterError          a Ray cluster that cannot be reached, does not fit, or fails
     ├── MaskError             masks that do not fit a model, an optimizer or each other
     ├── PatchError            a patch that is damaged, or does not fit a checkpoint
     └── RunFileError          a run file that cannot be read or written
@@ -27,6 +28,7 @@ __all__ = [
     "ChangedFileError",
     "CheckpointError",
     "CkptdiffError",
+    "ClusterError",
     "DeviceError",
     "HeaderError",
     "IndexFileError",
@@ -120,6 +122,10 @@ class PlanError(CkptdiffError):
 
 class DeviceError(CkptdiffError):
     """A GPU that is missing, cannot be used, or failed."""
+
+
+class ClusterError(CkptdiffError):
+    """A Ray cluster that cannot be reached, does not fit the run, or failed."""
 
 
 class MaskError(CkptdiffError):

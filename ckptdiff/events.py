@@ -142,10 +142,10 @@ class Stage:
         """Say that so much more is done."""
         self.at(self._last.done + amount, what)
 
-    def again(self) -> None:
-        """Say the same again, while nothing ends."""
+    def again(self, done: float = 0) -> None:
+        """Say the same again, while nothing ends, or that more is done of it."""
         last = self._last
-        self.at(last.done, last.what, last.compared, last.unchanged)
+        self.at(done, last.what, last.compared, last.unchanged)
 
     def end(self) -> None:
         """Say that everything is done."""

@@ -69,6 +69,12 @@ def processor_features() -> str:
     return llvmlite.binding.get_host_cpu_features().flatten() if named is None else named
 
 
+def processor_name() -> str:
+    """What processor is compiled for, with a hash of what it can do: equal ones run the same machine code."""
+    name = numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name()
+    return f"{platform.machine()} {name}, {hashlib.sha256(processor_features().encode()).hexdigest()[:8]}"
+
+
 def fingerprint() -> str:
     """Hash of all that machine code depends on."""
     digest = hashlib.sha256()

@@ -191,6 +191,57 @@ def as_spectra(given: SpectraMode | SpectraOptions) -> SpectraOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class RayOptions:
+    """Which cluster does the tasks of a run; no figure depends on it.
+
+    Attributes
+    ----------
+    address : str
+        ``HOST:PORT`` of a Ray cluster; empty for the one that ``RAY_ADDRESS`` names, that runs on this machine, or that
+        is started on it.
+    parallel : int
+        Tasks under way at a time, at most; 0 for as many as there is room for.
+    task_bytes : int
+        Bytes that a task reads; 0 stands for 1 to 4 GiB.
+    seconds : float
+        How long a task may wait for a node that can hold it, before the run is given up.
+
+    Raises
+    ------
+    OptionError
+        If a number is negative, or the address is none.
+    """
+
+    address: str = ""
+    parallel: int = 0
+    task_bytes: int = 0
+    seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.address and not re.fullmatch(r"auto|local|[^\s/@]+:\d{1,5}", self.address):
+            raise OptionError(
+                "not the address of a Ray cluster",
+                expected="HOST:PORT, as ray start --head prints it",
+                found=self.address,
+                hint="a ray:// address is for Ray's own client: run ckptdiff on a machine of the cluster instead",
+            )
+        for name, value in (("--parallel", self.parallel), ("task_bytes", self.task_bytes)):
+            if value < 0:
+                raise OptionError(f"{name} out of range", expected="0 or more", found=value)
+
+
+def ray_options(engine: str, address: str | None, parallel: int) -> RayOptions | None:
+    """Which cluster is asked for; None for no cluster. OptionError if one is described and not asked for."""
+    if engine == "ray":
+        return RayOptions(address or "", parallel)
+    if engine != "local":
+        raise OptionError("unknown engine", expected="local or ray", found=engine)
+    if address or parallel:
+        raise OptionError("an address or a number of tasks of Ray without it", hint="--engine ray")
+    return None
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """Options of one run, as the command line and :func:`ckptdiff.diff` take them.
 

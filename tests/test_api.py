@@ -28,6 +28,7 @@ PUBLIC = {
         "Checkpoint",
         "CheckpointError",
         "CkptdiffError",
+        "ClusterError",
         "DeviceError",
         "Diff",
         "HeaderError",
@@ -125,7 +126,7 @@ def test_the_public_names_are_these():
 def test_every_error_of_the_tree_can_be_imported_and_is_drawn():
     leaves = {name: leaf for name, leaf in vars(errors).items() if isinstance(leaf, type)}
     leaves = {name: leaf for name, leaf in leaves.items() if issubclass(leaf, Exception)}
-    assert len(leaves) == 12
+    assert len(leaves) == 13
     above: list[str] = []
     drawn = {}
     for line in errors.__doc__.splitlines():
@@ -149,13 +150,14 @@ def test_no_error_is_raised_that_the_tree_lacks():
 def test_the_keywords_of_diff_are_the_options():
     given = signature(ckptdiff.diff).parameters
     options = {field.name: field.default for field in fields(ckptdiff.Options)}
-    own = ["base", "tuned", "out", "listener", "title", "resume"]
+    own = ["base", "tuned", "out", "listener", "title", "resume", "engine", "ray_address", "parallel"]
     assert set(given) == {*options, *own}
     assert {given[name].kind for name in given if name not in own[:2]} == {Parameter.KEYWORD_ONLY}
     # A mask rule may be given as text.
     assert {name: str(given[name].default) for name in options} == {name: str(value) for name, value in options.items()}
     assert ckptdiff.MaskRule.parse(given["mask"].default) == options["mask"]
-    assert [given[name].default for name in own] == [Parameter.empty, Parameter.empty, None, None, None, False]
+    defaults = [Parameter.empty, Parameter.empty, None, None, None, False, "local", None, 0]
+    assert [given[name].default for name in own] == defaults
 
 
 @pytest.mark.parametrize("room", PUBLIC)

@@ -330,6 +330,16 @@ def test_speeds_of_other_commands(name: str, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+def test_speed_on_a_cluster(tmp_path: Path):
+    """The script ends with an error if figures or masks are others there."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+    printed = script("ray_speed.py", "--size", "1MiB", "--rounds", 1, "--folder", tmp_path)
+    assert "masks are the same" in printed and "driver of Ray" in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 @needs_torch
 def test_weights_in_other_layouts_have_the_same_figures(tmp_path: Path):
     """The script ends with an error if they have not."""

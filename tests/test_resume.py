@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,11 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import h5py
 import ml_dtypes
 import numpy as np
 import pytest
 from patience import PATIENCE
+from run_contents import contents
 from safetensors.numpy import save_file
 from stopped_process import ended, go_on, stopped_at
 
@@ -66,28 +65,6 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     for side, tensors in (("base", base), ("tuned", tuned)):
         save_file(tensors, folder / f"{side}.safetensors")
     return str(folder / "base.safetensors"), str(folder / "tuned.safetensors")
-
-
-def contents(path: Path) -> dict[str, Any]:
-    """Everything in a run file, but what says when it ran."""
-    found: dict[str, Any] = {}
-    with h5py.File(path) as file:
-        found["attributes"] = dict(file.attrs)
-
-        def take(name: str, item: Any) -> None:
-            attributes = {key: repr(value) for key, value in item.attrs.items() if "REFERENCE" not in repr(value)}
-            values = item[()] if isinstance(item, h5py.Dataset) else None
-            if name == "provenance":
-                said = json.loads(values)
-                found[name] = said | {"run": {k: v for k, v in said["run"].items() if k not in ("started", "seconds")}}
-            elif isinstance(values, np.ndarray):
-                held = values.tolist() if values.dtype == object else values.tobytes()
-                found[name] = (values.dtype, values.shape, held, attributes)
-            else:
-                found[name] = (values, attributes)
-
-        file.visititems(take)
-    return found
 
 
 def stopping(after: int, kinds: tuple[type[Event], ...]) -> Callable[[Event], None]:
@@ -167,6 +144,29 @@ def test_what_is_kept_is_not_measured_again(large: tuple[str, str], tmp_path: Pa
     assert begun["comparing"].kept == begun["comparing"].total and begun["spectra"].kept == 1
     first = next(event for event in heard if isinstance(event, StageProgress) and event.stage == "spectra")
     assert first.done == 1
+
+
+@pytest.mark.parametrize("harm", [False, True], ids=["whole", "damaged"])
+@pytest.mark.parametrize("first, second", [(1, 3), (3, 1), (64, 2)])
+def test_what_was_kept_in_other_spans_is_found(
+    large: tuple[str, str], tmp_path: Path, first: int, second: int, harm: bool
+) -> None:
+    options = Options(compare="stored", mask=MaskRule("top", 20), threads=1)
+    whole, out = tmp_path / "whole.h5", tmp_path / "run.h5"
+    run(*large, out=whole, options=options)
+
+    def late(event: Event) -> None:
+        if isinstance(event, StageProgress) and event.done > 20 << 20:
+            raise GivenUpError
+
+    with pytest.raises(GivenUpError):
+        run(*large, out=out, options=options, grain=Grain(blocks=first), saving=AT_ONCE, listener=late)
+    if harm:
+        damage(tmp_path / "run.h5.part")
+    heard: list[Event] = []
+    run(*large, out=out, options=options, grain=Grain(blocks=second), saving=AT_ONCE, listener=heard.append)
+    assert contents(out) == contents(whole)
+    assert next(event for event in heard if isinstance(event, StageBegun) and event.stage == "comparing").kept > 0
 
 
 def damage(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -42,6 +42,8 @@ class OpenShards:
         How local files are read.
     room : int
         Bytes of remote files that may be held before they are asked for.
+    found_here : callable, optional
+        Gives a local shard as this machine has it, where another one read its header.
 
     Attributes
     ----------
@@ -50,8 +52,10 @@ class OpenShards:
     room : int
     """
 
-    def __init__(self, io: str, room: int = REMOTE_ROOM) -> None:
-        self._io = io
+    def __init__(
+        self, io: str, room: int = REMOTE_ROOM, found_here: Callable[[Shard], Shard] = lambda shard: shard
+    ) -> None:
+        self._io, self._found_here = io, found_here
         self.room = room
         self._fetching: Fetching | None = None
         self.mapped = io == "mmap"
@@ -69,7 +73,7 @@ class OpenShards:
 
     def _open(self, shard: Shard) -> ShardReader | RemoteReader:
         if shard.remote is None:
-            return ShardReader(shard, self._io)
+            return ShardReader(self._found_here(shard), self._io)
         from ckptdiff.checkpoint.remote_shard import RemoteReader
 
         return RemoteReader(shard, shard.remote, self._fetcher())
@@ -129,9 +133,11 @@ class OpenShards:
 
 
 @contextmanager
-def open_shards(io: str, room: int = REMOTE_ROOM) -> Iterator[OpenShards]:
+def open_shards(
+    io: str, room: int = REMOTE_ROOM, found_here: Callable[[Shard], Shard] = lambda shard: shard
+) -> Iterator[OpenShards]:
     """Readers that are checked after the last read, and closed."""
-    shards = OpenShards(io, room)
+    shards = OpenShards(io, room, found_here)
     try:
         yield shards
         shards.check()

@@ -13,6 +13,7 @@ import click
 from ckptdiff.cli.display import progress
 from ckptdiff.cli.inputs import (
     device_options,
+    engine_options,
     progress_option,
     quick_option,
     resource_options,
@@ -28,7 +29,7 @@ from ckptdiff.report.text import binary_size, dumps, safe, size
 
 if TYPE_CHECKING:
     from ckptdiff.events import Event, Listener
-    from ckptdiff.options import Options
+    from ckptdiff.options import Options, RayOptions
     from ckptdiff.report.as_ndjson import NdjsonStream
 
 
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
 )
 @device_options
 @resource_options
+@engine_options
 @click.option(
     "--io",
     type=click.Choice(["auto", "mmap", "pread"]),
@@ -113,11 +115,14 @@ def diff(base: str, tuned: str, **given: Any) -> int:
         kept = [*files_of(base), *files_of(tuned), *([] if out is None else [out])]
         request = Request.of(given, run_file=given["out"], kept=kept)
         options = _options(given)
+        from ckptdiff.options import ray_options
+
+        on_ray = ray_options(given["engine"], given["ray_address"], given["parallel"])
         if given["dry_run"]:
             with progress(shown=given["progress"], quiet=request.quiet, verbose=given["verbose"]) as tell:
-                _print_plan(base, tuned, out, options, request, tell)
+                _print_plan(base, tuned, out, options, on_ray, request, tell)
             return 0
-        return _run(base, tuned, out, options, request, given)
+        return _run(base, tuned, out, options, on_ray, request, given)
 
 
 def _options(given: dict[str, Any]) -> Options:
@@ -142,7 +147,15 @@ def _options(given: dict[str, Any]) -> Options:
     )
 
 
-def _run(base: str, tuned: str, out: Path | None, options: Options, request: Request, given: dict[str, Any]) -> int:
+def _run(
+    base: str,
+    tuned: str,
+    out: Path | None,
+    options: Options,
+    on_ray: RayOptions | None,
+    request: Request,
+    given: dict[str, Any],
+) -> int:
     from ckptdiff.events import Started
     from ckptdiff.files.unfinished import SAVING
     from ckptdiff.report.as_ndjson import streams
@@ -165,7 +178,8 @@ def _run(base: str, tuned: str, out: Path | None, options: Options, request: Req
         how = {"shown": shown, "quiet": request.quiet, "verbose": given["verbose"], "repeated": repeated}
         tell = stack.enter_context(progress(*listeners, **how))
         saving = SAVING if given["resume"] else None
-        result = run(base, tuned, out=out, options=options, listener=tell, title=given["title"], saving=saving)
+        asked = {"listener": tell, "title": given["title"], "saving": saving, "on_ray": on_ray}
+        result = run(base, tuned, out=out, options=options, **asked)
     if not streaming:
         with _reader_may_leave(out):
             request.print(result)
@@ -183,14 +197,22 @@ def _reader_may_leave(out: Path | None) -> Iterator[None]:
         abandon_stdout()
 
 
-def _print_plan(base: str, tuned: str, out: Path | None, options: Options, request: Request, tell: Listener) -> None:
+def _print_plan(
+    base: str,
+    tuned: str,
+    out: Path | None,
+    options: Options,
+    on_ray: RayOptions | None,
+    request: Request,
+    tell: Listener,
+) -> None:
     """Print the plan of a run as text or, with ``--format json``, as one object (schema "ckptdiff.plan/1")."""
     from ckptdiff.report.coverage_lines import coverage_lines
-    from ckptdiff.run.planning import prepare
+    from ckptdiff.run.engine import planned
 
     if request.format not in ("table", "json"):
         raise OptionError("--dry-run prints text or json", expected="--format table or json", found=request.format)
-    plan = prepare(base, tuned, out=out, options=options, tell=tell, read_data=False)
+    plan, spread = planned(base, tuned, out, options, on_ray, tell)
     for check in request.checks:
         check.require_member(plan.diff.tensors)
     figures: dict[str, Any] = {
@@ -205,6 +227,7 @@ def _print_plan(base: str, tuned: str, out: Path | None, options: Options, reque
         "projected_gpu_memory": plan.projected_gpu_memory,
         "gpu_memory": plan.device.gpu_memory,
         "spectra": None if plan.spectra is None else asdict(plan.spectra),
+        "ray": None if spread is None else asdict(spread),
     }
     if request.silent:
         return
@@ -234,6 +257,10 @@ def _print_plan(base: str, tuned: str, out: Path | None, options: Options, reque
             if plan.spectra.gpu_memory:
                 spectra = plan.spectra
                 lines.append(_on_gpu(spectra.device, spectra.projected_gpu_memory, spectra.gpu_memory))
+        if spread is not None:
+            each = f"{plural(spread.task_threads, 'thread')} and {binary_size(spread.task_memory)} each"
+            tasks = f"{plural(spread.tasks, 'task')} of {binary_size(spread.task_bytes)}"
+            lines.append(f"ray       {plural(spread.nodes, 'node')}, {tasks}, {spread.at_once} at once, {each}")
         lines += [f"note      {note}" for note in (plan.threads_note, plan.decoding_note) if note]
         lines += [f"warning: {safe(warning)}" for warning in plan.diff.warnings]
         stream.write("\n".join(lines) + "\n")

@@ -84,6 +84,28 @@ quick_option = click.option(
     "gives the same hash, which are not downloaded either. What takes the base's values is undefined then.",
 )
 
+_ENGINE: Sequence[_Option] = (
+    click.option(
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        help="Compute in this process, or on the nodes of a Ray cluster, each task with --threads and --max-memory.",
+    ),
+    click.option(
+        "--ray-address",
+        metavar="HOST:PORT",
+        show_default="RAY_ADDRESS, a cluster that runs here, or else one that is started here",
+        help="The cluster that --engine ray joins.",
+    ),
+    click.option(
+        "--parallel",
+        type=int,
+        default=0,
+        metavar="N",
+        show_default="as many as there is room for",
+        help="Tasks that --engine ray has under way at a time, at most.",
+    ),
+)
 _DEVICE: Sequence[_Option] = (
     click.option(
         "--device",
@@ -105,6 +127,11 @@ _DEVICE: Sequence[_Option] = (
 def device_options(command: _Command) -> _Command:
     """Add ``--device`` and ``--gpu-memory``."""
     return _with(_DEVICE, command)
+
+
+def engine_options(command: _Command) -> _Command:
+    """Add ``--engine``, ``--ray-address`` and ``--parallel``."""
+    return _with(_ENGINE, command)
 
 
 def tensor_options(command: _Command) -> _Command:

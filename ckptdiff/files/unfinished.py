@@ -124,6 +124,10 @@ class Unfinished:
     def __contains__(self, key: str) -> bool:
         return key in self._known
 
+    def keys(self) -> list[str]:
+        """Of the entries that earlier processes kept."""
+        return list(self._known)
+
     def find(self, key: str) -> bytes | None:
         """The bytes of an entry that an earlier process kept; None if there is none, or it is damaged."""
         place = self._known.get(key)

@@ -92,12 +92,17 @@ class WorkMeter:
                 self._ended += work.done
                 self._total += work.done - work.total
 
-    def share(self) -> float:
-        """Which part of the work is done; never less than before."""
+    def took(self, work: float) -> None:
+        """Count the work of a matrix that was measured elsewhere."""
+        with self._lock:
+            self._ended += work
+
+    def share(self, more: float = 0.0) -> float:
+        """Which part of the work is done, with so much `more` done elsewhere; never less than before."""
         now = time.monotonic()
         amount, seconds = self._learned
         speed = amount / seconds if seconds else 0.0
-        done = self._ended + sum(work.estimate(now, speed) for work in list(self._under_way))
+        done = more + self._ended + sum(work.estimate(now, speed) for work in list(self._under_way))
         self._share = max(self._share, min(done / self._total, 1.0) if self._total > 0 else 0.0)
         return self._share
 

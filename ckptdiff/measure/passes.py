@@ -8,6 +8,7 @@ is, takes its result span by span, and knows neither files nor threads.
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Literal, TypeAlias
@@ -74,6 +75,12 @@ class Measurement:
             self._merged = None
             self.turn += 1
         return [one for one in read if isinstance(one, Partial)]
+
+    def without_results(self) -> Measurement:
+        """The same as it was when the pass at hand began, to be sent to where parts of the pass are made."""
+        sent = copy(self)
+        sent._merged = None
+        return sent
 
     def _conclude(self, merged: Partial | Refined) -> None:
         """Take what the whole pass found, and decide on the next one."""

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,14 +24,17 @@ from ckptdiff.figures.columns import Measured
 from ckptdiff.figures.result import Diff, KeptFacts
 from ckptdiff.figures.spectral import Spectra
 from ckptdiff.files.unfinished import Saving, Unfinished
-from ckptdiff.options import Options
+from ckptdiff.options import Options, RayOptions
 from ckptdiff.run.kept_results import KeptResults
 from ckptdiff.run.planning import Plan, prepare
-from ckptdiff.run.schedule import execute
+from ckptdiff.run.schedule import Threads, execute
 from ckptdiff.run.tasks import Grain
 from ckptdiff.run.worker import MaskChunks, PartialMask, Result
 from ckptdiff.runfile.belonging import belonging, resumable
 from ckptdiff.runfile.writer import RunFileWriter
+
+if TYPE_CHECKING:
+    from ckptdiff.cluster.on_ray import Cluster, ClusterPlan
 
 
 def run(
@@ -44,18 +47,39 @@ def run(
     title: str | None = None,
     grain: Grain | None = None,
     saving: Saving | None = None,
+    on_ray: RayOptions | None = None,
 ) -> Diff:
     """Compare two checkpoints; ``listener`` is called with every event, in this thread.
 
     The run file ``out`` appears when it is complete. With `saving`, what is done is kept beside it until then, and
-    what an earlier run has kept is not done again. CkptdiffError if the inputs are damaged or change, the output cannot
-    be written, memory does not suffice, or what was kept belongs to another run.
+    what an earlier run has kept is not done again. With `on_ray`, a cluster does the tasks. CkptdiffError if the inputs
+    are damaged or change, the output cannot be written, memory does not suffice, what was kept belongs to another run,
+    or the cluster fails.
     """
     begun, tell = time.perf_counter(), listener or ignore
     if saving is not None and out is None:
         raise OptionError("--resume keeps what is done beside the run file, and there is none", hint="-o RUN.h5")
-    plan = prepare(base, tuned, out=out, options=options, tell=tell, grain=grain, saving=saving)
-    return run_plan(plan, out=out, listener=tell, title=title, begun=begun)
+    if on_ray is None:
+        plan = prepare(base, tuned, out=out, options=options, tell=tell, grain=grain, saving=saving)
+        return run_plan(plan, out=out, listener=tell, title=title, begun=begun)
+    from ckptdiff.cluster.joining import joined_cluster
+
+    with joined_cluster(on_ray, options or Options(), tell) as cluster:
+        plan = cluster.prepare(base, tuned, out=out, tell=tell, grain=grain, saving=saving)
+        return run_plan(plan, out=out, listener=tell, title=title, begun=begun, cluster=cluster)
+
+
+def planned(
+    base: str, tuned: str, out: Path | None, options: Options, on_ray: RayOptions | None, tell: Listener
+) -> tuple[Plan, ClusterPlan | None]:
+    """The plan of a run, for which no data is read, and how a cluster would share it; errors as :func:`run` has."""
+    if on_ray is None:
+        return prepare(base, tuned, out=out, options=options, tell=tell, read_data=False), None
+    from ckptdiff.cluster.joining import joined_cluster
+
+    with joined_cluster(on_ray, options, tell) as cluster:
+        plan = cluster.prepare(base, tuned, out=out, tell=tell, read_data=False)
+        return plan, cluster.spread(plan)
 
 
 def run_plan(
@@ -65,21 +89,28 @@ def run_plan(
     listener: Listener | None = None,
     title: str | None = None,
     begun: float | None = None,
+    cluster: Cluster | None = None,
 ) -> Diff:
     """Carry out a plan that `prepare` made for the same `out`; it began at ``begun``, by ``time.perf_counter``."""
     begun, tell = time.perf_counter() if begun is None else begun, listener or ignore
     started = datetime.now(UTC) - timedelta(seconds=time.perf_counter() - begun)
     _introduce(plan, tell)
+    if cluster is not None:
+        cluster.make_ready(plan, tell)
     results = _Results(plan, tell)
     partial: dict[int, PartialMask] = {}
     with (
         open_shards(plan.io, plan.memory.ahead) as shards,
-        _unfinished(plan, out, shards, tell) as work,
+        _unfinished(plan, out, shards, tell, cluster) as work,
         _run_file(plan, out, title) as writer,
     ):
         kept = None if work is None else KeptResults(work)
-        with stage(tell, "comparing", plan.total_bytes, "bytes", kept.nbytes(plan) if kept else 0) as told:
-            for result in execute(plan, shards, told.again, kept):
+        done = kept.nbytes(plan) if kept else 0
+        with (
+            stage(tell, "comparing", plan.total_bytes, "bytes", done) as told,
+            cluster.hands(plan, shards, kept) if cluster else Threads(plan, shards, kept) as hands,
+        ):
+            for result in execute(plan, hands, lambda: told.again(results.nbytes + hands.under_way()), kept):
                 if work is not None:
                     work.tick()
                 if writer is not None:
@@ -88,7 +119,7 @@ def run_plan(
                     if writer is not None:
                         writer.add_histograms(measured.histograms)
         shards.check()
-        spectra = _spectra(plan, results, shards, writer, tell, work)
+        spectra = _spectra(plan, results, shards, writer, tell, work, cluster)
         shards.check()
         seconds = time.perf_counter() - begun
         diff = results.diff({"started": started.isoformat(timespec="seconds"), "seconds": round(seconds, 3)})
@@ -116,13 +147,14 @@ def _introduce(plan: Plan, tell: Listener) -> None:
 
 
 def _unfinished(
-    plan: Plan, out: Path | None, shards: OpenShards, tell: Listener
+    plan: Plan, out: Path | None, shards: OpenShards, tell: Listener, cluster: Cluster | None
 ) -> AbstractContextManager[Unfinished | None]:
     """What is done of a run file, if that is kept."""
     if out is None:
         return nullcontext()
     gpu, spectra = plan.spectra_gpu, plan.options.spectra
-    devices = plan.device.name if gpu is None else f"{plan.device.name}, {gpu.name}"
+    away = "a GPU of a node" if cluster is not None and cluster.on_gpu else None
+    devices = ", ".join(filter(None, (plan.device.name, gpu.name if gpu else away)))
     return resumable(out, lambda: belonging("diff", plan.diff, devices, spectra), shards, tell, plan.saving)
 
 
@@ -158,6 +190,7 @@ def _spectra(
     writer: RunFileWriter | None,
     tell: Listener,
     work: Unfinished | None,
+    cluster: Cluster | None,
 ) -> Spectra | None:
     """Measure the spectra of all matrices, once the coordinate pass is through."""
     if plan.options.spectra is None:
@@ -165,7 +198,9 @@ def _spectra(
     from ckptdiff.spectra.stage import SpectraTable, measure_spectra
 
     table = SpectraTable(plan.options.spectra.mode, plan.tensors)
-    for found in measure_spectra(plan.pairs, results.diff({}), shards, plan.options, tell, plan.spectra_gpu, work):
+    away = None if cluster is None else cluster.matrices(plan)
+    asked = plan.pairs, results.diff({}), shards, plan.options, tell, plan.spectra_gpu, work, away
+    for found in measure_spectra(*asked):
         table.take(found)
         if writer is not None and found.method:
             writer.add_spectrum(plan.pairs[found.index].name, found.method, found.lists)
@@ -180,7 +215,7 @@ class _Results:
         self._columns: dict[str, NDArray[Any]] = {c.name: np.zeros(plan.tensors, c.dtype) for c in COLUMNS}
         self._complete: dict[int, tuple[range, Measured]] = {}
         self._next = 0
-        self._bytes = self._compared = self._unchanged = 0
+        self.nbytes = self._compared = self._unchanged = 0
         self._large: dict[int, list[int]] = {}
         self._facts = list(plan.diff.tensors)
         self._kept: dict[int, Kept] = {}
@@ -188,10 +223,10 @@ class _Results:
 
     def take(self, result: Result, told: Stage) -> Iterator[Measured]:
         """Note a result; yield the tensors that are complete with all before them."""
-        self._bytes += self._bytes_of(result)
+        self.nbytes += self._bytes_of(result)
         self._compared += result.compared
         self._unchanged += result.unchanged
-        told.at(self._bytes, self._plan.pairs[result.tensors[0]].name, self._compared, self._unchanged)
+        told.at(self.nbytes, self._plan.pairs[result.tensors[0]].name, self._compared, self._unchanged)
         self._odd |= result.odd
         for index, kept in result.kept.items():
             self._kept[index] = self._kept[index] + kept if index in self._kept else kept

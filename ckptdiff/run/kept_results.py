@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from typing import Any
 
@@ -20,6 +22,7 @@ from ckptdiff.run.worker import CommonBits, MaskChunks, Result
 _COUNTED = "counts", "within", "sums", "max_abs", "span", "ulp"
 """Arrays of a Partial that are kept whole."""
 _REFINED = "deltas", "weights", "within", "tails"
+_SPAN = re.compile(r"tensor (\d+), blocks (\d+)-(\d+), pass (\d+)")
 
 
 class KeptResults:
@@ -27,6 +30,21 @@ class KeptResults:
 
     def __init__(self, unfinished: Unfinished) -> None:
         self._unfinished = unfinished
+        self._spans: defaultdict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+        for found in filter(None, map(_SPAN.fullmatch, unfinished.keys())):
+            tensor, first, stop, turn = map(int, found.groups())
+            self._spans[tensor, turn].append((first, stop))
+
+    def spans(self, tensor: int, turn: int) -> list[tuple[int, int]]:
+        """From which block to which there are results of a pass over a tensor, in order; they do not overlap.
+
+        Other hands may have done the tensor in other spans.
+        """
+        taken: list[tuple[int, int]] = []
+        for first, stop in sorted(self._spans.get((tensor, turn), ()), key=lambda span: (span[0], -span[1])):
+            if not taken or first >= taken[-1][1]:
+                taken.append((first, stop))
+        return taken
 
     def has(self, task: SpanTask, turn: int) -> bool:
         """Whether an earlier run kept what a task gave, unless it turns out to be damaged."""
@@ -39,19 +57,21 @@ class KeptResults:
 
     def keep(self, task: SpanTask, turn: int, result: Result) -> None:
         """Keep what a task gave, before anyone merges it."""
-        self._unfinished.keep(key_of(task, turn), packed_result(result))
+        self.keep_packed(task, turn, packed_result(result))
+
+    def keep_packed(self, task: SpanTask, turn: int, parts: Sequence[bytes]) -> None:
+        """Keep what a task gave as :func:`packed_result` packs it."""
+        self._unfinished.keep(key_of(task, turn), parts)
 
     def nbytes(self, plan: Plan) -> int:
         """How many of the bytes to read need not be, as far as the plan tells."""
         found = 0
-        for task in plan_tasks(plan.loads, plan.grain):
-            loads = plan.loads[task.tensors.start : task.tensors.stop]
-            if task.span is None:
-                found += sum(load.nbytes for load in loads) if key_of(task, 0) in self._unfinished else 0
-            elif key_of(task, 0) in self._unfinished:
-                passes = plan.measurement(task.span.tensor, plan.want_masks).passes
-                turns = sum(key_of(task, turn) in self._unfinished for turn in range(passes))
-                found += loads[0].span_bytes(task.span) * turns // passes
+        for task in plan_tasks(plan.loads, plan.grain, lambda index: self.spans(index, 0)):
+            if not self.has(task, 0):
+                continue
+            passes = 1 if task.span is None else plan.measurement(task.span.tensor, plan.want_masks).passes
+            turns = 1 if task.span is None else sum(self.has(task, turn) for turn in range(passes))
+            found += task.nbytes(plan.loads) * turns // passes
         return found
 
 

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "prepare"]
 
 
+_NO_USES = Uses(())
+
+
 class Coordinates(NamedTuple):
     """Of k pairs; shape (k,)."""
 
@@ -87,6 +90,8 @@ class Plan:
         How often what is done is kept, if that is asked for.
     remote : bool
         Whether a side lies elsewhere.
+    uses : Uses
+        The kernels that it will call.
     """
 
     pairs: tuple[TensorPair, ...]
@@ -102,6 +107,7 @@ class Plan:
     spectra_gpu: SpectraGpu | None = None
     saving: Saving | None = None
     remote: bool = False
+    uses: Uses = _NO_USES
 
     @property
     def tensors(self) -> int:
@@ -289,7 +295,7 @@ def prepare(
         taken = memory.baseline + memory.results + memory.ahead
         spectra = plan_spectra(pairing.pairs, options, taken, gpu)
     return Plan(
-        pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks, grain, gpu, saving, remote
+        pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks, grain, gpu, saving, remote, asked
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
+from typing import TypeAlias
 
 from ckptdiff.errors import PlanError
 from ckptdiff.measure.partial import BINS, BLOCK
@@ -110,6 +111,17 @@ class SpanTask:
     alike: bool = False
     """Whether small ones are measured in one call."""
 
+    def numel(self, loads: Sequence[Load]) -> int:
+        """Coordinates, given the loads of all pairs."""
+        if self.span is None:
+            return sum(load.numel for load in loads[self.tensors.start : self.tensors.stop])
+        return min(self.span.stop * BLOCK, loads[self.tensors.start].numel) - self.span.first * BLOCK
+
+    def nbytes(self, loads: Sequence[Load]) -> int:
+        """Bytes to read, both sides."""
+        part = loads[self.tensors.start : self.tensors.stop]
+        return sum(load.nbytes for load in part) if self.span is None else part[0].span_bytes(self.span)
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -139,11 +151,16 @@ class Memory:
         return replace(self, threads=threads, tasks_waiting=_waiting(threads)[-1], ahead=0).projected
 
 
-def plan_tasks(loads: Sequence[Load], grain: Grain = GRAIN) -> Iterator[SpanTask]:
+Known: TypeAlias = Callable[[int], Sequence[tuple[int, int]]]
+"""Of a tensor, from which block to which there are results already: pieces in order, none in another."""
+
+
+def plan_tasks(loads: Sequence[Load], grain: Grain = GRAIN, known: Known = lambda index: ()) -> Iterator[SpanTask]:
     """Cut tensor pairs into tasks, in order.
 
     Every span but a tensor's last holds whole blocks, so that figures do not depend on the cut. Tensors of at most a
-    block travel together, tens of thousands of them should not cost tens of thousands of tasks.
+    block travel together, tens of thousands of them should not cost tens of thousands of tasks. What is `known` of a
+    large tensor is a task as it is.
     """
     start = numel = 0
     kind: Hashable = None
@@ -153,7 +170,7 @@ def plan_tasks(loads: Sequence[Load], grain: Grain = GRAIN) -> Iterator[SpanTask
             yield SpanTask(range(start, index), alike=kind is not None)
             start, numel = index, 0
         if large:
-            yield from cut(index, load, grain)
+            yield from cut(Span(index, 0, load.blocks), grain, known(index))
             start = index + 1
         else:
             numel += load.numel
@@ -162,10 +179,37 @@ def plan_tasks(loads: Sequence[Load], grain: Grain = GRAIN) -> Iterator[SpanTask
         yield SpanTask(range(start, len(loads)), alike=kind is not None)
 
 
-def cut(index: int, load: Load, grain: Grain = GRAIN) -> Iterator[SpanTask]:
-    """Tasks of one large tensor pair."""
-    for first in range(0, load.blocks, grain.blocks):
-        yield SpanTask(range(index, index + 1), Span(index, first, min(first + grain.blocks, load.blocks)))
+def cut(span: Span, grain: Grain = GRAIN, known: Sequence[tuple[int, int]] = ()) -> Iterator[SpanTask]:
+    """Tasks of a part of one large tensor pair."""
+    begin = span.first
+    for first, stop in [*known, (span.stop, span.stop)]:
+        for start in range(begin, first, grain.blocks):
+            yield _part(span.tensor, start, min(start + grain.blocks, first))
+        if first < stop:
+            yield _part(span.tensor, first, stop)
+        begin = stop
+
+
+def batched(tasks: Iterable[SpanTask], loads: Sequence[Load], most: int) -> Iterator[list[SpanTask]]:
+    """Consecutive tasks together, of `most` bytes if there are so many; neighbours of one tensor become one task."""
+    batch: list[SpanTask] = []
+    size = 0
+    for task in tasks:
+        span, last = task.span, batch[-1].span if batch else None
+        size += task.nbytes(loads)
+        if span is not None and last is not None and (last.tensor, last.stop) == (span.tensor, span.first):
+            batch[-1] = _part(span.tensor, last.first, span.stop)
+        else:
+            batch.append(task)
+        if size >= most:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _part(tensor: int, first: int, stop: int) -> SpanTask:
+    return SpanTask(range(tensor, tensor + 1), Span(tensor, first, stop))
 
 
 def fit_memory(

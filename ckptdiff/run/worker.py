@@ -6,7 +6,7 @@ import math
 import threading
 from collections import deque
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from ckptdiff.run.tasks import Span
 from ckptdiff.runfile.compress import compress_chunk, compress_parts
 from ckptdiff.runfile.schema import BIT_ORDER, MASK_CHUNK, mask_chunk_bytes
 
-__all__ = ["CommonBits", "MaskChunks", "PartialMask", "Result", "Worker"]
+__all__ = ["CommonBits", "MaskChunks", "PartialMask", "Result", "Worker", "blank", "joined"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class Worker:
             refined = Refined.empty(todo)
             self._backend.refine(measurement.scan, todo, source, refined)
             return refined, []
-        partial = self.blank()
+        partial = blank(self._spare)
         if isinstance(todo, BitScan):
             mask = scan_bits(todo, source, partial)
         else:
@@ -181,19 +181,39 @@ class Worker:
 
     def _unread(self, scan: BitScan, span: Span) -> tuple[Partial, list[MaskChunks | CommonBits]]:
         """What a look at both sides of a pair would find that are known to be the same."""
-        partial, pair = self.blank(), self._plan.pairs[span.tensor]
+        partial, pair = blank(self._spare), self._plan.pairs[span.tensor]
         partial.numel = min(span.stop * BLOCK, pair.base.numel) - span.first * BLOCK
         masks = _compressed(np.zeros(-(-partial.numel // 8), np.uint8), span, pair) if scan.want_mask else None
         return partial, [masks] if masks is not None and masks.chunks else []
 
-    def blank(self) -> Partial:
-        """Nothing seen yet."""
-        try:
-            partial = self._spare.pop()
-        except IndexError:
-            return Partial()
-        partial.clear()
-        return partial
+
+def blank(spare: deque[Partial]) -> Partial:
+    """Nothing seen yet."""
+    try:
+        partial = spare.pop()
+    except IndexError:
+        return Partial()
+    partial.clear()
+    return partial
+
+
+def joined(first: Result, second: Result, spare: deque[Partial]) -> Result:
+    """What two consecutive spans of a tensor gave in one pass, as what one span gives; takes both apart."""
+    assert first.span is not None and second.span is not None and first.found is not None
+    assert (first.span.tensor, first.span.stop) == (second.span.tensor, second.span.first)
+    first.span = replace(first.span, stop=second.span.stop)
+    if isinstance(first.found, Partial) and isinstance(second.found, Partial):
+        first.found.add(second.found)
+        spare.append(second.found)
+    elif isinstance(first.found, Refined) and isinstance(second.found, Refined):
+        first.found.add(second.found)
+    first.masks += second.masks
+    first.compared += second.compared
+    first.unchanged += second.unchanged
+    for tensor, kept in second.kept.items():
+        first.kept[tensor] = first.kept[tensor] + kept if tensor in first.kept else kept
+    first.odd |= second.odd
+    return first
 
 
 class PartialMask:

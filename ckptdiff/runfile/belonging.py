@@ -49,7 +49,7 @@ def belonging(command: str, diff: Diff, device: str, spectra: SpectraOptions | N
     """
     found = {
         "command": command,
-        "version": f"{ckptdiff.__version__}, {_of_code()}",
+        "version": f"{ckptdiff.__version__}, {hash_of_code()}",
         "libraries": ", ".join(f"{name} {one}" for name in _LIBRARIES if (one := _version(name))),
         "processor": f"{platform.machine()}, {_digest(' '.join(sorted(processor_flags())))}",
         "--device": device,
@@ -87,7 +87,7 @@ def resumable(
     return nullcontext()
 
 
-def _of_code() -> str:
+def hash_of_code() -> str:
     """Hash of the package itself: a version in the making has the number of the one before."""
     digest = hashlib.blake2b(digest_size=8)
     package = Path(ckptdiff.__file__).parent

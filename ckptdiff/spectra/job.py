@@ -68,6 +68,22 @@ class MatrixJob:
 
 
 @dataclass(frozen=True, slots=True)
+class JobGroup:
+    """Matrices that are handed over together."""
+
+    jobs: tuple[MatrixJob, ...]
+    slots: int
+    """Of the budget, that they take."""
+    together: bool = False
+    """Whether they are of one kind and measured at once; else one after the other."""
+
+    @property
+    def size(self) -> int:
+        """Entries to read."""
+        return sum(job.size for job in self.jobs)
+
+
+@dataclass(frozen=True, slots=True)
 class Measuring:
     """Measures matrices: all that they have in common."""
 
@@ -109,6 +125,12 @@ class Measuring:
     def room(self, job: MatrixJob) -> int:
         """How many matrices of its kind are measured together."""
         return self.budget.stack(job.view) if job.size else 1
+
+    def measure(self, group: JobGroup, meter: WorkMeter) -> list[tuple[int, MatrixSpectra]]:
+        """Measure the matrices of a group; each with its place in the run."""
+        if group.together:
+            return self.measure_together(group.jobs, meter)
+        return self.measure_all(group.jobs, group.slots, meter)
 
     def measure_all(self, jobs: Sequence[MatrixJob], slots: int, meter: WorkMeter) -> list[tuple[int, MatrixSpectra]]:
         """Measure matrices one after the other, within so many slots; each with its place in the run."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,10 @@ from ckptdiff.in_order import Task, in_order
 from ckptdiff.linalg.threads import one_blas_thread
 from ckptdiff.linalg.work import WorkMeter
 from ckptdiff.memory import SPECTRA_MEMORY, resident
-from ckptdiff.options import Options
+from ckptdiff.options import Compare, Options
 from ckptdiff.run.warm_up import Uses, load, panel_uses
 from ckptdiff.spectra.budget import Budget
-from ckptdiff.spectra.job import MatrixJob, Measuring
+from ckptdiff.spectra.job import JobGroup, MatrixJob, Measuring
 from ckptdiff.spectra.kept_spectra import KeptSpectra
 from ckptdiff.spectra.matrices import MatrixView, matrices_of
 from ckptdiff.spectra.measure import MatrixSpectra
@@ -38,6 +39,32 @@ _SMALL = 1 << 20
 """Entries of the matrices that are handed to a thread together."""
 _WAITING = 1024
 """How many matrices later one of a kind may come that is measured together with the first; results wait meanwhile."""
+
+
+class MatricesAway(Protocol):
+    """Whoever measures matrices elsewhere.
+
+    Attributes
+    ----------
+    budget : Budget
+        How matrices share memory and threads there.
+    alone : bool
+        Whether matrices are measured one by one there, and not those of a kind together.
+    batch : int
+        Entries of the matrices that are handed over together.
+    """
+
+    budget: Budget
+    alone: bool
+    batch: int
+
+    def measured(
+        self, groups: Iterator[JobGroup], measuring: Measuring, meter: WorkMeter, idle: Callable[[float], None]
+    ) -> Iterator[list[tuple[int, MatrixSpectra]]]:
+        """Yield the matrices of each group, in any order, each with its place among all of the run.
+
+        They are counted by the meter when they come, and `idle` is told again and again what is done of others.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +142,16 @@ def measure_spectra(
     tell: Listener,
     gpu: SpectraGpu | None = None,
     work: Unfinished | None = None,
+    away: MatricesAway | None = None,
 ) -> Iterator[TensorSpectra]:
     """Yield the spectra of every tensor pair, in order, and tell of the stage "spectra".
 
     The result of the coordinate pass has a row for each pair: equal pairs are not read again, and the rounding null
     applies where it applied there. Without a GPU the processor measures. What an earlier command has kept of this work
-    is not measured again.
+    is not measured again, and what is measured elsewhere is asked for there.
     """
-    load(None, Uses((("scores",), *panel_uses(pairs, options.compare))), tell)
+    if away is None:
+        load(None, spectra_uses(pairs, options.compare), tell)
     unchanged = diff.columns["numel"] == diff.columns["unchanged_bitwise"]
     # float8 has a grid of its own
     off_grid = diff.columns["off_grid"] / np.maximum(diff.columns["numel"], 1)
@@ -134,7 +163,10 @@ def measure_spectra(
     sides = (side for job in jobs for side in (job.pair.base, job.pair.tuned))
     remote = any(part.shard.remote is not None for side in sides for part in stored_parts(side))
     taken = resident() + (shards.room if remote else 0)
-    budget = gpu.budget(options) if gpu else Budget.of(options, taken, (job.view for job in jobs))
+    if away is not None:
+        budget = away.budget
+    else:
+        budget = gpu.budget(options) if gpu else Budget.of(options, taken, (job.view for job in jobs))
     kept = None if work is None else KeptSpectra(work, budget)
     measuring = Measuring(shards, options.compare, budget, gpu, None if kept is None else kept.keep)
     ready = [kept is not None and kept.find(job) is not None for job in jobs]
@@ -143,21 +175,31 @@ def measure_spectra(
     with stage(tell, "spectra", kept=done / total if total else 0.0) as told, one_blas_thread():
         meter = WorkMeter(total, done)
 
-        def tell_of_work() -> None:
-            told.at(meter.share(), meter.at_hand())
+        def tell_of_work(more: float = 0.0) -> None:
+            told.at(meter.share(more), meter.at_hand())
             if work is not None:
                 work.tick()
 
         missing = [job for job, is_ready in zip(jobs, ready, strict=True) if not is_ready]
         tell_of_work()
-        tasks = _tasks(missing, measuring, meter) if gpu is None else _gpu_tasks(missing, measuring, meter)
-        batches = in_order(tasks, budget.threads, measuring.stop.set, tell_of_work)
-        in_place = in_turn(missing, (found for batch in batches for found in batch))
-        measured = ((job.index, found) for job, found in in_place)
+        if away is not None:
+            groups = _groups(missing, measuring, away.batch) if away.alone else _groups_of_a_kind(missing, measuring)
+            found = away.measured(groups, measuring, meter, tell_of_work)
+        else:
+            groups = _groups(missing, measuring) if gpu is None else _groups_of_a_kind(missing, measuring)
+            tasks = (Task(partial(measuring.measure, group, meter), group.slots, group.size) for group in groups)
+            found = in_order(tasks, budget.threads, measuring.stop.set, tell_of_work)
+        in_place = in_turn(missing, (one for some in found for one in some))
+        measured = ((job.index, one) for job, one in in_place)
         each = measured if kept is None else kept.filled_in(jobs, ready, measured)
-        for found in _by_tensor(each, len(pairs)):
-            yield found
+        for one in _by_tensor(each, len(pairs)):
+            yield one
             tell_of_work()
+
+
+def spectra_uses(pairs: Iterable[TensorPair], compare: Compare) -> Uses:
+    """The kernels that spectra call."""
+    return Uses((("scores",), *panel_uses(pairs, compare)))
 
 
 def _matrices(pairs: Sequence[TensorPair]) -> Iterator[tuple[int, TensorPair, MatrixView, bool]]:
@@ -171,35 +213,22 @@ def _matrices(pairs: Sequence[TensorPair]) -> Iterator[tuple[int, TensorPair, Ma
             yield index, pair, view, whole
 
 
-def _tasks(
-    jobs: Sequence[MatrixJob], measuring: Measuring, meter: WorkMeter
-) -> Iterator[Task[list[tuple[int, MatrixSpectra]]]]:
-    """Matrices as tasks: small ones many at a time, since each would take less time than to hand it over."""
+def _groups(jobs: Sequence[MatrixJob], measuring: Measuring, most: int = _SMALL) -> Iterator[JobGroup]:
+    """Matrices one by one, but small ones many at a time, since each would take less time than to hand it over."""
     batch: list[MatrixJob] = []
-
-    def taken() -> Task[list[tuple[int, MatrixSpectra]]]:
-        size, slots = sum(job.size for job in batch), max(measuring.slots(job) for job in batch)
-        return Task(partial(measuring.measure_all, tuple(batch), slots, meter), slots, size)
-
     for job in jobs:
-        if batch and sum(held.size for held in batch) + job.size > _SMALL:
-            yield taken()
+        if batch and sum(held.size for held in batch) + job.size > most:
+            yield JobGroup(tuple(batch), max(map(measuring.slots, batch)))
             batch.clear()
         batch.append(job)
     if batch:
-        yield taken()
+        yield JobGroup(tuple(batch), max(map(measuring.slots, batch)))
 
 
-def _gpu_tasks(
-    jobs: Sequence[MatrixJob], measuring: Measuring, meter: WorkMeter
-) -> Iterator[Task[list[tuple[int, MatrixSpectra]]]]:
-    """Matrices as tasks for a GPU: small ones with others of their kind, as far as these are not far away."""
-    for batch in in_stacks(jobs, measuring.kind, measuring.room, lambda job: 1, _WAITING):
-        if measuring.room(batch[0]) == 1:
-            work = partial(measuring.measure_all, batch, 1, meter)
-        else:
-            work = partial(measuring.measure_together, batch, meter)
-        yield Task(work, 1, sum(job.size for job in batch))
+def _groups_of_a_kind(jobs: Sequence[MatrixJob], measuring: Measuring) -> Iterator[JobGroup]:
+    """Matrices for a GPU: small ones with others of their kind, as far as these are not far away."""
+    for some in in_stacks(jobs, measuring.kind, measuring.room, lambda job: 1, _WAITING):
+        yield JobGroup(some, 1, together=measuring.room(some[0]) > 1)
 
 
 def _by_tensor(found: Iterator[tuple[int, MatrixSpectra]], tensors: int) -> Iterator[TensorSpectra]:

@@ -37,6 +37,7 @@ class FakeEngine:
         listener: Listener | None = None,
         title: str | None = None,
         saving: object = None,
+        on_ray: object = None,
     ) -> Diff:
         self.calls.append({"base": base, "tuned": tuned, "out": out, "options": options, "title": title})
         tell = listener or (lambda event: None)
@@ -60,12 +61,12 @@ class FakeEngine:
         tell(Finished(self.diff, 0.1))
         return self.diff
 
-    def prepare(
-        self, base: str, tuned: str, *, out: Path | None, options: Options, tell: Listener, read_data: bool
-    ) -> SimpleNamespace:
-        assert not read_data
+    def planned(
+        self, base: str, tuned: str, out: Path | None, options: Options, on_ray: object, tell: Listener
+    ) -> tuple[SimpleNamespace, None]:
+        assert on_ray is None
         tell(Note("compiling kernels, once"))
-        return SimpleNamespace(
+        plan = SimpleNamespace(
             tensors=len(self.diff.tensors),
             total_bytes=2_000_000_000,
             threads=2,
@@ -80,6 +81,7 @@ class FakeEngine:
             io="mmap",
             diff=self._cut(slice(0)),
         )
+        return plan, None
 
     def _cut(self, rows: slice) -> Diff:
         return replace(self.diff, columns={name: values[rows] for name, values in self.diff.columns.items()})
@@ -99,10 +101,10 @@ class FakeEngine:
                 told.at(1000 * (row + 1) // len(self.diff.tensors), facts.name, 10 * (row + 1), 7 * (row + 1))
 
     def modules(self) -> dict[str, ModuleType]:
-        """What stands in the place of the engine, and of the planning that a dry run asks."""
-        engine, planning = (ModuleType(f"ckptdiff.run.{name}") for name in ("engine", "planning"))
-        engine.run, planning.prepare = self.run, self.prepare
-        return {module.__name__: module for module in (engine, planning)}
+        """What stands in the place of the engine, which a dry run asks for its plan."""
+        engine = ModuleType("ckptdiff.run.engine")
+        engine.run, engine.planned = self.run, self.planned
+        return {engine.__name__: engine}
 
 
 def install(engine: FakeEngine) -> None:

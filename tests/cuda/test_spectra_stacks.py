@@ -19,7 +19,6 @@ import ckptdiff
 from ckptdiff.errors import DeviceError
 from ckptdiff.events import Event, StageProgress
 from ckptdiff.files.unfinished import Saving
-from ckptdiff.linalg.work import WorkMeter
 from ckptdiff.lora import Extraction, extract_lora
 from ckptdiff.options import Options, SpectraOptions
 from ckptdiff.run.engine import run
@@ -27,7 +26,7 @@ from ckptdiff.spectra.budget import ON_GPU, Budget
 from ckptdiff.spectra.gpu_panels import GpuStack, slots_bytes
 from ckptdiff.spectra.matrices import MatrixView
 from ckptdiff.spectra.stacks import in_turn
-from ckptdiff.spectra.stage import _by_tensor, _gpu_tasks
+from ckptdiff.spectra.stage import _by_tensor, _groups_of_a_kind
 
 EXPERTS, INNER, HIDDEN = 4, 24, 40
 INSIDE = "model.layers.0.mlp.experts"
@@ -308,17 +307,14 @@ def test_matrices_wait_for_their_kind_but_not_for_ever() -> None:
     jobs: Any = [SimpleNamespace(place=k, index=k // 3, kind=kind, size=1) for k, kind in enumerate(kinds)]
     stacks: list[list[int]] = []
 
-    def measure(batch: Any, meter: Any) -> list[tuple[int, str]]:
+    def measure(batch: Any) -> list[tuple[int, str]]:
         stacks.append([job.place for job in batch])
         return [(job.place, f"{job.place} {job.kind}") for job in batch]
 
-    measuring: Any = SimpleNamespace(
-        kind=lambda job: job.kind,
-        room=lambda job: 1 if job.kind == "alone" else 32,
-        measure_all=lambda batch, slots, meter: measure(batch, meter),
-        measure_together=measure,
-    )
-    found = [one for task in _gpu_tasks(jobs, measuring, WorkMeter(0.0)) for one in task.work()]
+    measuring: Any = SimpleNamespace(kind=lambda job: job.kind, room=lambda job: 1 if job.kind == "alone" else 32)
+    groups = list(_groups_of_a_kind(jobs, measuring))
+    assert [kinds[group.jobs[0].place] for group in groups if not group.together] == ["alone"]
+    found = [one for group in groups for one in measure(group.jobs)]
     assert sorted(place for place, _ in found) == list(range(len(jobs)))
     for places in stacks:
         assert len({kinds[place] for place in places}) == 1 and len(places) <= 32

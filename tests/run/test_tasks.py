@@ -10,7 +10,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from ckptdiff.errors import PlanError
-from ckptdiff.run.tasks import GRAIN, Load, Span, SpanTask, cut, fit_memory, plan_tasks
+from ckptdiff.run.tasks import GRAIN, Load, Span, SpanTask, batched, cut, fit_memory, plan_tasks
 
 BLOCK = 2**20
 MIB = 2**20
@@ -76,7 +76,36 @@ def test_tasks_are_small(given_loads: list[Load]) -> None:
 @given(st.integers(BLOCK + 1, 60 * BLOCK), st.integers(0, 9))
 def test_a_further_pass_is_cut_as_the_first(numel: int, index: int) -> None:
     first = [task for task in plan_tasks([load(1)] * index + [load(numel)]) if task.span is not None]
-    assert list(cut(index, load(numel))) == first
+    assert list(cut(Span(index, 0, load(numel).blocks))) == first
+
+
+@given(st.integers(2, 60), st.lists(st.tuples(st.integers(0, 59), st.integers(1, 9)), max_size=6))
+def test_what_is_known_is_a_task_and_what_lies_between_is_cut(blocks: int, wanted: list[tuple[int, int]]) -> None:
+    known: list[tuple[int, int]] = []
+    for first, length in sorted(wanted):
+        if first + length <= blocks and (not known or known[-1][1] <= first):
+            known.append((first, first + length))
+    tasks = list(plan_tasks([load(3), load(blocks * BLOCK)], GRAIN, lambda index: known if index == 1 else ()))
+    spans = [task.span for task in tasks if task.span is not None]
+    assert [block for span in spans for block in range(span.first, span.stop)] == list(range(blocks))
+    assert set(known) <= {(span.first, span.stop) for span in spans}
+    others = [span for span in spans if (span.first, span.stop) not in known]
+    assert all(span.stop - span.first <= GRAIN.blocks for span in others)
+
+
+@given(loads, st.integers(1, 1 << 27))
+def test_tasks_that_go_together_are_all_and_as_large_as_asked(given_loads: list[Load], most: int) -> None:
+    tasks = list(plan_tasks(given_loads))
+    batches = list(batched(tasks, given_loads, most))
+    spans = [span for batch in batches for task in batch for span in spans_of(task, given_loads)]
+    known = [span for task in tasks for span in spans_of(task, given_loads)]
+    assert [(span.tensor, block) for span in spans for block in range(span.first, span.stop)] == [
+        (span.tensor, block) for span in known for block in range(span.first, span.stop)
+    ]
+    largest = max((task.nbytes(given_loads) for task in tasks), default=0)
+    sizes = [sum(task.nbytes(given_loads) for task in batch) for batch in batches]
+    assert all(most <= size < most + largest for size in sizes[:-1]) and all(batches)
+    assert sum(task.numel(given_loads) for batch in batches for task in batch) == sum(one.numel for one in given_loads)
 
 
 def test_ten_thousands_of_small_tensors_are_few_tasks() -> None:
