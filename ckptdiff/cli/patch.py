@@ -18,7 +18,7 @@ from ckptdiff.errors import OptionError, first_few, plural
 from ckptdiff.report.text import dumps, percent, quantity, safe, size
 
 if TYPE_CHECKING:
-    from ckptdiff.patch import AppliedDelta, PatchContents
+    from ckptdiff.patch import AppliedDelta, PatchContents, ShippedContents
 
 _SHOWN = 5
 
@@ -231,62 +231,63 @@ def info(path: str, **given: Any) -> int:
     """Say what is in a patch: how much changes, where, and what it takes beside the checkpoint."""
     from pathlib import Path
 
-    from ckptdiff.patch import contents_of
+    from ckptdiff.patch import ShippedContents, contents_of, contents_of_flat, contents_of_folder
     from ckptdiff.patch.opening import patch_kind
 
     target = ReportTarget.choose(given["output"], binary=False, kept=[Path(path)])
-    if patch_kind(path) in ("folder", "flat"):
-        return _info_of_shipped(path, target, given["format"])
-    found = contents_of(path)
+    kind = patch_kind(path)
+    found: PatchContents | ShippedContents
+    if kind in ("folder", "flat"):
+        found = contents_of_folder(path) if kind == "folder" else contents_of_flat(path)
+    else:
+        found = contents_of(path)
     if not given["quiet"]:
         warn(found.warnings)
     with target.open() as stream:
         if given["format"] == "json":
             stream.write(dumps({**asdict(found), "warnings": list(found.warnings)}) + "\n")
         else:
-            stream.write("\n".join(_lines(found)) + "\n")
+            lines = _shipped_lines(found) if isinstance(found, ShippedContents) else _lines(found)
+            stream.write("\n".join([*lines, f"identity    {found.identity}", "", *_module_lines(found)]) + "\n")
     return OK
 
 
-def _info_of_shipped(path: str, target: ReportTarget, format: str) -> int:
-    from ckptdiff.patch import contents_of_flat, contents_of_folder
-    from ckptdiff.patch.opening import patch_kind
-
-    found = contents_of_folder(path) if patch_kind(path) == "folder" else contents_of_flat(path)
-    with target.open() as stream:
-        if format == "json":
-            stream.write(dumps(asdict(found)) + "\n")
-            return OK
-        of = "bytes" if found.format == "delta-dir" else "values"
-        lines = [f"{safe(found.path)}, {found.format}"]
-        if found.version is not None:
-            lines.append(f"version     {found.version} of {found.base_version}, {found.encoding}, {found.checksum}")
-        lines.append(f"changed     {quantity(found.changed)} {of} of {plural(found.tensors, 'tensor')}")
-        if found.whole:
-            lines.append(f"whole       {plural(found.whole, 'tensor')}")
-        lines.append(f"size        {size(found.size)} in {plural(found.files, 'file')}")
-        stream.write("\n".join([*lines, f"identity    {found.identity}"]) + "\n")
-    return OK
+def _shipped_lines(found: ShippedContents) -> list[str]:
+    of = "bytes" if found.format == "delta-dir" else "values"
+    lines = [f"{safe(found.path)}, {found.format}"]
+    if found.version is not None:
+        lines.append(f"version     {found.version} of {found.base_version}, {found.encoding}, {found.checksum}")
+    lines.append(f"changed     {quantity(found.changed)} {of} of {plural(found.tensors, 'tensor')}")
+    if found.whole:
+        lines.append(f"whole       {plural(found.whole, 'tensor')}")
+    beside = f", {percent(found.size / found.dense)} of these tensors' {size(found.dense)}" if found.dense else ""
+    lines.append(f"size        {size(found.size)} in {plural(found.files, 'file')}{beside}")
+    if found.mask_entropy:
+        lines.append(f"mask        {size(found.mask_entropy)} at least, if changes lie at random")
+    return lines
 
 
 def _lines(found: PatchContents) -> list[str]:
     share = percent(found.changed / found.values if found.values else 0.0)
     states = ", ".join(f"{count} {state}" for state, count in found.tensors.items() if count)
-    lines = [
+    return [
         f"{safe(found.base)} -> {safe(found.tuned)}, by {safe(found.made_by)}",
         f"changed     {quantity(found.changed)} of {quantity(found.values)} values ({share})",
         f"tensors     {states}",
         f"size        {size(found.size)}, {percent(found.size / found.dense)} of the checkpoint's {size(found.dense)}",
         f"mask        {size(found.mask_entropy)} at least, if changes lie at random",
-        f"identity    {found.identity}",
-        "",
-        f"{'layer':>5}  {'module':<24}{'tensors':>8}{'values':>10}{'changed':>10}{'share':>10}{'bytes':>10}",
     ]
+
+
+def _module_lines(found: PatchContents | ShippedContents) -> list[str]:
+    lines = [f"{'layer':>5}  {'module':<24}{'tensors':>8}{'values':>10}{'changed':>10}{'share':>10}{'bytes':>10}"]
     for row in found.modules:
         layer = "" if row["layer"] is None else row["layer"]
-        part = percent(row["changed"] / row["values"] if row["values"] else 0.0)
+        known = row["values"] or not row["changed"]  # an overwrite directory does not say it
+        values = quantity(row["values"]) if known else "-"
+        part = percent(row["changed"] / row["values"] if row["values"] else 0.0) if known else "-"
         lines.append(
-            f"{layer:>5}  {safe(row['module_type']):<24}{row['tensors']:>8}{quantity(row['values']):>10}"
+            f"{layer:>5}  {safe(row['module_type']):<24}{row['tensors']:>8}{values:>10}"
             f"{quantity(row['changed']):>10}{part:>10}{size(row['bytes']):>10}"
         )
     return lines

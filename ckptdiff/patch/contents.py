@@ -5,14 +5,26 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckptdiff.checkpoint.places import locate_all
-from ckptdiff.patch.delta import TensorDelta
 from ckptdiff.patch.delta_file import open_delta
 
-__all__ = ["PatchContents", "contents_of"]
+__all__ = ["PatchContents", "TensorRow", "contents_of", "mask_entropy_of", "modules_of"]
+
+
+class TensorRow(NamedTuple):
+    """What a patch says of a tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    values: int
+    changed: int
+    """Of these values."""
+    stored: int
+    """Bytes that it takes in the patch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +51,8 @@ class PatchContents:
         sum of n H(k / n) / 8, with H the binary entropy (Shannon 1948), over tensors of n codes of which k changed.
     modules : list of dict
         ``module_type``, ``layer`` and ``tensors``, ``values``, ``changed`` and ``bytes`` of each group of both.
+    digests : dict
+        Of each tensor those of its bytes ``before`` and ``after``; null where it is new, or lost.
     """
 
     path: str
@@ -53,6 +67,7 @@ class PatchContents:
     changed: int
     mask_entropy: float
     modules: list[dict[str, Any]]
+    digests: dict[str, dict[str, str | None]]
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -92,7 +107,11 @@ def contents_of(path: str | os.PathLike[str]) -> PatchContents:
         states = {"same": 0, "changed": 0, "whole": 0, "lost": 0}
         for tensor in delta.tensors.values():
             states[tensor.state] += 1
-        kept = {name: one for name, one in delta.tensors.items() if one.state != "lost"}
+        kept = [
+            TensorRow(one.name, one.shape, one.codes, one.changed, one.stored)
+            for one in delta.tensors.values()
+            if one.state != "lost"
+        ]
         return PatchContents(
             path=link.path,
             identity=link.identity,
@@ -102,29 +121,34 @@ def contents_of(path: str | os.PathLike[str]) -> PatchContents:
             size=link.size,
             dense=sum(one.size for one in delta.files),
             tensors=states,
-            values=sum(one.codes for one in kept.values()),
-            changed=sum(one.changed for one in kept.values()),
-            mask_entropy=sum(map(_entropy, kept.values())),
-            modules=_modules(kept),
+            values=sum(one.values for one in kept),
+            changed=sum(one.changed for one in kept),
+            mask_entropy=mask_entropy_of(kept),
+            modules=modules_of(kept),
+            digests={name: {"before": one.before, "after": one.after} for name, one in delta.tensors.items()},
         )
 
 
-def _entropy(tensor: TensorDelta) -> float:
-    share = tensor.changed / tensor.codes if tensor.codes else 0.0
-    if not 0.0 < share < 1.0:
-        return 0.0
-    return -tensor.codes * (share * math.log2(share) + (1 - share) * math.log2(1 - share)) / 8
+def mask_entropy_of(tensors: Iterable[TensorRow]) -> float:
+    """Bytes that it takes at least to say which values changed, if those of each tensor are spread at random."""
+    total = 0.0
+    for one in tensors:
+        if 0 < one.changed < one.values:
+            share = one.changed / one.values
+            total -= one.values * (share * math.log2(share) + (1 - share) * math.log2(1 - share)) / 8
+    return total
 
 
-def _modules(tensors: dict[str, TensorDelta]) -> list[dict[str, Any]]:
-    places = locate_all({name: one.shape for name, one in tensors.items()})
+def modules_of(tensors: Sequence[TensorRow]) -> list[dict[str, Any]]:
+    """What changes in each module type of each layer."""
+    places = locate_all({one.name: one.shape for one in tensors})
     groups: defaultdict[tuple[int, str], dict[str, int]] = defaultdict(
         lambda: {"tensors": 0, "values": 0, "changed": 0, "bytes": 0}
     )
-    for name, one in tensors.items():
-        place = places[name]
+    for one in tensors:
+        place = places[one.name]
         group = groups[-1 if place.layer is None else place.layer, place.module_type]
-        for key, value in (("tensors", 1), ("values", one.codes), ("changed", one.changed), ("bytes", one.stored)):
+        for key, value in (("tensors", 1), ("values", one.values), ("changed", one.changed), ("bytes", one.stored)):
             group[key] += value
     return [
         {"layer": None if layer < 0 else layer, "module_type": module, **groups[layer, module]}

@@ -48,6 +48,8 @@ LEVEL = 6
 _FOOTER = struct.Struct("<8sQQQ32s")
 _MOST_INDEX = 1 << 30
 """Bytes of the largest index that is read: a million tensors take a third of it."""
+_PLENTY, _MOST_TIMES = 16 << 20, 100
+"""It deflates to less than a hundredth only where it lists unchanged blocks; a million million codes have a million."""
 _MOST_BLOB = 200_000_000
 """A safetensors header has 100 MB at most."""
 _MOST_NUMBERS = 64
@@ -198,6 +200,14 @@ class DeltaFile:
 
     def _index(self) -> tuple[Delta, str]:
         start = read_bytes(self._descriptor, min(self.size, len(SIGNATURE)), 0, self.path)
+        if start != SIGNATURE and start[:-1] == SIGNATURE[:-1]:
+            raise PatchError(
+                "the patch is of another version of the format",
+                file=self.path,
+                expected=repr(SIGNATURE),
+                found=repr(start),
+                hint="upgrade ckptdiff",
+            )
         if start != SIGNATURE:
             raise PatchError("not a patch", file=self.path, expected=repr(SIGNATURE), found=repr(start))
         if self.size < len(SIGNATURE) + _FOOTER.size:
@@ -206,7 +216,7 @@ class DeltaFile:
         signature, offset, stored, size, digest = _FOOTER.unpack(
             read_bytes(self._descriptor, _FOOTER.size, end, self.path)
         )
-        if signature != SIGNATURE or offset + stored != end or size > _MOST_INDEX:
+        if signature != SIGNATURE or offset + stored != end or size > min(_MOST_INDEX, _PLENTY + _MOST_TIMES * stored):
             raise self.damaged("the patch is cut short or damaged", "a footer at its end", "other bytes")
         raw = read_bytes(self._descriptor, stored, offset, self.path)
         if hashlib.sha256(raw).digest() != digest:

@@ -19,12 +19,13 @@ from ckptdiff.checkpoint.index import MAX_INDEX_BYTES
 from ckptdiff.checkpoint.regular_file import open_regular, read_bytes, read_whole
 from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
 from ckptdiff.errors import CheckpointError, PatchError
+from ckptdiff.patch.contents import TensorRow
 from ckptdiff.patch.delta import BLOCK_CODES, TensorDelta
 from ckptdiff.patch.digests import CHECKSUMS, required
 from ckptdiff.patch.link import FETCH_AGAIN, Apply, GivenSide, StreamLink, scattered
 from ckptdiff.patch.make_directory import ENCODINGS, INDEX_NAME
 
-__all__ = ["DeltaFolder", "changed_bytes", "link_of_folder", "read_folder"]
+__all__ = ["DeltaFolder", "link_of_folder", "read_folder", "rows_of"]
 
 _DIGITS = {"xxh3-128": 32, "blake3": 64, "adler32": 8}
 _FRAME_HEADER = 18
@@ -256,15 +257,16 @@ class _Frame:
         size: int = self._parameters(held[:_FRAME_HEADER]).content_size
         return None if size == _UNKNOWN else size
 
-    def nonzero(self) -> int:
-        """Read to the end, and count the bytes that are not zero."""
-        total = 0
+    def count(self) -> tuple[int, int]:
+        """Read to the end, and count the bytes, and those that are not zero."""
+        size = total = 0
         try:
             while data := self._stream.read(1 << 20):
+                size += len(data)
                 total += int(np.count_nonzero(np.frombuffer(data, np.uint8)))
         except self._error as error:
             raise self.wrong("a frame of the patch is damaged", "a zstd frame", error) from error
-        return total
+        return size, total
 
     def require(self, size: int) -> None:
         """The frame may say how much it holds."""
@@ -301,20 +303,26 @@ class _Frame:
         return _wrong(Path(self._frame.shard.path), problem, expected, found, self._frame.name)
 
 
-def changed_bytes(folder: DeltaFolder) -> int:
-    """How many bytes change, for which all of a directory is read.
+def rows_of(folder: DeltaFolder) -> list[TensorRow]:
+    """How many bytes of each tensor change, for which all of a directory is read; values are bytes here.
+
+    An `overwrite` directory does not say how many a tensor has.
 
     Raises
     ------
     PatchError
         A frame is damaged.
     """
-    total = 0
-    for one in folder.frames.values():
+    rows = []
+    for name, one in folder.frames.items():
         with open_regular(one.shard.path) as (descriptor, _):
             frame = _Frame(one, descriptor, _MOST_WINDOW)
-            total += int(frame.numbers(1, "<u4")[0]) if folder.encoding == "overwrite" else frame.nonzero()
-    return total
+            if folder.encoding == "overwrite":
+                size, changed = 0, int(frame.numbers(1, "<u4")[0])
+            else:
+                size, changed = frame.count()
+            rows.append(TensorRow(name, (), size, changed, one.nbytes))
+    return rows
 
 
 def _wrong(file: Path, problem: str, expected: object, found: object, tensor: str | None = None) -> PatchError:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
-from ckptdiff.patch.directory_link import changed_bytes, read_folder
+from ckptdiff.checkpoint import DTYPES
+from ckptdiff.patch.coded_block import Coding
+from ckptdiff.patch.contents import TensorRow, mask_entropy_of, modules_of
+from ckptdiff.patch.directory_link import read_folder, rows_of
 from ckptdiff.patch.flat_link import read_flat
 
 __all__ = ["ShippedContents", "contents_of_flat", "contents_of_folder"]
@@ -27,6 +32,15 @@ class ShippedContents:
         How many change.
     changed : int
         How many values, or, in a directory, bytes.
+    dense : int or None
+        Bytes of those tensors; None of an `overwrite` directory, which does not say it.
+    mask_entropy : float or None
+        Bytes that it takes at least to say which of their values (bytes) change, as of
+        :class:`~ckptdiff.patch.PatchContents`.
+    modules : list of dict
+        As there; in a directory, ``values`` and ``changed`` are bytes.
+    digests : dict
+        Of each tensor that it names, those of its bytes ``before``, null if that is not said, and ``after``.
     whole : int
         Tensors that are there as a whole; their values are counted as changed.
     version, base_version, encoding, checksum
@@ -40,11 +54,22 @@ class ShippedContents:
     files: int
     tensors: int
     changed: int
+    dense: int | None
+    mask_entropy: float | None
+    modules: list[dict[str, Any]]
+    digests: dict[str, dict[str, str | None]]
     whole: int = 0
     version: int | None = None
     base_version: int | None = None
     encoding: str | None = None
     checksum: str | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """That it does not pay, if so."""
+        if self.dense is None or self.size < self.dense:
+            return ()
+        return (f"the patch is not smaller than the tensors that it changes: {self.size:,} and {self.dense:,} bytes",)
 
 
 def contents_of_folder(path: str | os.PathLike[str]) -> ShippedContents:
@@ -74,6 +99,8 @@ def contents_of_folder(path: str | os.PathLike[str]) -> ShippedContents:
     2
     """
     folder = read_folder(path)
+    rows = rows_of(folder)
+    said = folder.encoding != "overwrite"
     return ShippedContents(
         path=folder.path,
         format="delta-dir",
@@ -81,7 +108,11 @@ def contents_of_folder(path: str | os.PathLike[str]) -> ShippedContents:
         size=folder.size,
         files=len({one.shard.path for one in folder.frames.values()}),
         tensors=len(folder.frames),
-        changed=changed_bytes(folder),
+        changed=sum(one.changed for one in rows),
+        dense=sum(one.values for one in rows) if said else None,
+        mask_entropy=mask_entropy_of(rows) if said else None,
+        modules=modules_of(rows),
+        digests={name: {"before": None, "after": digest} for name, digest in folder.digests.items()},
         version=folder.version,
         base_version=folder.base_version,
         encoding=folder.encoding,
@@ -114,6 +145,16 @@ def contents_of_flat(path: str | os.PathLike[str]) -> ShippedContents:
     True
     """
     flat = read_flat(path)
+    rows = [
+        TensorRow(
+            name,
+            one.shape,
+            math.prod(one.shape) * DTYPES[one.values.dtype].bits // 8 // Coding.of(one.values.dtype).width,
+            one.values.nbytes // Coding.of(one.values.dtype).width,
+            one.values.nbytes + (0 if one.indices is None else one.indices.nbytes),
+        )
+        for name, one in flat.tensors.items()
+    ]
     return ShippedContents(
         path=flat.shard.path,
         format="flat",
@@ -121,7 +162,11 @@ def contents_of_flat(path: str | os.PathLike[str]) -> ShippedContents:
         size=flat.shard.size,
         files=1,
         tensors=len(flat.tensors),
-        changed=sum(one.values.numel for one in flat.tensors.values()),
+        changed=sum(one.changed for one in rows),
+        dense=sum(math.prod(one.shape) * DTYPES[one.values.dtype].bits // 8 for one in flat.tensors.values()),
+        mask_entropy=mask_entropy_of(rows),
+        modules=modules_of(rows),
+        digests={name: {"before": flat.before[name], "after": digest} for name, digest in flat.after.items()},
         whole=sum(one.indices is None for one in flat.tensors.values()),
         checksum="xxh3-128",
     )

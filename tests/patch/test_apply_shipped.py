@@ -258,6 +258,19 @@ def test_a_frame_without_its_size_and_of_another_level(tmp_path: Path) -> None:
     assert (tmp_path / "out.safetensors").read_bytes() == tuned.read_bytes()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_does_not_pay_says_so(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An `overwrite` directory does not say how large its tensors are."""
+    rng = np.random.default_rng(3)
+    sides = []
+    for name in ("base", "tuned"):
+        codes = np.frombuffer(rng.bytes(5000), np.uint16) & np.uint16(0x3FFF)
+        sides.append(write(tmp_path / f"{name}.safetensors", {"w": Stored("BF16", (2500,), codes.tobytes())}))
+    link = make(kind, *sides, tmp_path / "patch")
+    assert main(["patch", "info", str(link)]) == 0
+    assert ("not smaller" in capsys.readouterr().err) == (kind != "overwrite")
+
+
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, tuned = (str(ROOT / "fixtures" / "llama" / name) for name in ("base", "tuned"))
     for kind in KINDS:
@@ -274,6 +287,11 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         apart = [np.frombuffer(old[name], np.uint8) != np.frombuffer(new[name], np.uint8) for name in old]
         changed = sum(map(np.count_nonzero, apart))
         assert info["changed"] == changed if kind != "flat" else info["format"] == "flat"
+        assert sum(row["changed"] for row in info["modules"]) == info["changed"]
+        assert info["digests"]["lm_head.weight"]["after"] == xxhash.xxh3_128_hexdigest(new["lm_head.weight"])
+        same = [name for name in old if old[name] == new[name]]
+        dense = sum(len(data) for name, data in new.items() if name not in same)
+        assert info["dense"] == (None if kind == "overwrite" else dense)
         capsys.readouterr()
         assert main(["patch", "apply", tuned, link, "-o", str(tmp_path / f"{kind}-twice")]) == 2 * (kind != "overwrite")
         assert "applied already" in capsys.readouterr().err
