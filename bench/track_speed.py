@@ -92,7 +92,7 @@ def compare_patches(folder: Path, checkpoints: Sequence[Path], rounds: int) -> N
     def measured(name: str, words: Sequence[str]) -> float:
         done = run(list(words))
         peaks[name] = max(peaks[name], done.peak_rss)
-        return done.cpu
+        return done.processor
 
     for number in range(rounds + 1):
         taken = {"track": measured("track", track_words)}
