@@ -301,9 +301,11 @@ def _read_box() -> None:
 def _code_block() -> None:
     from ckptdiff.patch.coded_block import Coding, apply_block, code_block, read_block
 
-    base, tuned, coding = np.zeros(2, np.uint8), np.full(2, 7, np.uint8), Coding(1, True)
+    base, coding = np.zeros(1 << 10, np.uint8), Coding(1, True)
+    tuned = base.copy()
+    tuned[0] = 7  # and no more: what changed everywhere would be stored whole
     coded, _ = code_block(base, tuned, coding)
-    apply_block(base, read_block(coded, 2, coding), coding)
+    apply_block(base, read_block(coded, base.size, coding), coding)
 
 
 def _step_nothing() -> None:
