@@ -29,7 +29,7 @@ from measure import table, write_json
 import ckptdiff
 from ckptdiff.formats import FORMATS, Format
 from ckptdiff.measure.backend import Backend
-from ckptdiff.measure.processor import CpuBackend
+from ckptdiff.measure.cpu import CpuBackend
 from ckptdiff.measure.cuda import choice
 from ckptdiff.measure.cuda.backend import CudaBackend
 from ckptdiff.measure.cuda.gpu import Gpu

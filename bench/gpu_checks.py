@@ -251,7 +251,7 @@ def compile_rows(pairs: list[Path], more: list[str], nice: int) -> Iterator[Row]
     """Have the kernels of these pairs, of bf16 and of `more` formats compiled, by a process a core."""
     from ckptdiff.checkpoint import Kind, open_checkpoint, pair
     from ckptdiff.formats import FORMATS, Formats, formats_of
-    from ckptdiff.measure.processor import CpuBackend
+    from ckptdiff.measure.cpu import CpuBackend
     from ckptdiff.run import warm_up
 
     bf16 = FORMATS["bf16"]

@@ -89,7 +89,7 @@ def measure(numel: int, tensors: int, density: float, rounds: int, dtype: torch.
         {
             "optimizer": name,
             "ms": 1e3 * statistics.median(turn.wall for turn in turns[name]),
-            "ms of processor": 1e3 * statistics.median(turn.processor for turn in turns[name]),
+            "ms of processor": 1e3 * statistics.median(turn.cpu for turn in turns[name]),
             "/ fused": ratio(turns[name], turns[FUSED], "wall"),
             "/ fused, of processor": ratio(turns[name], turns[FUSED], "cpu"),
             "state, bytes per parameter": state_bytes(optimizer) / numel,

@@ -40,15 +40,14 @@ def _processor() -> Iterator[Finding]:
     import llvmlite.binding
 
     from ckptdiff.kernel_cache import cache_folder
-    from ckptdiff.kernel_library import library
+    from ckptdiff.kernel_library import kernels_in_use
     from ckptdiff.measure.cpu import CpuBackend
 
     features = {name for name, has in llvmlite.binding.get_host_cpu_features().items() if has}
     vectors = [name for name in ("avx2", "avx512f", "avx512bw", "neon", "sve") if name in features]
     yield Finding("processor", f"{llvmlite.binding.get_host_cpu_name()}, {', '.join(vectors) or 'no wide vectors'}")
     yield Finding("threads", f"{default_threads()} by default, {os.cpu_count()} cores")
-    built = library()
-    yield Finding("built kernels", built._name if built is not None else "none: kernels are compiled on the spot")
+    yield Finding("kernels", kernels_in_use())
     folder = cache_folder()
     yield Finding("kernel cache", str(folder or "none: kernels are compiled in every process"), folder is not None)
     yield _tried("self-test, cpu", CpuBackend())

@@ -147,7 +147,7 @@ def helper(function: Function) -> Function:
 
 
 def reducer(function: Function) -> Function:
-    """Declare a step whose floating sums may be reordered, as vector sums need; the order depends on the code alone."""
+    """Declare a step whose floating sums may be reordered, as vector sums need: code and registers say how."""
     return cast(Function, Step(function, {**STEP, "fastmath": {"reassoc", "nsz", "contract"}}))
 
 

@@ -192,6 +192,12 @@ def open_library(folder: Path, asked: str) -> ctypes.CDLL | None:
     return None
 
 
+def kernels_in_use() -> str:
+    """Which kernels a run calls, as far as they are built: "x86_64-v3"; "compiled on the spot" without a library."""
+    opened = library()
+    return "compiled on the spot" if opened is None else Path(opened._name).stem
+
+
 def path_of(level: str) -> Path:
     """Where the library for a level lies."""
     return FOLDER / f"{platform.machine()}-{level}.so"

@@ -312,10 +312,12 @@ def _code_block() -> None:
     from ckptdiff.patch.coded_block import Coding, apply_block, code_block, read_block
     from ckptdiff.patch.small_tensors import apply_small, code_small
 
-    base, tuned, coding = np.zeros(2, np.uint8), np.full(2, 7, np.uint8), Coding(1, True)
+    base, coding = np.zeros(1 << 10, np.uint8), Coding(1, True)
+    tuned = base.copy()
+    tuned[0] = 7  # and no more: what changed everywhere would be stored whole
     coded, _ = code_block(base, tuned, coding)
-    apply_block(base, read_block(coded, 2, coding), coding)
-    blocks = np.array([[0, 2, 1, 1]])
+    apply_block(base, read_block(coded, base.size, coding), coding)
+    base[:], blocks = 0, np.array([[0, base.size, 1, 1]])
     ((coded, _),) = code_small(base, tuned, blocks)
     apply_small(base, blocks, coded, [len(coded)])
 
