@@ -347,6 +347,8 @@ def test_a_gpu_lost_in_mid_run_ends_in_an_error(
     monkeypatch.setattr(gpu, "record", lambda stream, event: lost(event))
     with pytest.raises(DeviceError, match="fallen off the bus"):
         ckptdiff.diff(*pair, spectra="randomized", out=tmp_path / "run.h5", device="cuda")
+    with pytest.raises(DeviceError, match="fallen off the bus"):
+        extract_lora(*pair, tmp_path / "adapter", rank=4, options=Options(device="cuda"))
     assert list(tmp_path.iterdir()) == []
 
 
