@@ -282,10 +282,12 @@ def _write(recorder: Recorder, name: str, folder: str) -> None:
     recorder.objects.clear()
 
 
-def linker() -> list[str] | None:
-    """A command that makes a shared library of objects, None if there is none."""
+def linker() -> list[str]:
+    """A command that makes a shared library of objects; the process ends if there is none."""
     found = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "cc", "gcc", "clang"))), None)
-    return [found, "-shared", "-fPIC", "-O2", "-s", "-Wl,-z,defs"] if found else None
+    if found is None:
+        sys.exit("there is no C compiler to link kernels with")
+    return [found, "-shared", "-fPIC", "-O2", "-s", "-Wl,-z,defs"]
 
 
 def set_target(level: str) -> None:
@@ -307,15 +309,7 @@ def compile_library(
         What a library of another level has, for a level that this processor cannot run.
     uses : sequence of tuple of str
         What is called, for a level that it can.
-
-    Raises
-    ------
-    RuntimeError
-        If there is nothing to link with.
     """
-    link = linker()
-    if link is None:
-        raise RuntimeError("there is no C compiler to link with")
     set_target(level)
     work: Callable[..., list[Recorded]] = _compile_use if has_level(level) else _compile_recorded
     tasks: Sequence[Any] = uses if has_level(level) else recorded
@@ -327,7 +321,7 @@ def compile_library(
                 found |= {f"{one.module}{one.name}{one.key}": one for one in done.result()}
         objects = sorted(map(str, Path(folder).glob("*.o")))
         built = Path(folder, "kernels.so")
-        subprocess.run([*link, "-o", str(built), str(RUNTIME), *objects, "-lm"], check=True)
+        subprocess.run([*linker(), "-o", str(built), str(RUNTIME), *objects, "-lm"], check=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(marked(built.read_bytes()))
     return list(found.values())
@@ -335,6 +329,7 @@ def compile_library(
 
 def main(asked: str, folder: str) -> None:
     """Compile libraries into a folder: for "this" processor, for "all", or for levels with commas between."""
+    linker()
     this = processor_level()
     if asked in ("this", "all"):
         levels = list(LEVELS) if asked == "all" and this != "baseline" else [this]

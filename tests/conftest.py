@@ -222,11 +222,12 @@ def troubled_diff(make_diff: MakeDiff) -> Diff:
 
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder that CKPTDIFF_CACHE_DIR names, in which no kernel was kept yet."""
+    """The folder that CKPTDIFF_CACHE_DIR names, in which no kernel was kept yet; processes use none that was built."""
     from ckptdiff import kernel_cache
 
     folder = tmp_path / "cache"
     monkeypatch.setenv("CKPTDIFF_CACHE_DIR", str(folder))
+    monkeypatch.setenv("CKPTDIFF_KERNELS", "jit")
     kernel_cache.cache_folder.cache_clear()
     yield folder
     kernel_cache.cache_folder.cache_clear()

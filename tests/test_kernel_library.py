@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from patience import PATIENCE
 
+import ckptdiff
 from ckptdiff.errors import OptionError
 from ckptdiff.kernel_library import (
     LEVELS,
@@ -167,6 +168,24 @@ def test_a_level_that_is_none_ends_a_command(tmp_path: Path) -> None:
     done = python(code, "diff", *sides, "-o", str(tmp_path / "run.h5"), CKPTDIFF_KERNELS="v5")
     assert done.returncode == 2 and "CKPTDIFF_KERNELS is 'v5', not one of v4, v3, v2 and jit" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_without_a_compiler_a_wheel_is_pure_and_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("hatchling")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    done = subprocess.run(
+        command,
+        cwd=FIXTURE.parents[1],
+        env={name: value for name, value in os.environ.items() if name != "CC"} | {"PATH": "/nowhere"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [f"ckptdiff-{ckptdiff.__version__}-py3-none-any.whl"]
+    assert "there is no C compiler to link kernels with" in done.stderr
+    assert "no kernels were compiled: each run compiles those it needs, and keeps them" in done.stderr
 
 
 BUILD = """

@@ -232,7 +232,10 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_no_other_kernel_is_called_than_those_compiled_beforehand(tmp_path: Path) -> None:
+def test_no_other_kernel_is_called_than_those_compiled_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CKPTDIFF_KERNELS", "jit")
     folders = []
     for number, layout in enumerate(LAYOUTS):
         sample = LAYOUTS[layout](np.random.default_rng(0), 40, 64)
