@@ -1,4 +1,4 @@
-"""Do bit tricks that Numba lacks: flags in words, lowest and highest set bit, bits of a float, sixteen floats alike.
+"""Do bit tricks that Numba lacks: flags in words, highest set bit, bits of a float, sixteen floats alike.
 
 Each is portable LLVM IR, so the same source becomes one or two instructions with AVX-512, a few with AVX2 or NEON.
 """
@@ -69,16 +69,6 @@ def population(typing: Any, word: Any) -> Any:
         return builder.ctpop(args[0])
 
     return types.int64(types.uint64), generate
-
-
-@intrinsic
-def lowest_bit(typing: Any, word: Any) -> Any:
-    """Index of the lowest set bit of a word; 64 for zero."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
-
-    return types.uint64(types.uint64), generate
 
 
 @intrinsic

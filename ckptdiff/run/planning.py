@@ -137,9 +137,11 @@ class Plan:
     @property
     def decoding_note(self) -> str:
         """Who decodes quantised weights, in words; empty where that is the processor alone."""
+        if not self.device.decodes:
+            return ""
         sources = ((*sources_of(pair.base), *sources_of(pair.tuned)) for pair in self.pairs)
         quantised = sum(any(isinstance(source, Decoded) for source in some) for some in sources)
-        if not quantised or not self.device.decodes:
+        if not quantised:
             return ""
         there = sum(goes_as_codes(pair.base, pair.tuned) for pair in self.pairs)
         who = {self.device.name: there, "the processor": quantised - there}
