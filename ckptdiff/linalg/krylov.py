@@ -59,7 +59,7 @@ class KrylovOptions:
     seed: int = 0
     """Of the starting block and the probes."""
     gram: int = 4096
-    """Up to so many columns ``d^T d`` costs less than the products it saves, which are narrow and read d each time."""
+    """Up to so many columns ``d^T d`` is made, once, in place of products with d, narrow ones that each read it."""
 
 
 @dataclass(frozen=True, slots=True)

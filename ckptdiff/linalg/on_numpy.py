@@ -69,10 +69,11 @@ class NumpyLibrary:
         sparse = _mostly_zero(panel, total)
 
         def add(part: int) -> None:
-            first, stop = at[part], at[part + 1]
             if sparse:
+                first, stop = at[-2 - part], at[-1 - part]  # what is longest is first here too
                 add_sparse_transposed(total[first:stop], panel, panel, first, first + 1)
                 return
+            first, stop = at[part], at[part + 1]
             add_gram_block(total[first:stop, first:stop], panel[:, first:stop])
             if stop < at[-1]:
                 add_product_block(total[stop:, first:stop], panel[:, stop:].T, panel[:, first:stop])

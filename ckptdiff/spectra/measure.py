@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,9 @@ Floats = NDArray[np.float64]
 _HEADLINE = 16
 _RANDOMIZED_ERROR, _EXACT_ERROR = 4e-6, 1e-7
 """Standard error of a coverage that needs no further pass."""
+_SPARSE, _DENSE_GRAM = 5, 2048
+"""Where more than one of so many weights moved, zeros are not skipped, and the Gram matrix of an update of more columns
+than this costs more than the products it saves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,8 @@ def measure_randomized(
     Panels are float32, or float64 if float32 has too small a range. A part of the base may lie off the grid of
     bfloat16, which the rounding null takes; NaN makes none.
     """
-    short, krylov, library = source.short, _krylov(source.short, options), source.library
+    dense = known.support * _SPARSE >= known.numel
+    short, krylov, library = source.short, _krylov(source.short, options, dense), source.library
     if krylov is None:
         leading = direct_values(short, ENERGY_RANKS, with_vectors=False, library=library)
     else:
@@ -107,11 +111,12 @@ def randomized_work(
     return surveyed + found, 1 + max(passes, krylov_passes(short, krylov))
 
 
-def _krylov(short: int, options: SpectraOptions) -> KrylovOptions | None:
+def _krylov(short: int, options: SpectraOptions, dense: bool = False) -> KrylovOptions | None:
     """How the update's leading values are found: in a Krylov space, or directly where that is quicker."""
     if short <= options.block * options.steps * 2:
         return None
-    return KrylovOptions(options.block, options.steps, seed=options.seed)
+    found = KrylovOptions(options.block, options.steps, seed=options.seed)
+    return replace(found, gram=_DENSE_GRAM) if dense else found
 
 
 def measure_exact(
