@@ -62,7 +62,7 @@ def main() -> None:
             print(f"{name:8} {statistics.median(times):7.3f} s   ({', '.join(f'{each:.2f}' for each in times)})")
         ratio = statistics.median(b / a for a, b in zip(seconds["threads"], seconds["ray"], strict=True))
         print(f"ray / threads {ratio:.2f}, must be <= {LIMIT}: {'ok' if ratio <= LIMIT else 'MISSED'}")
-        command = [sys.executable, "-m", "ckptdiff", "diff", *sides, "-o", str(files["ray"]), "--quiet"]
+        command = [sys.executable, "-m", "ckptdiff", "diff", *sides, "-o", str(files["ray"]), "--no-progress"]
         for name, more in {
             "one process": ["--threads", "2"],
             "driver of Ray": ["--threads", "1", "--engine", "ray", "--ray-address", address],
