@@ -45,7 +45,7 @@ def joined_cluster(asked: RayOptions, options: Options, tell: Listener) -> Itera
         if not nodes:
             raise ClusterError("the cluster has no node with a processor", hint="ray status shows its nodes")
         cluster = Cluster(ray, asked, options, lambda: _nodes(ray))
-        processors = _compare(cluster, nodes)
+        processors = _compare(cluster)
         if len(processors) > 1:
             kinds = "; ".join(f"{first_few(names)}: {processor}" for processor, names in processors.items())
             text = f"nodes have different processors, so that last digits depend on which node did what ({kinds})"
@@ -109,16 +109,12 @@ def _nodes(ray: Any) -> list[Node]:
     return found
 
 
-def _compare(cluster: Cluster, nodes: Sequence[Node]) -> dict[str, list[str]]:
+def _compare(cluster: Cluster) -> dict[str, list[str]]:
     """See that versions are the same everywhere; names of nodes by the processor that they have."""
     ask = _asking()
     here = ask(_LIBRARIES)
-    references = [cluster.on(node, ask).remote(_LIBRARIES) for node in nodes]
     processors = defaultdict(list, {here.pop("processor"): ["here"]})
-    for node, reference in zip(nodes, references, strict=True):
-        while not cluster.is_there(reference):
-            pass
-        there = cluster.get(reference, f"asking node {node.name}")
+    for node, there in cluster.of_each_node(ask, _LIBRARIES):
         processors[there.pop("processor", "")].append(node.name)
         differ = [name for name in here if here[name] != there.get(name, "")]
         if differ:

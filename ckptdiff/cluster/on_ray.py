@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -142,14 +142,9 @@ class Cluster:
         on_gpu = self._options if spectra is not None and self.on_gpu else None
         self._sent = self.ray.put(Sent(bare, str(Path.cwd()), on_gpu))
         shards = _local_shards(plan)
-        nodes = self._nodes()
-        references = [self.on(node, make_ready).remote([self._sent], shards) for node in nodes]
         with stage(tell, "preparing nodes") as told:
-            for done, (node, reference) in enumerate(zip(nodes, references, strict=True)):
-                while not self.is_there(reference):
-                    told.again()
-                self.get(reference, f"looking at node {node.name}")
-                told.at((done + 1) / len(nodes), node.name)
+            for done, (node, _) in enumerate(self.of_each_node(make_ready, [self._sent], shards, idle=told.again)):
+                told.at((done + 1) / spread.nodes, node.name)
 
     def hands(self, plan: Plan, shards: OpenShards, kept: KeptResults | None) -> RayHands:
         """Whoever does the tasks of the coordinate pass."""
@@ -173,10 +168,28 @@ class Cluster:
         actor = self.ray.remote(num_cpus=0, max_restarts=-1)(Tally)
         return actor.options(scheduling_strategy=self._affinity(here, soft=True)).remote()
 
-    def on(self, node: Node, function: Callable[..., Any]) -> Any:
-        """A function that runs on a node and takes none of its processors."""
-        strategy = self._affinity(node.id, soft=False)
-        return self.ray.remote(num_cpus=0, max_retries=_RETRIES)(function).options(scheduling_strategy=strategy)
+    def of_each_node(
+        self, function: Callable[..., Any], *given: Any, idle: Callable[[], None] = lambda: None
+    ) -> Iterator[tuple[Node, Any]]:
+        """What a function gives on each node, which takes no processor there; nodes that are lost meanwhile give none.
+
+        While they are waited for, `idle` is called again and again.
+        """
+        remote, begun = self.ray.remote(num_cpus=0, max_retries=_RETRIES)(function), []
+        for node in self._nodes():
+            strategy = self._affinity(node.id, soft=False)
+            begun.append((node, remote.options(scheduling_strategy=strategy).remote(*given)))
+        for node, reference in begun:
+            while not self.is_there(reference):
+                idle()
+            try:
+                found = self.get(reference, f"looking at node {node.name}")
+            except ClusterError:
+                self._listed = time.monotonic(), self._list()
+                if any(one.id == node.id for one in self._listed[1]):
+                    raise
+                continue
+            yield node, found
 
     def task(self, function: Callable[..., Any], threads: int, memory: int, gpus: int = 0) -> Any:
         """A function that runs wherever there is room for it, and again if its worker or node dies."""

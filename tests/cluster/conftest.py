@@ -15,6 +15,8 @@ import pytest
 
 # Read when Ray is first imported. Whatever the machine has set up, clusters of tests have a token of their own.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+# Workers that are nice would wait for all other tests on a busy machine.
+os.environ |= {"RAY_worker_niceness": "0"}
 
 
 @pytest.fixture(scope="session")
