@@ -130,7 +130,7 @@ def diff(
         stream=stream,
         quick=quick,
     )
-    with written_to(out) as target:
+    with written_to(out, resume) as target:
         return run(
             os.fspath(base),
             os.fspath(tuned),

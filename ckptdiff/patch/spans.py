@@ -80,4 +80,9 @@ def read_block_of(
     start = tensor.start + place * BLOCK_CODES * coding.width
     stop = min(start + BLOCK_CODES * coding.width, tensor.stop)
     with shards[tensor.shard].window(tensor, start, stop, buffer) as data:
-        return data
+        if tensor.shard.remote is None:
+            return data
+        buffer[: stop - start] = data  # which lies elsewhere, and as long as the window alone
+    held = buffer[: stop - start].view()
+    held.flags.writeable = False
+    return held

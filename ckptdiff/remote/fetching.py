@@ -80,9 +80,9 @@ class _Rooms:
         self._used = self._most = 0
 
     def take(self, size: int) -> NDArray[np.uint8]:
-        """Room for so many bytes and their alignment; up to an eighth larger, since others of that size will come."""
+        """Room for so many bytes and their alignment; a little larger, since others of about that size will come."""
         size += _ALIGNED
-        step = 1 << size.bit_length() - 4
+        step = 1 << size.bit_length() - 6
         size = -(-size // step) * step
         self._used += size
         for place, room in enumerate(self._free):
