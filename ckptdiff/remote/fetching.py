@@ -199,7 +199,8 @@ class Fetching:
             As :func:`~ckptdiff.remote.transport.fetch` does.
         """
         with self._lock:
-            found = next((extent for extent in self._held[file] if extent.holds(file, start, stop)), None)
+            # The newest is the one that goes last.
+            found = next((extent for extent in reversed(self._held[file]) if extent.holds(file, start, stop)), None)
             if found is None:
                 found = self._unleased(ByteRange(file, start, stop), end)
             # It may be that of another lease, which ends meanwhile.
