@@ -5,8 +5,8 @@
 Servers on loopback, each a process of its own: the tests' web server, and moto's for S3. The ways take turns: obstore
 alone, which fetches all ranges of the files, sixteen at a time, and drops them; the ranges of a diff, fetched and
 dropped by its own code; and all that a diff does once it has read headers, whose figures are compared with those of the
-files on disk. Beside the
-medians of wall time stands processor time of this process for each GB, which other work disturbs less.
+files on disk. Beside the medians of wall time stands processor time of this process for each GB, which other work
+disturbs less; and the peak of a comparison in a process of its own beside what it was allowed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any
 
 from make_pair import make_pair, parse_size
 from measure import machine
+from measure import run as measured
 
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.figures.result import Diff
@@ -115,7 +116,16 @@ def compare(name: str, sides: Sides, local: Diff, rounds: int) -> dict[str, Any]
             f"{name:<5}{way:<10}{total / wall / 1e9:6.2f} GB/s {medians['obstore'] / wall:6.2f} of obstore"
             f"{found[way]['processor seconds a GB']:7.2f} processor seconds a GB"
         )
+    allowed = -(-(plan.memory.of(1) + plan.memory.ahead) >> 20) + 100
+    command = [sys.executable, "-m", "ckptdiff", "diff", *sides, "--max-memory", f"{allowed}M", "-q", "-O", os.devnull]
+    found["peak"], found["allowed"] = command_peak(command), allowed << 20
+    print(f"{name:<5}memory    {found['peak'] / 2**20:.0f} MiB of {allowed} MiB allowed")
     return found
+
+
+def command_peak(command: list[str]) -> int:
+    """Peak resident bytes of a comparison, which ends with 1 where the sides differ."""
+    return measured(["sh", "-c", '"$@" || [ $? = 1 ]', "sh", *command]).peak_rss
 
 
 def processor_seconds() -> float:

@@ -190,7 +190,7 @@ def test_memory_is_used_again_by_nobody_who_would_disturb(server: Server, file: 
         thread.join()
     fetching.close()
     assert not failed
-    # Three tasks at work, each of which may hold back one that it overlaps, and what is held ahead; room comes in steps.
+    # Three tasks at work, each of which may hold back one that it overlaps, and what is ahead; room comes in steps.
     assert most <= (room + 6 * (9_300 + GAP)) * 1.05
     assert not any(fetching._held.values()) and not fetching._rooms._free
 
