@@ -4,8 +4,9 @@
 
 Servers on loopback, each a process of its own: the tests' web server, and moto's for S3. The ways take turns: obstore
 alone, which fetches all ranges of the files, sixteen at a time, and drops them; the ranges of a diff, fetched and
-dropped by its own code; and the whole diff, whose figures are compared with those of the files on disk. Beside the
-medians of wall time stands processor time of this process for each GB, which other work disturbs less.
+dropped by its own code; and all that a diff does once it has read headers, whose figures are compared with those of the
+files on disk. Beside the medians of wall time stands processor time of this process for each GB, which other work
+disturbs less; and the peak of a comparison in a process of its own beside what it was allowed.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from typing import Any
 
 from make_pair import make_pair, parse_size
 from measure import machine
+from measure import run as measured
 
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.figures.result import Diff
 from ckptdiff.options import Options
-from ckptdiff.run.engine import run
-from ckptdiff.run.planning import prepare
+from ckptdiff.run.engine import run, run_plan
+from ckptdiff.run.planning import Plan, prepare
 from ckptdiff.run.tasks import plan_tasks
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -50,6 +52,7 @@ with serving(Path(sys.argv[2])) as served:
 AT_ONCE, PIECE = 16, 16 << 20
 """As in ckptdiff.remote.fetching."""
 KEYS = {
+    "CKPTDIFF_RETRY_SECONDS": "300",
     "AWS_ACCESS_KEY_ID": "someone",
     "AWS_SECRET_ACCESS_KEY": "c2VjcmV0a2V5",
     "AWS_REGION": "us-east-1",
@@ -88,8 +91,8 @@ def compare(name: str, sides: Sides, local: Diff, rounds: int) -> dict[str, Any]
     total = sum(files.values())
     ways: dict[str, Callable[[], object]] = {
         "obstore": lambda: by_obstore(files),
-        "fetching": lambda: by_fetching(sides),
-        "diff": lambda: require_equal(run(*sides, options=Options()), local),
+        "fetching": lambda: by_fetching(plan),
+        "diff": lambda: require_equal(run_plan(plan), local),
     }
     walls: dict[str, list[float]] = {way: [] for way in ways}
     busy: dict[str, list[float]] = {way: [] for way in ways}
@@ -113,7 +116,16 @@ def compare(name: str, sides: Sides, local: Diff, rounds: int) -> dict[str, Any]
             f"{name:<5}{way:<10}{total / wall / 1e9:6.2f} GB/s {medians['obstore'] / wall:6.2f} of obstore"
             f"{found[way]['processor seconds a GB']:7.2f} processor seconds a GB"
         )
+    allowed = -(-(plan.memory.of(1) + plan.memory.ahead) >> 20) + 100
+    command = [sys.executable, "-m", "ckptdiff", "diff", *sides, "--max-memory", f"{allowed}M", "-q", "-O", os.devnull]
+    found["peak"], found["allowed"] = command_peak(command), allowed << 20
+    print(f"{name:<5}memory    {found['peak'] / 2**20:.0f} MiB of {allowed} MiB allowed")
     return found
+
+
+def command_peak(command: list[str]) -> int:
+    """Peak resident bytes of a comparison, which ends with 1 where the sides differ."""
+    return measured(["sh", "-c", '"$@" || [ $? = 1 ]', "sh", *command]).peak_rss
 
 
 def processor_seconds() -> float:
@@ -146,12 +158,11 @@ def by_obstore(files: dict[str, int]) -> None:
         list(pool.map(fetch, parts))
 
 
-def by_fetching(sides: Sides) -> None:
+def by_fetching(plan: Plan) -> None:
     """All that a diff reads, fetched ahead as it does, and dropped."""
-    plan = prepare(*sides, options=Options())
     with open_shards("pread", plan.memory.ahead) as shards:
         tasks = [plan.remote_parts(task) for task in plan_tasks(plan.loads, plan.grain)]
-        leases = [shards.ahead(parts) for parts in tasks]
+        leases = shards.all_ahead(tasks)
         for parts, lease in zip(tasks, leases, strict=True):
             with lease:
                 for shard, start, stop in parts:

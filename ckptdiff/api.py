@@ -143,7 +143,7 @@ def diff(
         quick=quick,
     )
     on_ray = ray_options(engine, ray_address, parallel)
-    with written_to(out) as target:
+    with written_to(out, resume) as target:
         return run(
             os.fspath(base),
             os.fspath(tuned),

@@ -347,3 +347,17 @@ def test_weights_in_other_layouts_have_the_same_figures(tmp_path: Path):
     script("weights.py", "--size", "12MiB", "--rounds", "1", "--threads", "2", "--json", figures)
     found = json.loads(figures.read_text())["figures"]
     assert len(found) == 8 and all(one["seconds"] > 0 < one["peak_mib"] for one in found.values())
+
+
+@pytest.mark.slow
+def test_speed_of_remote_checkpoints_is_that_of_equal_digits(tmp_path):
+    pytest.importorskip("obstore")
+    report = tmp_path / "found.json"
+    lines = script(
+        "remote_speed.py", "--size", "1MiB", "--rounds", 1, "--server", "http", "--json", report
+    ).splitlines()
+    assert [line.split()[:2] for line in lines[:4]] == [
+        ["http", way] for way in ("obstore", "fetching", "diff", "memory")
+    ]
+    found = json.loads(report.read_text())["http"]
+    assert 0 < found["peak"] <= found["allowed"] and found["diff"]["processor seconds a GB"] > 0

@@ -111,7 +111,7 @@ def diff(base: str, tuned: str, **given: Any) -> int:
       ckptdiff diff base/ tuned/ --format json | jq .global.rel_norm
       ckptdiff diff base/ tuned/ --fail-if 'global.unchanged_bitwise<0.5'
     """  # noqa: D301
-    with written_to(given["out"]) as out:
+    with written_to(given["out"], given["resume"]) as out:
         kept = [*files_of(base), *files_of(tuned), *([] if out is None else [out])]
         request = Request.of(given, run_file=given["out"], kept=kept)
         options = _options(given)

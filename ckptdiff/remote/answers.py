@@ -21,6 +21,7 @@ _HINTS = {
     403: "check that these credentials may read it, and that the URL has not expired",
     404: "check the name",
 }
+_RANGES = "a host that answers requests for ranges (HTTP 206), or a copy on disk"
 
 
 def total(answer: Answer) -> int | None:
@@ -37,7 +38,7 @@ def check_range(address: Address, answer: Answer, span: tuple[int, int], version
             file=address.shown,
             expected="206 Partial Content",
             found=status(answer),
-            hint="download it, and name the file",
+            hint=f"name {_RANGES}",
         )
     changed = total(answer) not in (None, version.size)
     if answer.status != HTTPStatus.PARTIAL_CONTENT and not changed:
@@ -59,6 +60,7 @@ def check_range(address: Address, answer: Answer, span: tuple[int, int], version
             file=address.shown,
             expected=f"{expected}, {span[1] - span[0]} bytes",
             found=f"{found or 'no range'}, {length} bytes",
+            hint=f"name {_RANGES}",
         )
     if (answer.getheader("Content-Encoding") or "identity") != "identity":
         raise CheckpointError(
@@ -66,6 +68,7 @@ def check_range(address: Address, answer: Answer, span: tuple[int, int], version
             file=address.shown,
             expected="Content-Encoding: identity",
             found=answer.getheader("Content-Encoding"),
+            hint=f"name {_RANGES}",
         )
 
 
@@ -74,8 +77,9 @@ def refused(address: Address, answer: Answer) -> CheckpointError:
     error = CheckpointError(
         "no such file" if answer.status == HTTPStatus.NOT_FOUND else "the host refuses the file",
         file=address.shown,
+        expected="206 Partial Content",
         found=status(answer),
-        hint=_HINTS.get(answer.status),
+        hint=_HINTS.get(answer.status, f"look at what the host says of this URL, or name {_RANGES}"),
     )
     if answer.status == HTTPStatus.NOT_FOUND:
         error.__cause__ = FileNotFoundError(address.shown)

@@ -80,9 +80,9 @@ class _Rooms:
         self._used = self._most = 0
 
     def take(self, size: int) -> NDArray[np.uint8]:
-        """Room for so many bytes and their alignment; up to an eighth larger, since others of that size will come."""
+        """Room for so many bytes and their alignment; a little larger, since others of about that size will come."""
         size += _ALIGNED
-        step = 1 << size.bit_length() - 4
+        step = 1 << size.bit_length() - 6
         size = -(-size // step) * step
         self._used += size
         for place, room in enumerate(self._free):
@@ -199,7 +199,8 @@ class Fetching:
             As :func:`~ckptdiff.remote.transport.fetch` does.
         """
         with self._lock:
-            found = next((extent for extent in self._held[file] if extent.holds(file, start, stop)), None)
+            # The newest is the one that goes last.
+            found = next((extent for extent in reversed(self._held[file]) if extent.holds(file, start, stop)), None)
             if found is None:
                 found = self._unleased(ByteRange(file, start, stop), end)
             # It may be that of another lease, which ends meanwhile.

@@ -226,11 +226,18 @@ def _asked(address: Address, span: tuple[int, int] | None, renew: bool) -> Itera
                 file=address.shown,
                 expected=f"a redirect to {old.scheme}",
                 found=new.scheme or "no scheme",
+                hint="name the URL that it lies at in the end",
             )
         if (new.scheme, new.netloc) != (old.scheme, old.netloc):
             headers = {}
         url = location
-    raise CheckpointError("the host redirects again and again", file=address.shown, expected=f"{_REDIRECTS} at most")
+    raise CheckpointError(
+        "the host redirects again and again",
+        file=address.shown,
+        expected=f"{_REDIRECTS} redirects at most",
+        found="more",
+        hint="name the URL that it lies at in the end",
+    )
 
 
 @contextmanager
@@ -310,6 +317,7 @@ def _lost(address: Address, error: Any, most: float) -> CheckpointError:
     return CheckpointError(
         "the file cannot be fetched" if most == 0 else f"the file cannot be fetched, tried again for {most:g} seconds",
         file=address.shown,
+        expected="an answer",
         found=found,
         hint="look at the network and the host, then run again; CKPTDIFF_RETRY_SECONDS sets how long it is tried",
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -17,13 +19,16 @@ __all__ = ["written_to"]
 
 
 @contextmanager
-def written_to(out: str | os.PathLike[str] | None) -> Iterator[Path | None]:
+def written_to(out: str | os.PathLike[str] | None, resume: bool = False) -> Iterator[Path | None]:
     """Where to write what is to go to `out`: that path; for a URL a file in a temporary folder, uploaded at the end.
+
+    With `resume` that folder is the same each time, and what lies beside the file stays there until it is uploaded.
 
     Raises
     ------
     RunFileError
-        A URL that nothing can be uploaded to, or an upload that fails; the complete file is kept then, and named.
+        A URL that nothing can be uploaded to, or an upload that fails; the complete file is kept then, and named. Or,
+        with `resume`, a complete file of an earlier run that has not been uploaded.
     CheckpointError
         An object store that cannot be reached, before anything is done.
     """
@@ -42,10 +47,20 @@ def written_to(out: str | os.PathLike[str] | None) -> Iterator[Path | None]:
             found="no name of an object" if is_object(url) else f"a URL of {urlsplit(url).scheme}",
         )
     list_folder(url.removesuffix(name))  # hours before it is needed
-    folder = Path(tempfile.mkdtemp(prefix="ckptdiff-"))
+    folder = _lasting(url) if resume else Path(tempfile.mkdtemp(prefix="ckptdiff-"))
+    if (folder / name).exists():
+        raise RunFileError(
+            "the run file of an earlier run is complete, and was not uploaded",
+            file=folder / name,
+            expected=f"none that still has to go to {shown(url)}",
+            found="one, which this run would replace",
+            hint="copy it there, or remove it",
+        )
     try:
         yield folder / name
     except BaseException:
+        if resume and any(folder.iterdir()):
+            raise
         shutil.rmtree(folder, ignore_errors=True)
         raise
     try:
@@ -55,3 +70,20 @@ def written_to(out: str | os.PathLike[str] | None) -> Iterator[Path | None]:
         error.hint = f"it is complete at {folder / name}: copy it from there. {error.hint or ''}".rstrip()
         raise
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lasting(url: str) -> Path:
+    """A folder of ours for what goes to a URL, made or found again by another run."""
+    told = hashlib.sha256(url.encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir(), f"ckptdiff-{os.geteuid()}-{told}")
+    with suppress(FileExistsError):
+        folder.mkdir(0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise RunFileError(
+            "the folder in which --resume keeps what is done is not ours alone",
+            file=folder,
+            expected="a folder of this user that nobody else may write to",
+            hint="remove it, or name another temporary folder: TMPDIR",
+        )
+    return folder

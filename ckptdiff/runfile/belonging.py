@@ -44,8 +44,9 @@ _PAIRED = attrgetter(
 def belonging(command: str, diff: Diff, device: str, spectra: SpectraOptions | None) -> dict[str, str]:
     """What figures and masks of a run depend on, in words.
 
-    Files are told by their headers, sizes and times of modification, not by their names. Threads, memory and ways to
-    read are left out: no digit depends on them. A `diff` with columns stands for a run file, whose figures count.
+    Files are told by their headers, sizes, times of modification and ETags, not by their names. Threads, memory and
+    ways to read are left out: no digit depends on them. A `diff` with columns stands for a run file, whose figures
+    count.
     """
     found = {
         "command": command,
@@ -60,7 +61,8 @@ def belonging(command: str, diff: Diff, device: str, spectra: SpectraOptions | N
     }
     found |= {option: " ".join(map(repr, _several(diff.options.get(name)))) for name, option in _OPTIONS.items()}
     for side, facts in zip(SIDES, (diff.base, diff.tuned), strict=True):
-        shards = [(shard["header_sha256"], shard["size"], shard["mtime_ns"]) for shard in facts["shards"]]
+        known = ("header_sha256", "size", "mtime_ns", "etag")
+        shards = [tuple(shard.get(name) for name in known) for shard in facts["shards"]]
         found[side] = f"{plural(len(shards), 'file')}, {_digest(repr(shards))}"
     columns = "".join(f"{name}{_digest(diff.columns[name].tobytes())}" for name in sorted(diff.columns))
     found["tensors"] = f"{len(diff.tensors):,}, {_digest(repr(list(map(_PAIRED, diff.tensors))) + columns)}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from ranged_server import Asked, Handler, Server
 
 from ckptdiff.errors import CheckpointError
 from ckptdiff.remote.address import Url
-from ckptdiff.remote.fetching import ByteRange, Fetching, coalesced
+from ckptdiff.remote.fetching import GAP, ByteRange, Fetching, _Rooms, coalesced
 from ckptdiff.remote.remote_file import RemoteFile, Version
 from ckptdiff.remote.transport import fetch_start
 
@@ -125,3 +127,92 @@ def test_closing_gives_up_what_is_under_way(server: Server, file: RemoteFile) ->
     fetching.close()
     assert lease.extents is not None and all(piece.done() for piece in lease.extents[0].pieces)
     on.set()
+
+
+@pytest.mark.slow
+def test_small_tasks_are_fetched_together(server: Server, file: RemoteFile) -> None:
+    """So that requests are long, whatever tasks are; each task still has all it asked for, and no byte comes twice."""
+    fetching = Fetching(room=len(WHOLE), requests=4, piece=64_000)
+    wanted = [[ByteRange(file, start, start + 2_000)] for start in range(0, 1_000_000, 2_000)]
+    leases = fetching.leases(wanted)
+    for lease, (part,) in zip(leases, wanted, strict=True):
+        with lease, fetching.view(*part, part.stop) as view:
+            assert view.tobytes() == WHOLE[part.start : part.stop]
+    fetching.close()
+    spans = sorted(server.ranges_of("file"))
+    assert [start for start, _ in spans[1:]] == [stop for _, stop in spans[:-1]], "each byte once"
+    assert spans[0][0] == 0 and spans[-1][1] == 1_000_000 and len(spans) < 30
+
+
+def held_bytes(fetching: Fetching) -> int:
+    return sum(len(extent.room) for extents in fetching._held.values() for extent in extents)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [0, 40_000, 1 << 20])
+def test_memory_is_used_again_by_nobody_who_would_disturb(server: Server, file: RemoteFile, room: int) -> None:
+    """Threads read at random, hold what they read past the end of other tasks, and see their own bytes throughout."""
+    rng = np.random.default_rng(4)
+    starts = np.sort(rng.integers(0, len(WHOLE) - 9_000, 60))
+    wanted = [
+        [ByteRange(file, start, start + size), ByteRange(file, start // 2, start // 2 + 300)]
+        for start, size in zip(starts.tolist(), rng.integers(1, 9_000, 60).tolist(), strict=True)
+    ]
+    fetching = Fetching(room=room, requests=4, piece=64_000)
+    leases, failed, most = fetching.leases(wanted), [], 0
+    following = iter(list(zip(leases, wanted, strict=True)))
+    lock = threading.Lock()
+
+    def work(seed: int) -> None:
+        nonlocal most
+        own = np.random.default_rng(seed)
+        try:
+            while True:
+                with lock:
+                    lease, parts = next(following, (None, []))
+                if lease is None:
+                    return
+                with lease, ExitStack() as stack:
+                    views = [stack.enter_context(fetching.view(*part, part.stop)) for part in parts]
+                    with lock:
+                        most = max(most, held_bytes(fetching))
+                    time.sleep(own.uniform(0, 0.002))
+                    for part, view in zip(parts, views, strict=True):
+                        if view.tobytes() != WHOLE[part.start : part.stop]:
+                            failed.append(part)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    fetching.close()
+    assert not failed
+    # Three tasks at work, each of which may hold back one that it overlaps, and what is ahead; room comes in steps.
+    assert most <= (room + 6 * (9_300 + GAP)) * 1.05
+    assert not any(fetching._held.values()) and not fetching._rooms._free
+
+
+def test_room_is_taken_again_and_never_more_is_kept_than_was_in_use() -> None:
+    rooms, rng = _Rooms(), np.random.default_rng(0)
+    used: list[np.ndarray] = []
+    most = again = 0
+    given = set()
+    for _ in range(2000):
+        if used and rng.random() < 0.5:
+            room = used.pop(int(rng.integers(len(used))))
+            still = rng.random() < 0.9
+            rooms.give(room, still)
+            given |= {room.ctypes.data} if still else set()
+        elif sum(map(len, used)) < 1 << 20:
+            size = int(rng.integers(1, 1 << 17))
+            room = rooms.take(size)
+            assert size + 64 <= len(room) <= (size + 64) * 33 / 32 + 1
+            assert all(room.ctypes.data != other.ctypes.data for other in used)
+            again += room.ctypes.data in given
+            used.append(room)
+        most = max(most, sum(map(len, used)))
+        assert sum(map(len, used)) + sum(map(len, rooms._free)) <= most
+    assert again > 100

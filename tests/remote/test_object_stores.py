@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -168,6 +169,46 @@ def test_a_run_file_goes_to_a_bucket_once_it_is_complete(
     assert str(kept) in str(raised.value) and kept.stat().st_size
     with ckptdiff.RunFile(kept) as run_file:
         assert len(run_file.load().tensors) == 39
+
+
+def test_what_is_done_for_a_bucket_is_kept_until_it_is_there(
+    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(here))
+    sides, url = [str(FIXTURES / "llama" / side) for side in ("base", "tuned")], "s3://bucket/runs/kept.h5"
+
+    def give_up(event: object) -> None:
+        if type(event).__name__ == "StageBegun" and getattr(event, "stage", "") == "writing":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ckptdiff.diff(*sides, out=url, resume=True, listener=give_up)
+    (folder,) = here.iterdir()
+    assert [path.name for path in folder.iterdir()] == ["kept.h5.part"] and folder.stat().st_mode & 0o077 == 0
+    told: list[object] = []
+    ckptdiff.diff(*sides, out=url, resume=True, listener=told.append)
+    begun = next(one for one in told if type(one).__name__ == "StageBegun" and getattr(one, "stage", "") == "comparing")
+    assert getattr(begun, "kept", 0) == getattr(begun, "total", 1) > 0, "nothing was measured again"
+    assert not list(here.iterdir()) and obstore.head(bucket, "runs/kept.h5")["size"]
+
+    def refuse(event: object) -> None:
+        if type(event).__name__ == "Finished":
+            monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+            object_store._store.cache_clear()
+
+    with monkeypatch.context() as patch, pytest.raises(RunFileError, match="cannot be written"):
+        patch.setenv("AWS_ENDPOINT_URL", os.environ["AWS_ENDPOINT_URL"])
+        ckptdiff.diff(*sides, out=url, resume=True, listener=refuse)
+    object_store._store.cache_clear()
+    # What is complete is not made again, nor lost: it is said where it is.
+    assert main(["diff", *sides, "-o", url, "--resume"]) == 2
+    assert "was not uploaded" in (said := capsys.readouterr().err) and str(folder / "kept.h5") in said
+    (folder / "kept.h5").unlink()
+    folder.chmod(0o777)
+    assert main(["diff", *sides, "-o", url, "--resume"]) == 2
+    assert "not ours alone" in capsys.readouterr().err
 
 
 def test_an_object_that_is_replaced_is_noticed(bucket: Any, tmp_path: Path) -> None:

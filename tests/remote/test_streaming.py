@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +23,14 @@ from ckptdiff.checkpoint.boxes import read_elements
 from ckptdiff.checkpoint.encodings import find_encoded
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.cli import main
-from ckptdiff.errors import ChangedFileError, CheckpointError, OptionError
+from ckptdiff.errors import ChangedFileError, CheckpointError, OptionError, RunFileError
 from ckptdiff.figures.result import Diff
+from ckptdiff.files.unfinished import Saving
 from ckptdiff.options import MaskRule, Options, SpectraOptions
 from ckptdiff.run.engine import run
 from ckptdiff.run.planning import prepare
 from ckptdiff.run.tasks import Grain
+from ckptdiff.runfile.reader import RunFile
 from ckptdiff.track import track
 
 pytestmark = pytest.mark.slow
@@ -294,13 +297,34 @@ def test_patches_and_overlaps_take_a_base_that_lies_elsewhere(
     assert json.loads(local) == json.loads(remote)
 
 
-FAULTS: dict[str, tuple[Callable[[Handler, Asked], object], str]] = {
-    "403": (lambda handler, asked: handler.reply(403), "HTTP 403 Forbidden"),
-    "404": (lambda handler, asked: handler.reply(404), "HTTP 404 Not Found"),
-    "503": (lambda handler, asked: handler.reply(503), "HTTP 503 Service Unavailable"),
-    "200": (lambda handler, asked: handler.reply(200, b"x"), "206 Partial Content"),
-    "replaced": (lambda handler, asked: handler.give(asked, ETag='"new"'), "replaced"),
+def hang_up(handler: Handler, asked: Asked) -> None:
+    handler.connection.shutdown(socket.SHUT_RDWR)
+    handler.close_connection = True
+
+
+def cut_short(handler: Handler, asked: Asked) -> None:
+    assert asked.range is not None
+    path = handler.served.root / asked.path.partition("?")[0].lstrip("/")
+    start, stop = asked.range
+    facts = {"Content_Range": f"bytes {start}-{stop - 1}/{path.stat().st_size}", "ETag": f'"{path.stat().st_mtime_ns}"'}
+    handler.reply(206, bytes(stop - start), cut=0, **facts)
+
+
+FAULTS: dict[str, tuple[Callable[[Handler, Asked], object], str, str]] = {
+    "403": (lambda handler, asked: handler.reply(403), "HTTP 403 Forbidden", "check that these credentials"),
+    "404": (lambda handler, asked: handler.reply(404), "HTTP 404 Not Found", "check the name"),
+    "416": (lambda handler, asked: handler.reply(416), "HTTP 416", "look at what the host says"),
+    "429": (lambda handler, asked: handler.reply(429), "HTTP 429 Too Many Requests", "CKPTDIFF_RETRY_SECONDS"),
+    "500": (lambda handler, asked: handler.reply(500), "HTTP 500 Internal Server Error", "CKPTDIFF_RETRY_SECONDS"),
+    "503": (lambda handler, asked: handler.reply(503), "HTTP 503 Service Unavailable", "CKPTDIFF_RETRY_SECONDS"),
+    "cut short": (cut_short, "an answer cut short after 0 of", "CKPTDIFF_RETRY_SECONDS"),
+    "length": (lambda handler, asked: handler.give(asked, Content_Length="12"), ", 12 bytes", "a copy on disk"),
+    "range": (lambda handler, asked: handler.give(asked, Content_Range=""), "no range", "a copy on disk"),
+    "200": (lambda handler, asked: handler.reply(200, b"x"), "206 Partial Content", "a copy on disk"),
+    "replaced": (lambda handler, asked: handler.give(asked, ETag='"new"'), "replaced", "nothing writes to"),
+    "hung up": (hang_up, "the file cannot be fetched", "look at the network"),
 }
+"""An answer, what is said of it, and what to do."""
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -313,7 +337,7 @@ def test_a_host_that_fails_in_between_ends_the_run_and_leaves_nothing(
     fault: str,
 ) -> None:
     monkeypatch.setenv("CKPTDIFF_RETRY_SECONDS", "0.2")
-    answer, said = FAULTS[fault]
+    answer, said, hint = FAULTS[fault]
 
     def later(handler: Handler, asked: Asked) -> bool:
         return bool(asked.range and asked.range[0]) and answer(handler, asked) is None
@@ -322,10 +346,30 @@ def test_a_host_that_fails_in_between_ends_the_run_and_leaves_nothing(
     address = server.url.replace("//", f"//me:{SECRET}@")
     out = tmp_path / "out"
     out.mkdir()
-    assert main(["diff", f"{address}/base", str(pair[1]), "-o", str(out / "run.h5")]) == 2
+    assert main(["diff", f"{address}/base", str(pair[1]), "-o", str(out / "run.h5"), "-v"]) == 2
+    told = capsys.readouterr()
+    lines = {line.split()[0]: line for line in told.err.splitlines() if line.startswith("  ")}
+    assert said in told.err and f"{server.url}/base/model-0000" in lines["file:"] and hint in lines["try:"], told.err
+    assert "expected:" in lines and "found:" in lines
+    assert SECRET not in told.err + told.out and list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:1", "no-such-host.invalid"])
+def test_a_host_that_is_not_there_is_said(
+    pair: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    host: str,
+) -> None:
+    monkeypatch.setenv("CKPTDIFF_RETRY_SECONDS", "0.2")
+    url = f"http://me:{SECRET}@{host}/base.safetensors?sig={SECRET}"
+    out = tmp_path / "out"
+    out.mkdir()
+    assert main(["diff", url, str(pair[1]), "-o", str(out / "run.h5"), "-v"]) == 2
     told = capsys.readouterr().err
-    assert said in told and f"{server.url}/base/model-0000" in told and SECRET not in told
-    assert list(out.iterdir()) == []
+    assert "tried again for 0.2 seconds" in told and f"http://{host}/base.safetensors?..." in told, told
+    assert "look at the network and the host" in told and SECRET not in told and list(out.iterdir()) == []
 
 
 def test_a_file_that_is_replaced_after_its_last_byte_was_read_is_noticed(
@@ -354,6 +398,33 @@ def test_an_index_leads_nowhere_else(server: Server) -> None:
             open_checkpoint(server.url)
 
 
+def test_a_file_that_is_replaced_is_not_gone_on_with(
+    server: Server, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if it has the same header, size and time, as the steps of a training have where the host tells no time."""
+    out, urls = tmp_path / "run.h5", [f"{server.url}/{side.name}" for side in pair]
+    tags = ["one"]
+    server.answer = lambda handler, asked: (
+        asked.path.endswith(".safetensors") and (handler.give(asked, ETag=f'"{tags[-1]}"') is None)
+    )
+
+    def give_up(event: object) -> None:
+        if type(event).__name__ == "TensorsDone":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(*urls, out=out, options=Options(), listener=give_up, saving=Saving(0, 0))
+    tags.append("two")
+    with pytest.raises(RunFileError, match="belongs to another run"):
+        run(*urls, out=out, options=Options(), saving=Saving(0, 0))
+    tags.append("one")
+    run(*urls, out=out, options=Options(), saving=Saving(0, 0))
+    local = run(*map(str, pair), out=tmp_path / "local.h5", options=Options())
+    with RunFile(out) as file:
+        assert figures_of(file.load()) == figures_of(local)
+    assert masks_of(out) == masks_of(tmp_path / "local.h5")
+
+
 def test_secrets_are_in_no_message_and_no_file(
     server: Server, pair: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -368,3 +439,30 @@ def test_secrets_are_in_no_message_and_no_file(
     assert f"{server.url}/base/{file}?..." in told.out
     for text in (told.out, told.err, shown.out, out.read_bytes().decode("latin-1")):
         assert SECRET not in text
+
+    def give_up(event: object) -> None:
+        if type(event).__name__ == "TensorsDone":
+            raise KeyboardInterrupt
+
+    # Nor in what an unfinished run keeps, in its page, or in what other commands say and write of it.
+    with pytest.raises(KeyboardInterrupt):
+        run(*sides, out=tmp_path / "kept.h5", options=Options(), listener=give_up, saving=Saving(0, 0))
+    assert any((tmp_path / "kept.h5.part").iterdir())
+    for words in (
+        ["report", str(out), "-o", str(tmp_path / "page.html")],
+        ["spectra", "add", str(out), "--base", sides[0], "--tuned", sides[1], "-v"],
+        ["track", *sides, "-o", str(tmp_path / "track.h5"), "-v"],
+        ["lora", *sides, "--rank", "1", "-o", str(tmp_path / "adapter"), "--format", "json"],
+        ["patch", "make", *sides, "-o", str(tmp_path / "step.ckptdelta")],
+        ["mask", "export", str(out), "--layout", "patch", "--tuned", sides[1], "-o", str(tmp_path / "m.safetensors")],
+        ["inspect", sides[0], "--format", "json"],
+        ["claims", *sides, "--spectra", "randomized", "--format", "json"],
+        ["spectra", "add", str(out), "-v"],
+    ):
+        main(words)
+        told = capsys.readouterr()
+        assert SECRET not in told.out + told.err, words
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and server.root not in path.parents]
+    assert len(written) > 6
+    for path in written:
+        assert SECRET.encode() not in path.read_bytes(), path
