@@ -178,6 +178,20 @@ def test_a_chain_with_tensors_that_come_and_go(tmp_path: Path) -> None:
         assert (tmp_path / f"squashed{stop}.safetensors").read_bytes() == files[stop].read_bytes()
 
 
+def test_the_same_bytes_of_another_shape_do_not_follow(tmp_path: Path) -> None:
+    """Their blocks are others: steps would be made beside them."""
+    rng = np.random.default_rng(2)
+    held = [random_tensor(rng, "BF16", (40, 30))]
+    held += [stepped(rng, held[0])]
+    held += [held[1]._replace(shape=(30, 40)), stepped(rng, held[1])._replace(shape=(30, 40))]
+    files = [write(tmp_path / f"{place}.safetensors", {"weight": one}) for place, one in enumerate(held)]
+    patch.make(*files[:2], tmp_path / "0.d")
+    patch.make(*files[2:], tmp_path / "1.d")
+    links = [tmp_path / "0.d", tmp_path / "1.d"]
+    refused(lambda: patch.apply(files[0], links, tmp_path / "out.safetensors"), "does not follow", "weight")
+    refused(lambda: patch.squash(links, tmp_path / "all.d"), "does not follow", "weight")
+
+
 def refused(call: Callable[[], object], *words: str, kind: type[CkptdiffError] = PatchError) -> None:
     with pytest.raises(kind) as error:
         call()
