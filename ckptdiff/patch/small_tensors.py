@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint.regular_file import read_bytes
-from ckptdiff.patch.coded_block import Coding, DamagedBlockError, Rooms, code_block, frozen, inflated
+from ckptdiff.patch.coded_block import BlockRooms, Coding, DamagedBlockError, code_block, frozen, inflated
 from ckptdiff.patch.delta import TensorDelta
 from ckptdiff.patch.kernels import small_blocks
 from ckptdiff.patch.kernels.small_blocks import ALONE, FACTS
@@ -36,7 +36,7 @@ class _SmallRooms:
     """Arrays in which one thread works on many small tensors."""
 
     def __init__(self) -> None:
-        of_one = Rooms(_SMALL, 8)
+        of_one = BlockRooms(_SMALL, 8)
         self.steps, self.laid = (of_one.positions, of_one.steps), of_one.out
         self.streams = np.empty(of_one.out.size + 64, np.uint8)
         self.spans = np.empty((of_one.out.size // 8 + 1, 2), np.int64)
