@@ -160,7 +160,7 @@ def compare_small(folder: Path, count: int, codes: int, rounds: int) -> dict[str
     show(runs, {})
     ratios = {}
     for name in own_ways(small):
-        for what in ("seconds", "processor"):
+        for what in ("seconds", "cpu"):
             of_byte = {
                 pair: statistics.median(getattr(one, what) for one in runs[f"{name}, {pair}"]) / nbytes[pair]
                 for pair in nbytes
@@ -202,12 +202,10 @@ def in_turns(
 def show(runs: dict[str, list[Run]], sizes: dict[str, float]) -> None:
     """A line for each command."""
     for name, taken in runs.items():
-        seconds, processor = (
-            statistics.median(getattr(one, what) for one in taken) for what in ("seconds", "processor")
-        )
+        seconds, cpu = (statistics.median(getattr(one, what) for one in taken) for what in ("seconds", "cpu"))
         part = f"{sizes[name]:8.4f} of it" if name in sizes else ""
         peak = max(one.peak_rss for one in taken) / 1e6
-        print(f"  {name:<24}{seconds:8.2f} s {processor:8.2f} s of processors {peak:8.0f} MB  {part}")
+        print(f"  {name:<24}{seconds:8.2f} s {cpu:8.2f} s of processors {peak:8.0f} MB  {part}")
 
 
 def require_same(made: Path, tuned: Path) -> None:

@@ -25,17 +25,17 @@ child = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ)
 _, status, used = os.wait4(child, 0)
 seconds = time.perf_counter() - begun
 with open(sys.argv[1], "w") as report:
-    processor = used.ru_utime + used.ru_stime
-    json.dump([seconds, processor, used.ru_maxrss * 1024, os.waitstatus_to_exitcode(status)], report)
+    spent = used.ru_utime + used.ru_stime
+    json.dump([seconds, spent, used.ru_maxrss * 1024, os.waitstatus_to_exitcode(status)], report)
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One finished command: seconds on the clock and of all processors, bytes, standard output."""
+    """One finished command: seconds by the clock and of processors, bytes, standard output."""
 
     seconds: float
-    processor: float
+    cpu: float
     peak_rss: int
     output: str
 
@@ -54,12 +54,12 @@ def run(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> 
         report = Path(folder, "report.json")
         launch = [sys.executable, "-I", "-S", "-c", LAUNCHER, str(report), *argv]
         subprocess.run(launch, stdout=out, stderr=err, env={**os.environ, **(env or {})}, check=True)
-        seconds, processor, peak_rss, code = json.loads(report.read_text())
+        seconds, cpu, peak_rss, code = json.loads(report.read_text())
         out.seek(0)
         err.seek(0)
         if code:
             raise SystemExit(f"{' '.join(argv)}\nended with {code}:\n{err.read().decode(errors='replace')}")
-        return Run(seconds, processor, peak_rss, out.read().decode())
+        return Run(seconds, cpu, peak_rss, out.read().decode())
 
 
 def write_json(path: Path, value: object) -> None:

@@ -34,7 +34,7 @@ def check_links(links: Sequence[Link]) -> None:
         left = {name: one for name, one in before.delta.tensors.items() if one.state != "lost"}
         taken = {name: one for name, one in after.delta.tensors.items() if one.state != "whole" or one.replaces}
         for name in [*taken, *left]:
-            if name in left and name in taken and taken[name].before in (None, left[name].after):
+            if name in left and name in taken and _follows(left[name], taken[name]):
                 continue
             hint = None
             if any(_leads_to(first, second) for first in links for second in links if first is not second):
@@ -47,6 +47,14 @@ def check_links(links: Sequence[Link]) -> None:
                 found="another value, or none" if name in left else f"a tensor that {before.path} does not have",
                 hint=hint,
             )
+
+
+def _follows(before: TensorDelta, after: TensorDelta) -> bool:
+    """Whether one link takes a tensor as another leaves it; the same bytes of another shape have other blocks."""
+    if after.state == "whole":
+        return True
+    kinds = (before.dtype, before.shape), (after.dtype, after.shape)
+    return after.before in (None, before.after) and (after.state == "lost" or kinds[0] == kinds[1])
 
 
 def _leads_to(before: Link, after: Link) -> bool:

@@ -29,9 +29,9 @@ from ckptdiff.patch.kernels.small_blocks import SEARCH, STEPS, STREAMS, WHOLE
 from ckptdiff.patch.kernels.steps import add_steps, find_steps, lay_out, read_positions, read_steps
 
 __all__ = [
+    "BlockRooms",
     "Coding",
     "DamagedBlockError",
-    "Rooms",
     "Steps",
     "apply_block",
     "code_block",
@@ -80,7 +80,7 @@ class Steps:
     """By how much each, as :mod:`~ckptdiff.patch.kernels.steps` says."""
 
 
-class Rooms:
+class BlockRooms:
     """Arrays that one thread works in, on blocks of so many codes."""
 
     def __init__(self, numel: int, width: int) -> None:
@@ -89,10 +89,10 @@ class Rooms:
         self.out = np.empty(numel // 128 + (3 + width) * numel + 64, np.uint8)
 
 
-def _room(numel: int, coding: Coding) -> Rooms:
-    found: Rooms | None = getattr(_rooms, "found", None)
+def _room(numel: int, coding: Coding) -> BlockRooms:
+    found: BlockRooms | None = getattr(_rooms, "found", None)
     if found is None or found.numel < numel or found.width < coding.width:
-        found = _rooms.found = Rooms(numel, coding.width)
+        found = _rooms.found = BlockRooms(numel, coding.width)
     return found
 
 

@@ -21,8 +21,9 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -38,7 +39,7 @@ from ckptdiff.files.staged import StagedFile
 from ckptdiff.patch.coded_block import DamagedBlockError, Steps, apply_block, read_block
 from ckptdiff.patch.delta import BLOCK_CODES, Blob, Delta, TensorDelta, TunedFile
 from ckptdiff.patch.link import FETCH_AGAIN
-from ckptdiff.patch.small_tensors import apply_small, bytes_of, rows_of
+from ckptdiff.patch.small_tensors import apply_stored
 
 __all__ = ["SIGNATURE", "DeltaFile", "is_delta", "open_delta", "write_blob", "write_index"]
 
@@ -66,8 +67,8 @@ def _index_bytes(delta: Delta) -> bytes:
         "tuned": {
             "path": delta.tuned,
             "single": delta.single,
-            "files": [[one.name, one.size, *_triple(one.header)] for one in delta.files],
-            "index": None if delta.index is None else [delta.index[0], *_triple(delta.index[1])],
+            "files": [[one.name, one.size, *astuple(one.header)] for one in delta.files],
+            "index": None if delta.index is None else [delta.index[0], *astuple(delta.index[1])],
         },
         "block": BLOCK_CODES,
         "tensors": [
@@ -157,13 +158,7 @@ class DeltaFile:
     ) -> None:
         """Do so with several tensors of one block, each of which begins at one byte of the codes."""
         ones = [(tensor, start) for tensor, start in zip(tensors, starts, strict=True) if tensor.sizes]
-        sizes = [tensor.sizes[0] for tensor, _ in ones]
-        left: Iterable[int] = range(len(ones))
-        if len(ones) > 1 and sum(sizes) <= 2 * codes.size + _MOST_NUMBERS * len(ones):
-            rows = rows_of((start, one.codes, one.coding) for one, start in ones)
-            coded = bytes_of(self._descriptor, [(one.offset, one.sizes[0]) for one, _ in ones], self.path)
-            left = apply_small(codes, rows, coded, sizes)
-        for place in left:
+        for place in apply_stored(codes, ones, self._descriptor, self.path):
             tensor, start = ones[place]
             old = codes[start : start + tensor.nbytes]
             new = old.copy()  # at an address that suits its codes
@@ -253,10 +248,6 @@ def open_delta(path: str | os.PathLike[str]) -> Iterator[DeltaFile]:
         now = os.fstat(descriptor)
         if (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
             raise CheckpointError("the patch changed while it was read", file=name)
-
-
-def _triple(blob: Blob) -> tuple[int, int, int]:
-    return blob.offset, blob.stored, blob.size
 
 
 def _delta(index: Mapping[str, Any], end: int) -> Delta:

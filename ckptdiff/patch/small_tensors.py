@@ -10,16 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint.regular_file import read_bytes
-from ckptdiff.patch.coded_block import Coding, DamagedBlockError, Rooms, code_block, frozen, inflated
+from ckptdiff.patch.coded_block import BlockRooms, Coding, DamagedBlockError, code_block, frozen, inflated
+from ckptdiff.patch.delta import TensorDelta
 from ckptdiff.patch.kernels import small_blocks
 from ckptdiff.patch.kernels.small_blocks import ALONE, FACTS
 
-__all__ = ["apply_small", "bytes_of", "code_small", "rows_of"]
+__all__ = ["apply_small", "apply_stored", "code_small", "rows_of"]
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Blocks: TypeAlias = NDArray[np.int64]
 _SMALL = 1 << 16
 """Codes of a tensor up to which it is coded together with others."""
+_MOST_NUMBERS = 64
+"""Bytes of a coded block beside what it holds."""
 _rooms = threading.local()
 
 
@@ -29,23 +32,11 @@ def rows_of(tensors: Iterable[tuple[int, int, Coding]]) -> Blocks:
     return np.array(rows, np.int64).reshape(len(rows), 4)
 
 
-def bytes_of(descriptor: int, parts: Sequence[tuple[int, int]], path: str) -> bytes:
-    """Bytes of a file, from each offset on so many; what lies one behind the other is read at once."""
-    found: list[bytes] = []
-    start = stop = parts[0][0]
-    for offset, size in parts:
-        if offset != stop:
-            found.append(read_bytes(descriptor, stop - start, start, path))
-            start = offset
-        stop = offset + size
-    return b"".join([*found, read_bytes(descriptor, stop - start, start, path)])
-
-
 class _SmallRooms:
     """Arrays in which one thread works on many small tensors."""
 
     def __init__(self) -> None:
-        of_one = Rooms(_SMALL, 8)
+        of_one = BlockRooms(_SMALL, 8)
         self.steps, self.laid = (of_one.positions, of_one.steps), of_one.out
         self.streams = np.empty(of_one.out.size + 64, np.uint8)
         self.spans = np.empty((of_one.out.size // 8 + 1, 2), np.int64)
@@ -127,6 +118,29 @@ def apply_small(codes: Bytes, blocks: Blocks, coded: bytes, sizes: Sequence[int]
     streams = np.frombuffer(b"".join(plain), np.uint8)
     done = small_blocks.apply_small(codes, blocks, facts, data, streams, _small_rooms().steps)
     return sorted({*alone, *range(done, len(blocks))})
+
+
+def apply_stored(codes: Bytes, tensors: Sequence[tuple[TensorDelta, int]], descriptor: int, path: str) -> Sequence[int]:
+    """Do so with tensors, each given with the byte at which it begins, of a delta that is open."""
+    sizes = [one.sizes[0] for one, _ in tensors]
+    # Of what is larger, one at a time is held.
+    if len(tensors) < 2 or sum(sizes) > 2 * codes.size + _MOST_NUMBERS * len(tensors):
+        return range(len(tensors))
+    rows = rows_of((start, one.codes, one.coding) for one, start in tensors)
+    coded = _bytes_of(descriptor, [(one.offset, size) for (one, _), size in zip(tensors, sizes, strict=True)], path)
+    return apply_small(codes, rows, coded, sizes)
+
+
+def _bytes_of(descriptor: int, parts: Sequence[tuple[int, int]], path: str) -> bytes:
+    """Bytes of a file, from each offset on so many; what lies one behind the other is read at once."""
+    found: list[bytes] = []
+    start = stop = parts[0][0]
+    for offset, size in parts:
+        if offset != stop:
+            found.append(read_bytes(descriptor, stop - start, start, path))
+            start = offset
+        stop = offset + size
+    return b"".join([*found, read_bytes(descriptor, stop - start, start, path)])
 
 
 def _together(blocks: Blocks) -> NDArray[np.bool_]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -177,6 +178,39 @@ def test_a_chain_with_tensors_that_come_and_go(tmp_path: Path) -> None:
         patch.squash(links[:stop], squashed)
         patch.apply(files[0], [squashed], tmp_path / f"squashed{stop}.safetensors")
         assert (tmp_path / f"squashed{stop}.safetensors").read_bytes() == files[stop].read_bytes()
+
+
+def test_a_full_disk_in_the_middle(tmp_path: Path) -> None:
+    """Of the threads that write, one meets it; nothing is left, and with room it goes on."""
+    rng = np.random.default_rng(3)
+    held = {f"layers.{place}.weight": random_tensor(rng, "BF16", (300, 1000)) for place in range(6)}
+    base = write(tmp_path / "base.safetensors", held)
+    tuned = write(tmp_path / "tuned.safetensors", {name: stepped(rng, one) for name, one in held.items()})
+    patch.make(base, tuned, tmp_path / "d")
+    before, out = sorted(tmp_path.iterdir()), tmp_path / "out.safetensors"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, hard))
+        refused(lambda: patch.apply(base, [tmp_path / "d"], out), "cannot write the output", kind=RunFileError)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(tmp_path.iterdir()) == before
+    patch.apply(base, [tmp_path / "d"], out)
+    assert out.read_bytes() == tuned.read_bytes()
+
+
+def test_the_same_bytes_of_another_shape_do_not_follow(tmp_path: Path) -> None:
+    """Their blocks are others: steps would be made beside them."""
+    rng = np.random.default_rng(2)
+    held = [random_tensor(rng, "BF16", (40, 30))]
+    held += [stepped(rng, held[0])]
+    held += [held[1]._replace(shape=(30, 40)), stepped(rng, held[1])._replace(shape=(30, 40))]
+    files = [write(tmp_path / f"{place}.safetensors", {"weight": one}) for place, one in enumerate(held)]
+    patch.make(*files[:2], tmp_path / "0.d")
+    patch.make(*files[2:], tmp_path / "1.d")
+    links = [tmp_path / "0.d", tmp_path / "1.d"]
+    refused(lambda: patch.apply(files[0], links, tmp_path / "out.safetensors"), "does not follow", "weight")
+    refused(lambda: patch.squash(links, tmp_path / "all.d"), "does not follow", "weight")
 
 
 def refused(call: Callable[[], object], *words: str, kind: type[CkptdiffError] = PatchError) -> None:
