@@ -6,7 +6,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, TypeVar
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +23,11 @@ from ckptdiff.patch.spans import Piece, in_pieces, read_block_of, threads_for, w
 
 __all__ = [
     "Bytes",
+    "PairBlocks",
     "PairMaking",
     "Shipped",
     "Sides",
+    "block_bytes",
     "blocks_in",
     "codes_in",
     "make_of_pair",
@@ -69,6 +72,27 @@ class Shipped:
     warnings: tuple[str, ...]
 
 
+class PairBlocks(NamedTuple):
+    """A block of a tensor, or several tensors of one block each, as both sides have them."""
+
+    tensors: Sequence[TensorInfo]
+    """Of the tuned side."""
+    place: int
+    """Which of its blocks; 0 of several tensors."""
+    starts: Sequence[int]
+    """Where the bytes of each begin."""
+    paired: Sequence[bool]
+    """Whether the base has each, in this dtype and shape."""
+    before: Bytes
+    after: Bytes
+
+    def each(self) -> Iterator[tuple[TensorInfo, Any, Bytes]]:
+        """Each tensor, and the bytes of its block before, or None, and after."""
+        for tensor, start, paired in zip(self.tensors, self.starts, self.paired, strict=True):
+            stop = start + block_bytes(tensor, self.place)
+            yield tensor, self.before[start:stop] if paired else None, self.after[start:stop]
+
+
 class PairMaking(Protocol[Made]):
     """A patch on its way to its target, which it gets when it is finished."""
 
@@ -76,12 +100,8 @@ class PairMaking(Protocol[Made]):
     def names(self) -> Sequence[str]:
         """The tensors of the tuned side, in the order in which the patch has them."""
 
-    def work(self, tensor: TensorInfo, place: int, before: Any, after: Bytes) -> Any:
-        """Make what the patch holds of a block, in one of several threads.
-
-        Its bytes before, of the base's tensor with this name, dtype and shape, if there is one, and after are valid
-        until this returns.
-        """
+    def work(self, blocks: PairBlocks) -> list[Any]:
+        """Make what the patch holds of each block, in one of several threads; bytes are valid until it returns."""
 
     def take(self, tensor: TensorInfo, place: int, found: Any) -> None:
         """Write that; called one block after the other, those of a tensor in their order."""
@@ -111,21 +131,23 @@ def make_of_pair(
         with open_shards("pread") as shards:
 
             def some(pieces: Sequence[Piece]) -> list[tuple[TensorInfo, int, Any]]:
-                found = []
-                for name, place in pieces:
-                    tensor = tuned.tensors[name]
-                    coding, partner = Coding.of(tensor.dtype), partner_of(base, tensor)
-                    first, second = _room(rooms, min(BLOCK_CODES * coding.width, tensor.nbytes))
-                    after = read_block_of(shards, tensor, coding, place, second)
-                    before = None if partner is None else read_block_of(shards, partner, coding, place, first)
-                    found.append((tensor, place, making.work(tensor, place, before, after)))
-                return found
+                tensors, place = [tuned.tensors[name] for name, _ in pieces], pieces[0][1]
+                partners = [partner_of(base, tensor) for tensor in tensors]
+                *starts, size = accumulate((-(-block_bytes(one, place) // 8) * 8 for one in tensors), initial=0)
+                before, after = _room(rooms, size)
+                for tensor, partner, start in zip(tensors, partners, starts, strict=True):
+                    coding = Coding.of(tensor.dtype)
+                    read_block_of(shards, tensor, coding, place, after[start:])
+                    if partner is not None:
+                        read_block_of(shards, partner, coding, place, before[start:])
+                paired = [partner is not None for partner in partners]
+                found = making.work(PairBlocks(tensors, place, starts, paired, before, after))
+                return [(tensor, place, one) for tensor, one in zip(tensors, found, strict=True)]
 
             codes = ((name, codes_in(tuned.tensors[name])) for name in making.names)
             for results in work_in_order(in_pieces(codes), some, working, stop, told.again):
                 for tensor, place, result in results:
-                    block = min(BLOCK_CODES * Coding.of(tensor.dtype).width, tensor.nbytes)
-                    told.more(block if partner_of(base, tensor) is None else 2 * block, tensor.name)
+                    told.more(block_bytes(tensor, place) * (1 + (partner_of(base, tensor) is not None)), tensor.name)
                     making.take(tensor, place, result)
         return making.finish()
 
@@ -177,6 +199,12 @@ def codes_in(tensor: TensorInfo) -> int:
 def blocks_in(tensor: TensorInfo) -> int:
     """Blocks that a tensor is read in; an empty one is read once."""
     return max(-(-codes_in(tensor) // BLOCK_CODES), 1)
+
+
+def block_bytes(tensor: TensorInfo, place: int) -> int:
+    """Bytes of one block of a tensor."""
+    block = BLOCK_CODES * Coding.of(tensor.dtype).width
+    return min(block, tensor.nbytes - place * block)
 
 
 def pieces_of(spool: StagedFile, start: int, size: int) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ from ckptdiff.checkpoint import TensorInfo, open_checkpoint
 from ckptdiff.events import Listener
 from ckptdiff.files.staged import StagedFile
 from ckptdiff.patch.coded_block import Coding, code_block, code_whole
-from ckptdiff.patch.comparing import Bytes, Sides, blocks_in, make_of_pair
+from ckptdiff.patch.comparing import Bytes, PairBlocks, Sides, blocks_in, make_of_pair
 from ckptdiff.patch.delta import Delta, TensorDelta, TunedFile
 from ckptdiff.patch.delta_file import SIGNATURE, write_blob, write_index
 from ckptdiff.patch.digests import BlockDigests, required
@@ -124,8 +124,11 @@ class DeltaMaking:
         )
         self._index = None if layout.index is None else (layout.index[0], write_blob(staged, layout.index[1]))
 
-    def work(self, tensor: TensorInfo, place: int, before: Bytes | None, after: Bytes) -> tuple[bytes, int]:
-        """Code a block, and count the codes that changed."""
+    def work(self, blocks: PairBlocks) -> list[tuple[bytes, int]]:
+        """Code each block, and count the codes that changed."""
+        return [self._coded(tensor, blocks.place, before, after) for tensor, before, after in blocks.each()]
+
+    def _coded(self, tensor: TensorInfo, place: int, before: Bytes | None, after: Bytes) -> tuple[bytes, int]:
         self._digests.add(tensor.name, place, blocks_in(tensor), before, after)
         coding = Coding.of(tensor.dtype)
         if before is not None:

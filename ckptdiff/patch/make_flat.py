@@ -29,6 +29,7 @@ from ckptdiff.formats import stored_format
 from ckptdiff.patch.coded_block import Coding
 from ckptdiff.patch.comparing import (
     Bytes,
+    PairBlocks,
     Shipped,
     Sides,
     blocks_in,
@@ -141,10 +142,13 @@ class FlatMaking:
         self._starts, self._count = (0, 0), 0
         self._problem: str | None = None
 
-    def work(
+    def work(self, blocks: PairBlocks) -> list[tuple[Any, Any, int, str | None] | None]:
+        """Where values of each block changed, the new ones, in how many bytes, and why not to send them; or None."""
+        return [self._changes(tensor, blocks.place, before, after) for tensor, before, after in blocks.each()]
+
+    def _changes(
         self, tensor: TensorInfo, place: int, before: Bytes, after: Bytes
     ) -> tuple[Any, Any, int, str | None] | None:
-        """Where values of a block changed, their new values, in how many bytes, and why not to send them; or None."""
         self._digests.add(tensor.name, place, blocks_in(tensor), before, after)
         code = f"<u{Coding.of(tensor.dtype).width}"
         old, new = before.view(code), after.view(code)
