@@ -62,17 +62,13 @@ def make_flat(
 
     Parameters
     ----------
-    base, tuned : path-like
-        Checkpoints with the same tensors, as `open_checkpoint` takes them.
+    base, tuned : as :func:`make_directory` takes them
     target : path-like
         A new name in ``.safetensors``.
     dense_rest : bool
         Whether to send whole what engines take no sparse patch of: tensors of other than floating dtypes, and those in
         which a value becomes NaN, by which engines mark what does not change.
-    threads : int
-        0 stands for one per core. The result does not depend on it.
-    listener : callable, optional
-        Told of the stage "making the patch", in bytes.
+    threads, listener : as :func:`make_directory` takes them
 
     Returns
     -------
