@@ -142,9 +142,9 @@ class DeltaMaking:
         self._staged.write(found[0])
         self._sizes.append(len(found[0]))
         self._changed += found[1]
+        self._staged.check()
         if place == blocks_in(tensor) - 1:
             self._tensors[tensor.name] = self._done(tensor)
-            self._staged.check()
 
     def _done(self, tensor: TensorInfo) -> TensorDelta:
         before, after = self._digests.found.pop(tensor.name)
