@@ -148,9 +148,7 @@ def verify(
 
     Parameters
     ----------
-    base : path-like
-    patches : sequence of path-like
-        In the order in which they were made.
+    base, patches : as :func:`apply` takes them
     tuned : path-like, optional
     threads : int
         0 stands for one per core.

@@ -156,7 +156,7 @@ class Chain:
 
     def _read_small(self, shards: OpenShards, names: Sequence[str], starts: Sequence[int], out: Bytes) -> None:
         """Read tensors of the base whole, each to its place."""
-        read_whole_tensors(shards, [self.base.tensors[name] for name in names], starts, out)
+        read_whole_tensors(shards, zip((self.base.tensors[name] for name in names), starts, strict=True), out)
 
     def _place_of(self, name: str) -> str:
         """Where the base's bytes of a tensor lie."""

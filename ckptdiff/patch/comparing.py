@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import Checkpoint, TensorInfo
-from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
+from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.errors import PatchError
 from ckptdiff.events import Listener, stage
 from ckptdiff.files.staged import StagedFile
@@ -23,10 +23,11 @@ from ckptdiff.patch.spans import Piece, in_pieces, read_block_of, read_whole_ten
 
 __all__ = [
     "Bytes",
+    "PairBlocks",
     "PairMaking",
     "Shipped",
     "Sides",
-    "SmallTensors",
+    "block_bytes",
     "blocks_in",
     "codes_in",
     "make_of_pair",
@@ -71,28 +72,31 @@ class Shipped:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class SmallTensors:
-    """Tensors of one block each, whose bytes of both sides lie in two arrays, each tensor at the same place."""
+class PairBlocks(NamedTuple):
+    """A block of a tensor, or several tensors of one block each, as both sides have them."""
 
     tensors: Sequence[TensorInfo]
+    """Of the tuned side."""
+    place: int
+    """Which of its blocks; 0 of several tensors."""
     starts: Sequence[int]
-    """Where each begins, and where the last one ends."""
-    partners: Sequence[TensorInfo | None]
+    """Where the bytes of each begin."""
+    paired: Sequence[bool]
+    """Whether the base has each, in this dtype and shape."""
     before: Bytes
     after: Bytes
 
-    def each(self) -> Iterator[tuple[TensorInfo, Bytes | None, Bytes]]:
-        """Tensors with their bytes before, if the base has them, and after."""
-        for place, (tensor, partner) in enumerate(zip(self.tensors, self.partners, strict=True)):
-            start, stop = self.starts[place], self.starts[place + 1]
-            yield tensor, None if partner is None else self.before[start:stop], self.after[start:stop]
+    def each(self) -> Iterator[tuple[TensorInfo, Any, Bytes]]:
+        """Each tensor, and the bytes of its block before, or None, and after."""
+        for tensor, start, paired in zip(self.tensors, self.starts, self.paired, strict=True):
+            stop = start + block_bytes(tensor, self.place)
+            yield tensor, self.before[start:stop] if paired else None, self.after[start:stop]
 
-    def paired(self) -> Iterator[tuple[int, tuple[int, Coding]]]:
-        """Places of those that the base has, with how many codes of what kind they have."""
-        for place, partner in enumerate(self.partners):
-            if partner is not None:
-                yield place, (codes_in(partner), Coding.of(partner.dtype))
+    def rows(self) -> Iterator[tuple[int, int, Coding]]:
+        """Of each tensor that the base has, where its bytes begin, and how many codes of what kind they are."""
+        for tensor, start, paired in zip(self.tensors, self.starts, self.paired, strict=True):
+            if paired:
+                yield start, codes_in(tensor), Coding.of(tensor.dtype)
 
 
 class PairMaking(Protocol[Made]):
@@ -102,26 +106,14 @@ class PairMaking(Protocol[Made]):
     def names(self) -> Sequence[str]:
         """The tensors of the tuned side, in the order in which the patch has them."""
 
-    def work(self, tensor: TensorInfo, place: int, before: Any, after: Bytes) -> Any:
-        """Make what the patch holds of a block, in one of several threads.
-
-        Its bytes before, of the base's tensor with this name, dtype and shape, if there is one, and after are valid
-        until this returns.
-        """
+    def work(self, blocks: PairBlocks) -> list[Any]:
+        """Make what the patch holds of each block, in one of several threads; bytes are valid until it returns."""
 
     def take(self, tensor: TensorInfo, place: int, found: Any) -> None:
         """Write that; called one block after the other, those of a tensor in their order."""
 
     def finish(self) -> Made:
         """Complete the patch, and let it take its name."""
-
-
-@runtime_checkable
-class SmallMaking(Protocol):
-    """A patch of a format that many small tensors are coded for at once."""
-
-    def work_small(self, small: SmallTensors) -> Sequence[Any]:
-        """Make what the patch holds of each, in one of several threads."""
 
 
 def make_of_pair(
@@ -144,43 +136,29 @@ def make_of_pair(
         rooms = threading.local()
         with open_shards("pread") as shards:
 
-            def one(name: str, place: int) -> tuple[TensorInfo, int, Any]:
-                tensor = tuned.tensors[name]
-                coding, partner = Coding.of(tensor.dtype), partner_of(base, tensor)
-                first, second = _room(rooms, min(BLOCK_CODES * coding.width, tensor.nbytes))
-                after = read_block_of(shards, tensor, coding, place, second)
-                before = None if partner is None else read_block_of(shards, partner, coding, place, first)
-                return tensor, place, making.work(tensor, place, before, after)
-
             def some(pieces: Sequence[Piece]) -> list[tuple[TensorInfo, int, Any]]:
-                if len(pieces) == 1 or not isinstance(making, SmallMaking):
-                    return [one(*piece) for piece in pieces]
-                small = _read_small(shards, [tuned.tensors[name] for name, _ in pieces], base, rooms)
-                found = making.work_small(small)
-                return [(tensor, 0, made) for tensor, made in zip(small.tensors, found, strict=True)]
+                tensors, place = [tuned.tensors[name] for name, _ in pieces], pieces[0][1]
+                partners = [partner_of(base, tensor) for tensor in tensors]
+                *starts, size = accumulate((-(-block_bytes(one, place) // 8) * 8 for one in tensors), initial=0)
+                before, after = _room(rooms, size)
+                there = [(one, start) for one, start in zip(partners, starts, strict=True) if one is not None]
+                for room, side in ((after, list(zip(tensors, starts, strict=True))), (before, there)):
+                    if len(tensors) > 1:
+                        read_whole_tensors(shards, side, room)
+                    elif side:
+                        read_block_of(shards, side[0][0], Coding.of(tensors[0].dtype), place, room)
+                paired = [partner is not None for partner in partners]
+                found = making.work(PairBlocks(tensors, place, starts, paired, before, after))
+                return [(tensor, place, one) for tensor, one in zip(tensors, found, strict=True)]
 
             codes = ((name, codes_in(tuned.tensors[name])) for name in making.names)
             for results in work_in_order(in_pieces(codes), some, working, stop, told.again):
                 read = 0
                 for tensor, place, result in results:
-                    block = min(BLOCK_CODES * Coding.of(tensor.dtype).width, tensor.nbytes)
-                    read += block if partner_of(base, tensor) is None else 2 * block
+                    read += block_bytes(tensor, place) * (1 + (partner_of(base, tensor) is not None))
                     making.take(tensor, place, result)
                 told.more(read, results[-1][0].name)
         return making.finish()
-
-
-def _read_small(
-    shards: OpenShards, tensors: Sequence[TensorInfo], base: Checkpoint, rooms: threading.local
-) -> SmallTensors:
-    """Read tensors of one block each of both sides."""
-    starts = [0, *accumulate(tensor.nbytes for tensor in tensors)]
-    partners = [partner_of(base, tensor) for tensor in tensors]
-    before, after = (room[: starts[-1]] for room in _room(rooms, starts[-1]))
-    read_whole_tensors(shards, tensors, starts, after)
-    there = [place for place, partner in enumerate(partners) if partner is not None]
-    read_whole_tensors(shards, [one for one in partners if one], [starts[place] for place in there], before)
-    return SmallTensors(tensors, starts, partners, before, after)
 
 
 def _room(rooms: threading.local, size: int) -> list[Bytes]:
@@ -230,6 +208,12 @@ def codes_in(tensor: TensorInfo) -> int:
 def blocks_in(tensor: TensorInfo) -> int:
     """Blocks that a tensor is read in; an empty one is read once."""
     return max(-(-codes_in(tensor) // BLOCK_CODES), 1)
+
+
+def block_bytes(tensor: TensorInfo, place: int) -> int:
+    """Bytes of one block of a tensor."""
+    block = BLOCK_CODES * Coding.of(tensor.dtype).width
+    return min(block, tensor.nbytes - place * block)
 
 
 def pieces_of(spool: StagedFile, start: int, size: int) -> Iterator[bytes]:

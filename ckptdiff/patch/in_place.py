@@ -34,13 +34,7 @@ def apply_in_place(
 
     Parameters
     ----------
-    base : path-like
-    patches : sequence of path-like
-        In the order in which they were made.
-    threads : int
-        0 stands for one per core.
-    listener : callable, optional
-        Told of the stage "patching", in bytes.
+    base, patches, threads, listener : as :func:`apply` takes them
 
     Returns
     -------

@@ -15,7 +15,7 @@ from ckptdiff.checkpoint import TensorInfo, open_checkpoint
 from ckptdiff.events import Listener
 from ckptdiff.files.staged import StagedFile
 from ckptdiff.patch.coded_block import Coding, code_block, code_whole
-from ckptdiff.patch.comparing import Bytes, Sides, SmallTensors, blocks_in, make_of_pair
+from ckptdiff.patch.comparing import PairBlocks, Sides, blocks_in, make_of_pair
 from ckptdiff.patch.delta import Delta, TensorDelta, TunedFile
 from ckptdiff.patch.delta_file import SIGNATURE, write_blob, write_index
 from ckptdiff.patch.digests import BlockDigests, required
@@ -25,6 +25,9 @@ from ckptdiff.patch.spans import load_kernels
 from ckptdiff.runfile.check_target import check_new
 
 __all__ = ["DeltaMaking", "MadeDelta", "begin_delta", "make"]
+
+_AT_ONCE = 1 << 20
+"""Coded bytes that are written together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +110,6 @@ def begin_delta(sides: Sides, target: Path, stop: threading.Event, threads: int)
         yield DeltaMaking(sides, layout, staged, stop)
 
 
-def _whole(after: Bytes, width: int) -> tuple[bytes, int]:
-    return (code_whole(after), after.size // width) if after.size else (b"", 0)
-
-
 class DeltaMaking:
     """One delta on its way into a file."""
 
@@ -128,36 +127,40 @@ class DeltaMaking:
             for file, shard in enumerate(layout.shards)
         )
         self._index = None if layout.index is None else (layout.index[0], write_blob(staged, layout.index[1]))
+        self._waiting: list[bytes] = []
+        self._end = staged.tell()
 
-    def work(self, tensor: TensorInfo, place: int, before: Bytes | None, after: Bytes) -> tuple[bytes, int]:
-        """Code a block, and count the codes that changed."""
-        self._digests.add(tensor.name, place, blocks_in(tensor), before, after)
-        coding = Coding.of(tensor.dtype)
-        if before is not None:
-            return code_block(before, after, coding)
-        return _whole(after, coding.width)
-
-    def work_small(self, small: SmallTensors) -> list[tuple[bytes, int]]:
-        """Do so with several tensors of one block, in one compiled call."""
-        rows = rows_of((small.starts[place], codes, coding) for place, (codes, coding) in small.paired())
-        coded = iter(code_small(small.before, small.after, rows))
+    def work(self, blocks: PairBlocks) -> list[tuple[bytes, int]]:
+        """Code each block, and count the codes that changed; several small tensors in one compiled call."""
+        several = len(blocks.tensors) > 1
+        together = iter(code_small(blocks.before, blocks.after, rows_of(blocks.rows())) if several else ())
         found = []
-        for tensor, before, after in small.each():
-            self._digests.add(tensor.name, 0, 1, before, after)
-            width = Coding.of(tensor.dtype).width
-            found.append(next(coded) if before is not None else _whole(after, width))
+        for tensor, before, after in blocks.each():
+            self._digests.add(tensor.name, blocks.place, blocks_in(tensor), before, after)
+            coding = Coding.of(tensor.dtype)
+            if before is None:
+                found.append((code_whole(after), after.size // coding.width) if after.size else (b"", 0))
+            else:
+                found.append(next(together) if several else code_block(before, after, coding))
         return found
 
     def take(self, tensor: TensorInfo, place: int, found: tuple[bytes, int]) -> None:
         """Write a coded block."""
         if place == 0:
-            self._start, self._sizes, self._changed = self._staged.tell(), [], 0
-        self._staged.write(found[0])
+            self._start, self._sizes, self._changed = self._end, [], 0
+        self._waiting.append(found[0])
+        self._end += len(found[0])
         self._sizes.append(len(found[0]))
         self._changed += found[1]
+        if self._end - self._staged.tell() >= _AT_ONCE:
+            self._write()
         if place == blocks_in(tensor) - 1:
             self._tensors[tensor.name] = self._done(tensor)
-            self._staged.check()
+
+    def _write(self) -> None:
+        self._staged.write(b"".join(self._waiting))
+        self._staged.check()
+        self._waiting.clear()
 
     def _done(self, tensor: TensorInfo) -> TensorDelta:
         before, after = self._digests.found.pop(tensor.name)
@@ -179,6 +182,7 @@ class DeltaMaking:
 
     def finish(self) -> MadeDelta:
         """Write the index, and let the delta take its name."""
+        self._write()
         lost = {
             name: TensorDelta(name, "lost", tensor.dtype, tensor.shape, -1, None, None, 0)
             for name, tensor in self._base.tensors.items()

@@ -26,6 +26,7 @@ from ckptdiff.files.staged import StagedFile, StagedFolder, sync_folder, write_w
 from ckptdiff.patch.coded_block import Coding
 from ckptdiff.patch.comparing import (
     Bytes,
+    PairBlocks,
     Shipped,
     Sides,
     blocks_in,
@@ -240,8 +241,11 @@ class DirectoryMaking:
         self._start, self._unchanged = 0, 0
         self._stream: Any = None
 
-    def work(self, tensor: TensorInfo, place: int, before: Bytes, after: Bytes) -> tuple[Any, int, int] | None:
-        """What changed in a block: the whole frame of a tensor of one block, else what goes into it; or None."""
+    def work(self, blocks: PairBlocks) -> list[tuple[Any, int, int] | None]:
+        """What changed in each block: the whole frame of a tensor of one block, else what goes into it; or None."""
+        return [self._changes(tensor, blocks.place, before, after) for tensor, before, after in blocks.each()]
+
+    def _changes(self, tensor: TensorInfo, place: int, before: Bytes, after: Bytes) -> tuple[Any, int, int] | None:
         coding, blocks = Coding.of(tensor.dtype), blocks_in(tensor)
         if blocks > 1:
             self._digests.add(tensor.name, place, blocks, after)
@@ -318,8 +322,7 @@ class DirectoryMaking:
     def finish(self) -> Shipped:
         """Copy the frames into files, write the index behind them, and let the directory take its name."""
         entries, folder = self._entries, self._folder.path
-        held = [[entries[name] for name in names if name in entries] for names in self._by_shard]
-        files = [some for some in held if some]
+        files = [some for names in self._by_shard if (some := [entries[name] for name in names if name in entries])]
         digests = {name: str(digest).rpartition(":")[2] for name, (digest,) in self._digests.found.items()}
         weight_map: dict[str, str] = {}
         size = 0
@@ -338,8 +341,7 @@ class DirectoryMaking:
         except OSError as error:
             raise RunFileError(f"cannot write the output: {error.strerror}", file=folder) from error
         self._folder.commit()
-        changed = self._changed, self._changed_bytes
-        return shipped(self._sides, len(entries), *changed, len(files), size + len(index))
+        return shipped(self._sides, len(entries), self._changed, self._changed_bytes, len(files), size + len(index))
 
 
 def _zeros(count: int) -> Iterator[bytes]:

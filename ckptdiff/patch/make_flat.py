@@ -29,6 +29,7 @@ from ckptdiff.formats import stored_format
 from ckptdiff.patch.coded_block import Coding
 from ckptdiff.patch.comparing import (
     Bytes,
+    PairBlocks,
     Shipped,
     Sides,
     blocks_in,
@@ -61,17 +62,13 @@ def make_flat(
 
     Parameters
     ----------
-    base, tuned : path-like
-        Checkpoints with the same tensors, as `open_checkpoint` takes them.
+    base, tuned : as :func:`make_directory` takes them
     target : path-like
         A new name in ``.safetensors``.
     dense_rest : bool
         Whether to send whole what engines take no sparse patch of: tensors of other than floating dtypes, and those in
         which a value becomes NaN, by which engines mark what does not change.
-    threads : int
-        0 stands for one per core. The result does not depend on it.
-    listener : callable, optional
-        Told of the stage "making the patch", in bytes.
+    threads, listener : as :func:`make_directory` takes them
 
     Returns
     -------
@@ -141,10 +138,13 @@ class FlatMaking:
         self._starts, self._count = (0, 0), 0
         self._problem: str | None = None
 
-    def work(
+    def work(self, blocks: PairBlocks) -> list[tuple[Any, Any, int, str | None] | None]:
+        """Where values of each block changed, the new ones, in how many bytes, and why not to send them; or None."""
+        return [self._changes(tensor, blocks.place, before, after) for tensor, before, after in blocks.each()]
+
+    def _changes(
         self, tensor: TensorInfo, place: int, before: Bytes, after: Bytes
     ) -> tuple[Any, Any, int, str | None] | None:
-        """Where values of a block changed, their new values, in how many bytes, and why not to send them; or None."""
         self._digests.add(tensor.name, place, blocks_in(tensor), before, after)
         code = f"<u{Coding.of(tensor.dtype).width}"
         old, new = before.view(code), after.view(code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import numpy as np
@@ -93,17 +93,14 @@ def read_block_of(
     return data
 
 
-def read_whole_tensors(
-    shards: OpenShards, tensors: Sequence[TensorInfo], starts: Sequence[int], out: NDArray[np.uint8]
-) -> None:
+def read_whole_tensors(shards: OpenShards, tensors: Iterable[tuple[TensorInfo, int]], out: NDArray[np.uint8]) -> None:
     """Read small tensors, each to its place; those that lie one behind the other in a file are read at once."""
     runs: list[tuple[TensorInfo, int, int]] = []  # the first of a run, where it goes, and how many bytes are read
     end: tuple[object, ...] = ()
-    for tensor, start in zip(tensors, starts, strict=False):
+    for tensor, start in tensors:
         if tensor.slices:
-            read_elements(
-                shards, tensor, 0, 8 * tensor.nbytes // DTYPES[tensor.dtype].bits, out[start:][: tensor.nbytes]
-            )
+            count = 8 * tensor.nbytes // DTYPES[tensor.dtype].bits
+            read_elements(shards, tensor, 0, count, out[start : start + tensor.nbytes])
             continue
         if end == (tensor.shard.path, tensor.start, start):
             first, place, size = runs.pop()

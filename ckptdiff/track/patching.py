@@ -26,7 +26,7 @@ from ckptdiff.events import Listener, Stage, stage
 from ckptdiff.files.staged import StagedFile, StagedFolder
 from ckptdiff.in_order import Task, in_order
 from ckptdiff.patch.coded_block import Coding
-from ckptdiff.patch.comparing import Bytes, PairMaking, Sides
+from ckptdiff.patch.comparing import Bytes, PairBlocks, PairMaking, Sides
 from ckptdiff.patch.delta import BLOCK_CODES
 from ckptdiff.patch.digests import required
 from ckptdiff.patch.in_turn import InTurn
@@ -251,23 +251,26 @@ class _Work:
         for side, lease in enumerate(leases):
             if self._stop.is_set():
                 raise InterruptedError("the run was given up")
-            held, before = room.row(side), room.row(side - 1)
-            made = []
+            held, place, taken = room.row(side), pieces[0][1], list[tuple[TensorInfo, int, bool]]()
             with lease:
-                for (one, place), start in zip(pieces, starts, strict=False):
-                    tensor, taken = self._tensors[one].sides[side], self._tensors[one].taken[side]
+                for (one, _), start in zip(pieces, starts, strict=False):
+                    tensor, how = self._tensors[one].sides[side], self._tensors[one].taken[side]
                     if tensor is None:
                         continue
-                    data = read_block_of(self._shards, tensor, Coding.of(tensor.dtype), place, held[start:])
-                    nbytes += data.size
-                    if taken != "not":
-                        old = before[start : start + data.size] if taken == "steps" else None
-                        made.append((tensor, place, self._makings[side - 1].work(tensor, place, old, data)))
+                    nbytes += read_block_of(self._shards, tensor, Coding.of(tensor.dtype), place, held[start:]).size
+                    if how != "not":
+                        taken.append((tensor, start, how == "steps"))
+            made: list[Any] = []
+            if taken:
+                tensors, places, paired = zip(*taken, strict=True)
+                made = self._makings[side - 1].work(
+                    PairBlocks(tensors, place, places, paired, room.row(side - 1), held)
+                )
             room.keep(side, starts[-1])
             if side:
                 with self._turns[side - 1].at(number):
-                    for found in made:
-                        self._makings[side - 1].take(*found)
+                    for (tensor, *_), found in zip(taken, made, strict=True):
+                        self._makings[side - 1].take(tensor, place, found)
         last = next(side for side in reversed(self._tensors[pieces[-1][0]].sides) if side is not None)
         return _Done(list(self._follow(pieces, starts, room)), nbytes, last.name)
 
