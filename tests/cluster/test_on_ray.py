@@ -26,7 +26,7 @@ import ckptdiff
 from ckptdiff.cli import main
 from ckptdiff.cluster.joining import joined_cluster
 from ckptdiff.cluster.node_work import Sent
-from ckptdiff.cluster.on_ray import failure_of
+from ckptdiff.cluster.on_ray import Cluster, Node, failure_of
 from ckptdiff.errors import ChangedFileError, CheckpointError, CkptdiffError, ClusterError, DeviceError
 from ckptdiff.events import Event, Note, StageBegun, StageProgress, TensorsDone, ignore
 from ckptdiff.files.unfinished import Saving
@@ -256,6 +256,17 @@ def test_a_node_that_nobody_has_is_not_waited_for(nodes: Any) -> None:
     with pytest.raises(ClusterError, match="no node") as caught:
         run(*of("tied"), options=asked, on_ray=RayOptions())
     assert "1 GPU" in str(caught.value.expected)
+
+
+def test_nodes_that_are_lost_for_good_end_the_run() -> None:
+    found = [Node("a", "a", 2, 1 << 30), Node("b", "b", 8, 1 << 20)]
+    cluster = Cluster(None, RayOptions(seconds=0), Options(), lambda: found)
+    cluster.require_room(2, 1 << 30)
+    with pytest.raises(ClusterError, match="no node") as caught:
+        cluster.require_room(3, 1 << 30)
+    assert "3 CPUs and 1024 MiB" in str(caught.value.expected)
+    patient = Cluster(None, RayOptions(seconds=3600), Options(), list)
+    patient.require_room(1, 1)
 
 
 def test_spectra_go_where_the_gpus_are(nodes: Any) -> None:
