@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -178,25 +177,6 @@ def test_a_chain_with_tensors_that_come_and_go(tmp_path: Path) -> None:
         patch.squash(links[:stop], squashed)
         patch.apply(files[0], [squashed], tmp_path / f"squashed{stop}.safetensors")
         assert (tmp_path / f"squashed{stop}.safetensors").read_bytes() == files[stop].read_bytes()
-
-
-def test_a_full_disk_in_the_middle(tmp_path: Path) -> None:
-    """Of the threads that write, one meets it; nothing is left, and with room it goes on."""
-    rng = np.random.default_rng(3)
-    held = {f"layers.{place}.weight": random_tensor(rng, "BF16", (300, 1000)) for place in range(6)}
-    base = write(tmp_path / "base.safetensors", held)
-    tuned = write(tmp_path / "tuned.safetensors", {name: stepped(rng, one) for name, one in held.items()})
-    patch.make(base, tuned, tmp_path / "d")
-    before, out = sorted(tmp_path.iterdir()), tmp_path / "out.safetensors"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_500_000, hard))
-        refused(lambda: patch.apply(base, [tmp_path / "d"], out), "cannot write the output", kind=RunFileError)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(tmp_path.iterdir()) == before
-    patch.apply(base, [tmp_path / "d"], out)
-    assert out.read_bytes() == tuned.read_bytes()
 
 
 def test_the_same_bytes_of_another_shape_do_not_follow(tmp_path: Path) -> None:
