@@ -56,11 +56,11 @@ def execute(
             kept.keep(task, turn, result)
         return result
 
-    def ahead(tasks: Sequence[SpanTask]) -> Iterator[tuple[SpanTask, AbstractContextManager[object]]]:
+    def ahead(tasks: Sequence[SpanTask], first: bool) -> Iterator[tuple[SpanTask, AbstractContextManager[object]]]:
         turns = (large[task.span.tensor].turn if task.span and task.span.tensor in large else 0 for task in tasks)
         known = [kept is not None and kept.has(task, turn) for task, turn in zip(tasks, turns, strict=True)]
         parts = [() if done else plan.remote_parts(task) for task, done in zip(tasks, known, strict=True)]
-        return zip(tasks, shards.all_ahead(parts), strict=True)
+        return zip(tasks, shards.all_ahead(parts, first), strict=True)
 
     planned = plan_tasks(plan.loads, plan.grain)
     upcoming: deque[tuple[SpanTask, AbstractContextManager[object]]] = deque()
@@ -71,10 +71,10 @@ def execute(
         while True:
             while len(pending) < plan.memory.tasks_waiting:
                 if len(upcoming) <= _AHEAD // 2:
-                    upcoming.extend(ahead(list(islice(planned, _AHEAD // 2))))
+                    upcoming.extend(ahead(list(islice(planned, _AHEAD // 2)), first=False))
                 if not (further or upcoming):
                     break
-                task, fetched = next(ahead([further.popleft()])) if further else upcoming.popleft()
+                task, fetched = next(ahead([further.popleft()], first=True)) if further else upcoming.popleft()
                 index = task.tensors.start
                 if task.span is not None and index not in large:
                     large[index] = plan.measurement(index, plan.want_masks)
