@@ -89,13 +89,17 @@ class OpenShards:
         """:meth:`all_ahead` of one task."""
         return self.all_ahead([parts])[0]
 
-    def all_ahead(self, tasks: Sequence[Sequence[tuple[Shard, int, int]]]) -> Sequence[AbstractContextManager[object]]:
+    def all_ahead(
+        self, tasks: Sequence[Sequence[tuple[Shard, int, int]]], first: bool = False
+    ) -> Sequence[AbstractContextManager[object]]:
         """Have bytes of remote files fetched that tasks will read, while tasks before them are worked on.
 
         Parameters
         ----------
         tasks : sequence of sequences of (Shard, int, int)
             Of each task, parts of remote files, from a byte to another.
+        first : bool
+            Whether they come before the tasks of earlier calls.
 
         Returns
         -------
@@ -111,7 +115,7 @@ class OpenShards:
             for parts in tasks
         ]
         with self._lock:
-            return self._fetcher().leases(ranges)
+            return self._fetcher().leases(ranges, first)
 
     def close(self) -> None:
         """Close all files."""

@@ -84,7 +84,7 @@ class RayHands:
     def __exit__(self, *raised: object) -> None:
         self.underway.cancel()
 
-    def batches(self, tasks: Iterable[SpanTask]) -> Iterator[Sequence[SpanTask]]:
+    def batches(self, tasks: Iterable[SpanTask], first: bool = False) -> Iterator[Sequence[SpanTask]]:
         """As many as make the bytes of a task."""
         return batched(tasks, self.plan.loads, self._most)
 

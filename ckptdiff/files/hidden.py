@@ -18,7 +18,7 @@ from ckptdiff.interrupts import raise_pending
 
 _LONGEST_STEM = 200
 _TOKEN_DIGITS = 8
-_MOMENT = 5.0
+_MOMENT = 2.0
 """Seconds to wait for the lock of a folder, which some other program may hold for longer."""
 _BOOT, _MOUNTS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/mountinfo")
 _OF_ONE_MACHINE = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "tmpfs", "xfs", "zfs"})

@@ -45,6 +45,8 @@ def apply_in_place(
     PatchError
         As :func:`apply`; or the files of the result are not those of the base, so that it has to go to a new place; or
         other patches were being applied here.
+    OptionError
+        The base lies elsewhere, or is named as a model of the hub.
 
     Examples
     --------

@@ -160,11 +160,11 @@ class Fetching:
         """Ranges that a task will read; the order of calls is that in which they are fetched."""
         return self.leases([ranges])[0]
 
-    def leases(self, wanted: Sequence[Sequence[ByteRange]]) -> list[Lease]:
-        """The same for several tasks at once, in their order: what is not fetched yet is fetched together."""
+    def leases(self, wanted: Sequence[Sequence[ByteRange]], first: bool = False) -> list[Lease]:
+        """The same for several tasks at once, in their order, or before all that wait: close ones go together."""
         leases = [Lease(self, coalesced(ranges)) for ranges in wanted]
         with self._lock:
-            self._queue += leases
+            self._queue = deque([*leases, *self._queue] if first else [*self._queue, *leases])
             self._advance()
         return leases
 
@@ -241,7 +241,7 @@ class Fetching:
         self._ahead += (extent.ahead - before) * extent.room.size
 
     def _advance(self) -> None:
-        while group := self._next():
+        while not self._closed and (group := self._next()):
             for lease in group:
                 self._queue.remove(lease)
             self._start(group)

@@ -26,7 +26,8 @@ def loads_of(
     """The load of each pair; small ones of the same formats go together where there are many of them."""
     shared: dict[Hashable, Load] = {}
     asked = [
-        (*_reading(one.base), *_reading(one.tuned), one.base.numel, one.same_bytes, one.rows is None, one.known_equal)
+        (*_reading(one.base), *_reading(one.tuned), one.base.numel, one.same_bytes, one.rows is None)
+        + ((one.known_equal,) if options.quick else ())
         for one in pairs
     ]
     for what, one in zip(asked, pairs, strict=True):

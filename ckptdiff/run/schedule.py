@@ -56,8 +56,8 @@ class Hands(Protocol):
 
     def __exit__(self, *raised: object) -> None: ...
 
-    def batches(self, tasks: Iterable[SpanTask]) -> Iterator[Sequence[SpanTask]]:
-        """Consecutive tasks as they are handed out together."""
+    def batches(self, tasks: Iterable[SpanTask], first: bool = False) -> Iterator[Sequence[SpanTask]]:
+        """Consecutive tasks as they are handed out together; `first` if that is before those that were asked for."""
 
     def begin(self, batch: Sequence[SpanTask], passes: Mapping[int, Measurement]) -> Begun:
         """Hand tasks out; `passes` holds the measurement of each large tensor, by its place in the plan."""
@@ -91,14 +91,14 @@ class Threads:
         self._stop.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def batches(self, tasks: Iterable[SpanTask]) -> Iterator[Sequence[SpanTask]]:
+    def batches(self, tasks: Iterable[SpanTask], first: bool = False) -> Iterator[Sequence[SpanTask]]:
         """Each for itself; the remote bytes of many are asked for together."""
         left, upcoming = iter(tasks), deque[SpanTask]()
         while True:
             if len(upcoming) <= _AHEAD // 2:
                 some = list(islice(left, _AHEAD // 2))
                 parts = [self._plan.remote_parts(task) for task in some]
-                self._fetched.update(zip(some, self._shards.all_ahead(parts), strict=True))
+                self._fetched.update(zip(some, self._shards.all_ahead(parts, first), strict=True))
                 upcoming.extend(some)
             if not upcoming:
                 return
@@ -175,9 +175,9 @@ def execute(plan: Plan, hands: Hands, idle: Callable[[], None], kept: KeptResult
     def is_known(task: SpanTask) -> bool:
         return kept is not None and kept.has(task, turn(task))
 
-    def arranged(tasks: Iterable[SpanTask]) -> Iterator[Sequence[SpanTask]]:
+    def arranged(tasks: Iterable[SpanTask], first: bool = False) -> Iterator[Sequence[SpanTask]]:
         for known, some in groupby(tasks, is_known):
-            yield from ([task] for task in some) if known else hands.batches(some)  # noqa: B031
+            yield from ([task] for task in some) if known else hands.batches(some, first)  # noqa: B031
 
     def handed_out(batch: Sequence[SpanTask]) -> Begun | SpanTask:
         for task in batch:
@@ -199,7 +199,7 @@ def execute(plan: Plan, hands: Hands, idle: Callable[[], None], kept: KeptResult
             yield found
             return
         # What was kept of it is damaged.
-        for batch in hands.batches(cut(begun.span, plan.grain) if begun.span is not None else [begun]):
+        for batch in hands.batches(cut(begun.span, plan.grain) if begun.span is not None else [begun], first=True):
             yield from results_of(hands.begin(batch, large), idle)
 
     spans = (lambda index, turn: ()) if kept is None else kept.spans
@@ -215,7 +215,7 @@ def execute(plan: Plan, hands: Hands, idle: Callable[[], None], kept: KeptResult
                 result.found = None
                 if last and large[index].next is not None:
                     whole = replace(result.span, first=0)
-                    further.extend(arranged(cut(whole, plan.grain, spans(index, large[index].turn))))
+                    further.extend(arranged(cut(whole, plan.grain, spans(index, large[index].turn)), first=True))
                 elif last:
                     result.records = large.pop(index).row
             yield result
