@@ -37,6 +37,7 @@ USES: tuple[tuple[str, ...], ...] = (
     ("row",),
     ("decoded",),
     ("scores",),
+    ("sparse",),
     ("steps",),
     *(("panel", name, "bf16") for name in ("bf16", "f32")),
 )

@@ -282,9 +282,7 @@ def _skip_zeros() -> None:
 def _decode(stored: Format, compare: Format) -> None:
     from ckptdiff.spectra.panels import decode
 
-    codes = np.zeros(stored.bits // 8, np.uint8)
-    codes.flags.writeable = False
-    decode(codes, stored, compare, np.empty(1, np.float32))
+    decode(np.frombuffer(bytes(stored.bits // 8), np.uint8), stored, compare, np.empty(1, np.float32))
 
 
 def _decode_weight() -> None:
@@ -292,8 +290,7 @@ def _decode_weight() -> None:
     from ckptdiff.checkpoint.kernels.code_values import count_equal_codes, count_within_steps, decode_codes
 
     codes, values, matrix = np.zeros(1, np.uint8), np.zeros(1, np.float32), np.ones((1, 1), np.float32)
-    stored = codes.view()
-    stored.flags.writeable = False
+    stored = np.frombuffer(bytes(1), np.uint8)
     grid = matrix, matrix, np.zeros(1, np.int64), 1, 0
     decode_codes(stored, 1, 0, CODES["e4m3"], 0, grid, values, False, matrix, codes.reshape(1, 1), matrix)
     count_equal_codes(codes, codes, 1)
