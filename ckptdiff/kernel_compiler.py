@@ -26,13 +26,13 @@ from ckptdiff.kernel_library import LEVELS, BuiltKernel, flatten, has_level, mar
 
 __all__ = ["USES", "compile_library"]
 
-_NARROW, _CAST = ("bf16", "bf16", "bf16"), ("f32", "f32", "bf16")
-_WIDE = ("f32", "f32", "f32"), ("bf16", "f32", "f32"), ("f64", "f64", "f64"), ("f32", "f64", "f64")
+_NARROW, _CAST, _SINGLE = ("bf16", "bf16", "bf16"), ("f32", "f32", "bf16"), ("f32", "f32", "f32")
+_RARE = ("bf16", "f32", "f32"), ("f64", "f64", "f64"), ("f32", "f64", "f64")
 USES: tuple[tuple[str, ...], ...] = (
     *((kind, *formats) for kind in ("alike", "alone", "refine") for formats in (_CAST, _NARROW)),
-    *((kind, *formats) for formats in _WIDE for kind in ("alone", "refine")),
+    *((kind, *_SINGLE) for kind in ("alone", "refine")),
     ("delta",),
-    *(("track", name) for name in ("bf16", "f32", "f64")),
+    *(("track", name) for name in ("bf16", "f32")),
     ("mask", "4096"),
     ("row",),
     ("decoded",),
@@ -44,8 +44,10 @@ USES: tuple[tuple[str, ...], ...] = (
 """What is built: calls as ``run/warm_up.py`` names them, the longest to compile first.
 
 Kernels do not know which format of 8 or 16 bits they are given, only whether it is that of the comparison: these stand
-for all pairs of formats.
+for all pairs of formats but those of ``RARE``.
 """
+RARE = (*((kind, *formats) for formats in _RARE for kind in ("alone", "refine")), ("track", "f64"))
+"""What is built for release alone, where the time that it takes is not a user's."""
 _TARGETS = {
     "v2": ("x86-64-v2", ""),
     "v3": ("x86-64-v3", ""),
@@ -53,8 +55,6 @@ _TARGETS = {
     "baseline": ("generic", ""),
 }
 """Names of processors and features, as LLVM knows them."""
-
-
 RUNTIME = Path(__file__).with_name("kernel_runtime.c")
 
 
@@ -336,10 +336,11 @@ def main(asked: str, folder: str) -> None:
         levels = list(LEVELS) if asked == "all" and this != "baseline" else [this]
     else:
         levels = asked.split(",")
+    uses = USES if asked == "this" else (*USES, *RARE)
     recorded: list[Recorded] = []
     # What this processor cannot run is compiled of what another level has.
     for level in sorted(levels, key=has_level, reverse=True):
-        recorded = compile_library(level, Path(folder, path_of(level).name), recorded) or recorded
+        recorded = compile_library(level, Path(folder, path_of(level).name), recorded, uses) or recorded
 
 
 if __name__ == "__main__":
