@@ -89,8 +89,8 @@ def _require_answer(address: str) -> None:
             if os.environ.get("RAY_USE_TLS", "0") == "1":
                 return
             connection.sendall(_GREETING)
-            answer = connection.recv(9)
-    except (OSError, OverflowError) as error:
+            answer = connection.recv(9, socket.MSG_WAITALL)
+    except (OSError, OverflowError, ValueError) as error:
         found = getattr(error, "strerror", None) or str(error)
         problem = "nobody answers at the address of the cluster"
         raise ClusterError(f"{problem}: {found}", file=address, hint=_LOOK_UP) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -81,11 +82,14 @@ class Cluster:
     ----------
     warnings : tuple of str
         What a run has to say of the nodes.
+    numbers : iterator of int
+        For tasks; none comes twice, since what the tally was told of one may come late.
     """
 
     def __init__(self, ray: Any, asked: RayOptions, options: Options, nodes: Callable[[], list[Node]]) -> None:
         self.ray, self._asked, self._options, self._list = ray, asked, options, nodes
         self.warnings: tuple[str, ...] = ()
+        self.numbers = itertools.count()
         self._sent: Any = None
         self._names: dict[str, str] = {}
         self._listed: tuple[float, list[Node]] = (-math.inf, [])

@@ -38,13 +38,10 @@ class UnderWay:
     """
 
     def __init__(self, cluster: Cluster) -> None:
-        self._cluster, self._count = cluster, itertools.count()
+        self._cluster = cluster
         self.tasks: dict[int, Any] = {}
         self._asked: Any = None
         self._known = 0.0
-
-    def number(self) -> int:
-        return next(self._count)
 
     def done(self) -> float:
         """What is done of all, a moment ago."""
@@ -93,7 +90,7 @@ class RayHands:
         turns = [0 if task.span is None else passes[task.span.tensor].turn for task in batch]
         further = [task.span.tensor for task, turn in zip(batch, turns, strict=True) if turn and task.span is not None]
         sent = {tensor: passes[tensor].without_results() for tensor in further}
-        number = self.underway.number()
+        number = next(self.cluster.numbers)
         reference = self._function.remote([self._sent], batch, sent, number, self.cluster.tally)
         self.underway.tasks[number] = reference
         return _Away(self, number, list(zip(batch, turns, strict=True)))
@@ -151,7 +148,7 @@ class RayMatrices:
                     room = group.slots, self._memory(group), gpus
                     if len(begun) >= cluster.at_once(*room):
                         break
-                    number, function = underway.number(), cluster.task(measure_matrices, *room)
+                    number, function = next(cluster.numbers), cluster.task(measure_matrices, *room)
                     reference = function.remote([self._sent], group, self.budget, number, cluster.tally)
                     underway.tasks[number] = reference
                     begun[reference] = number, group, room
