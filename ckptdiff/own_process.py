@@ -44,7 +44,7 @@ def take_over() -> None:
 def leave(code: int) -> NoReturn:
     """End the process with an exit code, after what is registered for its end, and with its streams written out.
 
-    Python would take apart every module first, and look twice for cycles: a quarter of a second over what the system
+    Python would take apart every module first, and look twice for cycles: a third of a second over what the system
     frees at once. Nothing else is left out: files are complete, threads joined, before a command returns its code. A
     debugger or profiler, which has yet to tell what it saw, and ``python -i`` get the usual end.
     """
