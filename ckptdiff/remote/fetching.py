@@ -28,10 +28,11 @@ GAP = 256 << 10
 """Bytes between two ranges that are fetched with them, rather than by a request of their own."""
 PIECE = 16 << 20
 """Bytes of a request, at most; where there are several for one range, at least half of that."""
-_LONGEST = 2 * PIECE
-"""Bytes up to which ranges grow together."""
-_TOGETHER = 2 * _LONGEST
-"""Bytes of leases that are fetched together, about: as long a range of either side."""
+_LONGEST = PIECE
+"""Bytes up to which ranges grow together: one request, in memory that the C library gives out again, as it does not of
+what is longer than 32 MiB."""
+_TOGETHER = 4 * _LONGEST
+"""Bytes of leases that are fetched together, about: two such ranges of either side."""
 _READ_ON = 8 << 20
 """Bytes fetched behind what is read in order."""
 _ALIGNED = 64
