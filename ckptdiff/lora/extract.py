@@ -19,6 +19,7 @@ from ckptdiff.lora.factoring import Factoring, Update
 from ckptdiff.lora.factors import Factors, krylov_block
 from ckptdiff.memory import resident
 from ckptdiff.options import MaskRule, Options, SpectraOptions
+from ckptdiff.remote.address import is_url, shown
 from ckptdiff.report.text import percent
 from ckptdiff.run.engine import run_plan
 from ckptdiff.run.planning import prepare
@@ -161,7 +162,7 @@ def extract_lora(
     found: list[Extracted] = []
     with StagedFolder(folder) as made:
         with open_shards(plan.io) as shards, StagedFile(made.path / "factors") as spool:
-            writer = AdapterWriter(made.path, base, spool)
+            writer = AdapterWriter(made.path, shown(base) if is_url(base) else base, spool)
             asked = replace(options, spectra=SpectraOptions(block=min(krylov_block(rank), 1024)))
             views = (update.views[0] for update in updates if update.reason is None)
             budget = gpu.budget(asked) if gpu else Budget.of(asked, resident(), views)

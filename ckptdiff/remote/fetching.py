@@ -28,10 +28,11 @@ GAP = 256 << 10
 """Bytes between two ranges that are fetched with them, rather than by a request of their own."""
 PIECE = 16 << 20
 """Bytes of a request, at most; where there are several for one range, at least half of that."""
-_LONGEST = 2 * PIECE
-"""Bytes up to which ranges grow together."""
-_TOGETHER = 2 * _LONGEST
-"""Bytes of leases that are fetched together, about: as long a range of either side."""
+_LONGEST = PIECE
+"""Bytes up to which ranges grow together: one request, in memory that the C library gives out again, as it does not of
+what is longer than 32 MiB."""
+_TOGETHER = 4 * _LONGEST
+"""Bytes of leases that are fetched together, about: two such ranges of either side."""
 _READ_ON = 8 << 20
 """Bytes fetched behind what is read in order."""
 _ALIGNED = 64
@@ -70,7 +71,7 @@ class _Extent:
 
 
 class _Rooms:
-    """Memory of extents, used again: the system takes half as long again to write to new pages.
+    """Memory of extents, used again: new pages take the system longer than what is written to them.
 
     What is kept is no more than what all extents took at once before.
     """
@@ -80,17 +81,18 @@ class _Rooms:
         self._used = self._most = 0
 
     def take(self, size: int) -> NDArray[np.uint8]:
-        """Room for so many bytes and their alignment; a little larger, since others of about that size will come."""
+        """Room for so many bytes and their alignment, up to an eighth larger."""
         size += _ALIGNED
-        step = 1 << size.bit_length() - 6
-        size = -(-size // step) * step
-        self._used += size
-        for place, room in enumerate(self._free):
-            if room.size == size:
-                return self._free.pop(place)
+        fitting = [place for place, room in enumerate(self._free) if size <= room.size <= size * 9 // 8]
+        if fitting:
+            room = self._free.pop(min(fitting, key=lambda place: self._free[place].size))
+        else:
+            step = 1 << size.bit_length() - 6  # a little larger, since others of about that size will come
+            room = np.empty(-(-size // step) * step, np.uint8)
+        self._used += room.size
         self._most = max(self._most, self._used)
         self._drop()
-        return np.empty(size, np.uint8)
+        return room
 
     def give(self, room: NDArray[np.uint8], still: bool) -> None:
         """Take room back: for others, if it is `still`, and nobody writes to it."""
