@@ -29,6 +29,7 @@ from ckptdiff.patch.kernels.small_blocks import SEARCH, STEPS, STREAMS, WHOLE
 from ckptdiff.patch.kernels.steps import add_steps, find_steps, lay_out, read_positions, read_steps
 
 __all__ = [
+    "MOST_NUMBERS",
     "BlockRooms",
     "Coding",
     "DamagedBlockError",
@@ -43,6 +44,8 @@ __all__ = [
 ]
 
 Bytes = NDArray[np.uint8]
+MOST_NUMBERS = 64
+"""Bytes of a coded block beside what it holds."""
 _LEVEL = 6
 _rooms = threading.local()
 

@@ -36,7 +36,7 @@ from ckptdiff.checkpoint.regular_file import open_regular, read_bytes
 from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
 from ckptdiff.errors import CheckpointError, PatchError
 from ckptdiff.files.staged import StagedFile
-from ckptdiff.patch.coded_block import DamagedBlockError, Steps, apply_block, read_block
+from ckptdiff.patch.coded_block import MOST_NUMBERS, DamagedBlockError, Steps, apply_block, read_block
 from ckptdiff.patch.delta import BLOCK_CODES, Blob, Delta, TensorDelta, TunedFile
 from ckptdiff.patch.link import FETCH_AGAIN
 from ckptdiff.patch.small_tensors import apply_stored
@@ -53,8 +53,6 @@ _PLENTY, _MOST_TIMES = 16 << 20, 100
 """It deflates to less than a hundredth only where it lists unchanged blocks; a million million codes have a million."""
 _MOST_BLOB = 200_000_000
 """A safetensors header has 100 MB at most."""
-_MOST_NUMBERS = 64
-"""Bytes of a coded block beside what it holds."""
 _OF_STATE = {"same": (0, 1, 1), "changed": (1, 1, 1), "whole": (1, 0, 1), "lost": (0, 0, 0)}
 """Of a tensor: whether it has blocks, and a digest before and after."""
 
@@ -307,7 +305,7 @@ def _check_tensor(tensor: TensorDelta, files: int, end: int) -> None:
         raise ValueError(f"{tensor.name} has {bits} bits")
     if len(tensor.sizes) != (tensor.blocks if coded else 0) or tensor.offset + tensor.stored > end:
         raise ValueError(f"{tensor.name} has {len(tensor.sizes)} blocks at {tensor.offset}")
-    if tensor.sizes and max(tensor.sizes) > BLOCK_CODES * tensor.coding.width + _MOST_NUMBERS:
+    if tensor.sizes and max(tensor.sizes) > BLOCK_CODES * tensor.coding.width + MOST_NUMBERS:
         raise ValueError(f"{tensor.name} has a block of {max(tensor.sizes)} bytes")
     if isinstance(tensor.before, str) != before or isinstance(tensor.after, str) != after:
         raise ValueError(f"{tensor.name} lacks a digest")

@@ -10,7 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint.regular_file import read_bytes
-from ckptdiff.patch.coded_block import BlockRooms, Coding, DamagedBlockError, code_block, frozen, inflated
+from ckptdiff.patch.coded_block import (
+    MOST_NUMBERS,
+    BlockRooms,
+    Coding,
+    DamagedBlockError,
+    code_block,
+    frozen,
+    inflated,
+)
 from ckptdiff.patch.delta import TensorDelta
 from ckptdiff.patch.kernels import small_blocks
 from ckptdiff.patch.kernels.small_blocks import ALONE, FACTS
@@ -21,8 +29,6 @@ Bytes: TypeAlias = NDArray[np.uint8]
 Blocks: TypeAlias = NDArray[np.int64]
 _SMALL = 1 << 16
 """Codes of a tensor up to which it is coded together with others."""
-_MOST_NUMBERS = 64
-"""Bytes of a coded block beside what it holds."""
 _rooms = threading.local()
 
 
@@ -64,7 +70,7 @@ def code_small(base: Bytes, tuned: Bytes, blocks: Blocks) -> list[tuple[bytes, i
     rooms, found = _small_rooms(), np.zeros((len(blocks), 2), np.int64)
     together = _together(blocks)
     few, some = np.ascontiguousarray(blocks[together]), np.empty((int(together.sum()), 2), np.int64)
-    out = np.empty(int((few[:, 1] * few[:, 2]).sum()) + 16 * len(few), np.uint8)
+    out = np.empty(int((few[:, 1] * few[:, 2]).sum()) + 32 * len(few), np.uint8)
     small_blocks.code_small((base, tuned), few, rooms.steps, rooms.laid, rooms.streams, rooms.spans, out, some)
     found[:, 0] = ALONE
     found[together] = some
@@ -121,10 +127,10 @@ def apply_small(codes: Bytes, blocks: Blocks, coded: bytes, sizes: Sequence[int]
 
 
 def apply_stored(codes: Bytes, tensors: Sequence[tuple[TensorDelta, int]], descriptor: int, path: str) -> Sequence[int]:
-    """Do so with tensors, each given with the byte at which it begins, of a delta that is open."""
+    """Do what :func:`apply_small` does, with tensors of an open delta, each given with the byte at which it begins."""
     sizes = [one.sizes[0] for one, _ in tensors]
     # Of what is larger, one at a time is held.
-    if len(tensors) < 2 or sum(sizes) > 2 * codes.size + _MOST_NUMBERS * len(tensors):
+    if len(tensors) < 2 or sum(sizes) > 2 * codes.size + MOST_NUMBERS * len(tensors):
         return range(len(tensors))
     rows = rows_of((start, one.codes, one.coding) for one, start in tensors)
     coded = _bytes_of(descriptor, [(one.offset, size) for (one, _), size in zip(tensors, sizes, strict=True)], path)

@@ -77,7 +77,7 @@ def code_small(
     spans : int64 array, shape (n, 2)
         Room for the runs of its longest stream.
     out : uint8 array
-        Receives the coded blocks, one behind the other; those of the tensors, and 8 bytes more of each, are enough.
+        Receives the coded blocks, one behind the other; the bytes of all tensors and 32 more of each are enough.
     found : int64 array, shape (k, 2)
         Receives the size of each, or :data:`ALONE`, and how many codes changed.
     """
