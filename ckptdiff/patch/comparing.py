@@ -19,7 +19,15 @@ from ckptdiff.events import Listener, stage
 from ckptdiff.files.staged import StagedFile
 from ckptdiff.patch.coded_block import Coding
 from ckptdiff.patch.delta import BLOCK_CODES
-from ckptdiff.patch.spans import Piece, in_pieces, read_block_of, read_whole_tensors, threads_for, work_in_order
+from ckptdiff.patch.spans import (
+    Piece,
+    in_pieces,
+    load_kernels,
+    read_block_of,
+    read_whole_tensors,
+    threads_for,
+    work_in_order,
+)
 
 __all__ = [
     "Bytes",
@@ -130,7 +138,10 @@ def make_of_pair(
         Begins the patch, given an event that is set when the run ends early, and how many threads work.
     """
     stop, working = threading.Event(), threads_for(threads)
-    total = sum(tensor.nbytes for side in sides for tensor in side.tensors.values())
+    tensors = [tensor for side in sides for tensor in side.tensors.values()]
+    if any(tensor.slices for tensor in tensors):
+        load_kernels(listener, "boxes")
+    total = sum(tensor.nbytes for tensor in tensors)
     with begin(stop, working) as making, stage(listener, "making the patch", total, "bytes") as told:
         base, tuned = sides
         rooms = threading.local()

@@ -54,9 +54,9 @@ def in_pieces(tensors: Iterable[tuple[Key, int]], most: int = _MOST_TENSORS) -> 
         yield small
 
 
-def load_kernels(listener: Listener | None) -> None:
-    """Load the kernels of this package, or have them compiled, which the listener is told of."""
-    load(None, Uses((("delta",),)), listener or ignore)
+def load_kernels(listener: Listener | None, use: str = "delta") -> None:
+    """Load the kernels of this package, or others, or have them compiled, which the listener is told of."""
+    load(None, Uses(((use,),)), listener or ignore)
 
 
 def threads_for(asked: int) -> int:

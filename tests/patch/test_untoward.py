@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,11 @@ from ckptdiff.cli import main
 from ckptdiff.errors import CkptdiffError, PatchError
 
 
-def tiny(folder: Path, kind: str) -> tuple[Path, Path, Path]:
+def tiny(folder: Path, kind: str, names: Sequence[str] = ("a", "b")) -> tuple[Path, Path, Path]:
     rng = np.random.default_rng(3)
     codes = np.frombuffer(rng.bytes(80), np.uint16) & np.uint16(0x3FFF)
     held = {"a": Stored("BF16", (20, 2), codes.tobytes()), "b": Stored("F32", (9,), bytes(36))}
+    held = {name: held[name] for name in names}
     base = write(folder / "base.safetensors", held)
     for name, one in held.items():
         data = np.frombuffer(one.data, np.uint8).copy()
@@ -46,7 +47,7 @@ def tiny(folder: Path, kind: str) -> tuple[Path, Path, Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, OWN])
 def test_each_single_bit(kind: str, tmp_path: Path) -> None:
-    base, tuned, link = tiny(tmp_path, kind)
+    base, tuned, link = tiny(tmp_path, kind, "a")
     harmless = total = 0
     for file in sorted(link.iterdir()) if link.is_dir() else [link]:
         whole = file.read_bytes()
@@ -62,7 +63,7 @@ def test_each_single_bit(kind: str, tmp_path: Path) -> None:
             else:
                 harmless += 1
         file.write_bytes(whole)
-    assert total > 3000 and harmless < total / 20
+    assert total > 2000 and harmless < total / 20
 
 
 def flat_file(link: Path, tensors: dict[str, Stored], **other: object) -> None:
