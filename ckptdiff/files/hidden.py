@@ -133,7 +133,8 @@ def remove_abandoned(target: Path) -> None:
 
     What belongs to another user or cannot be removed stays, and is no error: nothing depends on it.
     """
-    scope = _scope(target.parent)
+    # In a hidden folder of ours, which is locked, nobody has left anything.
+    scope = None if _is_inside(target) else _scope(target.parent)
     if scope is None:
         return
     with suppress(OSError), _locked(target.parent) as locked:
