@@ -133,6 +133,7 @@ def remove_abandoned(target: Path) -> None:
 
     What belongs to another user or cannot be removed stays, and is no error: nothing depends on it.
     """
+    # In a hidden folder of ours, which is locked, nobody has left anything.
     scope = None if _is_inside(target) else _scope(target.parent)
     if scope is None:
         return

@@ -145,6 +145,23 @@ def test_a_folder_that_another_program_has_locked_is_waited_for_and_then_used_al
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
+def test_what_is_made_in_a_hidden_folder_waits_for_no_lock_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleep(seconds: float) -> None:
+        raise AssertionError("waits for itself")
+
+    monkeypatch.setattr("time.sleep", sleep)
+    with StagedFolder(tmp_path / "out") as staged:
+        (staged.path / "deep").mkdir()
+        for place in ("one", "deep/two"):
+            with StagedFile(staged.path / place) as file:
+                file.write(b"whole")
+                file.commit()
+        staged.commit()
+    assert (tmp_path / "out/one").read_bytes() == (tmp_path / "out/deep/two").read_bytes() == b"whole"
+
+
 @kinds
 def test_what_a_living_process_makes_stays(kind: str, tmp_path: Path) -> None:
     target = tmp_path / "out"
