@@ -48,7 +48,7 @@ def joined_cluster(asked: RayOptions, options: Options, tell: Listener) -> Itera
         processors = _compare(cluster)
         if len(processors) > 1:
             kinds = "; ".join(f"{first_few(names)}: {processor}" for processor, names in processors.items())
-            text = f"nodes have different processors, so that last digits depend on which node did what ({kinds})"
+            text = f"nodes differ in processors or kernels, so last digits depend on which node did what ({kinds})"
             cluster.warnings = (text,)
         tell(Note(f"Ray {ray.__version__}, nodes {first_few(node.name for node in nodes)}"))
         yield cluster
@@ -58,7 +58,7 @@ def joined_cluster(asked: RayOptions, options: Options, tell: Listener) -> Itera
 
 
 def _join(ray: Any, address: str) -> None:
-    named = address or os.environ.get("RAY_ADDRESS", "")
+    named = RayOptions(address or os.environ.get("RAY_ADDRESS", "")).address
     if ":" in named:
         _require_answer(named)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -85,7 +85,7 @@ def _require_answer(address: str) -> None:
     """Raise ClusterError if nobody answers at an address, or not as Ray does, which would wait for minutes."""
     host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), _TIMEOUT) as connection:
+        with socket.create_connection((host.strip("[]"), int(port)), _TIMEOUT) as connection:
             if os.environ.get("RAY_USE_TLS", "0") == "1":
                 return
             connection.sendall(_GREETING)
@@ -110,7 +110,7 @@ def _nodes(ray: Any) -> list[Node]:
 
 
 def _compare(cluster: Cluster) -> dict[str, list[str]]:
-    """See that versions are the same everywhere; names of nodes by the processor that they have."""
+    """See that versions are the same everywhere; names of nodes by the processor and the kernels that they have."""
     ask = _asking()
     here = ask(_LIBRARIES)
     processors = defaultdict(list, {here.pop("processor"): ["here"]})
@@ -143,9 +143,10 @@ def _asking() -> Callable[[Sequence[str]], dict[str, str]]:
 
             found["ckptdiff"] = ckptdiff.__version__
             from ckptdiff.kernel_cache import processor_name
+            from ckptdiff.kernel_library import kernels_in_use
             from ckptdiff.runfile.belonging import hash_of_code
 
-            found |= {"code": hash_of_code(), "processor": processor_name()}
+            found |= {"code": hash_of_code(), "processor": f"{processor_name()}, kernels {kernels_in_use()}"}
         return found
 
     return ask

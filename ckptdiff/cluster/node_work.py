@@ -179,10 +179,11 @@ def _results(
     plan: Plan, batch: Sequence[SpanTask], passes: Mapping[int, Measurement], threads: Threads
 ) -> Iterator[Result]:
     pieces = (piece for task in batch for piece in ([task] if task.span is None else cut(task.span, plan.grain)))
+    batches = threads.batches(pieces)
 
     def begin() -> Begun | None:
-        task = next(pieces, None)
-        return None if task is None else threads.begin([task], passes)
+        some = next(batches, None)
+        return None if some is None else threads.begin(some, passes)
 
     for begun in in_order_begun(begin, threads.at_once):
         yield from results_of(begun, lambda: None)

@@ -143,7 +143,11 @@ class Cluster:
         tell(Note(f"{text}, {spread.at_once} at once, each with {spread.task_memory >> 20} MiB"))
         facts = replace(plan.diff, tensors=(), base={}, tuned={}, only_in_base=(), only_in_tuned=(), aliased=())
         bare: Any = replace(plan, diff=replace(facts, mismatched=(), warnings=()), device=None, saving=None)  # type: ignore[arg-type]
-        on_gpu = self._options if spectra is not None and self.on_gpu else None
+        on_gpu = None
+        if spectra is not None and self.on_gpu:
+            if not any(node.gpus for node in self._nodes()):
+                raise _no_node(1, 0, self._nodes(), 1)
+            on_gpu = replace(self._options, device="cuda")  # Ray shows a task no GPU but its own
         self._sent = self.ray.put(Sent(bare, str(Path.cwd()), on_gpu))
         shards = _local_shards(plan)
         with stage(tell, "preparing nodes") as told:
@@ -201,10 +205,9 @@ class Cluster:
         return self.ray.remote(**asked, num_gpus=gpus, scheduling_strategy="SPREAD")(function)
 
     def at_once(self, threads: int, memory: int, gpus: int = 0) -> int:
-        """Tasks to hand out before the first of them is done; ClusterError if no node can hold one."""
+        """Tasks to hand out before the first of them is done; ClusterError as ``require_room`` raises it."""
         places = sum(_fits(node, threads, memory, gpus) for node in self._nodes())
-        if not places:
-            raise _no_node(threads, memory, self._nodes(), gpus)
+        self.require_room(threads, memory, gpus)
         return self._asked.parallel or 2 * places + 2
 
     def budget(self, taken: int) -> Budget:

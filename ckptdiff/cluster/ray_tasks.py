@@ -20,6 +20,7 @@ from ckptdiff.run.tasks import SpanTask, batched
 from ckptdiff.run.worker import Result, blank
 from ckptdiff.spectra.job import JobGroup, Measuring
 from ckptdiff.spectra.measure import MatrixSpectra
+from ckptdiff.spectra.spectra_gpu import HOST_ROOM
 
 if TYPE_CHECKING:
     from ckptdiff.cluster.on_ray import Cluster
@@ -171,5 +172,5 @@ class RayMatrices:
 
     def _memory(self, group: JobGroup) -> int:
         if not self.alone:
-            return self._taken
+            return self._taken + HOST_ROOM
         return self._taken + max(self.budget.takes(job.view) for job in group.jobs)

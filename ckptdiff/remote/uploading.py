@@ -66,6 +66,8 @@ def written_to(out: str | os.PathLike[str] | None, resume: bool = False) -> Iter
     try:
         if (folder / name).exists():
             upload(folder / name, url)
+        elif resume and any(folder.iterdir()):
+            return  # nothing was to be made, as with --dry-run: what is kept stays
     except RunFileError as error:
         error.hint = f"it is complete at {folder / name}: copy it from there. {error.hint or ''}".rstrip()
         raise

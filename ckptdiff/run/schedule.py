@@ -96,7 +96,8 @@ class Threads:
         left, upcoming = iter(tasks), deque[SpanTask]()
         while True:
             if len(upcoming) <= _AHEAD // 2:
-                some = list(islice(left, _AHEAD // 2))
+                # All of what goes first: each that is asked for then would come before those asked for before it.
+                some = list(left if first else islice(left, _AHEAD // 2))
                 parts = [self._plan.remote_parts(task) for task in some]
                 self._fetched.update(zip(some, self._shards.all_ahead(parts, first), strict=True))
                 upcoming.extend(some)

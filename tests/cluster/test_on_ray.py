@@ -433,10 +433,10 @@ def test_what_nodes_tell_of_tasks_under_way_is_added_up(nodes: Any) -> None:
 
 
 def test_nodes_of_other_processors_are_told_of(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckptdiff.jit.processor_name", lambda: "riscv64 none, 0")
+    monkeypatch.setattr("ckptdiff.kernel_cache.processor_name", lambda: "riscv64 none, 0")
     heard: list[Event] = []
     found = run(*of("tied"), options=Options(threads=1), on_ray=RayOptions(), listener=heard.append)
-    (said,) = [text for text in found.warnings if "different processors" in text]
+    (said,) = [text for text in found.warnings if "differ in processors or kernels" in text]
     assert "here: riscv64" in said and Note(said, warning=True) in heard
 
 

@@ -187,6 +187,10 @@ def test_what_is_done_for_a_bucket_is_kept_until_it_is_there(
         ckptdiff.diff(*sides, out=url, resume=True, listener=give_up)
     (folder,) = here.iterdir()
     assert [path.name for path in folder.iterdir()] == ["kept.h5.part"] and folder.stat().st_mode & 0o077 == 0
+    kept = sorted(folder.rglob("*"))
+    assert main(["diff", *sides, "-o", url, "--resume", "--dry-run", "--no-progress"]) == 0
+    assert sorted(folder.rglob("*")) == kept, "a dry run takes nothing away"
+    capsys.readouterr()
     told: list[object] = []
     ckptdiff.diff(*sides, out=url, resume=True, listener=told.append)
     begun = next(one for one in told if type(one).__name__ == "StageBegun" and getattr(one, "stage", "") == "comparing")
