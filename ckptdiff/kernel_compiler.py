@@ -55,6 +55,8 @@ _TARGETS = {
     "baseline": ("generic", ""),
 }
 """Names of processors and features, as LLVM knows them."""
+_AT_ONCE = 8
+"""Compiling processes; each takes some 250 MB."""
 RUNTIME = Path(__file__).with_name("kernel_runtime.c")
 
 
@@ -317,7 +319,7 @@ def compile_library(
     spawn = multiprocessing.get_context("spawn")
     found: dict[str, Recorded] = {}
     with tempfile.TemporaryDirectory() as folder:
-        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=spawn) as pool:
+        with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), _AT_ONCE), mp_context=spawn) as pool:
             for done in [pool.submit(work, level, task, folder) for task in tasks]:
                 found |= {f"{one.module}{one.name}{one.key}": one for one in done.result()}
         objects = sorted(map(str, Path(folder).glob("*.o")))
@@ -330,12 +332,16 @@ def compile_library(
 
 def main(asked: str, folder: str) -> None:
     """Compile libraries into a folder: for "this" processor, for "all", or for levels with commas between."""
-    linker()
     this = processor_level()
     if asked in ("this", "all"):
         levels = list(LEVELS) if asked == "all" and this != "baseline" else [this]
     else:
         levels = asked.split(",")
+        if unknown := [level for level in levels if level not in _TARGETS]:
+            sys.exit(f"CKPTDIFF_BUILD_FOR: no level {unknown[0]} (there are {', '.join(_TARGETS)}, this, all and none)")
+        if not any(map(has_level, levels)):
+            sys.exit(f"CKPTDIFF_BUILD_FOR: none of {asked} runs on this processor: name one beside it that does")
+    linker()
     uses = USES if asked == "this" else (*USES, *RARE)
     recorded: list[Recorded] = []
     # What this processor cannot run is compiled of what another level has.

@@ -180,6 +180,8 @@ def open_library(folder: Path, asked: str) -> ctypes.CDLL | None:
     paths = {level: folder / path_of(level).name for level in levels}
     level = next((level for level, path in paths.items() if path.exists()), asked)
     if level in ("", "jit"):
+        if not level and (others := sorted(folder.glob(f"{platform.machine()}-*.so"))):
+            logger.warning("kernels are compiled on the spot, %s is for another processor", others[0])
         return None
     path = paths[level]
     problem = fault_of(path, level)
@@ -270,6 +272,8 @@ def sources_hash() -> bytes:
 
 def _reads_arrays() -> bool:
     """Whether arrays lie in memory as compiled code expects: the interface that NumPy publishes says the same."""
+    if object.__basicsize__ != _HEADER:  # a Python without a global lock, or one for debugging
+        return False
     array = np.zeros((3, 4), np.uint16)[::2, 1:]
     pointers = (ctypes.c_int64 * 5).from_address(id(array) + _HEADER)
     shape, strides = ((ctypes.c_int64 * 2).from_address(pointers[at]) for at in (2, 3))

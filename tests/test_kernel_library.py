@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from patience import PATIENCE
 
 import ckptdiff
+from ckptdiff import kernel_compiler, kernel_library
 from ckptdiff.errors import OptionError
 from ckptdiff.kernel_library import (
     LEVELS,
@@ -153,11 +154,21 @@ def test_a_library_of_other_sources_is_said(opened: Open, monkeypatch: pytest.Mo
     assert "built of other sources" in opened(stale)
 
 
-def test_what_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_library(tmp_path, "") is None and open_library(tmp_path, "jit") is None
     assert caplog.messages == []
     assert open_library(tmp_path, "v2") is None
     assert len(caplog.messages) == 1
+    caplog.clear()
+    other = tmp_path / f"{platform.machine()}-v9.so"
+    other.touch()
+    assert open_library(tmp_path, "") is None
+    assert "is for another processor" in caplog.text
+    with pytest.raises(SystemExit, match="no level v9"):
+        kernel_compiler.main("v2,v9", str(tmp_path))
+    monkeypatch.setattr(kernel_library, "processor_flags", frozenset)
+    with pytest.raises(SystemExit, match="none of v4 runs"):
+        kernel_compiler.main("v4", str(tmp_path))
     with pytest.raises(OptionError, match="v5"):
         open_library(tmp_path, "v5")
 

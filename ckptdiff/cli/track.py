@@ -147,6 +147,8 @@ def _found(base: str, steps: tuple[str, ...], out: Path | None, given: dict[str,
     from ckptdiff.track import track as follow
 
     if out is not None:
+        if given["patches"] is not None and os.path.realpath(out) == os.path.realpath(given["patches"]):
+            raise OptionError("the track file and the folder of patches have one name", file=out)
         shards = [shard for path in (base, *steps) for shard in open_checkpoint(path, given["stream"]).shards]
         check_target(out, [(shard.path, shard.device, shard.inode) for shard in shards], TRACK_FORMAT)
     patch_options = options_of(given["patch_format"], given, "--patch-format")
@@ -177,13 +179,16 @@ def _found(base: str, steps: tuple[str, ...], out: Path | None, given: dict[str,
     return found
 
 
+_OF_PATCHES = "patch_format", "encoding", "checksum", "level", "dense_rest", "version"
+
+
 def _refuse_options(path: str) -> None:
     """A track file says what it says: nothing is read or chosen again."""
     context = click.get_current_context()
-    for name in ("out", "compare", "include", "exclude", "gram", "spectra", "patches"):
+    for name in ("out", "compare", "include", "exclude", "gram", "spectra", "patches", *_OF_PATCHES):
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise OptionError(
-                f"--{name} means nothing for a track file, which is only printed again",
+                f"--{name.replace('_', '-')} means nothing for a track file, which is only printed again",
                 file=path,
                 expected="a base checkpoint and later ones to follow",
             )

@@ -19,7 +19,7 @@ from ckptdiff.errors import plural
 from ckptdiff.events import Listener, Note
 from ckptdiff.figures.result import SIDES, Diff
 from ckptdiff.files.unfinished import Saving, Unfinished, folder_of, is_unfinished
-from ckptdiff.kernel_library import kernels_in_use, processor_flags
+from ckptdiff.kernel_library import kernels_in_use, library, processor_flags
 from ckptdiff.options import SpectraOptions
 
 _LIBRARIES = "numpy", "numba", "scipy", "cupy-cuda12x", "cupy-cuda13x"
@@ -41,6 +41,15 @@ _PAIRED = attrgetter(
 """What of a tensor pair is measured; groups are only reported."""
 
 
+def _processor() -> str:
+    """What the kernels run on, or are compiled for where that is done on the spot."""
+    if library() is None:
+        from ckptdiff.kernel_cache import processor_name
+
+        return processor_name()
+    return f"{platform.machine()}, {_digest(' '.join(sorted(processor_flags())))}"
+
+
 def belonging(command: str, diff: Diff, device: str, spectra: SpectraOptions | None) -> dict[str, str]:
     """What figures and masks of a run depend on, in words.
 
@@ -52,7 +61,7 @@ def belonging(command: str, diff: Diff, device: str, spectra: SpectraOptions | N
         "command": command,
         "version": f"{ckptdiff.__version__}, {hash_of_code()}",
         "libraries": ", ".join(f"{name} {one}" for name in _LIBRARIES if (one := _version(name))),
-        "processor": f"{platform.machine()}, {_digest(' '.join(sorted(processor_flags())))}, {kernels_in_use()}",
+        "processor": f"{_processor()}, {kernels_in_use()}",
         "--device": device,
         "--compare": diff.compare,
         "--mask": diff.mask_rule,

@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from told_stages import told_stages
 
-from ckptdiff.checkpoint import Checkpoint, open_checkpoint
+from ckptdiff.checkpoint import Checkpoint
+from ckptdiff.checkpoint.checkpoint import open_pair
 from ckptdiff.cli import main
 from ckptdiff.errors import PairingError, RunFileError
 from ckptdiff.events import Event, Note, Started
@@ -68,11 +69,11 @@ def rows_of(made: Extraction) -> dict[str, tuple[int, str | None]]:
 def test_each_checkpoint_is_opened_once(pair: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
 
-    def open_it(path: str, stream: bool) -> Checkpoint:
-        opened.append(path)
-        return open_checkpoint(path, stream)
+    def open_it(base: str, tuned: str, *how: bool) -> tuple[Checkpoint, Checkpoint]:
+        opened.extend([base, tuned])
+        return open_pair(base, tuned, *how)
 
-    monkeypatch.setattr("ckptdiff.run.planning.open_checkpoint", open_it)
+    monkeypatch.setattr("ckptdiff.run.planning.open_pair", open_it)
     extract_lora(*pair, tmp_path / "adapter", rank=4)
     assert opened == list(pair)
 

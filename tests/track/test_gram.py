@@ -340,6 +340,10 @@ def test_the_command_and_its_page(trajectory: Trajectory, tmp_path: Path, capsys
     assert "gram" not in document["tensors"][0]
     assert main(["track", str(out), "--gram"]) == 2
     assert "--gram means nothing for a track file" in capsys.readouterr().err
+    assert main(["track", str(out), "--patch-format", "flat"]) == 2
+    assert "--patch-format means nothing for a track file" in capsys.readouterr().err
+    assert main(["track", *paths, "-o", str(out) + "2", "--patches", str(out) + "2", "--no-progress"]) == 2
+    assert "one name" in capsys.readouterr().err and not Path(str(out) + "2").exists()
     assert main(["track", *paths, "--no-progress"]) == 0
     assert "rank 1" not in capsys.readouterr().out
 
