@@ -78,14 +78,14 @@ def rows_of(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for mode in modes:
             seconds, found = measured(sides, mode, "cuda")
             row = {"pair": name, "mode": mode, "spectra s, cuda": seconds}
-            if options.cpu or options.small or "model" in name:
+            if options.processor or options.small or "model" in name:
                 row["spectra s, cpu"], known = measured(sides, mode, "cpu")
                 row["wrong"] = not near(found, known, NEAR[mode])
             yield row
         if "experts" in name:
             row = {"pair": name, "mode": "adapter"}
             row["factors s, cuda"], lost = factored(sides, folder, "cuda")
-            if options.cpu or options.small:
+            if options.processor or options.small:
                 row["factors s, cpu"], known_lost = factored(sides, folder, "cpu")
                 row["wrong"] = not lost <= known_lost + NEAR["randomized"]
             yield row

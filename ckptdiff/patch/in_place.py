@@ -93,8 +93,6 @@ def apply_in_place(
 def _places(chain: Chain) -> list[str]:
     """Names of the base's files that take those of the result, each of which is made of its old self alone."""
     link, folder = chain.links[-1], folder_of(chain.base)
-    if chain.base.shards[0].remote is not None:
-        raise OptionError("what lies elsewhere cannot be changed in place", file=chain.base.path, hint="-o OUT")
     shard_names = {shard.path: Path(shard.path).relative_to(folder).as_posix() for shard in chain.base.shards}
     places = list(shard_names.values()) if link.delta.single else [one.name for one in link.delta.files]
     index = None if chain.base.index is None else Path(chain.base.index.path).name
