@@ -24,7 +24,8 @@ def environment(level: str) -> dict[str, str]:
     """Variables under which a command and all it starts use kernels of a level."""
     if level != "v3":
         return {}  # v4 is not the whole of what such a processor has: compiled for itself, as users have it
-    return {"NUMBA_CPU_NAME": "x86-64-v3", "NUMBA_CPU_FEATURES": ""}
+    # Built for it, or, where the library has other levels only, compiled on the spot for it.
+    return {"CKPTDIFF_KERNELS": "v3", "NUMBA_CPU_NAME": "x86-64-v3", "NUMBA_CPU_FEATURES": ""}
 
 
 def chosen(text: str) -> Sequence[str]:

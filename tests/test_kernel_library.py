@@ -199,6 +199,24 @@ def test_without_a_compiler_a_wheel_is_pure_and_says_so(tmp_path: Path) -> None:
     assert "no kernels were compiled: each run compiles those it needs, and keeps them" in done.stderr
 
 
+@pytest.mark.slow
+def test_what_is_built_takes_no_more_than_a_build_has() -> None:
+    """The calls that are made for it, where nothing is installed but what hatch_build.py asks for."""
+    code = """
+import sys
+for name in ("torch", "scipy", "rich", "click", "safetensors", "xxhash", "zstandard", "threadpoolctl"):
+    sys.modules[name] = None
+from ckptdiff.kernel_compiler import RARE, USES
+from ckptdiff.measure.cpu import CpuBackend
+from ckptdiff.run.warm_up import make_call
+for use in (*USES, *RARE):
+    make_call(CpuBackend(), use)
+print("made", len(USES))
+"""
+    done = python(code)
+    assert done.returncode == 0 and done.stdout.startswith("made"), done.stderr
+
+
 BUILD = """
 import sys
 from pathlib import Path

@@ -13,7 +13,7 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_without_torch_the_message_says_what_to_install() -> None:
-    found = python("import sys; sys.modules['torch'] = None; import ckptdiff.retrain")
+    found = python("import sys; sys.modules['torch'] = None; from ckptdiff.retrain import load_masks")
     assert found.returncode == 1
     assert "pip install 'ckptdiff[retrain]'" in found.stderr
 
