@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from ckptdiff import __version__
 from ckptdiff.checkpoint.names import locate
 from ckptdiff.figures.catalogue import COLUMNS, flat_key
 from ckptdiff.figures.result import Diff, TensorFacts, UnmatchedTensor
@@ -161,7 +162,7 @@ def build_diff(tensors: Sequence[tuple[TensorFacts, float]], **changes: Any) -> 
         compare="bf16",
         mask_rule="abs:1e-05",
         options=Options().as_json(),
-        ckptdiff_version="0.1.0",
+        ckptdiff_version=__version__,
     )
     return replace(diff, **changes)
 
