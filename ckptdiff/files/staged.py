@@ -162,14 +162,14 @@ class StagedFile:
 
     def readinto(self, buffer: memoryview) -> int:
         """Fill a buffer, with zeros where a failed write left nothing."""
-        count = 0
+        view, count = memoryview(buffer), 0  # that of h5py 3.11 is Cython's own, to which bytes cannot be assigned
         try:
-            count = os.preadv(self._hidden.descriptor, [buffer], self._position)
+            count = os.preadv(self._hidden.descriptor, [view], self._position)
         except BaseException as error:
             self.failure = self.failure or error
-        buffer[count:] = bytes(len(buffer) - count)
-        self._position += len(buffer)
-        return len(buffer)
+        view[count:] = bytes(len(view) - count)
+        self._position += len(view)
+        return len(view)
 
     def write(self, data: memoryview | bytes) -> int:
         """Write all of a buffer, unless a write has failed."""
