@@ -146,11 +146,6 @@ def helper(function: Function) -> Function:
     return cast(Function, Step(function, STEP))
 
 
-def reducer(function: Function) -> Function:
-    """Declare a step whose floating sums may be reordered, as vector sums need: code and registers say how."""
-    return cast(Function, Step(function, {**STEP, "fastmath": {"reassoc", "nsz", "contract"}}))
-
-
 def kernel(function: Function) -> Function:
     """Declare a function that Python calls, on any number of threads at once."""
     return cast(Function, Kernel(function))

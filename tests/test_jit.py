@@ -248,7 +248,7 @@ def imported_by(source: Path, package: Path) -> set[Path]:
 def makes_code(source: Path) -> bool:
     """Whether a module declares something that Numba compiles: kernels, steps, intrinsics, overloads."""
     text = source.read_text()
-    names = "kernel|helper|reducer|intrinsic|overload"
+    names = "kernel|helper|intrinsic|overload"
     declared = re.search(rf"^from ckptdiff\.jit import .*\b({names})\b", text, re.MULTILINE)
     return bool(
         declared or re.search(r"^\s*(from|import) (numba|llvmlite\.ir|llvmlite import ir)\b", text, re.MULTILINE)

@@ -285,45 +285,69 @@ def test_a_command_runs_without_numba(tmp_path: Path) -> None:
     assert report == python("import sys; from ckptdiff.cli import main; sys.exit(main())", *words).stdout.rstrip()
 
 
-SCAN = """
+EVERY = """
 import hashlib, sys
 import numpy as np
 from ckptdiff import jit
 from ckptdiff.kernel_compiler import Recorder, set_target
 
 set_target(sys.argv[1])
-from ckptdiff.formats import FORMATS
+from ckptdiff.formats import FORMATS, round_to_bf16
 from ckptdiff.measure.cpu import CpuBackend
 from ckptdiff.measure.partial import Partial, Rule, Scan
 from ckptdiff.measure.source import InMemory
 from ckptdiff.measure.thresholds import EPS, ETA
+from ckptdiff.retrain.kernels.masked_steps import ADAMW, MASKED, masked_steps, sum_masked_squares
 
 jit.recorder.set(Recorder(sys.argv[1]))
 rng = np.random.default_rng(0)
-base = (0.05 * rng.standard_normal(200_003)).astype(np.float32)
-tuned = base + np.float32(1e-4) * rng.standard_normal(base.size).astype(np.float32) * (rng.random(base.size) < 0.3)
-for compare in ("bf16", "f32"):
-    scan = Scan(FORMATS["f32"], FORMATS["f32"], FORMATS[compare], EPS, ETA, Rule.BITWISE, want_mask=True)
-    partial = Partial()
-    mask = CpuBackend().scan(scan, InMemory(base.view(np.uint8), tuned.view(np.uint8), base.size), partial)
-    for name in ("counts", "within", "weights", "deltas", "ulp", "max_abs"):
-        print(name, hashlib.sha256(np.ascontiguousarray(getattr(partial, name))).hexdigest())
-    print("mask", hashlib.sha256(mask).hexdigest())
-    print("sums", *partial.sums.ravel())
+numel = 200_003
+base = 0.05 * rng.standard_normal(numel)
+tuned = base + 1e-4 * rng.standard_normal(numel) * (rng.random(numel) < 0.3)
+
+
+def told(name, array):
+    print(name, hashlib.sha256(np.ascontiguousarray(array)).hexdigest())
+
+
+def stored(side, name):
+    if name == "bf16":
+        return round_to_bf16(side.astype(np.float32).view(np.uint32))
+    return side.astype({"f16": np.float16, "f32": np.float32, "f64": np.float64}[name])
+
+
+# As bfloat16, then as stored; all but the first of the former are one kernel.
+for name, compare in (*((name, "bf16") for name in ("bf16", "f16", "f32", "f64")), ("f32", "f32"), ("f64", "f64")):
+    scan = Scan(FORMATS[name], FORMATS[name], FORMATS[compare], EPS, ETA, Rule.BITWISE, want_mask=True)
+    partial, sides = Partial(), [stored(side, name).view(np.uint8) for side in (base, tuned)]
+    mask = CpuBackend().scan(scan, InMemory(*sides, numel), partial)
+    for part in ("counts", "within", "weights", "deltas", "ulp", "max_abs", "sums"):
+        told(part, getattr(partial, part))
+    told("mask", mask)
+
+values, gradients, state = base.astype(np.float32), tuned.astype(np.float32), np.zeros((2, numel), np.float32)
+masked = np.flatnonzero(base != tuned)
+positions, starts = (masked & 0xFFFF).astype(np.uint16), np.searchsorted(masked, np.arange(5) << 16)
+row = np.zeros(1, MASKED)
+row["values"], row["gradients"], row["positions"], row["starts"], row["first"], row["second"] = (
+    array.ctypes.data for array in (values, gradients, positions, starts, *state)
+)
+row["numel"], row["masked"], row["rule"], row["end"] = numel, masked.size, ADAMW, 1
+constants, sums = np.array([[0.999, 0.1, 0.999, 0.001, 1e-8, 1e-3]], np.float32), np.zeros(1)
+masked_steps(row, constants, np.zeros(1, np.int64))
+sum_masked_squares(row, sums, np.zeros(1, np.int64))
+for part in (values, state, sums):
+    told("step", part)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(len(HAS) < 2, reason="this processor has no two levels of x86-64")
 def test_every_level_finds_the_same() -> None:
-    """Bit by bit, but for sums of floats: their order is that of registers, and v2 rounds products before."""
-    exact, sums = [], []
+    """Bit by bit: counts, masks, histograms, and sums, whose order is in ``codes/ordered_sums.py``."""
+    found = []
     for level in HAS:
-        done = python(SCAN, level)
+        done = python(EVERY, level)
         assert done.returncode == 0, done.stderr
-        lines = done.stdout.splitlines()
-        exact.append([line for line in lines if not line.startswith("sums")])
-        sums.append([float(word) for line in lines if line.startswith("sums") for word in line.split()[1:]])
-    assert len(exact[0]) == 14 and all(found == exact[0] for found in exact)
-    for found in sums:
-        np.testing.assert_allclose(found, sums[0], rtol=1e-12, atol=1e-12)
+        found.append(done.stdout.splitlines())
+    assert len(found[0]) == 6 * 8 + 3 and all(one == found[0] for one in found)

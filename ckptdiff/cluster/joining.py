@@ -48,8 +48,8 @@ def joined_cluster(asked: RayOptions, options: Options, tell: Listener) -> Itera
         processors = _compare(cluster)
         if len(processors) > 1:
             kinds = "; ".join(f"{first_few(names)}: {processor}" for processor, names in processors.items())
-            text = f"nodes differ in processors or kernels, so last digits depend on which node did what ({kinds})"
-            cluster.warnings = (text,)
+            text = "nodes differ in processors or kernels, so last digits of nulls and spectra depend on which did what"
+            cluster.warnings = (f"{text} ({kinds})",)
         tell(Note(f"Ray {ray.__version__}, nodes {first_few(node.name for node in nodes)}"))
         yield cluster
     finally:

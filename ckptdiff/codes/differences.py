@@ -1,7 +1,7 @@
 """Keep sixty-four differences in registers, as float64, and multiply them with others.
 
 Products of differences that float32 holds are exact in float64, so that their sums have the same digits whether or not
-a processor multiplies and adds at once.
+a processor multiplies and adds at once. Others are multiplied first, on every processor.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def differences(typing: Any, base: Any, codes: Any) -> Any:
         order = ir.Constant(ir.VectorType(ir.IntType(32), LANES), list(range(LANES)))
         return builder.shuffle_vector(*parts, order)
 
-    return lane_types.Reals()(base, codes), generate
+    return lane_types.Reals(codes.bits == 16)(base, codes), generate
 
 
 def _parts_at(context: Any, builder: Any, array_type: Any, array: Any, row: Any, columns: int) -> Any:
@@ -59,13 +59,14 @@ def _add_products(context: Any, builder: Any, signature: Any, args: Any, squared
     total_at = _parts_at(context, builder, signature.args[0], sums, row, PRODUCT_SUMS)
     start = _parts_at(context, builder, signature.args[3], room, other, LANES)
     total = builder.load(total_at, align=8)
+    exact = ("contract",) if signature.args[2].single and not squared else ()
     for part in range(LANES // PRODUCT_SUMS):
         ours = part_of(builder, reals, range(part * PRODUCT_SUMS, (part + 1) * PRODUCT_SUMS))
         theirs = builder.load(builder.gep(start, [ir.IntType(64)(part)]), align=8)
-        product = builder.fmul(ours, theirs, flags=("contract",))
+        product = builder.fmul(ours, theirs, flags=exact)
         if squared:
-            product = builder.fmul(product, product, flags=("contract",))
-        total = builder.fadd(total, product, flags=("contract",))
+            product = builder.fmul(product, product)
+        total = builder.fadd(total, product, flags=exact)
     builder.store(total, total_at, align=8)
     return context.get_dummy_value()
 

@@ -29,10 +29,14 @@ class _CodesModel(models.PrimitiveModel):  # type: ignore[misc]
 
 
 class Reals(types.Type):  # type: ignore[misc]
-    """Sixty-four values of float64, in the order of :func:`~ckptdiff.codes.lanes.values_of_codes`."""
+    """Sixty-four values of float64, in the order of :func:`~ckptdiff.codes.lanes.values_of_codes`.
 
-    def __init__(self) -> None:
-        super().__init__(name="Reals")
+    Products of those that float32 holds, ``single``, are exact.
+    """
+
+    def __init__(self, single: bool) -> None:
+        self.single = single
+        super().__init__(name=f"Reals({single})")
 
 
 @register_default(Reals)

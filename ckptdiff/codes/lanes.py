@@ -27,13 +27,14 @@ _REGISTER = 512
 _LINE = 64
 
 
-def _filled(vector: Any, value: int) -> Any:
+def filled(vector: Any, value: int) -> Any:
+    """The same whole number in all lanes."""
     return ir.Constant(vector, [value] * vector.count)
 
 
 def _everywhere(builder: Any, value: Any, vector: Any) -> Any:
     """The same value in all lanes."""
-    return part_of(builder, builder.insert_element(_filled(vector, 0), value, ir.IntType(32)(0)), [0] * vector.count)
+    return part_of(builder, builder.insert_element(filled(vector, 0), value, ir.IntType(32)(0)), [0] * vector.count)
 
 
 def part_of(builder: Any, vector: Any, lanes: Sequence[int]) -> Any:
@@ -44,7 +45,7 @@ def part_of(builder: Any, vector: Any, lanes: Sequence[int]) -> Any:
 
 def _lowest(codes: Any) -> Any:
     """The sign bit alone."""
-    return _filled(codes.type, -(1 << (codes.type.element.width - 1)))
+    return filled(codes.type, -(1 << (codes.type.element.width - 1)))
 
 
 def packs() -> bool:
@@ -124,8 +125,8 @@ def mixed(typing: Any, mix: Any, codes: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         words = ir.VectorType(ir.IntType(32), LANES * codes.bits // 32)
         left, right = (builder.bitcast(vector, words) for vector in args)
-        product = builder.mul(builder.xor(left, right), _filled(words, _ODD))
-        return builder.bitcast(builder.xor(product, builder.lshr(product, _filled(words, 15))), args[0].type)
+        product = builder.mul(builder.xor(left, right), filled(words, _ODD))
+        return builder.bitcast(builder.xor(product, builder.lshr(product, filled(words, 15))), args[0].type)
 
     return codes(mix, codes), generate
 
@@ -133,7 +134,7 @@ def mixed(typing: Any, mix: Any, codes: Any) -> Any:
 @intrinsic
 def no_codes(typing: Any, codes: Any) -> Any:
     """Zeros in place of the codes given."""
-    return codes(codes), lambda context, builder, signature, args: _filled(args[0].type, 0)
+    return codes(codes), lambda context, builder, signature, args: filled(args[0].type, 0)
 
 
 @intrinsic
@@ -155,7 +156,7 @@ def changed_lanes(typing: Any, left: Any, right: Any, magnitude: Any) -> Any:
         left, right, magnitude = args
         size = builder.and_(builder.or_(left, right), _everywhere(builder, magnitude, left.type))
         changed = builder.and_(
-            builder.icmp_unsigned("!=", left, right), builder.icmp_unsigned("!=", size, _filled(left.type, 0))
+            builder.icmp_unsigned("!=", left, right), builder.icmp_unsigned("!=", size, filled(left.type, 0))
         )
         return builder.bitcast(changed, ir.IntType(LANES))
 
@@ -220,7 +221,7 @@ def positive_zeros(typing: Any, codes: Any, magnitude: Any) -> Any:
     scalar = types.Integer.from_bitwidth(codes.bits, signed=False)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        zeros, mask = _filled(args[0].type, 0), _everywhere(builder, args[1], args[0].type)
+        zeros, mask = filled(args[0].type, 0), _everywhere(builder, args[1], args[0].type)
         return builder.select(builder.icmp_unsigned("==", builder.and_(args[0], mask), zeros), zeros, args[0])
 
     return codes(codes, scalar), generate
@@ -253,7 +254,7 @@ def values_of_codes(builder: Any, codes: Any) -> list[Any]:
     if width == 16:  # two codes to a word: each is the upper half of a float32
         words, reals = (ir.VectorType(kind, SUMS) for kind in (ir.IntType(32), ir.FloatType()))
         pairs = builder.bitcast(codes, words)
-        halves = builder.shl(pairs, _filled(words, 16)), builder.and_(pairs, _filled(words, 0xFFFF_0000))
+        halves = builder.shl(pairs, filled(words, 16)), builder.and_(pairs, filled(words, 0xFFFF_0000))
         return [builder.bitcast(half, reals) for half in halves]
     doubles = ir.VectorType(ir.DoubleType(), LANES)
     if width == 32:
@@ -276,8 +277,7 @@ def add_squares(typing: Any, sums: Any, row: Any, base: Any, codes: Any) -> Any:
         total.align = signature.args[0].dtype.bitwidth // 8
         for left, right in zip(values_of_codes(builder, args[2]), values_of_codes(builder, args[3]), strict=True):
             delta = builder.fsub(right, left)
-            square = builder.fmul(delta, delta, flags=("contract",))
-            total = builder.fadd(total, square, flags=("contract",))
+            total = builder.fadd(total, builder.fmul(delta, delta))  # not at once, which not all processors can
         builder.store(total, address).align = signature.args[0].dtype.bitwidth // 8
         return context.get_dummy_value()
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ckptdiff.codes.bits import float_bits
-from ckptdiff.jit import helper, kernel, reducer
+from ckptdiff.jit import helper, kernel
 from ckptdiff.measure.kernels.tiles import Array
 
 
@@ -133,7 +133,7 @@ class Groups(NamedTuple):
     """Group of each run, int64."""
 
 
-@reducer
+@helper
 def count_run(weights: Array, start: int, stop: int) -> int:
     """Coordinates in bins ``start`` to ``stop`` - 1."""
     run, total = weights[start:stop], 0

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from ckptdiff.codes.bits import bits_float, float_bits, floor_log2
-from ckptdiff.jit import helper, reducer
+from ckptdiff.codes.ordered_sums import sums_of_changes
+from ckptdiff.jit import helper
 from ckptdiff.measure.kernels.tiles import Array, Measure, Tile, Totals
 from ckptdiff.measure.partial import Count, Sum
 
@@ -106,16 +107,10 @@ def count_within_eta(tile: Tile, eta: float) -> Any:
     return count
 
 
-@reducer
+@helper
 def add_sums(base: Array, delta: Array, sums: Array) -> None:
     """Add the sums over changed coordinates, shape (n,), in float64 to ``sums``, shape (len(Sum),)."""
-    total, magnitude, square, product = 0.0, 0.0, 0.0, 0.0
-    for j in range(delta.size):
-        d = np.float64(delta[j])
-        total += d
-        magnitude += abs(d)
-        square += d * d
-        product += np.float64(base[j]) * d
+    total, magnitude, square, product = sums_of_changes(base, delta)
     sums[DELTA] += total
     sums[ABS_DELTA] += magnitude
     sums[DELTA_SQUARE] += square

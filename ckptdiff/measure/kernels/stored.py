@@ -9,7 +9,8 @@ import numpy as np
 
 from ckptdiff.codes.bfloat16 import bf16_to_f32, round_to_bf16
 from ckptdiff.codes.bits import bits_float, float_bits
-from ckptdiff.jit import STEP, Later, helper, overload, reducer
+from ckptdiff.codes.ordered_sums import sums_of_absorbed
+from ckptdiff.jit import STEP, Later, helper, overload
 from ckptdiff.measure.kernels.changed import count_nonfinite
 from ckptdiff.measure.kernels.tiles import Array, Measure
 from ckptdiff.measure.partial import Count, Sum
@@ -254,15 +255,10 @@ def hide_strange(x: Array, y: Array) -> None:
             x[i] = y[i] = 0.0
 
 
-@reducer
-def add_absorbed(x: Array, y: Array, a: Array, b: Array, magnitude: Any, sums: Array) -> None:
+@helper
+def add_absorbed(x: Array, y: Array, a: Array, b: Array, sums: Array) -> None:
     """Add the squares of d = y - x, and of those d whose codes a and b are equal after the cast; all of shape (n,)."""
-    total, absorbed = 0.0, 0.0
-    for i in range(x.size):
-        d = np.float64(y[i]) - np.float64(x[i])
-        equal = (a[i] == b[i]) | (((a[i] | b[i]) & magnitude) == 0)
-        total += d * d
-        absorbed += d * d if equal else 0.0
+    total, absorbed = sums_of_absorbed(x, y, a, b)
     sums[STORED_SQUARE] += total
     sums[ABSORBED_SQUARE] += absorbed
 
@@ -292,10 +288,9 @@ def count_stored(
         counts[OFF_GRID] += count_off_grid(raw[0], stored[0], codes[0])
     if not measure.absorbs:
         return
-    magnitude = np.uint16(0x7FFF)  # of bfloat16: nothing else is narrower than what is stored
     if stored[0].itemsize == 4 and stored[1].itemsize == 4 and strange[0] + strange[1] == 0:
-        add_absorbed(raw[0].view(np.float32), raw[1].view(np.float32), codes[0], codes[1], magnitude, sums)
+        add_absorbed(raw[0].view(np.float32), raw[1].view(np.float32), codes[0], codes[1], sums)
         return
     x, y = take_reals(raw[0], stored[0], scratch[0]), take_reals(raw[1], stored[1], scratch[1])
     hide_strange(x, y)
-    add_absorbed(x, y, codes[0], codes[1], magnitude, sums)
+    add_absorbed(x, y, codes[0], codes[1], sums)

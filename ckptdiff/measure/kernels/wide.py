@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ckptdiff.jit import helper, reducer
+from ckptdiff.codes.ordered_sums import sum_of_squares
+from ckptdiff.jit import helper
 from ckptdiff.measure.kernels.changed import count_nonfinite, count_strange, find_changed, first_of, keep_finite
 from ckptdiff.measure.kernels.deltas import count_deltas, count_distances, summarise, widen_span
 from ckptdiff.measure.kernels.masks import mask_tile, open_mask
@@ -36,22 +37,12 @@ def count_weights(row: int, codes: Array, magnitude: Any, infinite: Any, shift: 
     widen_span(totals.span, 0, first, last)
 
 
-@reducer
-def sum_squares(values: Array) -> float:
-    """Sum of squares in float64."""
-    total = 0.0
-    for i in range(values.size):
-        value = np.float64(values[i])
-        total += value * value
-    return total
-
-
 @helper
 def add_base(x: Array, y: Array, all_finite: bool, counts: Array, sums: Array) -> None:
     """Count the coordinates with finite d, of x and y of shape (n,), and add the squares of their base."""
     if all_finite:
         counts[FINITE] += x.size
-        sums[BASE_SQUARE] += sum_squares(x)
+        sums[BASE_SQUARE] += sum_of_squares(x)
         return
     for i in range(x.size):
         if abs(y[i] - x[i]) < np.inf:

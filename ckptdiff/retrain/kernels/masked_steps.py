@@ -14,7 +14,8 @@ import numpy as np
 from ckptdiff.codes.bfloat16 import bf16_to_f32, round_to_bf16
 from ckptdiff.codes.bits import bits_float, float_bits
 from ckptdiff.codes.fetch import memory_at
-from ckptdiff.jit import Later, helper, kernel, overload, reducer
+from ckptdiff.codes.ordered_sums import sum_of_squares
+from ckptdiff.jit import Later, helper, kernel, overload
 from ckptdiff.measure.kernels.tiles import Array
 from ckptdiff.retrain.kernels.shared_work import next_unit, table_of
 
@@ -198,15 +199,6 @@ def masked_steps(rows: Array, constants: Array, counter: Array) -> None:
         row, unit = next_unit(rows, row, counter)
 
 
-@reducer
-def sum_squares(gradients: Array) -> float:
-    """Sum of squares in float64."""
-    total = 0.0
-    for j in range(gradients.size):
-        total += np.float64(gradients[j]) * np.float64(gradients[j])
-    return total
-
-
 @kernel
 def sum_masked_squares(rows: Array, sums: Array, counter: Array) -> None:
     """Sum of squares over masked coordinates of gradients, in float64, one for each unit of :func:`masked_steps`."""
@@ -224,6 +216,6 @@ def sum_masked_squares(rows: Array, sums: Array, counter: Array) -> None:
                     found = gather(tile_of(at.gradients, at.numel, tile, codes), where, slopes)
                 else:
                     found = gather(tile_of(at.gradients, at.numel, tile, wide), where, slopes)
-                total += sum_squares(found)
+                total += sum_of_squares(found)
         sums[(rows[row - 1].end if row else 0) + unit] = total
         row, unit = next_unit(rows, row, counter)
