@@ -286,9 +286,12 @@ class Diff:
             "value_bytes": self._value_bytes,
             "unread": self._unread,
         }
+        every = np.arange(len(self.tensors))
         if rows is None or labels is None:
-            return Grouping(columns, np.arange(len(self.tensors)), len(self.tensors), self._delta_energy)
-        return Grouping({name: values[rows] for name, values in columns.items()}, labels, size, self._delta_energy)
+            return Grouping(columns, every, len(every), self._delta_energy)
+        if not np.array_equal(rows, every):
+            columns = {name: values[rows] for name, values in columns.items()}
+        return Grouping(columns, labels, size, self._delta_energy)
 
     @cached_property
     def _unread(self) -> NDArray[np.bool_]:

@@ -11,8 +11,6 @@ from ckptdiff.errors import CkptdiffError, RunFileError
 from ckptdiff.files.hidden import Hidden
 
 _WRITE_BACK = 2  # SYNC_FILE_RANGE_WRITE
-_STRIDE = 8 << 20
-"""Bytes that are written before the disk begins with them."""
 _FOLDERS_NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 _libc = ctypes.CDLL(None)
 
@@ -57,7 +55,7 @@ class StagedFile:
         self._hidden = Hidden(self._real)
         self._stopped = False
         self._position = 0
-        self._size = self._sent = 0
+        self._size = 0
 
     def __enter__(self) -> StagedFile:
         try:
@@ -185,9 +183,6 @@ class StagedFile:
         self._position += len(view)
         if self._position > self._size:
             self._size = self._position
-            if self._size - self._sent >= _STRIDE and self.failure is None:
-                _write_back(self._hidden.descriptor, self._sent, self._size - self._sent)
-                self._sent = self._size
         return len(view)
 
     def truncate(self, size: int) -> int:

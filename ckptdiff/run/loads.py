@@ -27,15 +27,8 @@ def loads_of(
     shared: dict[Hashable, Load] = {}
     loads: list[Load] = []
     for one in pairs:
-        known_equal = options.quick and one.known_equal
-        what = (
-            *_reading(one.base),
-            *_reading(one.tuned),
-            one.base.numel,
-            one.same_bytes,
-            one.rows is None,
-            known_equal,
-        )
+        equal = one.same_bytes, options.quick and one.known_equal
+        what = (*_reading(one.base), *_reading(one.tuned), one.base.numel, one.rows is None, *equal)
         load = shared.get(what)
         if load is None:
             load = shared[what] = _load(one, options, device)

@@ -25,7 +25,7 @@ from ckptdiff.checkpoint.kept import Kept, count_kept
 from ckptdiff.checkpoint.open_shard import failed_once
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.checkpoint.weights import Assembled, Decoded, Weight
-from ckptdiff.codes.fetch import FILE, MEMORY
+from ckptdiff.codes.fetch import AT, FILE, MEMORY
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.measure.source import ByteArray, Runs, SmallPairs, Window
 from ckptdiff.run.coded_pair import CodedPair, goes_as_codes
@@ -209,7 +209,7 @@ def _whole(stack: ExitStack, shards: OpenShards, sides: Sequence[Weight]) -> Run
         if reader.descriptor == MEMORY:
             runs[rows, FILE:] = [reader.lend(stack, tensor, start, stop) for _, tensor, start, stop in held]
         else:
-            runs[rows, FILE], runs[rows, FILE + 1] = reader.ready(min(starts), max(stops)), starts
+            runs[rows, FILE], runs[rows, AT] = reader.ready(min(starts), max(stops)), starts
     return runs
 
 

@@ -76,7 +76,7 @@ def escape_name(name: str) -> str:
 
     ``%``, ``/``, a leading ``.``, and the characters below 0x20 and 0x7f are percent-encoded; the empty name is ``%``.
     """
-    # Nothing that is printed in one way has to be looked for: most names are as plain as that.
+    # A name without control characters, as nearly all are, needs no search.
     if name.isprintable() and not ("%" in name or "/" in name or name.startswith(".")):
         return name or "%"
     return _UNSAFE_IN_LINK.sub(_percent, name)
