@@ -7,7 +7,6 @@ import gc
 import os
 import sys
 from contextlib import suppress
-from importlib.abc import MetaPathFinder
 from typing import NoReturn
 
 __all__ = ["leave", "take_over"]
@@ -18,7 +17,7 @@ _TURN = 0.0005
 """Seconds; by default 0.005."""
 
 
-class _NoBlas(MetaPathFinder):
+class _NoBlas:
     """Lets Numba find no BLAS, which no kernel calls.
 
     It looks for one by importing all of scipy.linalg, a tenth of a second of every command where SciPy is installed.

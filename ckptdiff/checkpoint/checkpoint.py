@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ckptdiff.checkpoint.dcp import read_dcp
@@ -13,6 +16,7 @@ from ckptdiff.checkpoint.header import Shard, TensorInfo, read_header
 from ckptdiff.checkpoint.index import Index, check_index
 from ckptdiff.checkpoint.rank_files import read_ranks, read_whole
 from ckptdiff.checkpoint.slices import holds_slices, sliced, written_by_ranks
+from ckptdiff.checkpoint.tensor_info import Kinds, bytes_of, kinds_of
 from ckptdiff.checkpoint.torch_zip import is_zip
 from ckptdiff.errors import CheckpointError
 from ckptdiff.remote.address import is_url, shown
@@ -24,7 +28,7 @@ _AT_ONCE = 16
 """Headers that are fetched at a time."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Checkpoint:
     """What a checkpoint holds, from its shards' headers.
 
@@ -62,15 +66,20 @@ class Checkpoint:
     unread: tuple[str, ...] = ()
     origin: Mapping[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def kinds(self) -> Kinds:
+        """How many tensors there are of each dtype and shape."""
+        return kinds_of(self.tensors.values())
+
     @property
     def numel(self) -> int:
         """Number of elements in all tensors."""
-        return sum(tensor.numel for tensor in self.tensors.values())
+        return sum(count * math.prod(shape) for (_, shape), count in self.kinds.items())
 
     @property
     def nbytes(self) -> int:
         """Number of bytes in all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return bytes_of(self.kinds)
 
 
 def open_checkpoint(path: str | os.PathLike[str], stream: bool = False) -> Checkpoint:
@@ -108,8 +117,7 @@ def open_checkpoint(path: str | os.PathLike[str], stream: bool = False) -> Check
     >>> ckptdiff.open_checkpoint("fixtures/llama/base").numel
     180800
     """
-    named, part = _split_part(os.fspath(path))
-    return _opened(os.fspath(path), _find(named, stream), part)
+    return _open(os.fspath(path), stream)
 
 
 def open_pair(base: str, tuned: str, stream: bool = False, quick: bool = False) -> tuple[Checkpoint, Checkpoint]:
@@ -119,15 +127,22 @@ def open_pair(base: str, tuned: str, stream: bool = False, quick: bool = False) 
     are left where they are, and their headers read there.
     """
     if stream or not (may_be_hub(base) and may_be_hub(tuned)):
-        return open_checkpoint(base, stream), open_checkpoint(tuned, stream)
+        first = open_checkpoint(base, stream)
+        return first, _open(tuned, stream, first)
     from ckptdiff.checkpoint.find_hub import find_hub_pair
 
-    first, second = find_hub_pair(base, tuned, quick)
-    return _opened(base, first), _opened(tuned, second)
+    found = find_hub_pair(base, tuned, quick)
+    first = _opened(base, found[0])
+    return first, _opened(tuned, found[1], like=first)
 
 
-def _opened(path: str, source: FoundShards, part: str | None = None) -> Checkpoint:
-    """Read the headers of the shards that `path` means."""
+def _open(path: str, stream: bool, like: Checkpoint | None = None) -> Checkpoint:
+    named, part = _split_part(path)
+    return _opened(path, _find(named, stream), part, like)
+
+
+def _opened(path: str, source: FoundShards, part: str | None = None, like: Checkpoint | None = None) -> Checkpoint:
+    """Read the headers of the shards that `path` means; those that are the same in another checkpoint are known."""
     called = source.path or (shown(path) if is_url(path) else path)
     warnings = list(source.warnings)
     shards: list[Shard] = []
@@ -138,7 +153,7 @@ def _opened(path: str, source: FoundShards, part: str | None = None) -> Checkpoi
         read = read_dcp(source.paths[0], part) if source.kind == "dcp" else read_ranks(source.paths, part)
         shards, tensors = read[0], {tensor.name: tensor for tensor in read[1]}
         return Checkpoint(called, tuple(shards), tensors, (*warnings, *read[2]), None, source.unread)
-    for shard_path, (shard, held, said) in zip(source.paths, _headers(source, part), strict=True):
+    for shard_path, (shard, held, said) in zip(source.paths, _headers(source, part, like), strict=True):
         warnings += said
         first = by_inode.setdefault((shard.device, shard.inode), shard)
         by_path[shard_path] = first
@@ -170,14 +185,19 @@ def _find(path: str, stream: bool) -> FoundShards:
     return find_shards(path)
 
 
-def _headers(source: FoundShards, part: str | None) -> Iterable[tuple[Shard, Sequence[TensorInfo], Sequence[str]]]:
+def _headers(
+    source: FoundShards, part: str | None, like: Checkpoint | None
+) -> Iterable[tuple[Shard, Sequence[TensorInfo], Sequence[str]]]:
     """The header of each shard; several at a time where each takes its way to a host and back."""
+    known: defaultdict[str, list[TensorInfo]] = defaultdict(list)
+    for tensor in like.tensors.values() if like is not None else ():
+        known[tensor.shard.header_sha256].append(tensor)
     if not source.elsewhere:
-        return (_read_file(path, part) for path in source.paths)
+        return (_read_file(path, part, known) for path in source.paths)
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        found = list(pool.map(lambda path: read_header(path, *source.elsewhere[path]), source.paths))
+        found = list(pool.map(lambda path: read_header(path, *source.elsewhere[path], known), source.paths))
     return [(*each, ()) for each in found]
 
 
@@ -187,11 +207,13 @@ def _split_part(path: str) -> tuple[str, str | None]:
     return (named, part) if mark and part and not os.path.lexists(path) and os.path.lexists(named) else (path, None)
 
 
-def _read_file(path: str, part: str | None) -> tuple[Shard, Sequence[TensorInfo], Sequence[str]]:
+def _read_file(
+    path: str, part: str | None, known: Mapping[str, Sequence[TensorInfo]]
+) -> tuple[Shard, Sequence[TensorInfo], Sequence[str]]:
     """Read a file's header, or the directory of one that torch wrote."""
     if is_zip(path):
         return read_whole(path, part)
-    shard, held = read_header(path)
+    shard, held = read_header(path, known=known)
     if part is not None:
         raise CheckpointError("a safetensors file has no parts", file=path, found=ascii(part), hint=f"name {path}")
     return shard, held, ()

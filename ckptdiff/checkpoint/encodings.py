@@ -77,7 +77,8 @@ def find_encoded(checkpoint: Checkpoint) -> Encoded:
         A shard that cannot be read.
     """
     tensors = checkpoint.tensors
-    candidates = [found for tensor in tensors.values() if (found := _candidate(tensor, tensors)) is not None]
+    suspects = [tensor for tensor in tensors.values() if tensor.dtype in MAY_BE_CODES]
+    candidates = [found for tensor in suspects if (found := _candidate(tensor, tensors)) is not None]
     if not candidates:
         return Encoded({}, frozenset(), ())
     config = read_quantization(checkpoint)
@@ -123,7 +124,7 @@ class _Candidate:
 
 
 def _candidate(codes: TensorInfo, tensors: Mapping[str, TensorInfo]) -> _Candidate | None:
-    if codes.dtype not in MAY_BE_CODES or not codes.numel or not codes.shape:
+    if not codes.numel or not codes.shape:
         return None
     ending = next((ending for ending in _ENDINGS if codes.name.endswith(ending)), "")
     if codes.dtype == "I32" and not ending:

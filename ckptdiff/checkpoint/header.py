@@ -11,9 +11,10 @@ import hashlib
 import math
 import os
 import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeAlias, TypeGuard
 
 from ckptdiff.checkpoint.dtypes import DTYPES
 from ckptdiff.checkpoint.foreign import foreign_format
@@ -35,12 +36,20 @@ _FIRST_BYTES = 1 << 19
 _SIZE_LIMIT = 2**63
 _BITS_LIMIT = 8 * _SIZE_LIMIT
 _MAX_DIMENSIONS = 64
+_INTEGER = {int}
 _REPR = reprlib.Repr()
 _REPR.maxlist = _REPR.maxstring = 80
+_NOTHING: Mapping[str, Sequence[TensorInfo]] = {}
+
+_Sizes: TypeAlias = dict[tuple[str, tuple[int, ...]], int]
+"""Bytes of a tensor by dtype and shape, of those that were checked: thousands of tensors have few between them."""
 
 
 def read_header(
-    path: str | os.PathLike[str], address: Address | None = None, content: str = ""
+    path: str | os.PathLike[str],
+    address: Address | None = None,
+    content: str = "",
+    known: Mapping[str, Sequence[TensorInfo]] = _NOTHING,
 ) -> tuple[Shard, tuple[TensorInfo, ...]]:
     """Read and validate the header of one safetensors file.
 
@@ -52,6 +61,8 @@ def read_header(
         Where it is, if it is no local file.
     content : str
         The hash of its bytes, if that is known.
+    known : mapping of str to sequence of TensorInfo
+        All tensors of other files, in the order of their bytes, by the SHA-256 of their header.
 
     Returns
     -------
@@ -87,12 +98,18 @@ def read_header(
             raw += rest
         remote = RemoteFile(address, version, content)
         place = version.size, _nanoseconds(version.modified), ELSEWHERE, remote.identity
-    header = _parse(raw, file)
     digest = hashlib.sha256(start[:_LENGTH_BYTES] + raw).hexdigest()
-    shard = Shard(file, *place, digest, _metadata(header.pop("__metadata__", None), file), remote, content)
     data_start = _LENGTH_BYTES + length
-    tensors = [_tensor(name, entry, shard, data_start) for name, entry in header.items()]
-    tensors.sort(key=attrgetter("start", "stop", "name"))
+    if digest in known:
+        # Most fine-tuned models are saved as their base was: what the same header says is known.
+        shard = Shard(file, *place, digest, known[digest][0].shard.metadata, remote, content)
+        tensors = [TensorInfo(one.name, one.dtype, one.shape, shard, one.start, one.stop) for one in known[digest]]
+    else:
+        header = _parse(raw, file)
+        shard = Shard(file, *place, digest, _metadata(header.pop("__metadata__", None), file), remote, content)
+        sizes: _Sizes = {}
+        tensors = [_tensor(name, entry, shard, data_start, sizes) for name, entry in header.items()]
+        tensors.sort(key=attrgetter("start", "stop", "name"))
     _check_coverage(tensors, shard, data_start)
     return shard, tuple(tensors)
 
@@ -165,7 +182,7 @@ def _metadata(value: object, file: str) -> dict[str, str]:
     return value
 
 
-def _tensor(name: str, entry: object, shard: Shard, data_start: int) -> TensorInfo:
+def _tensor(name: str, entry: object, shard: Shard, data_start: int, sizes: _Sizes) -> TensorInfo:
     def refuse(problem: str, expected: str, found: str) -> HeaderError:
         return HeaderError(problem, file=shard.path, tensor=name, expected=expected, found=found)
 
@@ -187,35 +204,45 @@ def _tensor(name: str, entry: object, shard: Shard, data_start: int) -> TensorIn
         )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise refuse("unknown dtype", "one of " + " ".join(DTYPES), _brief(dtype))
-    if not _is_sizes(shape):
+    if not _are_integers(shape):
         raise refuse("the shape is not a list of sizes", "integers from 0 to 2^63 - 1", _brief(shape))
-    if len(shape) > _MAX_DIMENSIONS:
-        raise refuse("too many dimensions", f"at most {_MAX_DIMENSIONS}", f"{len(shape)}")
-    if not _is_sizes(offsets) or len(offsets) != 2:
+    what = dtype, tuple(shape)
+    size = sizes.get(what)
+    if size is None:
+        size = sizes[what] = _size(*what, refuse)
+    start, stop = offsets if _are_integers(offsets) and len(offsets) == 2 else (-1, -1)
+    if not (0 <= start < _SIZE_LIMIT and 0 <= stop < _SIZE_LIMIT):
         raise refuse("data_offsets is not a pair of offsets", "two integers from 0 to 2^63 - 1", _brief(offsets))
-    start, stop = offsets
     if stop < start:
         raise refuse("data_offsets are reversed", "start <= stop", _brief(offsets))
-    total_bits = DTYPES[dtype].bits * math.prod(shape)
-    # An empty tensor's other sizes are bounded too: NumPy and HDF5 refuse shapes whose product overflows.
-    if (total_bits or math.prod(size for size in shape if size) * DTYPES[dtype].bits) >= _BITS_LIMIT:
-        raise refuse("the shape is larger than any array", "less than 2^63 bytes", _brief(shape))
-    if total_bits % 8:
-        raise refuse("the elements do not fill whole bytes", "a multiple of 8 bits", f"{total_bits} bits")
-    if stop - start != total_bits // 8:
+    if stop - start != size:
         raise refuse(
             "the size disagrees with shape and dtype",
-            f"{total_bits // 8} bytes for {dtype} {_brief(shape)}",
+            f"{size} bytes for {dtype} {_brief(shape)}",
             f"{stop - start} bytes",
         )
-    return TensorInfo(name, dtype, tuple(shape), shard, data_start + start, data_start + stop)
+    return TensorInfo(name, *what, shard, data_start + start, data_start + stop)
 
 
-def _is_sizes(value: object) -> bool:
+def _are_integers(value: object) -> TypeGuard[list[int]]:
     # The type itself: True is an int to isinstance, and no size.
-    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
-        return False
-    return not value or (min(value) >= 0 and max(value) < _SIZE_LIMIT)
+    return isinstance(value, list) and {*map(type, value)} <= _INTEGER
+
+
+def _size(dtype: str, shape: tuple[int, ...], refuse: Callable[[str, str, str], HeaderError]) -> int:
+    """Bytes of a tensor; raises what is wrong with its shape."""
+    sizes = list(shape)
+    if min(sizes, default=0) < 0 or max(sizes, default=0) >= _SIZE_LIMIT:
+        raise refuse("the shape is not a list of sizes", "integers from 0 to 2^63 - 1", _brief(sizes))
+    if len(sizes) > _MAX_DIMENSIONS:
+        raise refuse("too many dimensions", f"at most {_MAX_DIMENSIONS}", f"{len(sizes)}")
+    total_bits = DTYPES[dtype].bits * math.prod(sizes)
+    # An empty tensor's other sizes are bounded too: NumPy and HDF5 refuse shapes whose product overflows.
+    if (total_bits or math.prod(size for size in sizes if size) * DTYPES[dtype].bits) >= _BITS_LIMIT:
+        raise refuse("the shape is larger than any array", "less than 2^63 bytes", _brief(sizes))
+    if total_bits % 8:
+        raise refuse("the elements do not fill whole bytes", "a multiple of 8 bits", f"{total_bits} bits")
+    return total_bits // 8
 
 
 def _check_coverage(tensors: list[TensorInfo], shard: Shard, data_start: int) -> None:

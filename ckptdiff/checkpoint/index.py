@@ -11,6 +11,7 @@ from pathlib import Path
 from ckptdiff.checkpoint.header import Shard, TensorInfo
 from ckptdiff.checkpoint.regular_file import read_whole, stat_path
 from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
+from ckptdiff.checkpoint.tensor_info import bytes_of, kinds_of
 from ckptdiff.errors import CheckpointError, IndexFileError, first_few, plural
 
 __all__ = ["MAX_INDEX_BYTES", "Index", "check_index", "check_shard_name", "parse_index", "read_index"]
@@ -146,9 +147,9 @@ def check_index(index: Index, shards: Mapping[str, Shard], tensors: Mapping[str,
         warnings.append(
             f"{index.path} leaves out {plural(len(unnamed), 'tensor')} that its shards hold: {first_few(unnamed)}"
         )
-    held = sum(tensor.nbytes for tensor in tensors.values())
-    if index.total_size not in (None, held) and index.total_size != sum(
-        tensors[name].nbytes for name in index.weight_map
+    held = bytes_of(kinds_of(tensors.values()))
+    if index.total_size not in (None, held) and index.total_size != bytes_of(
+        kinds_of(tensors[name] for name in index.weight_map)
     ):
         warnings.append(f"{index.path} gives total_size {index.total_size}, its shards hold {held} bytes")
     return tuple(warnings)

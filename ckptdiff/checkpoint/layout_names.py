@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from ckptdiff.checkpoint.layout_table import LAYOUTS, RENAMES, Layout
 from ckptdiff.checkpoint.matching import unwrapped
+from ckptdiff.checkpoint.names import split_numbers
 
 __all__ = ["BLOCK_OF_PART", "Names", "Reading", "Where"]
 
 Where = tuple[str, str, tuple[str, ...]]
 """A module: its tower, its name without wrappers and with ``*`` for numbers, and these numbers."""
 
-_NUMBER = re.compile(r"(?:^|(?<=\.))([0-9]{1,9})(?=\.)")
 _KIND = re.compile(r"(?P<stem>.+?)(?:(?P<mark>[._])(?P<kind>weight(?:_scale(?:_inv)?)?|bias|scale_inv))?", re.DOTALL)
 _KIND_OF = {None: "weight", "weight": "weight", "bias": "bias"}
 _EXPERT = ("experts", "*")
@@ -115,8 +115,7 @@ class Names:
         return self._skeleton(name)[0][2]
 
     def _skeleton(self, name: str) -> tuple[tuple[str, str, Reading | None], tuple[str, ...]]:
-        pieces = _NUMBER.split(name)
-        skeleton, numbers = "*".join(pieces[::2]), tuple(pieces[1::2])
+        skeleton, numbers = split_numbers(name)
         known = self._known.get(skeleton)
         if known is None:
             known = self._known[skeleton] = _read(skeleton, len(numbers))

@@ -27,6 +27,9 @@ from ckptdiff.options import Values
 
 __all__ = ["Alias", "CommonRows", "Mismatch", "Pairing", "TensorPair", "pair"]
 
+_MADE = Assembled, CommonPart
+"""Sides that are no one weight."""
+
 
 def pair(
     base: Checkpoint,
@@ -161,7 +164,7 @@ def _sort_out(
         | orders_by_name(
             (one.base, one.tuned)
             for one in pairs
-            if not isinstance(one.base, Assembled | CommonPart) and not isinstance(one.tuned, Assembled | CommonPart)
+            if not isinstance(one.base, _MADE) and not isinstance(one.tuned, _MADE)
         ),
     )
 
@@ -192,7 +195,7 @@ def _assembled_pair(name: str, base: Source, tuned: Assembled) -> TensorPair:
 
 
 def _sizes(side: SideWeights, names: Collection[str]) -> Counter[str]:
-    return Counter({name: weight.numel for name, weight in side.named.items() if name in names})
+    return Counter({name: weight.numel for name, weight in side.named.items() if name in names} if names else {})
 
 
 def _assembly(

@@ -175,7 +175,7 @@ class Pairing:
 def _same_place(base: TensorInfo | None, tuned: TensorInfo | None) -> bool:
     if base is None or tuned is None:
         return base is tuned
-    return base.start == tuned.start and base.region == tuned.region
+    return base.start == tuned.start and base.shard.place == tuned.shard.place and base.region == tuned.region
 
 
 def first_rows(weight: Source, rows: int) -> Source:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Final, NamedTuple, TypeAlias
 
 from ckptdiff.checkpoint.families import IMAGES, PLACES, SOUND, STACK, TOWERS, VOCABULARY, WORDS
-from ckptdiff.checkpoint.names import Place, locate
+from ckptdiff.checkpoint.names import Place, locate, split_numbers
 
 __all__ = ["locate_all"]
 
@@ -19,7 +19,6 @@ _Layer: TypeAlias = tuple[str, tuple[str, ...], tuple[str, ...]]
 
 _STACK: Final = re.compile(STACK, re.IGNORECASE)
 _NUMBER: Final = re.compile(r"[0-9]{1,9}")
-_NUMBERS: Final = re.compile(r"(?<![^.])([0-9]{1,9})(?=\.)")
 # Lists inside of a layer are no layers: experts, a head's own linear layers.
 _INNER: Final = re.compile(
     "|".join(PLACES[place] for place in ("attention", "mixer", "ffn", "embedding", "head")), re.I
@@ -40,8 +39,8 @@ class _Kind(NamedTuple):
     """The first of their names, which is looked at for all."""
     place: Place
     stack: tuple[str, ...]
-    numbers: slice
-    """Those of the layer in what `_NUMBERS` splits a name into."""
+    depth: int
+    """How many numbers of their names are those of the layer."""
 
 
 def locate_all(shapes: Shapes) -> dict[str, Place]:
@@ -69,32 +68,30 @@ def locate_all(shapes: Shapes) -> dict[str, Place]:
     [('encoder', 0), ('decoder', 0)]
     """
     kinds: dict[tuple[str, tuple[int, ...], int], _Kind] = {}
-    alike: list[tuple[_Kind, list[str]]] = []
+    spots: list[tuple[str, tuple[str, ...]]] = []
     for name, shape in shapes.items():
-        parts, ndim = _NUMBERS.split(name), _dimensions(shapes, name)
-        key = ("*".join(parts[::2]), tuple(shape), ndim)
+        form, numbers = split_numbers(name)
+        # Dimensions of the weight that it belongs to.
+        ndim = len(shapes.get(f"{name[:-4]}weight", shape) if name.endswith(".bias") else shape)
+        key = form, tuple(shape), ndim
         kind = kinds.get(key)
         if kind is None:
             stack = _stack(name)
-            kind = kinds[key] = _Kind(name, locate(name, ndim), stack, slice(1, 2 * stack.count("*"), 2))
-        alike.append((kind, parts))
+            kind = kinds[key] = _Kind(name, locate(name, ndim), stack, stack.count("*"))
+        spots.append((kind.first, numbers[: kind.depth]))
     firsts = {kind.first: kind for kind in kinds.values()}
     towers = _towers({name: shapes[name] for name in firsts}, firsts)
-    layers = [(towers[kind.first], kind.stack, tuple(parts[kind.numbers])) for kind, parts in alike]
-    numbers = _numbers(set(layers))
-    found = {}
-    for name, (kind, _), layer in zip(shapes, alike, layers, strict=True):
-        tower, module_type = layer[0], kind.place.module_type
-        if module_type == "lm_head" and tower in ("vision", "audio"):
-            module_type = "head"  # timm's "head" classifies
-        found[name] = Place(numbers.get(layer), tower, module_type, kind.place.block)
-    return found
+    # Thousands of experts are in few layers.
+    layers = {spot: (towers[spot[0]], firsts[spot[0]].stack, spot[1]) for spot in set(spots)}
+    numbered = _numbers(set(layers.values()))
+    places = {spot: _place(firsts[spot[0]].place, layer[0], numbered.get(layer)) for spot, layer in layers.items()}
+    return {name: places[spot] for name, spot in zip(shapes, spots, strict=True)}
 
 
-def _dimensions(shapes: Shapes, name: str) -> int:
-    """Dimensions of the weight that a tensor belongs to."""
-    weight = shapes.get(name.removesuffix("bias") + "weight") if name.endswith(".bias") else None
-    return len(shapes[name] if weight is None else weight)
+def _place(found: Place, tower: str, layer: int | None) -> Place:
+    """What a name alone tells, corrected by what all names do."""
+    classifies = found.module_type == "lm_head" and tower in ("vision", "audio")  # timm's "head"
+    return Place(layer, tower, "head" if classifies else found.module_type, found.block)
 
 
 def _stack(name: str) -> tuple[str, ...]:

@@ -58,6 +58,8 @@ def rename_all(names: Iterable[str], renames: Sequence[Rename]) -> tuple[dict[st
     OptionError
         Two names become one.
     """
+    if not renames:
+        return {name: name for name in names}, ()
     renamed: dict[str, str] = {}
     owner: dict[str, str] = {}
     used: set[Rename] = set()

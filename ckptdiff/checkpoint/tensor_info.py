@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import TypeAlias
 
 from ckptdiff.checkpoint.dtypes import DTYPES, Kind
 from ckptdiff.remote.remote_file import RemoteFile, number_of
 
-__all__ = ["ELSEWHERE", "Shard", "Slice", "TensorInfo"]
+__all__ = ["ELSEWHERE", "Kinds", "Shard", "Slice", "TensorInfo", "bytes_of", "kinds_of"]
 
 ELSEWHERE = -1
 """In place of a device: what follows is the hash of a file's bytes."""
+
+Kinds: TypeAlias = Counter[tuple[str, tuple[int, ...]]]
+"""Numbers of tensors by dtype and shape: of these a checkpoint has few, however many tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,11 @@ class Shard:
     metadata: Mapping[str, str] = field(hash=False)
     remote: RemoteFile | None = None
     content: str = ""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """``(device, inode)``, or what stands for them where the hash of its bytes is known."""
+        return (ELSEWHERE, number_of(self.content)) if self.content else (self.device, self.inode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +139,16 @@ class TensorInfo:
     def region(self) -> tuple[object, ...]:
         """``(device, inode, start, stop)`` and slices, by a known hash if any: equal regions are the same bytes."""
         if self.shard.content:
-            return (ELSEWHERE, number_of(self.shard.content), self.start, self.stop)
-        slices = [(one.shard.device, one.shard.inode, one.start, one.offsets, one.strides) for one in self.slices]
-        return (self.shard.device, self.shard.inode, self.start, self.stop, *slices)
+            return (*self.shard.place, self.start, self.stop)
+        slices = [(*one.shard.place, one.start, one.offsets, one.strides) for one in self.slices]
+        return (*self.shard.place, self.start, self.stop, *slices)
+
+
+def kinds_of(tensors: Iterable[TensorInfo]) -> Kinds:
+    """How many of some tensors there are of each dtype and shape."""
+    return Counter(map(attrgetter("dtype", "shape"), tensors))
+
+
+def bytes_of(kinds: Kinds) -> int:
+    """Bytes stored of so many tensors."""
+    return sum(count * (math.prod(shape) * DTYPES[dtype].bits // 8) for (dtype, shape), count in kinds.items())

@@ -90,12 +90,14 @@ def find_ties(
         What ``config.json`` says is taken only where values cannot be looked at: nothing is read, or an fp8 tensor has
         a scale beside it, without which its codes are no values.
     """
+    if not alone:
+        return Ties({}, ())
     tensors = storing.tensors
     # Those that are compared come first: they are what a tie is best known by.
     present = [tensors[name] for name in (*matched, *alone)]
     found: dict[str, Tie] = {}
     warnings: list[str] = []
-    scaled = scaled_modules(tensors) if alone else frozenset()
+    scaled = scaled_modules(tensors)
     for name in alone:
         tensor = tensors[name]
         if not _is_tied_in_some_models(tensor):

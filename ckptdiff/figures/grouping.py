@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -34,6 +35,11 @@ class Grouping:
         values: FloatArray = self.columns[name].astype(np.float64)
         return values
 
+    @cached_property
+    def _totals(self) -> dict[tuple[str, bool], FloatArray]:
+        """What was summed already: figures share their denominators."""
+        return {}
+
     def squares(self, name: str) -> FloatArray:
         """One column squared, shape (n,)."""
         squares: FloatArray = np.square(self.column(name))
@@ -41,11 +47,11 @@ class Grouping:
 
     def total(self, name: str) -> FloatArray:
         """Sum of a column over each group, NaN entries left out, shape (size,)."""
-        return self._sum(self.column(name))
+        return self._total(name, squared=False)
 
     def total_square(self, name: str) -> FloatArray:
         """Sum of a column's squares over each group, shape (size,)."""
-        return self._sum(self.squares(name))
+        return self._total(name, squared=True)
 
     def total_if_known(self, values: FloatArray) -> FloatArray:
         """Sum of values of each tensor over each group, NaN where one of them is, shape (size,)."""
@@ -70,6 +76,11 @@ class Grouping:
         known = (denominator != 0) & np.isfinite(denominator)
         quotient: FloatArray = np.divide(numerator, denominator, out=undefined, where=known)
         return quotient
+
+    def _total(self, name: str, *, squared: bool) -> FloatArray:
+        if (name, squared) not in self._totals:
+            self._totals[name, squared] = self._sum(self.squares(name) if squared else self.column(name))
+        return self._totals[name, squared]
 
     def _sum(self, values: FloatArray) -> FloatArray:
         weights = np.where(np.isnan(values), 0.0, values)

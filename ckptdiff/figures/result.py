@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -141,8 +143,8 @@ class Diff:
         """How many tensors were matched, and how many were not."""
         return {
             "matched": len(self.tensors),
-            "same_bytes": sum(tensor.same_bytes for tensor in self.tensors),
-            "unread": sum(tensor.unread for tensor in self.tensors),
+            "same_bytes": sum(map(attrgetter("same_bytes"), self.tensors)),
+            "unread": int(self._unread.sum()),
             "only_in_base": len(self.only_in_base),
             "only_in_tuned": len(self.only_in_tuned),
             "mismatched": len(self.mismatched),
@@ -153,11 +155,15 @@ class Diff:
     def coverage(self) -> dict[Side, SideCoverage]:
         """How much of each side was compared."""
         found: dict[Side, SideCoverage] = {}
+        # Those of one shape are one tensor, so many times.
+        like = {(tensor.shape, tensor.compared): tensor for tensor in self.tensors}
+        counts = Counter(map(attrgetter("shape", "compared"), self.tensors))
         for side, facts in zip(SIDES, (self.base, self.tuned), strict=True):
             # Older run files do not tell which side stores an alias.
             tied = facts.get("tied", None if self.aliased else 0)
-            compared = None if tied is None else tied + sum(tensor.compared_of(side) for tensor in self.tensors)
-            found[side] = SideCoverage(facts.get("values", facts.get("numel")), compared)
+            compared = sum(count * like[which].compared_of(side) for which, count in counts.items())
+            whole = facts.get("values", facts.get("numel"))
+            found[side] = SideCoverage(whole, None if tied is None else tied + compared)
         return found
 
     @property
@@ -278,19 +284,28 @@ class Diff:
         columns: Mapping[str, NDArray[Any]] = {
             **self.columns,
             "value_bytes": self._value_bytes,
-            "unread": np.array([tensor.unread for tensor in self.tensors], bool),
+            "unread": self._unread,
         }
+        every = np.arange(len(self.tensors))
         if rows is None or labels is None:
-            return Grouping(columns, np.arange(len(self.tensors)), len(self.tensors), self._delta_energy)
-        return Grouping({name: values[rows] for name, values in columns.items()}, labels, size, self._delta_energy)
+            return Grouping(columns, every, len(every), self._delta_energy)
+        if not np.array_equal(rows, every):
+            columns = {name: values[rows] for name, values in columns.items()}
+        return Grouping(columns, labels, size, self._delta_energy)
+
+    @cached_property
+    def _unread(self) -> NDArray[np.bool_]:
+        return np.array(list(map(attrgetter("unread"), self.tensors)), bool)
 
     @cached_property
     def _value_bytes(self) -> NDArray[np.float64]:
         """Bytes of a stored value of the tuned side; NaN unless it is a plain floating one."""
-        formats = [FORMATS.get(facts.dtype_tuned.lower()) for facts in self.tensors]
-        known = zip(formats, self.tensors, strict=True)
-        sizes = [form.bits // 8 if form is not None and facts.kept is None else math.nan for form, facts in known]
-        return np.array(sizes, np.float64)
+        dtypes = list(map(attrgetter("dtype_tuned"), self.tensors))
+        formats = {dtype: FORMATS.get(dtype.lower()) for dtype in set(dtypes)}
+        sizes = {dtype: math.nan if form is None else form.bits // 8 for dtype, form in formats.items()}
+        found = np.array([sizes[dtype] for dtype in dtypes], np.float64)
+        found[[facts.kept is not None for facts in self.tensors]] = math.nan
+        return found
 
     @cached_property
     def _valued(self) -> NDArray[np.bool_]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ckptdiff.remote.address import Address
 
@@ -42,6 +43,7 @@ class RemoteFile:
         return number_of(self.content or f"{self.address.shown} {self.version}")
 
 
+@lru_cache(maxsize=4096)
 def number_of(text: str) -> int:
     """A number of 60 bits that stands for a text."""
     return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)

@@ -74,15 +74,17 @@ def open_device(options: Options) -> Device:
 
 def _open_gpu(options: Options) -> Device:
     """A GPU that passed the whole self-test, and as much room on it as the threads need."""
-    from ckptdiff.measure.cuda.backend import CudaBackend
     from ckptdiff.measure.cuda.choice import find_gpu
-    from ckptdiff.measure.cuda.gpu import CupyGpu
-    from ckptdiff.measure.cuda.slots import Room, fit_room
-    from ckptdiff.measure.self_test import wrong_figures
 
     before = resident()
     index = int(options.device.partition(":")[2] or 0)
     gpu = find_gpu(index)
+    # Once there is one.
+    from ckptdiff.measure.cuda.backend import CudaBackend
+    from ckptdiff.measure.cuda.gpu import CupyGpu
+    from ckptdiff.measure.cuda.slots import Room, fit_room
+    from ckptdiff.measure.self_test import wrong_figures
+
     free, _ = gpu.free_memory()
     allowed, held = options.gpu_memory or free // 2, resident()
     on_host = (options.max_memory - held if options.max_memory else room_to_grow(held)) // 2

@@ -11,7 +11,7 @@ import numpy as np
 
 import ckptdiff
 from ckptdiff.checkpoint import Checkpoint, Kind, Pairing, Place, TensorPair, locate_all
-from ckptdiff.checkpoint.weights import CommonPart, Piece, Source, stored_as
+from ckptdiff.checkpoint.weights import Piece, Source, stored_as
 from ckptdiff.errors import plural
 from ckptdiff.figures.catalogue import COLUMNS
 from ckptdiff.figures.coverage import by_pattern
@@ -26,7 +26,8 @@ def facts_of_run(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options:
     """Make a result of everything that needs no data; its columns have length zero."""
     groups = options.group_patterns()
     shapes = {name: weight.shape for name, weight in pairing.weights[0].items()}
-    places = locate_all(shapes | {pair.name: pair.shape for pair in pairing.pairs})
+    shapes |= {pair.name: pair.shape for pair in pairing.pairs if pair.name not in shapes}
+    places = locate_all(shapes)
     diff = Diff(
         tensors=tuple(_tensor_facts(pair, places[pair.name], options, groups) for pair in pairing.pairs),
         columns={column.name: np.zeros(0, column.dtype) for column in COLUMNS},
@@ -60,25 +61,29 @@ def facts_of_run(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options:
 
 def _tensor_facts(pair: TensorPair, place: Place, options: Options, groups: list[tuple[str, Any]]) -> TensorFacts:
     base, tuned = pair.base, pair.tuned
-    compare = formats_of(base.dtype, tuned.dtype, options.compare)[2].name if base.kind is Kind.FLOAT else "bitwise"
-    return TensorFacts(
-        name=pair.name,
-        shape=pair.shape,
-        dtype_base=stored_as(base),
-        dtype_tuned=stored_as(tuned),
-        compare=compare,
-        layer=place.layer,
-        tower=place.tower,
-        module_type=place.module_type,
-        block=place.block,
-        tuned_name=pair.tuned_name,
-        groups=tuple(name for name, pattern in groups if pattern.search(pair.name)) if groups else (),
-        same_bytes=pair.same_bytes,
-        unread=options.quick and pair.known_equal,
+    facts = TensorFacts(
+        pair.name,
+        pair.shape,
+        stored_as(base),
+        stored_as(tuned),
+        formats_of(base.dtype, tuned.dtype, options.compare)[2].name if base.kind is Kind.FLOAT else "bitwise",
+        place.layer,
+        place.tower,
+        place.module_type,
+        place.block,
+        pair.tuned_name,
+        tuple(name for name, pattern in groups if pattern.search(pair.name)) if groups else (),
+        pair.same_bytes,
+        options.quick and pair.known_equal,
+    )
+    if pair.stored:
+        return facts
+    return replace(
+        facts,
         pieces=tuple(map(_piece_facts, pair.pieces)),
         rows=None if pair.rows is None else RowCounts(*pair.rows),
         untied=pair.untied,
-        compared=_compared(pair) if pair.rows or pair.untied or isinstance(base, CommonPart) else None,
+        compared=_compared(pair),
     )
 
 
@@ -98,7 +103,9 @@ def _side_facts(side: Checkpoint, called: Side, pairing: Pairing) -> dict[str, A
     assumed = [alias.name for alias in pairing.aliased if alias.side == called and alias.by == "config"]
     tied, others = left_out(pairing, called)
     weights, numel = pairing.weights[SIDES.index(called)], side.numel
-    dtypes = Counter(tensor.dtype for tensor in side.tensors.values())
+    dtypes = Counter[str]()
+    for (dtype, _), count in side.kinds.items():
+        dtypes[dtype] += count
     return {
         "path": side.path,
         "tensors": len(side.tensors),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import replace
 
-from ckptdiff.checkpoint import Kind, TensorPair
+from ckptdiff.checkpoint import Kind, TensorInfo, TensorPair
 from ckptdiff.checkpoint.boxes import is_contiguous, room_to_read, runs_of
 from ckptdiff.checkpoint.region import read_numel
 from ckptdiff.checkpoint.weights import CommonPart, Decoded, Weight, stored_as
@@ -25,17 +25,18 @@ def loads_of(
 ) -> tuple[Load, ...]:
     """The load of each pair; small ones of the same formats go together where there are many of them."""
     shared: dict[Hashable, Load] = {}
-    asked = [
-        (*_reading(one.base), *_reading(one.tuned), one.base.numel, one.same_bytes, one.rows is None)
-        + ((one.known_equal,) if options.quick else ())
-        for one in pairs
-    ]
-    for what, one in zip(asked, pairs, strict=True):
-        if what not in shared:
-            shared[what] = _load(one, options, device)
-    if not device.batches or io != "pread" or sum(shared[what].kind is not None for what in asked) < grain.many:
-        shared = {what: replace(load, kind=None) for what, load in shared.items()}
-    return tuple(shared[what] for what in asked)
+    loads: list[Load] = []
+    for one in pairs:
+        equal = one.same_bytes, options.quick and one.known_equal
+        what = (*_reading(one.base), *_reading(one.tuned), one.base.numel, one.rows is None, *equal)
+        load = shared.get(what)
+        if load is None:
+            load = shared[what] = _load(one, options, device)
+        loads.append(load)
+    if device.batches and io == "pread" and sum(load.kind is not None for load in loads) >= grain.many:
+        return tuple(loads)
+    alone = {id(load): replace(load, kind=None) for load in shared.values()}
+    return tuple(alone[id(load)] for load in loads)
 
 
 def _load(pair: TensorPair, options: Options, device: Device) -> Load:
@@ -61,6 +62,8 @@ def _load(pair: TensorPair, options: Options, device: Device) -> Load:
 
 def _reading(side: Weight) -> tuple[Hashable, ...]:
     """What tells how a side is read, beside its size."""
+    if isinstance(side, TensorInfo) and not side.slices:
+        return side.dtype, 1
     if isinstance(side, Decoded):
         return stored_as(side), (side.shape, side.block)
     if isinstance(side, CommonPart):

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from ckptdiff.checkpoint import DTYPES, Shard, TensorPair
+from ckptdiff.checkpoint import DTYPES, Shard, TensorInfo, TensorPair
 from ckptdiff.checkpoint.blocks import values_of
 from ckptdiff.checkpoint.boxes import (
     Run,
@@ -25,7 +25,7 @@ from ckptdiff.checkpoint.kept import Kept, count_kept
 from ckptdiff.checkpoint.open_shard import failed_once
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.checkpoint.weights import Assembled, Decoded, Weight
-from ckptdiff.codes.fetch import FILE, MEMORY
+from ckptdiff.codes.fetch import AT, FILE, MEMORY
 from ckptdiff.measure.partial import BLOCK
 from ckptdiff.measure.source import ByteArray, Runs, SmallPairs, Window
 from ckptdiff.run.coded_pair import CodedPair, goes_as_codes
@@ -198,22 +198,27 @@ def small_pairs(stack: ExitStack, shards: OpenShards, pairs: Sequence[TensorPair
 
 def _whole(stack: ExitStack, shards: OpenShards, sides: Sequence[Weight]) -> Runs:
     """The run of each side."""
-    of_shard: dict[str, list[tuple[int, Run]]] = defaultdict(list)
+    of_shard: dict[str, list[tuple[int, TensorInfo, int, int]]] = defaultdict(list)
     for index, side in enumerate(sides):
-        (run,) = runs_of(side, 0, side.numel)
-        of_shard[run.tensor.shard.path].append((index, run))
+        tensor, start, stop = _place(side)
+        of_shard[tensor.shard.path].append((index, tensor, start, stop))
     runs = np.zeros((len(sides), 3), np.int64)
     for held in of_shard.values():
-        reader = shards[held[0][1].tensor.shard]
-        places = [(index, run.tensor, *_bytes(run)) for index, run in held]
+        reader = shards[held[0][1].shard]
+        rows, _, starts, stops = zip(*held, strict=True)
         if reader.descriptor == MEMORY:
-            for index, tensor, start, stop in places:
-                runs[index, FILE:] = reader.lend(stack, tensor, start, stop)
-            continue
-        descriptor = reader.ready(min(place[2] for place in places), max(place[3] for place in places))
-        for index, _, start, _ in places:
-            runs[index, FILE:] = descriptor, start
+            runs[rows, FILE:] = [reader.lend(stack, tensor, start, stop) for _, tensor, start, stop in held]
+        else:
+            runs[rows, FILE], runs[rows, AT] = reader.ready(min(starts), max(stops)), starts
     return runs
+
+
+def _place(side: Weight) -> tuple[TensorInfo, int, int]:
+    """Where the one run of a side begins and ends."""
+    if isinstance(side, TensorInfo) and not side.slices:
+        return side, side.start, side.stop
+    (run,) = runs_of(side, 0, side.numel)
+    return run.tensor, *_bytes(run)
 
 
 def most_fetched(pairs: Sequence[TensorPair], loads: Sequence[Load], grain: Grain) -> int:

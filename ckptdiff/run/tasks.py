@@ -19,9 +19,9 @@ class Grain:
 
     blocks: int = 8
     """Blocks of a large tensor in a task."""
-    tensors: int = 128
+    tensors: int = 192
     """Small tensors in a task, at most."""
-    numel: int = 4 * BLOCK
+    numel: int = 6 * BLOCK
     """Coordinates of small tensors in a task, but for those of the last one."""
     many: int = 1000
     """Small tensors that are worth a kernel that measures many in one call: to compile it takes as long as it saves."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections import deque
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptdiff.measure.histograms import HistogramRows, log2_floor, ulp_floor
 from ckptdiff.runfile.schema import HISTOGRAMS
@@ -22,7 +24,7 @@ class HistogramTable:
     """Datasets in an empty group, of one row per tensor, that grow by whole chunks of 64 rows."""
 
     def __init__(self, group: Any) -> None:
-        self._rows = HistogramRows.empty(_ROWS)
+        self._parts: defaultdict[str, list[NDArray[np.uint64]]] = defaultdict(list)
         self._held = self._written = 0
         self._waiting: deque[tuple[int, Future[dict[str, bytes]]]] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ckptdiff-histograms")
@@ -35,7 +37,7 @@ class HistogramTable:
             axis.make_scale(axis.name.rpartition("/")[2])
         self._datasets = {}
         for name, (field, long_name) in HISTOGRAMS.items():
-            bins = getattr(self._rows, field).shape[1]
+            bins = getattr(HistogramRows.empty(0), field).shape[1]
             dataset = group.create_dataset(
                 name,
                 (0, bins),
@@ -50,14 +52,13 @@ class HistogramTable:
             self._datasets[field] = dataset
 
     def add(self, rows: HistogramRows) -> None:
-        """Take the next rows, and write every full chunk."""
+        """Take the next rows, which nobody changes any more, and write every full chunk."""
         start = 0
         while start < len(rows):
             stop = min(len(rows), start + _ROWS - self._held)
-            held = slice(self._held, self._held + stop - start)
             for field in self._datasets:
-                getattr(self._rows, field)[held] = getattr(rows, field)[start:stop]
-            self._held, start = held.stop, stop
+                self._parts[field].append(getattr(rows, field)[start:stop])
+            self._held, start = self._held + stop - start, stop
             if self._held == _ROWS:
                 self._write()
 
@@ -83,13 +84,9 @@ class HistogramTable:
 
     def _write(self) -> None:
         """Hand the rows to be compressed, and write those that were handed some time ago."""
-        chunks = {}
-        for field in self._datasets:
-            rows = getattr(self._rows, field)
-            rows[self._held :] = 0
-            chunks[field] = rows.tobytes()
         # Compressed here, not by HDF5, because zlib gives the GIL away and HDF5 does not.
-        self._waiting.append((self._written, self._pool.submit(_deflated, chunks)))
+        self._waiting.append((self._written, self._pool.submit(_deflated, self._parts)))
+        self._parts = defaultdict(list)
         self._written, self._held = self._written + self._held, 0
         if len(self._waiting) > _WAITING:
             self._write_waiting()
@@ -98,14 +95,17 @@ class HistogramTable:
         start, chunks = self._waiting.popleft()
         for field, chunk in chunks.result().items():
             dataset = self._datasets[field].id
-            dataset.set_extent((min(start + _ROWS, self._written), getattr(self._rows, field).shape[1]))
+            dataset.set_extent((min(start + _ROWS, self._written), dataset.shape[1]))
             dataset.write_direct_chunk((start, 0), chunk)
 
 
-def _deflated(chunks: dict[str, bytes]) -> dict[str, bytes]:
+def _deflated(chunks: Mapping[str, Sequence[NDArray[np.uint64]]]) -> dict[str, bytes]:
+    """Compress chunks of which each comes in parts; what is left of it are zeros."""
     found = {}
-    for field, rows in chunks.items():
+    for field, parts in chunks.items():
         # Most bins are empty: looking for runs alone is faster than for any repeat, and finds more at this level.
         encoder = zlib.compressobj(_LEVEL, strategy=zlib.Z_RLE)
-        found[field] = encoder.compress(rows) + encoder.flush()
+        rest = _ROWS * parts[0][0].nbytes - sum(part.nbytes for part in parts)
+        pieces = [encoder.compress(np.ascontiguousarray(part).data) for part in parts]
+        found[field] = b"".join([*pieces, encoder.compress(bytes(rest)), encoder.flush()])
     return found

@@ -76,12 +76,15 @@ def escape_name(name: str) -> str:
 
     ``%``, ``/``, a leading ``.``, and the characters below 0x20 and 0x7f are percent-encoded; the empty name is ``%``.
     """
-    return _UNSAFE_IN_LINK.sub(_percent, name) or "%"
+    # A name without control characters, as nearly all are, needs no search.
+    if name.isprintable() and not ("%" in name or "/" in name or name.startswith(".")):
+        return name or "%"
+    return _UNSAFE_IN_LINK.sub(_percent, name)
 
 
 def escape_text(text: str) -> str:
     """Spell a string for a string dataset, which cannot hold NUL: ``%`` and NUL are percent-encoded."""
-    return _UNSAFE_IN_TEXT.sub(_percent, text)
+    return _UNSAFE_IN_TEXT.sub(_percent, text) if "%" in text or "\0" in text else text
 
 
 def unescape(text: str) -> str:

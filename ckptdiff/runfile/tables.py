@@ -70,12 +70,14 @@ def write_tensors(group: Any, diff: Diff) -> None:
         describe(texts, names, None, long_name)
     layers = [_NO_LAYER if tensor.layer is None else tensor.layer for tensor in diff.tensors]
     describe(_packed(group, "layer", np.array(layers, np.int64)), names, "1", "layer number, -1 for none")
-    same = np.array([tensor.same_bytes for tensor in diff.tensors], np.uint8)
+    same = np.array(_facts_of(diff.tensors, "same_bytes"), np.uint8)
     describe(_packed(group, "same_bytes", same), names, "1", "1 if both sides are the same bytes of the same file")
-    unread = np.array([tensor.unread for tensor in diff.tensors], np.uint8)
+    unread = np.array(_facts_of(diff.tensors, "unread"), np.uint8)
     describe(_packed(group, "unread", unread), names, "1", "1 if both sides are known to be the same and were not read")
-    for side in SIDES:
-        compared = np.array([tensor.compared_of(side) for tensor in diff.tensors], np.int64)
+    sizes = {shape: math.prod(shape) for shape in {tensor.shape for tensor in diff.tensors}}
+    for which, side in enumerate(SIDES):
+        counts = [sizes[tensor.shape] if tensor.compared is None else tensor.compared[which] for tensor in diff.tensors]
+        compared = np.array(counts, np.int64)
         describe(_packed(group, f"compared_{side}", compared), names, "1", f"values of {side} that are compared")
     for column in COLUMNS:
         values = np.asarray(diff.columns[column.name], column.dtype)
@@ -99,9 +101,9 @@ def write_provenance(file: Any, diff: Diff) -> None:
         },
         allow_nan=False,
     )
-    laid_out = {tensor.name: _laid_out(tensor) for tensor in diff.tensors}
-    if any(laid_out.values()):
-        file["layouts"] = json.dumps({name: found for name, found in laid_out.items() if found})
+    laid_out = {tensor.name: _laid_out(tensor) for tensor in diff.tensors if not tensor.plain}
+    if laid_out:
+        file["layouts"] = json.dumps(laid_out)
     file["unmatched"] = json.dumps(
         {
             "only_in_base": diff.only_in_base,

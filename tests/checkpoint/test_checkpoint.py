@@ -7,7 +7,7 @@ import pytest
 from raw_safetensors import SIZES, raw, write, write_index
 from safetensors.numpy import load_file, save_file
 
-from ckptdiff.checkpoint import Checkpoint, open_checkpoint
+from ckptdiff.checkpoint import Checkpoint, open_checkpoint, open_pair
 from ckptdiff.errors import CheckpointError, HeaderError
 
 A, B, C = {"a": ("F32", (2, 3))}, {"b": ("BF16", (4,))}, {"c": ("I64", ())}
@@ -117,3 +117,24 @@ def test_importing_loads_only_the_standard_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_a_pair_of_one_header_is_read_as_each_side_alone(tmp_path):
+    """Names, places and metadata of a side whose headers the other one has too, in part or all of them."""
+    for side in ("base", "tuned"):
+        write(tmp_path / side / "a.safetensors", {"x": ("BF16", (2, 3)), "e": ("F32", (0, 4))}, {"format": "pt"})
+        write(tmp_path / side / "b.safetensors", {"y": ("F32", (5,))})
+        write(tmp_path / side / "c.safetensors", {"z": ("BF16", (2, 3) if side == "base" else (3, 2))})
+    sides = [str(tmp_path / side) for side in ("base", "tuned")]
+    assert open_pair(*sides) == (open_checkpoint(sides[0]), open_checkpoint(sides[1]))
+    with pytest.raises(CheckpointError, match="store the same tensor"):
+        write(tmp_path / "tuned" / "d.safetensors", {"y": ("F32", (5,))})
+        open_pair(*sides)
+
+
+def test_sizes_are_those_of_all_tensors(tmp_path):
+    shapes = {f"w{i}": (("F32", "BF16", "U8")[i % 3], ((), (2, 3), (0, 5), (7,))[i % 4]) for i in range(40)}
+    checkpoint = open_checkpoint(write(tmp_path / "a.safetensors", shapes))
+    tensors = checkpoint.tensors.values()
+    assert checkpoint.numel == sum(tensor.numel for tensor in tensors)
+    assert checkpoint.nbytes == sum(tensor.stop - tensor.start for tensor in tensors)

@@ -489,3 +489,46 @@ def test_the_verdict_on_damaged_headers_is_the_safetensors_librarys(scratch, con
 @given(content=st.one_of(st.binary(max_size=64), st.binary(max_size=64).map(raw)))
 def test_the_verdict_on_any_bytes_is_the_safetensors_librarys(scratch, content):
     check_verdict(scratch, content)
+
+
+def saved_alike(folder):
+    """Two files of one header and other values, as a base and its fine-tuned model are saved."""
+    tensors = {"a": ("BF16", (3, 4)), "b": ("F32", ()), "none": ("I64", (0, 2)), "c": ("BF16", (3, 4))}
+    paths = [write(folder / f"{name}.safetensors", tensors, {"format": "pt"}) for name in ("base", "tuned")]
+    content = bytearray(Path(paths[1]).read_bytes())
+    content[-2] ^= 1
+    Path(paths[1]).write_bytes(content)
+    return paths
+
+
+class TestTheSameHeader:
+    def test_what_is_known_of_it_is_what_it_says(self, tmp_path):
+        base, tuned = saved_alike(tmp_path)
+        shard, tensors = read_header(base)
+        known = {shard.header_sha256: tensors}
+        assert read_header(tuned, known=known) == read_header(tuned)
+        assert {tensor.shard.path for tensor in read_header(tuned, known=known)[1]} == {tuned}
+        # Of another header nothing is known.
+        assert read_header(tuned, known={"0" * 64: tensors}) == read_header(tuned)
+
+    @pytest.mark.parametrize(("size", "problem"), [(-1, "truncated"), (1, "bytes after the last tensor")])
+    def test_the_file_has_to_fit_it_all_the_same(self, tmp_path, size, problem):
+        base, tuned = saved_alike(tmp_path)
+        shard, tensors = read_header(base)
+        content = Path(tuned).read_bytes()
+        Path(tuned).write_bytes(content[:-1] if size < 0 else content + b"0")
+        with pytest.raises(HeaderError, match=problem):
+            read_header(tuned, known={shard.header_sha256: tensors})
+
+
+@pytest.mark.parametrize("shape", [[True, 4], [2.0, 2], [4, -1, -1], [-4], [2**63], ["4"], None])
+def test_a_shape_is_checked_also_after_one_that_looks_the_same(refusal, shape):
+    odd = {"dtype": "U8", "shape": shape, "data_offsets": [8, 12]}
+    error = refusal(raw({"a": u8(0, 4, [1, 4]), "b": u8(4, 8, [2, 2]), "c": odd}, bytes(12)))
+    assert (error.problem, error.tensor) == ("the shape is not a list of sizes", "c")
+
+
+@pytest.mark.parametrize("offsets", [[0], [0, 4, 8], [False, 4], [0.0, 4], [-4, 0], [0, 2**63], "04", None])
+def test_offsets_are_two_sizes(refusal, offsets):
+    error = refusal(raw({"a": {"dtype": "U8", "shape": [4], "data_offsets": offsets}}, bytes(4)))
+    assert error.problem == "data_offsets is not a pair of offsets"

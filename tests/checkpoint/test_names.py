@@ -1,7 +1,10 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ckptdiff.checkpoint import Place, locate, names
 from ckptdiff.checkpoint.families import BLOCK_OF_MODULE
+from ckptdiff.checkpoint.names import split_numbers
 
 # (name, layer, module type), by the family whose published checkpoints use the name.
 LANGUAGE = {
@@ -375,3 +378,12 @@ def test_the_feed_forward_parts_of_models_as_transformers_builds_them():
         assert len(found) >= 4
         for name, module_type in found.items():
             assert locate(name, 2).module_type == ("gate_proj" if "wi_0" in name else module_type), name
+
+
+@given(st.text(st.sampled_from("ab*.0123٣\n"), max_size=24))
+def test_numbers_between_dots_are_split_from_a_name(name):
+    form, numbers = split_numbers(name)
+    *inner, last = name.split(".")
+    are = [part.isascii() and part.isdigit() and len(part) < 10 for part in inner]
+    assert form == ".".join([*("*" if is_number else part for part, is_number in zip(inner, are, strict=True)), last])
+    assert numbers == tuple(part for part, is_number in zip(inner, are, strict=True) if is_number)

@@ -52,3 +52,34 @@ def test_nesting_around_the_limit_of_the_parser():
             parse_object(b'{"a":' * depth + b'"\\ud800"' + b"}" * depth)
         problems.add(caught.value.problem)
     assert problems <= {"holds half of a surrogate pair", "is nested too deeply"}
+
+
+def twice(value):
+    """Whether a key stands twice in one of the objects of nested lists of (key, value), which stand for objects."""
+    if not isinstance(value, list):
+        return False
+    keys = [key for key, _ in value]
+    return len(set(keys)) < len(keys) or any(twice(inner) for _, inner in value)
+
+
+def as_text(value):
+    if not isinstance(value, list):
+        return json.dumps(value)
+    return "{" + ",".join(f"{json.dumps(key)}:{as_text(inner)}" for key, inner in value) + "}"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.recursive(
+        st.lists(st.tuples(st.sampled_from("ab:"), st.sampled_from([1, "a", "b:c", '":"'])), max_size=3),
+        lambda inner: st.lists(st.tuples(st.sampled_from("ab:"), inner), max_size=3),
+        max_leaves=6,
+    )
+)
+def test_a_key_given_twice_is_found_at_any_level_whatever_strings_hold(pairs):
+    raw = as_text(pairs).encode()
+    if twice(pairs):
+        with pytest.raises(JsonProblemError, match="repeats a key"):
+            parse_object(raw)
+    else:
+        assert parse_object(raw) == json.loads(raw)

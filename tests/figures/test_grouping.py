@@ -222,3 +222,17 @@ def test_medians_leave_out_what_did_not_move_and_what_is_not_a_matrix() -> None:
     none = median_2d(groups, np.zeros(5, bool))
     assert none["rel_norm"] is None
     assert set(none["unchanged_abs"].values()) == {None}
+
+
+@given(st.lists(st.floats(-1e300, 1e300), min_size=1, max_size=9))
+def test_medians_are_those_of_numpy(values: list[float]) -> None:
+    rows = [{"numel": 4, "valued": 1, "finite": 4, "delta_norm": 1.0, "l1": value} for value in values]
+    groups = Grouping(columns_of(rows), np.arange(len(rows)), len(rows), 1.0)
+    assert median_2d(groups, np.ones(len(rows), bool))["l1"] == np.median(values)
+
+
+def test_a_sum_is_made_once_and_of_each_column_its_own() -> None:
+    groups = Grouping(columns_of([{"l1": 3.0, "max_abs": 4.0}, {"l1": 5.0}]), np.array([0, 0]), 1, 1.0)
+    for _ in range(2):
+        assert (groups.total("l1"), groups.total_square("l1"), groups.total("max_abs")) == (8.0, 34.0, 4.0)
+    assert groups.total("l1") is groups.total("l1")

@@ -120,3 +120,16 @@ def test_a_diff_of_nothing_has_no_figures(make_diff: Callable) -> None:
 def test_single_tensors_are_no_group(diff: Diff) -> None:
     with pytest.raises(ValueError, match="per_tensor"):
         diff.grouped("tensor")
+
+
+def test_coverage_counts_what_each_tensor_compares(make_diff: Callable, make_facts: Callable) -> None:
+    compared = [None, None, (6, 6), (0, 12), (12, 0), None]
+    shapes = [(3, 4), (3, 4), (3, 4), (3, 4), (3, 4), (0, 7)]
+    tensors = [
+        (make_facts(f"w{at}", shape, compared=some), 1.0)
+        for at, (shape, some) in enumerate(zip(shapes, compared, strict=True))
+    ]
+    diff = make_diff(tensors=tensors, base={"values": 99, "tied": 5}, tuned={"values": 98, "tied": 0})
+    for side, values, tied in (("base", 99, 5), ("tuned", 98, 0)):
+        found = diff.coverage[side]
+        assert (found.values, found.compared) == (values, tied + sum(one.compared_of(side) for one in diff.tensors))

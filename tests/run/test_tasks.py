@@ -110,7 +110,7 @@ def test_tasks_that_go_together_are_all_and_as_large_as_asked(given_loads: list[
 
 def test_ten_thousands_of_small_tensors_are_few_tasks() -> None:
     assert len(list(plan_tasks([load(16)] * 30_000))) == -(-30_000 // GRAIN.tensors)
-    assert len(list(plan_tasks([load(BLOCK)] * 100))) == 100 * BLOCK // GRAIN.numel
+    assert len(list(plan_tasks([load(BLOCK)] * 100))) == -(-100 * BLOCK // GRAIN.numel)
 
 
 def test_a_plan_is_made_as_it_is_asked_for() -> None:

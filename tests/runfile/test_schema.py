@@ -61,3 +61,11 @@ def test_hdf5_keeps_escaped_names_apart(names: list[str]) -> None:
 def test_sizes_of_packed_masks(numel: int, size: int, chunk: int) -> None:
     assert packed_bytes(numel) == size
     assert mask_chunk_bytes(numel) == chunk
+
+
+@given(st.text(st.one_of(st.sampled_from("%/. \0\x1f\x7f\x80\u202e"), st.characters()), max_size=8))
+def test_what_is_escaped_is_what_the_documentation_says(name: str) -> None:
+    odd = {*map(chr, range(0x20)), "\x7f", "%", "/"}
+    spelt = [f"%{ord(one):02X}" if one in odd or (one == "." and at == 0) else one for at, one in enumerate(name)]
+    assert escape_name(name) == ("".join(spelt) or "%")
+    assert escape_text(name) == name.replace("%", "%25").replace("\0", "%00")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
-from importlib.metadata import distributions
 from typing import Any
 
 from ckptdiff.errors import DeviceError
@@ -16,6 +15,8 @@ _INSTALL = "pip install 'ckptdiff[cuda13]' (NVIDIA driver 580 or newer) or 'ckpt
 
 def cupy_packages() -> list[str]:
     """Installed packages that bring CuPy, with their versions."""
+    from importlib.metadata import distributions
+
     found = {(package.name.lower(), package.version) for package in distributions() if package.name}
     return sorted(f"{name} {version}" for name, version in found if name == "cupy" or name.startswith("cupy-"))
 

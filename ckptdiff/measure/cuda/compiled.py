@@ -13,7 +13,6 @@ import os
 import re
 import threading
 from contextlib import suppress
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ logger = logging.getLogger("ckptdiff.cuda")
 
 def kernel_folder() -> Path:
     """Where the source is: in the installed package, or in the clone that is installed as editable."""
-    package = Path(str(files("ckptdiff")))
+    package = Path(__file__).parents[2]
     installed = package / "_cuda"
     return installed if installed.is_dir() else package.parent / "cuda"
 
