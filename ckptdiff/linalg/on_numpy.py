@@ -14,6 +14,7 @@ from ckptdiff.linalg.blas import add_gram_block, add_product_block, eigh_all, ei
 from ckptdiff.linalg.kernels.scores import count_magnitudes, count_scores
 from ckptdiff.linalg.kernels.sparse import add_sparse_product, add_sparse_transposed
 from ckptdiff.linalg.library import MAGNITUDES, SCORE_LANES, Library, Windows
+from ckptdiff.linalg.separate_pairs import eigh_separate
 from ckptdiff.linalg.threads import counted, cuts, in_parts
 from ckptdiff.linalg.work import eigenpairs_work, eigenvalues_work, few_of, gram_work, product_work
 
@@ -99,6 +100,8 @@ class NumpyLibrary:
         """Some eigenpairs."""
         count, n = last - first + 1, len(matrix)
         with counted(eigenpairs_work(n, count, matrix.itemsize), opaque=True):
+            if few_of(count, n) and matrix.itemsize == 4:
+                return eigh_separate(matrix, first, last)
             if few_of(count, n):
                 # Inverse iteration is the quicker way to a part of the vectors.
                 values, rows = eigh_part(matrix, first, last)

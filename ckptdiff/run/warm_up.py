@@ -254,6 +254,7 @@ def _fill_row() -> None:
 
 def _count_scores() -> None:
     from ckptdiff.linalg.score_cut import ScoreCut, ScoreCuts
+    from ckptdiff.linalg.separate_pairs import pairs_of_tridiagonal
     from ckptdiff.linalg.stages import ArrayPanels, run_together
     from ckptdiff.linalg.survey import survey
     from ckptdiff.measure.rounding_null import change_chances
@@ -265,9 +266,8 @@ def _count_scores() -> None:
     cuts = ScoreCuts([ScoreCut(1, 1.0, np.zeros(len(known.weights)), low, 1.0)])
     for panel in source.panels():
         cuts.add(values, panel)
-    two = np.zeros_like(known.weights)
-    two[0] = 2
-    change_chances(two, two // 2)
+    change_chances(2 * known.weights, known.weights)
+    pairs_of_tridiagonal(np.ones(1), np.zeros(2), 0, 0)
 
 
 def _skip_zeros() -> None:
