@@ -14,6 +14,7 @@ from ckptdiff.linalg.blas import add_gram_block, add_product_block, eigh_all, ei
 from ckptdiff.linalg.kernels.scores import count_magnitudes, count_scores
 from ckptdiff.linalg.kernels.sparse import add_sparse_product, add_sparse_transposed
 from ckptdiff.linalg.library import MAGNITUDES, SCORE_LANES, Library, Windows
+from ckptdiff.linalg.nonzeros import Nonzeros
 from ckptdiff.linalg.separate_pairs import eigh_separate
 from ckptdiff.linalg.threads import counted, cuts, in_parts
 from ckptdiff.linalg.work import eigenpairs_work, eigenvalues_work, few_of, gram_work, product_work
@@ -80,6 +81,10 @@ class NumpyLibrary:
                 add_product_block(total[stop:, first:stop], panel[:, stop:].T, panel[:, first:stop])
 
         in_parts(add, len(at) - 1, gram_work(len(panel), panel.shape[1], panel.itemsize))
+
+    def nonzeros(self) -> Nonzeros | None:
+        """Room for the entries of an update that are not zero."""
+        return Nonzeros()
 
     def squares(self, values: Floats, *, by_column: bool = False) -> Any:
         """Sum of squares."""

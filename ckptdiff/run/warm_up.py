@@ -262,21 +262,21 @@ def _count_scores() -> None:
     values = np.array([[1.0], [2.0]], np.float32)
     source = ArrayPanels(values, values)
     (known,) = run_together(source, survey())
-    (low,) = known.low_cuts([0.5])
-    cuts = ScoreCuts([ScoreCut(1, 1.0, np.zeros(len(known.weights)), low, 1.0)])
-    for panel in source.panels():
-        cuts.add(values, panel)
+    cuts = ScoreCuts([ScoreCut(1, 1.0, np.zeros(len(known.weights)), *known.low_cuts([0.5]), 1.0)])
+    cuts.add(values, next(source.panels()))
     change_chances(2 * known.weights, known.weights)
     pairs_of_tridiagonal(np.ones(1), np.zeros(2), 0, 0)
 
 
 def _skip_zeros() -> None:
     from ckptdiff.linalg.kernels.sparse import add_sparse_product, add_sparse_transposed
+    from ckptdiff.linalg.nonzeros import Nonzeros
 
     for dtype in (np.float32, np.float64):
         still = np.zeros((1, 1), dtype)
         add_sparse_product(still, still, still)
         add_sparse_transposed(still, still, still, 0, 1)
+        Nonzeros(still).squared_product(still)
 
 
 def _decode(stored: Format, compare: Format) -> None:
