@@ -262,7 +262,7 @@ def _count_scores() -> None:
     values = np.array([[1.0], [2.0]], np.float32)
     source = ArrayPanels(values, values)
     (known,) = run_together(source, survey())
-    cuts = ScoreCuts([ScoreCut(1, 1.0, np.zeros(len(known.weights)), *known.low_cuts([0.5]), 1.0)])
+    cuts = ScoreCuts([ScoreCut(1, 1.0, np.zeros(len(known.weights)), next(known.low_cuts([0.5])), 1.0)])
     cuts.add(values, next(source.panels()))
     change_chances(2 * known.weights, known.weights)
     pairs_of_tridiagonal(np.ones(1), np.zeros(2), 0, 0)
