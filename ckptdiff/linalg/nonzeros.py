@@ -27,7 +27,7 @@ class Nonzeros:
 
     def add(self, panel: Floats) -> None:
         """Take a C-contiguous panel."""
-        size = int(np.count_nonzero(panel)) + 1  # the kernel writes before it knows whether an entry counts
+        size = int(np.count_nonzero(panel))
         lists = np.empty(size, np.int32), np.empty(size, panel.dtype), np.empty(len(panel), np.int64)
         gather_nonzeros(panel, *lists)
         self._panels.append(lists)

@@ -147,7 +147,7 @@ class NumpyLibrary:
         assert window is not None
         if counts is None:
             counts = np.zeros((window.bins + 1, 6))
-        singles = (side.astype(np.float32, copy=False) for side in (scores, base, delta))
+        singles = (side.astype(np.float32, copy=False).reshape(-1) for side in (scores, base, delta))
         values, weights, changes = singles
         count_scores(
             values.view(np.uint32),

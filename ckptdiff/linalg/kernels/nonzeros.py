@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from ckptdiff.codes.lanes import LANES
 from ckptdiff.jit import Later, intrinsic, kernel
+from ckptdiff.linalg.kernels.places import SOME, places_of
 from ckptdiff.measure.kernels.tiles import Array
 
 ir, types, arrayobj = Later("llvmlite.ir"), Later("numba.types"), Later("numba.np.arrayobj")
@@ -60,15 +64,22 @@ def gather_nonzeros(matrix: Array, columns: Array, values: Array, ends: Array) -
     matrix : float array, shape (rows, width)
     columns : int32 array, shape (size,)
     values : float array, shape (size,)
-        Written to from 0 on; both have room for one more than there are.
+        Written to, as many as there are.
     ends : int64 array, shape (rows,)
         Written to: how many there are up to the end of each row.
     """
     found = 0
+    flags, places = np.zeros(SOME, np.uint8), np.empty(SOME + LANES, np.uint16)
     for i in range(matrix.shape[0]):
-        for j in range(matrix.shape[1]):
-            columns[found], values[found] = j, matrix[i, j]
-            found += matrix[i, j] != 0
+        for first in range(0, matrix.shape[1], SOME):
+            row = matrix[i, first : first + SOME]
+            for j in range(row.size):
+                flags[j] = row[j] != 0
+            flags[row.size :] = 0
+            count = places_of(flags, row.size, places)
+            for n in range(count):
+                columns[found + n], values[found + n] = first + places[n], row[places[n]]
+            found += count
         ends[i] = found
 
 
