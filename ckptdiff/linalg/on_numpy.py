@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.linalg.blas import add_gram_block, add_product_block, eigh_all, eigh_part, solve_lower_block
-from ckptdiff.linalg.kernels.scores import count_magnitudes, count_scores
+from ckptdiff.linalg.kernels.scores import add_squares, count_magnitudes, count_scores
 from ckptdiff.linalg.kernels.sparse import add_sparse_product, add_sparse_transposed
 from ckptdiff.linalg.library import MAGNITUDES, SCORE_LANES, Library, Windows
 from ckptdiff.linalg.nonzeros import Nonzeros
@@ -88,7 +88,11 @@ class NumpyLibrary:
 
     def squares(self, values: Floats, *, by_column: bool = False) -> Any:
         """Sum of squares."""
-        return np.einsum("ij,ij->j" if by_column else "ij,ij->", values, values, dtype=np.float64)
+        if by_column:
+            return np.einsum("ij,ij->j", values, values, dtype=np.float64)
+        total = np.zeros(1)
+        add_squares(values.reshape(-1), total)
+        return total[0]
 
     def scaled(self, values: Floats, exponent: int) -> Floats:
         """``values * 2**exponent``."""
