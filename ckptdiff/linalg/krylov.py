@@ -316,7 +316,8 @@ class _Basis:
         library, count = self._library, min(ranks[-1], self.size)
         values, coordinates = self._ritz()
         space, met = self._wide[:, : self.size], library.put(self._met[: self.size, : self.size])
-        rest = library.cast(self._images[:, : self.size], np.float64) - space @ met
+        rest = space @ met
+        rest -= self._images[:, : self.size]
         square = library.home(rest.T @ rest)
         vectors = library.cast(space @ library.put(coordinates[:, :count]), self._dtype)
         lower = np.zeros(ranks[-1])

@@ -37,7 +37,7 @@ _TURNS = 128
 
 
 def eigh_separate(matrix: Floats, first: int, last: int) -> tuple[Floats, Floats]:
-    """Some eigenpairs of a symmetric float32 matrix, given by its lower triangle, which is overwritten.
+    """Some eigenpairs of a symmetric float32 matrix, given by its lower triangle.
 
     Places `first` to `last`, both included, count in ascending order. Values are ascending too; vectors are columns,
     shape (n, count). Raises LinAlgError if there are none to be found.
