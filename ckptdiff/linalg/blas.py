@@ -24,6 +24,12 @@ Floats = NDArray[Any]
 Matrix = tuple[bytes, int]
 """How BLAS reads an array: "N" as its transpose or "T" as it is, and the distance of its lines."""
 
+_APART = 144
+"""Elements between lines of a matrix."""
+_ROWS = 512
+"""Rows of a triangle that are copied at a time."""
+_WORK = 64
+"""Numbers of work space a row: LAPACK reduces as many columns at a time, or fewer."""
 _REAL = {4: ("s", ctypes.c_float), 8: ("d", ctypes.c_double)}
 
 
@@ -151,6 +157,51 @@ def eigh_all(matrix: Floats) -> tuple[Floats, Floats]:
 
     _with_work(run, matrix.dtype, info)
     return values, matrix
+
+
+def to_tridiagonal(matrix: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64], Floats, Floats]:
+    """Reduce a symmetric matrix of which the lower triangle is read.
+
+    Returns
+    -------
+    diagonal : float64 array, shape (n,)
+    beside : float64 array, shape (n + 1,)
+        The entries beside the diagonal, with a zero before them and one behind.
+    sizes, reflections : arrays, shapes (n - 1,) and (n, n)
+        The reflection of row i, from 1, is ``I - sizes[i - 1] v v^T``: v has a one at ``i - 1``, the entries of the row
+        before that place, and zeros. The first turns an eigenvector of the tridiagonal matrix first.
+    """
+    letter, n = _REAL[matrix.itemsize][0], len(matrix)
+    # Lines that are a power of two apart would share few places of the cache.
+    lines = np.empty((n, n + _APART), matrix.dtype)
+    for first in range(0, n, _ROWS):
+        stop = min(first + _ROWS, n)
+        lines[first:stop, :stop] = matrix[first:stop, :stop]
+    diagonal, beside, sizes = np.empty(n, matrix.dtype), np.zeros(n + 1, matrix.dtype), np.empty(n, matrix.dtype)
+    work, info = np.empty(_WORK * n, matrix.dtype), ctypes.c_int(0)
+    found = diagonal, beside[1:], sizes
+    _call("cython_lapack", f"{letter}sytrd", b"U", n, lines, n + _APART, *found, work, work.size, info)
+    beside[n] = 0
+    return diagonal.astype(np.float64), beside.astype(np.float64), sizes[:-1], lines
+
+
+def eigh_of_tridiagonal(
+    diagonal: NDArray[np.float64], beside: NDArray[np.float64], first: int, last: int
+) -> tuple[NDArray[np.float64], Floats]:
+    """Some eigenpairs of a tridiagonal matrix, by bisection and inverse iteration; vectors are float32 columns."""
+    n, count = len(diagonal), last - first + 1
+    diagonal, beside = diagonal.copy(), np.append(beside, 0.0)
+    values, rows, support = np.empty(n), np.empty((count, n)), np.empty(2 * n, np.int32)
+    count_found, info = ctypes.c_int(0), ctypes.c_int(0)
+    real = ctypes.c_double
+
+    def run(work: Floats, work_size: int, whole: NDArray[np.int32], whole_size: int) -> None:
+        asked = n, diagonal, beside, real(0), real(0), first + 1, last + 1, real(0)
+        answer = count_found, values, rows, n, support
+        _call("cython_lapack", "dstevr", b"V", b"I", *asked, *answer, work, work_size, whole, whole_size, info)
+
+    _with_work(run, np.dtype(np.float64), info)
+    return values[:count], np.ascontiguousarray(rows.T, np.float32)
 
 
 def _with_work(run: Any, dtype: Any, info: ctypes.c_int) -> None:

@@ -16,7 +16,7 @@ mu comes from a power method with fresh Gaussian probes. It is too small with a 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -41,8 +41,6 @@ _FEWEST_STEPS = 3
 _NEAR = 1e-8
 _COHERENT = 256
 """Units of rounding by which a sum of equal terms may be off: between two powers of two all round the same way."""
-_ROWS = 512
-"""Rows of the bases that are taken to float64 at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +57,8 @@ class KrylovOptions:
     """Of the starting block and the probes."""
     gram: int = 4096
     """Up to so many columns ``d^T d`` is made, once, in place of products with d, narrow ones that each read it."""
+    sparse: bool = False
+    """Whether the entries that are not zero are kept instead, where the library does better with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +88,13 @@ def krylov_values(
     """
     search = _search(short, _within(ranks, short), dtype, options, library)
     block = next(search)
+    few = library.nonzeros() if options.sparse else None
+    if few is not None:
+        yield lambda panel: few.add(panel.delta)
+        return (yield from meanwhile(lambda: _found(search, block, few.squared_product)))
     if short <= options.gram:
         gram = yield from gram_of("delta", short, dtype, library)
-        return (yield from meanwhile(partial(_found, search, block, gram, library)))
+        return (yield from meanwhile(lambda: _found(search, block, partial(library.product, mirrored(gram, library)))))
     image = block
 
     def apply(panel: Panel) -> None:
@@ -105,11 +109,10 @@ def krylov_values(
         return cast(LeadingValues, end.value)
 
 
-def _found(search: _Search, block: Array, gram: Array, library: Library) -> LeadingValues:
-    gram = mirrored(gram, library)
+def _found(search: _Search, block: Array, square: Callable[[Array], Array]) -> LeadingValues:
     try:
         while True:
-            block = search.send(library.product(gram, block))
+            block = search.send(square(block))
     except StopIteration as end:
         return cast(LeadingValues, end.value)
 
@@ -128,7 +131,7 @@ def _search(short: int, ranks: Sequence[int], dtype: Any, options: KrylovOptions
             steps += 1
             if steps == options.steps or basis.full:
                 break
-            rest = basis.deflate(image)
+            rest = basis.deflate(image, 2)
             # Every other time: to find out costs as much as a step.
             may_end = steps >= _FEWEST_STEPS and steps % 2
             if may_end and basis.residual(rest, wanted) <= options.tolerance:
@@ -248,6 +251,7 @@ class _Basis:
     def __init__(self, short: int, capacity: int, dtype: np.dtype[Any], library: Library) -> None:
         self._library, self._dtype = library, dtype
         self._vectors = library.zeros((short, capacity), dtype)
+        self._wide = library.zeros((short, capacity), np.float64)  # the same, in float64
         self._images = library.zeros((short, capacity), dtype)
         self._met = np.empty((capacity, capacity))
         self._short, self._capacity = short, capacity
@@ -266,16 +270,16 @@ class _Basis:
         self._vectors[:, first:stop] = block
         self._images[:, first:stop] = image
         self.size, self._newest, self._pairs = stop, first, None
-        space = library.cast(self._vectors[:, :stop], np.float64)
-        met = library.home(space.T @ library.cast(image, np.float64))
+        self._wide[:, first:stop] = library.cast(block, np.float64)
+        met = library.home(self._wide[:, :stop].T @ library.cast(image, np.float64))
         self._met[:stop, first:stop] = met
         self._met[first:stop, :stop] = met.T
         self._met[first:stop, first:stop] = (met[first:] + met[first:].T) / 2
 
-    def deflate(self, block: Array) -> Array:
-        """The part of a block that is orthogonal to the space."""
+    def deflate(self, block: Array, times: int = 1) -> Array:
+        """The part of a block that is orthogonal to the space; once leaves rounding of what is taken away."""
         product, space = self._library.product, self._vectors[:, : self.size]
-        for _ in range(2):
+        for _ in range(times):
             block = block - product(space, product(space.T, block))
         return block
 
@@ -311,17 +315,11 @@ class _Basis:
         """Ritz values and the bound, with `beyond` the largest eigenvalue on the complement."""
         library, count = self._library, min(ranks[-1], self.size)
         values, coordinates = self._ritz()
-        met, wanted = library.put(self._met[: self.size, : self.size]), library.put(coordinates[:, :count])
-        sums = library.zeros(met.shape, np.float64)
-        vectors = library.zeros((self._short, count), self._dtype)
-        for first in range(0, self._short, _ROWS):
-            rows = slice(first, min(first + _ROWS, self._short))
-            sides = (side[rows, : self.size] for side in (self._vectors, self._images))
-            space, images = (library.cast(side, np.float64) for side in sides)
-            rest = images - space @ met
-            sums += rest.T @ rest
-            vectors[rows, :] = library.cast(space @ wanted, self._dtype)
-        square = library.home(sums)
+        space, met = self._wide[:, : self.size], library.put(self._met[: self.size, : self.size])
+        rest = space @ met
+        rest -= self._images[:, : self.size]
+        square = library.home(rest.T @ rest)
+        vectors = library.cast(space @ library.put(coordinates[:, :count]), self._dtype)
         lower = np.zeros(ranks[-1])
         lower[:count] = np.maximum(values[:count], 0.0)
         # What rounding of the products may have taken from each eigenvalue, and from the first if all rows share its

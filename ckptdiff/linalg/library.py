@@ -15,6 +15,8 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptdiff.linalg.nonzeros import Nonzeros
+
 Array: TypeAlias = Any
 """An array of some library, on the device that this library keeps it on."""
 
@@ -85,6 +87,9 @@ class Library(Protocol):
 
     def add_gram(self, total: Array, panel: Array) -> None:
         """Add ``panel.T @ panel`` to the lower triangle of `total`: C-contiguous, shapes (rows, n) and (n, n)."""
+
+    def nonzeros(self) -> Nonzeros | None:
+        """Room for the entries of an update that are not zero; None if products with them are no quicker there."""
 
     def squares(self, values: Array, *, by_column: bool = False) -> Array:
         """Sum of squares of a C-contiguous matrix in float64, over all of it or of each column."""

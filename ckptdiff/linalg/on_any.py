@@ -66,6 +66,9 @@ class AnyLibrary:
         with counted(gram_work(math.prod(rows), columns, self.itemsize(panel))):
             total += panel.mT @ panel
 
+    def nonzeros(self) -> None:
+        """None: the standard has no sparse arrays."""
+
     def squares(self, values: Array, *, by_column: bool = False) -> Array:
         """Sum of squares."""
         wide = self.cast(values, np.float64)

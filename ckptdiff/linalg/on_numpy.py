@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.linalg.blas import add_gram_block, add_product_block, eigh_all, eigh_part, solve_lower_block
-from ckptdiff.linalg.kernels.scores import count_magnitudes, count_scores
+from ckptdiff.linalg.kernels.scores import add_squares, count_magnitudes, count_scores
 from ckptdiff.linalg.kernels.sparse import add_sparse_product, add_sparse_transposed
 from ckptdiff.linalg.library import MAGNITUDES, SCORE_LANES, Library, Windows
+from ckptdiff.linalg.nonzeros import Nonzeros
+from ckptdiff.linalg.separate_pairs import eigh_separate
 from ckptdiff.linalg.threads import counted, cuts, in_parts
 from ckptdiff.linalg.work import eigenpairs_work, eigenvalues_work, few_of, gram_work, product_work
 
@@ -80,9 +82,17 @@ class NumpyLibrary:
 
         in_parts(add, len(at) - 1, gram_work(len(panel), panel.shape[1], panel.itemsize))
 
+    def nonzeros(self) -> Nonzeros | None:
+        """Room for the entries of an update that are not zero."""
+        return Nonzeros()
+
     def squares(self, values: Floats, *, by_column: bool = False) -> Any:
         """Sum of squares."""
-        return np.einsum("ij,ij->j" if by_column else "ij,ij->", values, values, dtype=np.float64)
+        if by_column:
+            return np.einsum("ij,ij->j", values, values, dtype=np.float64)
+        total = np.zeros(1)
+        add_squares(values.reshape(-1), total)
+        return total[0]
 
     def scaled(self, values: Floats, exponent: int) -> Floats:
         """``values * 2**exponent``."""
@@ -99,6 +109,8 @@ class NumpyLibrary:
         """Some eigenpairs."""
         count, n = last - first + 1, len(matrix)
         with counted(eigenpairs_work(n, count, matrix.itemsize), opaque=True):
+            if few_of(count, n) and matrix.itemsize == 4:
+                return eigh_separate(matrix, first, last)
             if few_of(count, n):
                 # Inverse iteration is the quicker way to a part of the vectors.
                 values, rows = eigh_part(matrix, first, last)
@@ -139,7 +151,7 @@ class NumpyLibrary:
         assert window is not None
         if counts is None:
             counts = np.zeros((window.bins + 1, 6))
-        singles = (side.astype(np.float32, copy=False) for side in (scores, base, delta))
+        singles = (side.astype(np.float32, copy=False).reshape(-1) for side in (scores, base, delta))
         values, weights, changes = singles
         count_scores(
             values.view(np.uint32),

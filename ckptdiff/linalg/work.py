@@ -137,6 +137,8 @@ def eigenvalues_work(n: int, itemsize: int) -> float:
 
 def eigenpairs_work(n: int, count: int, itemsize: int) -> float:
     """The work of `count` eigenpairs of a matrix of `n` rows."""
+    if few_of(count, n) and itemsize == 4:
+        return (0.8 * n + 700 + 3 * count) * n**2
     if few_of(count, n):
         return eigenvalues_work(n, itemsize) + 5 * count * n**2 * itemsize / 4
     return (4.5 * n + 700) * n**2 * itemsize / 4

@@ -208,9 +208,8 @@ def compile_apart(missing: Sequence[Use], told: Stage | None = None) -> None:
 
 
 def _start(use: Use) -> subprocess.Popen[bytes]:
-    nowhere = subprocess.DEVNULL
     command = python_command(f"from ckptdiff.run.warm_up import compile_for; compile_for({use!r})")
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def python_command(code: str) -> list[str]:
@@ -254,29 +253,30 @@ def _fill_row() -> None:
 
 def _count_scores() -> None:
     from ckptdiff.linalg.score_cut import ScoreCut, ScoreCuts
+    from ckptdiff.linalg.separate_pairs import pairs_of_tridiagonal
     from ckptdiff.linalg.stages import ArrayPanels, run_together
     from ckptdiff.linalg.survey import survey
     from ckptdiff.measure.rounding_null import change_chances
 
     values = np.array([[1.0], [2.0]], np.float32)
-    source = ArrayPanels(values, values)
-    (known,) = run_together(source, survey())
-    (low,) = known.low_cuts([0.5])
-    cuts = ScoreCuts([ScoreCut(1, 1.0, np.zeros(len(known.weights)), low, 1.0)])
-    for panel in source.panels():
-        cuts.add(values, panel)
-    two = np.zeros_like(known.weights)
-    two[0] = 2
-    change_chances(two, two // 2)
+    (known,) = run_together(source := ArrayPanels(values, values), survey())
+    cuts = ScoreCuts([ScoreCut(1, 1.0, np.zeros(len(known.weights)), next(known.low_cuts([0.5])), 1.0)])
+    cuts.add(values, next(source.panels()))
+    change_chances(2 * known.weights, known.weights)
+    pairs_of_tridiagonal(np.ones(1), np.zeros(2), 0, 0)
 
 
 def _skip_zeros() -> None:
     from ckptdiff.linalg.kernels.sparse import add_sparse_product, add_sparse_transposed
+    from ckptdiff.linalg.nonzeros import Nonzeros
+    from ckptdiff.linalg.on_numpy import NUMPY
 
     for dtype in (np.float32, np.float64):
         still = np.zeros((1, 1), dtype)
         add_sparse_product(still, still, still)
         add_sparse_transposed(still, still, still, 0, 1)
+        NUMPY.squares(still)
+        Nonzeros(still).squared_product(still)
 
 
 def _decode(stored: Format, compare: Format) -> None:

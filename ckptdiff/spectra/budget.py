@@ -31,13 +31,14 @@ class WorkSpace:
     def randomized(self, view: MatrixView, itemsize: int, krylov: int) -> int:
         """Bytes of randomized mode.
 
-        The Gram matrix with the eigenvectors it gives, then the products of the projection with their float64 copies.
+        The Gram matrix, its copy and the eigenvectors it gives, then the products of the projection with their float64
+        copies.
         """
         short, rank = view.short, principal_rank(RHO[-1], view.short) + 1
         leading = 2 * (itemsize + 8) * short * krylov if short > 2 * krylov else 16 * short * short
         if 2 * krylov < short <= KrylovOptions().gram:
             leading += itemsize * short * short
-        decomposed = (1 + self.solver) * itemsize * short * short + 3 * itemsize * short * rank
+        decomposed = (1 + max(self.solver, 1)) * itemsize * short * short + 3 * itemsize * short * rank
         projected = (3 * itemsize + 24) * short * rank + 40 * rank * rank
         return leading + max(decomposed, projected) + self._panels(view, itemsize)
 

@@ -77,6 +77,8 @@ def measure_randomized(
     """
     dense = known.support * _SPARSE >= known.numel
     short, krylov, library = source.short, _krylov(source.short, options, dense), source.library
+    if krylov is not None and not dense and short <= krylov.gram and known.support <= short**2 // 2:
+        krylov = replace(krylov, sparse=True)  # which takes no more memory than a Gram matrix
     if krylov is None:
         leading = direct_values(short, ENERGY_RANKS, with_vectors=False, library=library)
     else:

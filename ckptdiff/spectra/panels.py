@@ -92,15 +92,17 @@ class StoredPanels:
             reader = StoredPanels(self._shards, self.pair, self.formats, self.view, self.dtype)
             for first in range(at[part], at[part + 1], rows):
                 stop = min(first + rows, at[part + 1])
-                ours = theirs = reader._stored_rows(0, first, stop, 0, columns)
-                if not self.same_bytes:
-                    theirs = reader._stored_rows(1, first, stop, 0, columns)
+                ours, theirs = base[first:stop], delta[first:stop]
                 if self.view.wide:
-                    base[:, first:stop] = ours.T
-                    _subtract(theirs.T, ours.T, delta[:, first:stop])
+                    ours, theirs = (np.empty((stop - first, columns), self.dtype) for _ in range(2))
+                reader._read_rows(0, (first, stop), (0, columns), ours)
+                if self.same_bytes:
+                    theirs[:] = ours
                 else:
-                    base[first:stop] = ours
-                    _subtract(theirs, ours, delta[first:stop])
+                    reader._read_rows(1, (first, stop), (0, columns), theirs)
+                _subtract(theirs, ours, theirs)
+                if self.view.wide:
+                    base[:, first:stop], delta[:, first:stop] = ours.T, theirs.T
 
         in_parts(decode_part, len(at) - 1, self.work)
         return ArrayPanels(base, delta, self._rows)
@@ -114,14 +116,18 @@ class StoredPanels:
     def _stored_rows(self, side: int, first: int, stop: int, left: int, right: int) -> Floats:
         """A block of one side as it is stored: rows `first` to `stop`, columns `left` to `right`."""
         out = np.empty((stop - first, right - left), self.dtype)
+        self._read_rows(side, (first, stop), (left, right), out)
+        return out
+
+    def _read_rows(self, side: int, rows: tuple[int, int], columns: tuple[int, int], out: Floats) -> None:
+        """Write a block of one side to a C-contiguous array of the panels' dtype."""
         size = out.size * self.formats[side].bits // 8
         if self._raw.size < size:
             self._raw = np.empty(size, np.uint8)
         raw = self._raw[:size]
-        self.read_codes(side, (first, stop), (left, right), raw)
+        self.read_codes(side, rows, columns, raw)
         raw.flags.writeable = False
         decode(raw, self.formats[side], self.formats[2], out)
-        return out
 
     def read_codes(self, side: int, rows: tuple[int, int], columns: tuple[int, int], out: NDArray[np.uint8]) -> None:
         """Read a block of one side as it is stored, row by row, into as many raw bytes."""

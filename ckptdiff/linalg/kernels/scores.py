@@ -6,8 +6,20 @@ from typing import Any
 
 import numpy as np
 
+from ckptdiff.codes.lanes import LANES
 from ckptdiff.jit import kernel
+from ckptdiff.linalg.kernels.places import SOME, places_of
 from ckptdiff.measure.kernels.tiles import Array
+from ckptdiff.measure.kernels.wide import sum_squares
+
+_MAGNITUDE = np.uint32(0x7FFF_FFFF)
+"""The bits of a float32 but its sign."""
+
+
+@kernel
+def add_squares(values: Array, total: Array) -> None:
+    """Add the sum of squares of a float array, shape (n,), in float64 to the first of ``total``, float64."""
+    total[0] += sum_squares(values)
 
 
 @kernel
@@ -41,7 +53,7 @@ def count_scores(
 
     Parameters
     ----------
-    scores : uint32 array, shape (rows, columns)
+    scores : uint32 array, shape (n,)
         Codes of float32 values; their sign does not matter.
     base : uint32 array of the same shape
         Codes of float32 values.
@@ -61,25 +73,49 @@ def count_scores(
     last = np.uint32(counts.shape[0] - 1)
     shift, start = window
     low_cut, not_low = low
-    least = start << shift
-    places = np.empty(scores.shape[1], np.int32)
-    for i in range(scores.shape[0]):
+    least, most = start << shift, (start + last) << shift
+    flags, places = np.zeros(SOME, np.uint8), np.empty(SOME + LANES, np.uint16)
+    changed, above, apart, above_apart, chance, beyond = 0.0, 0.0, 0.0, 0.0, 0.0, 0
+    for first in range(0, scores.size, SOME):
+        stop = min(first + SOME, scores.size)
+        codes, weights, changes = scores[first:stop], base[first:stop], delta[first:stop]
         # Gathered first, without a branch: which scores count, nobody can guess.
-        found = 0
-        for j in range(scores.shape[1]):
-            places[found] = j
-            found += (scores[i, j] & np.uint32(0x7FFF_FFFF)) >= least
-        for j in places[:found]:
-            bin_ = min(((scores[i, j] & np.uint32(0x7FFF_FFFF)) >> shift) - start, last)
-            magnitude = (base[i, j] >> np.uint32(16)) & np.uint32(0x7FFF)
+        for j in range(codes.size):
+            size = codes[j] & _MAGNITUDE
+            flags[j] = (size >= least) & (size < most)
+        flags[codes.size :] = 0
+        for j in places[: places_of(flags, codes.size, places)]:
+            bin_ = ((codes[j] & _MAGNITUDE) >> shift) - start
+            magnitude = (weights[j] >> np.uint32(16)) & np.uint32(0x7FFF)
             counts[bin_, 0] += 1.0
             counts[bin_, 5] += chances[magnitude]
-            d = delta[i, j]
+            d = changes[j]
             if d != 0:
                 counts[bin_, 1] += 1.0
-                above = abs(d) > threshold
-                counts[bin_, 2] += above
+                large = abs(d) > threshold
+                counts[bin_, 2] += large
                 if magnitude >= low_cut:
                     part = 1.0 if magnitude > low_cut else not_low
                     counts[bin_, 3] += part
-                    counts[bin_, 4] += part if above else 0.0
+                    counts[bin_, 4] += part if large else 0.0
+        # What lies above all bins is added up in registers: in memory each sum would wait for the one before.
+        for j in range(codes.size):
+            flags[j] = (codes[j] & _MAGNITUDE) >= most
+        found = places_of(flags, codes.size, places)
+        beyond += found
+        for j in places[:found]:
+            magnitude = (weights[j] >> np.uint32(16)) & np.uint32(0x7FFF)
+            d = changes[j]
+            part = 0.0 if magnitude < low_cut else 1.0 if magnitude > low_cut else not_low
+            moved, large = 1.0 if d != 0 else 0.0, 1.0 if abs(d) > threshold else 0.0
+            chance += chances[magnitude]
+            changed += moved
+            above += large
+            apart += part * moved
+            above_apart += part * large
+    counts[last, 0] += beyond
+    counts[last, 1] += changed
+    counts[last, 2] += above
+    counts[last, 3] += apart
+    counts[last, 4] += above_apart
+    counts[last, 5] += chance
