@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from ckptdiff.codes.lanes import LANES
+from ckptdiff.codes.ordered_sums import sum_of_squares
 from ckptdiff.jit import kernel
 from ckptdiff.linalg.kernels.places import SOME, places_of
 from ckptdiff.measure.kernels.tiles import Array
-from ckptdiff.measure.kernels.wide import sum_squares
 
 _MAGNITUDE = np.uint32(0x7FFF_FFFF)
 """The bits of a float32 but its sign."""
@@ -19,7 +19,7 @@ _MAGNITUDE = np.uint32(0x7FFF_FFFF)
 @kernel
 def add_squares(values: Array, total: Array) -> None:
     """Add the sum of squares of a float array, shape (n,), in float64 to the first of ``total``, float64."""
-    total[0] += sum_squares(values)
+    total[0] += sum_of_squares(values)
 
 
 @kernel
