@@ -300,8 +300,7 @@ from ckptdiff.measure.thresholds import EPS, ETA
 from ckptdiff.retrain.kernels.masked_steps import ADAMW, MASKED, masked_steps, sum_masked_squares
 
 jit.recorder.set(Recorder(sys.argv[1]))
-rng = np.random.default_rng(0)
-numel = 200_003
+rng, numel = np.random.default_rng(0), 200_003
 base = 0.05 * rng.standard_normal(numel)
 tuned = base + 1e-4 * rng.standard_normal(numel) * (rng.random(numel) < 0.3)
 
@@ -311,9 +310,8 @@ def told(name, array):
 
 
 def stored(side, name):
-    if name == "bf16":
-        return round_to_bf16(side.astype(np.float32).view(np.uint32))
-    return side.astype({"f16": np.float16, "f32": np.float32, "f64": np.float64}[name])
+    single = side.astype(np.float32)
+    return round_to_bf16(single.view(np.uint32)) if name == "bf16" else side.astype(f"f{int(name[1:]) // 8}")
 
 
 # As bfloat16, then as stored; all but the first of the former are one kernel.
@@ -324,7 +322,6 @@ for name, compare in (*((name, "bf16") for name in ("bf16", "f16", "f32", "f64")
     for part in ("counts", "within", "weights", "deltas", "ulp", "max_abs", "sums"):
         told(part, getattr(partial, part))
     told("mask", mask)
-
 values, gradients, state = base.astype(np.float32), tuned.astype(np.float32), np.zeros((2, numel), np.float32)
 masked = np.flatnonzero(base != tuned)
 positions, starts = (masked & 0xFFFF).astype(np.uint16), np.searchsorted(masked, np.arange(5) << 16)
