@@ -11,7 +11,7 @@ from typing import Any
 from ckptdiff.cluster.on_ray import Node
 from ckptdiff.errors import ClusterError
 
-__all__ = ["LOOK_UP", "Head", "answers", "require_head"]
+__all__ = ["LOOK_UP", "Head", "require_head"]
 
 _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """The preface of HTTP/2 and empty settings, which any gRPC server answers with settings of its own."""
@@ -33,11 +33,19 @@ class Head:
         For which it may be away. Ray itself waits for it, whatever is asked.
     """
 
-    def __init__(self, ray: Any, seconds: float) -> None:
+    def __init__(self, ray: Any, seconds: float = 0.0) -> None:
         self._ray, self._seconds = ray, seconds
         self._address = ray.get_runtime_context().gcs_address
         self._away: float | None = None
         self._known: list[Node] = []
+
+    def is_there(self) -> bool:
+        """Whether it takes connections."""
+        try:
+            _connected(self._address, 2.0).close()
+        except OSError:
+            return False
+        return True
 
     def nodes(self) -> list[Node]:
         """Nodes with processors that are there now, or were when the head was last there.
@@ -47,7 +55,7 @@ class Head:
         ClusterError
             If it has been away for too long.
         """
-        if answers(self._address):
+        if self.is_there():
             self._away, self._known = None, self._listed()
             return self._known
         now = time.monotonic()
@@ -69,15 +77,6 @@ class Head:
                 name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']}, {node['NodeID'][:8]})"
                 found.append(Node(node["NodeID"], name, cpus, memory, int(node["Resources"].get("GPU", 0))))
         return found
-
-
-def answers(address: str) -> bool:
-    """Whether somebody takes connections at an address."""
-    try:
-        _connected(address, 2.0).close()
-    except OSError:
-        return False
-    return True
 
 
 def require_head(address: str) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ckptdiff.cluster.head import LOOK_UP, Head, answers, require_head
+from ckptdiff.cluster.head import LOOK_UP, Head, require_head
 from ckptdiff.cluster.on_ray import Cluster
 from ckptdiff.cluster.ray_failures import RETRIES
 from ckptdiff.errors import ClusterError, OptionError, first_few, required
@@ -55,7 +55,7 @@ def joined_cluster(asked: RayOptions, options: Options, tell: Listener) -> Itera
         if not nodes:
             raise ClusterError("the cluster has no node with a processor", hint="ray status shows its nodes")
         cluster = Cluster(ray, asked, options, head.nodes, tell)
-        cluster.environment, cluster.heard = environment, heard
+        cluster.environment, cluster.heard, cluster.has_head = environment, heard, head.is_there
         processors = _compare(cluster)
         if len(processors) > 1:
             kinds = "; ".join(f"{first_few(names)}: {processor}" for processor, names in processors.items())
@@ -76,10 +76,11 @@ def _connection(ray: Any, address: str, heard: deque[str]) -> Iterator[None]:
     printed = place.print_to_stdstream
     # It would print on stdout, where the report goes.
     place.print_to_stdstream = lambda said, ignore_prefix: heard.extend(said["lines"])
+    head = Head(ray)
     try:
         yield
     finally:
-        if answers(ray.get_runtime_context().gcs_address):
+        if head.is_there():
             ray.shutdown()
         else:
             # To leave the cluster Ray would wait for its head.

@@ -88,6 +88,8 @@ class Cluster:
     ----------
     warnings : tuple of str
         What a run has to say of the nodes.
+    has_head : callable
+        Whether the head of the cluster is there.
     environment : dict of str to str
         Variables that tasks get from this process.
     heard : deque of str
@@ -101,6 +103,7 @@ class Cluster:
     ) -> None:
         self.ray, self._asked, self._options, self._list, self._tell = ray, asked, options, nodes, tell
         self.warnings: tuple[str, ...] = ()
+        self.has_head: Callable[[], bool] = lambda: True
         self.environment: dict[str, str] = {}
         self.heard = deque[str]()
         self.numbers = itertools.count()

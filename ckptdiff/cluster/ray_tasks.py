@@ -56,9 +56,10 @@ class UnderWay:
         return self._known
 
     def cancel(self) -> None:
-        """Give up all."""
-        for reference in self.tasks.values():
-            self._cluster.ray.cancel(reference, force=True)
+        """Give up all. Without a head Ray would crash; it ends the tasks of a process that has ended in any case."""
+        if self.tasks and self._cluster.has_head():
+            for reference in self.tasks.values():
+                self._cluster.ray.cancel(reference, force=True)
         self.tasks.clear()
 
 
