@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from contextlib import closing
 from typing import Any
@@ -17,6 +18,7 @@ _GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0,
 """The preface of HTTP/2 and empty settings, which any gRPC server answers with settings of its own."""
 _SETTINGS = 4
 _TIMEOUT = 10.0
+_SOON = 2.0
 LOOK_UP = (
     "ray status on a machine of the cluster tells its address, and RAY_AUTH_TOKEN or ~/.ray/auth_token holds its token"
     " if it takes one; without --ray-address a cluster is started here"
@@ -33,16 +35,17 @@ class Head:
         For which it may be away. Ray itself waits for it, whatever is asked.
     """
 
-    def __init__(self, ray: Any, seconds: float = 0.0) -> None:
+    def __init__(self, ray: Any, seconds: float) -> None:
         self._ray, self._seconds = ray, seconds
         self._address = ray.get_runtime_context().gcs_address
         self._away: float | None = None
         self._known: list[Node] = []
+        self._asking: threading.Thread | None = None
 
     def is_there(self) -> bool:
         """Whether it takes connections."""
         try:
-            _connected(self._address, 2.0).close()
+            _connected(self._address, _SOON).close()
         except OSError:
             return False
         return True
@@ -55,12 +58,18 @@ class Head:
         ClusterError
             If it has been away for too long.
         """
-        if self.is_there():
-            self._away, self._known = None, self._listed()
-            return self._known
+        if self._asking is None and self.is_there():
+            # In a thread that nobody waits for at the end: it may go right now, and Ray wait for it.
+            self._asking = threading.Thread(target=self._list, name="ckptdiff-nodes", daemon=True)
+            self._asking.start()
+        if self._asking is not None:
+            self._asking.join(_SOON)
+            if not self._asking.is_alive():
+                self._asking = self._away = None
+                return self._known
         now = time.monotonic()
         self._away = self._away or now
-        if now - self._away > self._seconds:
+        if now - self._away >= self._seconds:
             raise ClusterError(
                 "the head of the cluster is gone",
                 file=self._address,
@@ -69,14 +78,14 @@ class Head:
             )
         return self._known
 
-    def _listed(self) -> list[Node]:
+    def _list(self) -> None:
         found = []
         for node in self._ray.nodes():
             cpus, memory = (int(node["Resources"].get(what, 0)) for what in ("CPU", "memory"))
             if node["Alive"] and cpus:
                 name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']}, {node['NodeID'][:8]})"
                 found.append(Node(node["NodeID"], name, cpus, memory, int(node["Resources"].get("GPU", 0))))
-        return found
+        self._known = found
 
 
 def require_head(address: str) -> None:

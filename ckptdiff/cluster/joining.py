@@ -49,8 +49,7 @@ def joined_cluster(asked: RayOptions, options: Options, tell: Listener) -> Itera
         os.environ.setdefault(name, value)
     ray = required("ray", "--engine ray", "ray")
     environment, heard = _variables(asked.environment), deque[str]()
-    with _connection(ray, asked.address, heard):
-        head = Head(ray, asked.seconds)
+    with _connection(ray, asked, heard) as head:
         nodes = head.nodes()
         if not nodes:
             raise ClusterError("the cluster has no node with a processor", hint="ray status shows its nodes")
@@ -66,19 +65,19 @@ def joined_cluster(asked: RayOptions, options: Options, tell: Listener) -> Itera
 
 
 @contextmanager
-def _connection(ray: Any, address: str, heard: deque[str]) -> Iterator[None]:
+def _connection(ray: Any, asked: RayOptions, heard: deque[str]) -> Iterator[Head]:
     """Join a cluster, unless the program has; what Ray says of it meanwhile is `heard`."""
     if ray.is_initialized():
-        yield
+        yield Head(ray, asked.seconds)
         return
-    _join(ray, address)
+    _join(ray, asked.address)
     place = ray._private.worker
     printed = place.print_to_stdstream
     # It would print on stdout, where the report goes.
     place.print_to_stdstream = lambda said, ignore_prefix: heard.extend(said["lines"])
-    head = Head(ray)
+    head = Head(ray, asked.seconds)
     try:
-        yield
+        yield head
     finally:
         if head.is_there():
             ray.shutdown()

@@ -423,12 +423,13 @@ def test_what_nodes_tell_of_tasks_under_way_is_added_up(nodes: Any) -> None:
     with joined_cluster(RayOptions(), Options(), ignore) as cluster:
         underway = UnderWay(cluster)
         for number, done in ((0, 5), (1, 7), (2, 11)):
-            ray.get(cluster.tally.tell.remote(number, done))
+            ray.get(cluster.tally.tell.remote(number, done, f"node {number}"))
         underway.tasks = {0: None, 2: None}
         until = time.monotonic() + PATIENCE
         while underway.done() != 16:
             assert time.monotonic() < until
             time.sleep(0.05)
+        assert ray.get([cluster.tally.nodes.remote(number) for number in (0, 1)]) == [["node 0"], []]
         ray.kill(cluster.tally, no_restart=False)
         while underway.done() != 0:  # a new one knows nothing yet
             assert time.monotonic() < until
