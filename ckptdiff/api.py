@@ -54,6 +54,7 @@ def diff(
     engine: Literal["local", "ray"] = "local",
     ray_address: str | None = None,
     parallel: int = 0,
+    ray_env: Sequence[str] = (),
 ) -> Diff:
     """Compare two checkpoints, as ``ckptdiff diff`` does.
 
@@ -108,6 +109,8 @@ def diff(
         runs on this machine, or that is started on it.
     parallel : int
         Tasks of Ray under way at a time, at most; 0 for as many as there is room for.
+    ray_env : sequence of str
+        Globs on names of environment variables that tasks of Ray get from this process: ``"AWS_*"``.
 
     Returns
     -------
@@ -142,7 +145,7 @@ def diff(
         stream=stream,
         quick=quick,
     )
-    on_ray = ray_options(engine, ray_address, parallel)
+    on_ray = ray_options(engine, ray_address, parallel, as_tuple("ray_env", ray_env))
     with written_to(out, resume) as target:
         return run(
             os.fspath(base),

@@ -205,6 +205,8 @@ class RayOptions:
         Bytes that a task reads; 0 stands for 1 to 4 GiB.
     seconds : float
         How long a task may wait for a node that can hold it, before the run is given up.
+    environment : tuple of str
+        Globs on names of environment variables that tasks get from this process.
 
     Raises
     ------
@@ -216,6 +218,7 @@ class RayOptions:
     parallel: int = 0
     task_bytes: int = 0
     seconds: float = 30.0
+    environment: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.address and not re.fullmatch(r"auto|local|[^\s/@]+:\d{1,5}", self.address):
@@ -230,14 +233,14 @@ class RayOptions:
                 raise OptionError(f"{name} out of range", expected="0 or more", found=value)
 
 
-def ray_options(engine: str, address: str | None, parallel: int) -> RayOptions | None:
+def ray_options(engine: str, address: str | None, parallel: int, environment: Sequence[str] = ()) -> RayOptions | None:
     """Which cluster is asked for; None for no cluster. OptionError if one is described and not asked for."""
     if engine == "ray":
-        return RayOptions(address or "", parallel)
+        return RayOptions(address or "", parallel, environment=tuple(environment))
     if engine != "local":
         raise OptionError("unknown engine", expected="local or ray", found=engine)
-    if address or parallel:
-        raise OptionError("an address or a number of tasks of Ray without it", hint="--engine ray")
+    if address or parallel or environment:
+        raise OptionError("an address, a number of tasks or variables for Ray without it", hint="--engine ray")
     return None
 
 

@@ -28,9 +28,11 @@ from ckptdiff.remote.uploading import written_to
 from ckptdiff.report.text import binary_size, dumps, safe, size
 
 if TYPE_CHECKING:
+    from ckptdiff.cluster.on_ray import ClusterPlan
     from ckptdiff.events import Event, Listener
-    from ckptdiff.options import Options, RayOptions
+    from ckptdiff.options import Options
     from ckptdiff.report.as_ndjson import NdjsonStream
+    from ckptdiff.run.planning import Plan
 
 
 @click.command(short_help="Compare two checkpoints; keep figures and masks in a run file.")
@@ -117,12 +119,28 @@ def diff(base: str, tuned: str, **given: Any) -> int:
         options = _options(given)
         from ckptdiff.options import ray_options
 
-        on_ray = ray_options(given["engine"], given["ray_address"], given["parallel"])
+        on_ray = ray_options(given["engine"], given["ray_address"], given["parallel"], given["ray_env"])
         if given["dry_run"]:
+            if request.format not in ("table", "json"):
+                raise OptionError(
+                    "--dry-run prints text or json", expected="--format table or json", found=request.format
+                )
+            from ckptdiff.run.engine import planned
+
             with progress(shown=given["progress"], quiet=request.quiet, verbose=given["verbose"]) as tell:
-                _print_plan(base, tuned, out, options, on_ray, request, tell)
+                _print_plan(*planned(base, tuned, out, options, on_ray, tell), request)
             return 0
-        return _run(base, tuned, out, options, on_ray, request, given)
+        from ckptdiff.files.unfinished import SAVING
+        from ckptdiff.run.engine import run
+
+        streaming = _is_live(request, options)
+        asked = {"title": given["title"], "saving": SAVING if given["resume"] else None, "on_ray": on_ray}
+        with _listening(request, given, out, streaming) as tell:
+            result = run(base, tuned, out=out, options=options, listener=tell, **asked)
+        if not streaming:
+            with _reader_may_leave(out):
+                request.print(result)
+        return request.verdict(result)
 
 
 def _options(given: dict[str, Any]) -> Options:
@@ -147,19 +165,17 @@ def _options(given: dict[str, Any]) -> Options:
     )
 
 
-def _run(
-    base: str,
-    tuned: str,
-    out: Path | None,
-    options: Options,
-    on_ray: RayOptions | None,
-    request: Request,
-    given: dict[str, Any],
-) -> int:
-    from ckptdiff.events import Started
-    from ckptdiff.files.unfinished import SAVING
+def _is_live(request: Request, options: Options) -> bool:
+    """Whether the report is written line by line, as figures come."""
     from ckptdiff.report.as_ndjson import streams
-    from ckptdiff.run.engine import run
+
+    return request.format == "ndjson" and streams(request.view) and not request.silent and not options.spectra
+
+
+@contextmanager
+def _listening(request: Request, given: dict[str, Any], out: Path | None, streaming: bool) -> Iterator[Listener]:
+    """Show what a run tells, and write the report meanwhile if it is `streaming`."""
+    from ckptdiff.events import Started
 
     def members_exist(event: Event) -> None:
         """End the run before data is read if a check names a member that does not exist."""
@@ -167,7 +183,6 @@ def _run(
             for check in request.checks:
                 check.require_member(event.diff.tensors)
 
-    streaming = request.format == "ndjson" and streams(request.view) and not request.silent and not options.spectra
     with ExitStack() as stack:
         listeners: list[Listener] = [members_exist]
         if streaming:
@@ -176,14 +191,7 @@ def _run(
         # A terminal that is given the report line by line has no room for anything else.
         shown = given["progress"] and not (streaming and request.target.is_terminal)
         how = {"shown": shown, "quiet": request.quiet, "verbose": given["verbose"], "repeated": repeated}
-        tell = stack.enter_context(progress(*listeners, **how))
-        saving = SAVING if given["resume"] else None
-        asked = {"listener": tell, "title": given["title"], "saving": saving, "on_ray": on_ray}
-        result = run(base, tuned, out=out, options=options, **asked)
-    if not streaming:
-        with _reader_may_leave(out):
-            request.print(result)
-    return request.verdict(result)
+        yield stack.enter_context(progress(*listeners, **how))
 
 
 @contextmanager
@@ -197,22 +205,10 @@ def _reader_may_leave(out: Path | None) -> Iterator[None]:
         abandon_stdout()
 
 
-def _print_plan(
-    base: str,
-    tuned: str,
-    out: Path | None,
-    options: Options,
-    on_ray: RayOptions | None,
-    request: Request,
-    tell: Listener,
-) -> None:
+def _print_plan(plan: Plan, spread: ClusterPlan | None, request: Request) -> None:
     """Print the plan of a run as text or, with ``--format json``, as one object (schema "ckptdiff.plan/1")."""
     from ckptdiff.report.coverage_lines import coverage_lines
-    from ckptdiff.run.engine import planned
 
-    if request.format not in ("table", "json"):
-        raise OptionError("--dry-run prints text or json", expected="--format table or json", found=request.format)
-    plan, spread = planned(base, tuned, out, options, on_ray, tell)
     for check in request.checks:
         check.require_member(plan.diff.tensors)
     figures: dict[str, Any] = {

@@ -105,6 +105,14 @@ _ENGINE: Sequence[_Option] = (
         show_default="as many as there is room for",
         help="Tasks that --engine ray has under way at a time, at most.",
     ),
+    click.option(
+        "--ray-env",
+        multiple=True,
+        metavar="GLOB",
+        show_default="none: nodes take credentials and endpoints from their own environment",
+        help="Environment variables that the tasks of --engine ray get from this process: 'AWS_*', HF_TOKEN. "
+        "Repeatable.",
+    ),
 )
 _DEVICE: Sequence[_Option] = (
     click.option(
@@ -130,7 +138,7 @@ def device_options(command: _Command) -> _Command:
 
 
 def engine_options(command: _Command) -> _Command:
-    """Add ``--engine``, ``--ray-address`` and ``--parallel``."""
+    """Add ``--engine``, ``--ray-address``, ``--parallel`` and ``--ray-env``."""
     return _with(_ENGINE, command)
 
 

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
-import socket
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
-from ckptdiff.cluster.on_ray import Cluster, Node
-from ckptdiff.errors import ClusterError, first_few, required
+from ckptdiff.cluster.head import LOOK_UP, Head, require_head
+from ckptdiff.cluster.on_ray import Cluster
+from ckptdiff.cluster.ray_failures import RETRIES
+from ckptdiff.errors import ClusterError, OptionError, first_few, required
 from ckptdiff.events import Listener, Note
 from ckptdiff.options import Options, RayOptions
+from ckptdiff.remote.address import without_secrets
 
 __all__ = ["joined_cluster"]
 
 _LIBRARIES = "numpy", "numba", "scipy"
-_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""The preface of HTTP/2 and empty settings, which any gRPC server answers with settings of its own."""
-_SETTINGS = 4
-_TIMEOUT = 10.0
+_SETTINGS = {
+    "RAY_task_oom_retries": str(RETRIES),
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Read as Ray is imported. By itself it runs a task again for ever that the memory of a node does not hold, ends this
+process, with a code of its own, a minute after the head of the cluster is gone, and prints errors of tasks that are
+given up since another one failed."""
 
 
 @contextmanager
@@ -36,15 +45,16 @@ def joined_cluster(asked: RayOptions, options: Options, tell: Listener) -> Itera
     ClusterError
         If nobody answers at the address, or a node has another ckptdiff, NumPy, Numba or SciPy, or none.
     """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     ray = required("ray", "--engine ray", "ray")
-    joins = not ray.is_initialized()
-    if joins:
-        _join(ray, asked.address)
-    try:
-        nodes = _nodes(ray)
+    environment, heard = _variables(asked.environment), deque[str]()
+    with _connection(ray, asked, heard) as head:
+        nodes = head.nodes()
         if not nodes:
             raise ClusterError("the cluster has no node with a processor", hint="ray status shows its nodes")
-        cluster = Cluster(ray, asked, options, lambda: _nodes(ray))
+        cluster = Cluster(ray, asked, options, head.nodes, tell)
+        cluster.environment, cluster.heard, cluster.has_head = environment, heard, head.is_there
         processors = _compare(cluster)
         if len(processors) > 1:
             kinds = "; ".join(f"{first_few(names)}: {processor}" for processor, names in processors.items())
@@ -52,61 +62,70 @@ def joined_cluster(asked: RayOptions, options: Options, tell: Listener) -> Itera
             cluster.warnings = (f"{text} ({kinds})",)
         tell(Note(f"Ray {ray.__version__}, nodes {first_few(node.name for node in nodes)}"))
         yield cluster
+
+
+@contextmanager
+def _connection(ray: Any, asked: RayOptions, heard: deque[str]) -> Iterator[Head]:
+    """Join a cluster, unless the program has; what Ray says of it meanwhile is `heard`."""
+    if ray.is_initialized():
+        yield Head(ray, asked.seconds)
+        return
+    _join(ray, asked.address)
+    place = ray._private.worker
+    printed = place.print_to_stdstream
+    # It would print on stdout, where the report goes.
+    place.print_to_stdstream = lambda said, ignore_prefix: heard.extend(said["lines"])
+    head = Head(ray, asked.seconds)
+    try:
+        yield head
     finally:
-        if joins:
+        if head.is_there():
             ray.shutdown()
+        else:
+            # To leave the cluster Ray would wait for its head.
+            atexit.unregister(ray.shutdown)
+        place.print_to_stdstream = printed
+
+
+def _variables(globs: Sequence[str]) -> dict[str, str]:
+    """Environment variables by globs on their names, each of which has to match one."""
+    found: dict[str, str] = {}
+    for glob in globs:
+        named = {name: value for name, value in os.environ.items() if fnmatchcase(name, glob)}
+        if not named:
+            raise OptionError("no environment variable has a name that --ray-env matches", found=glob)
+        found |= named
+    return found
 
 
 def _join(ray: Any, address: str) -> None:
     named = RayOptions(address or os.environ.get("RAY_ADDRESS", "")).address
     if ":" in named:
-        _require_answer(named)
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        require_head(named)
     before = signal.getsignal(signal.SIGTERM)
     quiet = {"log_to_driver": False, "logging_level": "ERROR", "include_dashboard": False}
     try:
-        ray.init(address=address or None, **quiet)
+        with _command_without_secrets(ray):
+            ray.init(address=address or None, **quiet)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         ray.shutdown()
-        found = str(error).partition("\n")[0]
-        raise ClusterError("the cluster cannot be joined", file=named or None, found=found, hint=_LOOK_UP) from error
+        found = "; ".join(map(str.strip, str(error).strip().splitlines()))
+        raise ClusterError("the cluster cannot be joined", file=named or None, found=found, hint=LOOK_UP) from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray puts its own in its place
 
 
-_LOOK_UP = (
-    "ray status on a machine of the cluster tells its address, and RAY_AUTH_TOKEN or ~/.ray/auth_token holds its token"
-    " if it takes one; without --ray-address a cluster is started here"
-)
-
-
-def _require_answer(address: str) -> None:
-    """Raise ClusterError if nobody answers at an address, or not as Ray does, which would wait for minutes."""
-    host, _, port = address.rpartition(":")
+@contextmanager
+def _command_without_secrets(ray: Any) -> Iterator[None]:
+    """Have Ray show the command of this process, which its dashboard and logs do, without what URLs in it hold."""
+    place = ray._private.utils
+    spelled = place.get_entrypoint_name
+    place.get_entrypoint_name = lambda: without_secrets(spelled())
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), _TIMEOUT) as connection:
-            if os.environ.get("RAY_USE_TLS", "0") == "1":
-                return
-            connection.sendall(_GREETING)
-            answer = connection.recv(9, socket.MSG_WAITALL)
-    except (OSError, OverflowError, ValueError) as error:
-        found = getattr(error, "strerror", None) or str(error)
-        problem = "nobody answers at the address of the cluster"
-        raise ClusterError(f"{problem}: {found}", file=address, hint=_LOOK_UP) from error
-    if len(answer) < 9 or answer[3] != _SETTINGS:
-        raise ClusterError("what answers at the address is no Ray cluster", file=address, hint=_LOOK_UP)
-
-
-def _nodes(ray: Any) -> list[Node]:
-    """Nodes with processors that are there now."""
-    found = []
-    for node in ray.nodes():
-        cpus, memory = (int(node["Resources"].get(what, 0)) for what in ("CPU", "memory"))
-        if node["Alive"] and cpus:
-            name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']}, {node['NodeID'][:8]})"
-            found.append(Node(node["NodeID"], name, cpus, memory, int(node["Resources"].get("GPU", 0))))
-    return found
+        yield
+    finally:
+        place.get_entrypoint_name = spelled
 
 
 def _compare(cluster: Cluster) -> dict[str, list[str]]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ckptdiff.checkpoint import Shard
 from ckptdiff.checkpoint.open_shards import open_shards
 from ckptdiff.cluster.tally import seldom
-from ckptdiff.errors import ChangedFileError, CheckpointError, CkptdiffError
+from ckptdiff.errors import ChangedFileError, CheckpointError, CkptdiffError, ClusterError
 from ckptdiff.events import ignore
 from ckptdiff.in_order import Task, in_order
 from ckptdiff.linalg.work import WorkMeter
 from ckptdiff.measure.passes import Measurement
 from ckptdiff.options import Options
+from ckptdiff.remote.address import without_secrets
 from ckptdiff.run.devices import open_device
 from ckptdiff.run.kept_results import packed_result
 from ckptdiff.run.planning import Plan
@@ -46,11 +48,15 @@ class Sent:
         The working directory of the one who planned, in which relative paths begin.
     on_gpu : Options or None
         What to open a GPU for spectra with, if they are measured on one.
+    environment : dict of str to str
+        Variables that its processes get. They come with the plan, and not as a runtime environment of Ray's, which its
+        dashboard and logs show.
     """
 
     plan: Any
     folder: str
     on_gpu: Options | None = None
+    environment: dict[str, str] = field(default_factory=dict, repr=False)
 
     def found_here(self, shard: Shard) -> Shard:
         """A local shard as this node has it.
@@ -124,11 +130,12 @@ def measure_tasks(
     passes : mapping of int to Measurement
         Of large tensors that are past their first pass.
     number : int
-        Of this batch, under which the tally is told how many bytes are measured.
+        Of this batch, under which the tally is told where it is, and how many bytes are measured.
     tally : actor
     """
 
     def work() -> list[bytes]:
+        tell, done = _teller(number, tally), 0.0
         sent = _sent(where)
         plan = sent.plan
         known = dict(passes)
@@ -136,7 +143,6 @@ def measure_tasks(
             if task.span is not None and task.span.tensor not in known:
                 known[task.span.tensor] = plan.measurement(task.span.tensor, plan.want_masks)
         packed: list[bytes] = []
-        tell, done = seldom(lambda done: tally.tell.remote(number, done)), 0.0
         with sent.shards() as shards, Threads(plan, shards) as threads:
             whole: Result | None = None
             for result in _results(plan, batch, known, threads):
@@ -160,6 +166,7 @@ def measure_matrices(
     def work() -> list[tuple[int, MatrixSpectra]]:
         from ckptdiff.linalg.threads import one_blas_thread
 
+        tell = _teller(number, tally)
         sent = _sent(where)
         gpu = None if sent.on_gpu is None else _gpu(sent.on_gpu)
         with sent.shards() as shards, one_blas_thread():
@@ -167,7 +174,6 @@ def measure_matrices(
             measuring = Measuring(shards, sent.plan.options.compare, own, gpu)
             total = sum(map(measuring.work, group.jobs))
             meter = WorkMeter(total)
-            tell = seldom(lambda done: tally.tell.remote(number, done))
             task = Task(lambda: measuring.measure(group, meter), 1, 1)
             found = in_order(iter([task]), 1, measuring.stop.set, lambda: tell(meter.share() * total))
             return [one for some in found for one in some]
@@ -194,13 +200,34 @@ def _times(passes: Mapping[int, Measurement], task: SpanTask) -> int:
     return 1 if task.span is None else passes[task.span.tensor].passes
 
 
+def _teller(number: int, tally: Any) -> Callable[[float], None]:
+    """Have the tally know where a task is, and how far."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+
+    def tell(done: float) -> None:
+        tally.tell.remote(number, done, node)
+
+    tell(0.0)
+    return seldom(tell)
+
+
 def _told(work: Callable[[], _Found]) -> _Found | Failure:
     import ray
 
     try:
         return work()
     except CkptdiffError as error:
-        return Failure(error, ray.get_runtime_context().get_node_id())
+        known = error
+    except MemoryError:
+        known = ClusterError("out of memory", hint="a lower --max-memory, or fewer --threads")
+    except Exception as error:
+        # Not left to Ray, whose dashboard and logs would show its text, of which a URL may be part.
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        found = without_secrets(f"{type(error).__name__}: {error}, in {place.name}, {place.filename}:{place.lineno}")
+        known = ClusterError("a task failed for a reason that was not foreseen", found=found, hint="report it")
+    return Failure(known, ray.get_runtime_context().get_node_id())
 
 
 def _sent(where: Sequence[Any]) -> Sent:
@@ -211,6 +238,7 @@ def _sent(where: Sequence[Any]) -> Sent:
     name = reference.hex()
     if name not in _held:
         sent: Sent = ray.get(reference)
+        os.environ.update(sent.environment)
         device = open_device(sent.plan.options)
         device.warm_up(sent.plan.uses, ignore)
         _held.clear()

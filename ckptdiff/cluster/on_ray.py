@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from ckptdiff.checkpoint import Shard
 from ckptdiff.checkpoint.boxes import stored_parts
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.cluster.node_work import Failure, Sent, make_ready
+from ckptdiff.cluster.ray_failures import RETRIES, failure_of
 from ckptdiff.cluster.ray_tasks import RayHands, RayMatrices
 from ckptdiff.cluster.tally import Tally
 from ckptdiff.errors import CkptdiffError, ClusterError, plural
-from ckptdiff.events import Listener, Note, stage
+from ckptdiff.events import Listener, Note, ignore, stage
 from ckptdiff.files.unfinished import Saving
 from ckptdiff.interrupts import raise_pending
 from ckptdiff.options import Options, RayOptions
+from ckptdiff.remote.address import is_url
 from ckptdiff.run.kept_results import KeptResults
 from ckptdiff.run.planning import Plan, prepare
 from ckptdiff.run.tasks import Grain, batched, plan_tasks
@@ -32,10 +38,10 @@ __all__ = ["Cluster", "ClusterPlan", "Node"]
 _GIB = 1 << 30
 _THREADS = 4
 """Of a task, at most, unless the user names a number: a process for every few cores reads as fast as one for all."""
-_RETRIES = 3
 _LOOK = 2.0
 """Seconds between two looks at which nodes are there."""
 _PATIENCE = 0.2
+_NODE = re.compile(r"Node ID: ([0-9a-f]{56})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +88,24 @@ class Cluster:
     ----------
     warnings : tuple of str
         What a run has to say of the nodes.
+    has_head : callable
+        Whether the head of the cluster is there.
+    environment : dict of str to str
+        Variables that tasks get from this process.
+    heard : deque of str
+        What Ray says in a thread of its own, which is told in that of the run.
     numbers : iterator of int
         For tasks; none comes twice, since what the tally was told of one may come late.
     """
 
-    def __init__(self, ray: Any, asked: RayOptions, options: Options, nodes: Callable[[], list[Node]]) -> None:
-        self.ray, self._asked, self._options, self._list = ray, asked, options, nodes
+    def __init__(
+        self, ray: Any, asked: RayOptions, options: Options, nodes: Callable[[], list[Node]], tell: Listener = ignore
+    ) -> None:
+        self.ray, self._asked, self._options, self._list, self._tell = ray, asked, options, nodes, tell
         self.warnings: tuple[str, ...] = ()
+        self.has_head: Callable[[], bool] = lambda: True
+        self.environment: dict[str, str] = {}
+        self.heard = deque[str]()
         self.numbers = itertools.count()
         self._sent: Any = None
         self._names: dict[str, str] = {}
@@ -148,7 +165,8 @@ class Cluster:
             if not any(node.gpus for node in self._nodes()):
                 raise _no_node(1, 0, self._nodes(), 1)
             on_gpu = replace(self._options, device="cuda")  # Ray shows a task no GPU but its own
-        self._sent = self.ray.put(Sent(bare, str(Path.cwd()), on_gpu))
+        with self.told("sending the plan"):
+            self._sent = self.ray.put(Sent(bare, str(Path.cwd()), on_gpu, self.environment))
         shards = _local_shards(plan)
         with stage(tell, "preparing nodes") as told:
             for done, (node, _) in enumerate(self.of_each_node(make_ready, [self._sent], shards, idle=told.again)):
@@ -183,12 +201,12 @@ class Cluster:
 
         While they are waited for, `idle` is called again and again.
         """
-        remote, begun = self.ray.remote(num_cpus=0, max_retries=_RETRIES)(function), []
+        remote, begun = self.ray.remote(num_cpus=0, max_retries=RETRIES)(function), []
         for node in self._nodes():
             strategy = self._affinity(node.id, soft=False)
             begun.append((node, remote.options(scheduling_strategy=strategy).remote(*given)))
         for node, reference in begun:
-            while not self.is_there(reference):
+            while not self.there([reference]):
                 idle()
             try:
                 found = self.get(reference, f"looking at node {node.name}")
@@ -201,7 +219,7 @@ class Cluster:
 
     def task(self, function: Callable[..., Any], threads: int, memory: int, gpus: int = 0) -> Any:
         """A function that runs wherever there is room for it, and again if its worker or node dies."""
-        asked = {"num_cpus": threads, "memory": memory, "max_retries": _RETRIES, "retry_exceptions": False}
+        asked = {"num_cpus": threads, "memory": memory, "max_retries": RETRIES, "retry_exceptions": False}
         return self.ray.remote(**asked, num_gpus=gpus, scheduling_strategy="SPREAD")(function)
 
     def at_once(self, threads: int, memory: int, gpus: int = 0) -> int:
@@ -219,10 +237,20 @@ class Cluster:
         bound = options.max_memory or min(node.memory for node in nodes)
         return Budget(options.spectra, bound, taken, options.threads or min(node.cpus for node in nodes))
 
-    def is_there(self, reference: Any, seconds: float = _PATIENCE) -> bool:
-        """Wait for what a task gives, so long at most."""
+    def there(self, references: Iterable[Any], seconds: float = _PATIENCE) -> list[Any]:
+        """Wait so long at most; those of what tasks give that are here."""
         raise_pending()
-        return bool(self.ray.wait([reference], timeout=seconds, fetch_local=False)[0])
+        self._nodes()  # whether the head of the cluster is gone
+        self._tell_heard()
+        with self.told("waiting for tasks"):
+            return list(self.ray.wait(list(references), timeout=seconds)[0])
+
+    def _tell_heard(self) -> None:
+        while self.heard:
+            text = self.heard.popleft()
+            nodes = "".join(f" (node {self._name(node)})" for node in _NODE.findall(text)[:1])
+            said = shorten(text.partition("\n")[0].removesuffix(" Error: "), 200, placeholder=" ...")
+            self._tell(Note(f"Ray: {said}{nodes}", warning=True))
 
     def require_room(self, threads: int, memory: int, gpus: int = 0) -> None:
         """Raise ClusterError if no node that could hold a task has been there for too long."""
@@ -232,16 +260,38 @@ class Cluster:
         elif now - self._seen > self._asked.seconds:
             raise _no_node(threads, memory, nodes, gpus)
 
-    def get(self, reference: Any, what: str) -> Any:
-        """What a task gave; raises what went wrong, as an error of ours."""
-        try:
+    def get(self, reference: Any, what: str, number: int | None = None) -> Any:
+        """What a task gave, which has a number if the tally knows it; raises what went wrong, as an error of ours."""
+        with self.told(what, number):
             found = self.ray.get(reference)
-        except self.ray.exceptions.RayError as error:
-            raise failure_of(self.ray, error, what) from error
         if isinstance(found, Failure):
-            found.error.problem = f"node {self._name(found.node)}: {found.error.problem}"
-            raise found.error
+            error = found.error
+            error.problem = f"node {self._name(found.node)}: {error.problem}"
+            if error.file is not None and is_url(error.file) and not self._asked.environment:
+                error.hint = f"{error.hint}; nodes ask with what their own environment holds, or --ray-env gives them"
+            raise error
         return found
+
+    @contextmanager
+    def told(self, what: str, number: int | None = None) -> Iterator[None]:
+        """Turn errors of Ray into ours."""
+        try:
+            yield
+        except (self.ray.exceptions.RayError, OSError) as error:
+            self._tell_heard()
+            nodes = [] if number is None else self._begun_on(number)
+            raise failure_of(self.ray, error, what, list(map(self._name, nodes))) from error
+
+    def _begun_on(self, number: int) -> list[str]:
+        """IDs of nodes on which a task has begun; none if nobody has told the tally within seconds, or it is lost."""
+        until = time.monotonic() + _LOOK
+        with suppress(self.ray.exceptions.RayError, OSError):
+            while (left := until - time.monotonic()) > 0:
+                asked = self.tally.nodes.remote(number)
+                if self.ray.wait([asked], timeout=left)[0] and (found := self.ray.get(asked)):
+                    return list(found)
+                time.sleep(_PATIENCE)
+        return []
 
     def _nodes(self) -> list[Node]:
         """The nodes, as they were a moment ago."""
@@ -264,22 +314,6 @@ class Cluster:
             return self._asked.task_bytes
         places = sum(node.cpus // plan.threads for node in self._nodes())
         return min(max(plan.total_bytes // max(4 * places, 1), _GIB), 4 * _GIB)
-
-
-def failure_of(ray: Any, error: Exception, what: str) -> Exception:
-    """An error of Ray as one of ours, that says what to do."""
-    known = ray.exceptions
-    problem, hint = f"{what} failed again and again, with the worker or the node", "look at Ray's logs of that node"
-    if isinstance(error, known.RayTaskError):
-        cause = getattr(error, "cause", None) or error
-        return ClusterError(f"{what} failed", found=f"{type(cause).__name__}: {cause}", hint="report it")
-    if isinstance(error, known.OutOfMemoryError):
-        problem, hint = f"{what}: Ray has ended it for want of memory", "fewer --threads, or nodes with more memory"
-    elif isinstance(error, known.ObjectStoreFullError | known.OutOfDiskError):
-        problem = f"{what}: the object store of the cluster is full, and so is the disk that it spills to"
-        hint = "make room in Ray's folder for temporary files on the nodes, or a smaller --parallel"
-    found = str(error).strip().partition("\n")[0]
-    return ClusterError(problem, expected=f"{_RETRIES} further tries to suffice", found=found, hint=hint)
 
 
 def _fits(node: Node, threads: int, memory: int, gpus: int = 0) -> int:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ckptdiff.cluster.node_work import measure_matrices, measure_tasks
 from ckptdiff.files.packed_entry import unpack
-from ckptdiff.interrupts import raise_pending
 from ckptdiff.linalg.work import WorkMeter
 from ckptdiff.measure.partial import Partial
 from ckptdiff.measure.passes import Measurement
@@ -29,7 +28,6 @@ __all__ = ["RayHands", "RayMatrices"]
 
 _MATRICES = 1 << 24
 """Entries of matrices that make a task: a second or more of work."""
-_PATIENCE = 0.2
 
 
 class UnderWay:
@@ -47,7 +45,7 @@ class UnderWay:
     def done(self) -> float:
         """What is done of all, a moment ago."""
         ray = self._cluster.ray
-        if self._asked is not None and ray.wait([self._asked], timeout=0)[0]:
+        if self._asked is not None and self._cluster.there([self._asked], 0):
             try:
                 self._known = ray.get(self._asked)
             except ray.exceptions.RayActorError:
@@ -58,9 +56,10 @@ class UnderWay:
         return self._known
 
     def cancel(self) -> None:
-        """Give up all."""
-        for reference in self.tasks.values():
-            self._cluster.ray.cancel(reference, force=True)
+        """Give up all. Without a head Ray would crash; it ends the tasks of a process that has ended in any case."""
+        if self.tasks and self._cluster.has_head():
+            for reference in self.tasks.values():
+                self._cluster.ray.cancel(reference, force=True)
         self.tasks.clear()
 
 
@@ -92,7 +91,8 @@ class RayHands:
         further = [task.span.tensor for task, turn in zip(batch, turns, strict=True) if turn and task.span is not None]
         sent = {tensor: passes[tensor].without_results() for tensor in further}
         number = next(self.cluster.numbers)
-        reference = self._function.remote([self._sent], batch, sent, number, self.cluster.tally)
+        with self.cluster.told("handing out tasks"):
+            reference = self._function.remote([self._sent], batch, sent, number, self.cluster.tally)
         self.underway.tasks[number] = reference
         return _Away(self, number, list(zip(batch, turns, strict=True)))
 
@@ -109,7 +109,7 @@ class _Away:
 
     def wait(self, seconds: float) -> bool:
         hands = self._hands
-        if hands.cluster.is_there(hands.underway.tasks[self._number], seconds):
+        if hands.cluster.there([hands.underway.tasks[self._number]], seconds):
             return True
         hands.cluster.require_room(*hands.room)
         return False
@@ -117,7 +117,8 @@ class _Away:
     def results(self) -> Iterator[Result]:
         hands = self._hands
         name = hands.plan.pairs[self._batch[0][0].tensors.start].name
-        packed = hands.cluster.get(hands.underway.tasks.pop(self._number), f"comparing {name} and what follows it")
+        what = f"comparing {name} and what follows it"
+        packed = hands.cluster.get(hands.underway.tasks.pop(self._number), what, self._number)
         packed.reverse()
         for task, turn in self._batch:
             data = packed.pop()
@@ -150,15 +151,15 @@ class RayMatrices:
                     if len(begun) >= cluster.at_once(*room):
                         break
                     number, function = next(cluster.numbers), cluster.task(measure_matrices, *room)
-                    reference = function.remote([self._sent], group, self.budget, number, cluster.tally)
+                    with cluster.told("handing out matrices"):
+                        reference = function.remote([self._sent], group, self.budget, number, cluster.tally)
                     underway.tasks[number] = reference
                     begun[reference] = number, group, room
                     group = next(groups, None)
-                raise_pending()
-                for reference in cluster.ray.wait(list(begun), timeout=_PATIENCE)[0]:
+                for reference in cluster.there(begun):
                     number, measured, _ = begun.pop(reference)
                     del underway.tasks[number]
-                    found = cluster.get(reference, f"spectra of {measured.jobs[0].pair.name}")
+                    found = cluster.get(reference, f"spectra of {measured.jobs[0].pair.name}", number)
                     meter.took(sum(map(measuring.work, measured.jobs)))
                     if measuring.keep is not None:
                         for job, (_, spectra) in zip(measured.jobs, found, strict=True):

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from ckptdiff.errors import ChangedFileError, CheckpointError
 from ckptdiff.remote.address import Address
+from ckptdiff.remote.hub import GATED
 from ckptdiff.remote.remote_file import Version
 
 __all__ = ["Answer", "check_range", "refused", "status", "total"]
@@ -74,13 +75,12 @@ def check_range(address: Address, answer: Answer, span: tuple[int, int], version
 
 def refused(address: Address, answer: Answer) -> CheckpointError:
     """The error for an answer that is none of those that bring bytes; caused by FileNotFoundError for 404."""
-    error = CheckpointError(
-        "no such file" if answer.status == HTTPStatus.NOT_FOUND else "the host refuses the file",
-        file=address.shown,
-        expected="206 Partial Content",
-        found=status(answer),
-        hint=_HINTS.get(answer.status, f"look at what the host says of this URL, or name {_RANGES}"),
-    )
+    problem = "no such file" if answer.status == HTTPStatus.NOT_FOUND else "the host refuses the file"
+    hint = _HINTS.get(answer.status, f"look at what the host says of this URL, or name {_RANGES}")
+    if answer.getheader("X-Error-Code") == "GatedRepo":  # the hub, which tells anybody what such a model holds
+        problem, hint = GATED
+    expected, found = "206 Partial Content", status(answer)
+    error = CheckpointError(problem, file=address.shown, expected=expected, found=found, hint=hint)
     if answer.status == HTTPStatus.NOT_FOUND:
         error.__cause__ = FileNotFoundError(address.shown)
     return error

@@ -16,6 +16,7 @@ from pathlib import Path
 from ckptdiff.errors import CheckpointError
 
 __all__ = [
+    "GATED",
     "HubFile",
     "HubFolder",
     "cached_folder",
@@ -28,6 +29,9 @@ __all__ = [
     "require_hub",
 ]
 
+_LOGIN = "hf auth login, or a token in HF_TOKEN"
+GATED = "the model is gated", f"ask for access on its page in the hub; then {_LOGIN}"
+"""What is said of a model that its owner gives to those who ask, and what to do."""
 _ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?")
 
 
@@ -233,12 +237,11 @@ def _told(path: str) -> Iterator[None]:
     """Turn errors of huggingface_hub into ours; their texts may hold signed URLs, so that none of them is told."""
     from huggingface_hub import errors
 
-    login = "hf auth login, or a token in HF_TOKEN"
     known: dict[type[BaseException], tuple[str, str]] = {
-        errors.GatedRepoError: ("the model is gated", f"ask for access on its page in the hub; then {login}"),
+        errors.GatedRepoError: GATED,
         errors.RepositoryNotFoundError: (
             "no such file or folder here, and no such model in the hub that this token may see",
-            f"check the name; if it is private: {login}",
+            f"check the name; if it is private: {_LOGIN}",
         ),
         errors.RevisionNotFoundError: ("the model has no such revision", "name a branch, a tag or a commit of it"),
         errors.LocalEntryNotFoundError: ("the model is not in the cache, or not whole", "unset HF_HUB_OFFLINE"),

@@ -7,6 +7,7 @@ machine's own role.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import urlsplit
 
 from ckptdiff.errors import CheckpointError, RunFileError
@@ -35,8 +36,11 @@ _HINTS = {
     " AZURE_STORAGE_ACCOUNT_KEY",
 }
 """By the first letter of a scheme."""
+_ENVIRONMENT = ("AWS_", "GOOGLE_", "AZURE_", "CKPTDIFF_RETRY_SECONDS")
+"""How variables begin that say who asks, where, and for how long."""
+_Environment: TypeAlias = frozenset[tuple[str, str]]
 _lock = threading.Lock()
-_signed: dict[str, tuple[str, float]] = {}
+_signed: dict[tuple[str, _Environment], tuple[str, float]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +56,16 @@ class BucketObject:
 
     def request(self, renew: bool) -> tuple[str, dict[str, str]]:
         """A signed URL; none of its secrets is in a header."""
+        signed = self.url, _environment()
         with _lock:
-            url, until = _signed.get(self.url, ("", 0.0))
+            url, until = _signed.get(signed, ("", 0.0))
             if renew or time.monotonic() > until:
                 import_obstore()
                 from obstore import sign
 
                 with _told(self.shown, "cannot be signed for"):
                     url = sign(_store(_bucket(self.url)), "GET", _key(self.url), timedelta(seconds=_VALID))
-                _signed[self.url] = url, time.monotonic() + 0.75 * _VALID
+                _signed[signed] = url, time.monotonic() + 0.75 * _VALID
         return url, {}
 
     def beside(self, name: str) -> BucketObject:
@@ -124,8 +129,17 @@ def _key(url: str) -> str:
     return urlsplit(url).path.lstrip("/")
 
 
-@lru_cache(maxsize=16)
 def _store(bucket: str) -> Any:
+    return _opened(bucket, _environment())
+
+
+def _environment() -> _Environment:
+    return frozenset(item for item in os.environ.items() if item[0].startswith(_ENVIRONMENT))
+
+
+@lru_cache(maxsize=16)
+def _opened(bucket: str, environment: _Environment) -> Any:
+    """The store of a bucket, in an environment, which a program may change."""
     from obstore.store import from_url
 
     with _told(bucket, "cannot be opened"):

@@ -26,7 +26,8 @@ import ckptdiff
 from ckptdiff.cli import main
 from ckptdiff.cluster.joining import joined_cluster
 from ckptdiff.cluster.node_work import Sent
-from ckptdiff.cluster.on_ray import Cluster, Node, failure_of
+from ckptdiff.cluster.on_ray import Cluster, Node
+from ckptdiff.cluster.ray_failures import failure_of
 from ckptdiff.errors import ChangedFileError, CheckpointError, CkptdiffError, ClusterError, DeviceError
 from ckptdiff.events import Event, Note, StageBegun, StageProgress, TensorsDone, ignore
 from ckptdiff.files.unfinished import Saving
@@ -237,13 +238,16 @@ def test_what_ray_cannot_do_is_told_with_what_to_do() -> None:
     cases: list[tuple[Exception, str, str]] = [
         (errors.ObjectStoreFullError("full"), "object store of the cluster is full", "--parallel"),
         (errors.OutOfDiskError("full"), "disk that it spills to", "--parallel"),
-        (errors.OutOfMemoryError("killed"), "want of memory", "--threads"),
-        (errors.WorkerCrashedError(), "again and again", "logs"),
-        (errors.NodeDiedError("gone"), "again and again", "logs"),
-        (errors.RayTaskError("f", "trace", ValueError("odd")), "comparing w failed", "report"),
+        (errors.RayTaskError("f", "trace", errors.OutOfDiskError("full")), "disk that it spills to", "--parallel"),
+        (errors.OutOfMemoryError("killed"), "want of memory again and again (on a, b)", "--threads"),
+        (errors.WorkerCrashedError(), "again and again (on a, b)", "logs"),
+        (errors.NodeDiedError("gone"), "again and again (on a, b)", "why it was lost"),
+        (errors.RayTaskError("f", "trace", ValueError("odd")), "comparing w failed (on a, b)", "report"),
+        (errors.RayTaskError("f", "trace", OSError("odd")), "comparing w failed (on a, b)", "report"),
+        (OSError("Broken pipe"), "the node that this process belongs to is gone", "why it was lost"),
     ]
     for error, problem, hint in cases:
-        found = failure_of(ray, error, "comparing w")
+        found = failure_of(ray, error, "comparing w", ["a", "b"])
         assert isinstance(found, ClusterError) and problem in found.problem and hint in str(found.hint)
 
 
@@ -419,12 +423,13 @@ def test_what_nodes_tell_of_tasks_under_way_is_added_up(nodes: Any) -> None:
     with joined_cluster(RayOptions(), Options(), ignore) as cluster:
         underway = UnderWay(cluster)
         for number, done in ((0, 5), (1, 7), (2, 11)):
-            ray.get(cluster.tally.tell.remote(number, done))
+            ray.get(cluster.tally.tell.remote(number, done, f"node {number}"))
         underway.tasks = {0: None, 2: None}
         until = time.monotonic() + PATIENCE
         while underway.done() != 16:
             assert time.monotonic() < until
             time.sleep(0.05)
+        assert ray.get([cluster.tally.nodes.remote(number) for number in (0, 1)]) == [["node 0"], []]
         ray.kill(cluster.tally, no_restart=False)
         while underway.done() != 0:  # a new one knows nothing yet
             assert time.monotonic() < until
@@ -438,57 +443,6 @@ def test_nodes_of_other_processors_are_told_of(nodes: Any, monkeypatch: pytest.M
     found = run(*of("tied"), options=Options(threads=1), on_ray=RayOptions(), listener=heard.append)
     (said,) = [text for text in found.warnings if "differ in processors or kernels" in text]
     assert "here: riscv64" in said and Note(said, warning=True) in heard
-
-
-def test_checkpoints_elsewhere_and_no_secret_in_a_log(nodes: Any, tmp_path: Path) -> None:
-    """Nodes fetch for themselves; what a URL holds goes to its host alone."""
-    import base64
-    import functools
-    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-
-    import ray
-
-    seen: list[str] = []
-
-    class Ranges(SimpleHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            seen.append(self.headers.get("Authorization", ""))
-            data = (FIXTURES / "llama" / self.path.partition("?")[0][1:]).read_bytes()
-            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-            part = data[first : last + 1]
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(data)}")
-            self.send_header("Content-Length", str(len(part)))
-            self.send_header("ETag", '"x"')
-            self.end_headers()
-            self.wfile.write(part)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Ranges))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        local = (str(next((FIXTURES / "llama" / side).glob("*.safetensors"))) for side in ("base", "tuned"))
-        names = [Path(path).relative_to(FIXTURES / "llama") for path in local]
-        run(*(str(FIXTURES / "llama" / name) for name in names), out=tmp_path / "local.h5", grain=FINE)
-        urls = [f"http://me:hunter2@127.0.0.1:{server.server_port}/{name}?token=tr0ub4dor" for name in names]
-        run(*urls, out=tmp_path / "away.h5", options=Options(threads=1), grain=FINE, on_ray=SMALL)
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-    assert set(seen) == {"Basic " + base64.b64encode(b"me:hunter2").decode()}
-    found = [contents(tmp_path / f"{name}.h5") for name in ("local", "away")]
-    assert len(found[0]) > 20
-    assert [{k: v for k, v in held.items() if k != "provenance"} for held in found] == [
-        {k: v for k, v in found[0].items() if k != "provenance"}
-    ] * 2
-    logs = Path(nodes.head_node.get_logs_dir_path())
-    written = b"".join(path.read_bytes() for path in logs.rglob("*") if path.is_file())
-    assert written and b"hunter2" not in written and b"tr0ub4dor" not in written
-    assert ray.is_initialized()
 
 
 def test_errors_of_ours_travel_whole() -> None:

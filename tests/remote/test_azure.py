@@ -51,7 +51,6 @@ def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         "AZURE_ALLOW_HTTP": "true",
     }.items():
         monkeypatch.setenv(name, value)
-    object_store._store.cache_clear()
     object_store._signed.clear()
     with subprocess.Popen([AZURITE, *place, "--skipApiVersionCheck"], stdout=subprocess.DEVNULL) as server:
         try:
@@ -71,7 +70,6 @@ def container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             yield store
         finally:
             server.terminate()
-            object_store._store.cache_clear()
 
 
 def create(url: str, name: str) -> None:

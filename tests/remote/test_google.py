@@ -40,10 +40,8 @@ def google(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Se
         monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
         monkeypatch.setenv("CKPTDIFF_RETRY_SECONDS", "1")
         server.answer = lambda handler, asked: answer(server, key.public_key(), handler, asked)
-        object_store._store.cache_clear()
         object_store._signed.clear()
         yield server, private
-        object_store._store.cache_clear()
 
 
 def answer(server: Server, public: object, handler: Handler, asked: Asked) -> bool:

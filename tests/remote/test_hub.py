@@ -295,6 +295,14 @@ def test_what_cannot_be_had_is_said(hub: Hub, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_a_gated_model_without_a_token_is_said(hub: Hub, call: Call, tmp_path: Path) -> None:
+    hub.gated = {"org/base"}
+    for stream in ([], ["--stream"]):
+        done = call("diff", "org/base", "org/base", "-o", "run.h5", *stream, HF_TOKEN="")
+        assert done.returncode == 2 and "error: the model is gated" in done.stderr, done.stderr
+        assert "HF_TOKEN" in done.stderr and "org/base" in done.stderr and not (tmp_path / "run.h5").exists()
+
+
 def test_a_hub_that_is_away_or_must_not_be_asked_is_said(hub: Hub, call: Call) -> None:
     done = call("inspect", "org/base", HF_HUB_OFFLINE="1")
     assert done.returncode == 2 and "not in the cache" in done.stderr, done.stderr

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from patience import PATIENCE
+from s3_server import SECRET, TOKEN, ask, environment, s3_server
 from safetensors.numpy import save_file
 
 import ckptdiff
@@ -32,59 +28,26 @@ obstore = pytest.importorskip("obstore")
 pytest.importorskip("moto")
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
-SECRET = "c2VjcmV0a2V5"
-TOKEN = "dG9rZW5vZnNlc3Npb24"
 
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        until = time.monotonic() + PATIENCE
-        while True:
-            try:
-                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/moto-api/data.json").close()
-                break
-            except OSError:
-                assert server.poll() is None and time.monotonic() < until, "the S3 server does not start"
-                time.sleep(0.05)
+    with s3_server() as url:
         yield url
-    finally:
-        server.terminate()
-        server.wait()
 
 
 @pytest.fixture
 def bucket(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A bucket with the base and the tuned side of a model; its store."""
-    names = {
-        "AWS_ACCESS_KEY_ID": "someone",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_SESSION_TOKEN": TOKEN,
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ALLOW_HTTP": "true",
-        "CKPTDIFF_RETRY_SECONDS": "1",
-    }
-    for name, value in names.items():
+    for name, value in {**environment(endpoint), "CKPTDIFF_RETRY_SECONDS": "1"}.items():
         monkeypatch.setenv(name, value)
-    object_store._store.cache_clear()
     object_store._signed.clear()
-    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-        urllib.request.Request(f"{endpoint}/moto-api/reset", method="POST")
-    ).close()
-    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
-        urllib.request.Request(f"{endpoint}/bucket", method="PUT")
-    ).close()
+    ask(f"{endpoint}/moto-api/reset", "POST")
+    ask(f"{endpoint}/bucket", "PUT")
     store = obstore.store.S3Store("bucket", client_options={"allow_http": True})
     for file in (FIXTURES / "llama").rglob("*.*"):
         obstore.put(store, f"models/{file.relative_to(FIXTURES)}", file)
     yield store
-    object_store._store.cache_clear()
 
 
 @pytest.mark.usefixtures("bucket")
@@ -127,7 +90,6 @@ def test_a_bucket_that_is_not_there_or_closed_is_said(monkeypatch: pytest.Monkey
         open_checkpoint("s3://no-such-bucket/model")
     assert "s3://no-such-bucket/model" in str(raised.value) and SECRET not in str(raised.value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    object_store._store.cache_clear()
     with pytest.raises(CheckpointError) as raised:
         open_checkpoint("s3://bucket/models/llama/base")
     assert "s3://bucket/models/llama/base" in str(raised.value)
@@ -160,7 +122,6 @@ def test_a_run_file_goes_to_a_bucket_once_it_is_complete(
     def refuse(event: object) -> None:
         if type(event).__name__ == "Finished":
             monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-            object_store._store.cache_clear()
 
     # What hours have gone into is not lost with the upload.
     with pytest.raises(RunFileError, match="cannot be written") as raised:
@@ -200,12 +161,10 @@ def test_what_is_done_for_a_bucket_is_kept_until_it_is_there(
     def refuse(event: object) -> None:
         if type(event).__name__ == "Finished":
             monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-            object_store._store.cache_clear()
 
     with monkeypatch.context() as patch, pytest.raises(RunFileError, match="cannot be written"):
         patch.setenv("AWS_ENDPOINT_URL", os.environ["AWS_ENDPOINT_URL"])
         ckptdiff.diff(*sides, out=url, resume=True, listener=refuse)
-    object_store._store.cache_clear()
     # What is complete is not made again, nor lost: it is said where it is.
     assert main(["diff", *sides, "-o", url, "--resume"]) == 2
     assert "was not uploaded" in (said := capsys.readouterr().err) and str(folder / "kept.h5") in said

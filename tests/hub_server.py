@@ -26,6 +26,8 @@ class Hub:
     """Of each repository, its branches and tags; all of them mean one commit."""
     refused: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Repositories that are not given: a status, and the code of the error."""
+    gated: set[str] = field(default_factory=set)
+    """Repositories of which anybody may know what they hold, and who has no token gets no file."""
     signature: str = "c2lnbmVk"
 
     def environment(self, home: Path) -> dict[str, str]:
@@ -71,6 +73,8 @@ def _answer(held: Hub, handler: Handler, asked: Asked) -> bool:
         _json(handler, [_entry(path, place) for path in sorted(paths)])
     elif not (place / folder).is_file():
         handler.reply(404, b"", X_Error_Code="EntryNotFound")
+    elif repo in held.gated and asked.headers["Authorization"] is None:
+        handler.reply(401, b"", X_Error_Code="GatedRepo")
     else:
         _give(held, handler, asked, place / folder, f"{repo}/{folder}")
     return True
