@@ -19,17 +19,15 @@ def built(folder: Path) -> str:
     """What `CKPTDIFF_KERNELS` is to be for the library in a folder, which is built if there is none that fits."""
     level = processor_level()
     path = folder.resolve() / path_of(level).name
-    if fault_of(path, level):
-        if sys.platform != "linux":
-            return "jit"
+    if fault_of(path, level) and sys.platform == "linux":
         try:
             linker()
         except SystemExit as missing:
             print(f"{missing}: tests compile them as they call them", file=sys.stderr)
-            return "jit"
-        print("Compiling kernels for the tests; it takes a minute, and again when one has changed.", file=sys.stderr)
-        compile_library(level, path, uses=(*USES, *RARE))
-    return str(path.parent)
+        else:
+            print("Compiling kernels for tests; it takes a minute, and again when one has changed.", file=sys.stderr)
+            compile_library(level, path, uses=(*USES, *RARE))
+    return "jit" if fault_of(path, level) else str(path.parent)
 
 
 if __name__ == "__main__":
