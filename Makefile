@@ -4,8 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 SIZE ?= 2GiB
 
+# Kernels are built beforehand, as an installed package has them: else each process would compile those that it calls.
 # Tests of a group share what takes long to make, so one process takes them all.
-PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
+PYTEST := kernels=$$($(BIN)/python tests/built_kernels.py .venv/kernels) && CKPTDIFF_KERNELS=$$kernels \
+	$(BIN)/pytest --numprocesses logical --maxprocesses 8 --dist loadgroup
+
+# Some containers set it; then each process would compile all the sources of the tests that it imports once more.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-slow test-nvrtc lint docs bench mutants clean
 
@@ -20,8 +25,9 @@ test-slow: .venv/test.stamp
 	$(PYTEST) -m slow
 
 # What users with a GPU compile with, which takes no GPU.
+test-nvrtc: export CKPTDIFF_NEED_GPU := 1
 test-nvrtc: .venv/nvrtc.stamp
-	CKPTDIFF_NEED_GPU=1 $(PYTEST) -m nvrtc
+	$(PYTEST) -m nvrtc
 
 lint: .venv/test.stamp .venv/lint.stamp
 	$(BIN)/ruff check

@@ -165,7 +165,12 @@ class BuiltKernels(dict[tuple[Any, ...], "BuiltKernel | None"]):
 @cache
 def library() -> ctypes.CDLL | None:
     """The library that serves this process, None if kernels are compiled on the spot."""
-    return open_library(FOLDER, os.environ.get("CKPTDIFF_KERNELS", ""))
+    asked = os.environ.get("CKPTDIFF_KERNELS", "")
+    if os.sep not in asked:
+        return open_library(FOLDER, asked)
+    if not Path(asked).is_dir():
+        raise OptionError(f"CKPTDIFF_KERNELS is {asked!r}, and there is no such folder")
+    return open_library(Path(asked), "")
 
 
 def open_library(folder: Path, asked: str) -> ctypes.CDLL | None:

@@ -309,7 +309,7 @@ def test_the_target_counts(monkeypatch: pytest.MonkeyPatch, setting: str) -> Non
 
 
 def start(code: str, cache: Path, folder: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "CKPTDIFF_CACHE_DIR": str(cache)}
+    environment = {**os.environ, "CKPTDIFF_CACHE_DIR": str(cache), "CKPTDIFF_KERNELS": "jit"}
     return subprocess.Popen(
         [sys.executable, "-c", code, str(folder)],
         env=environment,

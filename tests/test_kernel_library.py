@@ -181,6 +181,20 @@ def test_a_level_that_is_none_ends_a_command(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_libraries_of_another_folder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CKPTDIFF_KERNELS", str(tmp_path))
+    opened = kernel_library.library.__wrapped__
+    assert opened() is None and caplog.messages == []
+    path = tmp_path / path_of(processor_level()).name
+    path.touch()
+    assert opened() is None and f"{path} cannot be used" in caplog.text
+    monkeypatch.setenv("CKPTDIFF_KERNELS", str(path / "nowhere"))
+    with pytest.raises(OptionError, match=r"nowhere', and there is no such folder"):
+        opened()
+
+
 @pytest.mark.slow
 def test_without_a_compiler_a_wheel_is_pure_and_says_so(tmp_path: Path) -> None:
     pytest.importorskip("hatchling")
@@ -211,6 +225,8 @@ from ckptdiff.measure.cpu import CpuBackend
 from ckptdiff.run.warm_up import make_call
 for use in (*USES, *RARE):
     make_call(CpuBackend(), use)
+import numba
+assert numba.njit(lambda x: 3 * x)(2) == 6
 print("made", len(USES))
 """
     done = python(code)
@@ -282,7 +298,8 @@ def test_a_command_runs_without_numba(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     report, _, last = built.stdout.rstrip().rpartition("\n")
     assert last == "False"
-    assert report == python("import sys; from ckptdiff.cli import main; sys.exit(main())", *words).stdout.rstrip()
+    main = "import sys; from ckptdiff.cli import main; sys.exit(main())"
+    assert report == python(main, *words, CKPTDIFF_KERNELS="jit").stdout.rstrip()
 
 
 EVERY = """

@@ -17,6 +17,7 @@ import pytest
 from patience import PATIENCE
 from run_contents import contents
 from safetensors.numpy import save_file
+from several_blocks import save_several_blocks
 from stopped_process import ended, go_on, stopped_at
 
 import ckptdiff
@@ -51,20 +52,7 @@ def of(name: str) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Tensors of several blocks, in float32 and in bfloat16, small ones and an empty one."""
-    folder = tmp_path_factory.mktemp("large")
-    rng = np.random.default_rng(5)
-    base = {
-        "a.wide.weight": rng.normal(0, 0.02, (3, 1 << 20)).astype(np.float32),
-        "b.norm.weight": rng.normal(1, 0.02, 64).astype(np.float32),
-        "c.narrow.weight": rng.normal(0, 0.02, (2, (1 << 20) + 9)).astype(ml_dtypes.bfloat16),
-        "d.ids": np.arange(50),
-        "e.none": np.zeros((0, 3), np.float32),
-    }
-    tuned = {name: values + (rng.random(values.shape) < 0.1).astype(values.dtype) for name, values in base.items()}
-    for side, tensors in (("base", base), ("tuned", tuned)):
-        save_file(tensors, folder / f"{side}.safetensors")
-    return str(folder / "base.safetensors"), str(folder / "tuned.safetensors")
+    return save_several_blocks(tmp_path_factory.mktemp("large"), 2)
 
 
 def stopping(after: int, kinds: tuple[type[Event], ...]) -> Callable[[Event], None]:

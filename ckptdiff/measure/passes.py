@@ -232,4 +232,4 @@ class FloatMeasurement(Measurement):
 def _first_rule(rule: MaskRule) -> tuple[Rule, float]:
     """What the first scan can already do for a mask rule."""
     kinds = {"bitwise": Rule.BITWISE, "abs": Rule.ABOVE, "eta": Rule.ETA}
-    return kinds.get(rule.kind, Rule.NONE), rule.value
+    return kinds.get(rule.kind, Rule.NONE), float(rule.value)  # an integer would take a kernel of its own

@@ -200,19 +200,15 @@ def test_a_file_that_shrank_is_said(tmp_path: Path) -> None:
         decode_box(shards, weight, (0, 200), (0, 10), out, DecodingRoom())
 
 
-REFUSING = """
+REFUSING = f"""
 import sys
-from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import numpy as np
-from ckptdiff import kernel_cache
+from known_kernels import refuse_others
 from ckptdiff.run.warm_up import make_call
 
 make_call(None, ("decoded",))
-
-def refuse(cache, *_):
-    raise RuntimeError(f"{cache.cache_path} was not loaded: {cache._py_func}")
-
-kernel_cache._Cache.load_overload = refuse
+refuse_others()
 from ckptdiff.checkpoint import open_checkpoint
 from ckptdiff.checkpoint.decoding import DecodingRoom, decode_box
 from ckptdiff.checkpoint.encodings import find_encoded
@@ -232,10 +228,7 @@ for folder in sys.argv[1:]:
 """
 
 
-def test_no_other_kernel_is_called_than_those_compiled_beforehand(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CKPTDIFF_KERNELS", "jit")
+def test_no_other_kernel_is_called_than_those_compiled_beforehand(tmp_path: Path) -> None:
     folders = []
     for number, layout in enumerate(LAYOUTS):
         sample = LAYOUTS[layout](np.random.default_rng(0), 40, 64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -23,8 +25,9 @@ from ckptdiff.figures.result import Diff
 _HARNESS = """
 import sys
 sys.path[:0] = [{tests!r}, {cli!r}]
-import conftest, fake_engine
-fake_engine.install(fake_engine.FakeEngine(conftest.build_diff(conftest.llama_facts({layers})), pause={pause}))
+import fake_engine, synthetic_diffs
+diff = synthetic_diffs.build_diff(synthetic_diffs.llama_facts({layers}))
+fake_engine.install(fake_engine.FakeEngine(diff, pause={pause}))
 from ckptdiff.cli import main
 sys.exit(main())
 """
@@ -59,11 +62,21 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return call
 
 
-@pytest.fixture
-def run_file(cli: Callable[..., Outcome], engine: FakeEngine, tmp_path: Path) -> Path:
-    path = tmp_path / "run.h5"
-    assert cli("diff", "base", "tuned", "-o", path).code == 0
+@pytest.fixture(scope="session")
+def written(diff: Diff, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run file that the command line writes of this engine."""
+    path = tmp_path_factory.mktemp("written") / "run.h5"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in FakeEngine(diff).modules().items():
+            patch.setitem(sys.modules, name, module)
+        assert main(["diff", "base", "tuned", "-o", str(path), "-O", os.devnull]) == 0
     return path
+
+
+@pytest.fixture
+def run_file(written: Path, engine: FakeEngine, tmp_path: Path) -> Path:
+    """A run file that may be changed."""
+    return Path(shutil.copyfile(written, tmp_path / "run.h5"))
 
 
 @pytest.fixture

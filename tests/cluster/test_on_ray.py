@@ -13,12 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from patience import PATIENCE
 from run_contents import contents
 from safetensors.numpy import save_file
+from several_blocks import save_several_blocks
 from stopped_process import ended, go_on, stopped_at
 from told_stages import told_stages
 
@@ -49,20 +49,7 @@ class GivenUpError(Exception):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Tensors of several blocks, in float32 and in bfloat16, and small ones between them."""
-    folder = tmp_path_factory.mktemp("large")
-    rng = np.random.default_rng(5)
-    base = {
-        "a.wide.weight": rng.normal(0, 0.02, (3, 1 << 20)).astype(np.float32),
-        "b.norm.weight": rng.normal(1, 0.02, 64).astype(np.float32),
-        "c.narrow.weight": rng.normal(0, 0.02, (5, (1 << 20) + 9)).astype(ml_dtypes.bfloat16),
-        "d.ids": np.arange(50),
-        "e.none": np.zeros((0, 3), np.float32),
-    }
-    tuned = {name: values + (rng.random(values.shape) < 0.1).astype(values.dtype) for name, values in base.items()}
-    for side, tensors in (("base", base), ("tuned", tuned)):
-        save_file(tensors, folder / f"{side}.safetensors")
-    return str(folder / "base.safetensors"), str(folder / "tuned.safetensors")
+    return save_several_blocks(tmp_path_factory.mktemp("large"), 5)
 
 
 def of(name: str) -> tuple[str, str]:

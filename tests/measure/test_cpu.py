@@ -9,10 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptdiff.formats import FORMATS, compare_format
+from ckptdiff.kernel_library import flatten
 from ckptdiff.measure.cpu import CpuBackend
+from ckptdiff.measure.kernels.tiles import new_measure
 from ckptdiff.measure.partial import BLOCK, Partial, Refined, Rule, Scan, Sum, Targets
+from ckptdiff.measure.passes import FloatMeasurement
 from ckptdiff.measure.reference import ReferenceBackend
 from ckptdiff.measure.source import InMemory
+from ckptdiff.options import MaskRule
 
 SIZES = (0, 1, 7, 8, 63, 64, 65, 4097, 32_768, 65_535, 65_536, 65_537, (1 << 17) + 77)
 # Each pair of widths has kernels of its own, which take ten seconds to compile where none are kept yet.
@@ -122,3 +126,12 @@ def test_a_block_of_every_pattern_fills_a_whole_mask_chunk():
     scan = Scan(format, format, format, (1e-5,), 1e-3, Rule.BITWISE, want_mask=True)
     got, expected = both(scan, codes, np.roll(codes, 1))
     assert_equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["abs", "eta", "rel", "top"])
+def test_a_whole_number_as_a_threshold_takes_no_kernel_of_its_own(kind):
+    bf16, types = FORMATS["bf16"], ([], [])
+    for key, value in zip(types, (20, 20.0), strict=True):
+        measure = new_measure(FloatMeasurement((bf16, bf16, bf16), 10, MaskRule(kind, value), True).scan)
+        flatten(measure, key, [])
+    assert types[0] == types[1] != []

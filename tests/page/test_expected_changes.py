@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.integrate import quad
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from ckptdiff.measure.histograms import LOG2_BINS, log2_bins
 from ckptdiff.page.expected_changes import expected_changes
@@ -19,11 +19,12 @@ def chance(exponent: float, sigma: float, format: str, off: float) -> float:
     """To leave a cell, by SciPy: from its middle, or from a uniform place."""
     digits, lowest = DIGITS[format]
     step = 2.0 ** max(exponent - digits, lowest)
-    middle = 2 * norm.sf(step / 2 / sigma)
+    middle = 2 * ndtr(-step / 2 / sigma)
     if not off:
         return float(middle)
     cell = step / sigma
-    uniform = 2 * quad(norm.sf, 0, min(cell, 40))[0] / cell  # the chance to leave to one side, from all places
+    # The chance to leave to one side, from all places.
+    uniform = 2 * quad(lambda z: ndtr(-z), 0, min(cell, 40))[0] / cell
     return float((1 - off) * middle + off * uniform)
 
 

@@ -13,16 +13,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-import ml_dtypes
-import numpy as np
 import pytest
 from patience import PATIENCE
-from safetensors.numpy import save_file
 from told_stages import told_stages
 
-import ckptdiff
 from ckptdiff.events import Event, Note, ignore
 from ckptdiff.formats import FORMATS
 from ckptdiff.jit import NotCachedError, only_cached
@@ -165,102 +160,6 @@ def test_uses() -> None:
     assert asked.certain == (("alone", *words[0]), ("row",))
     assert asked.seldom == (("refine", *words[0]),)
     assert warm_up.uses(set(), set(), 0) == warm_up.Uses(())
-
-
-BF16 = np.dtype(ml_dtypes.bfloat16)
-PAIRS: dict[str, tuple[tuple[Any, Any], int, tuple[int, int], list[str]]] = {
-    "bf16": ((BF16, BF16), 2, (300, 200), []),
-    "many small": ((BF16, BF16), 1200, (10, 20), []),
-    "f32": ((np.float32, np.float32), 2, (300, 200), ["--compare", "stored"]),
-    "f64 against bf16": ((np.float64, BF16), 2, (300, 200), ["--compare", "stored", "--mask", "top:5"]),
-    "integers": ((np.int32, np.int32), 2, (300, 200), []),
-}
-"""Dtypes of both sides, tensors, shape, options."""
-
-REFUSING = """
-import sys
-from ckptdiff.run import devices, warm_up
-from ckptdiff import kernel_cache
-from ckptdiff.cli import main
-
-def refuse(cache, *_):
-    raise RuntimeError(f"{cache.cache_path} was not loaded: {cache._py_func}")
-
-def load(worker, asked, tell):
-    warm_up.load(worker, asked, tell)
-    for use in asked.seldom:
-        warm_up.make_call(worker, use)
-    kernel_cache._Cache.load_overload = refuse
-
-devices.load = load
-sys.exit(main())
-"""
-
-
-@pytest.mark.parametrize("name", PAIRS)
-def test_a_run_calls_no_other_kernel(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CKPTDIFF_CACHE_DIR")
-    dtypes, count, shape, options = PAIRS[name]
-    rng = np.random.default_rng(0)
-    scale = 1e5 if name == "integers" else 1
-    base = [scale * 0.05 * rng.standard_normal(shape) for _ in range(count)]
-    tuned = [values + scale * 3e-4 * rng.standard_normal(shape) * (rng.random(shape) < 0.5) for values in base]
-    paths = [tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"]
-    for path, tensors, dtype in zip(paths, (base, tuned), dtypes, strict=True):
-        save_file({f"layers.{i}.w": values.astype(dtype) for i, values in enumerate(tensors)}, path)
-    command = [sys.executable, "-c", REFUSING, "diff", *map(str, paths), "-o", str(tmp_path / "run.h5"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-REFUSING_LATER = """
-import importlib, sys
-from ckptdiff.run import warm_up
-from ckptdiff import kernel_cache
-from ckptdiff.cli import main
-
-def refuse(cache, *_):
-    raise RuntimeError(f"{cache.cache_path} was not loaded: {cache._py_func}")
-
-def load(worker, asked, tell):
-    warm_up.load(worker, asked, tell)
-    kernel_cache._Cache.load_overload = refuse
-
-importlib.import_module(sys.argv.pop(1)).load = load
-sys.exit(main())
-"""
-
-
-@pytest.mark.parametrize(
-    ("module", "words"),
-    [
-        ("spectra.stage", ["diff", "base", "tuned", "--spectra", "exact"]),
-        ("spectra.stage", ["diff", "base", "tuned", "--spectra", "randomized", "--compare", "stored"]),
-        ("lora.extract", ["lora", "base", "tuned", "-o", "adapter", "--rank", "2"]),
-        ("track.follow", ["track", "base", "tuned"]),
-        ("track.follow", ["track", "base", "tuned", "tuned", "--gram", "--spectra"]),
-        ("track.follow", ["overlap", "run.h5", "run.h5", "--values"]),
-        ("overlap.combine", ["mask", "combine", "--union", "run.h5", "run.h5", "-o", "both.h5"]),
-    ],
-)
-def test_no_other_command_compiles_while_it_works(
-    module: str, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What it calls was loaded, or compiled, before: a stage of its own tells of that."""
-    monkeypatch.delenv("CKPTDIFF_CACHE_DIR")
-    rng = np.random.default_rng(0)
-    shape = (400, 300)
-    for side, dtype in (("base", np.float32), ("tuned", BF16)):
-        folder = tmp_path / side
-        folder.mkdir()
-        weights = {"model.layers.0.mlp.up_proj.weight": rng.standard_normal(shape), "norm": np.ones(9)}
-        save_file({name: values.astype(dtype) for name, values in weights.items()}, folder / "model.safetensors")
-    if "run.h5" in words:
-        paths = [str(tmp_path / side) for side in ("base", "tuned")]
-        ckptdiff.diff(*paths, out=tmp_path / "run.h5", mask="bitwise")
-    command = [sys.executable, "-c", REFUSING_LATER, f"ckptdiff.{module}", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
 
 
 def test_another_process_takes_the_same_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
