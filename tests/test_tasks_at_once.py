@@ -20,6 +20,7 @@ from ckptdiff.lora.factoring import Factoring
 from ckptdiff.options import Options, SpectraOptions, parse_size
 from ckptdiff.overlap import count
 from ckptdiff.run.planning import prepare
+from ckptdiff.run.tasks import GRAIN
 from ckptdiff.run.worker import Worker
 from ckptdiff.spectra.budget import Budget
 from ckptdiff.spectra.job import Measuring
@@ -85,9 +86,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """66 tasks of 128 tensors."""
+    """66 tasks of small tensors."""
     folder = tmp_path_factory.mktemp("small")
-    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (2, 3) for i in range(66 * 128)}
+    shapes = {f"model.layers.{i}.mlp.up_proj.weight": (2, 3) for i in range(66 * GRAIN.tensors)}
     return sparse(folder / "base.safetensors", shapes), sparse(folder / "tuned.safetensors", shapes)
 
 
