@@ -181,7 +181,7 @@ def require_equal(found: Diff, local: Diff) -> None:
 @contextmanager
 def web_server(folder: Path) -> Iterator[Sides]:
     """The tests' own."""
-    command = [sys.executable, "-c", WEB_SERVER, str(TESTS / "remote"), str(folder)]
+    command = [sys.executable, "-c", WEB_SERVER, str(TESTS), str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdin is not None and server.stdout is not None
         url = server.stdout.readline().strip()
