@@ -10,7 +10,7 @@ from pathlib import Path
 
 DEFAULT_MEMORY = 400 << 20
 """Bytes that a comparison may take, or more where its threads need more."""
-SPECTRA_MEMORY = {"randomized": 1_100_000_000, "exact": 4_000_000_000}
+SPECTRA_MEMORY = {"randomized": 1_250_000_000, "exact": 4_000_000_000}
 """Bytes that the spectra of a mode may take with two threads, half of it more for each further one; exact mode needs
 float64 copies of a Gram matrix."""
 

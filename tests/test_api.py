@@ -150,13 +150,13 @@ def test_no_error_is_raised_that_the_tree_lacks():
 def test_the_keywords_of_diff_are_the_options():
     given = signature(ckptdiff.diff).parameters
     options = {field.name: field.default for field in fields(ckptdiff.Options)}
-    own = ["base", "tuned", "out", "listener", "title", "resume", "engine", "ray_address", "parallel"]
+    own = ["base", "tuned", "out", "listener", "title", "resume", "engine", "ray_address", "parallel", "ray_env"]
     assert set(given) == {*options, *own}
     assert {given[name].kind for name in given if name not in own[:2]} == {Parameter.KEYWORD_ONLY}
     # A mask rule may be given as text.
     assert {name: str(given[name].default) for name in options} == {name: str(value) for name, value in options.items()}
     assert ckptdiff.MaskRule.parse(given["mask"].default) == options["mask"]
-    defaults = [Parameter.empty, Parameter.empty, None, None, None, False, "local", None, 0]
+    defaults = [Parameter.empty, Parameter.empty, None, None, None, False, "local", None, 0, ()]
     assert [given[name].default for name in own] == defaults
 
 

@@ -252,6 +252,6 @@ def test_a_default_bound_leaves_half_of_the_machine(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("ckptdiff.memory.machine_memory", lambda: 8 << 30)
     assert Budget.of(options, 250 * MIB, [view]).bound == 4 << 30
     monkeypatch.setattr("ckptdiff.memory.machine_memory", lambda: 1 << 30)
-    assert Budget.of(options, 250 * MIB, [view]).bound == 1_100_000_000
+    assert Budget.of(options, 250 * MIB, [view]).bound == 1_250_000_000
     bounded = replace(options, max_memory=900 * MIB)
     assert Budget.of(bounded, 250 * MIB, [view]).bound == 900 * MIB

@@ -52,7 +52,7 @@ _RESOURCES: Sequence[_Option] = (
         metavar="SIZE",
         callback=size_in_bytes,
         show_default="400M, or what all threads need if that is more, about 200M + 25M a thread; for randomized "
-        "spectra 500M a thread, at least 1G, and for exact ones 2G a thread, at least 4G; none of them grows beyond "
+        "spectra 600M a thread, at least 1.2G, and for exact ones 2G a thread, at least 4G; none of them grows beyond "
         "half of the machine's memory",
         help="Bound on the peak memory of the whole process, mapped pages included. Fewer threads work if it does not "
         "hold all.",
