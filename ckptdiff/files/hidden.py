@@ -54,9 +54,9 @@ class Hidden:
     """
 
     def __init__(self, target: Path) -> None:
-        self._target = target
+        self._target = _real(target)
         self._token = secrets.token_hex(_TOKEN_DIGITS // 2)
-        self.path = _hidden(target, self._token)
+        self.path = _hidden(self._target, self._token)
         self._is_folder = False
         self.descriptor = -1
 
@@ -145,9 +145,15 @@ def remove_abandoned(target: Path) -> None:
                     _remove_unlocked(path)
 
 
+def _real(target: Path) -> Path:
+    """A target in a folder that is named without links, from the root on: so are those of ours."""
+    return Path(os.path.realpath(target.parent), target.name)
+
+
 def _is_inside(target: Path) -> bool:
     """Whether a target lies in a folder of ours that is hidden itself, and goes with it."""
-    return any(one._is_folder and target.is_relative_to(one.path) for one in list(_living))
+    real = _real(target)
+    return any(one._is_folder and real.is_relative_to(one.path) for one in list(_living))
 
 
 @contextmanager

@@ -145,14 +145,19 @@ def test_a_folder_that_another_program_has_locked_is_waited_for_and_then_used_al
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
+@pytest.mark.parametrize("named", ["whole", "from here", "by a link"])
 def test_what_is_made_in_a_hidden_folder_waits_for_no_lock_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    target = {"whole": tmp_path / "out", "from here": Path("out"), "by a link": tmp_path / "link/out"}[named]
+
     def sleep(seconds: float) -> None:
         raise AssertionError("waits for itself")
 
     monkeypatch.setattr("time.sleep", sleep)
-    with StagedFolder(tmp_path / "out") as staged:
+    with StagedFolder(target) as staged:
         (staged.path / "deep").mkdir()
         for place in ("one", "deep/two"):
             with StagedFile(staged.path / place) as file:
