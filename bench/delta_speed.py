@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--size", default="1GiB", help="bytes of each side")
     parser.add_argument("--shares", type=float, nargs="*", default=SHARES, help="of the codes that move")
     parser.add_argument("--small", type=int, default=30_000, help="small tensors of each side; 0: none")
-    parser.add_argument("--codes", type=int, default=1 << 15, help="how many codes a small tensor has, about")
+    parser.add_argument("--codes", type=int, default=4096, help="how many codes a small tensor has, about")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", help="a Python with the packages of peers")
     parser.add_argument("--folder", type=Path, help="where to write the pairs; a temporary folder by default")
