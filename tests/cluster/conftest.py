@@ -17,6 +17,8 @@ import pytest
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
 # Workers that are nice would wait for all other tests on a busy machine.
 os.environ |= {"RAY_worker_niceness": "0"}
+# Ray does not spill to a disk that is 95 % full, as that of a busy machine may be; the tests spill a few hundred MB.
+os.environ |= {"RAY_local_fs_capacity_threshold": "1"}
 
 
 @pytest.fixture(scope="session")
