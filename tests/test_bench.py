@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import safetensors
 
+import ckptdiff
+
 BENCH = Path(__file__).parents[1] / "bench"
 BF16 = np.dtype(ml_dtypes.bfloat16)
 NUMPY = {"BF16": BF16, "F32": np.dtype(np.float32)}
@@ -197,6 +199,27 @@ def test_a_failing_command_ends_the_benchmark_with_its_words():
 
     with pytest.raises(SystemExit, match=r"(?s)ended with 3.*because"):
         run([sys.executable, "-S", "-c", "import sys; print('because', file=sys.stderr); sys.exit(3)"])
+
+
+def test_two_versions_are_measured_in_turns(tmp_path):
+    options = ("--sections", "ending,whole", "--size", "1MiB", "--rounds", 1, "--json", tmp_path / "found.json")
+    script("between_versions.py", sys.executable, sys.executable, *options)
+    found = json.loads((tmp_path / "found.json").read_bytes())
+    assert found["versions"] == [ckptdiff.__version__] * 2
+    assert [row["what"][:11] for row in found["rows"]] == ["end after a", "end after 0", "diff, 0.000"]
+    assert all(row["newer / older"] > 0 for row in found["rows"])
+
+
+def test_versions_that_disagree_are_refused():
+    from between_versions import check_alike
+
+    older = {"global": {"changed": 3, "unchanged_abs": {"0": 0.5}, "spectral": {"rank": 1}, "gone": 1}}
+    check_alike("a", older, {"global": {"changed": 3, "unchanged_abs": {"0": 0.5 + 1e-12}, "spectral": {"rank": 2}}})
+    for key, wrong in (("changed", {"changed": 4}), (r"unchanged_abs\.0", {"unchanged_abs": {"0": 0.5 + 1e-8}})):
+        with pytest.raises(SystemExit, match=f"disagree about {key}"):
+            check_alike("a", older, {"global": wrong})
+    with pytest.raises(SystemExit, match="no figure in common"):
+        check_alike("a", older, {"global": {"new": 1}})
 
 
 def test_results_that_disagree_with_the_torch_diff_are_refused():
