@@ -53,12 +53,12 @@ class ReferenceBackend:
         bits = _bits(magnitudes).astype(np.uint64)
         for row, prefix in enumerate(targets.deltas):
             inside = bits[bits >> targets.shift == prefix]
-            refined.deltas[row] += np.bincount(inside >> (targets.shift - 16) & 0xFFFF, minlength=1 << 16)
+            refined.deltas[row] += _count_next_bits(inside, targets.shift)
         for row, prefix in enumerate(targets.weights):
             for kind, chosen in enumerate((np.ones(pair.changed.size, bool), pair.changed)):
                 sizes = pair.base_size[chosen].astype(np.uint64)
                 inside = sizes[sizes >> targets.shift == prefix]
-                refined.weights[row, kind] += np.bincount(inside >> (targets.shift - 16) & 0xFFFF, minlength=1 << 16)
+                refined.weights[row, kind] += _count_next_bits(inside, targets.shift)
         wide = magnitudes.astype(np.float64)
         refined.within += _count_within(wide, targets.thresholds)
         for column, tail in enumerate(targets.tails):
@@ -196,6 +196,11 @@ def _encode(target: Format, stored: Format, side: NDArray[np.uint8]) -> NDArray[
         if target == FORMATS["bf16"]:
             return round_to_bf16(values.astype(np.float32).view(np.uint32))
         return values.astype(f"f{target.bits // 8}").view(target.code_dtype)
+
+
+def _count_next_bits(codes: NDArray[np.uint64], shift: int) -> NDArray[np.int64]:
+    """Count codes by the 16 bits below the leading ones; NumPy 2.0 counts no uint64."""
+    return np.bincount((codes >> (shift - 16) & 0xFFFF).astype(np.int64), minlength=1 << 16)
 
 
 def _count_within(magnitudes: NDArray[np.float64], thresholds: tuple[float, ...]) -> NDArray[np.int64]:

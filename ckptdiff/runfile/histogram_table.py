@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.measure.histograms import HistogramRows, log2_floor, ulp_floor
+from ckptdiff.runfile.direct_chunks import write_chunk
 from ckptdiff.runfile.schema import HISTOGRAMS
 
 _ROWS = 64
@@ -96,7 +97,7 @@ class HistogramTable:
         for field, chunk in chunks.result().items():
             dataset = self._datasets[field].id
             dataset.set_extent((min(start + _ROWS, self._written), dataset.shape[1]))
-            dataset.write_direct_chunk((start, 0), chunk)
+            write_chunk(dataset, (start, 0), chunk)
 
 
 def _deflated(chunks: Mapping[str, Sequence[NDArray[np.uint64]]]) -> dict[str, bytes]:

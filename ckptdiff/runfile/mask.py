@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.errors import RunFileError
 from ckptdiff.options import MaskRule
+from ckptdiff.runfile.direct_chunks import read_chunk
 from ckptdiff.runfile.schema import BIT_ORDER, MASK_CHUNK, escape_name, packed_bytes
 from ckptdiff.runfile.typed import shape_of, text_of
 
@@ -167,7 +168,7 @@ class Mask:
 def _chunk(dataset: Any, first: int) -> NDArray[np.uint8]:
     """The chunk of a deflated dataset that begins at a byte, padding included."""
     size = dataset.chunks[0]
-    filter_mask, stored = dataset.id.read_direct_chunk((first,))
+    filter_mask, stored = read_chunk(dataset.id, (first,))
     try:
         bits = stored if filter_mask & 1 else zlib.decompress(stored, bufsize=size)
     except zlib.error as error:

@@ -18,6 +18,7 @@ from ckptdiff.figures.result import Diff
 from ckptdiff.files.staged import StagedFile
 from ckptdiff.measure.histograms import HistogramRows
 from ckptdiff.options import MaskRule
+from ckptdiff.runfile.direct_chunks import write_chunk
 from ckptdiff.runfile.histogram_table import HistogramTable
 from ckptdiff.runfile.schema import BIT_ORDER, FORMAT, FORMAT_VERSION, escape_name, mask_chunk_bytes, packed_bytes
 from ckptdiff.runfile.spectra_table import add_spectrum, write_spectra
@@ -105,7 +106,7 @@ class RunFileWriter:
             if self._paging and (blank.chunks, first, len(chunks)) == (1, 0, 1):
                 # Copied along, the chunk costs a sixth of what it takes to open the copy and write there. The last one
                 # of each shape is lost room, which is why files of few masks go without.
-                blank.dataset.write_direct_chunk((0,), *chunks[0])
+                write_chunk(blank.dataset, (0,), *chunks[0])
                 self._place(name, blank)
                 self._staged.check()
                 return
@@ -113,7 +114,7 @@ class RunFileWriter:
         mask = self._open[name]
         for index, (payload, filter_mask) in enumerate(chunks, first):
             mask.take(index)
-            mask.dataset.write_direct_chunk((index * mask.chunk,), payload, filter_mask)
+            write_chunk(mask.dataset, (index * mask.chunk,), payload, filter_mask)
         if not mask.missing:
             del self._open[name]
         self._staged.check()

@@ -124,6 +124,13 @@ class Cupy(types.ModuleType):
         return lambda *args, **options: found(*args, **options).view(CupyArray)
 
 
+def _solve_triangular(a: Any, b: Any, lower: bool) -> Any:
+    """SciPy's, one matrix after the other, since not every version takes a stack of them."""
+    if a.ndim == 2:
+        return scipy.linalg.solve_triangular(a, b, lower=lower).view(CupyArray)
+    return np.stack([_solve_triangular(*each, lower) for each in zip(a, b, strict=True)]).view(CupyArray)
+
+
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Cupy:
     """CuPy's modules, with cuSOLVER's library built for the host."""
@@ -145,9 +152,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Cupy:
 
     errors.errstate = errstate  # type: ignore[attr-defined]
     solvers = types.ModuleType("cupyx.scipy.linalg")
-    solvers.solve_triangular = lambda a, b, lower: scipy.linalg.solve_triangular(  # type: ignore[attr-defined]
-        a, b, lower=lower
-    ).view(CupyArray)
+    solvers.solve_triangular = _solve_triangular  # type: ignore[attr-defined]
     modules = {"cupy": fake, "cupy._core": types.ModuleType("cupy._core"), "cupyx.scipy.linalg": solvers}
     for name, module in (modules | {"cupyx": errors, "cupyx.scipy": types.ModuleType("cupyx.scipy")}).items():
         monkeypatch.setitem(sys.modules, name, module)
