@@ -78,9 +78,9 @@ def sparse(path: Path, shapes: dict[str, tuple[int, int]], first: int = 0) -> st
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """One tensor of more than a hundred tasks, of spans of eight blocks."""
+    """One tensor of more than a hundred tasks, of spans of sixteen blocks."""
     folder = tmp_path_factory.mktemp("large")
-    shapes = {"model.embed_tokens.weight": (66 * 24, BLOCK)}
+    shapes = {"model.embed_tokens.weight": (66 * 32, BLOCK)}
     return sparse(folder / "base.safetensors", shapes), sparse(folder / "tuned.safetensors", shapes)
 
 

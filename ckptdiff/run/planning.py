@@ -35,7 +35,7 @@ from ckptdiff.run.devices import Device, open_device
 from ckptdiff.run.facts import facts_of_run
 from ckptdiff.run.loads import loads_of
 from ckptdiff.run.shard_source import most_fetched, remote_parts
-from ckptdiff.run.tasks import GRAIN, Grain, Load, Memory, Span, SpanTask, fit_memory
+from ckptdiff.run.tasks import FETCHED, GRAIN, Grain, Load, Memory, Span, SpanTask, fit_memory
 from ckptdiff.run.warm_up import Uses, uses
 from ckptdiff.runfile.check_target import check_target
 from ckptdiff.runfile.schema import mask_chunk_bytes
@@ -267,12 +267,12 @@ def prepare(
         check_target(out, [(shard.path, shard.device, shard.inode) for side in sides for shard in side.shards])
     pairing = _paired(*sides, options, tell, read_data)
     device = open_device(options)
-    grain = grain or device.grain
+    remote = any(shard.remote is not None for side in sides for shard in side.shards)
+    grain = grain or (FETCHED if remote and device.grain is GRAIN else device.grain)
     want_masks = out is not None and options.mask.kind != "none"
     # Reads into a cached buffer cost less than mapping pages and dropping them again, and report a lost page.
     io = "pread" if options.io == "auto" else options.io
     loads = loads_of(pairing.pairs, options, device, io, grain)
-    remote = any(shard.remote is not None for side in sides for shard in side.shards)
     fetched = most_fetched(pairing.pairs, loads, grain) if remote else 0
     asked = _uses(pairing, loads, options, want_masks)
     device.warm_up(asked, tell)

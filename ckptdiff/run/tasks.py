@@ -17,8 +17,8 @@ from ckptdiff.memory import default_bound
 class Grain:
     """How large tasks are. No figure depends on it, nor a byte of a run file."""
 
-    blocks: int = 8
-    """Blocks of a large tensor in a task."""
+    blocks: int = 16
+    """Blocks of a large tensor in a task. What Python does for each task takes longer than to measure half a block."""
     tensors: int = 192
     """Small tensors in a task, at most."""
     numel: int = 6 * BLOCK
@@ -29,6 +29,8 @@ class Grain:
 
 GRAIN = Grain()
 """That of the processor."""
+FETCHED = Grain(blocks=8)
+"""The same where files lie elsewhere: what a task reads of them is in memory, once or twice a thread."""
 
 
 _MEASUREMENT = 8 * BINS * 6 + (1 << 17)

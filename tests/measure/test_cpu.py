@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ckptdiff.formats import FORMATS, compare_format
 from ckptdiff.kernel_library import flatten
 from ckptdiff.measure.cpu import CpuBackend
-from ckptdiff.measure.kernels.tiles import new_measure
+from ckptdiff.measure.kernels.tiles import TILE, new_measure
 from ckptdiff.measure.partial import BLOCK, Partial, Refined, Rule, Scan, Sum, Targets
 from ckptdiff.measure.passes import FloatMeasurement
 from ckptdiff.measure.reference import ReferenceBackend
@@ -65,6 +65,19 @@ def test_scan_equals_reference(names, compare, kind):
             base_format, tuned_format, target, (0.0, 1e-8, 1e-5, 1e-4), 1e-3, rule, cut, want_mask=rule != Rule.NONE
         )
         assert_equal(*both(scan, base, tuned))
+
+
+@pytest.mark.parametrize("name", ["f16", "bf16"])
+@pytest.mark.parametrize(
+    ("base", "tuned"), [(5, 6), (5, 7), (5, 132), (0x3000, 0x30FF), (5, 261), (0x7000, 0xF000), (0xF000, 0x7000)]
+)
+def test_whole_tiles_of_one_distance(name, base, tuned):
+    """As many as 16 bits do not count, which hold the longest one."""
+    apart = abs(base - tuned) if (base ^ tuned) < 0x8000 else (base & 0x7FFF) + (tuned & 0x7FFF)
+    scan = Scan(FORMATS[name], FORMATS[name], FORMATS[name])
+    got, expected = both(scan, np.full(2 * TILE, base, np.uint16), np.full(2 * TILE, tuned, np.uint16))
+    assert_equal(got, expected)
+    assert dict(enumerate(got[0].ulp)) == {k: 2 * TILE * (k == int(np.log2(apart))) for k in range(64)}
 
 
 @pytest.mark.parametrize("name", FORMATS)

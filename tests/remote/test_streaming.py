@@ -29,7 +29,7 @@ from ckptdiff.files.unfinished import Saving
 from ckptdiff.options import MaskRule, Options, SpectraOptions
 from ckptdiff.run.engine import run
 from ckptdiff.run.planning import prepare
-from ckptdiff.run.tasks import Grain
+from ckptdiff.run.tasks import FETCHED, GRAIN, Grain
 from ckptdiff.runfile.reader import RunFile
 from ckptdiff.track import track
 
@@ -127,6 +127,15 @@ def test_every_fixture_gives_what_it_gives_locally(
         document = json.loads(capsys.readouterr().out)
         found.append((code, document["global"], document["tensors"], document.get("only_in_base")))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("remote", [(), (0,), (1,), (0, 1)])
+def test_tasks_are_smaller_where_they_are_fetched(
+    server: Server, pair: tuple[Path, Path], remote: tuple[int, ...]
+) -> None:
+    sides = [f"{server.url}/{path.name}" if i in remote else str(path) for i, path in enumerate(pair)]
+    assert prepare(*sides).grain == (FETCHED if remote else GRAIN)
+    assert FETCHED.blocks < GRAIN.blocks and prepare(*sides, grain=Grain(blocks=3)).grain.blocks == 3
 
 
 def test_each_byte_is_fetched_once_by_few_requests(server: Server, pair: tuple[Path, Path]) -> None:

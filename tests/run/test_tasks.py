@@ -216,7 +216,7 @@ def test_planning_opens_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module, name in ((builtins, "open"), (os, "open"), (os, "stat"), (os, "lstat")):
         monkeypatch.setattr(module, name, refuse)
-    assert len(list(plan_tasks([load(9 * BLOCK), load(3)]))) == 3
+    assert len(list(plan_tasks([load((GRAIN.blocks + 1) * BLOCK), load(3)]))) == 3
     assert fit_memory([load(9 * BLOCK)], 4, 0, 400 * MIB, 0, 0, True).threads == 4
 
 

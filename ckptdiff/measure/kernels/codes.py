@@ -96,13 +96,11 @@ def count_lost(tile: Tile, magnitude: Any, weights: Array) -> None:
 @helper
 def measure_distances(left: Array, right: Array, magnitude: Any, distance: Array) -> None:
     """Distances of codes, shape (n,), in the monotone integer order of their format, in which +0 and -0 are one."""
-    for j in range(left.size):
-        x, y = np.int32(left[j]), np.int32(right[j])
-        x_size, y_size = np.int32(x & magnitude), np.int32(y & magnitude)
-        x_order = x_size if x <= magnitude else np.int32(-x_size)
-        y_order = y_size if y <= magnitude else np.int32(-y_size)
-        apart = np.int32(x_order - y_order)
-        distance[j] = apart if apart > 0 else np.int32(-apart)
+    for j in range(left.size):  # in 16 bits, twice as many to a register as Numba would take
+        x_size, y_size = np.int16(left[j] & magnitude), np.int16(right[j] & magnitude)
+        x = x_size if left[j] <= magnitude else np.int16(-x_size)
+        y = y_size if right[j] <= magnitude else np.int16(-y_size)
+        distance[j] = np.uint16(max(x, y) - min(x, y))
 
 
 @helper
@@ -125,7 +123,7 @@ def measure_codes(
             totals.counts[NONFINITE_TUNED] += gained - count_nonfinite(found.left, magnitude, infinite)
         found = first_of(tile, keep_finite(found))
     extremes = count_deltas(found.delta, np.uint32(0x7FFF_FFFF), np.uint32(16), totals)
-    measure_distances(found.left, found.right, np.int32(magnitude), found.distance)
+    measure_distances(found.left, found.right, magnitude, found.distance)
     count_distances(found)
     summarise(found, extremes, measure, totals, sums)
     mask_tile(found, measure, changed, totals, sums, words)

@@ -32,7 +32,7 @@ def count_deltas(delta: Array, magnitude: Any, shift: Any, totals: Totals) -> tu
     smallest, largest, all_bits = magnitude, type(magnitude)(0), type(magnitude)(0)
     for j in range(delta.size):
         bits = type(magnitude)(float_bits(delta[j]) & magnitude)
-        all_bits |= bits
+        all_bits = type(magnitude)(all_bits | bits)
         smallest = bits if bits < smallest else smallest
         largest = bits if bits > largest else largest
     widen_span(totals.span, 2, int(smallest >> shift), int(largest >> shift))
@@ -51,11 +51,11 @@ def count_deltas(delta: Array, magnitude: Any, shift: Any, totals: Totals) -> tu
 
 @helper
 def count_from(distance: Array, least: Any) -> Any:
-    """How many distances, shape (n,), are at least so large."""
-    count: Any = np.int32(0)
+    """How many distances, shape (n,), are at least so large: counted in their own dtype, so no more than it holds."""
+    count = distance.dtype.type(0)
     for j in range(distance.size):
-        count = np.int32(count + (distance[j] >= least))
-    return count
+        count = distance.dtype.type(count + (distance[j] >= least))
+    return int(count)
 
 
 @helper
@@ -71,9 +71,10 @@ def count_distances(tile: Tile) -> None:
         for j in range(tile.distance.size):
             tile.ulp[j & 3, floor_log2(np.uint64(tile.distance[j]))] += 1
         return
-    rest, power = tile.distance.size, 0
+    rest, power, half = tile.distance.size, 0, tile.distance.size // 2  # 16 bits do not hold the count of a whole tile
     while rest > 0:
-        larger = count_from(tile.distance, tile.distance.dtype.type(2 << power))
+        least = tile.distance.dtype.type(2 << power)
+        larger = count_from(tile.distance[:half], least) + count_from(tile.distance[half:], least)
         tile.ulp[0, power] += rest - larger
         rest, power = larger, power + 1
 

@@ -90,7 +90,7 @@ def new_tile(code: np.dtype[Any], real: np.dtype[Any]) -> Tile:
     marks, flags, found = np.zeros(TILE // 64, np.uint64), np.zeros(TILE, np.uint8), np.zeros(TILE + 64, np.uint16)
     left, right = np.zeros((2, TILE + 64), code)
     base, tuned, delta = np.zeros((3, TILE), real)
-    distance = np.zeros(TILE, np.uint32 if code.itemsize == 2 else np.uint64)
+    distance = np.zeros(TILE, np.uint16 if code.itemsize == 2 else np.uint64)
     return Tile(marks, flags, found, left, right, base, tuned, delta, distance, np.zeros((4, 64), np.int64))
 
 
