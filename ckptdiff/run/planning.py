@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,7 @@ from ckptdiff.run.shard_source import most_fetched, remote_parts
 from ckptdiff.run.tasks import GRAIN, Grain, Load, Memory, Span, SpanTask, fit_memory
 from ckptdiff.run.warm_up import Uses, uses
 from ckptdiff.runfile.check_target import check_target
+from ckptdiff.runfile.compress import ENCODED
 from ckptdiff.runfile.schema import mask_chunk_bytes
 
 if TYPE_CHECKING:
@@ -173,7 +175,7 @@ class Plan:
     @property
     def mostly_small(self) -> bool:
         """Whether there are very many tensors, of 64 Ki coordinates at most on average."""
-        return len(self.loads) >= self.grain.many and sum(load.numel for load in self.loads) <= len(self.loads) << 16
+        return _mostly_small(self.loads, self.grain)
 
     def remote_parts(self, task: SpanTask) -> list[tuple[Shard, int, int]]:
         """Where the bytes of remote files begin and end that a task reads."""
@@ -274,7 +276,7 @@ def prepare(
     loads = loads_of(pairing.pairs, options, device, io, grain)
     remote = any(shard.remote is not None for side in sides for shard in side.shards)
     fetched = most_fetched(pairing.pairs, loads, grain) if remote else 0
-    asked = _uses(pairing, loads, options, want_masks)
+    asked = _uses(pairing, loads, options, want_masks, grain)
     device.warm_up(asked, tell)
     if read_data and pairing.orders:
         # Once the kernels that read pieces are there.
@@ -315,7 +317,11 @@ def _paired(base: Checkpoint, tuned: Checkpoint, options: Options, tell: Listene
         )
 
 
-def _uses(pairing: Pairing, loads: tuple[Load, ...], options: Options, want_masks: bool) -> Uses:
+def _mostly_small(loads: Sequence[Load], grain: Grain) -> bool:
+    return len(loads) >= grain.many and sum(load.numel for load in loads) <= len(loads) << 16
+
+
+def _uses(pairing: Pairing, loads: tuple[Load, ...], options: Options, want_masks: bool, grain: Grain) -> Uses:
     pairs = pairing.pairs
     alike: set[Formats] = set()
     alone: set[Formats] = set()
@@ -328,4 +334,6 @@ def _uses(pairing: Pairing, loads: tuple[Load, ...], options: Options, want_mask
     in_boxes = pairing.orders or not all(is_contiguous(side) for one in pairs for side in (one.base, one.tuned))
     reading = ["decoded"] if decoded else ["boxes"] if in_boxes else []
     mask_chunk = mask_chunk_bytes(max((math.prod(one.shape) for one in pairs), default=0)) if want_masks else 0
+    if mask_chunk and _mostly_small(loads, grain):
+        mask_chunk = max(mask_chunk, ENCODED)  # the encoder takes their histograms, too
     return uses(alike, alone, mask_chunk, reading)

@@ -44,7 +44,8 @@ class RunFileWriter:
     title : str, optional
         The user's own title; NUL and what is not Unicode become question marks.
     paged : bool
-        Write by pages of 64 KiB: quicker for tens of thousands of small masks, and a waste of room for large ones.
+        Write by pages of 64 KiB: quicker for tens of thousands of small masks, and a waste of room for large ones. The
+        encoder of masks then takes histograms too.
 
     Raises
     ------
@@ -163,7 +164,7 @@ class RunFileWriter:
         self._file.attrs.update(self._root)
         self._masks = self._file.create_group("masks")
         self._masks.attrs.update(rule=str(self._rule), compare=self._compare, bit_order=BIT_ORDER)
-        self._table = HistogramTable(self._file.create_group("histograms"))
+        self._table = HistogramTable(self._file.create_group("histograms"), many=bool(self._paging))
 
     def _blank_for(self, name: str, shape: tuple[int, ...]) -> _Blank:
         """What a new mask begins as."""
