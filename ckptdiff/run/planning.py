@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -73,8 +73,8 @@ class Plan:
         In plan order.
     loads : tuple of Load
         What each pair asks of reader and memory.
-    diff : Diff
-        Every fact that needs no data; its columns have length zero.
+    facts : callable
+        Makes `diff`.
     memory : Memory
         Of the coordinate pass.
     spectra : SpectraPlan or None
@@ -98,7 +98,7 @@ class Plan:
 
     pairs: tuple[TensorPair, ...]
     loads: tuple[Load, ...]
-    diff: Diff
+    facts: Callable[[], Diff]
     memory: Memory
     spectra: SpectraPlan | None
     io: str
@@ -110,6 +110,14 @@ class Plan:
     saving: Saving | None = None
     remote: bool = False
     uses: Uses = _NO_USES
+
+    @cached_property
+    def diff(self) -> Diff:
+        """Every fact that needs no data; its columns have length zero.
+
+        Of tens of thousands of tensors it takes long to make, and so waits until it is asked for.
+        """
+        return self.facts()
 
     @property
     def tensors(self) -> int:
@@ -283,7 +291,7 @@ def prepare(
         with open_shards("pread") as shards:
             halves = unusual_halves(pairing.pairs, pairing.orders, sampled_likeness(shards))
             pairing = replace(pairing, warnings=(*pairing.warnings, *halves))
-    diff = facts_of_run(*sides, pairing, options)
+    facts = partial(facts_of_run, *sides, pairing, options)
     threads = min(options.threads or default_threads(), device.threads or sys.maxsize)
     # What waits to be kept, and again as much while it is written.
     default, baseline = DEFAULT_MEMORY + device.overhead, resident() + (2 * saving.size if saving else 0)
@@ -299,7 +307,7 @@ def prepare(
         taken = memory.baseline + memory.results + memory.ahead
         spectra = plan_spectra(pairing.pairs, options, taken, gpu)
     return Plan(
-        pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks, grain, gpu, saving, remote, asked
+        pairing.pairs, loads, facts, memory, spectra, io, device, options, want_masks, grain, gpu, saving, remote, asked
     )
 
 
