@@ -330,18 +330,20 @@ def _mostly_small(loads: Sequence[Load], grain: Grain) -> bool:
 
 
 def _uses(pairing: Pairing, loads: tuple[Load, ...], options: Options, want_masks: bool, grain: Grain) -> Uses:
-    pairs = pairing.pairs
     alike: set[Formats] = set()
     alone: set[Formats] = set()
-    kinds = {(one.base.dtype, one.tuned.dtype, load.kind is None) for one, load in zip(pairs, loads, strict=True)}
-    for base, tuned, by_itself in kinds:
-        if DTYPES[base].kind is Kind.FLOAT:
-            (alone if by_itself else alike).add(formats_of(base, tuned, options.compare))
-    others = [side for one in pairs if not one.stored for side in (one.base, one.tuned)]
-    decoded = any(isinstance(source, Decoded) for side in others for source in sources_of(side))
-    in_boxes = pairing.orders or not all(is_contiguous(side) for one in pairs for side in (one.base, one.tuned))
+    # What shares a load is stored and read alike, and of that a checkpoint has few kinds.
+    kinds = {id(load): (one, load) for one, load in zip(pairing.pairs, loads, strict=True)}.values()
+    for one, load in kinds:
+        if one.base.kind is Kind.FLOAT:
+            formats = formats_of(one.base.dtype, one.tuned.dtype, options.compare)
+            (alone if load.kind is None else alike).add(formats)
+    sides = [side for one, _ in kinds for side in (one.base, one.tuned)]
+    decoded = any(isinstance(source, Decoded) for side in sides for source in sources_of(side))
+    in_boxes = pairing.orders or not all(map(is_contiguous, sides))
     reading = ["decoded"] if decoded else ["boxes"] if in_boxes else []
-    mask_chunk = mask_chunk_bytes(max((math.prod(one.shape) for one in pairs), default=0)) if want_masks else 0
+    largest = max(map(math.prod, {one.shape for one in pairing.pairs}), default=0)
+    mask_chunk = mask_chunk_bytes(largest) if want_masks else 0
     if mask_chunk and _mostly_small(loads, grain):
         mask_chunk = max(mask_chunk, ENCODED)  # the encoder takes their histograms, too
     return uses(alike, alone, mask_chunk, reading)

@@ -16,6 +16,8 @@ from ckptdiff.measure.histograms import HistogramRows, log2_floor, ulp_floor
 from ckptdiff.runfile.schema import HISTOGRAMS
 
 _ROWS = 64
+_GROWTH = 64 * _ROWS
+"""Rows that a dataset grows by, which takes HDF5 as long as to write a chunk."""
 _WAITING = 8
 """Chunks of each dataset that may wait to be compressed, 4 MB in all: the thread that does it has no core to itself."""
 _LEVEL = 1
@@ -34,7 +36,7 @@ class HistogramTable:
     def __init__(self, group: Any, many: bool = False) -> None:
         self._many = many
         self._parts: defaultdict[str, list[NDArray[np.uint64]]] = defaultdict(list)
-        self._held = self._written = 0
+        self._held = self._written = self._room = 0
         self._waiting: deque[tuple[int, Future[dict[str, bytes]]]] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ckptdiff-histograms")
         self._group = group
@@ -80,6 +82,7 @@ class HistogramTable:
             self._write()
         while self._waiting:
             self._write_waiting()
+        self._resize(tensors)
 
     def close(self) -> None:
         """End the thread that compresses."""
@@ -102,10 +105,15 @@ class HistogramTable:
 
     def _write_waiting(self) -> None:
         start, chunks = self._waiting.popleft()
+        if start + _ROWS > self._room:
+            self._resize(self._room + _GROWTH)
         for field, chunk in chunks.result().items():
-            dataset = self._datasets[field].id
-            dataset.set_extent((min(start + _ROWS, self._written), dataset.shape[1]))
-            dataset.write_direct_chunk((start, 0), chunk)
+            self._datasets[field].id.write_direct_chunk((start, 0), chunk)
+
+    def _resize(self, rows: int) -> None:
+        self._room = rows
+        for dataset in self._datasets.values():
+            dataset.resize(rows, axis=0)
 
 
 def _deflated(chunks: Mapping[str, Sequence[NDArray[np.uint64]]], many: bool) -> dict[str, bytes]:
