@@ -117,7 +117,9 @@ class Plan:
 
         Of tens of thousands of tensors it takes long to make, and so waits until it is asked for.
         """
-        return self.facts()
+        found = self.facts()
+        vars(self)["facts"] = lambda: found  # so that what it was made of, both sides' indexes and all, is let go
+        return found
 
     @property
     def tensors(self) -> int:

@@ -24,7 +24,7 @@ _LEVEL = 1
 
 
 class HistogramTable:
-    """Datasets in an empty group, of one row per tensor, that grow by whole chunks of 64 rows.
+    """Datasets in an empty group, of one row per tensor, that are written by whole chunks of 64 rows.
 
     Parameters
     ----------
