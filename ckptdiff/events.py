@@ -66,7 +66,7 @@ class StageProgress:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The plan is made and the first read comes next."""
+    """The plan is made, and what is compared comes next."""
 
     tensors: int
     total_bytes: int

@@ -129,10 +129,10 @@ def check_index(index: Index, shards: Mapping[str, Shard], tensors: Mapping[str,
     IndexFileError
         A tensor that the shard named for it lacks.
     """
+    called = {name: shards[path] for name, path in index.shard_paths.items()}
     for name, shard_name in index.weight_map.items():
-        shard = shards[index.shard_paths[shard_name]]
         tensor = tensors.get(name)
-        if tensor is None or tensor.shard is not shard:
+        if tensor is None or tensor.shard is not called[shard_name]:
             raise IndexFileError(
                 "the index names a shard that lacks the tensor",
                 file=index.path,

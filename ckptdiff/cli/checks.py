@@ -59,7 +59,7 @@ class Check:
         return check
 
     def require_member(self, tensors: Iterable[TensorFacts]) -> None:
-        """Make sure that the member it names exists, as soon as the pairing is known and before data is read."""
+        """Make sure that the member it names exists, as soon as that is known of all tensors."""
         head, label, _ = self._path()
         if label is None:
             return

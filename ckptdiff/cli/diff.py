@@ -178,7 +178,7 @@ def _listening(request: Request, given: dict[str, Any], out: Path | None, stream
     from ckptdiff.events import Started
 
     def members_exist(event: Event) -> None:
-        """End the run before data is read if a check names a member that does not exist."""
+        """End the run as it begins if a check names a member that does not exist."""
         if isinstance(event, Started):
             for check in request.checks:
                 check.require_member(event.diff.tensors)

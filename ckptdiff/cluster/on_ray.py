@@ -136,7 +136,7 @@ class Cluster:
         plan = prepare(base, tuned, out=out, options=here, tell=tell, read_data=read_data, grain=grain, saving=saving)
         diff = plan.diff
         said = replace(diff, options=options.as_json(), warnings=(*diff.warnings, *self.warnings))
-        return replace(plan, diff=said)
+        return replace(plan, facts=lambda: said)
 
     def spread(self, plan: Plan) -> ClusterPlan:
         """How a plan is spread over the nodes; ClusterError if none of them can hold a task."""
@@ -159,7 +159,8 @@ class Cluster:
         text = f"{plural(spread.nodes, 'node')} of Ray, {plural(spread.tasks, 'task')} of {spread.task_bytes >> 20} MiB"
         tell(Note(f"{text}, {spread.at_once} at once, each with {spread.task_memory >> 20} MiB"))
         facts = replace(plan.diff, tensors=(), base={}, tuned={}, only_in_base=(), only_in_tuned=(), aliased=())
-        bare: Any = replace(plan, diff=replace(facts, mismatched=(), warnings=()), device=None, saving=None)  # type: ignore[arg-type]
+        facts = replace(facts, mismatched=(), warnings=())
+        bare: Any = replace(plan, facts=lambda: facts, device=None, saving=None)  # type: ignore[arg-type]
         on_gpu = None
         if spectra is not None and self.on_gpu:
             if not any(node.gpus for node in self._nodes()):

@@ -64,7 +64,7 @@ def deflate(data: Array, limit: int) -> Deflated:
     return deflate_parts(data, np.array([[0, data.size, limit]]))[0]
 
 
-def deflate_parts(data: Array, parts: Array) -> list[Deflated]:
+def deflate_parts(data: Array, parts: Array, search: bool = True) -> list[Deflated]:
     """Compress parts of an array, each to a zlib stream of its own, in one compiled call.
 
     Parameters
@@ -72,6 +72,9 @@ def deflate_parts(data: Array, parts: Array) -> list[Deflated]:
     data : contiguous uint8 array
     parts : int64 array, shape (k, 3)
         First byte, stop and limit of each part, none of them empty.
+    search : bool
+        Whether to look for strings that come again; else none are told. Where nearly all bytes are zeros, that takes
+        ten times as long as to encode them.
     """
     sizes = parts[:, 1] - parts[:, 0]
     room = int(np.minimum(parts[:, 2], sizes + 6).sum()) + 64
@@ -82,7 +85,7 @@ def deflate_parts(data: Array, parts: Array) -> list[Deflated]:
         _scratch.out = np.empty(room, np.uint8)
         _scratch.spans = np.empty((longest // 8 + 1, 2), np.int64)
     ends, repeats = np.zeros(len(parts) + 1, np.int64), np.zeros(len(parts), np.bool_)
-    _encode_parts(data, parts, _scratch.spans, _scratch.out, ends, repeats)
+    _encode_parts(data, parts, search, _scratch.spans, _scratch.out, ends, repeats)
     found = []
     for start, stop, again in zip(ends[:-1].tolist(), ends[1:].tolist(), repeats.tolist(), strict=True):
         found.append(Deflated(_scratch.out[start:stop].tobytes() if stop > start else None, again))
@@ -90,23 +93,26 @@ def deflate_parts(data: Array, parts: Array) -> list[Deflated]:
 
 
 @kernel
-def _encode_parts(data: Array, parts: Array, spans: Array, out: Array, ends: Array, repeats: Array) -> None:
+def _encode_parts(
+    data: Array, parts: Array, search: bool, spans: Array, out: Array, ends: Array, repeats: Array
+) -> None:
     """Write the stream of each part after that of the one before; ``ends[i + 1]`` tells where it stops."""
     for i in range(len(parts)):
         part = data[parts[i, 0] : parts[i, 1]]
-        size, repeats[i] = encode(part, spans, min(parts[i, 2], part.size + 6), out[ends[i] :])
+        size, repeats[i] = encode(part, spans, min(parts[i, 2], part.size + 6), out[ends[i] :], search)
         ends[i + 1] = ends[i] + size
 
 
 @helper
-def encode(data: Array, spans: Array, limit: int, out: Array) -> tuple[int, bool]:
+def encode(data: Array, spans: Array, limit: int, out: Array, search: bool = True) -> tuple[int, bool]:
     """Write the stream; returns its bytes, 0 if there would be `limit` or more, and whether strings come again."""
     counts, costs = np.zeros(_SYMBOLS, np.int64), np.zeros(_SYMBOLS, np.int64)
     runs = count_symbols(data, spans, counts)
     code_lengths(counts, _LONGEST_CODE, costs)
-    if runs > data.size // _MANY_RUNS:
+    repeats = False
+    if search and runs > data.size // _MANY_RUNS:
         repeats = has_echoes(data, spans, runs)
-    else:
+    elif search:
         repeats = has_repeats(data, costs)
         bytes_used = 0
         for byte in range(256):

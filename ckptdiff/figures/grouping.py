@@ -31,8 +31,8 @@ class Grouping:
     """Sum of d^2 over all tensors of the diff: the denominator of ``delta_energy_share``."""
 
     def column(self, name: str) -> FloatArray:
-        """One column as float64, shape (n,)."""
-        values: FloatArray = self.columns[name].astype(np.float64)
+        """One column as float64, shape (n,); not to be changed, since it may be the stored one."""
+        values: FloatArray = self.columns[name].astype(np.float64, copy=False)
         return values
 
     @cached_property
@@ -83,5 +83,6 @@ class Grouping:
         return self._totals[name, squared]
 
     def _sum(self, values: FloatArray) -> FloatArray:
-        weights = np.where(np.isnan(values), 0.0, values)
-        return np.bincount(self.labels, weights, self.size).astype(np.float64)
+        undefined = np.isnan(values)
+        weights = np.where(undefined, 0.0, values) if undefined.any() else values
+        return np.bincount(self.labels, weights, self.size).astype(np.float64, copy=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
+from operator import attrgetter
 from pathlib import PurePath
 
 import numpy as np
@@ -57,14 +59,12 @@ def side_name(path: str) -> str:
 def _what(diff: Diff) -> Iterator[str]:
     names = [safe(side_name(str(side.get("path", "")))) for side in (diff.base, diff.tuned)]
     valued = diff.columns["valued"] > 0
-    compared = sorted({facts.compare for facts, kept in zip(diff.tensors, valued, strict=True) if kept})
-    sides = [
-        tuple(dict.fromkeys(getattr(facts, key) for facts, kept in zip(diff.tensors, valued, strict=True) if kept))
-        for key in ("dtype_base", "dtype_tuned")
-    ]
+    kind_of = attrgetter("dtype_base", "dtype_tuned", "compare")
+    kinds = dict.fromkeys(map(kind_of, compress(diff.tensors, valued.tolist())))
+    *sides, compared = (tuple(dict.fromkeys(column)) for column in zip(*kinds, strict=True)) if kinds else ((), (), ())
     base, tuned = ("+".join(side) if len(side) <= _LISTED else "mixed dtypes" for side in sides)
     dtypes = base if base == tuned else f"{base} against {tuned}"
-    facts_line = f"stored {dtypes}, compared as {'+'.join(compared).upper()}" if compared else ""
+    facts_line = f"stored {dtypes}, compared as {'+'.join(sorted(compared)).upper()}" if compared else ""
     title = f"{names[0]} -> {names[1]}"
     joined = f"{title}    {facts_line}"
     yield from [joined.rstrip()] if len(joined) < 81 else [title, facts_line]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -94,11 +94,9 @@ def run_plan(
     """Carry out a plan that `prepare` made for the same `out`; it began at ``begun``, by ``time.perf_counter``."""
     begun, tell = time.perf_counter() if begun is None else begun, listener or ignore
     started = datetime.now(UTC) - timedelta(seconds=time.perf_counter() - begun)
-    _introduce(plan, tell)
     if cluster is not None:
+        _introduce(plan, tell)
         cluster.make_ready(plan, tell)
-    results = _Results(plan, tell)
-    partial: dict[int, PartialMask] = {}
     with (
         open_shards(plan.io, plan.memory.ahead) as shards,
         _unfinished(plan, out, shards, tell, cluster) as work,
@@ -106,18 +104,14 @@ def run_plan(
     ):
         kept = None if work is None else KeptResults(work)
         done = kept.nbytes(plan) if kept else 0
-        with (
-            stage(tell, "comparing", plan.total_bytes, "bytes", done) as told,
-            cluster.hands(plan, shards, kept) if cluster else Threads(plan, shards, kept) as hands,
-        ):
-            for result in execute(plan, hands, lambda: told.again(results.nbytes + hands.under_way()), kept):
-                if work is not None:
-                    work.tick()
-                if writer is not None:
-                    _write_masks(writer, plan, result, partial)
-                for measured in results.take(result, told):
-                    if writer is not None:
-                        writer.add_histograms(measured.histograms)
+        with cluster.hands(plan, shards, kept) if cluster else Threads(plan, shards, kept) as hands:
+            found = execute(plan, hands, lambda: told.again(results.nbytes + hands.under_way()), kept)
+            if cluster is None:
+                # While the first tasks are under way: the facts of tens of thousands of tensors take long to gather.
+                _introduce(plan, tell)
+            results = _Results(plan, tell)
+            with stage(tell, "comparing", plan.total_bytes, "bytes", done) as told:
+                _take_all(found, plan, results, told, writer, work)
         shards.check()
         spectra = _spectra(plan, results, shards, writer, tell, work, cluster)
         shards.check()
@@ -166,6 +160,26 @@ def _run_file(plan: Plan, out: Path | None, title: str | None) -> Iterator[RunFi
     options = plan.options
     with RunFileWriter(out, rule=options.mask, compare=options.compare, title=title, paged=plan.mostly_small) as writer:
         yield writer
+
+
+def _take_all(
+    found: Iterable[Result],
+    plan: Plan,
+    results: _Results,
+    told: Stage,
+    writer: RunFileWriter | None,
+    work: Unfinished | None,
+) -> None:
+    """Put what tasks gave where it belongs."""
+    partial: dict[int, PartialMask] = {}
+    for result in found:
+        if work is not None:
+            work.tick()
+        if writer is not None:
+            _write_masks(writer, plan, result, partial)
+        for measured in results.take(result, told):
+            if writer is not None:
+                writer.add_histograms(measured.histograms)
 
 
 def _write_masks(writer: RunFileWriter, plan: Plan, result: Result, partial: dict[int, PartialMask]) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,6 +39,7 @@ from ckptdiff.run.shard_source import most_fetched, remote_parts
 from ckptdiff.run.tasks import FETCHED, GRAIN, Grain, Load, Memory, Span, SpanTask, fit_memory
 from ckptdiff.run.warm_up import Uses, uses
 from ckptdiff.runfile.check_target import check_target
+from ckptdiff.runfile.compress import ENCODED
 from ckptdiff.runfile.schema import mask_chunk_bytes
 
 if TYPE_CHECKING:
@@ -71,8 +73,8 @@ class Plan:
         In plan order.
     loads : tuple of Load
         What each pair asks of reader and memory.
-    diff : Diff
-        Every fact that needs no data; its columns have length zero.
+    facts : callable
+        Makes `diff`.
     memory : Memory
         Of the coordinate pass.
     spectra : SpectraPlan or None
@@ -96,7 +98,7 @@ class Plan:
 
     pairs: tuple[TensorPair, ...]
     loads: tuple[Load, ...]
-    diff: Diff
+    facts: Callable[[], Diff]
     memory: Memory
     spectra: SpectraPlan | None
     io: str
@@ -108,6 +110,16 @@ class Plan:
     saving: Saving | None = None
     remote: bool = False
     uses: Uses = _NO_USES
+
+    @cached_property
+    def diff(self) -> Diff:
+        """Every fact that needs no data; its columns have length zero.
+
+        Of tens of thousands of tensors it takes long to make, and so waits until it is asked for.
+        """
+        found = self.facts()
+        vars(self)["facts"] = lambda: found  # so that what it was made of, both sides' indexes and all, is let go
+        return found
 
     @property
     def tensors(self) -> int:
@@ -173,7 +185,7 @@ class Plan:
     @property
     def mostly_small(self) -> bool:
         """Whether there are very many tensors, of 64 Ki coordinates at most on average."""
-        return len(self.loads) >= self.grain.many and sum(load.numel for load in self.loads) <= len(self.loads) << 16
+        return _mostly_small(self.loads, self.grain)
 
     def remote_parts(self, task: SpanTask) -> list[tuple[Shard, int, int]]:
         """Where the bytes of remote files begin and end that a task reads."""
@@ -274,14 +286,14 @@ def prepare(
     io = "pread" if options.io == "auto" else options.io
     loads = loads_of(pairing.pairs, options, device, io, grain)
     fetched = most_fetched(pairing.pairs, loads, grain) if remote else 0
-    asked = _uses(pairing, loads, options, want_masks)
+    asked = _uses(pairing, loads, options, want_masks, grain)
     device.warm_up(asked, tell)
     if read_data and pairing.orders:
         # Once the kernels that read pieces are there.
         with open_shards("pread") as shards:
             halves = unusual_halves(pairing.pairs, pairing.orders, sampled_likeness(shards))
             pairing = replace(pairing, warnings=(*pairing.warnings, *halves))
-    diff = facts_of_run(*sides, pairing, options)
+    facts = partial(facts_of_run, *sides, pairing, options)
     threads = min(options.threads or default_threads(), device.threads or sys.maxsize)
     # What waits to be kept, and again as much while it is written.
     default, baseline = DEFAULT_MEMORY + device.overhead, resident() + (2 * saving.size if saving else 0)
@@ -297,7 +309,7 @@ def prepare(
         taken = memory.baseline + memory.results + memory.ahead
         spectra = plan_spectra(pairing.pairs, options, taken, gpu)
     return Plan(
-        pairing.pairs, loads, diff, memory, spectra, io, device, options, want_masks, grain, gpu, saving, remote, asked
+        pairing.pairs, loads, facts, memory, spectra, io, device, options, want_masks, grain, gpu, saving, remote, asked
     )
 
 
@@ -315,17 +327,25 @@ def _paired(base: Checkpoint, tuned: Checkpoint, options: Options, tell: Listene
         )
 
 
-def _uses(pairing: Pairing, loads: tuple[Load, ...], options: Options, want_masks: bool) -> Uses:
-    pairs = pairing.pairs
+def _mostly_small(loads: Sequence[Load], grain: Grain) -> bool:
+    return len(loads) >= grain.many and sum(load.numel for load in loads) <= len(loads) << 16
+
+
+def _uses(pairing: Pairing, loads: tuple[Load, ...], options: Options, want_masks: bool, grain: Grain) -> Uses:
     alike: set[Formats] = set()
     alone: set[Formats] = set()
-    kinds = {(one.base.dtype, one.tuned.dtype, load.kind is None) for one, load in zip(pairs, loads, strict=True)}
-    for base, tuned, by_itself in kinds:
-        if DTYPES[base].kind is Kind.FLOAT:
-            (alone if by_itself else alike).add(formats_of(base, tuned, options.compare))
-    others = [side for one in pairs if not one.stored for side in (one.base, one.tuned)]
-    decoded = any(isinstance(source, Decoded) for side in others for source in sources_of(side))
-    in_boxes = pairing.orders or not all(is_contiguous(side) for one in pairs for side in (one.base, one.tuned))
+    # What shares a load is stored and read alike, and of that a checkpoint has few kinds.
+    kinds = {id(load): (one, load) for one, load in zip(pairing.pairs, loads, strict=True)}.values()
+    for one, load in kinds:
+        if one.base.kind is Kind.FLOAT:
+            formats = formats_of(one.base.dtype, one.tuned.dtype, options.compare)
+            (alone if load.kind is None else alike).add(formats)
+    sides = [side for one, _ in kinds for side in (one.base, one.tuned)]
+    decoded = any(isinstance(source, Decoded) for side in sides for source in sources_of(side))
+    in_boxes = pairing.orders or not all(map(is_contiguous, sides))
     reading = ["decoded"] if decoded else ["boxes"] if in_boxes else []
-    mask_chunk = mask_chunk_bytes(max((math.prod(one.shape) for one in pairs), default=0)) if want_masks else 0
+    largest = max(map(math.prod, {one.shape for one in pairing.pairs}), default=0)
+    mask_chunk = mask_chunk_bytes(largest) if want_masks else 0
+    if mask_chunk and _mostly_small(loads, grain):
+        mask_chunk = max(mask_chunk, ENCODED)  # the encoder takes their histograms, too
     return uses(alike, alone, mask_chunk, reading)

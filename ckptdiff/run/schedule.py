@@ -143,14 +143,20 @@ class _InThread:
 
 
 def in_order_begun(begin: Callable[[], _Begun | None], at_once: int) -> Iterator[_Begun]:
-    """Yield what `begin` begins, in order, begun ahead; it returns None as long as there is nothing to begin."""
+    """Give what `begin` begins, in order, begun ahead, the first at once; None from it: there is nothing to begin."""
     pending: deque[_Begun] = deque()
-    while True:
+
+    def fill() -> None:
         while len(pending) < at_once and (begun := begin()) is not None:
             pending.append(begun)
-        if not pending:
-            return
-        yield pending.popleft()
+
+    def rest() -> Iterator[_Begun]:
+        while pending:
+            yield pending.popleft()
+            fill()
+
+    fill()
+    return rest()
 
 
 def results_of(begun: Begun, idle: Callable[[], None]) -> Iterator[Result]:
@@ -161,7 +167,7 @@ def results_of(begun: Begun, idle: Callable[[], None]) -> Iterator[Result]:
 
 
 def execute(plan: Plan, hands: Hands, idle: Callable[[], None], kept: KeptResults | None = None) -> Iterator[Result]:
-    """Yield what each task gave, every pass over a tensor in block order.
+    """Give what each task gave, every pass over a tensor in block order; the first tasks are begun at once.
 
     The result that completes tensors carries their ``records``. Small tensors are measured in one go and come
     complete, in plan order. Large ones come span by span, merged here in block order; where a tensor needs further
@@ -207,16 +213,18 @@ def execute(plan: Plan, hands: Hands, idle: Callable[[], None], kept: KeptResult
     planned = arranged(plan_tasks(plan.loads, plan.grain, lambda index: spans(index, 0)))
     further: deque[Sequence[SpanTask]] = deque()
     handed: Iterator[Begun | SpanTask] = in_order_begun(begin, hands.at_once)
-    for begun in handed:
-        for result in given(begun):
-            if result.span is not None and result.found is not None:
-                index, load = result.span.tensor, plan.loads[result.span.tensor]
-                last = result.span.stop == load.blocks
-                hands.spare.extend(large[index].take(result.found, last))
-                result.found = None
-                if last and large[index].next is not None:
-                    whole = replace(result.span, first=0)
-                    further.extend(arranged(cut(whole, plan.grain, spans(index, large[index].turn)), first=True))
-                elif last:
-                    result.records = large.pop(index).row
-            yield result
+
+    def merged(result: Result) -> Result:
+        if result.span is not None and result.found is not None:
+            index, load = result.span.tensor, plan.loads[result.span.tensor]
+            last = result.span.stop == load.blocks
+            hands.spare.extend(large[index].take(result.found, last))
+            result.found = None
+            if last and large[index].next is not None:
+                whole = replace(result.span, first=0)
+                further.extend(arranged(cut(whole, plan.grain, spans(index, large[index].turn)), first=True))
+            elif last:
+                result.records = large.pop(index).row
+        return result
+
+    return (merged(result) for begun in handed for result in given(begun))

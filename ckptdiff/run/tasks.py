@@ -258,9 +258,12 @@ def fit_memory(
     )
 
 
-def _waiting(threads: int) -> tuple[int, int]:
-    """How many tasks may be under way or in waiting: as many as are of use, and as few as keep every thread at work."""
-    return 2 * threads + 2, threads + 1
+def _waiting(threads: int) -> tuple[int, ...]:
+    """How many tasks may be under way or in waiting, from as many as are of use to as few as keep every thread at work.
+
+    At most two a thread, and what threads do while the facts of tens of thousands of tensors are gathered.
+    """
+    return 2 * threads + 8, 2 * threads + 2, threads + 1
 
 
 def _ahead(threads: int, fetched: int) -> tuple[int, ...]:

@@ -15,7 +15,8 @@ DEFLATED = 0
 RAW = 1
 """Filter mask of a chunk that skipped deflate."""
 
-_SMALL_CHUNK = 4096
+ENCODED = 4096
+"""Bytes of the smallest chunk that goes to our own encoder."""
 _EMPTY, _ONE_RUN = 24, 1000
 """What a run of one byte takes: the ends of the stream and the code, and two bits for each 258 bytes."""
 
@@ -57,7 +58,7 @@ def compress_parts(
         # Kernels are compiled for each kind of array that they are given; this keeps it to one kind.
         packed = packed.view()
         packed.flags.writeable = False
-    large = np.flatnonzero(sizes >= _SMALL_CHUNK)
+    large = np.flatnonzero(sizes >= ENCODED)
     deflated: dict[int, Deflated] = {}
     if large.size:
         parts = np.column_stack([starts, starts + sizes, sizes])[large]

@@ -11,22 +11,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ckptdiff.deflate.deflate import deflate_parts
 from ckptdiff.measure.histograms import HistogramRows, log2_floor, ulp_floor
 from ckptdiff.runfile.direct_chunks import write_chunk
 from ckptdiff.runfile.schema import HISTOGRAMS
 
 _ROWS = 64
+_GROWTH = 64 * _ROWS
+"""Rows that a dataset grows by, which takes HDF5 as long as to write a chunk."""
 _WAITING = 8
 """Chunks of each dataset that may wait to be compressed, 4 MB in all: the thread that does it has no core to itself."""
 _LEVEL = 1
 
 
 class HistogramTable:
-    """Datasets in an empty group, of one row per tensor, that grow by whole chunks of 64 rows."""
+    """Datasets in an empty group, of one row per tensor, that are written by whole chunks of 64 rows.
 
-    def __init__(self, group: Any) -> None:
+    Parameters
+    ----------
+    group : h5py.Group
+    many : bool
+        Whether there are so many rows that the encoder of masks, which has to be loaded, takes them sooner than zlib.
+    """
+
+    def __init__(self, group: Any, many: bool = False) -> None:
+        self._many = many
         self._parts: defaultdict[str, list[NDArray[np.uint64]]] = defaultdict(list)
-        self._held = self._written = 0
+        self._held = self._written = self._room = 0
         self._waiting: deque[tuple[int, Future[dict[str, bytes]]]] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ckptdiff-histograms")
         self._group = group
@@ -72,6 +83,7 @@ class HistogramTable:
             self._write()
         while self._waiting:
             self._write_waiting()
+        self._resize(tensors)
 
     def close(self) -> None:
         """End the thread that compresses."""
@@ -85,8 +97,8 @@ class HistogramTable:
 
     def _write(self) -> None:
         """Hand the rows to be compressed, and write those that were handed some time ago."""
-        # Compressed here, not by HDF5, because zlib gives the GIL away and HDF5 does not.
-        self._waiting.append((self._written, self._pool.submit(_deflated, self._parts)))
+        # Compressed here, not by HDF5, because zlib and compiled code give the GIL away and HDF5 does not.
+        self._waiting.append((self._written, self._pool.submit(_deflated, self._parts, self._many)))
         self._parts = defaultdict(list)
         self._written, self._held = self._written + self._held, 0
         if len(self._waiting) > _WAITING:
@@ -94,19 +106,36 @@ class HistogramTable:
 
     def _write_waiting(self) -> None:
         start, chunks = self._waiting.popleft()
+        if start + _ROWS > self._room:
+            self._resize(self._room + _GROWTH)
         for field, chunk in chunks.result().items():
-            dataset = self._datasets[field].id
-            dataset.set_extent((min(start + _ROWS, self._written), dataset.shape[1]))
-            write_chunk(dataset, (start, 0), chunk)
+            write_chunk(self._datasets[field].id, (start, 0), chunk)
+
+    def _resize(self, rows: int) -> None:
+        self._room = rows
+        for dataset in self._datasets.values():
+            dataset.resize(rows, axis=0)
 
 
-def _deflated(chunks: Mapping[str, Sequence[NDArray[np.uint64]]]) -> dict[str, bytes]:
+def _deflated(chunks: Mapping[str, Sequence[NDArray[np.uint64]]], many: bool) -> dict[str, bytes]:
     """Compress chunks of which each comes in parts; what is left of it are zeros."""
-    found = {}
-    for field, parts in chunks.items():
-        # Most bins are empty: looking for runs alone is faster than for any repeat, and finds more at this level.
-        encoder = zlib.compressobj(_LEVEL, strategy=zlib.Z_RLE)
-        rest = _ROWS * parts[0][0].nbytes - sum(part.nbytes for part in parts)
-        pieces = [encoder.compress(np.ascontiguousarray(part).data) for part in parts]
-        found[field] = b"".join([*pieces, encoder.compress(bytes(rest)), encoder.flush()])
-    return found
+    stops = np.cumsum([_ROWS * parts[0][0].nbytes for parts in chunks.values()])
+    starts = np.array([0, *stops[:-1]])
+    data = np.zeros(stops[-1], np.uint8)
+    for start, parts in zip(starts.tolist(), chunks.values(), strict=True):
+        held = sum(part.nbytes for part in parts)
+        np.concatenate(parts, axis=None, out=data[start : start + held].view(np.uint64))
+    data.flags.writeable = False
+    # Both look for runs alone: most bins are empty, and a search for any repeat would find less at this level.
+    if many:
+        bounds = np.column_stack([starts, stops, stops - starts])
+        streams = [found.stream for found in deflate_parts(data, bounds, search=False)]
+    else:
+        streams = [None] * len(chunks)
+    pieces = zip(chunks, starts.tolist(), stops.tolist(), streams, strict=True)
+    return {field: stream or _runs_only(data[start:stop]) for field, start, stop, stream in pieces}
+
+
+def _runs_only(data: NDArray[np.uint8]) -> bytes:
+    encoder = zlib.compressobj(_LEVEL, strategy=zlib.Z_RLE)
+    return encoder.compress(data.data) + encoder.flush()

@@ -45,7 +45,8 @@ class RunFileWriter:
     title : str, optional
         The user's own title; NUL and what is not Unicode become question marks.
     paged : bool
-        Write by pages of 64 KiB: quicker for tens of thousands of small masks, and a waste of room for large ones.
+        Write by pages of 64 KiB: quicker for tens of thousands of small masks, and a waste of room for large ones. The
+        encoder of masks then takes histograms too.
 
     Raises
     ------
@@ -90,7 +91,7 @@ class RunFileWriter:
         blank = self._blank_for(name, shape)
         link = self._place(name, blank)
         if blank.chunks:
-            self._open[name] = _OpenMask(h5d.open(self._masks.id, link), blank.chunk, blank.chunks)
+            self._open[name] = _OpenMask(h5d.open(self._masks, link), blank.chunk, blank.chunks)
         self._staged.check()
 
     def add_mask_chunks(
@@ -162,9 +163,10 @@ class RunFileWriter:
         cache = {"rdcc_nslots": 1, "rdcc_nbytes": 0}
         self._file = h5py.File(self._staged, "w", libver=("v110", "v110"), track_order=False, **cache, **self._paging)
         self._file.attrs.update(self._root)
-        self._masks = self._file.create_group("masks")
-        self._masks.attrs.update(rule=str(self._rule), compare=self._compare, bit_order=BIT_ORDER)
-        self._table = HistogramTable(self._file.create_group("histograms"))
+        masks = self._file.create_group("masks")
+        masks.attrs.update(rule=str(self._rule), compare=self._compare, bit_order=BIT_ORDER)
+        self._masks = masks.id
+        self._table = HistogramTable(self._file.create_group("histograms"), many=bool(self._paging))
 
     def _blank_for(self, name: str, shape: tuple[int, ...]) -> _Blank:
         """What a new mask begins as."""
@@ -179,7 +181,7 @@ class RunFileWriter:
         link = escape_name(name).encode()
         # A copy costs half of a new dataset with its attribute, and the high-level calls several times as much: seconds
         # over 30,000 tensors.
-        h5o.copy(blank.dataset, b".", self._masks.id, link)
+        h5o.copy(blank.dataset, b".", self._masks, link)
         self._masked[name] = blank.numel
         return link
 

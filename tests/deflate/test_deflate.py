@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ckptdiff.deflate.deflate import deflate
+from ckptdiff.deflate.deflate import Deflated, deflate, deflate_parts
 
 
 def frozen(data: np.ndarray) -> np.ndarray:
@@ -48,6 +48,18 @@ def test_random_masks(seed: int, density: float, size: int) -> None:
 @given(st.binary(min_size=1, max_size=500))
 def test_any_bytes(data: bytes) -> None:
     assert_inverse(np.frombuffer(data, np.uint8))
+
+
+@given(st.lists(st.integers(0, 2**40), min_size=8, max_size=200), st.integers(1, 20))
+def test_without_a_search_the_streams_are_the_same(counts: list[int], times: int) -> None:
+    """Of counters, each with zeros around it, as histograms are; they come again, which then nobody tells."""
+    data = frozen(np.tile(np.array(counts, np.uint64), times).view(np.uint8))
+    cut = 8 * times
+    parts = np.array([[0, cut, cut + 1000], [cut, data.size, data.size]])
+    searched, found = (deflate_parts(data, parts, search=search) for search in (True, False))
+    assert found == [Deflated(one.stream, False) for one in searched]
+    for (start, stop, _), one in zip(parts.tolist(), found, strict=True):
+        assert one.stream is None or zlib.decompress(one.stream) == data[start:stop].tobytes()
 
 
 @pytest.mark.parametrize("length", [*range(1, 40), *range(255, 270), *range(510, 530), 65536, 131072])

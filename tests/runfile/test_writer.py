@@ -89,15 +89,16 @@ def test_columns_are_datasets_on_the_scale_of_names(sample: Sample) -> None:
             assert (tensors[fact].dtype.kind, tensors[fact].attrs["_Encoding"]) == ("S", "utf-8")
 
 
+@pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("batches", [[1] * 150, [150], [63, 2, 64, 0, 21]])
 def test_histograms_have_one_row_per_tensor_in_plan_order(
-    tmp_path: Path, make_diff: Callable, make_facts: Callable, batches: list[int]
+    tmp_path: Path, make_diff: Callable, make_facts: Callable, batches: list[int], paged: bool
 ) -> None:
     rng = np.random.default_rng(1)
     tensors = [(make_facts(f"layers.{i}.w", (3,)), 1.0) for i in range(150)]
     rows = [random_rows(rng, size) for size in batches]
     diff = make_diff(tensors=tensors, mask_rule="none")
-    write(tmp_path / "run.h5", diff, {}, rows)
+    write(tmp_path / "run.h5", diff, {}, rows, paged=paged)
     with h5py.File(tmp_path / "run.h5") as file:
         group = file["histograms"]
         fields = {
@@ -117,6 +118,19 @@ def test_histograms_have_one_row_per_tensor_in_plan_order(
             rows_scale, bins_scale = (dimension[0] for dimension in group[dataset].dims)
             assert rows_scale == file["tensors/name"] == group["name"]
             assert bins_scale == group["ulp_floor" if dataset == "ulp" else "log2_floor"]
+
+
+def test_histograms_that_cannot_be_compressed_are_kept(
+    tmp_path: Path, make_diff: Callable, make_facts: Callable
+) -> None:
+    """No run makes them: counters of any 64 bits, which take more room as Huffman codes than as they are."""
+    rng = np.random.default_rng(2)
+    rows = HistogramRows(*(rng.integers(0, 2**64, (70, bins), np.uint64) for bins in (279, 279, 279, 64)))
+    tensors = [(make_facts(f"layers.{i}.w", (3,)), 1.0) for i in range(len(rows))]
+    write(tmp_path / "run.h5", make_diff(tensors=tensors, mask_rule="none"), {}, [rows], paged=True)
+    with h5py.File(tmp_path / "run.h5") as file:
+        np.testing.assert_array_equal(file["histograms/base_log2"][:], rows.base)
+        np.testing.assert_array_equal(file["histograms/ulp"][:], rows.ulp)
 
 
 def test_root_attributes_say_what_it_is(sample: Sample) -> None:

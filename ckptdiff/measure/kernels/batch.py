@@ -31,11 +31,10 @@ def fill(target: Array) -> None:
 @helper
 def clear(totals: Totals) -> None:
     """Set to nothing seen, touching only the bins in use."""
+    # By slices: an index of two parts keeps the compiler from a fill, and it scatters zeros one by one.
     for row in range(3):
-        for bin_ in range(totals.span[0], totals.span[1] + 1):
-            totals.weights[row, bin_] = 0
-        for bin_ in range(totals.span[2], totals.span[3] + 1):
-            totals.deltas[row, bin_] = np.uint64(0)
+        fill(totals.weights[row, totals.span[0] : totals.span[1] + 1])
+        fill(totals.deltas[row, totals.span[2] : totals.span[3] + 1])
     totals.span[0], totals.span[1], totals.span[2], totals.span[3] = BINS, -1, BINS, -1
     fill(totals.counts)
     fill(totals.within)
