@@ -109,10 +109,10 @@ def read_header(
     else:
         header = _parse(raw, file)
         shard = Shard(file, *place, digest, _metadata(header.pop("__metadata__", None), file), remote, content)
-        tensors = _plain_tensors(header, shard, data_start)
-        if tensors is None:
-            sizes: _Sizes = {}
-            tensors = [_tensor(name, entry, shard, data_start, sizes) for name, entry in header.items()]
+        sizes: _Sizes = {}
+        tensors = _plain_tensors(header, shard, data_start) or [
+            _tensor(name, entry, shard, data_start, sizes) for name, entry in header.items()
+        ]
         tensors.sort(key=attrgetter("start", "stop", "name"))
     _check_coverage(tensors, shard, data_start)
     return shard, tuple(tensors)

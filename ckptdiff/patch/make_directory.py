@@ -11,15 +11,16 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ckptdiff.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from ckptdiff.checkpoint import Checkpoint, TensorInfo
+from ckptdiff.checkpoint.checkpoint import open_pair
 from ckptdiff.errors import OptionError, PatchError, RunFileError
 from ckptdiff.events import Listener
 from ckptdiff.files.staged import StagedFile, StagedFolder, sync_folder, write_whole
@@ -34,13 +35,12 @@ from ckptdiff.patch.comparing import (
     pieces_of,
     require_same_tensors,
     shipped,
-    spooled,
 )
 from ckptdiff.patch.delta import BLOCK_CODES
 from ckptdiff.patch.digests import CHECKSUMS, BlockDigests, digest_of, required
 from ckptdiff.patch.side_files import SideFiles
 from ckptdiff.runfile.check_target import check_new
-from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
+from ckptdiff.runfile.safetensors_file import header_bytes
 
 __all__ = [
     "ENCODINGS",
@@ -58,6 +58,7 @@ OVERWRITE_LIMIT = 1 << 32
 """Bytes of a tensor from which uint32 positions do not reach its end."""
 _VERSIONED = re.compile(r"weight_v(\d{6,})")
 _MOST_VERSION = 999_999_999
+_CODES = {width: np.dtype(f"u{width}") for width in (1, 2, 4, 8)}
 
 
 def folder_name(version: int) -> str:
@@ -124,7 +125,7 @@ def make_directory(
     (30, 3)
     """
     target = Path(target)
-    sides = open_checkpoint(base), open_checkpoint(tuned)
+    sides = open_pair(os.fspath(base), os.fspath(tuned))
     check_new(target)
     begin = partial(
         begin_directory,
@@ -210,6 +211,26 @@ def _require_reach(side: Checkpoint) -> None:
             )
 
 
+class _Change(NamedTuple):
+    """What changed in a block."""
+
+    payload: Any
+    """A whole frame, or what goes into one; None if nothing changed."""
+    changed: int
+    """Codes, and bytes."""
+    changed_bytes: int
+    digest: str | None
+    """Of the new bytes of a tensor, with its last block."""
+
+
+class _Frame(NamedTuple):
+    """Where the frame of a tensor is kept, and the digest of its new bytes."""
+
+    start: int
+    size: int
+    digest: str | None
+
+
 class DirectoryMaking:
     """One directory: frames go to a file without a name, and from there, with their header, into safetensors files."""
 
@@ -236,34 +257,34 @@ class DirectoryMaking:
         self._overwrite = facts["delta_encoding"] == "overwrite"
         self._digests = BlockDigests(stop, facts["checksum_format"])
         self._compressors = threading.local()
-        self._entries: dict[str, Entry] = {}
+        self._made: dict[str, _Frame] = {}
         self._changed = self._changed_bytes = 0
         self._start, self._unchanged = 0, 0
         self._stream: Any = None
 
-    def work(self, blocks: PairBlocks) -> list[tuple[Any, int, int] | None]:
-        """What changed in each block: the whole frame of a tensor of one block, else what goes into it; or None."""
-        return [self._changes(tensor, blocks.place, before, after) for tensor, before, after in blocks.each()]
+    def work(self, blocks: PairBlocks) -> list[_Change]:
+        """What changed in each block: the whole frame of a tensor of one block, else what goes into it."""
+        return [self._change(tensor, blocks.place, before, after) for tensor, before, after in blocks.each()]
 
-    def _changes(self, tensor: TensorInfo, place: int, before: Bytes, after: Bytes) -> tuple[Any, int, int] | None:
-        coding, blocks = Coding.of(tensor.dtype), blocks_in(tensor)
+    def _change(self, tensor: TensorInfo, place: int, before: Bytes, after: Bytes) -> _Change:
+        width, blocks, digest = Coding.of(tensor.dtype).width, blocks_in(tensor), None
         if blocks > 1:
-            self._digests.add(tensor.name, place, blocks, after)
+            (digest,) = self._digests.add(tensor.name, place, blocks, after) or (None,)
         apart = before ^ after
         changed_bytes = int(np.count_nonzero(apart))
         if not changed_bytes:
-            return None
-        changed = int(np.count_nonzero(apart.view(f"u{coding.width}")))
+            return _Change(None, 0, 0, digest)
+        changed = int(np.count_nonzero(apart.view(_CODES[width])))
         payload: Any = apart
         if self._overwrite:
             at = np.flatnonzero(apart)
-            payload = (at + place * BLOCK_CODES * coding.width).astype("<u4"), after[at]
+            payload = (at + place * BLOCK_CODES * width).astype("<u4"), after[at]
         if blocks == 1:
-            self._digests.add(tensor.name, place, blocks, after)
+            (digest,) = self._digests.add(tensor.name, place, blocks, after)
             if self._overwrite:
                 payload = b"".join([changed_bytes.to_bytes(4, "little"), *map(np.ndarray.tobytes, payload)])
             payload = self._compressor().compress(payload)
-        return payload, changed, changed_bytes
+        return _Change(payload, changed, changed_bytes, digest)
 
     def _compressor(self) -> Any:
         """One of each thread; none may be used by two at a time."""
@@ -272,26 +293,37 @@ class DirectoryMaking:
             found = self._compressors.found = self._small()
         return found
 
-    def take(self, tensor: TensorInfo, place: int, found: tuple[Any, int, int] | None) -> None:
-        """Write what changed in a block; at the last of a tensor, note where its frame is."""
+    def take(self, tensors: Sequence[TensorInfo], place: int, found: Sequence[_Change]) -> None:
+        """Write what changed in blocks; at the last of a tensor, note where its frame is."""
+        self._changed += sum(one.changed for one in found)
+        self._changed_bytes += sum(one.changed_bytes for one in found)
+        if blocks_in(tensors[0]) > 1:
+            self._add(tensors[0], place, found[0])
+        else:
+            end = self._frames.tell()
+            frames = [(tensor.name, one) for tensor, one in zip(tensors, found, strict=True) if one.payload is not None]
+            for name, one in frames:
+                self._made[name] = _Frame(end, len(one.payload), one.digest)
+                end += len(one.payload)
+            self._frames.write(b"".join([one.payload for _, one in frames]))
+        for spool in (self._frames, self._positions, self._values):
+            spool.check()
+
+    def _add(self, tensor: TensorInfo, place: int, found: _Change) -> None:
+        """Write what changed in a block of a large tensor."""
         block = BLOCK_CODES * Coding.of(tensor.dtype).width
         if place == 0:
             self._start, self._stream, self._unchanged = self._frames.tell(), None, 0
-        if found is not None:
-            payload, changed, changed_bytes = found
-            self._changed += changed
-            self._changed_bytes += changed_bytes
-            if isinstance(payload, bytes):
-                self._frames.write(payload)
-            elif self._overwrite:
-                self._positions.write(payload[0].view(np.uint8).data)
-                self._values.write(payload[1].data)
+        if found.payload is not None:
+            if self._overwrite:
+                self._positions.write(found.payload[0].view(np.uint8).data)
+                self._values.write(found.payload[1].data)
             else:
                 if self._stream is None:
                     self._stream = self._parallel.compressobj(size=tensor.nbytes)
                     for zeros in _zeros(self._unchanged):
                         self._frames.write(self._stream.compress(zeros))
-                self._frames.write(self._stream.compress(payload.data))
+                self._frames.write(self._stream.compress(found.payload.data))
         elif self._stream is not None:
             self._frames.write(self._stream.compress(bytes(min(block, tensor.nbytes - place * block))))
         else:
@@ -302,10 +334,7 @@ class DirectoryMaking:
             elif self._values.tell():
                 self._join()
             if size := self._frames.tell() - self._start:
-                pieces = spooled(self._frames, self._start, size)
-                self._entries[tensor.name] = Entry(tensor.name, "U8", (size,), pieces)
-        for spool in (self._frames, self._positions, self._values):
-            spool.check()
+                self._made[tensor.name] = _Frame(self._start, size, found.digest)
 
     def _join(self) -> None:
         """Make a frame of the positions and the values of a large tensor, and begin again with the next."""
@@ -321,18 +350,17 @@ class DirectoryMaking:
 
     def finish(self) -> Shipped:
         """Copy the frames into files, write the index behind them, and let the directory take its name."""
-        entries, folder = self._entries, self._folder.path
-        files = [some for names in self._by_shard if (some := [entries[name] for name in names if name in entries])]
-        digests = {name: str(digest).rpartition(":")[2] for name, (digest,) in self._digests.found.items()}
+        made, folder = self._made, self._folder.path
+        files = [some for names in self._by_shard if (some := [name for name in names if name in made])]
         weight_map: dict[str, str] = {}
         size = 0
         for place, some in enumerate(files):
-            name = f"model-{place:05d}-of-{len(files):05d}.safetensors"
-            with StagedFile(folder / name) as staged:
-                write_safetensors(staged, some, {one.name: digests[one.name] for one in some})
+            file = f"model-{place:05d}-of-{len(files):05d}.safetensors"
+            with StagedFile(folder / file) as staged:
+                self._write(staged, some)
                 staged.commit()
                 size += staged.tell()
-            weight_map |= {one.name: name for one in some}
+            weight_map |= dict.fromkeys(some, file)
         self._spools.close()
         index = json.dumps({"metadata": self._facts, "weight_map": weight_map}, ensure_ascii=False).encode()
         write_whole(folder / INDEX_NAME, index)
@@ -341,7 +369,22 @@ class DirectoryMaking:
         except OSError as error:
             raise RunFileError(f"cannot write the output: {error.strerror}", file=folder) from error
         self._folder.commit()
-        return shipped(self._sides, len(entries), self._changed, self._changed_bytes, len(files), size + len(index))
+        return shipped(self._sides, len(made), self._changed, self._changed_bytes, len(files), size + len(index))
+
+    def _write(self, staged: StagedFile, names: Sequence[str]) -> None:
+        """Write a safetensors file; frames that lie one behind the other are copied together."""
+        made = [self._made[name] for name in names]
+        shapes = ((name, "U8", (one.size,), one.size) for name, one in zip(names, made, strict=True))
+        digests = {name: str(one.digest).rpartition(":")[2] for name, one in zip(names, made, strict=True)}
+        staged.write(header_bytes(shapes, digests))
+        runs: list[tuple[int, int]] = []
+        for start, size, _ in made:
+            first, end = runs.pop() if runs and runs[-1][1] == start else (start, start)
+            runs.append((first, end + size))
+        for first, end in runs:
+            for piece in pieces_of(self._frames, first, end - first):
+                staged.write(piece)
+                staged.check()
 
 
 def _zeros(count: int) -> Iterator[bytes]:
