@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
 from itertools import accumulate, pairwise
 
@@ -13,7 +14,7 @@ from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.errors import PatchError, first_few
 from ckptdiff.patch.delta import BLOCK_CODES, TensorDelta
-from ckptdiff.patch.digests import TensorDigest, checksum_of, digest_of
+from ckptdiff.patch.digests import TensorDigest, checksum_of, digest_of, digests_of_parts
 from ckptdiff.patch.link import Link
 from ckptdiff.patch.spans import Piece, read_block_of, read_whole_tensors
 
@@ -77,12 +78,20 @@ class Chain:
         self.tensors: Mapping[str, TensorDelta] = {
             name: one for name, one in links[-1].delta.tensors.items() if one.state != "lost"
         }
-        self._origins = {name: self._origin(name) for name in self.tensors}
+        # Of each tensor that a link brings whole, the last one that does.
+        self._origins = {
+            name: place
+            for place, link in enumerate(links)
+            for name, one in link.delta.tensors.items()
+            if one.state == "whole"
+        }
         self._require_base()
         self._unchanged = {
             name
-            for name in self.tensors
-            if self.takes_base(name) and all(link.delta.tensors[name].state == "same" for link in self.links)
+            for name, one in self.tensors.items()
+            if one.state == "same"
+            and self.takes_base(name)
+            and all(link.delta.tensors[name].state == "same" for link in self.links)
         }
         self._digests: dict[str, tuple[TensorDigest, TensorDigest]] = {}
         self.repeated: set[str] = set()
@@ -90,7 +99,7 @@ class Chain:
 
     def takes_base(self, name: str) -> bool:
         """Whether a tensor begins with bytes of the base."""
-        return self._origins[name] == 0 and self.links[0].delta.tensors[name].state != "whole"
+        return name not in self._origins
 
     def unchanged_names(self) -> Set[str]:
         """Tensors that no link changes."""
@@ -98,11 +107,11 @@ class Chain:
 
     def size_of(self, pieces: Sequence[Piece]) -> int:
         """Bytes of blocks."""
-        total = 0
-        for name, place in pieces:
-            tensor = self.tensors[name]
-            total += min(BLOCK_CODES, tensor.codes - place * BLOCK_CODES) * tensor.coding.width
-        return total
+        if len(pieces) > 1:
+            return sum([self.tensors[name].nbytes for name, _ in pieces])
+        ((name, place),) = pieces
+        tensor = self.tensors[name]
+        return min(BLOCK_CODES, tensor.codes - place * BLOCK_CODES) * tensor.coding.width
 
     def make(self, shards: OpenShards, pieces: Sequence[Piece], out: Bytes) -> None:
         """Make the bytes of blocks, one behind the other; digests are checked at the end of each tensor.
@@ -113,22 +122,18 @@ class Chain:
             self.block(shards, *pieces[0], out)
             return
         names = [name for name, _ in pieces]
-        tensors = [self.tensors[name] for name in names]
-        starts = [0, *accumulate(tensor.nbytes for tensor in tensors)]
-        taken = [place for place, name in enumerate(names) if self.takes_base(name)]
-        self._read_small(shards, [names[place] for place in taken], [starts[place] for place in taken], out)
-        before = self._digests_of(names, taken, starts, out, 0)
+        starts = [0, *accumulate([self.tensors[name].nbytes for name in names])]
+        parts = dict(zip(names, pairwise(starts), strict=True))
+        taken = [name for name in names if name not in self._origins]
+        self._read_small(shards, taken, [parts[name][0] for name in taken], out)
+        before = self._digests_of(taken, parts, out, 0)
         for depth, link in enumerate(self.links):
-            ones, at = [], []
-            for name, start in zip(names, starts, strict=False):
-                if self._origins[name] <= depth and (one := link.delta.tensors[name]).codes:
-                    ones.append(one)
-                    at.append(start)
-            link.apply_small(ones, at, out, self.stop)
-        changed = [place for place, name in enumerate(names) if name not in self._unchanged]
-        after = before | self._digests_of(names, changed, starts, out, 1)
-        for place, name in enumerate(names):
-            self._check(name, before.get(place), after[place])
+            ones = [link.delta.tensors[name] for name in names if self._origins.get(name, 0) <= depth]
+            ones = [one for one in ones if one.codes]
+            link.apply_small(ones, [parts[one.name][0] for one in ones], out, self.stop)
+        after = before | self._digests_of([name for name in names if name not in self._unchanged], parts, out, 1)
+        for name in names:
+            self._check(name, before.get(name), after[name])
 
     def block(self, shards: OpenShards, name: str, place: int, codes: Bytes, *, keep: bool = False) -> Bytes | None:
         """Make the bytes of one block; returns what they were before, if that is to be kept and the base has them."""
@@ -140,7 +145,7 @@ class Chain:
             old = codes.copy() if keep else None
         after = before
         if name not in self._unchanged:
-            for link in self.links[self._origins[name] :]:
+            for link in self.links[self._origins.get(name, 0) :]:
                 one = link.delta.tensors[name]
                 if one.blocks:
                     link.apply(one, place, codes, self.stop)
@@ -200,28 +205,27 @@ class Chain:
         return both[which].value() if place == self.tensors[name].blocks - 1 else ""
 
     def _digests_of(
-        self, names: Sequence[str], places: Sequence[int], starts: Sequence[int], out: Bytes, which: int
-    ) -> dict[int, str | None]:
-        """Digests of some of the tensors that lie one behind the other."""
-        found: dict[int, str | None] = {}
-        for place in places:
-            checksums = self._checksums(names[place])
-            found[place] = checksums and digest_of(out[starts[place] : starts[place + 1]], checksums[which])
+        self, names: Sequence[str], parts: Mapping[str, tuple[int, int]], out: Bytes, which: int
+    ) -> dict[str, str | None]:
+        """Digests of tensors that lie at these parts of an array, those of a kind together."""
+        found: dict[str, str | None] = {}
+        of_kind: defaultdict[str, list[str]] = defaultdict(list)
+        for name in names:
+            checksums = self._checksums(name)
+            if checksums is None:
+                found[name] = None
+            else:
+                of_kind[checksums[which]].append(name)
+        for checksum, some in of_kind.items():
+            found |= zip(some, digests_of_parts(out, [parts[name] for name in some], checksum), strict=True)
         return found
-
-    def _origin(self, name: str) -> int:
-        """The last link that brings the tensor whole; else the first, which takes it from the base."""
-        for place in range(len(self.links) - 1, -1, -1):
-            if self.links[place].delta.tensors[name].state == "whole":
-                return place
-        return 0
 
     def _require_base(self) -> None:
         file = self.links[0].path
         for name, one in self.links[0].delta.tensors.items():
             if one.state in ("same", "changed"):
                 found = self.base.tensors.get(name)
-                if found is None or (found.dtype, found.shape) != (one.dtype, one.shape):
+                if found is None or found.dtype != one.dtype or found.shape != one.shape:
                     raise PatchError(
                         "the base is not the one that the patch was made for",
                         file=file,

@@ -14,6 +14,7 @@ from ckptdiff.errors import PatchError
 from ckptdiff.patch.delta import Blob, Delta, TensorDelta, TunedFile
 from ckptdiff.patch.in_turn import InTurn
 from ckptdiff.patch.side_files import SideFiles
+from ckptdiff.patch.small_frames import SmallFrames
 
 __all__ = ["FETCH_AGAIN", "Apply", "GivenSide", "Link", "StreamLink", "scattered"]
 
@@ -98,6 +99,10 @@ class StreamLink:
     begin : mapping of str to callable
         Of each changed tensor, what begins to read it; it takes what the chain knows of the tensor, and yields what is
         to be done with each block.
+    repeatable : bool
+        Whether a base to which it has been applied already may be given again.
+    small : callable, optional
+        Makes many small tensors, and returns those that it has not.
     """
 
     def __init__(
@@ -108,8 +113,9 @@ class StreamLink:
         digests: Mapping[str, tuple[str | None, str | None]],
         begin: Mapping[str, Callable[[TensorDelta], Iterator[Apply]]],
         repeatable: bool = False,
+        small: SmallFrames | None = None,
     ) -> None:
-        self.path, self.identity, self.repeatable = path, identity, repeatable
+        self.path, self.identity, self.repeatable, self._small = path, identity, repeatable, small
         self._begin, self._files = begin, SideFiles(base) if isinstance(base, Checkpoint) else None
         self._begun: dict[str, tuple[InTurn, Iterator[Apply]]] = {}
         if self._files is None:
@@ -157,7 +163,8 @@ class StreamLink:
         self, tensors: Sequence[TensorDelta], starts: Sequence[int], codes: Bytes, stop: threading.Event
     ) -> None:
         """Do so with several tensors of one block, each of which begins at one byte of the codes."""
-        for tensor, start in zip(tensors, starts, strict=True):
+        ones = [(tensor, start) for tensor, start in zip(tensors, starts, strict=True) if tensor.state == "changed"]
+        for tensor, start in ones if self._small is None else self._small(ones, codes):
             self.apply(tensor, 0, codes[start : start + tensor.nbytes], stop)
 
     def header(self, file: int) -> bytes:

@@ -21,7 +21,8 @@ from ckptdiff.files.staged import StagedFile
 from ckptdiff.patch.coded_block import Coding, code_block, code_whole
 from ckptdiff.patch.comparing import Bytes, PairBlocks, Sides, blocks_in, codes_in, make_of_pair
 from ckptdiff.patch.delta import Delta, State, TensorDelta, TunedFile
-from ckptdiff.patch.delta_file import SIGNATURE, IndexText, write_blob
+from ckptdiff.patch.delta_file import SIGNATURE, write_blob, write_index
+from ckptdiff.patch.delta_index import IndexText
 from ckptdiff.patch.digests import BlockDigests, digests_of_parts, required
 from ckptdiff.patch.side_files import SideFiles
 from ckptdiff.patch.small_tensors import code_small, rows_of
@@ -216,7 +217,7 @@ class DeltaMaking:
             if name not in self._tensors
         }
         self._index.add([*lost.values()])
-        self._index.write(self._staged)
+        write_index(self._staged, self._index)
         self._staged.commit()
         warnings = tuple(warning for side in (self._base, self._tuned) for warning in side.warnings)
         delta = replace(self._delta, tensors={name: self._tensors[name] for name in self.names} | lost)

@@ -23,7 +23,7 @@ from ckptdiff.patch.delta import TensorDelta
 from ckptdiff.patch.kernels import small_blocks
 from ckptdiff.patch.kernels.small_blocks import ALONE, FACTS
 
-__all__ = ["apply_small", "apply_stored", "code_small", "rows_of"]
+__all__ = ["apply_small", "apply_stored", "bytes_of", "code_small", "rows_of"]
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Blocks: TypeAlias = NDArray[np.int64]
@@ -109,17 +109,16 @@ def apply_small(codes: Bytes, blocks: Blocks, coded: bytes, sizes: Sequence[int]
     data, facts = np.frombuffer(coded, np.uint8), np.zeros((len(blocks), FACTS), np.int64)
     small_blocks.read_facts(data, blocks, bounds, facts)
     facts[~_together(blocks), 0] = 0
-    packed = (facts[:, 4::3] < facts[:, 3::3]) & (facts[:, :1] > 0)
-    plain, end = [], 0
-    for place, stream in np.argwhere(packed).tolist():
-        size, stored, at = facts[place, 3 + 3 * stream : 6 + 3 * stream].tolist()
+    places, packed = np.nonzero((facts[:, 4::3] < facts[:, 3::3]) & (facts[:, :1] > 0))
+    size, stored, at = (facts[places, 3 + 3 * packed + k] for k in range(3))
+    facts[places, 5 + 3 * packed] = np.cumsum(size) - size
+    plain = []
+    for place, *stream in np.column_stack([places, at, at + stored, size]).tolist():
         try:
-            plain.append(inflated(coded[at : at + stored], size))
+            plain.append(inflated(coded[stream[0] : stream[1]], stream[2]))
         except DamagedBlockError:
+            plain.append(bytes(stream[2]))
             facts[place, 0] = 0
-            continue
-        facts[place, 5 + 3 * stream] = end
-        end += size
     alone = np.flatnonzero((facts[:, 0] == 0) & (np.diff(bounds) > 0)).tolist()
     streams = np.frombuffer(b"".join(plain), np.uint8)
     done = small_blocks.apply_small(codes, blocks, facts, data, streams, _small_rooms().steps)
@@ -133,11 +132,11 @@ def apply_stored(codes: Bytes, tensors: Sequence[tuple[TensorDelta, int]], descr
     if len(tensors) < 2 or sum(sizes) > 2 * codes.size + MOST_NUMBERS * len(tensors):
         return range(len(tensors))
     rows = rows_of((start, one.codes, one.coding) for one, start in tensors)
-    coded = _bytes_of(descriptor, [(one.offset, size) for (one, _), size in zip(tensors, sizes, strict=True)], path)
+    coded = bytes_of(descriptor, [(one.offset, size) for (one, _), size in zip(tensors, sizes, strict=True)], path)
     return apply_small(codes, rows, coded, sizes)
 
 
-def _bytes_of(descriptor: int, parts: Sequence[tuple[int, int]], path: str) -> bytes:
+def bytes_of(descriptor: int, parts: Sequence[tuple[int, int]], path: str) -> bytes:
     """Bytes of a file, from each offset on so many; what lies one behind the other is read at once."""
     found: list[bytes] = []
     start = stop = parts[0][0]

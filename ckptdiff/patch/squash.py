@@ -18,6 +18,7 @@ from ckptdiff.patch.chain import check_links
 from ckptdiff.patch.coded_block import Coding, Steps, apply_block, code_steps, code_whole
 from ckptdiff.patch.delta import BLOCK_CODES, Blob, Delta, TensorDelta
 from ckptdiff.patch.delta_file import SIGNATURE, DeltaFile, open_delta, write_blob, write_index
+from ckptdiff.patch.delta_index import IndexText
 from ckptdiff.patch.opening import patch_kind
 from ckptdiff.patch.spans import load_kernels
 from ckptdiff.runfile.check_target import check_new
@@ -90,7 +91,9 @@ def squash(
                 index=index,
                 tensors=_with_lost(links, tensors),
             )
-            write_index(staged, delta)
+            text = IndexText(delta)
+            text.add(delta.tensors.values())
+            write_index(staged, text)
         staged.commit()
     return delta
 
