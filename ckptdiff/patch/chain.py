@@ -93,7 +93,7 @@ class Chain:
             and self.takes_base(name)
             and all(link.delta.tensors[name].state == "same" for link in self.links)
         }
-        self._digests: dict[str, tuple[TensorDigest, TensorDigest]] = {}
+        self._digests: dict[tuple[str, int], TensorDigest] = {}
         self.repeated: set[str] = set()
         """Tensors that were new already, by patches that may be applied again; complete when all blocks are made."""
 
@@ -151,7 +151,8 @@ class Chain:
                     link.apply(one, place, codes, self.stop)
             after = self._digest(name, place, 1, codes)
         if place == max(tensor.blocks, 1) - 1:
-            self._digests.pop(name, None)
+            for which in (0, 1):
+                self._digests.pop((name, which), None)
             self._check(name, before, after)
         return old
 
@@ -184,40 +185,38 @@ class Chain:
         ):
             self.repeated.add(name)
 
-    def _checksums(self, name: str) -> tuple[str, str] | None:
-        """Which checksums a tensor's digests before and after are to be; None where no patch has one."""
+    def _checksum(self, name: str, which: int) -> str | None:
+        """Which checksum a tensor's digest before or after is to be; None where no patch has one."""
         made = self.tensors[name].after
-        if made is None:
-            return None
-        # What a directory of deltas takes has no digest; the one that it makes tells whether it was applied already.
-        return checksum_of(self.links[0].delta.tensors[name].before or made), checksum_of(made)
+        if made is not None and which == 0:
+            # What a directory of deltas takes has no digest; that of what it makes tells whether it was applied.
+            made = self.links[0].delta.tensors[name].before or made
+        return made and checksum_of(made)
 
     def _digest(self, name: str, place: int, which: int, codes: Bytes) -> str | None:
         """Digest of a tensor up to a block, the whole of it at its last one."""
-        checksums = self._checksums(name)
-        if checksums is None:
+        checksum = self._checksum(name, which)
+        if checksum is None:
             return None
         if self.tensors[name].blocks <= 1:
-            return digest_of(codes, checksums[which])
-        first, second = (TensorDigest(self.stop, one) for one in checksums)
-        both = self._digests.setdefault(name, (first, second))
-        both[which].add(place, codes)
-        return both[which].value() if place == self.tensors[name].blocks - 1 else ""
+            return digest_of(codes, checksum)
+        digest = self._digests.setdefault((name, which), TensorDigest(self.stop, checksum))
+        digest.add(place, codes)
+        return digest.value() if place == self.tensors[name].blocks - 1 else ""
 
     def _digests_of(
         self, names: Sequence[str], parts: Mapping[str, tuple[int, int]], out: Bytes, which: int
     ) -> dict[str, str | None]:
         """Digests of tensors that lie at these parts of an array, those of a kind together."""
         found: dict[str, str | None] = {}
-        of_kind: defaultdict[str, list[str]] = defaultdict(list)
+        of_kind: defaultdict[str | None, list[str]] = defaultdict(list)
         for name in names:
-            checksums = self._checksums(name)
-            if checksums is None:
-                found[name] = None
-            else:
-                of_kind[checksums[which]].append(name)
+            of_kind[self._checksum(name, which)].append(name)
         for checksum, some in of_kind.items():
-            found |= zip(some, digests_of_parts(out, [parts[name] for name in some], checksum), strict=True)
+            if checksum is None:
+                found |= dict.fromkeys(some)
+            else:
+                found |= zip(some, digests_of_parts(out, [parts[name] for name in some], checksum), strict=True)
         return found
 
     def _require_base(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -59,8 +59,7 @@ class TunedFile:
     """Its first bytes, up to the first tensor's."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorDelta:
+class TensorDelta(NamedTuple):
     """What becomes of one tensor."""
 
     name: str
@@ -81,23 +80,31 @@ class TensorDelta:
     """Stored bytes of each block; none of a tensor that is the same."""
     replaces: bool = False
     """Whether the base has a tensor of this name, of another dtype or shape."""
-    nbytes: int = field(init=False, repr=False, compare=False)
-    """Stored bytes of the tensor."""
-    coding: Coding = field(init=False, repr=False, compare=False)
-    """How they are taken as codes."""
-    codes: int = field(init=False, repr=False, compare=False)
-    """How many these are."""
-    blocks: int = field(init=False, repr=False, compare=False)
-    """Blocks that they fill."""
 
-    def __post_init__(self) -> None:
-        # Asked for again and again, of tens of thousands of tensors.
-        nbytes, coding, codes, blocks = extent_of(self.dtype, self.shape)
-        keep = object.__setattr__
-        keep(self, "nbytes", nbytes)
-        keep(self, "coding", coding)
-        keep(self, "codes", codes)
-        keep(self, "blocks", blocks)
+    @property
+    def extent(self) -> Extent:
+        """How much it holds."""
+        return extent_of(self.dtype, self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of the tensor."""
+        return self.extent.nbytes
+
+    @property
+    def coding(self) -> Coding:
+        """How they are taken as codes."""
+        return self.extent.coding
+
+    @property
+    def codes(self) -> int:
+        """How many these are."""
+        return self.extent.codes
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that they fill."""
+        return self.extent.blocks
 
     @property
     def stored(self) -> int:

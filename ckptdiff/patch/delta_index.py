@@ -133,19 +133,14 @@ def _tensors(entries: Sequence[Any], files: int, end: int) -> dict[str, TensorDe
     _require(int, chain(places, changed, offsets, *shapes, *sizes))
     if min(chain(changed, offsets, *shapes, *sizes)) < 0:
         raise ValueError("a negative size")
-    tensors: dict[str, TensorDelta] = {}
-    for name, state, dtype, shape, file, before, after, codes, offset, stored, replaced in rows:
-        tensor = TensorDelta(
-            name, state, dtype, tuple(shape), file, before, after, codes, offset, tuple(stored), replaced
-        )
+    tensors = {
+        name: TensorDelta(name, state, dtype, tuple(shape), file, before, after, codes, offset, tuple(stored), replaced)
+        for name, state, dtype, shape, file, before, after, codes, offset, stored, replaced in rows
+    }
+    if len(tensors) < len(rows):
+        raise ValueError("a tensor twice")
+    for tensor in tensors.values():
         _check_tensor(tensor, files, end)
-        if name in tensors:
-            raise ValueError(f"{name} twice")
-        tensors[name] = tensor
-    for dtype, dims in {(one.dtype, one.shape) for one in tensors.values()}:
-        bits, extent = math.prod(dims) * DTYPES[dtype].bits, extent_of(dtype, dims)
-        if bits % 8 or bits >= 1 << 63 or extent.coding.width * extent.codes != extent.nbytes:
-            raise ValueError(f"a tensor has {bits} bits")
     return tensors
 
 
@@ -157,16 +152,19 @@ def _require(kind: type, values: Iterable[Any]) -> None:
 
 
 def _check_tensor(tensor: TensorDelta, files: int, end: int) -> None:
-    coded, before, after = _OF_STATE[tensor.state]
-    sizes = tensor.sizes
-    if len(sizes) != (tensor.blocks if coded else 0) or tensor.offset + sum(sizes) > end:
-        raise ValueError(f"{tensor.name} has {len(sizes)} blocks at {tensor.offset}")
-    if sizes and max(sizes) > BLOCK_CODES * tensor.coding.width + MOST_NUMBERS:
-        raise ValueError(f"{tensor.name} has a block of {max(sizes)} bytes")
-    if isinstance(tensor.before, str) != before or isinstance(tensor.after, str) != after:
-        raise ValueError(f"{tensor.name} lacks a digest")
-    if not 0 <= tensor.file < files if after else tensor.file != -1:
-        raise ValueError(f"{tensor.name} is in file {tensor.file}")
+    name, state, dtype, shape, file, before, after, _, offset, sizes, _ = tensor
+    coded, has_before, has_after = _OF_STATE[state]
+    nbytes, coding, codes, blocks = extent_of(dtype, shape)
+    if coding.width * codes != nbytes or nbytes >= 1 << 60 or math.prod(shape) * DTYPES[dtype].bits % 8:
+        raise ValueError(f"{name} has a shape of {list(shape)}")
+    if len(sizes) != (blocks if coded else 0) or offset + sum(sizes) > end:
+        raise ValueError(f"{name} has {len(sizes)} blocks at {offset}")
+    if sizes and max(sizes) > BLOCK_CODES * coding.width + MOST_NUMBERS:
+        raise ValueError(f"{name} has a block of {max(sizes)} bytes")
+    if isinstance(before, str) != has_before or isinstance(after, str) != has_after:
+        raise ValueError(f"{name} lacks a digest")
+    if not 0 <= file < files if has_after else file != -1:
+        raise ValueError(f"{name} is in file {file}")
 
 
 def _blob(numbers: Sequence[Any], end: int) -> Blob:

@@ -132,8 +132,7 @@ def _joined(links: Sequence[DeltaFile], tensor: TensorDelta, staged: StagedFile)
         changed += count
     if whole:
         replaces = _in_base(links, tensor.name)
-        return replace(
-            tensor,
+        return tensor._replace(
             state="whole",
             before=None,
             changed=tensor.codes,
@@ -143,8 +142,8 @@ def _joined(links: Sequence[DeltaFile], tensor: TensorDelta, staged: StagedFile)
         )
     before = chain[0][1].before
     if not changed:
-        return replace(tensor, state="same", before=before, changed=0, offset=0, sizes=())
-    return replace(tensor, state="changed", before=before, changed=changed, offset=offset, sizes=tuple(sizes))
+        return tensor._replace(state="same", before=before, changed=0, offset=0, sizes=())
+    return tensor._replace(state="changed", before=before, changed=changed, offset=offset, sizes=tuple(sizes))
 
 
 def _since_whole(links: Sequence[DeltaFile], name: str) -> list[DeltaFile]:
