@@ -75,16 +75,13 @@ class TensorDelta(NamedTuple):
     """Digest of the tuned side's bytes; None of a lost one."""
     changed: int
     """Codes that differ; of a whole tensor all."""
+    extent: Extent
+    """How much a tensor of this dtype and shape holds."""
     offset: int = 0
     sizes: tuple[int, ...] = ()
     """Stored bytes of each block; none of a tensor that is the same."""
     replaces: bool = False
     """Whether the base has a tensor of this name, of another dtype or shape."""
-
-    @property
-    def extent(self) -> Extent:
-        """How much it holds."""
-        return extent_of(self.dtype, self.shape)
 
     @property
     def nbytes(self) -> int:

@@ -134,8 +134,23 @@ def _tensors(entries: Sequence[Any], files: int, end: int) -> dict[str, TensorDe
     if min(chain(changed, offsets, *shapes, *sizes)) < 0:
         raise ValueError("a negative size")
     tensors = {
-        name: TensorDelta(name, state, dtype, tuple(shape), file, before, after, codes, offset, tuple(stored), replaced)
-        for name, state, dtype, shape, file, before, after, codes, offset, stored, replaced in rows
+        name: TensorDelta(
+            name,
+            state,
+            dtype,
+            dims,
+            file,
+            before,
+            after,
+            codes,
+            extent_of(dtype, dims),
+            offset,
+            tuple(stored),
+            replaced,
+        )
+        for (name, state, dtype, _, file, before, after, codes, offset, stored, replaced), dims in zip(
+            rows, map(tuple, shapes), strict=True
+        )
     }
     if len(tensors) < len(rows):
         raise ValueError("a tensor twice")
@@ -152,9 +167,9 @@ def _require(kind: type, values: Iterable[Any]) -> None:
 
 
 def _check_tensor(tensor: TensorDelta, files: int, end: int) -> None:
-    name, state, dtype, shape, file, before, after, _, offset, sizes, _ = tensor
+    name, state, dtype, shape, file, before, after, _, extent, offset, sizes, _ = tensor
     coded, has_before, has_after = _OF_STATE[state]
-    nbytes, coding, codes, blocks = extent_of(dtype, shape)
+    nbytes, coding, codes, blocks = extent
     if coding.width * codes != nbytes or nbytes >= 1 << 60 or math.prod(shape) * DTYPES[dtype].bits % 8:
         raise ValueError(f"{name} has a shape of {list(shape)}")
     if len(sizes) != (blocks if coded else 0) or offset + sum(sizes) > end:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import Checkpoint
 from ckptdiff.errors import PatchError
-from ckptdiff.patch.delta import Blob, Delta, TensorDelta, TunedFile
+from ckptdiff.patch.delta import Blob, Delta, State, TensorDelta, TunedFile, extent_of
 from ckptdiff.patch.in_turn import InTurn
 from ckptdiff.patch.side_files import SideFiles
 from ckptdiff.patch.small_frames import SmallFrames
@@ -142,8 +142,9 @@ class StreamLink:
         )
 
     def _tensor(self, one: _Tensor, file: int, before: str | None, after: str | None) -> TensorDelta:
-        state = "changed" if one.name in self._begin else "same"
-        return TensorDelta(one.name, state, one.dtype, one.shape, file, before, after, 0)  # type: ignore[arg-type]
+        state: State = "changed" if one.name in self._begin else "same"
+        extent = extent_of(one.dtype, one.shape)
+        return TensorDelta(one.name, state, one.dtype, one.shape, file, before, after, 0, extent)
 
     def apply(self, tensor: TensorDelta, place: int, codes: Bytes, stop: threading.Event) -> None:
         """Make the new bytes of one block of a tensor of the old ones, in place."""

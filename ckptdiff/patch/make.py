@@ -19,8 +19,8 @@ from ckptdiff.checkpoint.checkpoint import open_pair
 from ckptdiff.events import Listener
 from ckptdiff.files.staged import StagedFile
 from ckptdiff.patch.coded_block import Coding, code_block, code_whole
-from ckptdiff.patch.comparing import Bytes, PairBlocks, Sides, blocks_in, codes_in, make_of_pair
-from ckptdiff.patch.delta import Delta, State, TensorDelta, TunedFile
+from ckptdiff.patch.comparing import Bytes, PairBlocks, Sides, blocks_in, make_of_pair
+from ckptdiff.patch.delta import Delta, State, TensorDelta, TunedFile, extent_of
 from ckptdiff.patch.delta_file import SIGNATURE, write_blob, write_index
 from ckptdiff.patch.delta_index import IndexText
 from ckptdiff.patch.digests import BlockDigests, digests_of_parts, required
@@ -192,7 +192,7 @@ class DeltaMaking:
         self._waiting.clear()
 
     def _done(self, tensor: TensorInfo, before: str | None, after: str | None) -> TensorDelta:
-        whole = before is None
+        whole, extent = before is None, extent_of(tensor.dtype, tensor.shape)
         state: State = "whole" if whole else "changed" if self._changed else "same"
         return TensorDelta(
             tensor.name,
@@ -203,8 +203,9 @@ class DeltaMaking:
             before,
             after,
             self._changed,
+            extent,
             0 if state == "same" else self._start,
-            () if state == "same" or not codes_in(tensor) else tuple(self._sizes),
+            () if state == "same" or not extent.codes else tuple(self._sizes),
             whole and tensor.name in self._base.tensors,
         )
 
@@ -212,8 +213,8 @@ class DeltaMaking:
         """Write the index, and let the delta take its name."""
         self._write()
         lost = {
-            name: TensorDelta(name, "lost", tensor.dtype, tensor.shape, -1, None, None, 0)
-            for name, tensor in self._base.tensors.items()
+            name: TensorDelta(name, "lost", one.dtype, one.shape, -1, None, None, 0, extent_of(one.dtype, one.shape))
+            for name, one in self._base.tensors.items()
             if name not in self._tensors
         }
         self._index.add([*lost.values()])
