@@ -10,15 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint.regular_file import read_bytes
-from ckptdiff.patch.coded_block import (
-    MOST_NUMBERS,
-    BlockRooms,
-    Coding,
-    DamagedBlockError,
-    code_block,
-    frozen,
-    inflated,
-)
+from ckptdiff.patch.coded_block import MOST_NUMBERS, BlockRooms, Coding, code_block, frozen
 from ckptdiff.patch.delta import TensorDelta
 from ckptdiff.patch.kernels import small_blocks
 from ckptdiff.patch.kernels.small_blocks import ALONE, FACTS
@@ -44,7 +36,8 @@ class _SmallRooms:
     def __init__(self) -> None:
         of_one = BlockRooms(_SMALL, 8)
         self.steps, self.laid = (of_one.positions, of_one.steps), of_one.out
-        self.streams = np.empty(of_one.out.size + 64, np.uint8)
+        # Of a coded block, and of one that is read: one that lies may say that it has 14 bytes of a code.
+        self.streams = np.empty(max(of_one.out.size, 14 * _SMALL + _SMALL // 128) + 128, np.uint8)
         self.spans = np.empty((of_one.out.size // 8 + 1, 2), np.int64)
 
 
@@ -109,19 +102,9 @@ def apply_small(codes: Bytes, blocks: Blocks, coded: bytes, sizes: Sequence[int]
     data, facts = np.frombuffer(coded, np.uint8), np.zeros((len(blocks), FACTS), np.int64)
     small_blocks.read_facts(data, blocks, bounds, facts)
     facts[~_together(blocks), 0] = 0
-    places, packed = np.nonzero((facts[:, 4::3] < facts[:, 3::3]) & (facts[:, :1] > 0))
-    size, stored, at = (facts[places, 3 + 3 * packed + k] for k in range(3))
-    facts[places, 5 + 3 * packed] = np.cumsum(size) - size
-    plain = []
-    for place, *stream in np.column_stack([places, at, at + stored, size]).tolist():
-        try:
-            plain.append(inflated(coded[stream[0] : stream[1]], stream[2]))
-        except DamagedBlockError:
-            plain.append(bytes(stream[2]))
-            facts[place, 0] = 0
     alone = np.flatnonzero((facts[:, 0] == 0) & (np.diff(bounds) > 0)).tolist()
-    streams = np.frombuffer(b"".join(plain), np.uint8)
-    done = small_blocks.apply_small(codes, blocks, facts, data, streams, _small_rooms().steps)
+    rooms = _small_rooms()
+    done = small_blocks.apply_small(codes, blocks, facts, data, rooms.streams, rooms.steps)
     return sorted({*alone, *range(done, len(blocks))})
 
 
