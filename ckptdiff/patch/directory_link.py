@@ -22,8 +22,9 @@ from ckptdiff.errors import CheckpointError, PatchError
 from ckptdiff.patch.contents import TensorRow
 from ckptdiff.patch.delta import BLOCK_CODES, TensorDelta
 from ckptdiff.patch.digests import CHECKSUMS, required
+from ckptdiff.patch.directory_making import INDEX_NAME
 from ckptdiff.patch.link import FETCH_AGAIN, Apply, GivenSide, StreamLink, scattered
-from ckptdiff.patch.make_directory import ENCODINGS, INDEX_NAME
+from ckptdiff.patch.make_directory import ENCODINGS
 from ckptdiff.patch.small_frames import LEAST_WINDOW, xor_small
 
 __all__ = ["DeltaFolder", "link_of_folder", "read_folder", "rows_of"]
