@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import compress
 from pathlib import Path
@@ -125,15 +125,22 @@ class DeltaMaking:
         self._staged, self._digests = staged, BlockDigests(stop)
         self.names = [tensor.name for _, tensor in layout.tensors]
         self._file_of = {tensor.name: file for file, tensor in layout.tensors}
-        self._tensors: dict[str, TensorDelta] = {}
-        self._start, self._changed = 0, 0
+        self._layout, self._tensors = layout, dict[str, TensorDelta]()
+        self._start, self._changed, self._end = 0, 0, 0
         self._sizes: list[int] = []
+        self._waiting: list[bytes] = []
+        self._unlisted = deque(self.names)
+
+    @cached_property
+    def _begun(self) -> tuple[Delta, IndexText]:
+        """What the delta says of its sides, once their headers are written: while threads make the first blocks."""
+        layout, staged = self._layout, self._staged
         staged.write(SIGNATURE)
         files = tuple(
             TunedFile(layout.name(shard.path), shard.size, write_blob(staged, layout.header(file)))
             for file, shard in enumerate(layout.shards)
         )
-        self._delta = Delta(
+        delta = Delta(
             made_by=f"ckptdiff {version('ckptdiff')}",
             base=self._base.path,
             tuned=self._tuned.path,
@@ -143,9 +150,8 @@ class DeltaMaking:
             index=None if layout.index is None else (layout.index[0], write_blob(staged, layout.index[1])),
             tensors=self._tensors,
         )
-        self._index, self._unlisted = IndexText(self._delta), deque(self.names)
-        self._waiting: list[bytes] = []
         self._end = staged.tell()
+        return delta, IndexText(delta)
 
     def work(self, blocks: PairBlocks) -> list[_Coded]:
         """Code each block, count the codes that changed, and digest both sides; small tensors in one compiled call."""
@@ -170,6 +176,7 @@ class DeltaMaking:
 
     def take(self, tensors: Sequence[TensorInfo], place: int, found: Sequence[_Coded]) -> None:
         """Write coded blocks, and say in the index what is known now."""
+        _, index = self._begun
         for tensor, (coded, changed, digests) in zip(tensors, found, strict=True):
             if place == 0:
                 self._start, self._sizes, self._changed = self._end, [], 0
@@ -184,7 +191,7 @@ class DeltaMaking:
         known = []
         while self._unlisted and self._unlisted[0] in self._tensors:
             known.append(self._tensors[self._unlisted.popleft()])
-        self._index.add(known)
+        index.add(known)
 
     def _write(self) -> None:
         self._staged.write(b"".join(self._waiting))
@@ -211,18 +218,19 @@ class DeltaMaking:
 
     def finish(self) -> MadeDelta:
         """Write the index, and let the delta take its name."""
+        delta, index = self._begun
         self._write()
         lost = {
             name: TensorDelta(name, "lost", one.dtype, one.shape, -1, None, None, 0, extent_of(one.dtype, one.shape))
             for name, one in self._base.tensors.items()
             if name not in self._tensors
         }
-        self._index.add([*lost.values()])
-        write_index(self._staged, self._index)
+        index.add(lost.values())
+        write_index(self._staged, index)
         self._staged.commit()
         warnings = tuple(warning for side in (self._base, self._tuned) for warning in side.warnings)
-        delta = replace(self._delta, tensors={name: self._tensors[name] for name in self.names} | lost)
-        return MadeDelta(delta, self._staged.tell(), warnings)
+        tensors = {name: self._tensors[name] for name in self.names} | lost
+        return MadeDelta(replace(delta, tensors=tensors), self._staged.tell(), warnings)
 
 
 def _whole(tensor: TensorInfo, after: Bytes) -> tuple[bytes, int]:

@@ -67,13 +67,13 @@ def code_small(base: Bytes, tuned: Bytes, blocks: Blocks) -> list[tuple[bytes, i
     small_blocks.code_small((base, tuned), few, rooms.steps, rooms.laid, rooms.streams, rooms.spans, out, some)
     found[:, 0] = ALONE
     found[together] = some
-    coded, at = [], 0
+    coded, at, data = [], 0, out[: int(np.maximum(some[:, 0], 0).sum())].tobytes()
     for (start, numel, width, floating), (size, changed) in zip(blocks.tolist(), found.tolist(), strict=True):
         if size == ALONE:
             before, after = (side[start : start + numel * width].copy() for side in (base, tuned))
             coded.append(code_block(before, after, Coding(width, bool(floating))))
         else:
-            coded.append((out[at : at + size].tobytes(), changed))
+            coded.append((data[at : at + size], changed))
             at += size
     return coded
 
