@@ -170,7 +170,7 @@ class Chain:
 
     def _check(self, name: str, before: str | None, after: str | None) -> None:
         """Compare the digests of a tensor with what the patches say of them."""
-        taken, made = self.links[0].delta.tensors[name].before, self.tensors[name].after
+        taken, made = self._taken(name), self.tensors[name].after
         if before is not None and taken is not None and before != taken:
             raise self._not_the_base(name, before)
         if after != made:
@@ -185,12 +185,17 @@ class Chain:
         ):
             self.repeated.add(name)
 
+    def _taken(self, name: str) -> str | None:
+        """Digest of the base's bytes, if the first patch says it; a later one may bring a tensor that is new."""
+        one = self.links[0].delta.tensors.get(name)
+        return None if one is None else one.before
+
     def _checksum(self, name: str, which: int) -> str | None:
         """Which checksum a tensor's digest before or after is to be; None where no patch has one."""
         made = self.tensors[name].after
         if made is not None and which == 0:
             # What a directory of deltas takes has no digest; that of what it makes tells whether it was applied.
-            made = self.links[0].delta.tensors[name].before or made
+            made = self._taken(name) or made
         return made and checksum_of(made)
 
     def _digest(self, name: str, place: int, which: int, codes: Bytes) -> str | None:
@@ -247,7 +252,7 @@ class Chain:
             "the patch has been applied already" if applied else "the base is not the one that the patch was made for",
             file=self.links[0].path,
             tensor=name,
-            expected="its base" if applied else f"values with the digest {self.links[0].delta.tensors[name].before}",
+            expected="its base" if applied else f"values with the digest {self._taken(name)}",
             found=f"{found} in {self._place_of(name)}",
             hint=f"it was made for {made_for}" if made_for and not applied else None,
         )
