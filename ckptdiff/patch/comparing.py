@@ -106,13 +106,6 @@ class PairBlocks(NamedTuple):
             for tensor, start in zip(self.tensors, self.starts, strict=True)
         ]
 
-    def rows(self) -> Iterator[tuple[int, int, Coding]]:
-        """Of each tensor that the base has, where its bytes begin, and how many codes of what kind they are."""
-        for tensor, start, paired in zip(self.tensors, self.starts, self.paired, strict=True):
-            if paired:
-                _, coding, codes, _ = extent_of(tensor.dtype, tensor.shape)
-                yield start, codes, coding
-
 
 class PairMaking(Protocol[Made]):
     """A patch on its way to its target, which it gets when it is finished."""

@@ -164,8 +164,10 @@ class DeltaMaking:
         return [(*code_block(before, after, Coding.of(tensor.dtype)), digests)]
 
     def _small(self, blocks: PairBlocks) -> list[_Coded]:
-        coded = code_small(blocks.before, blocks.after, rows_of(blocks.rows()))
-        parts = blocks.parts()
+        extents = [extent_of(tensor.dtype, tensor.shape) for tensor in blocks.tensors]
+        rows = ((start, one.codes, one.coding) for start, one in zip(blocks.starts, extents, strict=True))
+        coded = code_small(blocks.before, blocks.after, rows_of(compress(rows, blocks.paired)))
+        parts = [(start, start + one.nbytes) for start, one in zip(blocks.starts, extents, strict=True)]
         after: list[str | None] = [*digests_of_parts(blocks.after, parts)]
         before: list[str | None] = [*digests_of_parts(blocks.before, compress(parts, blocks.paired))]
         for place, (tensor, paired) in enumerate(zip(blocks.tensors, blocks.paired, strict=True)):
