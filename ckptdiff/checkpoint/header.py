@@ -13,7 +13,8 @@ import os
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC
-from operator import attrgetter
+from itertools import chain
+from operator import attrgetter, itemgetter
 from typing import Any, TypeAlias, TypeGuard
 
 from ckptdiff.checkpoint.dtypes import DTYPES
@@ -37,6 +38,7 @@ _SIZE_LIMIT = 2**63
 _BITS_LIMIT = 8 * _SIZE_LIMIT
 _MAX_DIMENSIONS = 64
 _INTEGER = {int}
+_ENTRY = itemgetter("dtype", "shape", "data_offsets")
 _REPR = reprlib.Repr()
 _REPR.maxlist = _REPR.maxstring = 80
 _NOTHING: Mapping[str, Sequence[TensorInfo]] = {}
@@ -108,7 +110,9 @@ def read_header(
         header = _parse(raw, file)
         shard = Shard(file, *place, digest, _metadata(header.pop("__metadata__", None), file), remote, content)
         sizes: _Sizes = {}
-        tensors = [_tensor(name, entry, shard, data_start, sizes) for name, entry in header.items()]
+        tensors = _plain_tensors(header, shard, data_start) or [
+            _tensor(name, entry, shard, data_start, sizes) for name, entry in header.items()
+        ]
         tensors.sort(key=attrgetter("start", "stop", "name"))
     _check_coverage(tensors, shard, data_start)
     return shard, tuple(tensors)
@@ -180,6 +184,30 @@ def _metadata(value: object, file: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise HeaderError("__metadata__ is not a map of strings", file=file, expected="strings", found=_brief(value))
     return value
+
+
+def _plain_tensors(header: Mapping[str, Any], shard: Shard, data_start: int) -> list[TensorInfo] | None:
+    """All tensors, checked together; None if anything may be wrong with one, so that each has to be looked at."""
+    try:
+        dtypes, shapes, offsets = zip(*map(_ENTRY, header.values()), strict=True)
+        lists = [*shapes, *offsets]
+        if {*map(type, lists)} != {list} or {*map(type, chain.from_iterable(lists))} != _INTEGER:
+            return None
+        kinds = list(zip(dtypes, map(tuple, shapes), strict=True))
+        sizes = {kind: _size(*kind, _refuse_one) for kind in {*kinds}}
+        for kind, (start, stop) in zip(kinds, offsets, strict=True):
+            if not 0 <= start <= stop < _SIZE_LIMIT or stop - start != sizes[kind]:
+                return None
+    except (HeaderError, KeyError, TypeError, ValueError):
+        return None
+    return [
+        TensorInfo(name, *kind, shard, data_start + start, data_start + stop)
+        for name, kind, (start, stop) in zip(header, kinds, offsets, strict=True)
+    ]
+
+
+def _refuse_one(problem: str, expected: str, found: str) -> HeaderError:
+    return HeaderError(problem, expected=expected, found=found)
 
 
 def _tensor(name: str, entry: object, shard: Shard, data_start: int, sizes: _Sizes) -> TensorInfo:

@@ -6,12 +6,14 @@ import json
 import math
 import re
 from functools import partial
+from itertools import chain
 from typing import Any, NoReturn
 
 __all__ = ["JsonProblemError", "parse_object"]
 
 # Twenty characters hold every 64-bit integer with its sign.
 _LONGEST_INTEGER = 20
+_BEFORE_NUMBERS = b":", b",", b"[", b" ", b"\t", b"\n", b"\r"
 _DIGITS_AS_ZEROS = bytes.maketrans(b"123456789", b"000000000")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -88,9 +90,10 @@ def _too_deep() -> JsonProblemError:
 
 
 def _keys(value: object) -> int:
-    """Keys of an object and of those that are values of its keys: all there are in a header."""
-    inner = value.values() if isinstance(value, dict) else ()
-    return sum(len(one) for one in (value, *inner) if isinstance(one, dict))
+    """Keys of an object, of those that are values of its keys, and of those in lists that are: all there are."""
+    inner = [value, *(value.values() if isinstance(value, dict) else ())]
+    listed = chain.from_iterable(one for one in inner if isinstance(one, list))
+    return sum(len(one) for one in chain(inner, listed) if isinstance(one, dict))
 
 
 def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -105,7 +108,14 @@ def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _may_hold_odd_integers(raw: bytes) -> bool:
-    return b"-0" in raw or b"0" * _LONGEST_INTEGER in raw.translate(_DIGITS_AS_ZEROS)
+    """Whether "-0" or many digits stand where a number may begin, not only within names and digests."""
+    if b"-0" in raw and any(before + b"-0" in raw for before in _BEFORE_NUMBERS):
+        return True
+    digits, zeros = raw.translate(_DIGITS_AS_ZEROS), b"0" * _LONGEST_INTEGER
+    at = digits.find(zeros)
+    while at > 0 and digits[at - 1 : at] not in (*_BEFORE_NUMBERS, b"-"):
+        at = digits.find(zeros, at + _LONGEST_INTEGER)
+    return at >= 0
 
 
 def _integer(text: str) -> int | float:

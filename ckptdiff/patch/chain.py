@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
 from itertools import accumulate, pairwise
 
@@ -13,7 +14,7 @@ from ckptdiff.checkpoint import Checkpoint, TensorInfo
 from ckptdiff.checkpoint.open_shards import OpenShards
 from ckptdiff.errors import PatchError, first_few
 from ckptdiff.patch.delta import BLOCK_CODES, TensorDelta
-from ckptdiff.patch.digests import TensorDigest, checksum_of, digest_of
+from ckptdiff.patch.digests import TensorDigest, checksum_of, digest_of, digests_of_parts
 from ckptdiff.patch.link import Link
 from ckptdiff.patch.spans import Piece, read_block_of, read_whole_tensors
 
@@ -77,20 +78,28 @@ class Chain:
         self.tensors: Mapping[str, TensorDelta] = {
             name: one for name, one in links[-1].delta.tensors.items() if one.state != "lost"
         }
-        self._origins = {name: self._origin(name) for name in self.tensors}
+        # Of each tensor that a link brings whole, the last one that does.
+        self._origins = {
+            name: place
+            for place, link in enumerate(links)
+            for name, one in link.delta.tensors.items()
+            if one.state == "whole"
+        }
         self._require_base()
         self._unchanged = {
             name
-            for name in self.tensors
-            if self.takes_base(name) and all(link.delta.tensors[name].state == "same" for link in self.links)
+            for name, one in self.tensors.items()
+            if one.state == "same"
+            and self.takes_base(name)
+            and all(link.delta.tensors[name].state == "same" for link in self.links)
         }
-        self._digests: dict[str, tuple[TensorDigest, TensorDigest]] = {}
+        self._digests: dict[tuple[str, int], TensorDigest] = {}
         self.repeated: set[str] = set()
         """Tensors that were new already, by patches that may be applied again; complete when all blocks are made."""
 
     def takes_base(self, name: str) -> bool:
         """Whether a tensor begins with bytes of the base."""
-        return self._origins[name] == 0 and self.links[0].delta.tensors[name].state != "whole"
+        return name not in self._origins
 
     def unchanged_names(self) -> Set[str]:
         """Tensors that no link changes."""
@@ -98,11 +107,11 @@ class Chain:
 
     def size_of(self, pieces: Sequence[Piece]) -> int:
         """Bytes of blocks."""
-        total = 0
-        for name, place in pieces:
-            tensor = self.tensors[name]
-            total += min(BLOCK_CODES, tensor.codes - place * BLOCK_CODES) * tensor.coding.width
-        return total
+        if len(pieces) > 1:
+            return sum([self.tensors[name].nbytes for name, _ in pieces])
+        ((name, place),) = pieces
+        tensor = self.tensors[name]
+        return min(BLOCK_CODES, tensor.codes - place * BLOCK_CODES) * tensor.coding.width
 
     def make(self, shards: OpenShards, pieces: Sequence[Piece], out: Bytes) -> None:
         """Make the bytes of blocks, one behind the other; digests are checked at the end of each tensor.
@@ -113,22 +122,18 @@ class Chain:
             self.block(shards, *pieces[0], out)
             return
         names = [name for name, _ in pieces]
-        tensors = [self.tensors[name] for name in names]
-        starts = [0, *accumulate(tensor.nbytes for tensor in tensors)]
-        taken = [place for place, name in enumerate(names) if self.takes_base(name)]
-        self._read_small(shards, [names[place] for place in taken], [starts[place] for place in taken], out)
-        before = self._digests_of(names, taken, starts, out, 0)
+        starts = [0, *accumulate([self.tensors[name].nbytes for name in names])]
+        parts = dict(zip(names, pairwise(starts), strict=True))
+        taken = [name for name in names if name not in self._origins]
+        self._read_small(shards, taken, [parts[name][0] for name in taken], out)
+        before = self._digests_of(taken, parts, out, 0)
         for depth, link in enumerate(self.links):
-            ones, at = [], []
-            for name, start in zip(names, starts, strict=False):
-                if self._origins[name] <= depth and (one := link.delta.tensors[name]).codes:
-                    ones.append(one)
-                    at.append(start)
-            link.apply_small(ones, at, out, self.stop)
-        changed = [place for place, name in enumerate(names) if name not in self._unchanged]
-        after = before | self._digests_of(names, changed, starts, out, 1)
-        for place, name in enumerate(names):
-            self._check(name, before.get(place), after[place])
+            ones = [link.delta.tensors[name] for name in names if self._origins.get(name, 0) <= depth]
+            ones = [one for one in ones if one.codes]
+            link.apply_small(ones, [parts[one.name][0] for one in ones], out, self.stop)
+        after = before | self._digests_of([name for name in names if name not in self._unchanged], parts, out, 1)
+        for name in names:
+            self._check(name, before.get(name), after[name])
 
     def block(self, shards: OpenShards, name: str, place: int, codes: Bytes, *, keep: bool = False) -> Bytes | None:
         """Make the bytes of one block; returns what they were before, if that is to be kept and the base has them."""
@@ -140,13 +145,14 @@ class Chain:
             old = codes.copy() if keep else None
         after = before
         if name not in self._unchanged:
-            for link in self.links[self._origins[name] :]:
+            for link in self.links[self._origins.get(name, 0) :]:
                 one = link.delta.tensors[name]
                 if one.blocks:
                     link.apply(one, place, codes, self.stop)
             after = self._digest(name, place, 1, codes)
         if place == max(tensor.blocks, 1) - 1:
-            self._digests.pop(name, None)
+            for which in (0, 1):
+                self._digests.pop((name, which), None)
             self._check(name, before, after)
         return old
 
@@ -164,7 +170,7 @@ class Chain:
 
     def _check(self, name: str, before: str | None, after: str | None) -> None:
         """Compare the digests of a tensor with what the patches say of them."""
-        taken, made = self.links[0].delta.tensors[name].before, self.tensors[name].after
+        taken, made = self._taken(name), self.tensors[name].after
         if before is not None and taken is not None and before != taken:
             raise self._not_the_base(name, before)
         if after != made:
@@ -179,49 +185,51 @@ class Chain:
         ):
             self.repeated.add(name)
 
-    def _checksums(self, name: str) -> tuple[str, str] | None:
-        """Which checksums a tensor's digests before and after are to be; None where no patch has one."""
+    def _taken(self, name: str) -> str | None:
+        """Digest of the base's bytes, if the first patch says it; a later one may bring a tensor that is new."""
+        one = self.links[0].delta.tensors.get(name)
+        return None if one is None else one.before
+
+    def _checksum(self, name: str, which: int) -> str | None:
+        """Which checksum a tensor's digest before or after is to be; None where no patch has one."""
         made = self.tensors[name].after
-        if made is None:
-            return None
-        # What a directory of deltas takes has no digest; the one that it makes tells whether it was applied already.
-        return checksum_of(self.links[0].delta.tensors[name].before or made), checksum_of(made)
+        if made is not None and which == 0:
+            # What a directory of deltas takes has no digest; that of what it makes tells whether it was applied.
+            made = self._taken(name) or made
+        return made and checksum_of(made)
 
     def _digest(self, name: str, place: int, which: int, codes: Bytes) -> str | None:
         """Digest of a tensor up to a block, the whole of it at its last one."""
-        checksums = self._checksums(name)
-        if checksums is None:
+        checksum = self._checksum(name, which)
+        if checksum is None:
             return None
         if self.tensors[name].blocks <= 1:
-            return digest_of(codes, checksums[which])
-        first, second = (TensorDigest(self.stop, one) for one in checksums)
-        both = self._digests.setdefault(name, (first, second))
-        both[which].add(place, codes)
-        return both[which].value() if place == self.tensors[name].blocks - 1 else ""
+            return digest_of(codes, checksum)
+        digest = self._digests.setdefault((name, which), TensorDigest(self.stop, checksum))
+        digest.add(place, codes)
+        return digest.value() if place == self.tensors[name].blocks - 1 else ""
 
     def _digests_of(
-        self, names: Sequence[str], places: Sequence[int], starts: Sequence[int], out: Bytes, which: int
-    ) -> dict[int, str | None]:
-        """Digests of some of the tensors that lie one behind the other."""
-        found: dict[int, str | None] = {}
-        for place in places:
-            checksums = self._checksums(names[place])
-            found[place] = checksums and digest_of(out[starts[place] : starts[place + 1]], checksums[which])
+        self, names: Sequence[str], parts: Mapping[str, tuple[int, int]], out: Bytes, which: int
+    ) -> dict[str, str | None]:
+        """Digests of tensors that lie at these parts of an array, those of a kind together."""
+        found: dict[str, str | None] = {}
+        of_kind: defaultdict[str | None, list[str]] = defaultdict(list)
+        for name in names:
+            of_kind[self._checksum(name, which)].append(name)
+        for checksum, some in of_kind.items():
+            if checksum is None:
+                found |= dict.fromkeys(some)
+            else:
+                found |= zip(some, digests_of_parts(out, [parts[name] for name in some], checksum), strict=True)
         return found
-
-    def _origin(self, name: str) -> int:
-        """The last link that brings the tensor whole; else the first, which takes it from the base."""
-        for place in range(len(self.links) - 1, -1, -1):
-            if self.links[place].delta.tensors[name].state == "whole":
-                return place
-        return 0
 
     def _require_base(self) -> None:
         file = self.links[0].path
         for name, one in self.links[0].delta.tensors.items():
             if one.state in ("same", "changed"):
                 found = self.base.tensors.get(name)
-                if found is None or (found.dtype, found.shape) != (one.dtype, one.shape):
+                if found is None or found.dtype != one.dtype or found.shape != one.shape:
                     raise PatchError(
                         "the base is not the one that the patch was made for",
                         file=file,
@@ -244,7 +252,7 @@ class Chain:
             "the patch has been applied already" if applied else "the base is not the one that the patch was made for",
             file=self.links[0].path,
             tensor=name,
-            expected="its base" if applied else f"values with the digest {self.links[0].delta.tensors[name].before}",
+            expected="its base" if applied else f"values with the digest {self._taken(name)}",
             found=f"{found} in {self._place_of(name)}",
             hint=f"it was made for {made_for}" if made_for and not applied else None,
         )

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import compress
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from ckptdiff.errors import PatchError
 from ckptdiff.events import Listener, stage
 from ckptdiff.files.staged import StagedFile
 from ckptdiff.patch.coded_block import Coding
-from ckptdiff.patch.delta import BLOCK_CODES
+from ckptdiff.patch.delta import BLOCK_CODES, extent_of
 from ckptdiff.patch.spans import (
     Piece,
     in_pieces,
@@ -96,15 +96,15 @@ class PairBlocks(NamedTuple):
 
     def each(self) -> Iterator[tuple[TensorInfo, Any, Bytes]]:
         """Each tensor, and the bytes of its block before, or None, and after."""
-        for tensor, start, paired in zip(self.tensors, self.starts, self.paired, strict=True):
-            stop = start + block_bytes(tensor, self.place)
+        for tensor, (start, stop), paired in zip(self.tensors, self.parts(), self.paired, strict=True):
             yield tensor, self.before[start:stop] if paired else None, self.after[start:stop]
 
-    def rows(self) -> Iterator[tuple[int, int, Coding]]:
-        """Of each tensor that the base has, where its bytes begin, and how many codes of what kind they are."""
-        for tensor, start, paired in zip(self.tensors, self.starts, self.paired, strict=True):
-            if paired:
-                yield start, codes_in(tensor), Coding.of(tensor.dtype)
+    def parts(self) -> list[tuple[int, int]]:
+        """From which byte to which the block of each lies."""
+        return [
+            (start, start + block_bytes(tensor, self.place))
+            for tensor, start in zip(self.tensors, self.starts, strict=True)
+        ]
 
 
 class PairMaking(Protocol[Made]):
@@ -117,8 +117,8 @@ class PairMaking(Protocol[Made]):
     def work(self, blocks: PairBlocks) -> list[Any]:
         """Make what the patch holds of each block, in one of several threads; bytes are valid until it returns."""
 
-    def take(self, tensor: TensorInfo, place: int, found: Any) -> None:
-        """Write that; called one block after the other, those of a tensor in their order."""
+    def take(self, tensors: Sequence[TensorInfo], place: int, found: Sequence[Any]) -> None:
+        """Write that; called for one lot of blocks after the other, those of a tensor in their order."""
 
     def finish(self) -> Made:
         """Complete the patch, and let it take its name."""
@@ -138,19 +138,19 @@ def make_of_pair(
         Begins the patch, given an event that is set when the run ends early, and how many threads work.
     """
     stop, working = threading.Event(), threads_for(threads)
-    tensors = [tensor for side in sides for tensor in side.tensors.values()]
-    if any(tensor.slices for tensor in tensors):
+    if any(tensor.slices for side in sides for tensor in side.tensors.values()):
         load_kernels(listener, "boxes")
-    total = sum(tensor.nbytes for tensor in tensors)
+    total = sum(side.nbytes for side in sides)
     with begin(stop, working) as making, stage(listener, "making the patch", total, "bytes") as told:
         base, tuned = sides
         rooms = threading.local()
         with open_shards("pread") as shards:
 
-            def some(pieces: Sequence[Piece]) -> list[tuple[TensorInfo, int, Any]]:
+            def some(pieces: Sequence[Piece]) -> tuple[list[TensorInfo], int, Sequence[Any], int]:
                 tensors, place = [tuned.tensors[name] for name, _ in pieces], pieces[0][1]
                 partners = [partner_of(base, tensor) for tensor in tensors]
-                *starts, size = accumulate((-(-block_bytes(one, place) // 8) * 8 for one in tensors), initial=0)
+                sizes = [block_bytes(tensor, place) for tensor in tensors]
+                starts, size = _starts(tensors, sizes)
                 before, after = _room(rooms, size)
                 there = [(one, start) for one, start in zip(partners, starts, strict=True) if one is not None]
                 for room, side in ((after, list(zip(tensors, starts, strict=True))), (before, there)):
@@ -160,16 +160,23 @@ def make_of_pair(
                         read_block_of(shards, side[0][0], Coding.of(tensors[0].dtype), place, room)
                 paired = [partner is not None for partner in partners]
                 found = making.work(PairBlocks(tensors, place, starts, paired, before, after))
-                return [(tensor, place, one) for tensor, one in zip(tensors, found, strict=True)]
+                return tensors, place, found, sum(sizes) + sum(compress(sizes, paired))
 
             codes = ((name, codes_in(tuned.tensors[name])) for name in making.names)
-            for results in work_in_order(in_pieces(codes), some, working, stop, told.again):
-                read = 0
-                for tensor, place, result in results:
-                    read += block_bytes(tensor, place) * (1 + (partner_of(base, tensor) is not None))
-                    making.take(tensor, place, result)
-                told.more(read, results[-1][0].name)
+            for tensors, place, found, read in work_in_order(in_pieces(codes), some, working, stop, told.again):
+                making.take(tensors, place, found)
+                told.more(read, tensors[-1].name)
         return making.finish()
+
+
+def _starts(tensors: Sequence[TensorInfo], sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where tensors of so many bytes go, one behind the other as they are stored, but each where its codes may lie."""
+    starts, end = [], 0
+    for tensor, size in zip(tensors, sizes, strict=True):
+        width = Coding.of(tensor.dtype).width
+        starts.append(-(-end // width) * width)
+        end = starts[-1] + size
+    return starts, end
 
 
 def _room(rooms: threading.local, size: int) -> list[Bytes]:
@@ -183,7 +190,7 @@ def _room(rooms: threading.local, size: int) -> list[Bytes]:
 def partner_of(base: Checkpoint, tensor: TensorInfo) -> TensorInfo | None:
     """What the base has of a tensor's name, if it has it in this dtype and shape."""
     found = base.tensors.get(tensor.name)
-    return found if found is not None and (found.dtype, found.shape) == (tensor.dtype, tensor.shape) else None
+    return found if found is not None and found.dtype == tensor.dtype and found.shape == tensor.shape else None
 
 
 def require_same_tensors(sides: Sides, format: str) -> None:
@@ -195,6 +202,8 @@ def require_same_tensors(sides: Sides, format: str) -> None:
         It names the first tensor that is new, lost, retyped or reshaped.
     """
     base, tuned = sides
+    if base.tensors.keys() <= tuned.tensors.keys() and all(partner_of(base, one) for one in tuned.tensors.values()):
+        return
     for name in [*tuned.tensors, *base.tensors]:
         kinds = [
             f"{side.tensors[name].dtype} {list(side.tensors[name].shape)}" if name in side.tensors else "no such tensor"
@@ -213,18 +222,18 @@ def require_same_tensors(sides: Sides, format: str) -> None:
 
 def codes_in(tensor: TensorInfo) -> int:
     """Codes of a tensor."""
-    return tensor.nbytes // Coding.of(tensor.dtype).width
+    return extent_of(tensor.dtype, tensor.shape).codes
 
 
 def blocks_in(tensor: TensorInfo) -> int:
     """Blocks that a tensor is read in; an empty one is read once."""
-    return max(-(-codes_in(tensor) // BLOCK_CODES), 1)
+    return extent_of(tensor.dtype, tensor.shape).blocks or 1
 
 
 def block_bytes(tensor: TensorInfo, place: int) -> int:
     """Bytes of one block of a tensor."""
-    block = BLOCK_CODES * Coding.of(tensor.dtype).width
-    return min(block, tensor.nbytes - place * block)
+    nbytes, coding, _, blocks = extent_of(tensor.dtype, tensor.shape)
+    return min(BLOCK_CODES * coding.width, nbytes - place * BLOCK_CODES * coding.width) if blocks > 1 else nbytes
 
 
 def pieces_of(spool: StagedFile, start: int, size: int) -> Iterator[bytes]:
@@ -247,7 +256,7 @@ def shipped(sides: Sides, changed_tensors: int, changed: int, changed_bytes: int
         changed_tensors=changed_tensors,
         values=sum(map(codes_in, tensors)),
         changed=changed,
-        dense=sum(one.nbytes for one in tensors),
+        dense=sides[1].nbytes,
         changed_bytes=changed_bytes,
         files=files,
         size=size,

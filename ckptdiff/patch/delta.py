@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple, TypeAlias
 
 from ckptdiff.checkpoint import DTYPES
 from ckptdiff.patch.coded_block import Coding
 
-__all__ = ["BLOCK_CODES", "Blob", "Delta", "TensorDelta", "TunedFile"]
+__all__ = ["BLOCK_CODES", "Blob", "Delta", "Extent", "TensorDelta", "TunedFile", "extent_of"]
 
 BLOCK_CODES = 1 << 20
 """Codes of a block."""
 State: TypeAlias = Literal["same", "changed", "whole", "lost"]
 """Of a tensor: the base's, the base's with steps, all its bytes in the delta, or not there any more."""
+
+
+class Extent(NamedTuple):
+    """How much a tensor holds."""
+
+    nbytes: int
+    coding: Coding
+    """How its bytes are taken as codes."""
+    codes: int
+    """How many these are."""
+    blocks: int
+    """Blocks that they fill."""
+
+
+@lru_cache(1 << 16)
+def extent_of(dtype: str, shape: tuple[int, ...]) -> Extent:
+    """How much tensors of a dtype and shape hold, of which tens of thousands may have the same."""
+    nbytes, coding = math.prod(shape) * DTYPES[dtype].bits // 8, Coding.of(dtype)
+    codes = nbytes // coding.width
+    return Extent(nbytes, coding, codes, -(-codes // BLOCK_CODES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +59,7 @@ class TunedFile:
     """Its first bytes, up to the first tensor's."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorDelta:
+class TensorDelta(NamedTuple):
     """What becomes of one tensor."""
 
     name: str
@@ -55,29 +75,33 @@ class TensorDelta:
     """Digest of the tuned side's bytes; None of a lost one."""
     changed: int
     """Codes that differ; of a whole tensor all."""
+    extent: Extent
+    """How much a tensor of this dtype and shape holds."""
     offset: int = 0
     sizes: tuple[int, ...] = ()
     """Stored bytes of each block; none of a tensor that is the same."""
     replaces: bool = False
     """Whether the base has a tensor of this name, of another dtype or shape."""
-    nbytes: int = field(init=False, repr=False, compare=False)
-    """Stored bytes of the tensor."""
-    coding: Coding = field(init=False, repr=False, compare=False)
-    """How they are taken as codes."""
-    codes: int = field(init=False, repr=False, compare=False)
-    """How many these are."""
-    blocks: int = field(init=False, repr=False, compare=False)
-    """Blocks that they fill."""
 
-    def __post_init__(self) -> None:
-        # Asked for again and again, of tens of thousands of tensors.
-        nbytes, coding = math.prod(self.shape) * DTYPES[self.dtype].bits // 8, Coding.of(self.dtype)
-        codes = nbytes // coding.width
-        keep = object.__setattr__
-        keep(self, "nbytes", nbytes)
-        keep(self, "coding", coding)
-        keep(self, "codes", codes)
-        keep(self, "blocks", -(-codes // BLOCK_CODES))
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of the tensor."""
+        return self.extent.nbytes
+
+    @property
+    def coding(self) -> Coding:
+        """How they are taken as codes."""
+        return self.extent.coding
+
+    @property
+    def codes(self) -> int:
+        """How many these are."""
+        return self.extent.codes
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that they fill."""
+        return self.extent.blocks
 
     @property
     def stored(self) -> int:

@@ -15,37 +15,30 @@ so that these are written as they come.
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple
 from itertools import accumulate
-from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ckptdiff.checkpoint import DTYPES
 from ckptdiff.checkpoint.regular_file import open_regular, read_bytes
 from ckptdiff.checkpoint.strict_json import JsonProblemError, parse_object
 from ckptdiff.errors import CheckpointError, PatchError
 from ckptdiff.files.staged import StagedFile
-from ckptdiff.patch.coded_block import MOST_NUMBERS, DamagedBlockError, Steps, apply_block, read_block
-from ckptdiff.patch.delta import BLOCK_CODES, Blob, Delta, TensorDelta, TunedFile
+from ckptdiff.patch.coded_block import DamagedBlockError, Steps, apply_block, read_block
+from ckptdiff.patch.delta import BLOCK_CODES, Blob, Delta, TensorDelta
+from ckptdiff.patch.delta_index import LEVEL, IndexText, delta_of
 from ckptdiff.patch.link import FETCH_AGAIN
 from ckptdiff.patch.small_tensors import apply_stored
 
 __all__ = ["SIGNATURE", "DeltaFile", "is_delta", "open_delta", "write_blob", "write_index"]
 
 SIGNATURE = b"CKPTDLT1"
-LEVEL = 6
-"""Of zlib, for headers and indexes."""
 _FOOTER = struct.Struct("<8sQQQ32s")
 _MOST_INDEX = 1 << 30
 """Bytes of the largest index that is read: a million tensors take a third of it."""
@@ -53,48 +46,13 @@ _PLENTY, _MOST_TIMES = 16 << 20, 100
 """It deflates to less than a hundredth only where it lists unchanged blocks; a million million codes have a million."""
 _MOST_BLOB = 200_000_000
 """A safetensors header has 100 MB at most."""
-_OF_STATE = {"same": (0, 1, 1), "changed": (1, 1, 1), "whole": (1, 0, 1), "lost": (0, 0, 0)}
-"""Of a tensor: whether it has blocks, and a digest before and after."""
 
 
-def _index_bytes(delta: Delta) -> bytes:
-    """The index of a delta as JSON."""
-    document = {
-        "made_by": delta.made_by,
-        "base": {"path": delta.base, "files": [list(one) for one in delta.base_files]},
-        "tuned": {
-            "path": delta.tuned,
-            "single": delta.single,
-            "files": [[one.name, one.size, *astuple(one.header)] for one in delta.files],
-            "index": None if delta.index is None else [delta.index[0], *astuple(delta.index[1])],
-        },
-        "block": BLOCK_CODES,
-        "tensors": [
-            {
-                "name": one.name,
-                "state": one.state,
-                "dtype": one.dtype,
-                "shape": list(one.shape),
-                "file": one.file,
-                "before": one.before,
-                "after": one.after,
-                "changed": one.changed,
-                "offset": one.offset,
-                "sizes": list(one.sizes),
-                "replaces": one.replaces,
-            }
-            for one in delta.tensors.values()
-        ],
-    }
-    return json.dumps(document, ensure_ascii=True, separators=(",", ":")).encode()
-
-
-def write_index(staged: StagedFile, delta: Delta) -> None:
+def write_index(staged: StagedFile, index: IndexText) -> None:
     """Append the index and the footer to a file that holds all blocks."""
-    raw = _index_bytes(delta)
-    stored, offset = zlib.compress(raw, LEVEL), staged.tell()
+    (stored, size), offset = index.finish(), staged.tell()
     staged.write(stored)
-    staged.write(_FOOTER.pack(SIGNATURE, offset, len(stored), len(raw), hashlib.sha256(stored).digest()))
+    staged.write(_FOOTER.pack(SIGNATURE, offset, len(stored), size, hashlib.sha256(stored).digest()))
     staged.check()
 
 
@@ -215,7 +173,7 @@ class DeltaFile:
         if hashlib.sha256(raw).digest() != digest:
             raise self.damaged("the index of the patch is damaged", "the SHA-256 in its footer", "another")
         try:
-            return _delta(parse_object(self._inflated(raw, size)), offset), digest.hex()
+            return delta_of(parse_object(self._inflated(raw, size)), offset), digest.hex()
         except JsonProblemError as error:
             raise self.damaged(f"the index of the patch {error.problem}", error.expected, error.found) from error
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -246,102 +204,3 @@ def open_delta(path: str | os.PathLike[str]) -> Iterator[DeltaFile]:
         now = os.fstat(descriptor)
         if (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
             raise CheckpointError("the patch changed while it was read", file=name)
-
-
-def _delta(index: Mapping[str, Any], end: int) -> Delta:
-    """The index, checked: what it names lies within the file, and its files within their folder."""
-    if index["block"] != BLOCK_CODES:
-        raise ValueError(f"blocks of {index['block']} codes")
-    base, tuned = index["base"], index["tuned"]
-    files = tuple(TunedFile(_inside(name), _whole(size), _blob(blob, end)) for name, size, *blob in tuned["files"])
-    named = None
-    if tuned["index"] is not None:
-        name, *blob = tuned["index"]
-        named = _inside(name), _blob(blob, end)
-    if len({one.name for one in files}) != len(files) or tuned["single"] not in (True, False):
-        raise ValueError("a file named twice")
-    tensors: dict[str, TensorDelta] = {}
-    for entry in index["tensors"]:
-        tensor = TensorDelta(
-            name=_text(entry["name"]),
-            state=entry["state"],
-            dtype=_text(entry["dtype"]),
-            shape=tuple(map(_whole, entry["shape"])),
-            file=int(entry["file"]),
-            before=entry["before"],
-            after=entry["after"],
-            changed=_whole(entry["changed"]),
-            offset=_whole(entry["offset"]),
-            sizes=tuple(map(_whole, entry["sizes"])),
-            replaces=bool(entry["replaces"]),
-        )
-        _check_tensor(tensor, len(files), end)
-        if tensor.name in tensors:
-            raise ValueError(f"{tensor.name} twice")
-        tensors[tensor.name] = tensor
-    held = [0] * len(files)
-    for tensor in tensors.values():
-        if tensor.state != "lost":
-            held[tensor.file] += tensor.nbytes
-    for one, size in zip(files, held, strict=True):
-        if one.header.size + size != one.size:
-            raise ValueError(f"{one.name} has {one.size} bytes, its tensors {size}")
-    return Delta(
-        made_by=_text(index["made_by"]),
-        base=_text(base["path"]),
-        tuned=_text(tuned["path"]),
-        base_files=tuple((_text(name), _whole(size), _text(digest)) for name, size, digest in base["files"]),
-        single=tuned["single"],
-        files=files,
-        index=named,
-        tensors=tensors,
-    )
-
-
-def _check_tensor(tensor: TensorDelta, files: int, end: int) -> None:
-    bits = math.prod(tensor.shape) * DTYPES[tensor.dtype].bits
-    coded, before, after = _OF_STATE[tensor.state]
-    if bits % 8 or bits >= 1 << 63 or tensor.coding.width * tensor.codes != tensor.nbytes:
-        raise ValueError(f"{tensor.name} has {bits} bits")
-    if len(tensor.sizes) != (tensor.blocks if coded else 0) or tensor.offset + tensor.stored > end:
-        raise ValueError(f"{tensor.name} has {len(tensor.sizes)} blocks at {tensor.offset}")
-    if tensor.sizes and max(tensor.sizes) > BLOCK_CODES * tensor.coding.width + MOST_NUMBERS:
-        raise ValueError(f"{tensor.name} has a block of {max(tensor.sizes)} bytes")
-    if isinstance(tensor.before, str) != before or isinstance(tensor.after, str) != after:
-        raise ValueError(f"{tensor.name} lacks a digest")
-    if not 0 <= tensor.file < files if after else tensor.file != -1:
-        raise ValueError(f"{tensor.name} is in file {tensor.file}")
-
-
-def _blob(numbers: Sequence[Any], end: int) -> Blob:
-    offset, stored, size = map(_whole, numbers)
-    if offset + stored > end:
-        raise ValueError("bytes beyond the blocks")
-    return Blob(offset, stored, size)
-
-
-def _inside(name: Any) -> str:
-    """A file name that stays in its folder."""
-    path = PurePosixPath(_text(name))
-    if (
-        path.is_absolute()
-        or not path.parts
-        or ".." in path.parts
-        or "\\" in name
-        or "\0" in name
-        or Path(name).is_absolute()
-    ):
-        raise ValueError(f"a file {name!r} outside its folder")
-    return str(path)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
-
-
-def _whole(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise TypeError(f"{value!r} is no size")
-    return value

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,16 @@ from ckptdiff.events import Stage
 from ckptdiff.in_order import Task, in_order
 from ckptdiff.patch.in_turn import InTurn
 
-__all__ = ["CHECKSUMS", "BlockDigests", "TensorDigest", "checksum_of", "digest_of", "digests_of", "required"]
+__all__ = [
+    "CHECKSUMS",
+    "BlockDigests",
+    "TensorDigest",
+    "checksum_of",
+    "digest_of",
+    "digests_of",
+    "digests_of_parts",
+    "required",
+]
 
 CHECKSUMS = ("xxh3-128", "blake3", "adler32")
 """What a directory of deltas may give of each tensor; all but the last take a module of their name."""
@@ -75,6 +84,13 @@ def digest_of(data: Any, checksum: str = CHECKSUMS[0]) -> str:
     return _text(hasher, checksum)
 
 
+def digests_of_parts(data: Any, parts: Iterable[tuple[int, int]], checksum: str = CHECKSUMS[0]) -> list[str]:
+    """Digests of parts of bytes that are at hand, each from a byte to another."""
+    view = memoryview(data)
+    digest = _at_hand() if checksum == CHECKSUMS[0] else partial(digest_of, checksum=checksum)
+    return [digest(view[start:stop]) for start, stop in parts]
+
+
 def _text(hasher: Any, checksum: str) -> str:
     digits: str = hasher.hexdigest()
     return digits if checksum == CHECKSUMS[0] else f"{checksum}:{digits}"
@@ -112,32 +128,30 @@ class BlockDigests:
     ----------
     stop, checksum
         As :class:`TensorDigest` takes them.
-
-    Attributes
-    ----------
-    found : dict of str to list of (str or None)
-        Of each tensor all of whose blocks were added, the digest of each side that there was.
     """
 
     def __init__(self, stop: threading.Event, checksum: str = CHECKSUMS[0]) -> None:
         self._stop, self._checksum = stop, checksum
         self._begun: dict[str, list[TensorDigest]] = {}
-        self.found: dict[str, list[str | None]] = {}
 
-    def add(self, name: str, place: int, blocks: int, *sides: Any) -> None:
-        """Add a block of a tensor that has so many; None stands for a side that lacks it."""
+    def add(self, name: str, place: int, blocks: int, *sides: Any) -> list[str | None]:
+        """Add a block of a tensor that has so many; None stands for a side that lacks it.
+
+        Returns
+        -------
+        list of (str or None)
+            With the last block, the digest of each side that there is; else nothing.
+        """
         if blocks == 1:
-            self.found[name] = [None if side is None else digest_of(side, self._checksum) for side in sides]
-            return
+            return [None if side is None else digest_of(side, self._checksum) for side in sides]
         digests = self._begun.setdefault(name, [TensorDigest(self._stop, self._checksum) for _ in sides])
         for digest, side in zip(digests, sides, strict=True):
             if side is not None:
                 digest.add(place, side)
-        if place == blocks - 1:
-            del self._begun[name]
-            self.found[name] = [
-                None if side is None else digest.value() for digest, side in zip(digests, sides, strict=True)
-            ]
+        if place < blocks - 1:
+            return []
+        del self._begun[name]
+        return [None if side is None else digest.value() for digest, side in zip(digests, sides, strict=True)]
 
 
 def digests_of(

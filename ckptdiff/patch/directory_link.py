@@ -22,8 +22,10 @@ from ckptdiff.errors import CheckpointError, PatchError
 from ckptdiff.patch.contents import TensorRow
 from ckptdiff.patch.delta import BLOCK_CODES, TensorDelta
 from ckptdiff.patch.digests import CHECKSUMS, required
+from ckptdiff.patch.directory_making import INDEX_NAME
 from ckptdiff.patch.link import FETCH_AGAIN, Apply, GivenSide, StreamLink, scattered
-from ckptdiff.patch.make_directory import ENCODINGS, INDEX_NAME
+from ckptdiff.patch.make_directory import ENCODINGS
+from ckptdiff.patch.small_frames import LEAST_WINDOW, xor_small
 
 __all__ = ["DeltaFolder", "link_of_folder", "read_folder", "rows_of"]
 
@@ -32,8 +34,8 @@ _FRAME_HEADER = 18
 """Bytes that the header of a zstd frame takes at most."""
 _SMALL = 1 << 16
 _UNKNOWN = (1 << 64) - 1
-_LEAST_WINDOW, _MOST_WINDOW = 1 << 23, 1 << 27
-"""Bytes that a frame may ask zstd to keep: of a small tensor, and of any."""
+_MOST_WINDOW = 1 << 27
+"""Bytes that a frame may ask zstd to keep at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +101,13 @@ def read_folder(path: str | os.PathLike[str]) -> DeltaFolder:
         versions.append(int(facts[key]))
     of_file: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or file in (".", "..") or "\\" in file or "\0" in file:
+        if not isinstance(file, str) or (file not in of_file and not _is_inside(file)):
             raise _wrong(folder, "the index names a file outside its folder", "a file name", repr(file), name)
         of_file.setdefault(file, set()).add(name)
     seal, size = hashlib.sha256(raw), len(raw)
     frames: dict[str, TensorInfo] = {}
     digests: dict[str, str] = {}
+    digits = re.compile(f"[0-9a-f]{{{_DIGITS[facts['checksum_format']]}}}")
     for file, names in sorted(of_file.items()):
         shard, tensors = read_header(folder / file)
         seal.update(shard.header_sha256.encode())
@@ -118,7 +121,7 @@ def read_folder(path: str | os.PathLike[str]) -> DeltaFolder:
                 raise _wrong(
                     folder / file, "not a frame", "U8 of one dimension", f"{one.dtype} {list(one.shape)}", one.name
                 )
-            if not re.fullmatch(f"[0-9a-f]{{{_DIGITS[facts['checksum_format']]}}}", digest):
+            if not digits.fullmatch(digest):
                 raise _wrong(
                     folder / file, "no digest", f"{facts['checksum_format']} in the metadata", digest, one.name
                 )
@@ -135,6 +138,11 @@ def read_folder(path: str | os.PathLike[str]) -> DeltaFolder:
         digests=digests,
         size=size,
     )
+
+
+def _is_inside(file: str) -> bool:
+    """Whether a name is that of a file in the same folder."""
+    return Path(file).name == file and file not in (".", "..") and "\\" not in file and "\0" not in file
 
 
 @contextmanager
@@ -171,15 +179,17 @@ def link_of_folder(path: str | os.PathLike[str], base: GivenSide, before: Sequen
     prefix = "" if folder.checksum == CHECKSUMS[0] else f"{folder.checksum}:"
     made = {name: prefix + digest for name, digest in folder.digests.items()}
     with ExitStack() as stack:
-        files = {one.shard.path for one in folder.frames.values()}
-        opened = {file: stack.enter_context(open_regular(file)) for file in sorted(files)}
-        begin = {name: _begin(folder, one, opened[one.shard.path][0]) for name, one in folder.frames.items()}
+        shards = {one.shard.path: one.shard for one in folder.frames.values()}
+        opened = {file: stack.enter_context(open_regular(file))[0] for file in sorted(shards)}
+        begin = {name: _begin(folder, one, opened[one.shard.path]) for name, one in folder.frames.items()}
         digests = {name: (None, made.get(name, known.get(name))) for name in base.tensors}
-        yield StreamLink(folder.path, folder.identity, base, digests, begin, folder.encoding == "overwrite")
-        for one in folder.frames.values():
-            now = os.fstat(opened[one.shard.path][0])
-            if (now.st_size, now.st_mtime_ns) != (one.shard.size, one.shard.mtime_ns):
-                raise CheckpointError("the patch changed while it was read", file=one.shard.path)
+        repeatable = folder.encoding == "overwrite"
+        small = None if repeatable else xor_small(folder.frames, opened)
+        yield StreamLink(folder.path, folder.identity, base, digests, begin, repeatable, small)
+        for file, shard in shards.items():
+            now = os.fstat(opened[file])
+            if (now.st_size, now.st_mtime_ns) != (shard.size, shard.mtime_ns):
+                raise CheckpointError("the patch changed while it was read", file=file)
 
 
 def _begin(folder: DeltaFolder, frame: TensorInfo, descriptor: int) -> Callable[[TensorDelta], Iterator[Apply]]:
@@ -238,7 +248,7 @@ class _Frame:
         held = self.read(frame.nbytes) if frame.nbytes <= _SMALL else None
         try:
             self.size = self._said(held)
-            window = min(max(2 * most, _LEAST_WINDOW), _MOST_WINDOW)
+            window = min(max(2 * most, LEAST_WINDOW), _MOST_WINDOW)
             self._stream = zstandard.ZstdDecompressor(max_window_size=window).stream_reader(held or self)
         except self._error as error:
             raise self.wrong("a frame of the patch is damaged", "a zstd frame", error) from error

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from ckptdiff.checkpoint import Checkpoint
 from ckptdiff.errors import PatchError
-from ckptdiff.patch.delta import Blob, Delta, TensorDelta, TunedFile
+from ckptdiff.patch.delta import Blob, Delta, State, TensorDelta, TunedFile, extent_of
 from ckptdiff.patch.in_turn import InTurn
 from ckptdiff.patch.side_files import SideFiles
+from ckptdiff.patch.small_frames import SmallFrames
 
 __all__ = ["FETCH_AGAIN", "Apply", "GivenSide", "Link", "StreamLink", "scattered"]
 
@@ -98,6 +99,10 @@ class StreamLink:
     begin : mapping of str to callable
         Of each changed tensor, what begins to read it; it takes what the chain knows of the tensor, and yields what is
         to be done with each block.
+    repeatable : bool
+        Whether a base to which it has been applied already may be given again.
+    small : callable, optional
+        Makes many small tensors, and returns those that it has not.
     """
 
     def __init__(
@@ -108,8 +113,9 @@ class StreamLink:
         digests: Mapping[str, tuple[str | None, str | None]],
         begin: Mapping[str, Callable[[TensorDelta], Iterator[Apply]]],
         repeatable: bool = False,
+        small: SmallFrames | None = None,
     ) -> None:
-        self.path, self.identity, self.repeatable = path, identity, repeatable
+        self.path, self.identity, self.repeatable, self._small = path, identity, repeatable, small
         self._begin, self._files = begin, SideFiles(base) if isinstance(base, Checkpoint) else None
         self._begun: dict[str, tuple[InTurn, Iterator[Apply]]] = {}
         if self._files is None:
@@ -136,8 +142,9 @@ class StreamLink:
         )
 
     def _tensor(self, one: _Tensor, file: int, before: str | None, after: str | None) -> TensorDelta:
-        state = "changed" if one.name in self._begin else "same"
-        return TensorDelta(one.name, state, one.dtype, one.shape, file, before, after, 0)  # type: ignore[arg-type]
+        state: State = "changed" if one.name in self._begin else "same"
+        extent = extent_of(one.dtype, one.shape)
+        return TensorDelta(one.name, state, one.dtype, one.shape, file, before, after, 0, extent)
 
     def apply(self, tensor: TensorDelta, place: int, codes: Bytes, stop: threading.Event) -> None:
         """Make the new bytes of one block of a tensor of the old ones, in place."""
@@ -157,7 +164,8 @@ class StreamLink:
         self, tensors: Sequence[TensorDelta], starts: Sequence[int], codes: Bytes, stop: threading.Event
     ) -> None:
         """Do so with several tensors of one block, each of which begins at one byte of the codes."""
-        for tensor, start in zip(tensors, starts, strict=True):
+        ones = [(tensor, start) for tensor, start in zip(tensors, starts, strict=True) if tensor.state == "changed"]
+        for tensor, start in ones if self._small is None else self._small(ones, codes):
             self.apply(tensor, 0, codes[start : start + tensor.nbytes], stop)
 
     def header(self, file: int) -> bytes:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
+from itertools import compress
 from pathlib import Path
+from typing import TypeAlias
 
-from ckptdiff.checkpoint import TensorInfo, open_checkpoint
+from ckptdiff.checkpoint import TensorInfo
+from ckptdiff.checkpoint.checkpoint import open_pair
 from ckptdiff.events import Listener
 from ckptdiff.files.staged import StagedFile
 from ckptdiff.patch.coded_block import Coding, code_block, code_whole
-from ckptdiff.patch.comparing import PairBlocks, Sides, blocks_in, make_of_pair
-from ckptdiff.patch.delta import Delta, TensorDelta, TunedFile
+from ckptdiff.patch.comparing import Bytes, PairBlocks, Sides, blocks_in, make_of_pair
+from ckptdiff.patch.delta import Delta, State, TensorDelta, TunedFile, extent_of
 from ckptdiff.patch.delta_file import SIGNATURE, write_blob, write_index
-from ckptdiff.patch.digests import BlockDigests, required
+from ckptdiff.patch.delta_index import IndexText
+from ckptdiff.patch.digests import BlockDigests, digests_of_parts, required
 from ckptdiff.patch.side_files import SideFiles
 from ckptdiff.patch.small_tensors import code_small, rows_of
 from ckptdiff.patch.spans import load_kernels
@@ -26,6 +31,8 @@ from ckptdiff.runfile.check_target import check_new
 
 __all__ = ["DeltaMaking", "MadeDelta", "begin_delta", "make"]
 
+_Coded: TypeAlias = tuple[bytes, int, Sequence[str | None]]
+"""A block, how many of its codes changed, and with the last of a tensor digests of both sides."""
 _AT_ONCE = 1 << 20
 """Coded bytes that are written together."""
 
@@ -94,7 +101,7 @@ def make(
     """
     required("xxhash")
     target = Path(target)
-    sides = open_checkpoint(base), open_checkpoint(tuned)
+    sides = open_pair(os.fspath(base), os.fspath(tuned))
     check_new(target)
     load_kernels(listener)
     return make_of_pair(sides, partial(begin_delta, sides, target), threads, listener)
@@ -115,90 +122,119 @@ class DeltaMaking:
 
     def __init__(self, sides: Sides, layout: SideFiles, staged: StagedFile, stop: threading.Event) -> None:
         self._base, self._tuned = sides
-        self._layout, self._staged, self._digests = layout, staged, BlockDigests(stop)
+        self._staged, self._digests = staged, BlockDigests(stop)
         self.names = [tensor.name for _, tensor in layout.tensors]
         self._file_of = {tensor.name: file for file, tensor in layout.tensors}
-        self._tensors: dict[str, TensorDelta] = {}
-        self._start, self._changed = 0, 0
+        self._layout, self._tensors = layout, dict[str, TensorDelta]()
+        self._start, self._changed, self._end = 0, 0, 0
         self._sizes: list[int] = []
+        self._waiting: list[bytes] = []
+        self._unlisted = deque(self.names)
+
+    @cached_property
+    def _begun(self) -> tuple[Delta, IndexText]:
+        """What the delta says of its sides, once their headers are written: while threads make the first blocks."""
+        layout, staged = self._layout, self._staged
         staged.write(SIGNATURE)
-        self._files = tuple(
+        files = tuple(
             TunedFile(layout.name(shard.path), shard.size, write_blob(staged, layout.header(file)))
             for file, shard in enumerate(layout.shards)
         )
-        self._index = None if layout.index is None else (layout.index[0], write_blob(staged, layout.index[1]))
-        self._waiting: list[bytes] = []
+        delta = Delta(
+            made_by=f"ckptdiff {version('ckptdiff')}",
+            base=self._base.path,
+            tuned=self._tuned.path,
+            base_files=tuple((Path(shard.path).name, shard.size, shard.header_sha256) for shard in self._base.shards),
+            single=layout.single,
+            files=files,
+            index=None if layout.index is None else (layout.index[0], write_blob(staged, layout.index[1])),
+            tensors=self._tensors,
+        )
         self._end = staged.tell()
+        return delta, IndexText(delta)
 
-    def work(self, blocks: PairBlocks) -> list[tuple[bytes, int]]:
-        """Code each block, and count the codes that changed; several small tensors in one compiled call."""
-        several = len(blocks.tensors) > 1
-        together = iter(code_small(blocks.before, blocks.after, rows_of(blocks.rows())) if several else ())
-        found = []
-        for tensor, before, after in blocks.each():
-            self._digests.add(tensor.name, blocks.place, blocks_in(tensor), before, after)
-            coding = Coding.of(tensor.dtype)
-            if before is None:
-                found.append((code_whole(after), after.size // coding.width) if after.size else (b"", 0))
-            else:
-                found.append(next(together) if several else code_block(before, after, coding))
-        return found
+    def work(self, blocks: PairBlocks) -> list[_Coded]:
+        """Code each block, count the codes that changed, and digest both sides; small tensors in one compiled call."""
+        if len(blocks.tensors) > 1:
+            return self._small(blocks)
+        ((tensor, before, after),) = blocks.each()
+        digests = self._digests.add(tensor.name, blocks.place, blocks_in(tensor), before, after)
+        if before is None:
+            return [(*_whole(tensor, after), digests)]
+        return [(*code_block(before, after, Coding.of(tensor.dtype)), digests)]
 
-    def take(self, tensor: TensorInfo, place: int, found: tuple[bytes, int]) -> None:
-        """Write a coded block."""
-        if place == 0:
-            self._start, self._sizes, self._changed = self._end, [], 0
-        self._waiting.append(found[0])
-        self._end += len(found[0])
-        self._sizes.append(len(found[0]))
-        self._changed += found[1]
+    def _small(self, blocks: PairBlocks) -> list[_Coded]:
+        extents = [extent_of(tensor.dtype, tensor.shape) for tensor in blocks.tensors]
+        rows = ((start, one.codes, one.coding) for start, one in zip(blocks.starts, extents, strict=True))
+        coded = code_small(blocks.before, blocks.after, rows_of(compress(rows, blocks.paired)))
+        parts = [(start, start + one.nbytes) for start, one in zip(blocks.starts, extents, strict=True)]
+        after: list[str | None] = [*digests_of_parts(blocks.after, parts)]
+        before: list[str | None] = [*digests_of_parts(blocks.before, compress(parts, blocks.paired))]
+        for place, (tensor, paired) in enumerate(zip(blocks.tensors, blocks.paired, strict=True)):
+            if not paired:
+                coded.insert(place, _whole(tensor, blocks.after[slice(*parts[place])]))
+                before.insert(place, None)
+        return [(*one, digests) for one, digests in zip(coded, zip(before, after, strict=True), strict=True)]
+
+    def take(self, tensors: Sequence[TensorInfo], place: int, found: Sequence[_Coded]) -> None:
+        """Write coded blocks, and say in the index what is known now."""
+        _, index = self._begun
+        for tensor, (coded, changed, digests) in zip(tensors, found, strict=True):
+            if place == 0:
+                self._start, self._sizes, self._changed = self._end, [], 0
+            self._waiting.append(coded)
+            self._end += len(coded)
+            self._sizes.append(len(coded))
+            self._changed += changed
+            if digests:
+                self._tensors[tensor.name] = self._done(tensor, *digests)
         if self._end - self._staged.tell() >= _AT_ONCE:
             self._write()
-        if place == blocks_in(tensor) - 1:
-            self._tensors[tensor.name] = self._done(tensor)
+        known = []
+        while self._unlisted and self._unlisted[0] in self._tensors:
+            known.append(self._tensors[self._unlisted.popleft()])
+        index.add(known)
 
     def _write(self) -> None:
         self._staged.write(b"".join(self._waiting))
         self._staged.check()
         self._waiting.clear()
 
-    def _done(self, tensor: TensorInfo) -> TensorDelta:
-        before, after = self._digests.found.pop(tensor.name)
-        whole = before is None
-        done = TensorDelta(
-            name=tensor.name,
-            state="whole" if whole else "changed" if self._changed else "same",
-            dtype=tensor.dtype,
-            shape=tensor.shape,
-            file=self._file_of[tensor.name],
-            before=before,
-            after=after,
-            changed=self._changed,
-            replaces=whole and tensor.name in self._base.tensors,
+    def _done(self, tensor: TensorInfo, before: str | None, after: str | None) -> TensorDelta:
+        whole, extent = before is None, extent_of(tensor.dtype, tensor.shape)
+        state: State = "whole" if whole else "changed" if self._changed else "same"
+        return TensorDelta(
+            tensor.name,
+            state,
+            tensor.dtype,
+            tensor.shape,
+            self._file_of[tensor.name],
+            before,
+            after,
+            self._changed,
+            extent,
+            0 if state == "same" else self._start,
+            () if state == "same" or not extent.codes else tuple(self._sizes),
+            whole and tensor.name in self._base.tensors,
         )
-        if done.state == "same":
-            return done
-        return replace(done, offset=self._start, sizes=tuple(self._sizes[: done.blocks]))
 
     def finish(self) -> MadeDelta:
         """Write the index, and let the delta take its name."""
+        delta, index = self._begun
         self._write()
         lost = {
-            name: TensorDelta(name, "lost", tensor.dtype, tensor.shape, -1, None, None, 0)
-            for name, tensor in self._base.tensors.items()
+            name: TensorDelta(name, "lost", one.dtype, one.shape, -1, None, None, 0, extent_of(one.dtype, one.shape))
+            for name, one in self._base.tensors.items()
             if name not in self._tensors
         }
-        delta = Delta(
-            made_by=f"ckptdiff {version('ckptdiff')}",
-            base=self._base.path,
-            tuned=self._tuned.path,
-            base_files=tuple((Path(shard.path).name, shard.size, shard.header_sha256) for shard in self._base.shards),
-            single=self._layout.single,
-            files=self._files,
-            index=self._index,
-            tensors={name: self._tensors[name] for name in self.names} | lost,
-        )
-        write_index(self._staged, delta)
+        index.add(lost.values())
+        write_index(self._staged, index)
         self._staged.commit()
         warnings = tuple(warning for side in (self._base, self._tuned) for warning in side.warnings)
-        return MadeDelta(delta, self._staged.tell(), warnings)
+        tensors = {name: self._tensors[name] for name in self.names} | lost
+        return MadeDelta(replace(delta, tensors=tensors), self._staged.tell(), warnings)
+
+
+def _whole(tensor: TensorInfo, after: Bytes) -> tuple[bytes, int]:
+    """A block that is kept as it is, and its codes."""
+    return (code_whole(after), after.size // Coding.of(tensor.dtype).width) if after.size else (b"", 0)

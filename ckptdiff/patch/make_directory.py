@@ -7,53 +7,27 @@ holds the new bytes xor the old ones, or how many bytes changed, where (both uin
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from ckptdiff.checkpoint import Checkpoint, TensorInfo, open_checkpoint
-from ckptdiff.errors import OptionError, PatchError, RunFileError
+from ckptdiff.checkpoint import Checkpoint
+from ckptdiff.checkpoint.checkpoint import open_pair
+from ckptdiff.errors import OptionError, PatchError
 from ckptdiff.events import Listener
-from ckptdiff.files.staged import StagedFile, StagedFolder, sync_folder, write_whole
-from ckptdiff.patch.coded_block import Coding
-from ckptdiff.patch.comparing import (
-    Bytes,
-    PairBlocks,
-    Shipped,
-    Sides,
-    blocks_in,
-    make_of_pair,
-    pieces_of,
-    require_same_tensors,
-    shipped,
-    spooled,
-)
-from ckptdiff.patch.delta import BLOCK_CODES
-from ckptdiff.patch.digests import CHECKSUMS, BlockDigests, digest_of, required
-from ckptdiff.patch.side_files import SideFiles
+from ckptdiff.files.staged import StagedFolder
+from ckptdiff.patch.comparing import Shipped, Sides, make_of_pair, require_same_tensors
+from ckptdiff.patch.digests import CHECKSUMS, digest_of, required
+from ckptdiff.patch.directory_making import DirectoryMaking
 from ckptdiff.runfile.check_target import check_new
-from ckptdiff.runfile.safetensors_file import Entry, write_safetensors
 
-__all__ = [
-    "ENCODINGS",
-    "INDEX_NAME",
-    "OVERWRITE_LIMIT",
-    "DirectoryMaking",
-    "begin_directory",
-    "folder_name",
-    "make_directory",
-]
+__all__ = ["ENCODINGS", "OVERWRITE_LIMIT", "begin_directory", "folder_name", "make_directory"]
 
 ENCODINGS = ("xor", "overwrite")
-INDEX_NAME = "model.safetensors.index.json"
 OVERWRITE_LIMIT = 1 << 32
 """Bytes of a tensor from which uint32 positions do not reach its end."""
 _VERSIONED = re.compile(r"weight_v(\d{6,})")
@@ -124,7 +98,7 @@ def make_directory(
     (30, 3)
     """
     target = Path(target)
-    sides = open_checkpoint(base), open_checkpoint(tuned)
+    sides = open_pair(os.fspath(base), os.fspath(tuned))
     check_new(target)
     begin = partial(
         begin_directory,
@@ -208,143 +182,3 @@ def _require_reach(side: Checkpoint) -> None:
                 found=tensor.nbytes,
                 hint="--encoding xor",
             )
-
-
-class DirectoryMaking:
-    """One directory: frames go to a file without a name, and from there, with their header, into safetensors files."""
-
-    def __init__(
-        self,
-        sides: Sides,
-        facts: dict[str, str],
-        parallel: Any,
-        small: Callable[[], Any],
-        folder: StagedFolder,
-        spools: ExitStack,
-        stop: threading.Event,
-    ) -> None:
-        self._sides, self._facts, self._parallel, self._small = sides, facts, parallel, small
-        self._folder, self._spools = folder, spools
-        self._frames, self._positions, self._values = (
-            spools.enter_context(StagedFile(folder.path / name)) for name in ("frames", "positions", "values")
-        )
-        layout = SideFiles(sides[1])
-        self._by_shard: list[list[str]] = [[] for _ in layout.shards]
-        for file, tensor in layout.tensors:
-            self._by_shard[file].append(tensor.name)
-        self.names = [name for names in self._by_shard for name in names]
-        self._overwrite = facts["delta_encoding"] == "overwrite"
-        self._digests = BlockDigests(stop, facts["checksum_format"])
-        self._compressors = threading.local()
-        self._entries: dict[str, Entry] = {}
-        self._changed = self._changed_bytes = 0
-        self._start, self._unchanged = 0, 0
-        self._stream: Any = None
-
-    def work(self, blocks: PairBlocks) -> list[tuple[Any, int, int] | None]:
-        """What changed in each block: the whole frame of a tensor of one block, else what goes into it; or None."""
-        return [self._changes(tensor, blocks.place, before, after) for tensor, before, after in blocks.each()]
-
-    def _changes(self, tensor: TensorInfo, place: int, before: Bytes, after: Bytes) -> tuple[Any, int, int] | None:
-        coding, blocks = Coding.of(tensor.dtype), blocks_in(tensor)
-        if blocks > 1:
-            self._digests.add(tensor.name, place, blocks, after)
-        apart = before ^ after
-        changed_bytes = int(np.count_nonzero(apart))
-        if not changed_bytes:
-            return None
-        changed = int(np.count_nonzero(apart.view(f"u{coding.width}")))
-        payload: Any = apart
-        if self._overwrite:
-            at = np.flatnonzero(apart)
-            payload = (at + place * BLOCK_CODES * coding.width).astype("<u4"), after[at]
-        if blocks == 1:
-            self._digests.add(tensor.name, place, blocks, after)
-            if self._overwrite:
-                payload = b"".join([changed_bytes.to_bytes(4, "little"), *map(np.ndarray.tobytes, payload)])
-            payload = self._compressor().compress(payload)
-        return payload, changed, changed_bytes
-
-    def _compressor(self) -> Any:
-        """One of each thread; none may be used by two at a time."""
-        found = getattr(self._compressors, "found", None)
-        if found is None:
-            found = self._compressors.found = self._small()
-        return found
-
-    def take(self, tensor: TensorInfo, place: int, found: tuple[Any, int, int] | None) -> None:
-        """Write what changed in a block; at the last of a tensor, note where its frame is."""
-        block = BLOCK_CODES * Coding.of(tensor.dtype).width
-        if place == 0:
-            self._start, self._stream, self._unchanged = self._frames.tell(), None, 0
-        if found is not None:
-            payload, changed, changed_bytes = found
-            self._changed += changed
-            self._changed_bytes += changed_bytes
-            if isinstance(payload, bytes):
-                self._frames.write(payload)
-            elif self._overwrite:
-                self._positions.write(payload[0].view(np.uint8).data)
-                self._values.write(payload[1].data)
-            else:
-                if self._stream is None:
-                    self._stream = self._parallel.compressobj(size=tensor.nbytes)
-                    for zeros in _zeros(self._unchanged):
-                        self._frames.write(self._stream.compress(zeros))
-                self._frames.write(self._stream.compress(payload.data))
-        elif self._stream is not None:
-            self._frames.write(self._stream.compress(bytes(min(block, tensor.nbytes - place * block))))
-        else:
-            self._unchanged += block
-        if place == blocks_in(tensor) - 1:
-            if self._stream is not None:
-                self._frames.write(self._stream.flush())
-            elif self._values.tell():
-                self._join()
-            if size := self._frames.tell() - self._start:
-                pieces = spooled(self._frames, self._start, size)
-                self._entries[tensor.name] = Entry(tensor.name, "U8", (size,), pieces)
-        for spool in (self._frames, self._positions, self._values):
-            spool.check()
-
-    def _join(self) -> None:
-        """Make a frame of the positions and the values of a large tensor, and begin again with the next."""
-        count = self._values.tell()
-        stream = self._parallel.compressobj(size=4 + 5 * count)
-        self._frames.write(stream.compress(count.to_bytes(4, "little")))
-        for spool, size in ((self._positions, 4 * count), (self._values, count)):
-            for piece in pieces_of(spool, 0, size):
-                self._frames.write(stream.compress(piece))
-            spool.seek(0)
-            spool.truncate(0)
-        self._frames.write(stream.flush())
-
-    def finish(self) -> Shipped:
-        """Copy the frames into files, write the index behind them, and let the directory take its name."""
-        entries, folder = self._entries, self._folder.path
-        files = [some for names in self._by_shard if (some := [entries[name] for name in names if name in entries])]
-        digests = {name: str(digest).rpartition(":")[2] for name, (digest,) in self._digests.found.items()}
-        weight_map: dict[str, str] = {}
-        size = 0
-        for place, some in enumerate(files):
-            name = f"model-{place:05d}-of-{len(files):05d}.safetensors"
-            with StagedFile(folder / name) as staged:
-                write_safetensors(staged, some, {one.name: digests[one.name] for one in some})
-                staged.commit()
-                size += staged.tell()
-            weight_map |= {one.name: name for one in some}
-        self._spools.close()
-        index = json.dumps({"metadata": self._facts, "weight_map": weight_map}, ensure_ascii=False).encode()
-        write_whole(folder / INDEX_NAME, index)
-        try:
-            sync_folder(folder)
-        except OSError as error:
-            raise RunFileError(f"cannot write the output: {error.strerror}", file=folder) from error
-        self._folder.commit()
-        return shipped(self._sides, len(entries), self._changed, self._changed_bytes, len(files), size + len(index))
-
-
-def _zeros(count: int) -> Iterator[bytes]:
-    piece = bytes(min(count, 1 << 20))
-    for at in range(0, count, 1 << 20):
-        yield piece[: min(1 << 20, count - at)]

@@ -11,16 +11,17 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from ckptdiff.checkpoint import DTYPES, Kind, TensorInfo, open_checkpoint
+from ckptdiff.checkpoint import DTYPES, Kind, TensorInfo
 from ckptdiff.checkpoint.blocks import blocks_of
+from ckptdiff.checkpoint.checkpoint import open_pair
 from ckptdiff.checkpoint.open_shards import OpenShards, open_shards
 from ckptdiff.errors import OptionError, PatchError
 from ckptdiff.events import Listener
@@ -47,6 +48,8 @@ __all__ = ["FLAT_FORMAT", "FLAT_VERSION", "INDICES", "VALUES", "FlatMaking", "be
 
 FLAT_FORMAT, FLAT_VERSION = "ckptdiff-flat", "1"
 INDICES, VALUES = ".indices", ".values"
+_Changes: TypeAlias = tuple[Any, Any, int, str | None]
+"""Where values of a block changed, the new ones, in how many bytes, and why not to send them."""
 
 
 def make_flat(
@@ -93,7 +96,7 @@ def make_flat(
     39469
     """
     target = Path(target)
-    sides = open_checkpoint(base), open_checkpoint(tuned)
+    sides = open_pair(os.fspath(base), os.fspath(tuned))
     check_new(target)
     return make_of_pair(sides, partial(begin_flat, sides, target, dense_rest=dense_rest), threads, listener)
 
@@ -132,20 +135,24 @@ class FlatMaking:
         self._indices, self._values = indices, values
         self.names = list(sides[1].tensors)
         self._digests = BlockDigests(stop)
+        self._found: dict[str, Sequence[str | None]] = {}
         self._sparse: dict[str, list[Entry]] = {}
         self._dense: set[str] = set()
         self._changed = self._changed_bytes = 0
         self._starts, self._count = (0, 0), 0
         self._problem: str | None = None
 
-    def work(self, blocks: PairBlocks) -> list[tuple[Any, Any, int, str | None] | None]:
-        """Where values of each block changed, the new ones, in how many bytes, and why not to send them; or None."""
-        return [self._changes(tensor, blocks.place, before, after) for tensor, before, after in blocks.each()]
+    def work(self, blocks: PairBlocks) -> list[tuple[_Changes | None, Sequence[str | None]]]:
+        """What changed in each block, and digests of both sides with the last of a tensor."""
+        return [
+            (
+                self._changes(tensor, blocks.place, before, after),
+                self._digests.add(tensor.name, blocks.place, blocks_in(tensor), before, after),
+            )
+            for tensor, before, after in blocks.each()
+        ]
 
-    def _changes(
-        self, tensor: TensorInfo, place: int, before: Bytes, after: Bytes
-    ) -> tuple[Any, Any, int, str | None] | None:
-        self._digests.add(tensor.name, place, blocks_in(tensor), before, after)
+    def _changes(self, tensor: TensorInfo, place: int, before: Bytes, after: Bytes) -> _Changes | None:
         code = f"<u{Coding.of(tensor.dtype).width}"
         old, new = before.view(code), after.view(code)
         at = np.flatnonzero(old != new)
@@ -160,8 +167,21 @@ class FlatMaking:
         changed_bytes = int(np.count_nonzero(before != after))
         return (at + place * BLOCK_CODES).astype(_index_of(tensor)), values, changed_bytes, problem
 
-    def take(self, tensor: TensorInfo, place: int, found: tuple[Any, Any, int, str | None] | None) -> None:
-        """Spool what changed in a block; at the last of a tensor, note where that is."""
+    def take(
+        self,
+        tensors: Sequence[TensorInfo],
+        place: int,
+        found: Sequence[tuple[_Changes | None, Sequence[str | None]]],
+    ) -> None:
+        """Spool what changed in blocks; at the last of a tensor, note where that is."""
+        for tensor, (changes, digests) in zip(tensors, found, strict=True):
+            self._spool(tensor, place, changes)
+            if digests:
+                self._found[tensor.name] = digests
+        for spool in (self._indices, self._values):
+            spool.check()
+
+    def _spool(self, tensor: TensorInfo, place: int, found: _Changes | None) -> None:
         spools = self._indices, self._values
         if place == 0:
             self._starts, self._count, self._problem = (spools[0].tell(), spools[1].tell()), 0, None
@@ -179,8 +199,6 @@ class FlatMaking:
                 self._sparse[tensor.name] = self._entries(tensor)
             else:
                 self._send_whole(tensor, self._problem)
-        for spool in spools:
-            spool.check()
 
     def _entries(self, tensor: TensorInfo) -> list[Entry]:
         index, count = _index_of(tensor), self._count
@@ -212,7 +230,7 @@ class FlatMaking:
         """Copy everything behind a header, and let the patch take its name; whole tensors are read for that."""
         tensors = self._sides[1].tensors
         changed = [name for name in self.names if name in self._sparse or name in self._dense]
-        digests = [{name: self._digests.found[name][which] for name in self.names} for which in (0, 1)]
+        digests = [{name: self._found[name][which] for name in self.names} for which in (0, 1)]
         shapes = {name: list(tensors[name].shape) for name in changed}
         facts = {"shapes": shapes, "before": digests[0], "after": digests[1]}
         texts = {key: json.dumps(value, ensure_ascii=False, separators=(",", ":")) for key, value in facts.items()}

@@ -10,20 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptdiff.checkpoint.regular_file import read_bytes
-from ckptdiff.patch.coded_block import (
-    MOST_NUMBERS,
-    BlockRooms,
-    Coding,
-    DamagedBlockError,
-    code_block,
-    frozen,
-    inflated,
-)
+from ckptdiff.patch.coded_block import MOST_NUMBERS, BlockRooms, Coding, code_block, frozen
 from ckptdiff.patch.delta import TensorDelta
 from ckptdiff.patch.kernels import small_blocks
 from ckptdiff.patch.kernels.small_blocks import ALONE, FACTS
 
-__all__ = ["apply_small", "apply_stored", "code_small", "rows_of"]
+__all__ = ["apply_small", "apply_stored", "bytes_of", "code_small", "rows_of"]
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Blocks: TypeAlias = NDArray[np.int64]
@@ -44,7 +36,8 @@ class _SmallRooms:
     def __init__(self) -> None:
         of_one = BlockRooms(_SMALL, 8)
         self.steps, self.laid = (of_one.positions, of_one.steps), of_one.out
-        self.streams = np.empty(of_one.out.size + 64, np.uint8)
+        # Of a coded block, and of one that is read: one that lies may say that it has 14 bytes of a code.
+        self.streams = np.empty(max(of_one.out.size, 14 * _SMALL + _SMALL // 128) + 128, np.uint8)
         self.spans = np.empty((of_one.out.size // 8 + 1, 2), np.int64)
 
 
@@ -74,13 +67,13 @@ def code_small(base: Bytes, tuned: Bytes, blocks: Blocks) -> list[tuple[bytes, i
     small_blocks.code_small((base, tuned), few, rooms.steps, rooms.laid, rooms.streams, rooms.spans, out, some)
     found[:, 0] = ALONE
     found[together] = some
-    coded, at = [], 0
+    coded, at, data = [], 0, out[: int(np.maximum(some[:, 0], 0).sum())].tobytes()
     for (start, numel, width, floating), (size, changed) in zip(blocks.tolist(), found.tolist(), strict=True):
         if size == ALONE:
             before, after = (side[start : start + numel * width].copy() for side in (base, tuned))
             coded.append(code_block(before, after, Coding(width, bool(floating))))
         else:
-            coded.append((out[at : at + size].tobytes(), changed))
+            coded.append((data[at : at + size], changed))
             at += size
     return coded
 
@@ -109,20 +102,9 @@ def apply_small(codes: Bytes, blocks: Blocks, coded: bytes, sizes: Sequence[int]
     data, facts = np.frombuffer(coded, np.uint8), np.zeros((len(blocks), FACTS), np.int64)
     small_blocks.read_facts(data, blocks, bounds, facts)
     facts[~_together(blocks), 0] = 0
-    packed = (facts[:, 4::3] < facts[:, 3::3]) & (facts[:, :1] > 0)
-    plain, end = [], 0
-    for place, stream in np.argwhere(packed).tolist():
-        size, stored, at = facts[place, 3 + 3 * stream : 6 + 3 * stream].tolist()
-        try:
-            plain.append(inflated(coded[at : at + stored], size))
-        except DamagedBlockError:
-            facts[place, 0] = 0
-            continue
-        facts[place, 5 + 3 * stream] = end
-        end += size
     alone = np.flatnonzero((facts[:, 0] == 0) & (np.diff(bounds) > 0)).tolist()
-    streams = np.frombuffer(b"".join(plain), np.uint8)
-    done = small_blocks.apply_small(codes, blocks, facts, data, streams, _small_rooms().steps)
+    rooms = _small_rooms()
+    done = small_blocks.apply_small(codes, blocks, facts, data, rooms.streams, rooms.steps)
     return sorted({*alone, *range(done, len(blocks))})
 
 
@@ -133,11 +115,11 @@ def apply_stored(codes: Bytes, tensors: Sequence[tuple[TensorDelta, int]], descr
     if len(tensors) < 2 or sum(sizes) > 2 * codes.size + MOST_NUMBERS * len(tensors):
         return range(len(tensors))
     rows = rows_of((start, one.codes, one.coding) for one, start in tensors)
-    coded = _bytes_of(descriptor, [(one.offset, size) for (one, _), size in zip(tensors, sizes, strict=True)], path)
+    coded = bytes_of(descriptor, [(one.offset, size) for (one, _), size in zip(tensors, sizes, strict=True)], path)
     return apply_small(codes, rows, coded, sizes)
 
 
-def _bytes_of(descriptor: int, parts: Sequence[tuple[int, int]], path: str) -> bytes:
+def bytes_of(descriptor: int, parts: Sequence[tuple[int, int]], path: str) -> bytes:
     """Bytes of a file, from each offset on so many; what lies one behind the other is read at once."""
     found: list[bytes] = []
     start = stop = parts[0][0]

@@ -95,21 +95,20 @@ def read_block_of(
 
 def read_whole_tensors(shards: OpenShards, tensors: Iterable[tuple[TensorInfo, int]], out: NDArray[np.uint8]) -> None:
     """Read small tensors, each to its place; those that lie one behind the other in a file are read at once."""
-    runs: list[tuple[TensorInfo, int, int]] = []  # the first of a run, where it goes, and how many bytes are read
-    end: tuple[object, ...] = ()
+    runs: list[list[tuple[TensorInfo, int]]] = []
+    shard, stop, end = None, 0, 0
     for tensor, start in tensors:
         if tensor.slices:
             count = 8 * tensor.nbytes // DTYPES[tensor.dtype].bits
             read_elements(shards, tensor, 0, count, out[start : start + tensor.nbytes])
             continue
-        if end == (tensor.shard.path, tensor.start, start):
-            first, place, size = runs.pop()
-            runs.append((first, place, size + tensor.nbytes))
-        else:
-            runs.append((tensor, start, tensor.nbytes))
-        end = (tensor.shard.path, tensor.stop, start + tensor.nbytes)
-    for first, place, size in runs:
-        _read_run(shards, first, first.start, first.start + size, out[place : place + size])
+        if tensor.shard is not shard or tensor.start != stop or start != end:
+            runs.append([])
+        runs[-1].append((tensor, start))
+        shard, stop, end = tensor.shard, tensor.stop, start + tensor.stop - tensor.start
+    for run in runs:
+        (first, place), (last, _) = run[0], run[-1]
+        _read_run(shards, first, first.start, last.stop, out[place : place + last.stop - first.start])
 
 
 def _read_run(shards: OpenShards, tensor: TensorInfo, start: int, stop: int, out: NDArray[np.uint8]) -> None:

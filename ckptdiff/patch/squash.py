@@ -18,6 +18,7 @@ from ckptdiff.patch.chain import check_links
 from ckptdiff.patch.coded_block import Coding, Steps, apply_block, code_steps, code_whole
 from ckptdiff.patch.delta import BLOCK_CODES, Blob, Delta, TensorDelta
 from ckptdiff.patch.delta_file import SIGNATURE, DeltaFile, open_delta, write_blob, write_index
+from ckptdiff.patch.delta_index import IndexText
 from ckptdiff.patch.opening import patch_kind
 from ckptdiff.patch.spans import load_kernels
 from ckptdiff.runfile.check_target import check_new
@@ -90,7 +91,9 @@ def squash(
                 index=index,
                 tensors=_with_lost(links, tensors),
             )
-            write_index(staged, delta)
+            text = IndexText(delta)
+            text.add(delta.tensors.values())
+            write_index(staged, text)
         staged.commit()
     return delta
 
@@ -129,8 +132,7 @@ def _joined(links: Sequence[DeltaFile], tensor: TensorDelta, staged: StagedFile)
         changed += count
     if whole:
         replaces = _in_base(links, tensor.name)
-        return replace(
-            tensor,
+        return tensor._replace(
             state="whole",
             before=None,
             changed=tensor.codes,
@@ -140,8 +142,8 @@ def _joined(links: Sequence[DeltaFile], tensor: TensorDelta, staged: StagedFile)
         )
     before = chain[0][1].before
     if not changed:
-        return replace(tensor, state="same", before=before, changed=0, offset=0, sizes=())
-    return replace(tensor, state="changed", before=before, changed=changed, offset=offset, sizes=tuple(sizes))
+        return tensor._replace(state="same", before=before, changed=0, offset=0, sizes=())
+    return tensor._replace(state="changed", before=before, changed=changed, offset=offset, sizes=tuple(sizes))
 
 
 def _since_whole(links: Sequence[DeltaFile], name: str) -> list[DeltaFile]:

@@ -6,8 +6,8 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring as quoted
 from pathlib import Path
-from typing import Any
 
 from ckptdiff.checkpoint import DTYPES
 from ckptdiff.errors import RunFileError
@@ -39,14 +39,7 @@ def write_safetensors(staged: StagedFile, entries: Sequence[Entry], metadata: di
     Raises RunFileError if a write failed, or an entry's pieces are not as long as its shape says.
     """
     entries = sorted(entries, key=lambda entry: -DTYPES[entry.dtype].bits)
-    header: dict[str, Any] = {METADATA: metadata}
-    stop = 0
-    for entry in entries:
-        start, stop = stop, stop + entry.nbytes
-        header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [start, stop]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    staged.write(len(text).to_bytes(8, "little") + text)
+    staged.write(header_bytes(((one.name, one.dtype, one.shape, one.nbytes) for one in entries), metadata))
     for entry in entries:
         written = 0
         for data in entry.pieces():
@@ -60,6 +53,25 @@ def write_safetensors(staged: StagedFile, entries: Sequence[Entry], metadata: di
                 found=f"{written} bytes",
                 hint="run ckptdiff diff again",
             )
+
+
+def header_bytes(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: dict[str, str]) -> bytes:
+    """The header of a file, and the length before it.
+
+    Parameters
+    ----------
+    tensors : iterable of (str, str, sequence of int, int)
+        Name, dtype, shape and bytes of each, in the order in which they follow.
+    metadata : dict of str to str
+    """
+    parts, stop = [f'"{METADATA}":{json.dumps(metadata, ensure_ascii=False, separators=(",", ":"))}'], 0
+    for name, dtype, shape, nbytes in tensors:
+        start, stop = stop, stop + nbytes
+        sizes = ",".join(map(str, shape))
+        parts.append(f'{quoted(name)}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{start},{stop}]}}')
+    text = f"{{{','.join(parts)}}}".encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def is_safetensors_of(path: Path, format: str) -> bool:

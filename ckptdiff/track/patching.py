@@ -269,8 +269,8 @@ class _Work:
             room.keep(side, starts[-1])
             if side:
                 with self._turns[side - 1].at(number):
-                    for (tensor, *_), found in zip(taken, made, strict=True):
-                        self._makings[side - 1].take(tensor, place, found)
+                    if taken:
+                        self._makings[side - 1].take([tensor for tensor, *_ in taken], place, made)
         last = next(side for side in reversed(self._tensors[pieces[-1][0]].sides) if side is not None)
         return _Done(list(self._follow(pieces, starts, room)), nbytes, last.name)
 

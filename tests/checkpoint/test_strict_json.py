@@ -32,6 +32,23 @@ def test_numbers_that_are_no_64_bit_integers_are_floats(text):
     assert value == float(text)
 
 
+@pytest.mark.parametrize("text", ["-0", "100000000000000000000000", "-100000000000000000000000"])
+def test_such_numbers_are_found_behind_names_and_digests_that_look_like_them(text):
+    digests = ["0123456789012345678901234567890123456789", "a12345678901234567890123", "model-00001-of-00002"]
+    for number in (text, f" {text}", f"[{text}]", f"[1,{text}]"):
+        raw = json.dumps({"digests": [{"after": one} for one in digests]})[:-1] + f',"a":{number}}}'
+        value = parse_object(raw.encode())
+        found = value["a"][-1] if isinstance(value["a"], list) else value["a"]
+        assert type(found) is float and found == float(text)
+        assert [one["after"] for one in value["digests"]] == digests
+
+
+def test_a_key_given_twice_in_an_object_of_a_list_is_found():
+    with pytest.raises(JsonProblemError, match="repeats a key"):
+        parse_object(b'{"tensors":[{"a":1},{"a":1,"a":2}]}')
+    assert parse_object(b'{"tensors":[{"a":1},{"a":2}]}') == {"tensors": [{"a": 1}, {"a": 2}]}
+
+
 @pytest.mark.parametrize("text", ["[1]", '"a"', "1", "null", "true"])
 def test_anything_but_an_object_is_refused(text):
     with pytest.raises(JsonProblemError, match="is not a JSON object"):

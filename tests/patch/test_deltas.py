@@ -159,12 +159,12 @@ def test_a_chain_and_one_patch_of_it(tmp_path: Path) -> None:
 
 def test_a_chain_with_tensors_that_come_and_go(tmp_path: Path) -> None:
     rng = np.random.default_rng(8)
-    a, b, c = (random_tensor(rng, "BF16", (30, 4)) for _ in range(3))
+    a, b, c, d = (random_tensor(rng, "BF16", (30, 4)) for _ in range(4))
     states = [
         {"a": a, "b": b},
         {"a": stepped(rng, a), "c": c, "b": random_tensor(rng, "F32", (7,))},
-        {"a": a, "c": stepped(rng, c)},
-        {"a": random_tensor(rng, "F16", (2,)), "c": c, "b": b},
+        {"a": a, "c": stepped(rng, c), "d": d},
+        {"a": random_tensor(rng, "F16", (2,)), "c": c, "b": b, "d": stepped(rng, d)},
     ]
     files = [write(tmp_path / f"{k}.safetensors", tensors) for k, tensors in enumerate(states)]
     links = [tmp_path / f"{k}.d" for k in range(3)]

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from ckptdiff import patch
@@ -114,6 +116,57 @@ def test_a_checkpoint_of_small_tensors(pair: tuple[Path, Path], tmp_path: Path) 
     patch.apply(base, [tmp_path / "step.ckptdelta"], tmp_path / "out")
     found, expected = ((one / "model.safetensors").read_bytes() for one in (tmp_path / "out", tuned))
     assert found == expected
+
+
+@pytest.fixture
+def alike(pair: tuple[Path, Path]) -> tuple[Path, Path]:
+    """The same pair without the tensors that one side lacks."""
+    for side, name in zip(pair, ("layers.400.weight", "layers.7.weight"), strict=True):
+        values = load_file(side / "model.safetensors")
+        del values[name]
+        save_file(values, side / "model.safetensors")
+    return pair
+
+
+@pytest.mark.parametrize("encoding", ["xor", "overwrite"])
+def test_a_directory_of_small_tensors(alike: tuple[Path, Path], encoding: str, tmp_path: Path) -> None:
+    base, tuned = alike
+    made = patch.make_directory(base, tuned, tmp_path / "step", encoding=encoding)
+    (file,) = (tmp_path / "step").glob("*.safetensors")
+    sides, frames = [load_file(side / "model.safetensors") for side in alike], load_file(file)
+    changed = {name for name, one in sides[0].items() if one.tobytes() != sides[1][name].tobytes()}
+    assert frames.keys() == changed and made.changed_tensors == len(changed)
+    for name in changed if encoding == "xor" else ():
+        old, new = (np.frombuffer(side[name].tobytes(), np.uint8) for side in sides)
+        assert zstandard.ZstdDecompressor().decompress(frames[name].tobytes()) == (old ^ new).tobytes()
+    patch.apply(base, [tmp_path / "step"], tmp_path / "out")
+    found, expected = ((one / "model.safetensors").read_bytes() for one in (tmp_path / "out", tuned))
+    assert found == expected
+
+
+def rewritten(file: Path, name: str, frame: bytes) -> None:
+    """Put another frame into a directory's file."""
+    with safe_open(file, "np") as opened:
+        facts, frames = opened.metadata(), {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    save_file(frames | {name: np.frombuffer(frame, np.uint8)}, file, facts)
+
+
+def test_frames_of_other_writers_among_small_ones(alike: tuple[Path, Path], tmp_path: Path) -> None:
+    """One that does not say its size is read as a stream; one that lies, or is cut short, is refused by name."""
+    base, tuned = alike
+    patch.make_directory(base, tuned, tmp_path / "step")
+    (file,) = (tmp_path / "step").glob("*.safetensors")
+    name, out = "layers.90.weight", tmp_path / "out"
+    frame = load_file(file)[name].tobytes()
+    data = zstandard.ZstdDecompressor().decompress(frame)
+    rewritten(file, name, zstandard.ZstdCompressor(write_content_size=False).compress(data))
+    patch.apply(base, [tmp_path / "step"], out)
+    assert (out / "model.safetensors").read_bytes() == (tuned / "model.safetensors").read_bytes()
+    for wrong in (frame[:-3], zstandard.ZstdCompressor().compress(data + b"a"), b"no frame"):
+        rewritten(file, name, wrong)
+        with pytest.raises(PatchError, match="a frame of the patch") as failure:
+            patch.apply(base, [tmp_path / "step"], tmp_path / "none")
+        assert failure.value.tensor == name and not (tmp_path / "none").exists()
 
 
 def test_another_base_is_named(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -242,7 +241,7 @@ def test_steps_with_their_tensors_in_other_orders(tmp_path: Path) -> None:
 def assert_same_contents(one: Path, other: Path) -> None:
     """But for where blocks lie."""
     with open_delta(one) as first, open_delta(other) as second:
-        sides = [[replace(tensor, offset=0) for tensor in link.delta.tensors.values()] for link in (first, second)]
+        sides = [[tensor._replace(offset=0) for tensor in link.delta.tensors.values()] for link in (first, second)]
         assert sides[0] == sides[1]
 
 

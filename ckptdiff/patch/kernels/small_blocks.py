@@ -11,6 +11,7 @@ import numpy as np
 
 from ckptdiff.deflate.deflate import encode
 from ckptdiff.deflate.huffman import Array
+from ckptdiff.deflate.inflate import inflate
 from ckptdiff.jit import helper, kernel
 from ckptdiff.patch.kernels.steps import BITMAP, add_steps, find_steps, lay_out, read_positions, read_steps
 
@@ -167,15 +168,18 @@ def read_facts(coded: Array, blocks: Array, bounds: Array, facts: Array) -> None
 
 
 @helper
-def _stream(facts: Array, k: int, coded: Array, inflated: Array) -> Array:
-    """A stream of a block, from where it is plain."""
+def _stream(facts: Array, k: int, coded: Array, room: Array) -> tuple[Array, bool]:
+    """A stream of a block, and whether it could be read; an encoded one is in the first bytes of the room then."""
     size, stored, at = facts[3 + 3 * k], facts[4 + 3 * k], facts[5 + 3 * k]
-    return inflated[at : at + size] if stored < size else coded[at : at + size]
+    if stored == size:
+        return coded[at : at + size], True
+    plain = room[:size]
+    return plain, inflate(coded[at : at + stored], plain)
 
 
 @kernel
 def apply_small(
-    codes: Array, blocks: Array, facts: Array, coded: Array, inflated: Array, rooms: tuple[Array, Array]
+    codes: Array, blocks: Array, facts: Array, coded: Array, streams: Array, rooms: tuple[Array, Array]
 ) -> int:
     """Make the bytes of small tensors after of those before, in place.
 
@@ -185,9 +189,9 @@ def apply_small(
     blocks, rooms
         As :func:`code_small` takes them.
     facts, coded
-        As :func:`read_facts` fills them; of a stream that was inflated the place in `inflated`. Blocks of which they
-        tell no change are left as they are.
-    inflated : uint8 array
+        As :func:`read_facts` fills them. Blocks of which they tell no change are left as they are.
+    streams : uint8 array
+        Room for the streams of the largest.
 
     Returns
     -------
@@ -200,8 +204,13 @@ def apply_small(
         count, shift, coding = facts[i, 0], facts[i, 1], facts[i, 2]
         if not count:
             continue
-        gaps, low = _stream(facts[i], 0, coded, inflated), _stream(facts[i], 1, coded, inflated)
-        symbols, extra = _stream(facts[i], 2, coded, inflated), _stream(facts[i], 3, coded, inflated)
+        fact, end = facts[i], facts[i, 3 : 3 * STREAMS : 3]
+        gaps, first = _stream(fact, 0, coded, streams)
+        low, second = _stream(fact, 1, coded, streams[end[0] :])
+        symbols, third = _stream(fact, 2, coded, streams[end[0] + end[1] :])
+        extra, fourth = _stream(fact, 3, coded, streams[end[0] + end[1] + end[2] :])
+        if not (first and second and third and fourth):
+            return i
         if read_positions(gaps, low, shift, count, numel, positions):
             return i
         if read_steps(symbols, extra, coding, count, width, steps):
