@@ -110,7 +110,7 @@ STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGK
 )
 def test_a_stopped_run_leaves_the_target_as_it_was(large: Pair, out: Path, signum: int) -> None:
     before = state(out)
-    process = start(WRITING, 12, *large, "-o", out, "--mask", "bitwise")
+    process = start(WRITING, 6, *large, "-o", out, "--mask", "bitwise")
     (staged,) = set(out.parent.iterdir()) - {out}
     assert staged.stat().st_size > 1 << 20
     process.send_signal(signum)
