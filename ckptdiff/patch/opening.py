@@ -48,8 +48,8 @@ def open_link(
             "patches of different formats cannot be applied at once",
             file=Path(path),
             expected=_NAMES[before[0][0]],
-            found=_NAMES[kind],
-            hint="apply one after the other",
+            found="a folder" if kind == "folder" else _NAMES[kind],
+            hint="apply one after the other; patch verify takes a checkpoint to compare with by --tuned",
         )
     links = [link for _, link in before]
     if kind == "folder":

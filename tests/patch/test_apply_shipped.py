@@ -61,6 +61,7 @@ def test_a_chain(kind: str, tmp_path: Path) -> None:
         refused(lambda: patch.squash(links[:2], tmp_path / "no"), "own format", kind=OptionError)
         own = make(OWN, steps[1], steps[2], tmp_path / "own")
         refused(lambda: patch.apply(steps[0], [links[0], own], tmp_path / "no"), "different formats", kind=OptionError)
+        refused(lambda: patch.verify(steps[0], [own, steps[2]]), "a folder", "--tuned", kind=OptionError)
     assert not (tmp_path / "no").exists()
     patch.apply_in_place(steps[0], links)
     assert same_files(steps[0], steps[3])
