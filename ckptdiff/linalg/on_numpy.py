@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from ckptdiff.linalg.blas import add_gram_block, add_product_block, eigh_all, eigh_part, solve_lower_block
 from ckptdiff.linalg.kernels.scores import add_squares, count_magnitudes, count_scores
-from ckptdiff.linalg.kernels.sparse import add_sparse_product, add_sparse_transposed
 from ckptdiff.linalg.library import MAGNITUDES, SCORE_LANES, Library, Windows
-from ckptdiff.linalg.nonzeros import Nonzeros
+from ckptdiff.linalg.nonzeros import MOST_LISTED, Nonzeros, add_sparse_product
 from ckptdiff.linalg.separate_pairs import eigh_separate
 from ckptdiff.linalg.threads import counted, cuts, in_parts
 from ckptdiff.linalg.work import eigenpairs_work, eigenvalues_work, few_of, gram_work, product_work
@@ -67,20 +66,19 @@ class NumpyLibrary:
 
     def add_gram(self, total: Floats, panel: Floats) -> None:
         """Add ``panel.T @ panel`` to the lower triangle."""
+        work = gram_work(len(panel), panel.shape[1], panel.itemsize)
+        if _mostly_zero(panel, total):
+            add_sparse_product(total, panel.T, panel, work, triangle=True)
+            return
         at = cuts(panel.shape[1], _GRAM_PART)
-        sparse = _mostly_zero(panel, total)
 
         def add(part: int) -> None:
-            if sparse:
-                first, stop = at[-2 - part], at[-1 - part]  # what is longest is first here too
-                add_sparse_transposed(total[first:stop], panel, panel, first, first + 1)
-                return
             first, stop = at[part], at[part + 1]
             add_gram_block(total[first:stop, first:stop], panel[:, first:stop])
             if stop < at[-1]:
                 add_product_block(total[stop:, first:stop], panel[:, stop:].T, panel[:, first:stop])
 
-        in_parts(add, len(at) - 1, gram_work(len(panel), panel.shape[1], panel.itemsize))
+        in_parts(add, len(at) - 1, work)
 
     def nonzeros(self) -> Nonzeros | None:
         """Room for the entries of an update that are not zero."""
@@ -171,27 +169,26 @@ class NumpyLibrary:
 
 
 def _products(out: Floats, left: Floats, right: Floats, *, keep: bool) -> None:
-    at, turned = cuts(len(out)), not left.flags.c_contiguous
-    sparse = _mostly_zero(left.T if turned else left, out, right)
+    work = product_work(len(left), len(right), len(right.T), out.itemsize)
+    if _mostly_zero(left if left.flags.c_contiguous else left.T, out, right):
+        if not keep:
+            out[:] = 0
+        add_sparse_product(out, left, right, work)
+        return
+    at = cuts(len(out))
 
     def add(part: int) -> None:
         first, stop = at[part], at[part + 1]
-        if not sparse:
-            add_product_block(out[first:stop], left[first:stop], right, keep=keep)
-            return
-        if not keep:
-            out[first:stop] = 0
-        if turned:
-            add_sparse_transposed(out[first:stop], left.T, right, first, right.shape[1])
-        else:
-            add_sparse_product(out[first:stop], left[first:stop], right)
+        add_product_block(out[first:stop], left[first:stop], right, keep=keep)
 
-    in_parts(add, len(at) - 1, product_work(len(left), len(right), len(right.T), out.itemsize))
+    in_parts(add, len(at) - 1, work)
 
 
 def _mostly_zero(values: Floats, *others: Floats) -> bool:
     """Whether a product is quicker that skips the zeros of an array, as some of its rows tell; all are C-contiguous."""
-    if values.size < _SMALLEST_SPARSE or not all(each.flags.c_contiguous for each in (values, *others)):
+    if values.size < _SMALLEST_SPARSE or max(values.shape) > MOST_LISTED:
+        return False
+    if not all(each.flags.c_contiguous for each in (values, *others)):
         return False
     some = values[:: -(-len(values) // _LOOKED_AT)]
     return bool(np.count_nonzero(some) * _SPARSE < some.size)

@@ -25,6 +25,7 @@ class _Threads:
     """The threads that share the products of a matrix, and where the products are counted."""
 
     pool: ThreadPoolExecutor | None = None
+    count: int = 1
     stop: threading.Event = field(default_factory=threading.Event)
     work: MatrixWork | None = None
 
@@ -53,7 +54,7 @@ def product_threads(count: int, stop: threading.Event | None = None) -> Iterator
     The first product after `stop` is set raises :class:`concurrent.futures.CancelledError`.
     """
     with ThreadPoolExecutor(count, thread_name_prefix="ckptdiff-products") if count > 1 else nullcontext() as pool:
-        token = _THREADS.set(_Threads(pool, stop or threading.Event()))
+        token = _THREADS.set(_Threads(pool, count, stop or threading.Event()))
         try:
             yield
         finally:
@@ -100,7 +101,7 @@ def in_background(work: Callable[[], None]) -> Future[None]:
     if threads.pool is not None:
         context = copy_context()
         # It keeps to its thread: parts that wait for threads which wait for parts would wait for ever.
-        context.run(_THREADS.set, replace(threads, pool=None))
+        context.run(_THREADS.set, replace(threads, pool=None, count=1))
         return threads.pool.submit(context.run, work)
     done: Future[None] = Future()
     work()
@@ -112,6 +113,11 @@ def end_if_stopped() -> None:
     """Raise CancelledError if this matrix is to be given up."""
     if _THREADS.get().stop.is_set():
         raise CancelledError
+
+
+def thread_count() -> int:
+    """How many threads share the parts of a product; no digit may depend on it."""
+    return _THREADS.get().count
 
 
 def in_parts(work: Callable[[int], None], parts: int, amount: float = 0.0) -> None:

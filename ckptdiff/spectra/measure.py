@@ -33,6 +33,7 @@ from ckptdiff.linalg.krylov import (
     krylov_values,
     krylov_work,
 )
+from ckptdiff.linalg.nonzeros import Nonzeros
 from ckptdiff.linalg.principal import Principal, principal, principal_of_each, principal_work
 from ckptdiff.linalg.stages import PanelSource, Side, Stage, run_together
 from ckptdiff.linalg.survey import SURVEY_WORK, Survey
@@ -77,8 +78,9 @@ def measure_randomized(
     """
     dense = known.support * _SPARSE >= known.numel
     short, krylov, library = source.short, _krylov(source.short, options, dense), source.library
-    if krylov is not None and not dense and short <= krylov.gram and known.support <= short**2 // 2:
-        krylov = replace(krylov, sparse=True)  # which takes no more memory than a Gram matrix
+    if krylov is not None and not dense and short <= krylov.gram:
+        itemsize = source.dtype.itemsize
+        krylov = replace(krylov, sparse=Nonzeros.needs(known.support, itemsize) <= itemsize * short**2)
     if krylov is None:
         leading = direct_values(short, ENERGY_RANKS, with_vectors=False, library=library)
     else:

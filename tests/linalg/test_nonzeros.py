@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from spectrum_cases import s1_like, singular_values
 
-from ckptdiff.linalg.kernels.nonzeros import gather_nonzeros
 from ckptdiff.linalg.krylov import KrylovOptions, krylov_values
-from ckptdiff.linalg.nonzeros import Nonzeros
+from ckptdiff.linalg.nonzeros import Listed, Nonzeros
 from ckptdiff.linalg.stages import ArrayPanels, run_together
 
 
@@ -40,13 +39,31 @@ def test_products_are_numpys(rows: list[int], width: int, count: int, share: flo
     assert np.array_equal(block, held)
 
 
-def test_what_is_gathered() -> None:
+def test_what_is_listed() -> None:
     matrix = np.array([[0, 2, 0], [0, 0, 0], [-1, np.nan, 3], [-0.0, 0, 5]], np.float32)
-    columns, values, ends = np.empty(6, np.int32), np.empty(6, np.float32), np.empty(4, np.int64)
-    gather_nonzeros(matrix, columns, values, ends)
-    assert columns[:5].tolist() == [1, 0, 1, 2, 2]
-    assert np.array_equal(values[:5], np.array([2, -1, np.nan, 3, 5], np.float32), equal_nan=True)
-    assert ends.tolist() == [1, 1, 4, 5]
+    known = {
+        "rows": (Listed.of(matrix), [1, 0, 1, 2, 2], [2, -1, np.nan, 3, 5], [1, 1, 4, 5]),
+        "columns": (Listed.transposed(matrix, 0, 3), [2, 0, 2, 2, 3], [-1, 2, np.nan, 3, 5], [1, 3, 5]),
+        "two columns": (Listed.transposed(matrix, 1, 3), [0, 2, 2, 3], [2, np.nan, 3, 5], [2, 4]),
+    }
+    for found, places, values, ends in known.values():
+        listed = found.trimmed()
+        assert listed.places.tolist() == places
+        assert np.array_equal(listed.values, np.array(values, np.float32), equal_nan=True)
+        assert listed.ends.tolist() == ends
+
+
+@pytest.mark.parametrize("shape", [(1 << 16, 2), (2, 1 << 16), (3, 5000)], ids=str)
+def test_long_rows_and_columns_are_listed(shape: tuple[int, int]) -> None:
+    matrix = sparse(*shape, 0.01, np.float32, 3)
+    matrix[-1, -1] = 1.0
+    for listed, known in ((Listed.of(matrix), matrix), (Listed.transposed(matrix, 0, shape[1]), matrix.T)):
+        found = np.zeros_like(known)
+        rows = np.repeat(np.arange(len(known)), np.diff(listed.ends, prepend=0))
+        places, values = listed.trimmed().places, listed.trimmed().values
+        found[rows, places] = values
+        assert np.array_equal(found, known)
+        assert np.all(np.diff(rows * float(1 << 16) + places) > 0)
 
 
 @pytest.mark.parametrize("shape", [(1500, 700), (700, 700)], ids=str)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from spectrum_cases import base, update
 
-from ckptdiff.linalg.kernels.sparse import add_sparse_product, add_sparse_transposed
 from ckptdiff.linalg.krylov import KrylovOptions, krylov_values
+from ckptdiff.linalg.nonzeros import add_sparse_product
 from ckptdiff.linalg.on_numpy import NUMPY
 from ckptdiff.linalg.principal import principal
 from ckptdiff.linalg.stages import ArrayPanels, run_together
@@ -78,22 +78,22 @@ def test_products_that_skip_zeros(share: float, dtype: Any, threads: int) -> Non
 
 
 @given(
-    arrays(np.float32, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.integers(-3, 3)),
-    st.integers(1, 9),
+    arrays(np.float32, st.tuples(st.integers(1, 9), st.integers(1, 70)), elements=st.integers(-3, 3)),
+    st.integers(1, 70),
+    st.sampled_from([1, 3]),
 )
-def test_skipping_zeros_leaves_no_entry_out(left: Any, columns: int) -> None:
+def test_skipping_zeros_leaves_no_entry_out(left: Any, columns: int, threads: int) -> None:
     """Of whole numbers, whose sums are exact in any order."""
     rows, inner = left.shape
     right, above = (np.arange(1, n * columns + 1, dtype=np.float32).reshape(n, columns) for n in (inner, rows))
     found, turned = np.ones((rows, columns), np.float32), np.ones((inner, columns), np.float32)
-    add_sparse_product(found, left, right)
-    add_sparse_transposed(turned, left, above, 0, columns)
+    total = np.zeros((inner, inner), np.float32)
+    with product_threads(threads):
+        add_sparse_product(found, left, right)
+        add_sparse_product(turned, left.T, above)
+        add_sparse_product(total, left.T, left, triangle=True)
     assert np.array_equal(found, 1 + left @ right)
     assert np.array_equal(turned, 1 + left.T @ above)
-    total = np.zeros((inner, inner), np.float32)
-    half = inner // 2
-    for first, stop in ((0, half), (half, inner)):
-        add_sparse_transposed(total[first:stop], left, left, first, first + 1)
     assert np.array_equal(total, np.tril(left.T @ left))
 
 

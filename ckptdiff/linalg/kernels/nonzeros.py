@@ -1,4 +1,4 @@
-"""Kernels on the entries of a matrix that are not zero, gathered once and used again and again."""
+"""Kernels on the entries of a matrix that are not zero: list them by rows or by columns, and multiply with a list."""
 
 from __future__ import annotations
 
@@ -11,103 +11,137 @@ from ckptdiff.jit import Later, intrinsic, kernel
 from ckptdiff.linalg.kernels.places import SOME, places_of
 from ckptdiff.measure.kernels.tiles import Array
 
-ir, types, arrayobj = Later("llvmlite.ir"), Later("numba.types"), Later("numba.np.arrayobj")
+ir, types = Later("llvmlite.ir"), Later("numba.types")
+arrayobj, cgutils = Later("numba.np.arrayobj"), Later("numba.core.cgutils")
 
-STEP = 16
-"""Columns that are added at a time; there are a multiple of it."""
+_VECTOR, _VECTORS = 64, 2
+STRIP = _VECTOR * _VECTORS
+"""Bytes of a row that are added up in registers at a time; 2,048 such rows stay in the second cache."""
 
 
 @intrinsic
-def add_multiples(typing: Any, out: Any, to: Any, right: Any, places: Any, factors: Any, first: Any) -> Any:
-    """Add multiples of rows of an array, in their order, to row `to` of another one; both are C-contiguous.
+def add_up(typing: Any, line: Any, right: Any, places: Any, values: Any, first: Any, stop: Any) -> Any:
+    """Write the sum of rows of an array to a line, ``STRIP`` bytes wide both, each times a value.
 
-    They are taken from column `first` on, ``STEP`` wide. By itself the compiler checks whether the arrays overlap each
-    time, which takes longer than to add.
+    They are those of ``places[first:stop]``, added in their order, and times ``values[first:stop]``.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        real = context.get_data_type(out.dtype)
-        vector = ir.VectorType(real, STEP)
+        count, whole = _VECTOR * 8 // line.dtype.bitwidth, ir.IntType(64)
+        vector = ir.VectorType(context.get_data_type(line.dtype), count)
+        to, rows, at, factors = (
+            arrayobj.make_array(signature.args[k])(context, builder, args[k]).data for k in range(4)
+        )
 
-        def address(place: int, row: Any) -> Any:
-            array = arrayobj.make_array(signature.args[place])(context, builder, args[place])
-            at = builder.add(builder.mul(row, builder.extract_value(array.shape, 1)), args[5])
-            return builder.bitcast(builder.gep(array.data, [at]), vector.as_pointer())
+        def part(start: Any, number: int) -> Any:
+            address = builder.gep(start, [whole(number * count)])
+            return builder.bitcast(address, vector.as_pointer())
 
-        target = address(0, args[1])
-        products = []
-        for number in range(len(places)):
-            row = builder.load(address(2, builder.extract_value(args[3], number)))
-            one = builder.insert_element(
-                ir.Constant(vector, ir.Undefined), builder.extract_value(args[4], number), ir.IntType(32)(0)
+        sums = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * count)) for _ in range(_VECTORS)]
+        one = ir.Constant(args[4].type, 1)
+        with cgutils.for_range_slice(builder, args[4], args[5], one, one.type) as (n, _):
+            value = builder.insert_element(
+                ir.Constant(vector, ir.Undefined), builder.load(builder.gep(factors, [n])), ir.IntType(32)(0)
             )
-            factor = builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), STEP), [0] * STEP))
-            row.align = out.dtype.bitwidth // 8
-            products.append(builder.fmul(factor, row))
-        while len(products) > 1:
-            products[:2] = [builder.fadd(*products[:2])]
-        held = builder.load(target)
-        held.align = out.dtype.bitwidth // 8
-        total = builder.fadd(held, products[0])
-        builder.store(total, target).align = out.dtype.bitwidth // 8
+            factor = builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(ir.IntType(32), count), [0] * count))
+            row = builder.mul(builder.zext(builder.load(builder.gep(at, [n])), whole), whole(count * _VECTORS))
+            start = builder.gep(rows, [row])
+            for number, total in enumerate(sums):
+                read = builder.load(part(start, number))
+                read.align = line.dtype.bitwidth // 8
+                builder.store(builder.fadd(builder.load(total), builder.fmul(factor, read)), total)
+        for number, total in enumerate(sums):
+            builder.store(builder.load(total), part(to, number)).align = line.dtype.bitwidth // 8
         return context.get_dummy_value()
 
-    return types.void(out, types.intp, right, types.UniTuple(types.intp, len(places)), factors, types.intp), generate
+    return types.void(line, right, places, values, types.intp, types.intp), generate
 
 
 @kernel
-def gather_nonzeros(matrix: Array, columns: Array, values: Array, ends: Array) -> None:
+def list_rows(matrix: Array, places: Array, values: Array, ends: Array) -> None:
     """List the entries of a matrix that are not zero, row by row.
 
     Parameters
     ----------
-    matrix : float array, shape (rows, width)
-    columns : int32 array, shape (size,)
+    matrix : float array, shape (rows, at most 65,536)
+    places : uint16 array, shape (size,)
+        Written to, as many as there are: the column of each.
     values : float array, shape (size,)
-        Written to, as many as there are.
+        Written to as well.
     ends : int64 array, shape (rows,)
         Written to: how many there are up to the end of each row.
     """
     found = 0
-    flags, places = np.zeros(SOME, np.uint8), np.empty(SOME + LANES, np.uint16)
+    flags, some = np.zeros(SOME, np.uint8), np.empty(SOME + LANES, np.uint16)
     for i in range(matrix.shape[0]):
         for first in range(0, matrix.shape[1], SOME):
             row = matrix[i, first : first + SOME]
             for j in range(row.size):
                 flags[j] = row[j] != 0
             flags[row.size :] = 0
-            count = places_of(flags, row.size, places)
+            count = places_of(flags, row.size, some)
             for n in range(count):
-                columns[found + n], values[found + n] = first + places[n], row[places[n]]
+                places[found + n], values[found + n] = first + some[n], row[some[n]]
             found += count
         ends[i] = found
 
 
 @kernel
-def add_squared_product(columns: Array, values: Array, ends: Array, right: Array, row: Array, out: Array) -> None:
-    """Add ``d.T @ (d @ right)``, for the d that :func:`gather_nonzeros` lists.
+def list_columns(matrix: Array, begin: Any, places: Array, values: Array, ends: Array) -> None:
+    """List the same column by column, of as many columns as there are ends, from `begin` on.
+
+    The matrix has 65,536 rows at most, and places are rows.
+    """
+    width = ends.size
+    following, flags, some = np.zeros(width, np.int64), np.zeros(SOME, np.uint8), np.empty(SOME + LANES, np.uint16)
+    for i in range(matrix.shape[0]):
+        row = matrix[i, begin : begin + width]
+        for j in range(width):
+            following[j] += row[j] != 0
+    found = 0
+    for j in range(width):
+        found += following[j]
+        ends[j] = found
+        following[j] = found - following[j]
+    for i in range(matrix.shape[0]):
+        for first in range(0, width, SOME):
+            row = matrix[i, begin + first : begin + min(first + SOME, width)]
+            for j in range(row.size):
+                flags[j] = row[j] != 0
+            flags[row.size :] = 0
+            for place in some[: places_of(flags, row.size, some)]:
+                at = following[first + place]
+                places[at], values[at] = i, row[place]
+                following[first + place] = at + 1
+
+
+@kernel
+def add_listed_product(
+    places: Array, values: Array, ends: Array, strips: Array, most: Any, line: Array, out: Array
+) -> None:
+    """Add a product of a listed matrix and another one, both and their sum of one dtype.
 
     Parameters
     ----------
-    right, out : float arrays, shape (width, count)
-        C-contiguous, of the dtype of `values`; the count is a multiple of ``STEP``.
-    row : float array, shape (1, count)
+    places, values, ends : arrays
+        From :func:`list_rows`, or of the transposed matrix from :func:`list_columns`.
+    strips : float array, shape (strips, inner, ``STRIP`` bytes)
+        The other matrix, so many of its columns after the other: close together they stay in the cache while all rows
+        pass.
+    most : int64
+        So many columns of the first row are added to, and one more of each row after it, as in a lower triangle.
+    line : float array, shape (1, ``STRIP`` bytes)
         Room.
+    out : float array, shape (rows, columns)
     """
-    first = 0
-    for i in range(ends.size):
-        stop = ends[i]
-        row[:] = 0
-        whole = stop - (stop - first) % 4
-        for n in range(first, whole, 4):
-            places = columns[n], columns[n + 1], columns[n + 2], columns[n + 3]
-            factors = values[n], values[n + 1], values[n + 2], values[n + 3]
-            for j in range(0, right.shape[1], STEP):
-                add_multiples(row, 0, right, places, factors, j)
-        for n in range(whole, stop):
-            for j in range(0, right.shape[1], STEP):
-                add_multiples(row, 0, right, (columns[n],), (values[n],), j)
-        for n in range(first, stop):
-            for j in range(0, right.shape[1], STEP):
-                add_multiples(out, columns[n], row, (0,), (values[n],), j)
-        first = stop
+    width = strips.shape[2]
+    for strip in range(strips.shape[0]):
+        first = strip * width
+        columns = min(width, out.shape[1] - first)
+        begin = max(first + 1 - most, 0)
+        start = ends[begin - 1] if begin else 0
+        for i in range(begin, ends.size):
+            add_up(line, strips[strip], places, values, start, ends[i])
+            for j in range(min(columns, most + i - first)):
+                out[i, first + j] += line[0, j]
+            start = ends[i]
