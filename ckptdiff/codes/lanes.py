@@ -32,7 +32,7 @@ def filled(vector: Any, value: int) -> Any:
     return ir.Constant(vector, [value] * vector.count)
 
 
-def _everywhere(builder: Any, value: Any, vector: Any) -> Any:
+def everywhere(builder: Any, value: Any, vector: Any) -> Any:
     """The same value in all lanes."""
     return part_of(builder, builder.insert_element(filled(vector, 0), value, ir.IntType(32)(0)), [0] * vector.count)
 
@@ -154,7 +154,7 @@ def changed_lanes(typing: Any, left: Any, right: Any, magnitude: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         left, right, magnitude = args
-        size = builder.and_(builder.or_(left, right), _everywhere(builder, magnitude, left.type))
+        size = builder.and_(builder.or_(left, right), everywhere(builder, magnitude, left.type))
         changed = builder.and_(
             builder.icmp_unsigned("!=", left, right), builder.icmp_unsigned("!=", size, filled(left.type, 0))
         )
@@ -221,7 +221,7 @@ def positive_zeros(typing: Any, codes: Any, magnitude: Any) -> Any:
     scalar = types.Integer.from_bitwidth(codes.bits, signed=False)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        zeros, mask = filled(args[0].type, 0), _everywhere(builder, args[1], args[0].type)
+        zeros, mask = filled(args[0].type, 0), everywhere(builder, args[1], args[0].type)
         return builder.select(builder.icmp_unsigned("==", builder.and_(args[0], mask), zeros), zeros, args[0])
 
     return codes(codes, scalar), generate

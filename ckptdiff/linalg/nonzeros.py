@@ -55,11 +55,12 @@ class Listed:
         return Listed(self.places[:size].copy(), self.values[:size].copy(), self.ends)
 
     def add_product(self, out: Floats, strips: Floats, most: int | None = None) -> None:
-        """Add the product with a matrix in :func:`strips`; of the first row `most` columns, one more of each row after."""
-        line = aligned((1, strips.shape[2]), strips.dtype)
-        add_listed_product(
-            self.places, self.values, self.ends, strips, out.shape[1] if most is None else most, line, out
-        )
+        """Add the product with what :func:`in_strips` gives.
+
+        Of the first row `most` columns are added, and one more of each row after it.
+        """
+        line, most = aligned((1, strips.shape[2]), strips.dtype), out.shape[1] if most is None else most
+        add_listed_product(self.places, self.values, self.ends, strips, most, line, out)
 
 
 def in_strips(matrix: Floats) -> Floats:
@@ -71,19 +72,21 @@ def in_strips(matrix: Floats) -> Floats:
     at = cuts(rows)
 
     def copy(part: int) -> None:
-        some = slice(at[part], at[part + 1])
-        strips[:whole, some] = matrix[some, : whole * width].reshape(at[part + 1] - at[part], whole, width).swapaxes(0, 1)
+        first, stop = at[part], at[part + 1]
+        full = matrix[first:stop, : whole * width].reshape(stop - first, whole, width)
+        strips[:whole, first:stop] = full.swapaxes(0, 1)
         if rest:
-            strips[whole, some, :rest], strips[whole, some, rest:] = matrix[some, whole * width :], 0
+            strips[whole, first:stop, :rest] = matrix[first:stop, whole * width :]
+            strips[whole, first:stop, rest:] = 0
 
     in_parts(copy, len(at) - 1)
     return strips
 
 
 def add_sparse_product(out: Floats, left: Floats, right: Floats, work: float = 0.0, *, triangle: bool = False) -> None:
-    """Add ``left @ right``, or its lower triangle alone, skipping the zeros of the left side; it counts as so much work.
+    """Add ``left @ right``, or its lower triangle alone, skipping the zeros of the left side.
 
-    All are C-contiguous, but that the left side may be the transpose of what is.
+    All are C-contiguous, but that the left side may be the transpose of what is. It counts as so much work.
     """
     strips = in_strips(right)
     # Each row is a sum of its own, in the order of its entries, however many rows a thread takes.

@@ -14,6 +14,7 @@ from ckptdiff.linalg.blas import add_gram_block, add_product_block, eigh_all, ei
 from ckptdiff.linalg.kernels.scores import add_squares, count_magnitudes, count_scores
 from ckptdiff.linalg.library import MAGNITUDES, SCORE_LANES, Library, Windows
 from ckptdiff.linalg.nonzeros import MOST_LISTED, Nonzeros, add_sparse_product
+from ckptdiff.linalg.pair_products import add_pair_gram, multiplies_pairs
 from ckptdiff.linalg.separate_pairs import eigh_separate
 from ckptdiff.linalg.threads import counted, cuts, in_parts
 from ckptdiff.linalg.work import eigenpairs_work, eigenvalues_work, few_of, gram_work, product_work
@@ -69,6 +70,8 @@ class NumpyLibrary:
         work = gram_work(len(panel), panel.shape[1], panel.itemsize)
         if _mostly_zero(panel, total):
             add_sparse_product(total, panel.T, panel, work, triangle=True)
+            return
+        if panel.dtype == np.float32 and multiplies_pairs() and add_pair_gram(total, panel, work):
             return
         at = cuts(panel.shape[1], _GRAM_PART)
 

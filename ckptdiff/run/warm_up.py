@@ -267,9 +267,13 @@ def _count_scores() -> None:
 
 
 def _skip_zeros() -> None:
+    from ckptdiff.linalg.kernels.pair_products import BLOCK, add_packed_gram, pack_pairs
     from ckptdiff.linalg.nonzeros import Nonzeros
     from ckptdiff.linalg.on_numpy import NUMPY
 
+    packed, one = np.zeros((2, 1, BLOCK), np.uint32), np.zeros((1, 1), np.float32)
+    pack_pairs(one.view(np.uint32), packed, 0, 0)
+    add_packed_gram(one, packed, 0, 0, one)  # of no block: not all processors have what it multiplies with
     for dtype in (np.float32, np.float64):
         still = np.zeros((1, 1), dtype)
         NUMPY.squares(still)

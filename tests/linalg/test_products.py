@@ -98,8 +98,11 @@ def test_skipping_zeros_leaves_no_entry_out(left: Any, columns: int, threads: in
 
 
 @pytest.mark.parametrize("share", [0.1, 1.0])
-def test_no_digit_depends_on_the_number_of_threads(share: float) -> None:
+@pytest.mark.parametrize("narrow", [True, False], ids=["bf16", "f32"])
+def test_no_digit_depends_on_the_number_of_threads(share: float, narrow: bool) -> None:
     weights, delta = (side.astype(np.float32) for side in (base(1333, 701, 1), update("s1", 1333, 701, 2)))
+    if narrow:
+        weights.view(np.uint32)[:] &= 0xFFFF_0000
     delta[np.random.default_rng(3).random(delta.shape) > share] = 0
     source = ArrayPanels(weights, delta, 1100)
     found = []

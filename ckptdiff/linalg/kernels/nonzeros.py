@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ckptdiff.codes.lanes import LANES
+from ckptdiff.codes.lanes import LANES, everywhere
 from ckptdiff.jit import Later, intrinsic, kernel
 from ckptdiff.linalg.kernels.places import SOME, places_of
 from ckptdiff.measure.kernels.tiles import Array
@@ -40,10 +40,7 @@ def add_up(typing: Any, line: Any, right: Any, places: Any, values: Any, first: 
         sums = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * count)) for _ in range(_VECTORS)]
         one = ir.Constant(args[4].type, 1)
         with cgutils.for_range_slice(builder, args[4], args[5], one, one.type) as (n, _):
-            value = builder.insert_element(
-                ir.Constant(vector, ir.Undefined), builder.load(builder.gep(factors, [n])), ir.IntType(32)(0)
-            )
-            factor = builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(ir.IntType(32), count), [0] * count))
+            factor = everywhere(builder, builder.load(builder.gep(factors, [n])), vector)
             row = builder.mul(builder.zext(builder.load(builder.gep(at, [n])), whole), whole(count * _VECTORS))
             start = builder.gep(rows, [row])
             for number, total in enumerate(sums):
