@@ -132,8 +132,8 @@ def _search(short: int, ranks: Sequence[int], dtype: Any, options: KrylovOptions
             if steps == options.steps or basis.full:
                 break
             rest = basis.deflate(image, 2)
-            # Every other time: to find out costs as much as a step.
-            may_end = steps >= _FEWEST_STEPS and steps % 2
+            # Every other time, and not before the last one: to find out costs as much as a step.
+            may_end = _FEWEST_STEPS <= steps < options.steps - 1 and steps % 2
             if may_end and basis.residual(rest, wanted) <= options.tolerance:
                 break
             block = basis.next_block(rest)

@@ -21,7 +21,9 @@ from ckptdiff.linalg.work import eigenpairs_work, eigenvalues_work, few_of, gram
 
 Floats = NDArray[Any]
 
-_GRAM_PART = 512
+_SMALLEST_PART, _GRAM_PART = 512, 1024
+"""Columns of a part of a Gram matrix, of one that is cut in two, and at least of larger ones: BLAS is the quicker the
+larger they are."""
 _SPARSE = 5
 """Where one of so many entries is not zero, or fewer, zeros are skipped."""
 _SMALLEST_SPARSE, _LOOKED_AT = 1 << 16, 32
@@ -73,15 +75,20 @@ class NumpyLibrary:
             return
         if panel.dtype == np.float32 and multiplies_pairs() and add_pair_gram(total, panel, work):
             return
-        at = cuts(panel.shape[1], _GRAM_PART)
+        n = panel.shape[1]
+        at = cuts(n, min(max(n // 2, _SMALLEST_PART), _GRAM_PART))
+        blocks = range(len(at) - 1)
+        # Those beside the diagonal take twice as long, and come first.
+        pairs = sorted(((i, j) for i in blocks for j in range(i + 1)), key=lambda pair: pair[0] == pair[1])
 
         def add(part: int) -> None:
-            first, stop = at[part], at[part + 1]
-            add_gram_block(total[first:stop, first:stop], panel[:, first:stop])
-            if stop < at[-1]:
-                add_product_block(total[stop:, first:stop], panel[:, stop:].T, panel[:, first:stop])
+            rows, columns = (slice(at[k], at[k + 1]) for k in pairs[part])
+            if rows == columns:
+                add_gram_block(total[rows, rows], panel[:, rows])
+            else:
+                add_product_block(total[rows, columns], panel[:, rows].T, panel[:, columns])
 
-        in_parts(add, len(at) - 1, work)
+        in_parts(add, len(pairs), work)
 
     def nonzeros(self) -> Nonzeros | None:
         """Room for the entries of an update that are not zero."""

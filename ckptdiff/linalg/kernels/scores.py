@@ -75,16 +75,21 @@ def count_scores(
     low_cut, not_low = low
     least, most = start << shift, (start + last) << shift
     flags, places = np.zeros(SOME, np.uint8), np.empty(SOME + LANES, np.uint16)
+    inside, outside = np.empty(SOME + 1, np.uint16), np.empty(SOME + 1, np.uint16)
     changed, above, apart, above_apart, chance, beyond = 0.0, 0.0, 0.0, 0.0, 0.0, 0
     for first in range(0, scores.size, SOME):
         stop = min(first + SOME, scores.size)
         codes, weights, changes = scores[first:stop], base[first:stop], delta[first:stop]
         # Gathered first, without a branch: which scores count, nobody can guess.
         for j in range(codes.size):
-            size = codes[j] & _MAGNITUDE
-            flags[j] = (size >= least) & (size < most)
+            flags[j] = (codes[j] & _MAGNITUDE) >= least
         flags[codes.size :] = 0
+        held, found = 0, 0
         for j in places[: places_of(flags, codes.size, places)]:
+            inside[held], outside[found] = j, j
+            beyond_all = (codes[j] & _MAGNITUDE) >= most
+            held, found = held + (not beyond_all), found + beyond_all
+        for j in inside[:held]:
             bin_ = ((codes[j] & _MAGNITUDE) >> shift) - start
             magnitude = (weights[j] >> np.uint32(16)) & np.uint32(0x7FFF)
             counts[bin_, 0] += 1.0
@@ -99,11 +104,8 @@ def count_scores(
                     counts[bin_, 3] += part
                     counts[bin_, 4] += part if large else 0.0
         # What lies above all bins is added up in registers: in memory each sum would wait for the one before.
-        for j in range(codes.size):
-            flags[j] = (codes[j] & _MAGNITUDE) >= most
-        found = places_of(flags, codes.size, places)
         beyond += found
-        for j in places[:found]:
+        for j in outside[:found]:
             magnitude = (weights[j] >> np.uint32(16)) & np.uint32(0x7FFF)
             d = changes[j]
             part = 0.0 if magnitude < low_cut else 1.0 if magnitude > low_cut else not_low
