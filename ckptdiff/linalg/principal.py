@@ -234,7 +234,7 @@ class _Energies:
 
     def __init__(self, vectors: Array, missing: Array | None, dtype: np.dtype[Any], library: Library) -> None:
         *stack, short, rank = vectors.shape
-        self._library, self._vectors, self._missing = library, vectors, missing
+        self._library, self._vectors, self._missing, self._dtype = library, vectors, missing, dtype
         self._spanned = library.zeros((*stack, rank, rank), dtype)
         self._met = library.zeros((*stack, short, rank), dtype)
         self._kept = library.zeros((*stack, rank), np.float64)
@@ -257,7 +257,8 @@ class _Energies:
             factor = xp.linalg.cholesky(spanned if self._missing is None else spanned + self._missing)
             met = library.contiguous(library.cast(self._met, np.float64).mT)
             long_side = library.solve_lower(factor, met)
-            both = long_side @ library.cast(self._vectors, np.float64)
+            # What it is made of is no more exact than the panels.
+            both = library.cast(library.cast(long_side, self._dtype) @ self._vectors, np.float64)
         for k in ranks:
             joint, left = (xp.sum(part**2, axis=(-2, -1)) for part in (both[..., :k, :k], long_side[..., :k, :]))
             parts = joint, left, xp.sum(self._kept[..., :k], axis=-1)
