@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -30,7 +31,7 @@ from ckptdiff.spectra.measure import (
     measure_stack,
     randomized_work,
 )
-from ckptdiff.spectra.panels import StoredPanels
+from ckptdiff.spectra.panels import PanelMemory, StoredPanels
 from ckptdiff.spectra.spectra_gpu import SpectraGpu, or_streamed, source_of
 
 _SAFE = (1e-12, 1e12)
@@ -96,6 +97,8 @@ class Measuring:
     """Told of each matrix, in the thread that has measured it."""
     stop: threading.Event = field(default_factory=threading.Event)
     """Set to end what is under way."""
+    memory: PanelMemory = field(default_factory=PanelMemory)
+    """Of matrices that are kept in it."""
 
     def slots(self, job: MatrixJob) -> int:
         """How many slots of the budget a matrix takes."""
@@ -192,22 +195,32 @@ class Measuring:
         exact, needed = budget.exact(view), budget.needs(view)
         if needed > budget.free:
             return _failed(f"it takes {needed >> 20} MiB, and {budget.knob} leaves {budget.free >> 20} MiB")
-        source = self._source(job, np.dtype(np.float64 if exact else np.float32), share - needed)
-        (known,) = run_together(source, survey(source.library))
-        if reason := _why_not(known):
-            return _failed(reason)
-        if exact:
-            held = cache_bytes(view, 8) if source.kept else 0
-            return measure_exact(source, known, view, job.off_grid, budget.space.exact(view, True) + held <= share)
-        if not _safe(known):
-            source = self._source(job, np.dtype(np.float64), share - budget.randomized_bytes(view, 8))
+        with self._source(job, np.dtype(np.float64 if exact else np.float32), share - needed) as source:
+            (known,) = run_together(source, survey(source.library))
+            if reason := _why_not(known):
+                return _failed(reason)
+            if exact:
+                held = cache_bytes(view, 8) if source.kept else 0
+                return measure_exact(source, known, view, job.off_grid, budget.space.exact(view, True) + held <= share)
+            if _safe(known):
+                return self._randomized(job, source, known)
+        with self._source(job, np.dtype(np.float64), share - budget.randomized_bytes(view, 8)) as source:
+            return self._randomized(job, source, known)
+
+    def _randomized(self, job: MatrixJob, source: PanelSource, known: Survey) -> MatrixSpectra:
+        budget, view = self.budget, job.view
         found = measure_randomized(source, known, view, job.off_grid, budget.spectra)
         note = budget.too_large(view) if budget.spectra.mode == "exact" else ""
         return replace(found, reasons=(*([note] if note else []), *found.reasons))
 
-    def _source(self, job: MatrixJob, dtype: np.dtype[Any], left: int) -> PanelSource:
+    @contextmanager
+    def _source(self, job: MatrixJob, dtype: np.dtype[Any], left: int) -> Iterator[PanelSource]:
         """The matrix in memory if it fits into what is left, else read in every pass."""
-        return source_of(self._panels(job, dtype), cache_bytes(job.view, dtype.itemsize) <= left, self.gpu)
+        size = cache_bytes(job.view, dtype.itemsize)
+        room = self.memory.take(size, left) if self.gpu is None else None
+        yield source_of(self._panels(job, dtype), size <= left, self.gpu, room)
+        if room is not None:
+            self.memory.give(room)  # not after an error: some thread may be at it still
 
     def _panels(self, job: MatrixJob, dtype: np.dtype[Any]) -> StoredPanels:
         return StoredPanels(self.shards, job.pair, self._formats(job), job.view, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from ckptdiff.checkpoint import TensorInfo, TensorPair
 from ckptdiff.checkpoint.boxes import matrix_of, read_elements, read_weight
 from ckptdiff.checkpoint.open_shards import OpenShards
+from ckptdiff.codes.lanes import aligned
 from ckptdiff.formats import Format, Formats, recode_table
 from ckptdiff.linalg.on_numpy import NUMPY
 from ckptdiff.linalg.stages import ArrayPanels, Panel
@@ -27,6 +29,28 @@ _READ, _TURNED, _LOOKED_UP = 30.0, 800.0, 150.0
 """The work of reading an entry of both sides, of transposing it, and of looking up one side's value in a table."""
 
 Floats = NDArray[Any]
+
+
+class PanelMemory:
+    """Memory for decoded pairs, handed on from one to the next: what the system hands out it has to clear first."""
+
+    def __init__(self) -> None:
+        self._free: list[NDArray[np.uint8]] = []
+        self._lock = threading.Lock()
+
+    def take(self, size: int, most: int) -> NDArray[np.uint8] | None:
+        """Room for `size` bytes, `most` at most; None if that is less. What is free and does not fit is given up."""
+        with self._lock:
+            fitting = [place for place, one in enumerate(self._free) if size <= one.size <= most]
+            if fitting:
+                return self._free.pop(min(fitting, key=lambda place: self._free[place].size))
+            self._free.clear()
+        return aligned((size,), np.uint8) if size <= most else None
+
+    def give(self, room: NDArray[np.uint8]) -> None:
+        """Hand back what nobody uses any more."""
+        with self._lock:
+            self._free.append(room)
 
 
 class StoredPanels:
@@ -79,9 +103,11 @@ class StoredPanels:
         step = max(1, self.long // count)
         return np.concatenate([self._side(0, row, row + 1) for row in range(0, self.long, step)])
 
-    def cached(self) -> ArrayPanels:
-        """The same pair, read and decoded now."""
-        base, delta = (np.empty((self.long, self.short), self.dtype) for _ in range(2))
+    def cached(self, room: NDArray[np.uint8] | None = None) -> ArrayPanels:
+        """The same pair, read and decoded now, into memory of at least :func:`~ckptdiff.spectra.budget.cache_bytes`."""
+        side = self.long * self.short * self.dtype.itemsize
+        room = aligned((2 * side,), np.uint8) if room is None else room
+        base, delta = room[: 2 * side].view(self.dtype).reshape(2, self.long, self.short)
         # Stored rows, a panel or so at a time.
         count = self.short if self.view.wide else self.long
         columns = self.view.columns

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ckptdiff.errors import DeviceError, PlanError
 from ckptdiff.events import Listener, Note
@@ -120,11 +121,13 @@ def library_on(gpu: Any, memory: int) -> tuple[GpuLibrary, Callable[[], Abstract
     return CupyLibrary(gpu, stream), partial(in_use, gpu, stream, memory)
 
 
-def source_of(panels: StoredPanels, kept: bool, gpu: SpectraGpu | None) -> PanelSource:
-    """A matrix that is decoded once and `kept`, or read in every pass; on a GPU if there is one."""
+def source_of(
+    panels: StoredPanels, kept: bool, gpu: SpectraGpu | None, room: NDArray[np.uint8] | None = None
+) -> PanelSource:
+    """A matrix that is decoded once and `kept`, on the processor in `room`, or read in every pass; on a GPU if any."""
     if gpu is not None:
         return GpuPanels(panels, gpu.slots, kept)
-    return panels.cached() if kept else panels
+    return panels.cached(room) if kept else panels
 
 
 def or_streamed(gpu: SpectraGpu | None, work: Callable[[int], Result], share: int, name: str) -> Result:

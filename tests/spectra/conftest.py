@@ -33,11 +33,11 @@ class Streamed:
         return STRICT.put(self._stored.sample(count))
 
 
-def source_of(panels: StoredPanels, kept: bool, gpu: None) -> PanelSource:
+def source_of(panels: StoredPanels, kept: bool, gpu: None, room: Any = None) -> PanelSource:
     """In the place of :func:`ckptdiff.spectra.spectra_gpu.source_of`."""
     if not kept:
         return Streamed(panels)
-    base, delta = np.concatenate([[panel.base, panel.delta] for panel in panels.cached().panels()], axis=1)
+    base, delta = np.concatenate([[panel.base, panel.delta] for panel in panels.cached(room).panels()], axis=1)
     return panels_of(STRICT)(base, delta, max(1, panels._entries // panels.short))
 
 
