@@ -24,11 +24,13 @@ from harness import Section, show
 from measure import machine
 from spectra_accuracy import accuracy
 from spectra_commands import memory, tiny, whole_pair
+from spectra_products import products
 from spectra_settings import Settings
 from spectra_speed import exact, principal, update_alone
 
 SECTIONS: Mapping[str, Callable[[Settings], Section]] = {
     "accuracy": accuracy,
+    "products": products,
     "update": update_alone,
     "principal": principal,
     "exact": exact,

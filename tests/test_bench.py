@@ -313,8 +313,9 @@ def test_levels_are_what_the_processor_says(tmp_path):
 
 @pytest.mark.slow
 def test_spectra_are_right_and_small_in_memory():
-    output = script("spectra.py", "--quick", "--threads", 1, "--sections", "accuracy,memory")
-    assert "MISSED" not in output
+    output = script("spectra.py", "--quick", "--threads", 1, "--sections", "accuracy,products,memory")
+    # At this size nothing is faster than anything.
+    assert all("/ ckptdiff" in line for line in output.splitlines() if "MISSED" in line)
     assert "median bound" in output
 
 
