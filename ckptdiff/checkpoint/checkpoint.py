@@ -6,7 +6,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -168,9 +168,9 @@ def _opened(path: str, source: FoundShards, part: str | None = None, like: Check
             if other is not tensor:
                 by_ranks = written_by_ranks((other.shard, tensor.shard))
                 raise sliced(tensor.shard, tensor.name) if by_ranks else _stored_twice(other, tensor)
-    if source.index is not None:
-        warnings += check_index(source.index, by_path, tensors)
-    return Checkpoint(called, tuple(shards), tensors, tuple(warnings), source.index, source.unread, source.origin)
+    found = Checkpoint(called, tuple(shards), tensors, tuple(warnings), source.index, source.unread, source.origin)
+    said = () if source.index is None else check_index(source.index, by_path, tensors, found.nbytes)
+    return replace(found, warnings=(*found.warnings, *said)) if said else found
 
 
 def _find(path: str, stream: bool) -> FoundShards:

@@ -107,7 +107,9 @@ def parse_index(path: str, raw: bytes, locate: Callable[[str, str], str]) -> Ind
     return Index(path, weight_map, shard_paths, int(total) if isinstance(total, (int, float)) else None, raw)
 
 
-def check_index(index: Index, shards: Mapping[str, Shard], tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+def check_index(
+    index: Index, shards: Mapping[str, Shard], tensors: Mapping[str, TensorInfo], held: int
+) -> tuple[str, ...]:
     """Compare an index with the headers of its shards.
 
     Parameters
@@ -118,6 +120,8 @@ def check_index(index: Index, shards: Mapping[str, Shard], tensors: Mapping[str,
         The headers read, by the paths of `Index.shard_paths`.
     tensors : mapping of str to TensorInfo
         Every tensor of those shards.
+    held : int
+        Their bytes.
 
     Returns
     -------
@@ -147,7 +151,6 @@ def check_index(index: Index, shards: Mapping[str, Shard], tensors: Mapping[str,
         warnings.append(
             f"{index.path} leaves out {plural(len(unnamed), 'tensor')} that its shards hold: {first_few(unnamed)}"
         )
-    held = bytes_of(kinds_of(tensors.values()))
     if index.total_size not in (None, held) and index.total_size != bytes_of(
         kinds_of(tensors[name] for name in index.weight_map)
     ):

@@ -68,7 +68,9 @@ def locate_all(shapes: Shapes) -> dict[str, Place]:
     [('encoder', 0), ('decoder', 0)]
     """
     kinds: dict[tuple[str, tuple[int, ...], int], _Kind] = {}
-    spots: list[tuple[str, tuple[str, ...]]] = []
+    # Thousands of experts are in few layers: the spot of each tensor, as its place among all of them.
+    spots: dict[tuple[str, tuple[str, ...]], int] = {}
+    spot_of: list[int] = []
     for name, shape in shapes.items():
         form, numbers = split_numbers(name)
         # Dimensions of the weight that it belongs to.
@@ -78,14 +80,16 @@ def locate_all(shapes: Shapes) -> dict[str, Place]:
         if kind is None:
             stack = _stack(name)
             kind = kinds[key] = _Kind(name, locate(name, ndim), stack, stack.count("*"))
-        spots.append((kind.first, numbers[: kind.depth]))
+        spot_of.append(spots.setdefault((kind.first, numbers[: kind.depth]), len(spots)))
     firsts = {kind.first: kind for kind in kinds.values()}
     towers = _towers({name: shapes[name] for name in firsts}, firsts)
-    # Thousands of experts are in few layers.
-    layers = {spot: (towers[spot[0]], firsts[spot[0]].stack, spot[1]) for spot in set(spots)}
-    numbered = _numbers(set(layers.values()))
-    places = {spot: _place(firsts[spot[0]].place, layer[0], numbered.get(layer)) for spot, layer in layers.items()}
-    return {name: places[spot] for name, spot in zip(shapes, spots, strict=True)}
+    layers = [(towers[first], firsts[first].stack, number) for first, number in spots]
+    numbered = _numbers(set(layers))
+    found = [
+        _place(firsts[first].place, layer[0], numbered.get(layer))
+        for (first, _), layer in zip(spots, layers, strict=True)
+    ]
+    return dict(zip(shapes, map(found.__getitem__, spot_of), strict=True))
 
 
 def _place(found: Place, tower: str, layer: int | None) -> Place:

@@ -14,6 +14,7 @@ __all__ = ["JsonProblemError", "parse_object"]
 # Twenty characters hold every 64-bit integer with its sign.
 _LONGEST_INTEGER = 20
 _BEFORE_NUMBERS = b":", b",", b"[", b" ", b"\t", b"\n", b"\r"
+_AS_COLONS = bytes.maketrans(b"".join(_BEFORE_NUMBERS), b":" * len(_BEFORE_NUMBERS))
 _DIGITS_AS_ZEROS = bytes.maketrans(b"123456789", b"000000000")
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -109,7 +110,9 @@ def _object_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _may_hold_odd_integers(raw: bytes) -> bool:
     """Whether "-0" or many digits stand where a number may begin, not only within names and digests."""
-    if b"-0" in raw and any(before + b"-0" in raw for before in _BEFORE_NUMBERS):
+    # An index holds "-0" in each name of a shard, and a search for one after another of what may stand before it takes
+    # ten times as long.
+    if b"-0" in raw and b":-0" in raw.translate(_AS_COLONS):
         return True
     digits, zeros = raw.translate(_DIGITS_AS_ZEROS), b"0" * _LONGEST_INTEGER
     at = digits.find(zeros)

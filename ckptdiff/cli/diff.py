@@ -177,14 +177,16 @@ def _listening(request: Request, given: dict[str, Any], out: Path | None, stream
     """Show what a run tells, and write the report meanwhile if it is `streaming`."""
     from ckptdiff.events import Started
 
-    def members_exist(event: Event) -> None:
-        """End the run as it begins if a check names a member that does not exist."""
+    def begins(event: Event) -> None:
+        """End the run as it begins if a check names a member that does not exist; make ready while threads work."""
         if isinstance(event, Started):
             for check in request.checks:
                 check.require_member(event.diff.tensors)
+            if not request.silent:
+                request.load_report()
 
     with ExitStack() as stack:
-        listeners: list[Listener] = [members_exist]
+        listeners: list[Listener] = [begins]
         if streaming:
             listeners.append(stack.enter_context(_LiveReport(request.target, out)))
         repeated = request.format == "table" and request.target.is_stdout

@@ -148,11 +148,15 @@ class Request:
                 hint=f"{made}--by tensor shows each",
             )
 
+    def load_report(self) -> Any:
+        """The module that writes the report, which imports what draws tables: worth doing while others work."""
+        return importlib.import_module(f"ckptdiff.report.as_{self.format}")
+
     def print(self, diff: Diff) -> None:
         """Write the report."""
         if not self.silent:
             with self.target.open() as stream:
-                importlib.import_module(f"ckptdiff.report.as_{self.format}").write(diff, stream, self.view)
+                self.load_report().write(diff, stream, self.view)
 
     def verdict(self, diff: Diff) -> int:
         """The exit code; every check that failed is named on stderr."""

@@ -84,12 +84,15 @@ def deflate_parts(data: Array, parts: Array, search: bool = True) -> list[Deflat
         _scratch.room, _scratch.longest = room, longest
         _scratch.out = np.empty(room, np.uint8)
         _scratch.spans = np.empty((longest // 8 + 1, 2), np.int64)
-    ends, repeats = np.zeros(len(parts) + 1, np.int64), np.zeros(len(parts), np.bool_)
+    ends, repeats = np.empty(len(parts) + 1, np.int64), np.empty(len(parts), np.bool_)
+    ends[0] = 0
     _encode_parts(data, parts, search, _scratch.spans, _scratch.out, ends, repeats)
-    found = []
-    for start, stop, again in zip(ends[:-1].tolist(), ends[1:].tolist(), repeats.tolist(), strict=True):
-        found.append(Deflated(_scratch.out[start:stop].tobytes() if stop > start else None, again))
-    return found
+    # Bytes are cut several times as fast as arrays are.
+    streams, bounds = _scratch.out[: ends[-1]].tobytes(), ends.tolist()
+    return [
+        Deflated(streams[start:stop] if stop > start else None, again)
+        for start, stop, again in zip(bounds, bounds[1:], repeats.tolist(), strict=False)
+    ]
 
 
 @kernel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -24,21 +24,24 @@ LABEL_KEYS: Mapping[str, tuple[str, ...]] = {
 """Keys under which a row says which member of its grouping it is."""
 
 
-def members_of(by: str, tensors: Iterable[tuple[int, Any]]) -> dict[tuple[Any, ...], list[int]]:
-    """Gather the rows of tensors, each a Place or TensorFacts, by the label of their group.
+def members_of(by: str, rows: Sequence[int], tensors: Sequence[Any]) -> dict[tuple[Any, ...], list[int]]:
+    """Gather some rows of tensors, each a Place or TensorFacts, by the label of their group.
 
     Labels have the parts that :data:`LABEL_KEYS` names, and come in order of first appearance, layers in order of their
     number. A tensor outside of the layers, or in none of the user's groups, is nowhere.
     """
     keys = LABEL_KEYS[by]
-    layered = "layer" in keys
-    label_of = attrgetter(*keys)
+    chosen = [tensors[row] for row in rows]
     found: defaultdict[Any, list[int]] = defaultdict(list)
-    for row, tensor in tensors:
-        if by == "group":
+    if by == "group":
+        for row, tensor in zip(rows, chosen, strict=True):
             for name in tensor.groups:
                 found[name].append(row)
-        elif not layered or tensor.layer is not None:
-            found[label_of(tensor)].append(row)
-    members = {(label if len(keys) > 1 else (label,)): rows for label, rows in found.items()}
-    return dict(sorted(members.items(), key=lambda member: member[0][keys.index("layer")])) if layered else members
+    else:
+        for row, label in zip(rows, map(attrgetter(*keys), chosen), strict=True):
+            found[label].append(row)
+    members = {(label if len(keys) > 1 else (label,)): held for label, held in found.items()}
+    if "layer" not in keys:
+        return members
+    at = keys.index("layer")
+    return dict(sorted((one for one in members.items() if one[0][at] is not None), key=lambda one: one[0][at]))

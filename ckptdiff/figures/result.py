@@ -155,13 +155,14 @@ class Diff:
     def coverage(self) -> dict[Side, SideCoverage]:
         """How much of each side was compared."""
         found: dict[Side, SideCoverage] = {}
-        # Those of one shape are one tensor, so many times.
-        like = {(tensor.shape, tensor.compared): tensor for tensor in self.tensors}
+        # Tens of thousands of tensors have few shapes between them.
         counts = Counter(map(attrgetter("shape", "compared"), self.tensors))
-        for side, facts in zip(SIDES, (self.base, self.tuned), strict=True):
+        for at, (side, facts) in enumerate(zip(SIDES, (self.base, self.tuned), strict=True)):
             # Older run files do not tell which side stores an alias.
             tied = facts.get("tied", None if self.aliased else 0)
-            compared = sum(count * like[which].compared_of(side) for which, count in counts.items())
+            compared = sum(
+                count * (math.prod(shape) if both is None else both[at]) for (shape, both), count in counts.items()
+            )
             whole = facts.get("values", facts.get("numel"))
             found[side] = SideCoverage(whole, None if tied is None else tied + compared)
         return found
@@ -202,7 +203,8 @@ class Diff:
     @cached_property
     def median_2d(self) -> dict[str, Any]:
         """Unweighted medians over native 2-D tensors with a nonzero delta."""
-        matrices = np.array([len(tensor.shape) == 2 for tensor in self.tensors], bool) & self._valued
+        dimensions = np.array(list(map(len, map(attrgetter("shape"), self.tensors))), np.int64)
+        matrices = (dimensions == 2) & self._valued
         figures = median_2d(self._grouping(), matrices)
         return figures | self._spectral(np.arange(len(self.tensors)))
 
@@ -249,7 +251,7 @@ class Diff:
         """
         if by == "tensor":
             raise ValueError("per_tensor holds the figures of single tensors")
-        members = members_of(by, ((row, self.tensors[row]) for row in np.flatnonzero(self._valued).tolist()))
+        members = members_of(by, np.flatnonzero(self._valued).tolist(), self.tensors)
         heads = (dict(zip(LABEL_KEYS[by], label, strict=True)) for label in members)
         return [
             {**head, **figures} for head, figures in zip(heads, self.of_groups(list(members.values())), strict=True)

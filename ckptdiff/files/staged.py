@@ -11,6 +11,8 @@ from ckptdiff.errors import CkptdiffError, RunFileError
 from ckptdiff.files.hidden import Hidden
 
 _WRITE_BACK = 2  # SYNC_FILE_RANGE_WRITE
+_AT_ONCE = 8 << 20
+"""Bytes after which the disk is asked to begin with what was written in pieces."""
 _FOLDERS_NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
 _libc = ctypes.CDLL(None)
 
@@ -56,6 +58,7 @@ class StagedFile:
         self._stopped = False
         self._position = 0
         self._size = 0
+        self._unasked = 0
 
     def __enter__(self) -> StagedFile:
         try:
@@ -178,6 +181,11 @@ class StagedFile:
         try:
             while done < len(view) and self.failure is None and not self._stopped:
                 done += os.pwrite(self._hidden.descriptor, view[done:], self._position + done)
+            self._unasked += done
+            if self._unasked >= _AT_ONCE:
+                # The disk has then little left to do when all is written, and everyone waits for it.
+                self._unasked = 0
+                _write_back(self._hidden.descriptor, 0, max(self._size, self._position + done))
         except BaseException as error:
             self.failure = self.failure or error
         self._position += len(view)

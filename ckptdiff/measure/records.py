@@ -49,25 +49,36 @@ class Records(NamedTuple):
 
 def empty_records(tensors: int) -> Records:
     """Rows in which nothing is known yet."""
-    return Records(
-        np.zeros(tensors, np.bool_),
-        np.zeros((tensors, len(Count)), np.int64),
-        np.zeros((tensors, len(EPS)), np.int64),
-        np.zeros((tensors, len(TAU)), np.int64),
-        np.zeros((tensors, len(Sum))),
-        np.zeros(tensors),
-        np.zeros(tensors, np.int64),
-        np.zeros(tensors),
-        np.zeros(tensors, np.int64),
-        np.zeros((tensors, len(P))),
-        np.zeros((tensors, len(RHO))),
-        np.full((tensors, len(RHO)), np.nan),
-        np.full(tensors, np.nan),
-        np.zeros((tensors, LOG2_BINS), np.uint64),
-        np.zeros((tensors, LOG2_BINS), np.uint64),
-        np.zeros((tensors, LOG2_BINS), np.uint64),
-        np.zeros((tensors, ULP_BINS), np.uint64),
-    )
+    # One room for all: for each array of zeros NumPy lets go of Python's lock, and a thread that has to wait for its
+    # turn a dozen times in a task waits as long as it measures.
+    kinds: list[tuple[type[np.generic], int]] = [  # after `complete`; of each tensor so many numbers, or one for 0
+        (np.int64, len(Count)),
+        (np.int64, len(EPS)),
+        (np.int64, len(TAU)),
+        (np.float64, len(Sum)),
+        (np.float64, 0),
+        (np.int64, 0),
+        (np.float64, 0),
+        (np.int64, 0),
+        (np.float64, len(P)),
+        (np.float64, len(RHO)),
+        (np.float64, len(RHO)),
+        (np.float64, 0),
+        (np.uint64, LOG2_BINS),
+        (np.uint64, LOG2_BINS),
+        (np.uint64, LOG2_BINS),
+        (np.uint64, ULP_BINS),
+    ]
+    room = np.zeros((sum(max(width, 1) for _, width in kinds) + 1) * tensors, np.int64)
+    fields, stop = [], 0
+    for dtype, width in kinds:
+        start, stop = stop, stop + max(width, 1) * tensors
+        field = room[start:stop].view(dtype)
+        fields.append(field.reshape(tensors, width) if width else field)
+    records = Records(room[stop:].view(np.bool_)[:tensors], *fields)
+    records.nulls.fill(np.nan)
+    records.still.fill(np.nan)
+    return records
 
 
 def put_row(records: Records, row: int, one: Records) -> None:

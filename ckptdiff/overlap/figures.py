@@ -96,7 +96,7 @@ class Overlap:
         """
         if by == "tensor":
             return [{"name": facts.name, **self.of_group(pair, [row])} for row, facts in enumerate(self.tensors)]
-        members = members_of(by, ((row, self.tensors[row]) for row in self._valued()))
+        members = members_of(by, self._valued(), self.tensors)
         return [
             {**dict(zip(LABEL_KEYS[by], label, strict=True)), "tensors": len(rows), **self.of_group(pair, rows)}
             for label, rows in members.items()

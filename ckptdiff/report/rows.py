@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from ckptdiff.errors import OptionError
 from ckptdiff.figures.catalogue import FIGURES, flat_keys, parameter_key
 from ckptdiff.figures.members import LABEL_KEYS, GroupBy
@@ -171,8 +173,10 @@ def _chosen_tensors(diff: Diff, view: View) -> Sequence[int]:
     for figure in FIGURES:
         for parameter, _ in flat_keys(figure):
             if _place(figure.key, parameter) == path:
-                values = [None if math.isnan(value) else value for value in diff.values(figure, parameter).tolist()]
-                return _sorted(values, descending)[: view.top]
+                found = diff.values(figure, parameter)
+                # Undefined ones are last in either order, and equal ones stay as they come.
+                order: list[int] = np.argsort(-found if descending else found, kind="stable").tolist()
+                return order[: view.top]
     numel = diff.columns["numel"].tolist()
     labels = [_value(tensor_row(*parts, {}), path) for parts in zip(diff.tensors, numel, strict=True)]
     return _sorted(labels, descending)[: view.top]

@@ -117,7 +117,7 @@ def _changes(diff: Diff) -> Iterator[str]:
     if figures["unchanged_bitwise"] is None:
         yield "nothing to measure: no floating values on both sides"
         return
-    cast = "/".join(sorted({facts.compare.upper() for facts in diff.tensors if facts.compare != "bitwise"}))
+    cast = "/".join(sorted({*map(attrgetter("compare"), diff.tensors)} - {"bitwise"})).upper()
     null = figures["unchanged_null"]
     noise = f" (noise of this size: {percent(null)})" if null is not None else ""
     yield f"unchanged   {percent(figures['unchanged_bitwise'])} in {cast}{noise}"

@@ -172,10 +172,13 @@ def _take_all(
 ) -> None:
     """Put what tasks gave where it belongs."""
     partial: dict[int, PartialMask] = {}
-    for result in found:
+    for count, result in enumerate(found):
         if work is not None:
             work.tick()
         if writer is not None:
+            if count == plan.memory.tasks_waiting:
+                # No thread waits for room for what it measures: all that was done before anyone took it is taken.
+                writer.add_facts(plan.diff.tensors)
             _write_masks(writer, plan, result, partial)
         for measured in results.take(result, told):
             if writer is not None:

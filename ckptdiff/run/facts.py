@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -60,23 +61,23 @@ def facts_of_run(base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options:
 
 
 def _tensor_facts(pair: TensorPair, place: Place, options: Options, groups: list[tuple[str, Any]]) -> TensorFacts:
-    base, tuned = pair.base, pair.tuned
+    name, base, tuned, plain = pair.name, pair.base, pair.tuned, pair.stored
     facts = TensorFacts(
-        pair.name,
-        pair.shape,
+        name,
+        base.shape if plain else pair.shape,
         stored_as(base),
         stored_as(tuned),
-        formats_of(base.dtype, tuned.dtype, options.compare)[2].name if base.kind is Kind.FLOAT else "bitwise",
+        _compared_as(base.kind, base.dtype, tuned.dtype, options.compare),
         place.layer,
         place.tower,
         place.module_type,
         place.block,
-        pair.tuned_name,
-        tuple(name for name, pattern in groups if pattern.search(pair.name)) if groups else (),
+        None if tuned.name == name else tuned.name,
+        tuple(group for group, pattern in groups if pattern.search(name)) if groups else (),
         pair.same_bytes,
         options.quick and pair.known_equal,
     )
-    if pair.stored:
+    if plain:
         return facts
     return replace(
         facts,
@@ -85,6 +86,11 @@ def _tensor_facts(pair: TensorPair, place: Place, options: Options, groups: list
         untied=pair.untied,
         compared=_compared(pair),
     )
+
+
+@cache
+def _compared_as(kind: Kind, base: str, tuned: str, compare: str) -> str:
+    return formats_of(base, tuned, compare)[2].name if kind is Kind.FLOAT else "bitwise"
 
 
 def _piece_facts(piece: Piece) -> PieceFacts:

@@ -202,7 +202,8 @@ def _whole(stack: ExitStack, shards: OpenShards, sides: Sequence[Weight]) -> Run
     for index, side in enumerate(sides):
         tensor, start, stop = _place(side)
         of_shard[tensor.shard.path].append((index, tensor, start, stop))
-    runs = np.zeros((len(sides), 3), np.int64)
+    runs = np.empty((len(sides), 3), np.int64)
+    runs[:, 0] = 0
     for held in of_shard.values():
         reader = shards[held[0][1].shard]
         rows, _, starts, stops = zip(*held, strict=True)

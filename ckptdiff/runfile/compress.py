@@ -21,6 +21,9 @@ _EMPTY, _ONE_RUN = 24, 1000
 """What a run of one byte takes: the ends of the stream and the code, and two bits for each 258 bytes."""
 
 
+_NO_STREAM = Deflated(None, repeats=False)
+
+
 def compress_chunk(packed: NDArray[np.uint8], chunk_bytes: int) -> tuple[bytes, int]:
     """Compress one chunk of a mask; safe in many threads at once, without the GIL for most of its time.
 
@@ -65,19 +68,28 @@ def compress_parts(
         deflated = dict(zip(large.tolist(), deflate_parts(packed, parts), strict=True))
     found = []
     for i, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist(), strict=True)):
-        chunk = packed[start : start + size]
-        payload = _best(chunk, deflated[i]) if i in deflated else _searched(chunk)
-        found.append((chunk.tobytes(), RAW) if payload is None or len(payload) >= size else (payload, DEFLATED))
+        stream, repeats = deflated.get(i, _NO_STREAM)
+        if stream is None or repeats or _is_one_run(stream, size):
+            chunk = packed[start : start + size]
+            payload = _best(chunk, deflated[i]) if i in deflated else _searched(chunk)
+            found.append((chunk.tobytes(), RAW) if payload is None or len(payload) >= size else (payload, DEFLATED))
+        else:  # as nearly all are, of which there may be tens of thousands
+            found.append((stream, DEFLATED))
     return found
 
 
 def _best(packed: NDArray[np.uint8], mine: Deflated) -> bytes | None:
-    if mine.stream is not None and len(mine.stream) < _EMPTY + packed.size // _ONE_RUN:
+    if mine.stream is not None and _is_one_run(mine.stream, packed.size):
         return mine.stream if packed.any() else _zeros(packed.size)
     if mine.repeats:
         searched = zlib.compress(packed.data, 6)
         return searched if mine.stream is None or len(searched) < len(mine.stream) else mine.stream
     return mine.stream
+
+
+def _is_one_run(stream: bytes, size: int) -> bool:
+    """Whether a stream is as short as that of a run of one byte."""
+    return len(stream) < _EMPTY + size // _ONE_RUN
 
 
 def _searched(packed: NDArray[np.uint8]) -> bytes:

@@ -38,7 +38,7 @@ class HistogramTable:
         self._many = many
         self._parts: defaultdict[str, list[NDArray[np.uint64]]] = defaultdict(list)
         self._held = self._written = self._room = 0
-        self._waiting: deque[tuple[int, Future[dict[str, bytes]]]] = deque()
+        self._waiting: deque[tuple[int, Future[dict[str, list[bytes]]]]] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ckptdiff-histograms")
         self._group = group
         log2 = group.create_dataset("log2_floor", data=log2_floor())
@@ -67,11 +67,13 @@ class HistogramTable:
         """Take the next rows, which nobody changes any more, and write every full chunk."""
         start = 0
         while start < len(rows):
-            stop = min(len(rows), start + _ROWS - self._held)
+            # Whole chunks that come together are compressed together, where they lie.
+            whole = 0 if self._held else (len(rows) - start) // _ROWS * _ROWS
+            stop = start + whole if whole else min(len(rows), start + _ROWS - self._held)
             for field in self._datasets:
                 self._parts[field].append(getattr(rows, field)[start:stop])
             self._held, start = self._held + stop - start, stop
-            if self._held == _ROWS:
+            if self._held >= _ROWS:
                 self._write()
 
     def finish(self, tensors: int) -> None:
@@ -101,15 +103,17 @@ class HistogramTable:
         self._waiting.append((self._written, self._pool.submit(_deflated, self._parts, self._many)))
         self._parts = defaultdict(list)
         self._written, self._held = self._written + self._held, 0
-        if len(self._waiting) > _WAITING:
+        while self._written - self._waiting[0][0] > _WAITING * _ROWS:
             self._write_waiting()
 
     def _write_waiting(self) -> None:
         start, chunks = self._waiting.popleft()
-        if start + _ROWS > self._room:
-            self._resize(self._room + _GROWTH)
-        for field, chunk in chunks.result().items():
-            write_chunk(self._datasets[field].id, (start, 0), chunk)
+        for field, found in chunks.result().items():
+            stop = start + len(found) * _ROWS
+            if stop > self._room:
+                self._resize(max(stop, self._room + _GROWTH))
+            for row, chunk in zip(range(start, stop, _ROWS), found, strict=True):
+                write_chunk(self._datasets[field].id, (row, 0), chunk)
 
     def _resize(self, rows: int) -> None:
         self._room = rows
@@ -117,23 +121,33 @@ class HistogramTable:
             dataset.resize(rows, axis=0)
 
 
-def _deflated(chunks: Mapping[str, Sequence[NDArray[np.uint64]]], many: bool) -> dict[str, bytes]:
-    """Compress chunks of which each comes in parts; what is left of it are zeros."""
-    stops = np.cumsum([_ROWS * parts[0][0].nbytes for parts in chunks.values()])
-    starts = np.array([0, *stops[:-1]])
-    data = np.zeros(stops[-1], np.uint8)
-    for start, parts in zip(starts.tolist(), chunks.values(), strict=True):
-        held = sum(part.nbytes for part in parts)
-        np.concatenate(parts, axis=None, out=data[start : start + held].view(np.uint64))
+def _deflated(rows: Mapping[str, Sequence[NDArray[np.uint64]]], many: bool) -> dict[str, list[bytes]]:
+    """Compress the chunks of rows that come in parts; what is left of the last one are zeros."""
+    return {field: _compressed(_joined(parts), many) for field, parts in rows.items()}
+
+
+def _joined(parts: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    if len(parts) == 1 and len(parts[0]) % _ROWS == 0:
+        return parts[0]
+    rows = np.zeros((_ROWS, parts[0].shape[1]), np.uint64)
+    np.concatenate(parts, out=rows[: sum(map(len, parts))])
+    return rows
+
+
+def _compressed(rows: NDArray[np.uint64], many: bool) -> list[bytes]:
+    data, size = rows.reshape(-1).view(np.uint8), _ROWS * rows[0].nbytes
     data.flags.writeable = False
-    # Both look for runs alone: most bins are empty, and a search for any repeat would find less at this level.
+    starts = np.arange(0, data.size, size)
+    # Both look for runs alone: most bins are empty, and a search for any repeat would find less at this level. All
+    # chunks take one call: after each, this thread has to wait for its turn with Python.
     if many:
-        bounds = np.column_stack([starts, stops, stops - starts])
+        bounds = np.column_stack([starts, starts + size, np.full(len(starts), size)])
         streams = [found.stream for found in deflate_parts(data, bounds, search=False)]
     else:
-        streams = [None] * len(chunks)
-    pieces = zip(chunks, starts.tolist(), stops.tolist(), streams, strict=True)
-    return {field: stream or _runs_only(data[start:stop]) for field, start, stop, stream in pieces}
+        streams = [None] * len(starts)
+    return [
+        stream or _runs_only(data[start : start + size]) for start, stream in zip(starts.tolist(), streams, strict=True)
+    ]
 
 
 def _runs_only(data: NDArray[np.uint8]) -> bytes:

@@ -53,36 +53,41 @@ _TEXT = h5py.string_dtype()
 _CHUNK = 1 << 14
 
 
-def write_tensors(group: Any, diff: Diff) -> None:
-    """Fill ``/tensors``: the names, and one dataset per fact and per column.
+def write_facts(group: Any, tensors: Sequence[TensorFacts]) -> None:
+    """Begin ``/tensors`` with what needs no figure: the names, and one dataset per fact."""
+    names = group.create_dataset("name", data=[escape_text(tensor.name) for tensor in tensors], dtype=_TEXT)
+    names.attrs["long_name"] = "tensor name; % and NUL are percent-encoded"
+    names.make_scale("name")
+    for fact, long_name in TEXT_FACTS.items():
+        texts = _packed(group, fact, _fixed_length(_facts_of(tensors, fact)))
+        texts.attrs["_Encoding"] = "utf-8"  # so that xarray reads strings, not bytes
+        describe(texts, names, None, long_name)
+    layers = [_NO_LAYER if tensor.layer is None else tensor.layer for tensor in tensors]
+    describe(_packed(group, "layer", np.array(layers, np.int64)), names, "1", "layer number, -1 for none")
+    same = np.array(_facts_of(tensors, "same_bytes"), np.uint8)
+    describe(_packed(group, "same_bytes", same), names, "1", "1 if both sides are the same bytes of the same file")
+    unread = np.array(_facts_of(tensors, "unread"), np.uint8)
+    describe(_packed(group, "unread", unread), names, "1", "1 if both sides are known to be the same and were not read")
+    sizes = {shape: math.prod(shape) for shape in {tensor.shape for tensor in tensors}}
+    for which, side in enumerate(SIDES):
+        counts = [sizes[tensor.shape] if tensor.compared is None else tensor.compared[which] for tensor in tensors]
+        compared = np.array(counts, np.int64)
+        describe(_packed(group, f"compared_{side}", compared), names, "1", f"values of {side} that are compared")
 
-    Raises ValueError if the columns are not those of the catalogue, one value per tensor.
+
+def write_columns(group: Any, diff: Diff) -> None:
+    """Fill ``/tensors``, which has the names, with one dataset per column.
+
+    Raises ValueError if the columns are not those of the catalogue, one value per name.
     """
     missing = {column.name for column in COLUMNS} ^ set(diff.columns)
     if missing:
         raise ValueError(f"columns that are not those of the catalogue: {', '.join(sorted(missing))}")
-    names = group.create_dataset("name", data=[escape_text(tensor.name) for tensor in diff.tensors], dtype=_TEXT)
-    names.attrs["long_name"] = "tensor name; % and NUL are percent-encoded"
-    names.make_scale("name")
-    for fact, long_name in TEXT_FACTS.items():
-        texts = _packed(group, fact, _fixed_length(_facts_of(diff.tensors, fact)))
-        texts.attrs["_Encoding"] = "utf-8"  # so that xarray reads strings, not bytes
-        describe(texts, names, None, long_name)
-    layers = [_NO_LAYER if tensor.layer is None else tensor.layer for tensor in diff.tensors]
-    describe(_packed(group, "layer", np.array(layers, np.int64)), names, "1", "layer number, -1 for none")
-    same = np.array(_facts_of(diff.tensors, "same_bytes"), np.uint8)
-    describe(_packed(group, "same_bytes", same), names, "1", "1 if both sides are the same bytes of the same file")
-    unread = np.array(_facts_of(diff.tensors, "unread"), np.uint8)
-    describe(_packed(group, "unread", unread), names, "1", "1 if both sides are known to be the same and were not read")
-    sizes = {shape: math.prod(shape) for shape in {tensor.shape for tensor in diff.tensors}}
-    for which, side in enumerate(SIDES):
-        counts = [sizes[tensor.shape] if tensor.compared is None else tensor.compared[which] for tensor in diff.tensors]
-        compared = np.array(counts, np.int64)
-        describe(_packed(group, f"compared_{side}", compared), names, "1", f"values of {side} that are compared")
+    names = group["name"]
     for column in COLUMNS:
         values = np.asarray(diff.columns[column.name], column.dtype)
-        if values.shape != (len(diff.tensors),):
-            raise ValueError(f"column {column.name} has shape {values.shape} for {len(diff.tensors)} tensors")
+        if values.shape != names.shape:
+            raise ValueError(f"column {column.name} has shape {values.shape} for {names.size} tensors")
         describe(_packed(group, column.name, values), names, column.units, column.long_name)
 
 
@@ -292,13 +297,13 @@ def _fixed_length(values: Sequence[Hashable]) -> Any:
 
     HDF5 takes far longer over texts of variable length, and cannot compress them.
     """
-    # Thousands of tensors have few shapes, dtypes and types between them.
-    texts = {
-        value: escape_text(value if isinstance(value, str) else json.dumps(value)).encode() for value in set(values)
-    }
-    if not texts:
+    if not values:
         return np.empty(0, _TEXT)
-    return np.array([texts[value] for value in values], h5py.string_dtype("utf-8", max(1, *map(len, texts.values()))))
+    # Thousands of tensors have few shapes, dtypes and types between them.
+    place = {value: at for at, value in enumerate(dict.fromkeys(values))}
+    texts = [escape_text(value if isinstance(value, str) else json.dumps(value)).encode() for value in place]
+    table = np.array(texts, h5py.string_dtype("utf-8", max(1, *map(len, texts))))
+    return table[np.fromiter(map(place.__getitem__, values), np.intp, len(values))]
 
 
 def _packed(group: Any, name: str, values: Any) -> Any:

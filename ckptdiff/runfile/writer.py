@@ -14,7 +14,7 @@ from h5py import h5a, h5d, h5o, h5p, h5s, h5t
 from numpy.typing import NDArray
 
 import ckptdiff
-from ckptdiff.figures.result import Diff
+from ckptdiff.figures.result import Diff, TensorFacts
 from ckptdiff.files.staged import StagedFile
 from ckptdiff.measure.histograms import HistogramRows
 from ckptdiff.options import MaskRule
@@ -22,10 +22,12 @@ from ckptdiff.runfile.direct_chunks import write_chunk
 from ckptdiff.runfile.histogram_table import HistogramTable
 from ckptdiff.runfile.schema import BIT_ORDER, FORMAT, FORMAT_VERSION, escape_name, mask_chunk_bytes, packed_bytes
 from ckptdiff.runfile.spectra_table import add_spectrum, write_spectra
-from ckptdiff.runfile.tables import write_provenance, write_tensors
+from ckptdiff.runfile.tables import write_columns, write_facts, write_provenance
 
 _PAGE = 1 << 16
 _PAGES = 64
+_BLANKS = 64
+"""Shapes of which a blank is kept, in memory with a chunk each."""
 
 
 class RunFileWriter:
@@ -72,6 +74,7 @@ class RunFileWriter:
         self._open: dict[str, _OpenMask] = {}
         self._blanks: dict[tuple[int, ...], _Blank] = {}
         self._file: Any = None
+        self._blank_file: Any = None
         self._table: HistogramTable | None = None
 
     def __enter__(self) -> RunFileWriter:
@@ -105,8 +108,7 @@ class RunFileWriter:
         if name not in self._open:
             blank = self._blank_for(name, shape)
             if self._paging and (blank.chunks, first, len(chunks)) == (1, 0, 1):
-                # Copied along, the chunk costs a sixth of what it takes to open the copy and write there. The last one
-                # of each shape is lost room, which is why files of few masks go without.
+                # Copied along, the chunk costs a sixth of what it takes to open the copy and write there.
                 write_chunk(blank.dataset, (0,), *chunks[0])
                 self._place(name, blank)
                 self._staged.check()
@@ -126,6 +128,14 @@ class RunFileWriter:
         self._table.add(rows)
         self._staged.check()
 
+    def add_facts(self, tensors: Sequence[TensorFacts]) -> None:
+        """Write what is known of all tensors before their figures, while those are measured; else :meth:`finish` does.
+
+        Of each, ``kept`` may still be unknown.
+        """
+        write_facts(self._file.create_group("tensors"), tensors)
+        self._staged.check()
+
     def add_spectrum(self, name: str, method: str, lists: Mapping[str, NDArray[np.float64]]) -> None:
         """Add the singular values of one tensor; see :func:`~ckptdiff.runfile.spectra_table.add_spectrum`."""
         add_spectrum(self._file, name, method, lists)
@@ -140,7 +150,9 @@ class RunFileWriter:
         self._require_masks(diff)
         assert self._table is not None
         self._table.finish(len(diff.tensors))
-        write_tensors(self._file.create_group("tensors"), diff)
+        if "tensors" not in self._file:
+            self.add_facts(diff.tensors)
+        write_columns(self._file["tensors"], diff)
         self._table.name_rows(self._file["tensors/name"])
         if diff.spectra is not None:
             write_spectra(self._file, diff.spectra)
@@ -161,7 +173,11 @@ class RunFileWriter:
     def _begin(self) -> None:
         # The layout of HDF5 1.10 (2016) finds a chunk without a B-tree of two kilobytes for each mask.
         cache = {"rdcc_nslots": 1, "rdcc_nbytes": 0}
-        self._file = h5py.File(self._staged, "w", libver=("v110", "v110"), track_order=False, **cache, **self._paging)
+        layout = {"libver": ("v110", "v110"), "track_order": False, **cache}
+        self._file = h5py.File(self._staged, "w", **layout, **self._paging)
+        # What blanks leave free as one chunk takes the place of another would be searched for room for every mask.
+        memory = {"driver": "core", "backing_store": False, "block_size": _PAGE}
+        self._blank_file = h5py.File(f"blanks of {id(self)}", "w", **layout, **memory)
         self._file.attrs.update(self._root)
         masks = self._file.create_group("masks")
         masks.attrs.update(rule=str(self._rule), compare=self._compare, bit_order=BIT_ORDER)
@@ -173,7 +189,9 @@ class RunFileWriter:
         if name in self._masked or self._rule.kind == "none":
             raise ValueError(f"no mask expected for {name!r} under {self._rule}")
         if shape not in self._blanks:
-            self._blanks[shape] = _blank(self._file.id, shape)
+            if len(self._blanks) == _BLANKS:
+                self._blanks.clear()
+            self._blanks[shape] = _blank(self._blank_file.id, shape)
         return self._blanks[shape]
 
     def _place(self, name: str, blank: _Blank) -> bytes:
@@ -192,10 +210,10 @@ class RunFileWriter:
             self._table.close()
         self._open.clear()
         self._blanks.clear()
-        if self._file is not None:
+        for file in filter(None, (self._blank_file, self._file)):
             # What HDF5 says of a file that is thrown away must not hide why it is thrown away.
             with suppress(OSError, RuntimeError, SystemError):
-                self._file.close()
+                file.close()
 
     def _require_masks(self, diff: Diff) -> None:
         if self._open:
@@ -220,7 +238,7 @@ class _Blank(NamedTuple):
     chunk: int
     chunks: int
     dataset: Any
-    """Without a name, so that it is not in the file that is left."""
+    """Without a name, so that it goes when it is closed."""
 
 
 def _blank(file: Any, shape: tuple[int, ...]) -> _Blank:

@@ -107,10 +107,10 @@ class Track:
         """Label of each "tensor", "module", "layer" or "block", and the places of its tensors in :attr:`names`."""
         if by == "tensor":
             return [({"name": name}, [row]) for row, name in enumerate(self.names)]
-        places = locate_all(dict(zip(self.names, self.shapes, strict=True))).values()
+        places = list(locate_all(dict(zip(self.names, self.shapes, strict=True))).values())
         return [
             (dict(zip(LABEL_KEYS[by], label, strict=True)), rows)
-            for label, rows in members_of(by, enumerate(places)).items()
+            for label, rows in members_of(by, range(len(places)), places).items()
         ]
 
     def _repr_html_(self) -> str:

@@ -35,7 +35,7 @@ def test_numbers_that_are_no_64_bit_integers_are_floats(text):
 @pytest.mark.parametrize("text", ["-0", "100000000000000000000000", "-100000000000000000000000"])
 def test_such_numbers_are_found_behind_names_and_digests_that_look_like_them(text):
     digests = ["0123456789012345678901234567890123456789", "a12345678901234567890123", "model-00001-of-00002"]
-    for number in (text, f" {text}", f"[{text}]", f"[1,{text}]"):
+    for number in (text, f" {text}", f"\t{text}", f"\r{text}", f"\n{text}", f"[{text}]", f"[1,{text}]"):
         raw = json.dumps({"digests": [{"after": one} for one in digests]})[:-1] + f',"a":{number}}}'
         value = parse_object(raw.encode())
         found = value["a"][-1] if isinstance(value["a"], list) else value["a"]

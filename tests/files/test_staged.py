@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckptdiff.errors import RunFileError
+from ckptdiff.files import staged
 from ckptdiff.files.staged import StagedFile, StagedFolder
 from ckptdiff.options import MaskRule
 from ckptdiff.runfile.writer import RunFileWriter
@@ -53,6 +54,18 @@ def full(file: StagedFile) -> None:
     device = os.open("/dev/full", os.O_RDWR)
     os.dup2(device, file._hidden.descriptor)
     os.close(device)
+
+
+def test_the_disk_begins_while_pieces_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(staged, "_write_back", lambda _, offset, size: asked.append((offset, size)))
+    piece = os.urandom(1 << 16)
+    with StagedFile(tmp_path / "made") as file:
+        for place in range(320):
+            writes(file, place << 16, piece)
+        file.commit()
+    assert asked == [(0, 8 << 20), (0, 16 << 20)]
+    assert (tmp_path / "made").read_bytes() == 320 * piece
 
 
 def test_a_full_disk_is_told_by_the_next_check(tmp_path: Path) -> None:

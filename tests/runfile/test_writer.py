@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -198,6 +199,54 @@ def test_chunks_of_several_masks_may_come_in_any_order(
     with h5py.File(tmp_path / "run.h5") as file:
         for name, mask in masks.items():
             np.testing.assert_array_equal(np.unpackbits(file["masks"][name][:], bitorder="little"), mask.ravel())
+
+
+def stored_tensors(path: Path) -> dict[str, tuple[list[Any], dict[str, Any]]]:
+    """What ``/tensors`` holds, and its attributes but for references."""
+    with h5py.File(path) as file:
+        return {
+            name: (
+                dataset[()].tolist(),
+                {key: str(value) for key, value in dataset.attrs.items() if not key.endswith("_LIST")},
+            )
+            for name, dataset in file["tensors"].items()
+        }
+
+
+def test_facts_that_come_early_are_those_of_the_end(tmp_path: Path, sample: Sample) -> None:
+    early = tmp_path / "early.h5"
+    with RunFileWriter(early, rule=RULE, compare="bf16") as writer:
+        for number, (name, mask) in enumerate(sample.masks.items()):
+            if number == 1:
+                writer.add_facts(sample.diff.tensors)
+            add_mask(writer, name, mask)
+        for rows in sample.rows:
+            writer.add_histograms(rows)
+        writer.finish(sample.diff)
+    found = stored_tensors(early)
+    assert len(found) > len(COLUMNS) and repr(found) == repr(stored_tensors(sample.path))  # NaN is not equal to itself
+
+
+def test_facts_of_other_tensors_are_refused(tmp_path: Path, make_diff: Callable, make_facts: Callable) -> None:
+    facts = make_facts("w", (3,))
+    with start(tmp_path, MaskRule("none")) as writer, pytest.raises(ValueError, match=r"shape \(1,\) for 2 tensors"):
+        writer.add_facts([facts, make_facts("v", (3,))])
+        writer.add_histograms(HistogramRows.empty(1))
+        writer.finish(make_diff(tensors=[(facts, 0.5)], mask_rule="none"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_masks_of_a_shape_that_came_long_ago(tmp_path: Path, make_diff: Callable, make_facts: Callable) -> None:
+    """Blanks are kept of some shapes alone, and each mask holds what it was given."""
+    rng = np.random.default_rng(3)
+    masks = {f"w{i}": rng.random(1 + i % 150) < 0.5 for i in range(300)}
+    diff = make_diff(tensors=[(make_facts(name, mask.shape), 0.5) for name, mask in masks.items()])
+    write(tmp_path / "run.h5", counted(diff, masks), masks, [HistogramRows.empty(len(masks))], paged=True)
+    with h5py.File(tmp_path / "run.h5") as file:
+        for name, mask in masks.items():
+            assert file["masks"][name][:].tobytes() == np.packbits(mask, bitorder="little").tobytes()
+            assert tuple(file["masks"][name].attrs["shape"]) == mask.shape
+    assert file_names(tmp_path) == ["run.h5"]
 
 
 def start(tmp_path: Path, rule: MaskRule = RULE, paged: bool = False) -> RunFileWriter:

@@ -14,6 +14,18 @@ from ckptdiff.codes.bits import float_bits
 from ckptdiff.jit import helper, kernel
 from ckptdiff.measure.kernels.tiles import Array
 
+_STRIDE = 64
+"""Bins that are added up together in a search."""
+
+
+@helper
+def count_run(counts: Array, start: int, stop: int) -> int:
+    """Coordinates in bins ``start`` to ``stop`` - 1 of a histogram of int64."""
+    run, total = counts[start:stop], 0
+    for j in range(run.size):  # from 0: an index that might be negative keeps the loop out of vectors
+        total += run[j]
+    return total
+
 
 @kernel
 def cut_from_bottom(counts: Array, first: int, last: int, rank: int) -> tuple[int, int]:
@@ -89,7 +101,16 @@ def find_low_cut(
     bin, below, at, changed_below and changed_at of a :class:`~ckptdiff.measure.open_cuts.LowCut`; ``at`` is 0 if there
     are fewer weights.
     """
-    for bin_ in range(first, last + 1):
+    # Runs of bins are added up by vectors, single bins one by one.
+    start: Any = np.int64(first)
+    while start + _STRIDE <= last:
+        held = count_run(weights[0], start, start + _STRIDE)
+        if below + held >= rank:
+            break
+        below += held
+        changed += count_run(weights[1], start, start + _STRIDE)
+        start += _STRIDE
+    for bin_ in range(start, last + 1):
         count = weights[0, bin_]
         if below + count >= rank:
             return bin_, below, count, changed, weights[1, bin_]
@@ -111,9 +132,7 @@ def within_bins(deltas: Array, span: Array, threshold: float, width: int) -> Any
     """Changed coordinates with |d| <= threshold, -1 if the histogram, shape (3, BINS), cannot tell."""
     bits: Any = np.int64(bits_at_most(threshold)) if width == 32 else np.int64(float_bits(threshold))
     cut = bits >> (width - 16)
-    below: Any = 0
-    for bin_ in range(span[2], min(cut, span[3] + 1)):
-        below += np.int64(deltas[0, bin_])
+    below: Any = count_run(deltas[0].view(np.int64), span[2], min(cut, span[3] + 1))
     if deltas[0, cut] == 0:
         return below
     value = single_value(deltas, cut) if width == 32 else -1
@@ -131,15 +150,6 @@ class Groups(NamedTuple):
     """First bins of runs that belong to one group, int64, and behind them the number of bins."""
     numbers: Array
     """Group of each run, int64."""
-
-
-@helper
-def count_run(weights: Array, start: int, stop: int) -> int:
-    """Coordinates in bins ``start`` to ``stop`` - 1."""
-    run, total = weights[start:stop], 0
-    for j in range(run.size):  # from 0: an index that might be negative keeps the loop out of vectors
-        total += run[j]
-    return total
 
 
 @helper
