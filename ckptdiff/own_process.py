@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import ctypes
 import gc
 import os
 import sys
@@ -16,9 +15,6 @@ _COLLECT_AFTER = 1_000_000
 """Objects made before Python looks for unused ones; by default 700."""
 _TURN = 0.0005
 """Seconds; by default 0.005."""
-
-_ARENA_MAX = -8
-"""M_ARENA_MAX of glibc's ``mallopt``."""
 
 
 class _NoBlas:
@@ -42,20 +38,6 @@ def take_over() -> None:
     # A thread that comes back from compiled code waits for its turn at most this long, which is not often.
     sys.setswitchinterval(_TURN)
     sys.meta_path.insert(0, _NoBlas())
-    _share_memory()
-
-
-def _share_memory() -> None:
-    """Have all threads take memory from one place, where glibc has several, unless the environment says how many.
-
-    A thread's own place is given back to the system as soon as it is empty, and asked for again page by page: a
-    twentieth of the processor time of spectra.
-    """
-    if "MALLOC_ARENA_MAX" in os.environ or "glibc.malloc.arena_max" in os.environ.get("GLIBC_TUNABLES", ""):
-        return
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(_ARENA_MAX, 1)
 
 
 def leave(code: int) -> NoReturn:

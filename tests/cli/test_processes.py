@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -128,45 +127,3 @@ def test_odd_locales_do_not_end_a_report(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0 and b"Gewicht-\\xe4\\u4e2d" in done.stdout
-
-
-THREADS = """
-import ctypes, threading
-from ckptdiff import own_process
-
-{take}
-libc, together = ctypes.CDLL(None), threading.Barrier(4)
-libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p
-
-
-def take():
-    together.wait()
-    libc.malloc(ctypes.c_size_t(1000))
-    together.wait()
-
-
-threads = [threading.Thread(target=take) for _ in range(4)]
-for thread in threads:
-    thread.start()
-for thread in threads:
-    thread.join()
-stream = ctypes.c_void_p(libc.fdopen(1, b"w"))
-libc.malloc_info(0, stream)
-libc.fflush(stream)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone keeps memory for each thread")
-@pytest.mark.parametrize(("setting", "places"), [({}, 1), ({"MALLOC_ARENA_MAX": "3"}, 3)], ids=["alone", "told"])
-def test_threads_of_a_command_share_memory(setting: dict[str, str], places: int) -> None:
-    """Unless the environment says otherwise; a program that imports the library keeps its own ways."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")}
-
-    def found(take: str) -> int:
-        code = THREADS.format(take=take)
-        return subprocess.run(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, env=kept | setting, check=True
-        ).stdout.count(b"<heap nr=")
-
-    assert found("own_process.take_over()") == places
-    assert found("") == (places if setting else 5)
