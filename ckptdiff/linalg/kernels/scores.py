@@ -14,6 +14,8 @@ from ckptdiff.measure.kernels.tiles import Array
 
 _MAGNITUDE = np.uint32(0x7FFF_FFFF)
 """The bits of a float32 but its sign."""
+_APART, _LARGE = 4, 1 << 18
+"""Counts that are kept of each magnitude, and entries from which on that is worth their room."""
 
 
 @kernel
@@ -35,14 +37,29 @@ def count_magnitudes(base: Array, delta: Array, threshold: Any, counts: Array) -
     counts : int64 array, shape (3, 32768)
         Added to: all entries, those with delta != 0, and those with |delta| > threshold.
     """
+    # Neighbours count apart: many are of one magnitude, and each sum would wait for the one before.
+    together = base.size < _LARGE
+    apart = np.zeros((_APART, 0 if together else counts.shape[1]), np.int64)
+    flags, places = np.zeros(SOME, np.uint8), np.empty(SOME + LANES, np.uint16)
     for i in range(base.shape[0]):
-        for j in range(base.shape[1]):
-            code = (base[i, j] >> np.uint32(16)) & np.uint32(0x7FFF)
-            counts[0, code] += 1
-            d = delta[i, j]
-            if d != 0:
+        for first in range(0, base.shape[1], SOME):
+            codes, changes = base[i, first : first + SOME], delta[i, first : first + SOME]
+            whole = 0 if together else codes.size - codes.size % _APART
+            for j in range(0, whole, _APART):
+                for k in range(_APART):
+                    apart[k, (codes[j + k] >> np.uint32(16)) & np.uint32(0x7FFF)] += 1
+            for j in range(whole, codes.size):
+                counts[0, (codes[j] >> np.uint32(16)) & np.uint32(0x7FFF)] += 1
+            for j in range(changes.size):
+                flags[j] = changes[j] != 0
+            flags[changes.size :] = 0
+            for place in places[: places_of(flags, changes.size, places)]:
+                code = (codes[place] >> np.uint32(16)) & np.uint32(0x7FFF)
                 counts[1, code] += 1
-                counts[2, code] += abs(d) > threshold
+                counts[2, code] += abs(changes[place]) > threshold
+    for k in range(_APART):
+        for code in range(apart.shape[1]):
+            counts[0, code] += apart[k, code]
 
 
 @kernel
