@@ -103,7 +103,7 @@ class HistogramTable:
         self._waiting.append((self._written, self._pool.submit(_deflated, self._parts, self._many)))
         self._parts = defaultdict(list)
         self._written, self._held = self._written + self._held, 0
-        while self._written - self._waiting[0][0] > _WAITING * _ROWS:
+        while len(self._waiting) > 1 and self._written - self._waiting[0][0] > _WAITING * _ROWS:
             self._write_waiting()
 
     def _write_waiting(self) -> None:
