@@ -31,7 +31,7 @@ def whole_pair(settings: Settings) -> Section:
     ]
     matrices = found["median_2d"]["spectral"]["matrices"]
     title = f"a pair of {nbytes(sides) / 2e9:.2f} GB a side, {found['counts']['matched']} tensors, {matrices} matrices"
-    return Section(title, rows, [Target("seconds", seconds, "<=", 90)])
+    return Section(title, rows, [Target("seconds", seconds, "<=", 30)])
 
 
 def tiny(settings: Settings) -> Section:
